@@ -1,0 +1,73 @@
+"""Every setting of a run, once, with its default. An experiment imports this and states only what differs.
+
+The defaults are those of experiment 1.4.2 as its record gives them; where the record is silent, the defaults of the
+code base that it was run in.   Sizes are in tokens, rows or values unless the name says otherwise.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """Returns a fresh config that an experiment may change."""
+  config = ConfigDict()
+  config.experiment = 'base'  # name of the run; the work directory is out/<experiment> unless --workdir is given
+  config.seed = 0  # initial weights, dropout and the order of the rows
+
+  model = config.model = ConfigDict()
+  model.vocab_size = 6400  # V: pieces of the tokenizer; a tokenizer that is trained gets this many
+  model.dim = 512  # D: width of the residual stream
+  model.n_layers = 8
+  model.n_heads = 32  # N: query heads, each dim / n_heads wide
+  model.n_kv_heads = 8  # K: key and value heads; divides n_heads. Not in the record: 8 gives its parameter count
+  model.max_seq_len = 512  # T: positions in a row
+  model.norm_eps = 1e-5
+  model.rope_theta = 1e6
+  model.dropout = 0.0  # on the embedding and on what each sublayer adds; attention weights are never dropped
+  model.sublayer = 'gated_fusion'  # what follows attention: 'gated_fusion' (1.4.2) or 'dense' (1.4.0)
+  model.hidden_dim = 0  # F of the dense sublayer; 0: 64 * ceil(int(8 * dim / 3) / 64)
+  model.knowledge_num = 65536  # M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half
+  model.knowledge_dim = 128  # P: width of a row and of the gate's query; even
+  model.num_selected = 8  # R: rows retrieved for each token and layer
+
+  memory = config.memory = ConfigDict()
+  memory.bank_init = 'normal'  # how the bank starts
+  memory.bank_std = 1.0  # standard deviation of its values
+
+  data = config.data = ConfigDict()
+  data.train_files = ''  # comma-separated paths or globs of .jsonl and .txt, plain, .gz or .xz; '': embedded corpus
+  data.valid_files = ''  # the same, held out; '': every 1 / valid_fraction-th training document
+  data.valid_fraction = 0.01  # share of training documents held out when there are no valid_files
+  data.text_key = 'text'  # key of the text in a jsonl line
+  data.on_bad_line = 'fail'  # 'fail' names the first bad line; 'skip' counts and reports them
+  data.tokenizer = ''  # path of a SentencePiece model; '': train one on the training text
+  data.layout = 'packed'  # 'packed': one stream cut into rows; 'padded': one document a row, as in the record
+  data.isolate_documents = False  # packed rows only: True keeps attention within a document
+  data.prepared_dir = 'out/data'  # where token shards are kept and found again
+  data.workers = 0  # tokenizer processes; 0: one for each CPU core
+
+  train = config.train = ConfigDict()
+  train.batch_size = 64  # B: rows in a micro-batch, over all devices
+  train.accumulation_steps = 8  # micro-batches in one optimizer update
+  train.epochs = 3.0  # passes over the training rows; ignored where max_steps is set
+  train.max_steps = 0  # optimizer updates; 0: as many as the epochs give
+  train.learning_rate = 2e-4  # peak
+  train.final_learning_rate = 0.0  # at the end of the cosine
+  train.warmup_steps = 0  # linear, before the cosine
+  train.beta1 = 0.9
+  train.beta2 = 0.999
+  train.eps = 1e-8
+  train.weight_decay = 0.01  # on every parameter that gets a gradient
+  train.grad_clip = 1.0  # largest global gradient norm; 0: no clipping
+  train.dtype = 'bfloat16'  # of the matrix products; parameters, optimizer and row selection stay float32
+  train.log_interval = 10  # updates between lines of metrics
+  train.eval_interval = 500  # updates between evaluations on the whole validation set
+  train.checkpoint_interval = 500  # updates between checkpoints
+  train.max_skipped_updates = 10  # non-finite updates in a row that end the run
+
+  runtime = config.runtime = ConfigDict()
+  runtime.data_devices = 0  # mesh axis over the batch; 0: all devices that row_devices leaves
+  runtime.row_devices = 1  # mesh axis over the rows of the bank (and the batch)
+  runtime.attention = 'auto'  # 'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA in bf16, blocked on one CPU
+  runtime.remat = 'none'  # 'block' recomputes each block in the backward pass: less memory, more time
+  runtime.compilation_cache_dir = ''  # keep compiled steps here between runs; '': off
+  return config

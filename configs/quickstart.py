@@ -1,0 +1,29 @@
+"""Experiment 1.4.2 in small: minutes on two CPU cores, on the text that every CPython carries.
+
+python train.py --config configs/quickstart.py   -> BENCHMARKS.md, row "quickstart".
+"""
+
+from configs import base
+
+
+def get_config():
+  config = base.get_config()
+  config.experiment = 'quickstart'
+  config.model.vocab_size = 4096
+  config.model.dim = 128
+  config.model.n_layers = 4
+  config.model.n_heads = 8
+  config.model.n_kv_heads = 4
+  config.model.max_seq_len = 128
+  config.model.knowledge_num = 4096
+  config.model.knowledge_dim = 32
+  config.data.valid_fraction = 0.05
+  config.train.batch_size = 16
+  config.train.accumulation_steps = 1
+  config.train.max_steps = 600
+  config.train.learning_rate = 4e-3
+  config.train.warmup_steps = 40
+  config.train.dtype = 'float32'
+  config.train.eval_interval = 200
+  config.train.checkpoint_interval = 200
+  return config

@@ -1,0 +1,315 @@
+"""A run's settings: read a config file, apply overrides, check every value, explain what is wrong.
+
+Defaults live in configs/base.py and nowhere else; here are the types and the rules. The dataclasses are frozen: after
+`load_config` nothing changes a setting.
+"""
+
+import ast
+import dataclasses
+import difflib
+import importlib.util
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from mmjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """Sizes of the network. See configs/base.py for what each field means."""
+
+  vocab_size: int
+  dim: int
+  n_layers: int
+  n_heads: int
+  n_kv_heads: int
+  max_seq_len: int
+  norm_eps: float
+  rope_theta: float
+  dropout: float
+  sublayer: str
+  hidden_dim: int
+  knowledge_num: int
+  knowledge_dim: int
+  num_selected: int
+
+  @property
+  def head_dim(self) -> int:
+    """H, the width of one attention head."""
+    return self.dim // self.n_heads
+
+  @property
+  def n_sub_keys(self) -> int:
+    """C, the number of sub-keys in each half of the gate."""
+    return math.isqrt(self.knowledge_num)
+
+  @property
+  def dense_hidden_dim(self) -> int:
+    """F of the dense sublayer, with the seeds' rounding where the config leaves it at 0."""
+    return self.hidden_dim or 64 * math.ceil(int(8 * self.dim / 3) / 64)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryConfig:
+  """How the memory starts and learns."""
+
+  bank_init: str
+  bank_std: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """Where text comes from and how it becomes rows."""
+
+  train_files: str
+  valid_files: str
+  valid_fraction: float
+  text_key: str
+  on_bad_line: str
+  tokenizer: str
+  layout: str
+  isolate_documents: bool
+  prepared_dir: str
+  workers: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """Optimization, and when to report, evaluate and save."""
+
+  batch_size: int
+  accumulation_steps: int
+  epochs: float
+  max_steps: int
+  learning_rate: float
+  final_learning_rate: float
+  warmup_steps: int
+  beta1: float
+  beta2: float
+  eps: float
+  weight_decay: float
+  grad_clip: float
+  dtype: str
+  log_interval: int
+  eval_interval: int
+  checkpoint_interval: int
+  max_skipped_updates: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RuntimeConfig:
+  """How the machine is used; none of it changes what is computed beyond rounding."""
+
+  data_devices: int
+  row_devices: int
+  attention: str
+  remat: str
+  compilation_cache_dir: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """All settings of a run."""
+
+  experiment: str
+  seed: int
+  model: ModelConfig
+  memory: MemoryConfig
+  data: DataConfig
+  train: TrainConfig
+  runtime: RuntimeConfig
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns nested plain dicts, as config.json holds them."""
+    return dataclasses.asdict(self)
+
+
+CHOICES = {
+  'model.sublayer': ('dense', 'gated_fusion'),
+  'memory.bank_init': ('normal',),
+  'data.on_bad_line': ('fail', 'skip'),
+  'data.layout': ('packed', 'padded'),
+  'train.dtype': ('float32', 'bfloat16'),
+  'runtime.attention': ('auto', 'xla', 'xla_blocked', 'cudnn'),
+  'runtime.remat': ('none', 'block'),
+}
+AT_LEAST = {
+  'seed': 0, 'model.vocab_size': 300, 'model.dim': 2, 'model.n_layers': 1, 'model.n_heads': 1, 'model.n_kv_heads': 1,
+  'model.max_seq_len': 2, 'model.norm_eps': 0, 'model.rope_theta': 1, 'model.dropout': 0, 'model.hidden_dim': 0,
+  'model.knowledge_num': 1, 'model.knowledge_dim': 2, 'model.num_selected': 1, 'memory.bank_std': 0, 'data.workers': 0,
+  'train.batch_size': 1, 'train.accumulation_steps': 1, 'train.epochs': 0, 'train.max_steps': 0,
+  'train.learning_rate': 0, 'train.final_learning_rate': 0, 'train.warmup_steps': 0, 'train.beta1': 0,
+  'train.beta2': 0, 'train.eps': 0, 'train.weight_decay': 0, 'train.grad_clip': 0, 'train.log_interval': 1,
+  'train.eval_interval': 1, 'train.checkpoint_interval': 1, 'train.max_skipped_updates': 1,
+  'runtime.data_devices': 0, 'runtime.row_devices': 1,
+}  # fmt: skip
+BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+  """Reads a config file and applies command-line overrides.
+
+  Args:
+    path: a Python file with `get_config() -> ConfigDict`, as in configs/.
+    overrides: `--config.section.field=value` arguments; a value is read as the type of the field it replaces.
+
+  Returns:
+    The checked config.
+
+  Raises:
+    UserError: if there is no such file, it has no get_config, or a setting is unknown or breaks a rule.
+  """
+  settings = _read_config_file(path)
+  for override in overrides:
+    _apply_override(settings, override)
+  return config_from_dict(settings.to_dict())
+
+
+def config_from_dict(settings: Mapping[str, Any]) -> Config:
+  """Builds and checks a config from nested dicts, as read from config.json.
+
+  Raises:
+    UserError: if a field is missing, unknown, of the wrong type or against a rule.
+  """
+  config = _build(Config, settings, '')
+  check_config(config)
+  return config
+
+
+def check_config(config: Config) -> None:
+  """Raises UserError with field, value, rule and nearest fix if a setting breaks a rule."""
+  flat = flatten(config.to_dict())
+  for name, choices in CHOICES.items():
+    if flat[name] not in choices:
+      raise UserError(f'{name}={flat[name]!r} must be one of {", ".join(choices)}{_nearest(flat[name], choices)}')
+  for name, least in AT_LEAST.items():
+    if not (math.isfinite(flat[name]) and flat[name] >= least):
+      raise UserError(f'{name}={flat[name]} must be a finite number of at least {least}')
+  for name in BELOW_ONE:
+    if not 0 <= flat[name] < 1:
+      raise UserError(f'{name}={flat[name]} must be at least 0 and below 1')
+  if not config.experiment or set(config.experiment) & set('/\\\0') or config.experiment.startswith('.'):
+    raise UserError(f'experiment={config.experiment!r} must be a plain folder name')
+  _check_model(config.model)
+
+
+def _check_model(model: ModelConfig) -> None:
+  if model.dim % model.n_heads:
+    divisors = [n for n in range(1, model.dim + 1) if model.dim % n == 0]
+    nearest = min(divisors, key=lambda n: abs(n - model.n_heads))
+    raise UserError(f'model.dim={model.dim} must be divisible by model.n_heads={model.n_heads}; nearest: {nearest} heads')
+  if model.n_heads % model.n_kv_heads:
+    raise UserError(f'model.n_heads={model.n_heads} must be divisible by model.n_kv_heads={model.n_kv_heads}')
+  if model.head_dim % 2:
+    raise UserError(f'model.dim={model.dim} / model.n_heads={model.n_heads} = {model.head_dim} must be even: RoPE turns pairs')
+  c = model.n_sub_keys
+  if c * c != model.knowledge_num:
+    raise UserError(
+      f'model.knowledge_num={model.knowledge_num} must be a square; nearest: {c * c} and {(c + 1) ** 2}'
+    )
+  if model.knowledge_dim % 2:
+    raise UserError(f'model.knowledge_dim={model.knowledge_dim} must be even: it is two halves; nearest: {model.knowledge_dim + 1}')
+  if model.num_selected > c:
+    raise UserError(
+      f'model.num_selected={model.num_selected} must be at most the {c} sub-keys that '
+      f'model.knowledge_num={model.knowledge_num} gives each half'
+    )
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
+  """Turns nested dicts into one dict with dotted names."""
+  flat = {}
+  for name, value in settings.items():
+    if isinstance(value, Mapping):
+      flat |= flatten(value, f'{prefix}{name}.')
+    else:
+      flat[prefix + name] = value
+  return flat
+
+
+def _read_config_file(path: str) -> ConfigDict:
+  file = Path(path)
+  if not file.is_file():
+    known = sorted(str(p) for p in file.parent.glob('*.py')) if file.parent.is_dir() else []
+    raise UserError(f'no config file {path!r}{_nearest(path, known)}')
+  root = str(file.resolve().parent.parent)
+  if root not in sys.path:  # so that a config can say `from configs import base`
+    sys.path.insert(0, root)
+  spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+  if spec is None or spec.loader is None:
+    raise UserError(f'config file {path!r} must be a Python file (.py)')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+    settings = module.get_config()
+  except Exception as error:  # noqa: BLE001 - a user's file may raise anything
+    raise UserError(f'config file {path!r} cannot be read: {type(error).__name__}: {error}') from error
+  if not isinstance(settings, ConfigDict):
+    raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict')
+  return settings
+
+
+def _apply_override(settings: ConfigDict, override: str) -> None:
+  name, equals, text = override.removeprefix('--config.').partition('=')
+  if not override.startswith('--config.') or not equals:
+    raise UserError(f'argument {override!r} is not understood; overrides look like --config.train.batch_size=32')
+  flat = flatten(settings.to_dict())
+  if name not in flat:
+    raise UserError(f'no setting {name!r}{_nearest(name, flat)}')
+  section, _, field = name.rpartition('.')
+  owner = settings[section] if section else settings
+  with owner.ignore_type():
+    owner[field] = _parse_value(name, text, type(flat[name]))
+
+
+def _parse_value(name: str, text: str, kind: type) -> Any:
+  if kind is str:
+    return text
+  if kind is bool:
+    if text.lower() not in ('true', 'false'):
+      raise UserError(f'{name}={text!r} must be True or False')
+    return text.lower() == 'true'
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError):
+    value = None
+  if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+    raise UserError(f'{name}={text!r} must be {"a whole number" if kind is int else "a number"}')
+  return kind(value)
+
+
+def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
+  fields = {field.name: field.type for field in dataclasses.fields(cls)}
+  for name in settings:
+    if name not in fields:
+      raise UserError(f'no setting {prefix + name!r}{_nearest(name, fields, prefix)}')
+  values = {}
+  for name, kind in fields.items():
+    if name not in settings:
+      raise UserError(f'setting {prefix + name!r} is missing')
+    value = settings[name]
+    if dataclasses.is_dataclass(kind):
+      if not isinstance(value, Mapping):
+        raise UserError(f'{prefix + name}={value!r} must be a section of settings')
+      values[name] = _build(kind, value, f'{prefix}{name}.')
+      continue
+    if kind is float and type(value) is int:
+      value = float(value)
+    if type(value) is not kind:
+      raise UserError(f'{prefix + name}={value!r} must be of type {kind.__name__}')
+    values[name] = value
+  return cls(**values)
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any], prefix: str = '') -> str:
+  """Returns '; did you mean X?' for the known name most like `name`, or nothing."""
+  found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
+  if not found:  # a field that was put into the wrong section
+    field = str(name).rpartition('.')[2]
+    found = [k for k in known if k.rpartition('.')[2] == field][:1]
+  return f'; did you mean {prefix + found[0]!r}?' if found else ''
