@@ -278,7 +278,7 @@ def _parse_value(name: str, text: str, kind: type) -> Any:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
     value = None
-  if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+  if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1):
     raise UserError(f'{name}={text!r} must be {"a whole number" if kind is int else "a number"}')
   return kind(value)
 
