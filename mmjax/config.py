@@ -186,7 +186,9 @@ def check_config(config: Config) -> None:
   flat = flatten(config.to_dict())
   for name, choices in CHOICES.items():
     if flat[name] not in choices:
-      raise UserError(f'{name}={flat[name]!r} must be one of {", ".join(choices)}{_nearest(flat[name], choices)}')
+      raise UserError(
+        f'{name}={flat[name]!r} must be one of {", ".join(choices)}{_nearest(flat[name], choices)}'
+      )
   for name, least in AT_LEAST.items():
     if not (math.isfinite(flat[name]) and flat[name] >= least):
       raise UserError(f'{name}={flat[name]} must be a finite number of at least {least}')
@@ -202,18 +204,24 @@ def _check_model(model: ModelConfig) -> None:
   if model.dim % model.n_heads:
     divisors = [n for n in range(1, model.dim + 1) if model.dim % n == 0]
     nearest = min(divisors, key=lambda n: abs(n - model.n_heads))
-    raise UserError(f'model.dim={model.dim} must be divisible by model.n_heads={model.n_heads}; nearest: {nearest} heads')
+    raise UserError(
+      f'model.dim={model.dim} must be divisible by model.n_heads={model.n_heads}; nearest: {nearest} heads'
+    )
   if model.n_heads % model.n_kv_heads:
     raise UserError(f'model.n_heads={model.n_heads} must be divisible by model.n_kv_heads={model.n_kv_heads}')
   if model.head_dim % 2:
-    raise UserError(f'model.dim={model.dim} / model.n_heads={model.n_heads} = {model.head_dim} must be even: RoPE turns pairs')
+    raise UserError(
+      f'model.dim={model.dim} / model.n_heads={model.n_heads} = {model.head_dim} must be even: RoPE turns pairs'
+    )
   c = model.n_sub_keys
   if c * c != model.knowledge_num:
     raise UserError(
       f'model.knowledge_num={model.knowledge_num} must be a square; nearest: {c * c} and {(c + 1) ** 2}'
     )
   if model.knowledge_dim % 2:
-    raise UserError(f'model.knowledge_dim={model.knowledge_dim} must be even: it is two halves; nearest: {model.knowledge_dim + 1}')
+    raise UserError(
+      f'model.knowledge_dim={model.knowledge_dim} must be even: it is two halves; nearest: {model.knowledge_dim + 1}'
+    )
   if model.num_selected > c:
     raise UserError(
       f'model.num_selected={model.num_selected} must be at most the {c} sub-keys that '
@@ -257,7 +265,9 @@ def _read_config_file(path: str) -> ConfigDict:
 def _apply_override(settings: ConfigDict, override: str) -> None:
   name, equals, text = override.removeprefix('--config.').partition('=')
   if not override.startswith('--config.') or not equals:
-    raise UserError(f'argument {override!r} is not understood; overrides look like --config.train.batch_size=32')
+    raise UserError(
+      f'argument {override!r} is not understood; overrides look like --config.train.batch_size=32'
+    )
   flat = flatten(settings.to_dict())
   if name not in flat:
     raise UserError(f'no setting {name!r}{_nearest(name, flat)}')

@@ -1,0 +1,160 @@
+"""The parts that every block has: RMSNorm, linear layers, rotary positions and grouped-query attention.
+
+Parameters are float32 and stay so; each call says in which dtype its matrix products run. The residual stream, norms
+and rotations are float32, as they are under torch's autocast in the code that this model comes from.
+"""
+
+from typing import TypedDict
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.config import ModelConfig
+from mmjax.kernels.attention import cached_attention, causal_attention
+
+
+class LayerCache(TypedDict):
+  """Keys and values of one layer at the positions decoded so far."""
+
+  k: Array
+  v: Array
+
+
+def uniform_init(fan_in: int) -> nnx.Initializer:
+  """Returns torch's default for a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+
+  def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class Linear(nnx.Module):
+  """A matrix product without bias; `kernel` is (in, out)."""
+
+  def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
+    self.kernel = nnx.Param(uniform_init(in_dim)(rngs.params(), (in_dim, out_dim)))
+
+  def __call__(self, x: Array, dtype: DTypeLike) -> Array:
+    """Maps (..., in) to (..., out), both operands and the result in `dtype`."""
+    return x.astype(dtype) @ self.kernel[...].astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square norm with a learned scale (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+  def __init__(self, dim: int, eps: float):
+    self.scale = nnx.Param(jnp.ones(dim))
+    self.eps = eps
+
+  def __call__(self, x: Array) -> Array:
+    """Maps (..., D) to float32 (..., D)."""
+    x = x.astype(jnp.float32)  # the mean of squares loses too much in bf16
+    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+
+
+def dropout(x: Array, rate: float, key: Array | None) -> Array:
+  """Zeroes values with probability `rate` and rescales the rest; the identity without a key."""
+  if key is None or rate == 0.0:
+    return x
+  keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+  return jnp.where(keep, x / (1.0 - rate), 0.0)
+
+
+def rope_angles(position: Array, head_dim: int, theta: float) -> Array:
+  """Returns the float32 angle of each pair of channels.
+
+  Args:
+    position: integers (..., T).
+    head_dim: H, even.
+    theta: base of the geometric series of wavelengths.
+
+  Returns:
+    (..., T, H/2) in radians.
+
+  Source: Su et al. 2021, arXiv:2104.09864.
+  """
+  frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+  return position.astype(jnp.float32)[..., None] * frequency
+
+
+def apply_rope(x_BTNH: Array, angle_BTh: Array) -> Array:
+  """Rotates interleaved pairs (x[2i], x[2i+1]) by their angles, in float32; keeps the dtype.
+
+  Args:
+    x_BTNH: queries or keys.
+    angle_BTh: h = H/2 angles a position, from `rope_angles`; a leading axis of 1 is broadcast over B.
+
+  Returns:
+    Like `x_BTNH`.
+  """
+  cos, sin = jnp.cos(angle_BTh)[:, :, None, :], jnp.sin(angle_BTh)[:, :, None, :]
+  pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)  # angles in bf16 would blur positions
+  even, odd = pairs[..., 0], pairs[..., 1]
+  turned = jnp.stack((even * cos - odd * sin, even * sin + odd * cos), axis=-1)
+  return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+  """Causal grouped-query self-attention with rotary positions."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    kv_dim = config.n_kv_heads * config.head_dim
+    self.wq = Linear(config.dim, config.dim, rngs=rngs)
+    self.wk = Linear(config.dim, kv_dim, rngs=rngs)
+    self.wv = Linear(config.dim, kv_dim, rngs=rngs)
+    self.wo = Linear(config.dim, config.dim, rngs=rngs)
+    self.head_dim = config.head_dim
+
+  def __call__(
+    self, x_BTD: Array, angle_BTh: Array, segment_BT: Array | None, dtype: DTypeLike, backend: str
+  ) -> tuple[Array, LayerCache]:
+    """Attends over whole rows.
+
+    Args:
+      x_BTD: float32, normed.
+      angle_BTh: rotary angles of the T positions.
+      segment_BT: int32; a position sees earlier ones of its own segment. None: one segment.
+      dtype: of the matrix products.
+      backend: a name that `kernels.attention.causal_attention` knows.
+
+    Returns:
+      (B, T, D) in `dtype`, and the keys (rotated) and values, (B, T, K, H), for a cache.
+    """
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, angle_BTh, dtype)
+    out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_BT, backend=backend)
+    return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BTKH, 'v': v_BTKH}
+
+  def decode(
+    self, x_BTD: Array, angle_BTh: Array, cache: LayerCache, position_BT: Array, dtype: DTypeLike
+  ) -> tuple[Array, LayerCache]:
+    """Attends from new tokens to themselves and to what the cache holds before them.
+
+    Args:
+      x_BTD: float32, normed.
+      angle_BTh: rotary angles of `position_BT`.
+      cache: keys and values, (B, S, K, H); slot s holds position s.
+      position_BT: int32 position of each new token, below S.
+      dtype: of the matrix products.
+
+    Returns:
+      (B, T, D) in `dtype`, and the cache with the new keys and values in it.
+    """
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, angle_BTh, dtype)
+    row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
+    k_BSKH = cache['k'].at[row_B1, position_BT].set(k_BTKH.astype(cache['k'].dtype))
+    v_BSKH = cache['v'].at[row_B1, position_BT].set(v_BTKH.astype(cache['v'].dtype))
+    visible_BTS = jnp.arange(k_BSKH.shape[1]) <= position_BT[..., None]
+    out_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
+    return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BSKH, 'v': v_BSKH}
+
+  def _project(self, x_BTD: Array, angle_BTh: Array, dtype: DTypeLike) -> tuple[Array, Array, Array]:
+    heads = (*x_BTD.shape[:-1], -1, self.head_dim)
+    q_BTNH = self.wq(x_BTD, dtype).reshape(heads)
+    k_BTKH = self.wk(x_BTD, dtype).reshape(heads)
+    v_BTKH = self.wv(x_BTD, dtype).reshape(heads)
+    return apply_rope(q_BTNH, angle_BTh), apply_rope(k_BTKH, angle_BTh), v_BTKH

@@ -1,0 +1,228 @@
+"""The language model: tied embedding, blocks of attention and a sublayer, final norm.
+
+A model is a graph definition and a nested dict of float32 parameters; `nnx.merge(graphdef, params)(tokens_BT)` runs
+it. The sublayer comes from the table in mmjax.model.sublayers; the bank is one parameter, passed to every block.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.config import Config, MemoryConfig, ModelConfig
+from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
+from mmjax.model.memory import init_bank
+from mmjax.model.sublayers import SUBLAYERS
+
+Params = dict[str, Any]
+
+
+class Output(NamedTuple):
+  """hidden_BTD: after the final norm, in the compute dtype. row_LBTR: int32 rows each layer read, or None."""
+
+  hidden_BTD: Array
+  row_LBTR: Array | None
+
+
+class Block(nnx.Module):
+  """h = x + attention(norm(x)); out = h + sublayer."""
+
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+    self.attention = Attention(config, rngs=rngs)
+    self.sublayer = SUBLAYERS[config.sublayer](config, rngs=rngs)
+    self.dropout = config.dropout
+
+  def __call__(
+    self,
+    x_BTD: Array,
+    bank_MP: Array | None,
+    angle_BTh: Array,
+    segment_BT: Array | None,
+    key: Array | None,
+    *,
+    dtype: DTypeLike,
+    attention: str,
+  ) -> tuple[Array, Array | None, LayerCache]:
+    """Returns the float32 residual stream, the rows read, and the keys and values of attention."""
+    attention_key, sublayer_key = (None, None) if key is None else jax.random.split(key)
+    h_attn_BTD, kv = self.attention(self.attention_norm(x_BTD), angle_BTh, segment_BT, dtype, attention)
+    h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
+    h_BTD = x_BTD + h_attn_BTD
+    delta_BTD, row_BTR = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype)
+    return h_BTD + dropout(delta_BTD, self.dropout, sublayer_key), row_BTR, kv
+
+  def decode(
+    self,
+    x_BTD: Array,
+    bank_MP: Array | None,
+    angle_BTh: Array,
+    cache: LayerCache,
+    position_BT: Array,
+    dtype: DTypeLike,
+  ) -> tuple[Array, LayerCache]:
+    """Returns the float32 residual stream of new tokens and the updated cache."""
+    h_attn_BTD, cache = self.attention.decode(
+      self.attention_norm(x_BTD), angle_BTh, cache, position_BT, dtype
+    )
+    h_BTD = x_BTD + h_attn_BTD
+    delta_BTD, _ = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype)
+    return h_BTD + delta_BTD, cache
+
+
+class LM(nnx.Module):
+  """Tokens in, final hidden states out; `logits` applies the tied head."""
+
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
+    shape = (model.vocab_size, model.dim)
+    # The seeds tie the embedding to the output layer's weight, so it starts as a linear layer does.
+    self.embedding = nnx.Param(uniform_init(model.dim)(rngs.params(), shape))
+    if SUBLAYERS[model.sublayer].uses_bank:
+      self.memory_bank = nnx.Param(init_bank(model, memory, rngs=rngs))
+    else:
+      self.memory_bank = None
+    self.layers = nnx.List([Block(model, rngs=rngs) for _ in range(model.n_layers)])
+    self.norm = RMSNorm(model.dim, model.norm_eps)
+    self.head_dim = model.head_dim
+    self.rope_theta = model.rope_theta
+    self.dropout = model.dropout
+
+  def __call__(
+    self,
+    tokens_BT: Array,
+    segment_BT: Array | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+    attention: str = 'xla',
+    remat: str = 'none',
+    dropout_key: Array | None = None,
+  ) -> Output:
+    """Runs whole rows.
+
+    Args:
+      tokens_BT: int32 in [0, V).
+      segment_BT: int32; attention stays within a segment. None: each row is one segment.
+      dtype: of the matrix products; the residual stream is float32.
+      attention: backend, see mmjax.kernels.attention.
+      remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
+      dropout_key: a PRNG key turns dropout on.
+
+    Returns:
+      Output.
+    """
+    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, dropout_key)
+    return out
+
+  def logits(self, hidden: Array) -> Array:
+    """Maps hidden states (..., D) to float32 logits (..., V) with the tied head."""
+    kernel_VD = self.embedding[...].astype(hidden.dtype)
+    return jnp.einsum('...D,VD->...V', hidden, kernel_VD, preferred_element_type=jnp.float32)
+
+  def prefill(
+    self, tokens_BT: Array, cache: list[LayerCache], *, dtype: DTypeLike, attention: str
+  ) -> tuple[Array, list[LayerCache]]:
+    """Reads prompts from position 0 on.
+
+    Args:
+      tokens_BT: int32, padded on the right; what padding writes into the cache is overwritten before it is seen.
+      cache: from `init_cache`, with S >= T.
+      dtype: of the matrix products.
+      attention: backend.
+
+    Returns:
+      hidden_BTD in `dtype`, and the filled cache.
+    """
+    out, kvs = self._run(tokens_BT, None, dtype, attention, 'none', None)
+    filled = jax.tree.map(
+      lambda c, kv: jax.lax.dynamic_update_slice(c, kv.astype(c.dtype), (0,) * 4), cache, kvs
+    )
+    return out.hidden_BTD, filled
+
+  def decode(
+    self, tokens_BT: Array, cache: list[LayerCache], position_B: Array, *, dtype: DTypeLike
+  ) -> tuple[Array, list[LayerCache]]:
+    """Continues rows by T tokens each, usually one.
+
+    Args:
+      tokens_BT: int32.
+      cache: one entry a layer, (B, S, K, H).
+      position_B: int32 position of each row's first new token; position_B + T <= S.
+      dtype: of the matrix products.
+
+    Returns:
+      hidden_BTD in `dtype`, and the updated cache.
+    """
+    position_BT = position_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    angle_BTh = rope_angles(position_BT, self.head_dim, self.rope_theta)
+    bank_MP = None if self.memory_bank is None else self.memory_bank[...]
+    x_BTD = self.embedding[...][tokens_BT]
+    new_cache = []
+    for layer, layer_cache in zip(self.layers, cache, strict=True):
+      x_BTD, layer_cache = layer.decode(x_BTD, bank_MP, angle_BTh, layer_cache, position_BT, dtype)
+      new_cache.append(layer_cache)
+    return self.norm(x_BTD).astype(dtype), new_cache
+
+  def _run(
+    self,
+    tokens_BT: Array,
+    segment_BT: Array | None,
+    dtype: DTypeLike,
+    attention: str,
+    remat: str,
+    dropout_key: Array | None,
+  ) -> tuple[Output, list[LayerCache]]:
+    angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
+    bank_MP = None if self.memory_bank is None else self.memory_bank[...]
+    keys = [None] * (len(self.layers) + 1)
+    if dropout_key is not None:
+      keys = list(jax.random.split(dropout_key, len(keys)))
+    x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
+    rows, kvs = [], []
+    for layer, key in zip(self.layers, keys[:-1], strict=True):
+      run = partial(layer, dtype=dtype, attention=attention)
+      if remat == 'block':
+        run = jax.checkpoint(run)
+      x_BTD, row_BTR, kv = run(x_BTD, bank_MP, angle_BTh, segment_BT, key)
+      kvs.append(kv)
+      if row_BTR is not None:
+        rows.append(row_BTR)
+    hidden_BTD = self.norm(x_BTD).astype(dtype)
+    return Output(hidden_BTD, jnp.stack(rows) if rows else None), kvs
+
+
+def init_params(config: Config) -> Params:
+  """Returns the first parameters, a pure function of config.seed; may run under jax.jit."""
+  model = LM(config.model, config.memory, rngs=nnx.Rngs(config.seed))
+  return nnx.to_pure_dict(nnx.state(model))
+
+
+def model_graph(config: Config) -> nnx.GraphDef:
+  """Returns the graph definition that `nnx.merge` joins with parameters; computes nothing."""
+  return nnx.split(nnx.eval_shape(lambda: LM(config.model, config.memory, rngs=nnx.Rngs(0))))[0]
+
+
+def abstract_params(config: Config) -> Params:
+  """Returns the parameter dict with ShapeDtypeStructs for leaves."""
+  return jax.eval_shape(partial(init_params, config))
+
+
+def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
+  """Returns the graph definition and the first parameters."""
+  return model_graph(config), jax.jit(partial(init_params, config))()
+
+
+def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:
+  """Returns an empty cache for `length` positions: (B, S, K, H) zeros for each layer."""
+  shape = (batch, length, model.n_kv_heads, model.head_dim)
+  return [{'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)} for _ in range(model.n_layers)]
+
+
+def count_params(params: Params) -> tuple[int, int]:
+  """Returns the number of parameters, and how many of them are not in the bank."""
+  total = sum(leaf.size for leaf in jax.tree.leaves(params))
+  bank = params['memory_bank'].size if 'memory_bank' in params else 0
+  return total, total - bank

@@ -1,0 +1,22 @@
+"""What a sublayer is: the part of a block that follows attention, the one thing in which the experiments differ.
+
+A sublayer is an nnx.Module built as `Sublayer(config, rngs=rngs)` and called as
+`sublayer(h_BTD, h_attn_BTD, bank_MP, dtype) -> SublayerOutput`, where
+  h_BTD       float32 residual stream after attention was added,
+  h_attn_BTD  what attention added to it, in the compute dtype,
+  bank_MP     the shared bank, float32, or None in a model without one,
+  dtype       of the matrix products.
+Its class says what the rest of the code must know: `uses_bank`, and `without_gradient`, patterns of the parameters
+(paths below the sublayer) that no gradient reaches, so that weight decay leaves them alone.
+"""
+
+from typing import NamedTuple
+
+from jax import Array
+
+
+class SublayerOutput(NamedTuple):
+  """What a sublayer adds to the residual stream (B, T, D), and the rows of the bank it read, int32 (B, T, R)."""
+
+  delta_BTD: Array
+  row_BTR: Array | None
