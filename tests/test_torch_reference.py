@@ -10,15 +10,9 @@ from torch.nn import functional as F  # noqa: E402
 from tests.torch_reference import Sizes, TorchLM, next_token_distribution  # noqa: E402
 
 TINY = {
-  'vocab_size': 64,
-  'dim': 16,
-  'n_layers': 2,
-  'n_heads': 4,
-  'n_kv_heads': 2,
-  'knowledge_num': 64,
-  'knowledge_dim': 8,
-}
-TINY |= {'num_selected': 3, 'hidden_dim': 24}
+  'vocab_size': 64, 'dim': 16, 'n_layers': 2, 'n_heads': 4, 'n_kv_heads': 2, 'knowledge_num': 64,
+  'knowledge_dim': 8, 'num_selected': 3, 'hidden_dim': 24,
+}  # fmt: skip
 SUBLAYERS = ('dense', 'moe', 'gated_fusion', 'cross_attention')
 
 
@@ -97,9 +91,7 @@ def test_moe_equals_each_token_alone():
       expected = expected + probability[first] / total * feed_forward.experts[first](x)[0]
       expected = expected + probability[second] / total * feed_forward.experts[second](x)[0]
       assert torch.allclose(out[b, t], expected, atol=1e-6)
-  assert (
-    0.05 < aux_loss.item() < 0.4
-  )  # alpha 0.1 times E * sum of share * probability, which is 1 when balanced
+  assert 0.05 < aux_loss.item() < 0.4  # alpha = 0.1 for each of the 1 that balance gives
 
 
 def test_top_p_keeps_the_token_that_crosses_the_threshold():

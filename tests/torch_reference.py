@@ -1,13 +1,14 @@
-"""The PyTorch models that mmjax must reproduce: experiments 1.4.0, 1.4.1, 1.4.2 / 1.4.3 and the mixture of experts.
+"""The PyTorch models that mmjax must reproduce: experiments 1.4.0 to 1.4.3 and the mixture of experts.
 
-A compact port, for the tests only. It computes what the original PyTorch code computes, under the same parameter names
-and with torch's default initialisation, so that a state dict of one loads into the other. Three things differ in form
-alone: fused attention is always used, there are no `mask` and `pos_cis` buffers, and `forward` returns a tuple.
+A compact port, for the tests only. It computes what the original PyTorch code computes, under the same parameter
+names and with torch's default initialisation, so that a state dict of one loads into the other. Three things
+differ in form alone: attention is always the fused one, there are no `mask` and `pos_cis` buffers, and `forward`
+returns a tuple.
 
 Experiment 1.4.1 survives as a description ("cross attention; queries from the attention output, keys and values
-projected from the selected rows"), not as code. `CrossAttentionMemory` is the plain reading of it: for every token,
-multi-head attention with as many heads as self-attention has, over that token's R selected rows, without positions;
-the gate's scores are not used, as in 1.4.2.   Axis letters: see mmjax/model.
+projected from the selected rows"), not as code. `CrossAttentionMemory` is the plain reading of it: for every
+token, multi-head attention with as many heads as self-attention has, over that token's R selected rows, without
+positions; the gate's scores are not used, as in 1.4.2.   Axis letters: see mmjax/model.
 """
 
 import dataclasses
@@ -173,8 +174,8 @@ class FeedForward(nn.Module):
 class MoEFeedForward(nn.Module):
   """Top-k softmax-gated SwiGLU experts beside one that every token uses.
 
-  The auxiliary loss is alpha * sum over experts of (share of assignments * E) * (mean gate probability), within each
-  sequence over all its positions, then averaged over sequences.
+  The auxiliary loss of a sequence is alpha * sum over experts of (share of assignments * E) * (mean gate
+  probability), over all its positions; its mean over sequences is returned.
   """
 
   def __init__(self, sizes: Sizes):
@@ -188,22 +189,20 @@ class MoEFeedForward(nn.Module):
     probability_BTE = self.gate(x_BTD).softmax(dim=-1)
     chosen = probability_BTE.topk(self.sizes.experts_per_token, dim=-1)
     weight = chosen.values / (chosen.values.sum(-1, keepdim=True) + 1e-20)
-    weight_BTE = torch.zeros_like(probability_BTE).scatter(
-      -1, chosen.indices, weight.type_as(probability_BTE)
-    )
-    out = self.shared_experts(x_BTD)[0]
+    weight_BTE = torch.zeros_like(probability_BTE).scatter(-1, chosen.indices, weight)
+    out = torch.zeros_like(x_BTD)
     for e, expert in enumerate(self.experts):  # each expert sees only the tokens that chose it
       taken = (chosen.indices == e).any(-1)
-      out = out.index_put((taken,), weight_BTE[taken][:, e, None] * expert(x_BTD[taken])[0], accumulate=True)
-    assigned_BE = (
-      F.one_hot(chosen.indices, self.sizes.n_experts).float().mean(dim=(1, 2)) * self.sizes.n_experts
-    )
+      part = weight_BTE[taken][:, e, None] * expert(x_BTD[taken])[0]
+      out = out.index_put((taken,), part.type_as(out), accumulate=True)
+    out = out + self.shared_experts(x_BTD)[0]
+    assigned_BE = F.one_hot(chosen.indices, self.sizes.n_experts).float().mean((1, 2)) * self.sizes.n_experts
     aux_loss = (assigned_BE * probability_BTE.mean(dim=1)).sum(-1).mean() * self.sizes.aux_loss_alpha
     return out, aux_loss
 
 
 class Block(nn.Module):
-  """Attention, then a feed-forward sublayer (reads the residual stream) or a memory (reads the attention output)."""
+  """Attention, then a feed-forward layer on the residual stream or a memory on the attention output."""
 
   def __init__(self, sizes: Sizes):
     super().__init__()
@@ -282,7 +281,7 @@ class TorchLM(nn.Module):
     penalty: float = 1.0,
     pad_id: int = 0,
   ) -> Tensor:
-    """Continues each row by itself: int64 (B, longest), prompt without its pad tokens included, padded on the right."""
+    """Continues each row by itself: int64 (B, longest) of prompt without pad, new tokens, pad."""
     rows = []
     for row_T in tokens_BT:
       prompt_T = row_T[row_T != pad_id]
@@ -296,8 +295,9 @@ def next_token_distribution(
 ) -> Tensor:
   """The distribution the next token is drawn from.
 
-  Logits of `seen` tokens are divided by `penalty`, the negative ones too (which raises them). Temperature 0 leaves the
-  largest logit alone, being 1e-9. Of the tokens sorted by probability, those stay whose predecessors hold at most `top_p`.
+  Logits of `seen` tokens are divided by `penalty`, the negative ones too (which raises them). Temperature 0 is
+  1e-9, which leaves all probability on the largest. Sorted by probability, those tokens stay whose predecessors
+  hold at most `top_p`.
   """
   logits_V = logits_V.clone()
   logits_V[list(set(seen))] /= penalty
