@@ -1,0 +1,76 @@
+"""Where arrays live: a mesh of devices and rules that map parameter names to partitions of it.
+
+The mesh has two axes: `data` divides the batch; `rows` divides the bank by rows, and the batch as well. One device is
+a mesh of one. The model knows nothing of this: XLA inserts the communication.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mmjax.config import Config
+from mmjax.errors import UserError
+from mmjax.training.optimizer import path_name
+
+# (pattern of the parameter's name, partition); the first match wins. Adam's moments carry their parameter's name.
+RULES = (
+  (r'memory_bank$', P('rows', None)),
+  (r'.*', P()),
+)
+BATCH = P(None, ('data', 'rows'), None)  # (accumulation step, row of the micro-batch, position)
+
+
+def make_mesh(config: Config) -> Mesh:
+  """Returns the mesh that runtime.data_devices and runtime.row_devices describe.
+
+  Raises:
+    UserError: if there are not that many devices, or the batch or the bank cannot be divided by them.
+  """
+  n_devices, rows = jax.device_count(), config.runtime.row_devices
+  data = config.runtime.data_devices or max(n_devices // rows, 1)
+  if data * rows > n_devices:
+    raise UserError(
+      f'runtime.data_devices={data} x runtime.row_devices={rows} needs {data * rows} devices; there are {n_devices}'
+    )
+  _check_divides('train.batch_size', config.train.batch_size, data * rows, f'{data * rows} devices')
+  if config.model.sublayer != 'dense':
+    _check_divides('model.knowledge_num', config.model.knowledge_num, rows, f'runtime.row_devices={rows}')
+  devices = jax.devices()[: data * rows]
+  return jax.make_mesh((data, rows), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2, devices=devices)
+
+
+def shardings(mesh: Mesh, tree: Any) -> Any:
+  """Returns a tree like `tree` with the NamedSharding of every leaf."""
+
+  def place(path: tuple, leaf: Any) -> NamedSharding:
+    name = path_name(path)
+    spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Returns the sharding of what every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulation_steps: int) -> dict[str, jax.Array]:
+  """Moves a batch of A * B rows to the devices as (A, B, T) arrays; `row_id` stays behind."""
+  sharding = NamedSharding(mesh, BATCH)
+
+  def put(rows: np.ndarray) -> jax.Array:
+    return jax.device_put(rows.reshape(accumulation_steps, -1, rows.shape[-1]), sharding)
+
+  return {name: put(rows) for name, rows in batch.items() if name != 'row_id'}
+
+
+def _check_divides(name: str, value: int, divisor: int, what: str) -> None:
+  if value % divisor:
+    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    nearest = f'{below} and {above}' if below else f'{above}'
+    raise UserError(f'{name}={value} must be divisible by the {what}; nearest: {nearest}')

@@ -1,0 +1,155 @@
+"""One optimizer update as a pure function: (state, batch) -> (state, metrics).
+
+Gradients of the micro-batches are accumulated by a scan inside the step. An update whose loss or gradient is not
+finite is computed and thrown away: parameters and optimizer state stay as they were, only the counters move.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array
+
+from mmjax.config import Config
+from mmjax.kernels.cross_entropy import cross_entropy_sums
+from mmjax.model.lm import Params, init_params
+from mmjax.training.optimizer import learning_rate_schedule
+
+TrainState = dict[str, Any]
+TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
+
+CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+  """Returns the state before the first update; may run under jax.jit.
+
+  `step` counts batches seen, `skipped` non-finite updates in a row, `skipped_total` all of them.
+  """
+  params = init_params(config)
+  zero = jnp.zeros((), jnp.int32)
+  return {
+    'params': params,
+    'opt_state': optimizer.init(params),
+    'step': zero,
+    'skipped': zero,
+    'skipped_total': zero,
+  }
+
+
+def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
+  """Returns how many positions the loss takes at a time, so that its logits stay near CHUNK_LOGITS values."""
+  return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
+
+
+def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str) -> Callable:
+  """Returns loss(params, rows, total_weight, key) -> (loss, (correct share, usage_LM)).
+
+  `rows` holds `input`, `target` and `segment`, int32 (B, T). The loss is the sum of the negative log-likelihoods of
+  the targets that are not padding, in nats, over `total_weight`, so that micro-batches add up to one batch.
+  """
+  dtype = jnp.dtype(config.train.dtype)
+  isolate = config.data.isolate_documents
+
+  def loss(
+    params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None
+  ) -> tuple[Array, tuple[Array, Array | None]]:
+    model = nnx.merge(graphdef, params)
+    out = model(
+      rows['input'],
+      rows['segment'] if isolate else None,
+      dtype=dtype,
+      attention=attention,
+      remat=config.runtime.remat,
+      dropout_key=key,
+    )
+    weight_BT = (rows['target'] != pad_id).astype(jnp.float32)
+    chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
+    nll, correct = cross_entropy_sums(
+      out.hidden_BTD, model.embedding[...].astype(dtype), rows['target'], weight_BT, chunk
+    )
+    usage_LM = (
+      None if out.row_LBTR is None else count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
+    )
+    return nll / total_weight, (correct / total_weight, usage_LM)
+
+  return loss
+
+
+def count_rows(row_LBTR: Array, weight_BT: Array, knowledge_num: int) -> Array:
+  """Returns how often each layer read each row at positions that are not padding: int32 (L, M)."""
+  n_layers = row_LBTR.shape[0]
+  read_LBTR = jnp.broadcast_to((weight_BT > 0)[None, :, :, None], row_LBTR.shape).astype(jnp.int32)
+  layer_L1 = jnp.arange(n_layers)[:, None]
+  counts_LM = jnp.zeros((n_layers, knowledge_num), jnp.int32)
+  return counts_LM.at[layer_L1, row_LBTR.reshape(n_layers, -1)].add(read_LBTR.reshape(n_layers, -1))
+
+
+def make_train_step(
+  config: Config,
+  graphdef: nnx.GraphDef,
+  optimizer: optax.GradientTransformation,
+  *,
+  pad_id: int,
+  attention: str,
+  total_steps: int,
+) -> TrainStep:
+  """Returns the update, not yet compiled.
+
+  It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
+  metrics: loss (nats a token), accuracy, grad_norm (before clipping), learning_rate, tokens (targets that are not
+  padding), finite, skipped, and usage_LM (int32 rows read, memory models only).
+  """
+  grad = jax.value_and_grad(make_loss(config, graphdef, pad_id, attention), has_aux=True)
+  schedule = learning_rate_schedule(config.train, total_steps)
+  use_dropout = config.model.dropout > 0
+
+  def accumulate(params: Params, batch: dict[str, Array], tokens: Array, step: Array) -> tuple:
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+    def add(sums: tuple, micro: tuple) -> tuple[tuple, None]:
+      index, rows = micro
+      micro_key = jax.random.fold_in(key, index) if use_dropout else None
+      (loss, aux), grads = grad(params, rows, tokens, micro_key)
+      return jax.tree.map(jnp.add, sums, (loss, aux, grads)), None
+
+    micros = (jnp.arange(len(batch['input'])), batch)
+    first = jax.tree.map(lambda x: x[0], micros)
+    (loss, aux), grads = jax.eval_shape(grad, params, first[1], tokens, key if use_dropout else None)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, aux, grads))
+    return jax.lax.scan(add, zeros, micros)[0]
+
+  def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    params = state['params']
+    tokens = jnp.sum(batch['target'] != pad_id)
+    loss, (accuracy, usage_LM), grads = accumulate(
+      params, batch, jnp.maximum(tokens, 1).astype(jnp.float32), state['step']
+    )
+    grad_norm = optax.global_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state['opt_state'], params)
+    new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
+    old = {'params': params, 'opt_state': state['opt_state']}
+    kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    skipped = jnp.where(finite, 0, state['skipped'] + 1)
+    metrics = {
+      'loss': loss,
+      'accuracy': accuracy,
+      'grad_norm': grad_norm,
+      'learning_rate': schedule(state['step'] - state['skipped_total']),
+      'tokens': tokens,
+      'finite': finite,
+      'skipped': skipped,
+    }
+    if usage_LM is not None:
+      metrics['usage_LM'] = usage_LM
+    return kept | {
+      'step': state['step'] + 1,
+      'skipped': skipped,
+      'skipped_total': state['skipped_total'] + (1 - finite.astype(jnp.int32)),
+    }, metrics
+
+  return train_step
