@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Fresh machine -> environment with the test extras, linter, whole fast suite. Arguments go to pytest.
+#   ./run_tests.sh -m slow          the full-size parity tests (minutes)
+set -euo pipefail
+cd "$(dirname "$0")"
+. scripts/environment.sh
+set_up_environment "test,torch"
+
+ruff check .
+ruff format --check .
+exec python -m pytest -q -n 2 "$@"

@@ -1,0 +1,34 @@
+"""Trains a model:   python train.py --config configs/exp_1_4_2.py [--config.section.field=value ...] [--workdir DIR]
+
+The same command on the same work directory goes on where it stopped. Exit codes: 0 done, 2 user error, 3 diverged,
+4 storage, 75 stopped by a signal after saving.
+"""
+
+import argparse
+from pathlib import Path
+
+
+def main() -> None:
+  """Flags -> config -> fit -> report."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', required=True, help='a config file, such as configs/exp_1_4_2.py')
+  parser.add_argument('--workdir', help='where the run lives (default: out/<experiment>)')
+  parser.add_argument(
+    '--allow_config_change', action='store_true', help='resume with other schedule settings (train.*)'
+  )
+  args, overrides = parser.parse_known_args()
+
+  from mmjax.config import load_config  # after the flags are read: --help should not wait for JAX
+  from mmjax.tools.report import write_report
+  from mmjax.training.loop import fit
+
+  config = load_config(args.config, overrides)
+  workdir = Path(args.workdir or f'out/{config.experiment}')
+  fit(config, workdir, allow_config_change=args.allow_config_change)
+  print(f'Report: {write_report(workdir)}')
+
+
+if __name__ == '__main__':
+  from mmjax.errors import run_command
+
+  run_command(main)
