@@ -10,9 +10,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
   """Returns a fresh config that an experiment may change."""
   config = ConfigDict()
-  config.experiment = (
-    'base'  # name of the run; the work directory is out/<experiment> unless --workdir is given
-  )
+  config.experiment = 'base'  # the run's name; its work directory is out/<experiment> unless --workdir says otherwise
   config.seed = 0  # initial weights, dropout and the order of the rows
 
   model = config.model = ConfigDict()
@@ -20,9 +18,7 @@ def get_config() -> ConfigDict:
   model.dim = 512  # D: width of the residual stream
   model.n_layers = 8
   model.n_heads = 32  # N: query heads, each dim / n_heads wide
-  model.n_kv_heads = (
-    8  # K: key and value heads; divides n_heads. Not in the record: 8 gives its parameter count
-  )
+  model.n_kv_heads = 8  # K: key and value heads; the record does not say, 8 gives its parameter count
   model.max_seq_len = 512  # T: positions in a row
   model.norm_eps = 1e-5
   model.rope_theta = 1e6
@@ -38,9 +34,7 @@ def get_config() -> ConfigDict:
   memory.bank_std = 1.0  # standard deviation of its values
 
   data = config.data = ConfigDict()
-  data.train_files = (
-    ''  # comma-separated paths or globs of .jsonl and .txt, plain, .gz or .xz; '': embedded corpus
-  )
+  data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
   data.valid_files = ''  # the same, held out; '': every 1 / valid_fraction-th training document
   data.valid_fraction = 0.01  # share of training documents held out when there are no valid_files
   data.text_key = 'text'  # key of the text in a jsonl line
@@ -73,9 +67,7 @@ def get_config() -> ConfigDict:
   runtime = config.runtime = ConfigDict()
   runtime.data_devices = 0  # mesh axis over the batch; 0: all devices that row_devices leaves
   runtime.row_devices = 1  # mesh axis over the rows of the bank (and the batch)
-  runtime.attention = (
-    'auto'  # 'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA in bf16, blocked on one CPU
-  )
+  runtime.attention = 'auto'  # 'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU
   runtime.remat = 'none'  # 'block' recomputes each block in the backward pass: less memory, more time
   runtime.compilation_cache_dir = ''  # keep compiled steps here between runs; '': off
   return config

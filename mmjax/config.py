@@ -186,9 +186,7 @@ def check_config(config: Config) -> None:
   flat = flatten(config.to_dict())
   for name, choices in CHOICES.items():
     if flat[name] not in choices:
-      raise UserError(
-        f'{name}={flat[name]!r} must be one of {", ".join(choices)}{_nearest(flat[name], choices)}'
-      )
+      raise UserError(f'{name}={flat[name]!r} must be one of {", ".join(choices)}{_nearest(flat[name], choices)}')
   for name, least in AT_LEAST.items():
     if not (math.isfinite(flat[name]) and flat[name] >= least):
       raise UserError(f'{name}={flat[name]} must be a finite number of at least {least}')
@@ -215,9 +213,7 @@ def _check_model(model: ModelConfig) -> None:
     )
   c = model.n_sub_keys
   if c * c != model.knowledge_num:
-    raise UserError(
-      f'model.knowledge_num={model.knowledge_num} must be a square; nearest: {c * c} and {(c + 1) ** 2}'
-    )
+    raise UserError(f'model.knowledge_num={model.knowledge_num} must be a square; nearest: {c * c} and {(c + 1) ** 2}')
   if model.knowledge_dim % 2:
     raise UserError(
       f'model.knowledge_dim={model.knowledge_dim} must be even: it is two halves; nearest: {model.knowledge_dim + 1}'
@@ -265,9 +261,7 @@ def _read_config_file(path: str) -> ConfigDict:
 def _apply_override(settings: ConfigDict, override: str) -> None:
   name, equals, text = override.removeprefix('--config.').partition('=')
   if not override.startswith('--config.') or not equals:
-    raise UserError(
-      f'argument {override!r} is not understood; overrides look like --config.train.batch_size=32'
-    )
+    raise UserError(f'argument {override!r} is not understood; overrides look like --config.train.batch_size=32')
   flat = flatten(settings.to_dict())
   if name not in flat:
     raise UserError(f'no setting {name!r}{_nearest(name, flat)}')

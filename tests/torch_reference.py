@@ -1,14 +1,14 @@
 """The PyTorch models that mmjax must reproduce: experiments 1.4.0 to 1.4.3 and the mixture of experts.
 
-A compact port, for the tests only. It computes what the original PyTorch code computes, under the same parameter
-names and with torch's default initialisation, so that a state dict of one loads into the other. Three things
-differ in form alone: attention is always the fused one, there are no `mask` and `pos_cis` buffers, and `forward`
-returns a tuple.
+A compact port, for the tests only. It computes what the original PyTorch code computes, under the same
+parameter names and with torch's default initialisation, so that a state dict of one loads into the other.
+Three things differ in form alone: attention is always the fused one, there are no `mask` and `pos_cis`
+buffers, and `forward` returns a tuple.
 
-Experiment 1.4.1 survives as a description ("cross attention; queries from the attention output, keys and values
-projected from the selected rows"), not as code. `CrossAttentionMemory` is the plain reading of it: for every
-token, multi-head attention with as many heads as self-attention has, over that token's R selected rows, without
-positions; the gate's scores are not used, as in 1.4.2.   Axis letters: see mmjax/model.
+Experiment 1.4.1 survives as a description ("cross attention; queries from the attention output, keys and
+values projected from the selected rows"), not as code. `CrossAttentionMemory` is the plain reading of it: for
+every token, multi-head attention with as many heads as self-attention has, over that token's R selected rows,
+without positions; the gate's scores are not used, as in 1.4.2.   Axis letters: see mmjax/model.
 """
 
 import dataclasses
@@ -295,9 +295,9 @@ def next_token_distribution(
 ) -> Tensor:
   """The distribution the next token is drawn from.
 
-  Logits of `seen` tokens are divided by `penalty`, the negative ones too (which raises them). Temperature 0 is
-  1e-9, which leaves all probability on the largest. Sorted by probability, those tokens stay whose predecessors
-  hold at most `top_p`.
+  Logits of `seen` tokens are divided by `penalty`, the negative ones too (which raises them). Temperature 0
+  is 1e-9, which leaves all probability on the largest. Sorted by probability, those tokens stay whose
+  predecessors hold at most `top_p`.
   """
   logits_V = logits_V.clone()
   logits_V[list(set(seen))] /= penalty

@@ -66,9 +66,7 @@ class Block(nnx.Module):
     dtype: DTypeLike,
   ) -> tuple[Array, LayerCache]:
     """Returns the float32 residual stream of new tokens and the updated cache."""
-    h_attn_BTD, cache = self.attention.decode(
-      self.attention_norm(x_BTD), angle_BTh, cache, position_BT, dtype
-    )
+    h_attn_BTD, cache = self.attention.decode(self.attention_norm(x_BTD), angle_BTh, cache, position_BT, dtype)
     h_BTD = x_BTD + h_attn_BTD
     delta_BTD, _ = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype)
     return h_BTD + delta_BTD, cache
@@ -137,9 +135,7 @@ class LM(nnx.Module):
       hidden_BTD in `dtype`, and the filled cache.
     """
     out, kvs = self._run(tokens_BT, None, dtype, attention, 'none', None)
-    filled = jax.tree.map(
-      lambda c, kv: jax.lax.dynamic_update_slice(c, kv.astype(c.dtype), (0,) * 4), cache, kvs
-    )
+    filled = jax.tree.map(lambda c, kv: jax.lax.dynamic_update_slice(c, kv.astype(c.dtype), (0,) * 4), cache, kvs)
     return out.hidden_BTD, filled
 
   def decode(

@@ -23,9 +23,7 @@ def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedu
   if not train.warmup_steps:
     return cosine
   # From 1/warmup, not from 0: the first update moves the parameters too.
-  warmup = optax.linear_schedule(
-    train.learning_rate / train.warmup_steps, train.learning_rate, train.warmup_steps - 1
-  )
+  warmup = optax.linear_schedule(train.learning_rate / train.warmup_steps, train.learning_rate, train.warmup_steps - 1)
   return optax.join_schedules([warmup, cosine], [train.warmup_steps])
 
 

@@ -71,9 +71,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
     nll, correct = cross_entropy_sums(
       out.hidden_BTD, model.embedding[...].astype(dtype), rows['target'], weight_BT, chunk
     )
-    usage_LM = (
-      None if out.row_LBTR is None else count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
-    )
+    usage_LM = None if out.row_LBTR is None else count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
     return nll / total_weight, (correct / total_weight, usage_LM)
 
   return loss

@@ -23,9 +23,7 @@ class DenseFFN(nnx.Module):
     self.up = Linear(config.dim, hidden, rngs=rngs)
     self.down = Linear(hidden, config.dim, rngs=rngs)
 
-  def __call__(
-    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike
-  ) -> SublayerOutput:
+  def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
     x_BTD = self.norm(h_BTD)
     z_BTF = jax.nn.silu(self.gate(x_BTD, dtype)) * self.up(x_BTD, dtype)

@@ -45,9 +45,7 @@ class GatedMemoryFusion(nnx.Module):
     self.gate = ProductKeyGate(config, rngs=rngs)
     self.fusion = GatedFusion(config, rngs=rngs)
 
-  def __call__(
-    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike
-  ) -> SublayerOutput:
+  def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
     assert bank_MP is not None
     m_BTD = self.norm(h_attn_BTD)

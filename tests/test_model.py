@@ -1,0 +1,199 @@
+"""The model: its sizes, its start, what each part computes, and what it must not see."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.config import load_config
+from mmjax.model.layers import RMSNorm, apply_rope, dropout, rope_angles
+from mmjax.model.lm import abstract_params, build_model, count_params, init_cache, init_params
+from tests.helpers import random_batch, tiny_config
+
+
+@pytest.mark.parametrize(
+  ('experiment', 'overrides', 'total', 'without_bank'),
+  [
+    ('exp_1_4_2', [], 32_383_488, 23_994_880),
+    ('exp_1_4_2', ['--config.model.n_kv_heads=2'], 31_597_056, 23_208_448),
+    ('exp_1_4_0', [], 25_829_888, 25_829_888),
+  ],
+)
+def test_parameter_counts_are_the_records(experiment, overrides, total, without_bank):
+  config = load_config(f'configs/{experiment}.py', overrides)
+  assert count_params(abstract_params(config)) == (total, without_bank)
+
+
+def test_initial_values_follow_torch_defaults():
+  config = tiny_config(model__dim=64, model__n_heads=4, model__knowledge_num=4096)
+  params = init_params(config)
+  layer = params['layers'][0]
+  width = config.model.dim + config.model.num_selected * config.model.knowledge_dim
+  for values, fan_in in (
+    (params['embedding'], 64),
+    (layer['attention']['wq']['kernel'], 64),
+    (layer['sublayer']['fusion']['up']['kernel'], width),
+    (layer['sublayer']['gate']['query']['kernel'], 64),
+  ):
+    bound = fan_in**-0.5
+    assert np.abs(values).max() <= bound
+    assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.1)  # of U(-bound, bound)
+  for values in (params['memory_bank'], layer['sublayer']['gate']['keys']):
+    assert values.std() == pytest.approx(1.0, rel=0.1)
+  assert (params['norm']['scale'] == 1).all()
+  assert not np.array_equal(layer['attention']['wq']['kernel'], params['layers'][1]['attention']['wq']['kernel'])
+
+
+def test_bank_std_scales_the_bank():
+  small, normal = init_params(tiny_config(memory__bank_std=0.1)), init_params(tiny_config())
+  np.testing.assert_allclose(small['memory_bank'], 0.1 * normal['memory_bank'], rtol=1e-6)
+
+
+def test_rms_norm_equals_float64():
+  x = np.random.default_rng(0).normal(size=(3, 5, 32)).astype(np.float32)
+  want = x / np.sqrt((x.astype(np.float64) ** 2).mean(-1, keepdims=True) + 1e-5)
+  norm = RMSNorm(32, 1e-5)
+  np.testing.assert_allclose(norm(jnp.array(x)), want, rtol=1e-5)
+  assert norm(jnp.array(x, jnp.bfloat16)).dtype == jnp.float32
+
+
+def test_rope_equals_complex_rotation_of_interleaved_pairs():
+  x = np.random.default_rng(0).normal(size=(2, 7, 3, 8)).astype(np.float32)
+  frequency = 1e6 ** (-np.arange(0, 8, 2) / 8)
+  turn = np.exp(1j * np.arange(7)[:, None] * frequency)[None, :, None, :]
+  want = (x[..., 0::2] + 1j * x[..., 1::2]) * turn
+  got = np.asarray(apply_rope(jnp.array(x), rope_angles(jnp.arange(7)[None], 8, 1e6)))
+  np.testing.assert_allclose(got[..., 0::2], want.real, atol=1e-5)
+  np.testing.assert_allclose(got[..., 1::2], want.imag, atol=1e-5)
+
+
+@pytest.mark.parametrize('sublayer', ['gated_fusion', 'dense'])
+def test_whole_model_equals_a_second_numpy_route(sublayer):
+  config = tiny_config(model__sublayer=sublayer)
+  graphdef, params = build_model(config)
+  tokens = np.asarray(random_batch(config)['input'][0])
+  model = nnx.merge(graphdef, params)
+  out = model(jnp.array(tokens))
+  want, rows = numpy_forward(config.model, jax.tree.map(lambda x: np.asarray(x, np.float64), params), tokens)
+  np.testing.assert_allclose(model.logits(out.hidden_BTD), want, atol=2e-5)
+  if sublayer == 'gated_fusion':
+    np.testing.assert_array_equal(out.row_LBTR, rows)
+  else:
+    assert out.row_LBTR is None
+
+
+def numpy_forward(model, params, tokens):
+  """The block of experiment 1.4.2 or 1.4.0 in float64, all M scores and the concatenation built."""
+  B, T = tokens.shape
+  silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
+  norm = lambda x, p: x / np.sqrt((x**2).mean(-1, keepdims=True) + model.norm_eps) * p['scale']  # noqa: E731
+  x, rows = params['embedding'][tokens], []
+  turn = np.exp(1j * np.arange(T)[:, None] * model.rope_theta ** (-np.arange(0, model.head_dim, 2) / model.head_dim))
+  for layer in params['layers'].values():
+    a, z = layer['attention'], norm(x, layer['attention_norm'])
+    heads = []
+    for n in range(model.n_heads):
+      k = n // (model.n_heads // model.n_kv_heads)
+      part = lambda w, i: (z @ w['kernel'])[..., i * model.head_dim : (i + 1) * model.head_dim]  # noqa: B023, E731
+      q, key = part(a['wq'], n), part(a['wk'], k)
+      q, key = ((y[..., 0::2] + 1j * y[..., 1::2]) * turn for y in (q, key))
+      scores = (q @ np.conj(key).transpose(0, 2, 1)).real * model.head_dim**-0.5
+      scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
+      weights = np.exp(scores - scores.max(-1, keepdims=True))
+      heads.append(weights / weights.sum(-1, keepdims=True) @ part(a['wv'], k))
+    h_attn = np.concatenate(heads, -1) @ a['wo']['kernel']
+    h, s = x + h_attn, layer['sublayer']
+    if 'fusion' in s:
+      m = norm(h_attn, s['norm'])
+      q = (m @ s['gate']['query']['kernel']).reshape(B, T, 2, -1)
+      first, second = (q[:, :, i] @ s['gate']['keys'][i].T for i in range(2))
+      scores = (first[..., :, None] + second[..., None, :]).reshape(B, T, -1)
+      row = np.argsort(-scores, axis=-1, kind='stable')[..., : model.num_selected]
+      rows.append(row)
+      z = np.concatenate([m, params['memory_bank'][row].reshape(B, T, -1)], -1)
+      s = s['fusion']
+    else:
+      z = norm(h, s['norm'])
+    x = h + (silu(z @ s['gate']['kernel']) * (z @ s['up']['kernel'])) @ s['down']['kernel']
+  return norm(x, params['norm']) @ params['embedding'].T, np.array(rows)
+
+
+@pytest.mark.parametrize('sublayer', ['gated_fusion', 'dense'])
+def test_logits_do_not_depend_on_later_tokens(sublayer):
+  config = tiny_config(model__sublayer=sublayer)
+  graphdef, params = build_model(config)
+
+  def logit_sum(x_BTD):
+    model = nnx.merge(graphdef, {**params, 'embedding': x_BTD[0]})
+    return model(jnp.arange(16)[None]).hidden_BTD[0, 7].sum()
+
+  gradient = jax.grad(logit_sum)(params['embedding'][None])[0]
+  assert (np.abs(gradient[:8]).sum(-1) > 0).all()
+  assert (gradient[8:] == 0).all()
+
+
+def test_segments_are_computed_as_if_alone():
+  config = tiny_config()
+  graphdef, params = build_model(config)
+  model = nnx.merge(graphdef, params)
+  tokens = random_batch(config)['input'][0]
+  segment = jnp.broadcast_to(jnp.array([0] * 5 + [1] * 11), tokens.shape)
+  together = model(tokens, segment)
+  alone = model(tokens[:, :5])
+  np.testing.assert_allclose(together.hidden_BTD[:, :5], alone.hidden_BTD, atol=1e-5)
+  # RoPE is relative: the second segment, moved to the start, gives the same.
+  np.testing.assert_allclose(together.hidden_BTD[:, 5:], model(tokens[:, 5:]).hidden_BTD, atol=1e-4)
+  assert not np.allclose(model(tokens).hidden_BTD[:, 5:], together.hidden_BTD[:, 5:], atol=1e-2)
+
+
+@pytest.mark.parametrize('sublayer', ['gated_fusion', 'dense'])
+def test_cached_decoding_equals_whole_rows(sublayer):
+  config = tiny_config(model__sublayer=sublayer)
+  graphdef, params = build_model(config)
+  model = nnx.merge(graphdef, params)
+  tokens = random_batch(config)['input'][0]
+  whole = model(tokens).hidden_BTD
+  cache = init_cache(config.model, len(tokens), 20, jnp.float32)
+  start, cache = model.prefill(tokens[:, :6], cache, dtype=jnp.float32, attention='xla')
+  np.testing.assert_allclose(start, whole[:, :6], atol=1e-5)
+  # Rows at different positions: each goes on from its own length.
+  lengths = jnp.array([6, 3, 4, 1])
+  for step in range(8):
+    position = lengths + step
+    token = jnp.take_along_axis(tokens, position[:, None], axis=1)
+    hidden, cache = model.decode(token, cache, position, dtype=jnp.float32)
+    want = jnp.take_along_axis(whole, position[:, None, None], axis=1)
+    np.testing.assert_allclose(hidden, want, atol=1e-5)
+
+
+def test_remat_changes_neither_loss_nor_gradient():
+  config = tiny_config()
+  graphdef, params = build_model(config)
+  tokens = random_batch(config)['input'][0]
+
+  def total(params, remat):
+    return (nnx.merge(graphdef, params)(tokens, remat=remat).hidden_BTD ** 3).sum()
+
+  plain, again = (jax.grad(total)(params, remat) for remat in ('none', 'block'))
+  for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_zeroes_its_share_and_keeps_the_mean():
+  x = jnp.ones((100, 100))
+  dropped = dropout(x, 0.25, jax.random.key(0))
+  assert float((dropped == 0).mean()) == pytest.approx(0.25, abs=0.02)
+  assert float(dropped.mean()) == pytest.approx(1.0, abs=0.03)
+  assert dropout(x, 0.25, None) is x
+
+
+def test_init_is_a_function_of_the_seed():
+  config = tiny_config()
+  first, again = init_params(config), init_params(config)
+  other = init_params(dataclasses.replace(config, seed=1))
+  assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
+  assert not np.array_equal(first['memory_bank'], other['memory_bank'])
