@@ -1,0 +1,123 @@
+"""Files of named tensors: safetensors, and PyTorch's zip files (.pth, .pt) where torch is installed.
+
+A file may come from anywhere: nothing in it is executed, and only plain floating tensors are accepted. The header of
+a safetensors file is checked by its library.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from mmjax.errors import StorageError, UserError
+from mmjax.interop.names import is_buffer
+from mmjax.interop.torch_files import DTYPES, read_torch, save_torch
+
+TORCH_SUFFIXES = ('.pth', '.pt')
+SUFFIXES = ('.safetensors', *TORCH_SUFFIXES)
+_SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'F64': 'float64'}
+
+
+def check_suffix(path: Path) -> None:
+  """Raises UserError if the name does not say which format the file has."""
+  if path.suffix not in SUFFIXES:
+    raise UserError(f'{str(path)!r} must end in one of {", ".join(SUFFIXES)}')
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+  """Reads every tensor of a file, under the names it has there; known buffers are left out.
+
+  Args:
+    path: ends in .safetensors, .pth or .pt. If `<path>.sha256` is there, the file must have that hash.
+
+  Returns:
+    name -> array of float32, float16, bfloat16 or float64.
+
+  Raises:
+    UserError: if the file is missing, damaged, altered, or holds anything but floating tensors.
+  """
+  check_suffix(path)
+  if not path.is_file():
+    raise UserError(f'no file {str(path)!r}')
+  _check_sha256(path)
+  tensors = read_torch(path) if path.suffix in TORCH_SUFFIXES else _read_safetensors(path)
+  if not tensors:
+    raise UserError(f'{path}: no tensors in this file')
+  return tensors
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+  """Writes a file of tensors and `<path>.sha256` beside it; the file appears whole or not at all.
+
+  Args:
+    path: ends in .safetensors, .pth or .pt.
+    tensors: name -> floating array.
+
+  Returns:
+    The sha256, as hexadecimal digits.
+
+  Raises:
+    UserError: if there is such a file already, or torch is needed and missing. StorageError: if it cannot be written.
+  """
+  check_suffix(path)
+  if path.exists():
+    raise UserError(f'{str(path)!r} is there already; remove it or choose another name')
+  save = save_torch if path.suffix in TORCH_SUFFIXES else _save_safetensors
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.writing-') as scratch:
+      whole = Path(scratch) / path.name
+      save(tensors, whole)
+      digest = _sha256(whole)
+      _sha256_path(path).write_text(f'{digest}  {path.name}\n')
+      os.replace(whole, path)
+  except OSError as error:
+    raise StorageError(f'{str(path)!r} cannot be written: {error}') from error
+  return digest
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+  tensors = {}
+  try:
+    with safe_open(path, framework='numpy') as file:
+      for name in file.keys():  # noqa: SIM118 - not a dict
+        if is_buffer(name):
+          continue
+        dtype = file.get_slice(name).get_dtype()
+        if dtype not in _SAFETENSORS_DTYPES:
+          raise UserError(f'{path}: tensor {name[:80]!r} is {dtype}, must be one of {", ".join(DTYPES)}')
+        tensors[name] = file.get_tensor(name)
+  except (SafetensorError, OSError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    raise UserError(f'{path}: not a whole safetensors file: {error}') from error
+  return tensors
+
+
+def _save_safetensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+  # save_file writes the memory of an array whatever its strides are.
+  save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+
+
+def _sha256_path(path: Path) -> Path:
+  return path.with_name(path.name + '.sha256')
+
+
+def _sha256(path: Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def _check_sha256(path: Path) -> None:
+  beside = _sha256_path(path)
+  if not beside.is_file():
+    return
+  expected = beside.read_text(errors='replace').split(maxsplit=1)[:1]
+  found = _sha256(path)
+  if expected != [found]:
+    raise UserError(f'{path}: sha256 is {found}, {beside.name} says {(expected or ["nothing"])[0][:64]}')

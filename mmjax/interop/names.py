@@ -1,0 +1,176 @@
+"""The names of every parameter: as the PyTorch code calls it, and where mmjax keeps it.
+
+One table, read in both directions. A parameter that ends in `kernel` is a linear layer's: (in, out) here, (out, in)
+there. Nothing else about the values differs, so a round trip is exact.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from mmjax.config import ModelConfig
+from mmjax.errors import UserError
+from mmjax.model.lm import Params
+from mmjax.model.sublayers import SUBLAYERS
+
+ROOT = {'tok_embeddings.weight': 'embedding', 'norm.weight': 'norm/scale'}
+BANK = {'memory_bank': 'memory_bank'}
+BLOCK = {  # below layers.N and layers/N
+  'attention_norm.weight': 'attention_norm/scale',
+  'attention.wq.weight': 'attention/wq/kernel',
+  'attention.wk.weight': 'attention/wk/kernel',
+  'attention.wv.weight': 'attention/wv/kernel',
+  'attention.wo.weight': 'attention/wo/kernel',
+}
+GATE = {
+  'memory_norm.weight': 'sublayer/norm/scale',
+  'memory_gate.gate_proj.weight': 'sublayer/gate/query/kernel',
+  'memory_gate.keys': 'sublayer/gate/keys',
+}
+SUBLAYER = {
+  'dense': {
+    'ffn_norm.weight': 'sublayer/norm/scale',
+    'feed_forward.w1.weight': 'sublayer/gate/kernel',
+    'feed_forward.w3.weight': 'sublayer/up/kernel',
+    'feed_forward.w2.weight': 'sublayer/down/kernel',
+  },
+  'gated_fusion': GATE
+  | {
+    'gated_memory_fusion.gate_proj.weight': 'sublayer/fusion/gate/kernel',
+    'gated_memory_fusion.up_proj.weight': 'sublayer/fusion/up/kernel',
+    'gated_memory_fusion.down_proj.weight': 'sublayer/fusion/down/kernel',
+  },
+}
+TIED = 'output.weight'  # the PyTorch code's second name of tok_embeddings.weight
+
+_BUFFER = re.compile(r'pos_cis|layers\.\d+\.attention\.mask')
+_NAME = re.compile(r'\w+(\.\w+)*', re.ASCII)
+
+
+def paths(model: ModelConfig) -> dict[str, str]:
+  """Returns PyTorch's name -> path here ('layers/0/attention/wq/kernel') of every parameter of a model."""
+  table = ROOT | (BANK if SUBLAYERS[model.sublayer].uses_bank else {})
+  for layer in range(model.n_layers):
+    for name, path in (BLOCK | SUBLAYER[model.sublayer]).items():
+      table[f'layers.{layer}.{name}'] = f'layers/{layer}/{path}'
+  return table
+
+
+def to_tensors(params: Params, model: ModelConfig) -> dict[str, np.ndarray]:
+  """Turns parameters (or their gradients) into PyTorch's state dict; `output.weight` is left to the writer.
+
+  Args:
+    params: nested dict of arrays; any floating dtype, kept.
+    model: the sizes they have.
+
+  Returns:
+    name -> array in PyTorch's shape.
+  """
+  return {name: _turned(path, np.asarray(_get(params, path))) for name, path in paths(model).items()}
+
+
+def to_params(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> Params:
+  """Turns a checked state dict (see `check_accounted`) into parameters; dtypes are kept.
+
+  Args:
+    tensors: canonical PyTorch name -> array.
+    model: the sizes they have.
+
+  Returns:
+    Nested dict of numpy arrays.
+  """
+  params: Params = {}
+  for name, path in paths(model).items():
+    *parents, last = _keys(path)
+    place = params
+    for key in parents:
+      place = place.setdefault(key, {})
+    place[last] = _turned(path, tensors[name])
+  return params
+
+
+def torch_shapes(abstract_params: Params, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+  """Returns name -> shape that a state dict of this model has; needs shapes only, no values."""
+  shapes = {name: (path, tuple(_get(abstract_params, path).shape)) for name, path in paths(model).items()}
+  return {name: shape[::-1] if path.endswith('kernel') else shape for name, (path, shape) in shapes.items()}
+
+
+def short_name(name: str) -> str:
+  """Drops what wrappers put into names: `module.` (DataParallel) in front, `_orig_mod` (torch.compile) anywhere."""
+  parts = [part for part in name.split('.') if part != '_orig_mod']
+  while parts and parts[0] == 'module':
+    parts = parts[1:]
+  return '.'.join(parts)
+
+
+def is_buffer(name: str) -> bool:
+  """Tells whether a tensor is one that the PyTorch code may have saved but computes anew: pos_cis or a mask."""
+  return bool(_BUFFER.fullmatch(short_name(name)))
+
+
+def canonical(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.ndarray]:
+  """Drops wrappers' prefixes, the known buffers and the second name of the tied embedding.
+
+  Args:
+    tensors: as read from a file.
+    source: the file, for messages.
+
+  Returns:
+    Canonical name -> array.
+
+  Raises:
+    UserError: if a name is malformed, two names become one, or the tied weights differ.
+  """
+  found: dict[str, np.ndarray] = {}
+  for name, value in tensors.items():
+    if not _NAME.fullmatch(name):
+      raise UserError(f'{source}: tensor name {name[:80]!r} must be letters, digits and _ between single dots')
+    short = short_name(name)
+    if short in found:
+      raise UserError(f'{source}: two tensors are called {short!r} without their prefixes')
+    if not is_buffer(short):
+      found[short] = value
+  if TIED in found:
+    head = found.pop(TIED)
+    embedding = found.setdefault('tok_embeddings.weight', head)
+    if embedding.shape != head.shape or embedding.dtype != head.dtype or embedding.tobytes() != head.tobytes():
+      raise UserError(f'{source}: tok_embeddings.weight and output.weight differ; here they are one parameter')
+  return found
+
+
+def check_accounted(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], source: str) -> None:
+  """Compares the shapes a file has with those a model needs.
+
+  Raises:
+    UserError: listing every missing, unexpected and wrongly shaped tensor.
+  """
+  problems = list(_problems(found, expected))
+  if problems:
+    raise UserError('\n  '.join([f'{source}: {len(problems)} tensors do not fit the model:', *problems]))
+
+
+def _problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+  for name in sorted(expected.keys() - found.keys()):
+    yield f'missing {name} {expected[name]}'
+  for name in sorted(found.keys() - expected.keys()):
+    yield f'unexpected {name} {found[name]}'
+  for name in sorted(expected.keys() & found.keys()):
+    if found[name] != expected[name]:
+      yield f'{name} is {found[name]}, must be {expected[name]}'
+
+
+def _turned(path: str, value: np.ndarray) -> np.ndarray:
+  return np.ascontiguousarray(value.T) if path.endswith('kernel') else value
+
+
+def _keys(path: str) -> list[str | int]:
+  return [int(key) if key.isdigit() else key for key in path.split('/')]
+
+
+def _get(params: Params, path: str) -> Any:
+  value: Any = params
+  for key in _keys(path):
+    value = value[key]
+  return value

@@ -1,0 +1,114 @@
+"""PyTorch's zip files (.pth, .pt), read without running anything in them. Torch is imported only when asked for one.
+
+The file goes through torch's restricted unpickler (`weights_only=True`), memory-mapped, so that no record is read
+beyond the file's end and none is decompressed. Only plain floating tensors are accepted.
+"""
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mmjax.errors import UserError
+from mmjax.interop.names import is_buffer
+
+DTYPES = ('float32', 'float16', 'bfloat16', 'float64')
+NESTED = ('model', 'state_dict')  # keys under which training scripts keep the state dict
+
+
+def read_torch(path: Path) -> dict[str, np.ndarray]:
+  """Reads a .pth without running anything in it; see mmjax.interop.files.read_tensors."""
+  torch = _import_torch()
+  _check_zip(path)
+  unsafe = _unsafe_globals(torch, path)
+  if unsafe:
+    raise UserError(f'{path}: holds {", ".join(unsafe)}, not only tensors; nothing in it was run, nothing is imported')
+  try:
+    content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+  except Exception as error:  # noqa: BLE001 - a damaged pickle makes the unpickler raise anything
+    raise UserError(f'{path}: not a whole PyTorch file: {_first_line(error)}') from error
+  state = _state_dict(content, path)
+  return {name: _to_numpy(torch, name, value, path) for name, value in state.items() if not is_buffer(name)}
+
+
+def save_torch(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+  """Writes a .pth that `load_state_dict(torch.load(path))` takes."""
+  torch = _import_torch()
+  torch.save({name: _to_torch(torch, value) for name, value in tensors.items()}, path)
+
+
+def _import_torch() -> Any:
+  try:
+    import torch
+  except ImportError as error:
+    raise UserError("reading and writing .pth needs torch: pip install 'mmjax[torch]', or use .safetensors") from error
+  return torch
+
+
+def _check_zip(path: Path) -> None:
+  """Refuses archives that torch.save does not write: compressed, overlapping or with paths that leave them."""
+  try:
+    with zipfile.ZipFile(path) as archive:
+      entries = archive.infolist()
+  except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+    raise UserError(f'{path}: not a PyTorch zip file; re-save older ones with torch.save(state_dict, PATH)') from error
+  for entry in entries:
+    if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+      raise UserError(f'{path}: record {entry.filename[:80]!r} is compressed, which torch.save never does')
+    if '..' in entry.filename.split('/') or entry.filename.startswith('/'):
+      raise UserError(f'{path}: record {entry.filename[:80]!r} leaves the archive')
+  if sum(entry.file_size for entry in entries) > path.stat().st_size:
+    raise UserError(f'{path}: its records overlap, which torch.save never does')
+
+
+def _unsafe_globals(torch: Any, path: Path) -> list[str]:
+  """Lists what the pickle would import beyond tensors, without running it."""
+  try:
+    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+  except Exception as error:  # noqa: BLE001 - a damaged pickle makes the disassembler raise anything
+    raise UserError(f'{path}: not a whole PyTorch file: {_first_line(error)}') from error
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Any]:
+  for key in NESTED:
+    if isinstance(content, dict) and isinstance(content.get(key), dict):
+      others = [str(other)[:80] for other in content if other != key]
+      if others:
+        raise UserError(
+          f'{path}: holds {", ".join(others)} beside {key!r}; re-save the weights alone: '
+          f'torch.save(checkpoint[{key!r}], PATH)'
+        )
+      content = content[key]
+  if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+    raise UserError(f'{path}: holds a {type(content).__name__}, must be a dict of named tensors')
+  return content
+
+
+def _to_numpy(torch: Any, name: str, value: Any, path: Path) -> np.ndarray:
+  where = f'{path}: {name[:80]!r}'
+  if type(value) not in (torch.Tensor, torch.nn.Parameter):
+    raise UserError(f'{where} is a {type(value).__name__}, not a tensor')
+  dtype = str(value.dtype).removeprefix('torch.')
+  if dtype not in DTYPES or value.layout != torch.strided or value.device.type != 'cpu':
+    raise UserError(f'{where} is {dtype}, {value.layout}, on {value.device}; must be dense and {" or ".join(DTYPES)}')
+  # An expanded tensor of a few bytes may claim any shape.
+  if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+    raise UserError(f'{where} claims {tuple(value.shape)}, more than the file holds')
+  value = value.detach().contiguous()
+  if dtype == 'bfloat16':  # numpy has no such type of its own
+    return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+  return value.numpy().copy()  # leaves the memory map
+
+
+def _to_torch(torch: Any, value: np.ndarray) -> Any:
+  value = np.array(value, order='C')
+  if value.dtype == ml_dtypes.bfloat16:
+    return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+  return torch.from_numpy(value)
+
+
+def _first_line(error: Exception) -> str:
+  return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ""}'
