@@ -1,0 +1,203 @@
+"""The train step against plain routes: one big batch, torch's AdamW in numpy, a closed-form schedule."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.model.lm import model_graph
+from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, path_name
+from mmjax.training.step import chunk_tokens, count_rows, init_state, make_loss, make_train_step
+from tests.helpers import random_batch, tiny_config
+
+STEPS = 10
+
+
+@functools.cache
+def compiled(config):
+  optimizer = make_optimizer(config, STEPS)
+  step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=STEPS)
+  return jax.jit(step), jax.jit(lambda: init_state(config, optimizer))()
+
+
+def run(config, n_steps, batches=None):
+  step, state = compiled(config)
+  losses = []
+  for i in range(n_steps):
+    state, metrics = step(state, batches[i] if batches else random_batch(config, seed=i))
+    losses.append(float(metrics['loss']))
+  return state, metrics, losses
+
+
+def named_leaves(tree):
+  return {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_first_loss_is_near_log_vocabulary_and_training_lowers_it():
+  config = tiny_config()
+  batch = random_batch(config)
+  _, _, losses = run(config, STEPS, [batch] * STEPS)
+  assert losses[0] == pytest.approx(math.log(config.model.vocab_size), abs=0.5)
+  assert losses[-1] < losses[0] - 1
+
+
+def test_gate_of_1_4_2_gets_no_gradient_and_never_moves():
+  config = tiny_config(train__weight_decay=0.5)
+  step, state = compiled(config)
+  rows = jax.tree.map(lambda x: x[0], random_batch(config))
+  loss = make_loss(config, model_graph(config), 0, 'xla')
+  gradients = named_leaves(jax.grad(loss, has_aux=True)(state['params'], rows, 1.0, None)[0])
+  trained, _, _ = run(config, 3)
+  before, after = named_leaves(state['params']), named_leaves(trained['params'])
+  mask = {path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(gets_gradient(config, state['params']))}
+  for name in before:
+    is_gate = '/gate/keys' in name or '/gate/query/' in name
+    assert mask[name] != is_gate, name
+    assert (np.abs(gradients[name]).max() == 0) == is_gate, name
+    assert np.array_equal(before[name], after[name]) == is_gate, name
+  assert sum('gate/keys' in name for name in before) == config.model.n_layers
+
+
+def test_accumulated_micro_batches_equal_one_big_batch():
+  many = tiny_config(train__accumulation_steps=4, train__batch_size=2)
+  one = tiny_config(train__accumulation_steps=1, train__batch_size=8)
+  batch = random_batch(many)
+  big = jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), batch)
+  (state_a, metrics_a, _), (state_b, metrics_b, _) = run(many, 1, [batch]), run(one, 1, [big])
+  for name in ('loss', 'grad_norm', 'accuracy', 'tokens'):
+    np.testing.assert_allclose(metrics_a[name], metrics_b[name], rtol=1e-5)
+  np.testing.assert_array_equal(metrics_a['usage_LM'], metrics_b['usage_LM'])
+  # Adam's first update is the gradient's sign: where a gradient is mere rounding, the signs may differ.
+  moments = zip(named_leaves(state_a['opt_state'][1].mu).items(), named_leaves(state_b['opt_state'][1].mu).items())
+  for (name, a), (_, b) in moments:
+    np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max()), err_msg=name)
+
+
+def test_padding_weighs_nothing():
+  config = tiny_config()
+  batch = random_batch(config)
+  padded = batch['target'] == 0
+  assert 0 < padded.sum() < padded.size / 2
+  other = batch | {'input': jnp.where(padded, 7, batch['input'])}  # what stands where the target is padding
+  (_, a, _), (_, b, _) = run(config, 1, [batch]), run(config, 1, [other])
+  assert int(a['tokens']) == (~padded).sum()
+  np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
+  np.testing.assert_array_equal(a['usage_LM'], b['usage_LM'])
+  reads = int(a['tokens']) * config.model.num_selected
+  assert a['usage_LM'].sum(axis=1).tolist() == [reads] * config.model.n_layers
+
+
+def test_loss_equals_log_softmax_over_all_logits():
+  config = tiny_config()
+  _, state = compiled(config)
+  rows = jax.tree.map(lambda x: x[0], random_batch(config))
+  model = nnx.merge(model_graph(config), state['params'])
+  logits = np.asarray(model.logits(model(rows['input']).hidden_BTD), np.float64)
+  nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(rows['target'])[..., None], -1)[..., 0]
+  keep = np.asarray(rows['target']) != 0
+  loss, _ = make_loss(config, model_graph(config), 0, 'xla')(state['params'], rows, jnp.float32(keep.sum()), None)
+  assert float(loss) == pytest.approx(nll[keep].mean(), rel=1e-5)
+
+
+def test_update_equals_torch_adamw_in_numpy():
+  config = tiny_config(train__weight_decay=0.1, train__grad_clip=0.05)
+  train = config.train
+  _, state = compiled(config)
+  loss = make_loss(config, model_graph(config), 0, 'xla')
+  grad = jax.jit(jax.grad(lambda p, b: sum(loss(p, jax.tree.map(lambda x: x[i], b), 64.0, None)[0] for i in (0, 1))))
+  params = {k: v.astype(np.float64) for k, v in named_leaves(state['params']).items()}
+  mean, square = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
+  batches = [random_batch(config, seed=i) for i in range(3)]
+  tokens = [float((b['target'] != 0).sum()) for b in batches]
+  tree = state['params']
+  for t, batch in enumerate(batches):
+    g = {k: v * 64.0 / tokens[t] for k, v in named_leaves(grad(tree, batch)).items()}
+    norm = math.sqrt(sum((v.astype(np.float64) ** 2).sum() for v in g.values()))
+    rate = 0.5 * train.learning_rate * (1 + math.cos(math.pi * t / STEPS))
+    for k in params:
+      if '/gate/keys' in k or '/gate/query/' in k:
+        continue
+      clipped = g[k] * min(1, train.grad_clip / norm)
+      mean[k] = train.beta1 * mean[k] + (1 - train.beta1) * clipped
+      square[k] = train.beta2 * square[k] + (1 - train.beta2) * clipped**2
+      params[k] *= 1 - rate * train.weight_decay
+      corrected = np.sqrt(square[k] / (1 - train.beta2 ** (t + 1))) + train.eps
+      params[k] -= rate * mean[k] / (1 - train.beta1 ** (t + 1)) / corrected
+    tree = jax.tree_util.tree_map_with_path(lambda p, _: jnp.array(params[path_name(p)], jnp.float32), tree)
+  trained, _, _ = run(config, 3, batches)
+  for name, value in named_leaves(trained['params']).items():
+    moved = np.abs(params[name] - named_leaves(state['params'])[name]).max()
+    # Adam turns rounding of a near-zero gradient into a step of the learning rate: compare in the mean.
+    assert np.abs(value - params[name]).mean() <= 1e-3 * max(moved, 1e-6), name
+
+
+def test_schedule_is_warmup_then_cosine_to_the_final_rate():
+  train = tiny_config(train__warmup_steps=4, train__learning_rate=0.8, train__final_learning_rate=0.08).train
+  schedule = learning_rate_schedule(train, 24)
+  np.testing.assert_allclose([schedule(i) for i in range(5)], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)
+  np.testing.assert_allclose(schedule(14), (0.8 + 0.08) / 2, rtol=1e-6)
+  np.testing.assert_allclose(schedule(24), 0.08, rtol=1e-6)
+  plain = learning_rate_schedule(tiny_config().train, 20)
+  np.testing.assert_allclose([plain(0), plain(10), plain(20)], [1e-2, 5e-3, 0], atol=1e-9)
+
+
+def test_non_finite_gradient_skips_the_update_and_is_counted():
+  config = tiny_config()
+  step, state = compiled(config)
+  state = jax.tree.map(lambda x: x, state)
+  broken = {**state, 'params': {**state['params'], 'norm': {'scale': state['params']['norm']['scale'] * jnp.inf}}}
+  after, metrics = step(broken, random_batch(config))
+  assert not metrics['finite'] and int(after['skipped']) == 1 and int(after['skipped_total']) == 1
+  assert int(after['step']) == 1
+  for part in ('params', 'opt_state'):
+    for a, b in zip(jax.tree.leaves(after[part]), jax.tree.leaves(broken[part]), strict=True):
+      np.testing.assert_array_equal(a, b)
+  healed, metrics = step({**after, 'params': state['params']}, random_batch(config))
+  assert metrics['finite'] and int(healed['skipped']) == 0 and int(healed['skipped_total']) == 1
+  assert float(metrics['learning_rate']) == pytest.approx(config.train.learning_rate)  # the schedule did not move
+
+
+def test_bf16_step_is_close_to_float32_and_keeps_float32_state():
+  exact, rough = tiny_config(), tiny_config(train__dtype='bfloat16')
+  batch = random_batch(exact)
+  (_, a, _), (state, b, _) = run(exact, 1, [batch]), run(rough, 1, [batch])
+  assert float(b['loss']) == pytest.approx(float(a['loss']), rel=1e-2)
+  assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
+
+
+def test_dropout_changes_the_loss_and_is_a_function_of_seed_and_step():
+  config = tiny_config(model__dropout=0.2)
+  batch = random_batch(config)
+  (_, _, a), (_, _, b), (_, _, plain) = run(config, 2, [batch] * 2), run(config, 2, [batch] * 2), run(tiny_config(), 1)
+  assert a == b and a[0] != plain[0]
+
+
+def test_dense_model_has_no_bank_metrics():
+  config = tiny_config(model__sublayer='dense')
+  _, metrics, _ = run(config, 1)
+  assert 'usage_LM' not in metrics
+
+
+def test_count_rows_equals_bincount():
+  rows = np.random.default_rng(0).integers(0, 9, (2, 3, 4, 5))
+  weight = np.random.default_rng(1).integers(0, 2, (3, 4))
+  got = count_rows(jnp.array(rows), jnp.array(weight, jnp.float32), 9)
+  for layer in range(2):
+    np.testing.assert_array_equal(got[layer], np.bincount(rows[layer][weight == 1].ravel(), minlength=9))
+
+
+def test_chunk_of_the_loss_keeps_logits_small():
+  assert chunk_tokens(64, 6400, 512) * 64 * 6400 <= 1 << 23
+  assert chunk_tokens(4, 300, 16) == 16
+  assert chunk_tokens(10**6, 10**6, 512) == 1
+
+
+def test_first_steps_give_the_golden_numbers():
+  """Golden: python -m pytest tests/test_step.py -k golden. Change them only with what is meant to change numbers."""
+  _, metrics, losses = run(tiny_config(), 3)
+  np.testing.assert_allclose(losses, [6.041910, 5.845805, 5.918069], rtol=1e-5)
+  assert float(metrics['grad_norm']) == pytest.approx(1.344173, rel=1e-4)
