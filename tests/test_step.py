@@ -2,6 +2,7 @@
 
 import functools
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +73,9 @@ def test_accumulated_micro_batches_equal_one_big_batch():
     np.testing.assert_allclose(metrics_a[name], metrics_b[name], rtol=1e-5)
   np.testing.assert_array_equal(metrics_a['usage_LM'], metrics_b['usage_LM'])
   # Adam's first update is the gradient's sign: where a gradient is mere rounding, the signs may differ.
-  moments = zip(named_leaves(state_a['opt_state'][1].mu).items(), named_leaves(state_b['opt_state'][1].mu).items())
+  moments = zip(
+    named_leaves(state_a['opt_state'][1].mu).items(), named_leaves(state_b['opt_state'][1].mu).items(), strict=True
+  )
   for (name, a), (_, b) in moments:
     np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max()), err_msg=name)
 
@@ -108,7 +111,12 @@ def test_update_equals_torch_adamw_in_numpy():
   train = config.train
   _, state = compiled(config)
   loss = make_loss(config, model_graph(config), 0, 'xla')
-  grad = jax.jit(jax.grad(lambda p, b: sum(loss(p, jax.tree.map(lambda x: x[i], b), 64.0, None)[0] for i in (0, 1))))
+
+  def batch_loss(tree, batch):
+    first, second = (jax.tree.map(operator.itemgetter(i), batch) for i in (0, 1))
+    return loss(tree, first, 64.0, None)[0] + loss(tree, second, 64.0, None)[0]
+
+  grad = jax.jit(jax.grad(batch_loss))
   params = {k: v.astype(np.float64) for k, v in named_leaves(state['params']).items()}
   mean, square = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
   batches = [random_batch(config, seed=i) for i in range(3)]
