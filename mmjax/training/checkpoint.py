@@ -1,0 +1,303 @@
+"""Checkpoints that are whole or not used: written by Orbax, verified leaf by leaf against a manifest.
+
+Orbax writes a step into a temporary directory and renames it when it is complete, so a directory named by a number
+was whole once. What Orbax does not notice is rot: a flipped bit restores as a wrong number. Therefore nothing is
+handed out before every leaf was compared with its checksum (mmjax/training/manifest.py). Parameters and the rest
+(optimizer state, counters) are two items of one step: written together, and readable apart.
+
+Saving is synchronous: the next train step donates the buffers, and an asynchronous write would report a full disk
+only one save later. Nothing is decided by intervals here; the caller says when to save.
+"""
+
+import errno
+import math
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
+
+from mmjax.errors import StorageError, UserError
+from mmjax.training.manifest import CorruptError, build_manifest, check_fits, read_manifest, verify
+from mmjax.training.rundir import atomic_write_text
+
+KEEP_LAST = 2
+NEWEST = 'newest'  # a file with the number of the last step saved: a step that vanished is missed
+# What a machine can lack for the moment, as opposed to what is wrong with a file for good.
+PASSING_ERRNOS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+PASSING_WORDS = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'Permission denied', 'Too many open files')
+
+
+class Checkpoints:
+  """The steps saved under `workdir`/checkpoints: the last two and the one with the lowest metric."""
+
+  def __init__(self, workdir: Path | str, *, read_only: bool = False):
+    """Opens the directory and removes what killed saves left there.
+
+    Args:
+      workdir: run directory; only the process that holds its lock may open it for writing.
+      read_only: nothing is removed, renamed or saved: for commands that look at a run while it trains.
+    """
+    self.directory = Path(workdir).absolute() / 'checkpoints'
+    self._read_only = read_only
+    self._rejected: set[int] = set()
+    if not read_only and jax.process_index() == 0:
+      try:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._remove_leftovers()
+      except OSError as error:
+        raise StorageError(f'{self.directory} cannot hold checkpoints: {error.strerror}') from error
+    _barrier('checkpoints_opened')
+
+  def steps(self) -> list[int]:
+    """Returns the steps whose saving was completed and that were not found corrupt, oldest first."""
+    if not self.directory.is_dir():
+      return []
+    names = (path.name for path in self.directory.iterdir() if path.is_dir())
+    return sorted({int(name) for name in names if name.isascii() and name.isdigit()} - self._rejected)
+
+  @property
+  def ever_saved(self) -> bool:
+    """Whether a step was ever saved here: if so, a run must restore and never start afresh."""
+    return bool(self.steps() or self._newest() is not None or self._set_aside_paths('*'))
+
+  @property
+  def best_step(self) -> int | None:
+    """The step with the lowest metric, the earliest of equals; None where no step has a metric."""
+    return _best(self._read_metrics()[0])
+
+  def save(self, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any], metric: float | None = None) -> None:
+    """Writes a step, then removes those that are neither the last two nor the best; a step that exists stays as it is.
+
+    Args:
+      step: number of the step; the directory's name.
+      state: dict of pytrees of arrays with a 'params' entry.
+      metadata: whatever JSON can hold, without NaN; `restore` returns it.
+      metric: evaluation loss at this very step, lower is better; without a finite one a step is never the best.
+
+    Raises:
+      StorageError: if there is too little space or writing fails; the steps saved before stay as they were.
+    """
+    assert not self._read_only, 'these checkpoints were opened for reading'
+    if step in self.steps():
+      return
+    items = _split(jax.block_until_ready(dict(state)))
+    metric = metric if metric is not None and math.isfinite(metric) else None
+    manifest = build_manifest(items, step=step, metric=metric, metadata=dict(metadata))
+    best = _best(self._read_metrics()[0] | ({} if metric is None else {step: metric}))
+    self._check_space(step, items)
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    try:
+      with self._manager(best) as manager:
+        manager.save(step, args=ocp.args.Composite(metadata=ocp.args.JsonSave(manifest), **args), force=True)
+      if jax.process_index() == 0:
+        atomic_write_text(self.directory / NEWEST, f'{step}\n')
+    except Exception as error:  # noqa: BLE001 - a full disk comes as OSError, ValueError or a runtime error
+      self._discard(step)
+      raise StorageError(f'step {step} could not be saved in {self.directory}: {_first_line(error)}') from error
+
+  def restore(
+    self, abstract_state: Mapping[str, Any], which: str | int = 'last'
+  ) -> tuple[dict[str, Any], dict[str, Any], int]:
+    """Reads and verifies a whole state.
+
+    A step that is not what was saved is named on stderr, set aside as `<step>.corrupt`, and the one before is used.
+
+    Args:
+      abstract_state: the state's structure with `jax.ShapeDtypeStruct` leaves. Their shardings say where the leaves
+        go, whatever mesh they were saved from; a leaf without one goes to the first device.
+      which: 'last'; 'best' (where it is corrupt the next best, without metrics the last); or the number of a step,
+        which nothing replaces.
+
+    Returns:
+      state, metadata, step.
+
+    Raises:
+      UserError: if nothing was saved yet, or leaves differ from `abstract_state` in name, shape or dtype.
+      StorageError: if no whole step is left, or this process may not read it.
+    """
+    items, metadata, step = self._restore(_split(abstract_state), which)
+    return {'params': items['params'], **items['rest']}, metadata, step
+
+  def restore_params(self, abstract_params: Any, which: str | int = 'best') -> tuple[Any, dict[str, Any], int]:
+    """Reads and verifies the parameters alone, without reading the optimizer's state.
+
+    Args:
+      abstract_params: structure of `state['params']`; for the rest see `restore`.
+      which: see `restore`.
+    """
+    items, metadata, step = self._restore({'params': abstract_params}, which)
+    return items['params'], metadata, step
+
+  def _restore(self, abstract_items: Mapping[str, Any], which: str | int) -> tuple[dict[str, Any], dict[str, Any], int]:
+    abstract_items = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract_items.items()}
+    while True:
+      step = self._choose(which)
+      problem = None
+      try:
+        items, metadata = self._read(step, abstract_items)
+      except CorruptError as error:
+        problem = str(error)
+      if not _in_any_process(problem is not None):
+        return items, metadata, step
+      self._set_aside(step, problem or 'another process found it corrupt')
+
+  def _choose(self, which: str | int) -> int:
+    """Returns the step to try next."""
+    if which == 'best':  # a step whose metric cannot be read may be the best, which nobody can tell any more
+      for step, problem in self._read_metrics()[1].items():
+        self._set_aside(step, problem)
+    steps = self.steps()
+    if isinstance(which, int):
+      if which not in steps:
+        raise StorageError(f'no whole checkpoint {which} in {self.directory}; there are {steps}')
+      return which
+    if not steps:
+      if not (self.ever_saved or self._rejected):
+        raise UserError(f'no checkpoint was saved in {self.directory} yet')
+      raise StorageError(
+        f'no whole checkpoint is left in {self.directory}; to begin again, choose another --workdir or remove this one'
+      )
+    best = self.best_step
+    if which == 'best' and best is not None:
+      return best
+    newest = self._newest()
+    if newest is not None and newest > steps[-1] and not (newest in self._rejected or self._set_aside_paths(newest)):
+      _warn(f'checkpoint {newest} is gone from {self.directory}; using {steps[-1]}')
+    return steps[-1]
+
+  def _read(self, step: int, abstract_items: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Reads one step; raises CorruptError unless every leaf is what was saved."""
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_items.items()}
+    try:
+      manifest = read_manifest(self._manifest_path(step), step)
+      check_fits(manifest, abstract_items)
+      with self._manager(None) as manager:
+        restored = manager.restore(step, args=ocp.args.Composite(**args))
+      items = {name: restored[name] for name in abstract_items}
+    except (CorruptError, UserError):
+      raise
+    except Exception as error:  # noqa: BLE001 - damage surfaces as whatever the reader stumbles over
+      if _is_passing(error):
+        raise StorageError(f'checkpoint {step} in {self.directory} cannot be read: {_first_line(error)}') from error
+      raise CorruptError(_first_line(error)) from error
+    verify(manifest, items)
+    return items, manifest['metadata']
+
+  def _set_aside(self, step: int, problem: str) -> None:
+    self._rejected.add(step)
+    if self._read_only:
+      _warn(f'checkpoint {step} in {self.directory} is corrupt ({problem}) and is not used')
+      return
+    taken = len(self._set_aside_paths(step))
+    target = self.directory / f'{step}.corrupt{taken + 1 if taken else ""}'
+    _warn(f'checkpoint {step} in {self.directory} is corrupt ({problem}); set aside as {target.name}')
+    if jax.process_index() == 0:
+      try:
+        (self.directory / str(step)).rename(target)
+      except OSError as error:
+        raise StorageError(f'corrupt checkpoint {step} could not be renamed: {error.strerror}') from error
+    _barrier(f'checkpoint_{step}_set_aside')
+    self._rejected.discard(step)
+
+  def _set_aside_paths(self, step: int | str) -> list[Path]:
+    return list(self.directory.glob(f'{step}.corrupt*'))
+
+  def _manifest_path(self, step: int) -> Path:
+    return self.directory / str(step) / 'metadata' / 'metadata'
+
+  def _read_metrics(self) -> tuple[dict[int, float], dict[int, str]]:
+    """Returns the metric of every step that has one, and what is wrong with each step whose manifest is corrupt."""
+    metrics, problems = {}, {}
+    for step in self.steps():
+      try:
+        metrics[step] = read_manifest(self._manifest_path(step), step)['metric']
+      except CorruptError as error:
+        problems[step] = str(error)
+    return {step: metric for step, metric in metrics.items() if metric is not None}, problems
+
+  def _newest(self) -> int | None:
+    try:
+      return int((self.directory / NEWEST).read_text())
+    except (OSError, ValueError):
+      return None
+
+  def _manager(self, best: int | None) -> ocp.CheckpointManager:
+    """Returns a manager that knows only what lies on disk now, and preserves the step `best` beside the last two."""
+    policies = checkpoint_managers.preservation_policy
+    options = ocp.CheckpointManagerOptions(
+      enable_async_checkpointing=False,
+      save_root_metadata=False,
+      cleanup_tmp_directories=not self._read_only,
+      preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(KEEP_LAST), policies.CustomSteps([best])]),
+    )
+    return ocp.CheckpointManager(self.directory, options=options)
+
+  def _check_space(self, step: int, items: Mapping[str, Any]) -> None:
+    needed_bytes = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(items))) + 2**20
+    free_bytes = shutil.disk_usage(self.directory).free
+    if free_bytes < needed_bytes:
+      raise StorageError(
+        f'step {step} was not saved: it needs {needed_bytes / 1e6:.0f} MB and {self.directory} has '
+        f'{free_bytes / 1e6:.0f} MB free'
+      )
+
+  def _discard(self, step: int) -> None:
+    """Removes what a failed save left, so that nothing half-written is taken for whole."""
+    if jax.process_index() == 0:
+      shutil.rmtree(self.directory / str(step), ignore_errors=True)
+      self._remove_leftovers()
+
+  def _remove_leftovers(self) -> None:
+    for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
+      shutil.rmtree(path, ignore_errors=True)
+
+
+def _split(state: Mapping[str, Any]) -> dict[str, Any]:
+  return {'params': state['params'], 'rest': {name: tree for name, tree in state.items() if name != 'params'}}
+
+
+def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+  sharding = getattr(leaf, 'sharding', None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  try:
+    sharding.shard_shape(leaf.shape)
+  except ValueError as error:  # the caller's mistake: told apart here from a step that cannot be read
+    raise UserError(f'a leaf of shape {leaf.shape} cannot be sharded over this mesh: {_first_line(error)}') from error
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _best(metrics: Mapping[int, float]) -> int | None:
+  return min(metrics, key=lambda step: (metrics[step], step), default=None)
+
+
+def _is_passing(error: Exception) -> bool:
+  """Whether another try might succeed, so that the step must not be set aside."""
+  if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in PASSING_ERRNOS):
+    return True
+  return any(word in str(error) for word in PASSING_WORDS)
+
+
+def _in_any_process(flag: bool) -> bool:
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).strip().splitlines()
+  return f'{type(error).__name__}: {lines[0][:300] if lines else "no message"}'
+
+
+def _warn(text: str) -> None:
+  print(f'Warning: {text}', file=sys.stderr, flush=True)

@@ -1,0 +1,189 @@
+"""The log of a run: JSON lines, which are the truth about it, mirrored to TensorBoard files; and bank health.
+
+A log that cannot be written (a full disk) is told once and never ends a run.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from mmjax.errors import UserError
+from mmjax.training.rundir import atomic_write_bytes, finite
+
+
+class MetricsLog:
+  """Appends records to `workdir`/metrics.jsonl and their numbers to `workdir`/tensorboard."""
+
+  def __init__(self, workdir: Path | str):
+    """Opens the log; call `truncate_after` before the first `write`."""
+    self.path = Path(workdir) / 'metrics.jsonl'
+    self._tensorboard_dir = Path(workdir) / 'tensorboard'
+    self._events: EventsWriter | None = None
+    self._purge_step: int | None = None
+    self._failed: set[str] = set()
+
+  def write(self, record: Mapping[str, Any]) -> None:
+    """Appends one record, with NaN and infinities as null.
+
+    Args:
+      record: {'kind': 'train' | 'eval' | 'skipped', 'step': int, ...}, as JSON can hold it.
+    """
+    line = json.dumps(finite(record), allow_nan=False) + '\n'
+    self._attempt('metrics.jsonl', lambda: _append(self.path, line.encode()))
+    self._attempt('TensorBoard files', lambda: self._write_events(record))
+
+  def truncate_after(self, step: int) -> None:
+    """Removes the records of later steps, and a line that a killed process left half-written.
+
+    TensorBoard files cannot be cut; they are told to hide what lies beyond.
+
+    Args:
+      step: the step that the run continues from; -1 for a run that starts.
+    """
+    self._close_events()
+    self._purge_step = step + 1
+    if not self.path.exists():
+      return
+    data = self.path.read_bytes()
+    kept = b''.join(line for line, record in _parse(data) if record is not None and record.get('step', -1) <= step)
+    if data.startswith(kept):  # the usual case needs no space, so it works on a full disk
+      os.truncate(self.path, len(kept))
+    else:
+      atomic_write_bytes(self.path, kept)
+
+  def close(self) -> None:
+    """Closes the TensorBoard file; the JSON lines are on disk already."""
+    self._close_events()
+
+  def _attempt(self, what: str, action: Callable[[], None]) -> None:
+    try:
+      action()
+      self._failed.discard(what)
+    except OSError as error:
+      if what not in self._failed:
+        self._failed.add(what)
+        print(f'Warning: {what} cannot be written ({error.strerror}); the run goes on', file=sys.stderr, flush=True)
+
+  def _write_events(self, record: Mapping[str, Any]) -> None:
+    # tensorboardX's SummaryWriter writes from a thread that dies on a full disk, and then blocks the run for good.
+    if self._events is None:
+      self._tensorboard_dir.mkdir(exist_ok=True)
+      self._events = EventsWriter(str(self._tensorboard_dir / 'events'), f'.{os.getpid()}.{self._purge_step}')
+      if self._purge_step is not None:
+        start = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(step=self._purge_step, session_log=start))
+    for name, value in _scalars(record):
+      self._events.write_event(Event(step=record['step'], summary=scalar(name, value)))
+    self._events.flush()
+
+  def _close_events(self) -> None:
+    if self._events is not None:
+      with contextlib.suppress(OSError):
+        self._events.close()
+      self._events = None
+
+
+def read_metrics(path: Path | str) -> list[dict[str, Any]]:
+  """Reads metrics.jsonl; a half-written last line, as a killed process leaves it, is left out.
+
+  Raises:
+    UserError: if there is no such file or another line is damaged.
+  """
+  path = Path(path)
+  try:
+    records = [record for _, record in _parse(path.read_bytes())]
+  except FileNotFoundError as error:
+    raise UserError(f'{path} is missing: the run has reported nothing yet') from error
+  for number, record in enumerate(records[:-1], 1):
+    if record is None:
+      raise UserError(f'{path}:{number} is not a JSON object')
+  return [record for record in records if record is not None]
+
+
+def bank_health(counts_M: np.ndarray) -> dict[str, float]:
+  """Measures how evenly the rows of a bank are used.
+
+  Args:
+    counts_M: int; how often each row was selected.
+
+  Returns:
+    used_share: share of rows selected at least once. kl_to_uniform: KL(usage || uniform) in nats, 0 to log M.
+    effective_rows: exp(entropy of usage), 1 to M. hottest_share: share of selections that went to the hottest row.
+    Without any selection: 0, log M, 0, 0, as for a bank of which nothing is used.
+  """
+  counts_M = np.asarray(counts_M)
+  total = counts_M.sum(dtype=np.float64)
+  if total == 0:
+    return {
+      'used_share': 0.0,
+      'kl_to_uniform': float(np.log(counts_M.size)),
+      'effective_rows': 0.0,
+      'hottest_share': 0.0,
+    }
+  usage = counts_M[counts_M > 0].astype(np.float64) / total
+  entropy = -float(np.sum(usage * np.log(usage)))
+  return {
+    'used_share': usage.size / counts_M.size,
+    'kl_to_uniform': max(0.0, float(np.log(counts_M.size)) - entropy),
+    'effective_rows': float(np.exp(entropy)),
+    'hottest_share': float(usage.max()),
+  }
+
+
+def peak_memory() -> tuple[int, str]:
+  """Returns the peak memory in bytes and what it is of: 'device' (the fullest one) or, on a CPU, 'process'."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [stat['peak_bytes_in_use'] for stat in stats if 'peak_bytes_in_use' in stat]
+  if peaks:
+    return max(peaks), 'device'
+  unit = 1 if sys.platform == 'darwin' else 1024  # getrusage counts bytes there, KiB elsewhere
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, 'process'
+
+
+def _append(path: Path, data: bytes) -> None:
+  """Appends all of `data` or nothing, so that a full disk leaves no half line before the next one."""
+  fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+  try:
+    size = os.fstat(fd).st_size
+    try:
+      written = os.write(fd, data)
+      if written < len(data):
+        os.write(fd, data[written:])
+    except OSError:
+      os.ftruncate(fd, size)
+      raise
+  finally:
+    os.close(fd)
+
+
+def _parse(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+  """Yields every line with its record, None where it is not a whole line of one JSON object."""
+  for line in data.splitlines(keepends=True):
+    try:
+      record = json.loads(line) if line.endswith(b'\n') else None
+    except (ValueError, RecursionError):
+      record = None
+    yield line, record if isinstance(record, dict) else None
+
+
+def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+  """Yields the numbers of a record under TensorBoard names: 'train/loss', 'train/layer_3/used_share'."""
+  kind = record['kind']
+  for name, value in record.items():
+    if name == 'bank':
+      for health in value:
+        layer = health['layer']
+        yield from ((f'{kind}/layer_{layer}/{key}', x) for key, x in health.items() if key != 'layer')
+    elif isinstance(value, int | float) and not isinstance(value, bool) and name != 'step':
+      yield f'{kind}/{name}', value

@@ -1,0 +1,292 @@
+"""A run's directory: one process at a time, files written whole, settings that may not change under a resumed run.
+
+Layout: config.json run.json tokenizer.model metrics.jsonl tensorboard/ checkpoints/<step>/ eval.json report.md plots/
+lock. The lock is flock(2) on `lock`: the kernel drops it when its process dies, however it dies.
+"""
+
+import contextlib
+import datetime
+import difflib
+import errno
+import fcntl
+import json
+import math
+import os
+import platform
+import socket
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+
+from mmjax.config import Config, config_from_dict, flatten
+from mmjax.errors import StorageError, UserError
+
+# On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
+FREE = (
+  'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir', 'train.log_interval', 'train.eval_interval',
+  'train.checkpoint_interval', 'train.max_skipped_updates',
+)  # fmt: skip
+FREE_SECTIONS = ('runtime.',)
+BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
+PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class RunDir:
+  """Paths and files of one run. `with RunDir(path) as run:` creates the directory and locks it."""
+
+  def __init__(self, path: Path | str):
+    """Names a run directory; nothing is touched before `with`."""
+    self.path = Path(path)
+    self._lock_fd: int | None = None
+
+  @property
+  def config_path(self) -> Path:
+    return self.path / 'config.json'
+
+  @property
+  def run_path(self) -> Path:
+    return self.path / 'run.json'
+
+  @property
+  def tokenizer_path(self) -> Path:
+    return self.path / 'tokenizer.model'
+
+  @property
+  def metrics_path(self) -> Path:
+    return self.path / 'metrics.jsonl'
+
+  @property
+  def checkpoints_path(self) -> Path:
+    return self.path / 'checkpoints'
+
+  def __enter__(self) -> Self:
+    """Creates and locks the directory.
+
+    Raises:
+      UserError: if the path is a file, may not be written, or belongs to a running process.
+      StorageError: if the disk is full.
+    """
+    try:
+      self.path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+      raise UserError(f'{self.path} cannot be a run directory: {_file_in(self.path)} is a file') from error
+    except OSError as error:
+      raise _explain(error, f'run directory {self.path} cannot be created') from error
+    self._lock_fd = _lock(self.path / 'lock')
+    for leftover in self.path.glob('.*.tmp'):
+      leftover.unlink(missing_ok=True)
+    return self
+
+  def __exit__(
+    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+  ) -> None:
+    if self._lock_fd is not None:
+      with contextlib.suppress(OSError):
+        os.ftruncate(self._lock_fd, 0)
+      os.close(self._lock_fd)
+      self._lock_fd = None
+
+  def write_config(self, config: Config) -> None:
+    """Writes config.json."""
+    atomic_write_json(self.config_path, config.to_dict())
+
+  def read_config(self) -> Config:
+    """Reads and checks config.json.
+
+    Raises:
+      UserError: if it is not a config of this version.
+    """
+    settings = read_json(self.config_path)
+    try:
+      return config_from_dict(settings)
+    except UserError as error:
+      raise UserError(f'{self.config_path}: {error}') from error
+
+  def record_start(self, identity: Mapping[str, str], step: int) -> None:
+    """Writes run.json, or adds this start to it.
+
+    Args:
+      identity: what the run is made of, for instance {'data_index_sha256': ..., 'tokenizer_sha256': ...}.
+      step: the step that this start continues from.
+
+    Raises:
+      UserError: if run.json names another identity, with the differences.
+    """
+    run = read_json(self.run_path) if self.run_path.exists() else {'identity': dict(identity), 'starts': []}
+    differences = _differences(run['identity'], identity)
+    if differences:
+      raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
+    run['starts'].append({'step': step, **describe_environment()})
+    atomic_write_json(self.run_path, run)
+
+
+def open_run(path: Path | str) -> RunDir:
+  """Opens an existing run for reading, without locking it.
+
+  Raises:
+    UserError: if there is no such directory, it is not a run, or it has no checkpoint yet.
+  """
+  path = Path(path)
+  if not path.is_dir():
+    if path.exists():
+      raise UserError(f'{path} is a file; a run is a directory, as train.py makes it')
+    siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    nearest = difflib.get_close_matches(str(path), siblings, n=1, cutoff=0.5)
+    raise UserError(f'no run directory {path}{f"; did you mean {nearest[0]}?" if nearest else ""}')
+  run = RunDir(path)
+  missing = [p.name for p in (run.config_path, run.tokenizer_path, run.checkpoints_path) if not p.exists()]
+  if missing:
+    raise UserError(f'{path} is not a run directory: {", ".join(missing)} is missing')
+  if not any(p.is_dir() and p.name.isdigit() for p in run.checkpoints_path.iterdir()):
+    raise UserError(f'run {path} has no checkpoint yet; it saves the first after train.checkpoint_interval updates')
+  return run
+
+
+def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None:
+  """Refuses to resume a run with settings that would make it another run.
+
+  Raises:
+    UserError: listing every difference as old -> new; those of the schedule only without `allow_config_change`.
+  """
+  fixed, schedule = [], []
+  before, after = flatten(old.to_dict()), flatten(new.to_dict())
+  for name in before:
+    if before[name] == after[name] or name in FREE or name.startswith(FREE_SECTIONS):
+      continue
+    is_schedule = name.startswith('train.') and name not in BATCH
+    (schedule if is_schedule else fixed).append(f'{name} {before[name]!r} -> {after[name]!r}')
+  if fixed:
+    raise UserError(
+      f'the run was started with other settings: {"; ".join(fixed)}; undo them or choose another --workdir'
+    )
+  if schedule and not allow_config_change:
+    raise UserError(
+      f'the run was started with another schedule: {"; ".join(schedule)}; --allow_config_change accepts that'
+    )
+
+
+def describe_environment() -> dict[str, Any]:
+  """Returns time (UTC), host, process, device and library versions, as run.json holds them."""
+  device = jax.devices()[0]
+  return {
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'host': socket.gethostname(),
+    'pid': os.getpid(),
+    'platform': device.platform,
+    'device': device.device_kind,
+    'device_count': jax.device_count(),
+    'versions': {'python': platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+  }
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+  """Writes a file so that a reader, or a machine that lost power, finds either the old one or the new one, whole.
+
+  Raises:
+    StorageError: if it cannot be written; the old file stays.
+  """
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  try:
+    with open(temporary, 'wb') as file:
+      file.write(data)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _sync_directory(path.parent)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      temporary.unlink()
+    raise StorageError(f'{path} cannot be written: {error.strerror}') from error
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+  """Writes UTF-8 like `atomic_write_bytes`."""
+  atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+  """Writes indented JSON like `atomic_write_bytes`; NaN and infinities become null, which JSON has no number for."""
+  atomic_write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + '\n')
+
+
+def read_json(path: Path) -> Any:
+  """Reads a JSON file of a run.
+
+  Raises:
+    UserError: if it is missing or not JSON.
+  """
+  try:
+    return json.loads(path.read_bytes())
+  except FileNotFoundError as error:
+    raise UserError(f'{path} is missing') from error
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not JSON: {error}') from error
+
+
+def finite(value: Any) -> Any:
+  """Returns nested dicts and lists with every NaN and infinity replaced by None."""
+  if isinstance(value, Mapping):
+    return {name: finite(item) for name, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _lock(path: Path) -> int:
+  """Locks a file for this process and returns its descriptor."""
+  try:
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+  except OSError as error:
+    raise _explain(error, f'{path} cannot be opened') from error
+  try:
+    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.ftruncate(fd, 0)
+    os.write(fd, json.dumps(_owner()).encode())
+  except BlockingIOError as error:
+    holder = _read_holder(fd)
+    os.close(fd)
+    raise UserError(f'{path.parent} is in use by {holder}; wait for it or choose another --workdir') from error
+  except OSError as error:
+    os.close(fd)
+    raise _explain(error, f'{path} cannot be locked') from error
+  return fd
+
+
+def _owner() -> dict[str, Any]:
+  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  return {'pid': os.getpid(), 'host': socket.gethostname(), 'start': now}
+
+
+def _read_holder(fd: int) -> str:
+  try:
+    owner = json.loads(os.pread(fd, 4096, 0))
+    return f'process {owner["pid"]} on {owner["host"]} since {owner["start"]}'
+  except (ValueError, TypeError, KeyError):  # it locked the file and has not written its name yet
+    return 'another process that just started'
+
+
+def _explain(error: OSError, what: str) -> StorageError | UserError:
+  """Returns the exception for a failure at a path that the user chose."""
+  kind = StorageError if error.errno in FULL else UserError
+  return kind(f'{what}: {error.strerror}')
+
+
+def _file_in(path: Path) -> Path:
+  return next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), path)
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  return [f'{name} {old.get(name)} -> {new.get(name)}' for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
+def _sync_directory(path: Path) -> None:
+  fd = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(fd)
+  finally:
+    os.close(fd)
