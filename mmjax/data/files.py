@@ -1,0 +1,107 @@
+"""Writing files so that a crash, a full disk or a second process never leaves half of one under its final name."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmjax.errors import StorageError
+
+SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go somewhere
+
+
+@contextlib.contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+  """Turns an OSError while `path` is written into a StorageError that says why and how much room is left."""
+  try:
+    yield
+  except OSError as error:
+    raise StorageError(f"'{path}' cannot be written: {error.strerror or error}{_room(path)}") from error
+
+
+def _room(path: Path) -> str:
+  try:
+    return f' ({free_bytes(path) / 1e6:.0f} MB free)'
+  except OSError:
+    return ''
+
+
+def free_bytes(path: Path) -> int:
+  """Returns the free space of the file system that holds `path` or its nearest existing parent."""
+  while not path.exists():
+    path = path.parent
+  return shutil.disk_usage(path).free
+
+
+def check_room(path: Path, needed_bytes: int) -> None:
+  """Raises StorageError if `needed_bytes`, and SPARE_BYTES to keep free, do not fit beside `path`."""
+  free = free_bytes(path)
+  if free < needed_bytes + SPARE_BYTES:
+    raise StorageError(
+      f"'{path}' needs about {(needed_bytes + SPARE_BYTES) / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+      'make room or choose another directory'
+    )
+
+
+def write_file(path: Path, data: bytes) -> None:
+  """Writes a whole file or none: to a temporary name, flushed to the disk, renamed.
+
+  Raises:
+    StorageError: if it cannot be written.
+  """
+  temporary = path.with_name(path.name + '.tmp')
+  with storage_errors(path):
+    with temporary.open('wb') as handle:
+      handle.write(data)
+      handle.flush()
+      os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    flush_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a JSON file as `write_file` does."""
+  write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + '\n').encode())
+
+
+def flush_directory(directory: Path) -> None:
+  """Makes renames in a directory survive a power cut."""
+  descriptor = os.open(directory, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+  """Returns the sha256 of a file's content, in hex."""
+  with path.open('rb') as handle:
+    return hashlib.file_digest(handle, 'sha256').hexdigest()
+
+
+@contextlib.contextmanager
+def locked_directory(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
+  """Makes a directory and holds it for this process alone; calls `waiting` once if another process holds it.
+
+  The lock is on the directory itself, so that it leaves no file behind and ends with the process.
+  """
+  while True:
+    with storage_errors(directory):
+      directory.mkdir(parents=True, exist_ok=True)
+      descriptor = os.open(directory, os.O_RDONLY)
+    try:
+      try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError:
+        waiting()
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+      if directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat()):
+        yield
+        return
+    finally:  # the process that held it may have removed it: then the lock is on nothing, and we begin again
+      os.close(descriptor)

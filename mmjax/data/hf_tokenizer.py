@@ -1,0 +1,88 @@
+"""Reads a Hugging Face tokenizer.json: byte-level BPE (GPT-2, Qwen, MiniMind), or BPE with byte fallback (Llama).
+
+Control tokens are found by their usual names, as the file does not say which is which.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.data.tokenizer import SPACE, Tokenizer, choose_pad
+from mmjax.errors import UserError
+
+EOS_NAMES = ('</s>', '<|im_end|>', '<|end_of_text|>', '<|endoftext|>', '<eos>', '<|eos|>', '[EOS]')
+BOS_NAMES = ('<s>', '<|im_start|>', '<|begin_of_text|>', '<|startoftext|>', '<bos>', '<|bos|>', '[BOS]')
+PAD_NAMES = ('<pad>', '<|pad|>', '<|padding|>', '[PAD]', '<|finetune_right_pad_id|>', '<|endoftext|>', '<unk>')
+
+
+def load_hf_tokenizer(path: Path) -> Tokenizer:
+  """Reads a tokenizer.json; see mmjax.data.tokenizer.load_tokenizer."""
+  try:
+    import tokenizers
+  except ImportError:
+    raise UserError(f"'{path}' needs the package tokenizers: pip install 'mmjax[hf]'") from None
+  try:
+    settings = json.loads(path.read_text(encoding='utf-8'))
+    backend = tokenizers.Tokenizer.from_str(json.dumps(settings))
+  except Exception as error:  # noqa: BLE001 - the backend raises bare Exception for what it cannot read
+    raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
+  backend.no_truncation()
+  backend.no_padding()
+  backend.encode_special_tokens = True  # text that looks like a control token stays text
+  pieces = _piece_bytes(path, settings, backend)
+  special = {token['content']: token['id'] for token in settings['added_tokens'] if token['special']}
+  eos_id = _find(special, EOS_NAMES)
+  if eos_id is None:
+    raise UserError(f"'{path}' has none of the tokens that end a document: {', '.join(EOS_NAMES)}")
+  pads = [special[name] for name in PAD_NAMES if name in special]
+  pad_id = choose_pad(pieces, pads, eos_id)
+  bos_id = _find(special, BOS_NAMES)
+
+  def encode_slice(text: str) -> list[int]:
+    return backend.encode(text, add_special_tokens=False).ids
+
+  return Tokenizer(path, 'huggingface', pieces, encode_slice, pad_id, eos_id if bos_id is None else bos_id, eos_id)
+
+
+def _find(special: Mapping[str, int], names: Sequence[str]) -> int | None:
+  return next((special[name] for name in names if name in special), None)
+
+
+def _piece_bytes(path: Path, settings: Mapping[str, Any], backend: Any) -> list[bytes]:
+  """Returns the bytes of every piece, b'' for control tokens."""
+  parts = settings['decoder'] or {}
+  kinds = {part['type'] for part in parts.get('decoders', [parts]) if 'type' in part}
+  if 'ByteLevel' in kinds:
+    table = _byte_level_table()
+    to_bytes = lambda piece: bytes(table[char] for char in piece)  # noqa: E731
+  elif 'ByteFallback' in kinds:
+    to_bytes = _fallback_bytes
+  else:
+    raise UserError(f"'{path}' is neither byte-level BPE nor BPE with byte fallback: it cannot keep every text")
+  vocab = backend.get_vocab(with_added_tokens=True)
+  pieces = [b''] * (max(vocab.values()) + 1)
+  added = {token['id']: token for token in settings['added_tokens']}
+  for piece, token in vocab.items():
+    if token not in added:
+      pieces[token] = to_bytes(piece)
+    elif not added[token]['special']:
+      pieces[token] = piece.encode()
+  return pieces
+
+
+def _fallback_bytes(piece: str) -> bytes:
+  if len(piece) == 6 and piece.startswith('<0x') and piece.endswith('>'):
+    return bytes([int(piece[3:5], 16)])
+  return piece.replace(SPACE, ' ').encode()
+
+
+def _byte_level_table() -> dict[str, int]:
+  """Returns which byte each character of a byte-level piece stands for.
+
+  Printable Latin-1 characters stand for themselves; the other bytes, in order, for the characters from U+0100.
+  Source: Radford et al. 2019, the GPT-2 vocabulary.
+  """
+  plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+  others = [byte for byte in range(256) if byte not in plain]
+  return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}

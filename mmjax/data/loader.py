@@ -1,0 +1,156 @@
+"""Cuts token shards into rows of T tokens and serves them in batches that depend on (seed, step) only.
+
+Packed: the documents of a split are one stream, each ending in EOS; row i predicts stream[i*T : (i+1)*T] from the same
+stream shifted right by one, so every token is a target exactly once. Padded: row d predicts the first T tokens of
+document d from BOS and what precedes them; the rest of a long document is not used.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import grain
+import numpy as np
+
+from mmjax.data.index import verify
+from mmjax.errors import UserError
+
+PREFETCHED_BATCHES = 4  # made ahead in one background thread
+
+
+class TokenSplit:
+  """One split of a prepared directory, as rows. Nothing is read before it is asked for: shards are memory-mapped.
+
+  Attributes:
+    max_seq_len: T.
+    layout: 'packed' or 'padded'.
+    n_rows, n_tokens, n_documents, text_bytes: sizes; tokens count an EOS for each document.
+    vocab_size, pad_id, bos_id, eos_id: those of the tokenizer.
+  """
+
+  def __init__(self, directory: Path, index: dict, split: str, max_seq_len: int, layout: str, isolate_documents: bool):
+    entry, tokenizer = index['splits'][split], index['tokenizer']
+    self.split, self.directory = split, directory
+    self.max_seq_len, self.layout, self.isolate_documents = max_seq_len, layout, isolate_documents
+    self.n_tokens, self.n_documents, self.text_bytes = entry['tokens'], entry['documents'], entry['text_bytes']
+    self.vocab_size = index['vocab_size']
+    self.pad_id, self.bos_id, self.eos_id = tokenizer['pad_id'], tokenizer['bos_id'], tokenizer['eos_id']
+    shards, dtype = entry['shards'], np.dtype(index['dtype']).newbyteorder('<')
+    self._tokens = [np.memmap(directory / shard['file'], dtype, 'r', shape=(shard['tokens'],)) for shard in shards]
+    offsets = [np.load(directory / shard['offsets_file'], 'r', allow_pickle=False) for shard in shards]
+    self._shard_start = np.cumsum([0] + [shard['tokens'] for shard in shards])
+    # Where each document begins in the stream; one more at the end.
+    starts = [o[:-1] + start for o, start in zip(offsets, self._shard_start[:-1], strict=True)]
+    self._document_start = np.concatenate([*starts, self._shard_start[-1:]])
+    self.n_rows = self.n_documents if layout == 'padded' else -(-self.n_tokens // max_seq_len)
+
+  def stream(self, start: int, stop: int) -> np.ndarray:
+    """Returns int32 tokens start..stop of the split's stream, whatever shards they lie in."""
+    parts, shard = [], int(np.searchsorted(self._shard_start, start, 'right')) - 1
+    while start < stop:
+      base = self._shard_start[shard]
+      parts.append(self._tokens[shard][start - base : stop - base])
+      start += len(parts[-1])
+      shard += 1
+    return np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int32)
+
+  def row(self, row_id: int) -> tuple[np.ndarray, int]:
+    """Returns the targets of a row without padding, int32[at most T], and the token that precedes them."""
+    if self.layout == 'padded':
+      start, stop = self._document_start[row_id], self._document_start[row_id + 1]
+      return self.stream(start, min(stop, start + self.max_seq_len)), self.bos_id
+    start = row_id * self.max_seq_len
+    tokens = self.stream(max(start - 1, 0), min(start + self.max_seq_len, self.n_tokens))
+    return (tokens[1:], int(tokens[0])) if start else (tokens, self.eos_id)
+
+  def rows(self, row_ids: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns a batch.
+
+    Args:
+      row_ids: int[B]; -1 gives a row of padding.
+
+    Returns:
+      input, target, segment: int32[B, T]; target is pad_id where there is nothing to predict. segment numbers the
+      documents of a row where isolate_documents is set, else it is 0. row_id: int64[B].
+    """
+    shape = (len(row_ids), self.max_seq_len)
+    inputs, targets = np.full(shape, self.pad_id, np.int32), np.full(shape, self.pad_id, np.int32)
+    for at, row_id in enumerate(row_ids):
+      if row_id >= 0:
+        target, first = self.row(int(row_id))
+        targets[at, : len(target)] = target
+        inputs[at, 0] = first
+        inputs[at, 1 : len(target) + 1] = target[: self.max_seq_len - 1]
+    isolated = self.isolate_documents and self.layout == 'packed'  # an EOS opens the segment of what follows it
+    segment = np.cumsum(inputs == self.eos_id, axis=1, dtype=np.int32) if isolated else np.zeros(shape, np.int32)
+    return {'input': inputs, 'target': targets, 'segment': segment, 'row_id': np.asarray(row_ids, np.int64)}
+
+
+def open_split(
+  prepared_dir: str | Path, split: str, *, max_seq_len: int, layout: str, isolate_documents: bool
+) -> TokenSplit:
+  """Opens one split of a prepared directory, after checking its files against the index.
+
+  Args:
+    prepared_dir: as `prepare` returns it.
+    split: 'train' or 'valid'.
+    max_seq_len: T, tokens in a row.
+    layout: 'packed' or 'padded'.
+    isolate_documents: whether documents in a packed row get segments of their own.
+
+  Raises:
+    UserError: if the directory is not whole, or has no such split.
+  """
+  index = verify(prepared_dir)
+  if split not in index['splits']:
+    raise UserError(
+      f"'{prepared_dir}' has no {split!r} documents; set --config.data.valid_files or a valid_fraction > 0"
+    )
+  return TokenSplit(Path(prepared_dir), index, split, max_seq_len, layout, isolate_documents)
+
+
+def train_batches(
+  split: TokenSplit, *, global_batch_rows: int, seed: int, start_step: int = 0
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields batches without end, all rows in a new random order each epoch; a batch may span two epochs.
+
+  Batch number `step` depends on (seed, step) and the rows only. Close the generator to end its background thread.
+
+  Args:
+    split: the rows.
+    global_batch_rows: rows in a batch, over all devices and accumulation steps.
+    seed: of the order.
+    start_step: number of the first batch to yield.
+
+  Raises:
+    UserError: if the split has fewer rows than a batch.
+  """
+  if split.n_rows < global_batch_rows:
+    raise UserError(
+      f'the {split.split} data have {split.n_rows} rows of {split.max_seq_len} tokens, fewer than one batch of '
+      f'{global_batch_rows} (train.batch_size x train.accumulation_steps); use more text or a smaller batch'
+    )
+  dataset = grain.MapDataset.range(split.n_rows).seed(seed).shuffle().repeat().batch(global_batch_rows)
+  return _prefetched(dataset.map(split.rows), start_step)
+
+
+def eval_batches(split: TokenSplit, rows: int) -> Iterator[dict[str, np.ndarray]]:
+  """Yields all rows in order, `rows` at a time; the last batch is filled up with rows of padding (row_id -1)."""
+  row_ids = np.full(-(-split.n_rows // rows) * rows, -1)
+  row_ids[: split.n_rows] = np.arange(split.n_rows)
+  dataset = grain.MapDataset.source(row_ids.reshape(-1, rows)).map(split.rows)
+  return _prefetched(dataset, 0)
+
+
+def _prefetched(dataset: grain.MapDataset, start_step: int) -> Iterator[dict[str, np.ndarray]]:
+  options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED_BATCHES)
+  iterator = iter(dataset.to_iter_dataset(options))
+  iterator.set_state({'next_index': start_step})
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
+
+
+def steps_of_epochs(split: TokenSplit, global_batch_rows: int, epochs: float) -> int:
+  """Returns how many whole batches `epochs` passes over the rows give, at least 1."""
+  return max(1, int(epochs * split.n_rows) // global_batch_rows)

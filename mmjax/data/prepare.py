@@ -1,0 +1,262 @@
+"""Turns text files into a prepared directory: a tokenizer, token shards and an index; or finds the one made before.
+
+The directory's name carries a hash of everything that decides its content: the settings, the inputs (path, size,
+time) and the tokenizer. Its layout is described in mmjax.data.index. Rows are cut when they are loaded, so the row
+length and layout are not part of it.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax.config import DataConfig
+from mmjax.data.blocks import find_files
+from mmjax.data.embedded import build_embedded_corpus
+from mmjax.data.files import check_room, locked_directory, write_file
+from mmjax.data.index import FORMAT, INDEX, VERIFIED, verify, write_index
+from mmjax.data.progress import ConsoleProgress, Meter, ProgressSink
+from mmjax.data.reader import Tally, read_documents
+from mmjax.data.shards import Pass, ShardBuilder
+from mmjax.data.split import is_held_out
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer, sample_text, train_tokenizer
+from mmjax.data.worker import token_dtype
+from mmjax.errors import UserError
+
+SAMPLE_BYTES = 12 * 2**20  # of training text that a tokenizer is trained on
+MOST_WORKERS = 16  # that data.workers=0 starts: one reading process feeds no more, and memory stays within bounds
+COMPRESSED_TOKENS = 3.0  # bytes of token shards for a byte of .gz or .xz, for the check of free space
+PLAIN_TOKENS = 1.0  # the same for plain text
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a prepared directory is made from. `identity` is the hash of all of it."""
+
+  directory: Path
+  identity: str
+  train: tuple[Path, ...]
+  valid: tuple[Path, ...]
+  inputs: dict[str, list[dict[str, Any]]]
+  settings: dict[str, Any]
+
+
+def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = None) -> Path:
+  """Prepares text for training, or finds what an earlier call prepared from the same text and settings.
+
+  Args:
+    data: where the text is and how to read it; without train_files the embedded corpus is built and used.
+    vocab_size: V of the model; a tokenizer that is trained gets as many pieces, a given one must have them.
+    progress: where to report; by default the terminal.
+
+  Returns:
+    The prepared directory: `data.prepared_dir`/<name>-<hash>.
+
+  Raises:
+    UserError: for bad input; nothing is left behind then.
+    StorageError: if there is no room or a file cannot be written; the next call goes on after the last whole shard.
+  """
+  progress = progress or ConsoleProgress()
+  try:
+    plan = _plan(data, vocab_size, progress)
+    name = str(plan.directory)
+    with locked_directory(plan.directory, lambda: progress.say(f'another process prepares {name}: waiting for it')):
+      if (plan.directory / INDEX).is_file():
+        index = verify(plan.directory)
+        progress.say(f'found prepared data in {name}: {_summary(index)}')
+      else:
+        _build(plan, data, progress)
+    return plan.directory
+  finally:
+    progress.close()
+
+
+def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
+  if data.train_files:
+    train, name = find_files(data.train_files), ''
+    valid = find_files(data.valid_files) if data.valid_files else []
+  elif data.valid_files:
+    raise UserError(f'data.valid_files={data.valid_files!r} needs data.train_files beside it')
+  else:
+    progress.say('no data.train_files are given: using the text that this Python carries (the embedded corpus)')
+    train, valid, name = [build_embedded_corpus(Path(data.prepared_dir), progress)], [], 'embedded'
+  for file in train:
+    if file in valid:
+      raise UserError(f"'{file}' is in data.train_files and in data.valid_files; leave it out of one")
+  settings = {
+    'vocab_size': vocab_size,
+    'text_key': data.text_key if name != 'embedded' else 'text',
+    'on_bad_line': data.on_bad_line,
+    'valid_fraction': 0.0 if valid else data.valid_fraction,
+    'tokenizer_sha256': _given_tokenizer(data.tokenizer, vocab_size).sha256 if data.tokenizer else '',
+  }
+  inputs = {'train': [_identify(file) for file in train], 'valid': [_identify(file) for file in valid]}
+  hashed = json.dumps({'format': FORMAT, 'settings': settings, 'inputs': inputs}, sort_keys=True)
+  identity = hashlib.sha256(hashed.encode()).hexdigest()
+  directory = Path(data.prepared_dir) / f'{name or _common_name(train)}-{identity[:12]}'
+  return Plan(directory, identity, tuple(train), tuple(valid), inputs, settings)
+
+
+def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+  tokenizer = load_tokenizer(path)
+  if tokenizer.vocab_size != vocab_size:
+    raise UserError(
+      f"model.vocab_size={vocab_size} does not fit the tokenizer '{path}', which has {tokenizer.vocab_size} pieces; "
+      f'set --config.model.vocab_size={tokenizer.vocab_size} (prepare: --vocab_size {tokenizer.vocab_size})'
+    )
+  return tokenizer
+
+
+def _identify(file: Path) -> dict[str, Any]:
+  stat = file.stat()
+  return {'path': str(file), 'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
+
+
+def _common_name(files: Sequence[Path]) -> str:
+  """Returns what the files' names begin with, as a folder name: 'train' for train-00000.jsonl.xz and its siblings."""
+  stems = [file.name.split('.')[0] for file in files]
+  name = re.sub(r'[^\w-]+', '-', os.path.commonprefix(stems)).rstrip('-_0123456789')
+  return name or 'text'
+
+
+def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> None:
+  """Makes the directory whole. After a user's mistake it is removed again: the corrected input has another hash."""
+  try:
+    check_room(plan.directory, sum(_expected_bytes(file) for file in plan.train + plan.valid))
+    tokenizer = _tokenizer(plan, data, progress)
+    passes = [Pass('train', plan.train, plan.settings['valid_fraction'])]
+    passes += [Pass('valid', plan.valid, 0.0)] if plan.valid else []
+    builder = ShardBuilder(plan.directory, passes, tokenizer, plan.settings['text_key'], data.on_bad_line)
+    if builder.resumed:
+      progress.say(f'going on after the last whole shard in {plan.directory}')
+    builder.build(data.workers or _cores(), progress)
+    index = _index(plan, tokenizer, builder.state)
+    _check_splits(plan, index)
+    write_index(plan.directory, index)
+    _remove_others(plan.directory, index)
+  except UserError:
+    _remove_others(plan.directory, None)
+    plan.directory.rmdir()
+    raise
+  progress.say(f'prepared {plan.directory}: {_summary(index)}')
+  for line in _remarks(index, builder.state['tallies']):
+    progress.say(line)
+
+
+def _expected_bytes(file: Path) -> int:
+  ratio = COMPRESSED_TOKENS if file.suffix in ('.gz', '.xz') else PLAIN_TOKENS
+  return int(file.stat().st_size * ratio)
+
+
+def _cores() -> int:
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+  return min(cores, MOST_WORKERS)
+
+
+def _tokenizer(plan: Plan, data: DataConfig, progress: ProgressSink) -> Tokenizer:
+  """Copies the given tokenizer into the directory, or trains one there, unless an earlier start did."""
+  if data.tokenizer:
+    given = Path(data.tokenizer).expanduser()
+    path = plan.directory / ('tokenizer.json' if given.suffix == '.json' else 'tokenizer.model')
+    write_file(path, given.read_bytes())
+    return load_tokenizer(path)
+  path = plan.directory / 'tokenizer.model'
+  if not path.is_file():
+    progress.say(f'training a tokenizer of {plan.settings["vocab_size"]} pieces')
+    sample = sample_text(_training_documents(plan, data.on_bad_line, progress), SAMPLE_BYTES)
+    write_file(path, train_tokenizer(sample, plan.settings['vocab_size']))
+  return load_tokenizer(path)
+
+
+def _training_documents(plan: Plan, on_bad_line: str, progress: ProgressSink) -> Iterator[str]:
+  """Yields the training documents, without those that will be held out."""
+  share, key = plan.settings['valid_fraction'], plan.settings['text_key']
+  meter = Meter('sampling text', plan.train, progress)
+  for text in read_documents(plan.train, key, Tally(on_bad_line), meter.read):
+    raw = text.encode()
+    meter.add(len(raw))
+    if not is_held_out(raw, share):
+      yield text
+
+
+def _index(plan: Plan, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str, Any]:
+  splits = {}
+  for split, shards in state['shards'].items():
+    if shards:
+      sums = {key: sum(shard[key] for shard in shards) for key in ('tokens', 'documents', 'text_bytes')}
+      splits[split] = sums | {'shards': shards}
+  inputs = {
+    split: [file | state['tallies'][split]['files'][file['path']] for file in files]
+    for split, files in plan.inputs.items()
+  }
+  return {
+    'format': FORMAT,
+    'identity': plan.identity,
+    'vocab_size': tokenizer.vocab_size,
+    'dtype': token_dtype(tokenizer.vocab_size).name,
+    'tokenizer': {
+      'file': tokenizer.path.name,
+      'kind': tokenizer.kind,
+      'sha256': tokenizer.sha256,
+      'pad_id': tokenizer.pad_id,
+      'bos_id': tokenizer.bos_id,
+      'eos_id': tokenizer.eos_id,
+    },
+    'splits': splits,
+    'inexact_documents': state['inexact'],
+    'inputs': inputs,
+    'settings': plan.settings,
+    'versions': {name: importlib.metadata.version(name) for name in ('mmjax', 'sentencepiece', 'numpy')},
+  }
+
+
+def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
+  """Raises UserError if a split is empty or an input changed while it was read."""
+  for files in plan.inputs.values():
+    for file in files:
+      if _identify(Path(file['path'])) != file:
+        raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
+  if 'train' not in index['splits']:
+    raise UserError('no training document is left: every line is empty, bad or held out')
+  fraction = plan.settings['valid_fraction']
+  if 'valid' not in index['splits'] and (plan.valid or fraction):
+    documents = index['splits']['train']['documents']
+    raise UserError(
+      f'data.valid_fraction={fraction} holds out none of the {documents} documents; raise it, or give data.valid_files'
+      if fraction
+      else 'data.valid_files hold no document'
+    )
+
+
+def _remove_others(directory: Path, index: dict[str, Any] | None) -> None:
+  """Removes what the index does not name: leftovers of earlier starts, or everything."""
+  keep = set()
+  if index is not None:
+    shards = [shard for split in index['splits'].values() for shard in split['shards']]
+    keep = {INDEX, VERIFIED, index['tokenizer']['file']}
+    keep |= {shard[key] for shard in shards for key in ('file', 'offsets_file')}
+  for path in directory.iterdir():
+    if path.name not in keep:
+      path.unlink()
+
+
+def _summary(index: dict[str, Any]) -> str:
+  return '; '.join(
+    f'{name}: {split["tokens"]:,} tokens, {split["documents"]:,} documents, {split["text_bytes"] / 1e6:.1f} MB'
+    for name, split in index['splits'].items()
+  )
+
+
+def _remarks(index: dict[str, Any], tallies: dict[str, Any]) -> Iterator[str]:
+  """Yields what a user should know about lines left out and documents not kept exactly."""
+  for split, tally in tallies.items():
+    report = Tally('skip', **tally).report()
+    if report:
+      yield f'{split}: skipped lines: {report}'
+  if index['inexact_documents']:
+    yield f'{index["inexact_documents"]} documents are not reproduced exactly by this tokenizer'

@@ -1,0 +1,186 @@
+"""Writes token shards, so that whatever stops it, the next start goes on after the last whole shard."""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.data.blocks import START, Place, read_files
+from mmjax.data.files import check_room, flush_directory, sha256_of, storage_errors, write_file, write_json
+from mmjax.data.progress import Meter, ProgressSink
+from mmjax.data.reader import Tally
+from mmjax.data.tokenizer import Tokenizer
+from mmjax.data.worker import TokenBlock, token_dtype, tokenize_blocks
+
+SHARD_TOKENS = 2**24  # a shard ends with the block that fills it: 32 MB of uint16, seconds of work to lose
+STATE = 'progress.json'
+
+
+class ShardWriter:
+  """Writes one shard: tokens as they come, offsets and hashes at the end."""
+
+  def __init__(self, directory: Path, name: str, dtype: np.dtype):
+    self._directory, self._name = directory, name
+    self._path = directory / f'{name}.bin'
+    check_room(self._path, SHARD_TOKENS * dtype.itemsize)
+    with storage_errors(self._path):
+      self._handle = self._path.open('wb')
+    self._sha256 = hashlib.sha256()
+    self._lengths: list[np.ndarray] = []
+    self.tokens = self._text_bytes = 0
+
+  def add(self, tokens: np.ndarray, length: np.ndarray, text_bytes: np.ndarray) -> None:
+    """Appends whole documents, see TokenBlock."""
+    with storage_errors(self._path):
+      self._handle.write(tokens)
+    self._sha256.update(tokens)
+    self._lengths.append(length)
+    self.tokens += len(tokens)
+    self._text_bytes += int(text_bytes.sum())
+
+  def finish(self) -> dict[str, Any]:
+    """Flushes everything to the disk and returns the shard's entry in the index."""
+    with storage_errors(self._path):
+      self._handle.flush()
+      os.fsync(self._handle.fileno())
+      self._handle.close()
+    offsets = np.concatenate([np.zeros(1, np.int64), *self._lengths]).cumsum()
+    buffer = io.BytesIO()
+    np.save(buffer, offsets, allow_pickle=False)
+    offsets_file = f'{self._name}.offsets.npy'
+    write_file(self._directory / offsets_file, buffer.getvalue())
+    return {
+      'file': self._path.name,
+      'sha256': self._sha256.hexdigest(),
+      'offsets_file': offsets_file,
+      'offsets_sha256': hashlib.sha256(buffer.getvalue()).hexdigest(),
+      'tokens': self.tokens,
+      'documents': len(offsets) - 1,
+      'text_bytes': self._text_bytes,
+    }
+
+  def abandon(self) -> None:
+    """Closes an unfinished shard; the next start writes over it."""
+    self._handle.close()
+
+
+@dataclasses.dataclass
+class Pass:
+  """Files that are read for one split, and the share of their documents that goes to 'valid' instead."""
+
+  split: str
+  files: Sequence[Path]
+  held_out_share: float
+
+
+class ShardBuilder:
+  """Turns passes over files into shards in a directory.
+
+  After each round of whole shards, progress.json says what is done and where in the input it ended.
+  """
+
+  def __init__(self, directory: Path, passes: Sequence[Pass], tokenizer: Tokenizer, text_key: str, on_bad_line: str):
+    self._directory, self._passes, self._tokenizer, self._text_key = directory, passes, tokenizer, text_key
+    self._on_bad_line = on_bad_line
+    self._dtype = token_dtype(tokenizer.vocab_size)
+    self._writers: dict[str, ShardWriter] = {}
+    self.state = self._read_state() or {
+      'tokenizer_sha256': tokenizer.sha256,
+      'shards': {'train': [], 'valid': []},
+      'tallies': {step.split: {'files': {}, 'examples': {}} for step in passes},
+      'inexact': 0,
+      'pass': 0,
+      'place': START,
+    }
+
+  @property
+  def resumed(self) -> bool:
+    """Whether an earlier start left whole shards."""
+    return any(self.state['shards'].values())
+
+  def _read_state(self) -> dict[str, Any] | None:
+    """Returns what an earlier start left, if its shards are whole and its tokenizer is this one."""
+    path = self._directory / STATE
+    try:
+      state = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+      return None
+    if state['tokenizer_sha256'] != self._tokenizer.sha256:
+      return None
+    for shard in (shard for shards in state['shards'].values() for shard in shards):
+      for name, sha256 in ((shard['file'], shard['sha256']), (shard['offsets_file'], shard['offsets_sha256'])):
+        file = self._directory / name
+        if not file.is_file() or sha256_of(file) != sha256:
+          return None
+    return state
+
+  def build(self, workers: int, progress: ProgressSink) -> None:
+    """Reads and tokenizes everything that is not done yet; leaves the result in `state`.
+
+    Raises:
+      UserError: for bad input.
+      StorageError: if a shard cannot be written.
+    """
+    try:
+      for number in range(self.state['pass'], len(self._passes)):
+        self._build_pass(self._passes[number], workers, progress)
+        self._finish_shards({'pass': number + 1, 'place': START})
+    finally:
+      for writer in self._writers.values():
+        writer.abandon()
+
+  def _build_pass(self, step: Pass, workers: int, progress: ProgressSink) -> None:
+    tally = Tally(self._on_bad_line, **self.state['tallies'][step.split])
+    names = [str(file) for file in step.files]
+    current = names[self.state['place'][0]]
+    meter = Meter(f'tokenizing {step.split}', step.files, progress)
+    blocks = read_files(step.files, Place(*self.state['place']), meter.read)
+    tokenized = tokenize_blocks(blocks, self._tokenizer, self._text_key, step.held_out_share, workers)
+    with contextlib.closing(tokenized):  # ends the processes at once, also when a line is bad
+      for block, done in tokenized:
+        if block.file != current:
+          tally.end_file(current)
+          current = block.file
+        tally.add(block.file, done.lines, done.empty, done.bad)
+        self.state['inexact'] += done.inexact
+        self._add(step.split, done)
+        meter.add(int(done.text_bytes.sum()), len(done.tokens))
+        if any(writer.tokens >= SHARD_TOKENS for writer in self._writers.values()):
+          self.state['tallies'][step.split] = tally.to_dict()
+          self._finish_shards({'place': Place(names.index(block.file), *block.end)})
+    tally.end_file(current)
+    tally.check()
+    self.state['tallies'][step.split] = tally.to_dict()
+
+  def _add(self, split: str, done: TokenBlock) -> None:
+    if not done.held_out.any():
+      self._append(split, done.tokens, done.length, done.text_bytes)
+      return
+    held_token = np.repeat(done.held_out, done.length)
+    for name, document, token in ((split, ~done.held_out, ~held_token), ('valid', done.held_out, held_token)):
+      self._append(name, done.tokens[token], done.length[document], done.text_bytes[document])
+
+  def _append(self, split: str, tokens: np.ndarray, length: np.ndarray, text_bytes: np.ndarray) -> None:
+    if not len(length):
+      return
+    if split not in self._writers:
+      name = f'{split}-{len(self.state["shards"][split]):05d}'
+      self._writers[split] = ShardWriter(self._directory, name, self._dtype)
+    self._writers[split].add(tokens, length, text_bytes)
+
+  def _finish_shards(self, position: dict[str, Any]) -> None:
+    """Makes the open shards whole, then notes them and the position in the input that they reach."""
+    for split, writer in self._writers.items():
+      self.state['shards'][split].append(writer.finish())
+    self._writers = {}
+    with storage_errors(self._directory):
+      flush_directory(self._directory)
+    self.state |= position
+    write_json(self._directory / STATE, self.state)

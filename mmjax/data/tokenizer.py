@@ -1,0 +1,234 @@
+"""Text to token ids and back, exactly: SentencePiece BPE with byte fallback, or a Hugging Face tokenizer.json.
+
+A piece is the bytes it stands for. Decoding joins them, so `decode(encode(text)) == text` for every string where the
+tokenizer covers all bytes. The one character that SentencePiece itself cannot tell from a space, U+2581, is encoded as
+its three bytes. Text that only looks like a control token ('</s>') is encoded as text.
+
+Source: Sennrich et al. 2016, arXiv:1508.07909; Kudo and Richardson 2018, arXiv:1808.06226.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from mmjax.errors import UserError
+
+SPACE = '\u2581'  # how a SentencePiece piece writes a space
+SLICE_CHARS = 2**18  # longer text is encoded in slices, cut before a space where there is one: memory stays bounded
+SAMPLE_CHARS = 4096  # training text is taken in slices of this many characters
+CHARACTER_COVERAGE = 0.998  # of the training text; rarer characters become bytes and leave pieces to frequent strings
+
+
+class Tokenizer:
+  """A vocabulary of byte strings and how to cut text into them.
+
+  Attributes:
+    path: the file it was read from.
+    sha256: of that file.
+    kind: 'sentencepiece' or 'huggingface'.
+    vocab_size: V.
+    pad_id, bos_id, eos_id: control tokens; pad_id never occurs in encoded text.
+  """
+
+  def __init__(
+    self,
+    path: Path,
+    kind: str,
+    piece_bytes: Sequence[bytes],
+    encode_slice: Callable[[str], list[int]],
+    pad_id: int,
+    bos_id: int,
+    eos_id: int,
+  ):
+    self.path, self.kind = path, kind
+    self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    self.vocab_size = len(piece_bytes)
+    self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
+    self._piece_bytes = list(piece_bytes)
+    self._encode_slice = encode_slice
+
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without control tokens.
+
+    Raises:
+      UserError: if the text holds a lone surrogate, which is no character.
+    """
+    return [token for ids in self.encode_slices(text) for token in ids]
+
+  def encode_slices(self, text: str) -> Iterator[list[int]]:
+    """Yields the ids of a text of any length, a bounded part at a time."""
+    try:
+      text.encode('utf-8')
+    except UnicodeEncodeError as error:
+      raise UserError(f'the text holds a lone surrogate at character {error.start}, which is no text') from None
+    start = 0
+    while start < len(text):
+      stop = _slice_end(text, start)
+      yield self._encode_slice(text[start:stop])
+      start = stop
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """Returns the text of ids; control tokens are nothing, bytes that form no character become U+FFFD.
+
+    Raises:
+      UserError: if an id is not in the vocabulary.
+    """
+    return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+  def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    """Returns the UTF-8 bytes that ids stand for, which may end within a character."""
+    for token in ids:
+      if not 0 <= token < self.vocab_size:
+        raise UserError(f'token id {token} is not in the vocabulary, which is 0..{self.vocab_size - 1}')
+    return b''.join([self._piece_bytes[token] for token in ids])
+
+  def bytes_per_token(self) -> np.ndarray:
+    """Returns int32[V]: the UTF-8 bytes that each piece stands for, 0 for control tokens."""
+    return np.array([len(piece) for piece in self._piece_bytes], np.int32)
+
+  def start_id(self, layout: str) -> int:
+    """Returns the token that a prompt begins with: what stands before a document in rows of that layout."""
+    return {'packed': self.eos_id, 'padded': self.bos_id}[layout]
+
+
+def _slice_end(text: str, start: int) -> int:
+  """Returns where the slice from `start` ends: before the last space in its second half, where words end anyway."""
+  stop = start + SLICE_CHARS
+  if stop >= len(text):
+    return len(text)
+  at = text.rfind(' ', start + SLICE_CHARS // 2, stop)
+  return at if at > 0 else stop
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+  """Reads a SentencePiece model, or a Hugging Face tokenizer where the name ends in .json.
+
+  Raises:
+    UserError: if there is no such file, it is no tokenizer, or it has no token that can end a document.
+  """
+  path = Path(path).expanduser()
+  if not path.is_file():
+    raise UserError(f"no tokenizer file '{path}'")
+  if path.suffix == '.json':
+    from mmjax.data.hf_tokenizer import load_hf_tokenizer  # needs an optional dependency
+
+    return load_hf_tokenizer(path)
+  return _load_sentencepiece(path)
+
+
+def _load_sentencepiece(path: Path) -> Tokenizer:
+  try:
+    model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+  except (RuntimeError, OSError) as error:
+    raise UserError(f"'{path}' is not a SentencePiece model: {error}") from None
+  pieces = [_sentencepiece_bytes(model, token) for token in range(model.get_piece_size())]
+  eos_id = model.eos_id()
+  if eos_id < 0:
+    raise UserError(f"'{path}' has no end-of-sequence token; train it with one (eos_id)")
+  space_ids = [model.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
+  byte_fallback = all(model.is_byte(token) for token in space_ids)
+
+  def encode_slice(text: str) -> list[int]:
+    if SPACE not in text or not byte_fallback:
+      return model.encode(text)
+    parts = model.encode(text.split(SPACE))
+    return parts[0] + [token for part in parts[1:] for token in space_ids + part]
+
+  unk_id = model.unk_id() if byte_fallback else -1  # never encoded where bytes stand in for the unknown
+  pad_id = choose_pad(pieces, [model.pad_id(), unk_id], eos_id)
+  bos_id = model.bos_id() if model.bos_id() >= 0 else eos_id
+  return Tokenizer(path, 'sentencepiece', pieces, encode_slice, pad_id, bos_id, eos_id)
+
+
+def _sentencepiece_bytes(model: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
+  if model.is_control(token) or model.is_unknown(token):
+    return b''
+  if model.is_byte(token):
+    return bytes([int(model.id_to_piece(token)[3:5], 16)])
+  return model.id_to_piece(token).replace(SPACE, ' ').encode()
+
+
+def choose_pad(pieces: list[bytes], candidates: Sequence[int], eos_id: int) -> int:
+  """Returns the first candidate that is a token other than EOS; where there is none, adds a piece for padding."""
+  for token in candidates:
+    if token >= 0 and token != eos_id:
+      return token
+  pieces.append(b'')
+  return len(pieces) - 1
+
+
+def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
+  """Trains a SentencePiece BPE tokenizer with byte fallback.
+
+  Args:
+    sample: pieces of training text, see `sample_text`.
+    vocab_size: V, with 4 control tokens and 256 bytes among them.
+
+  Returns:
+    The model file for `load_tokenizer`: pad 0, bos 1, eos 2, unk 3 (never used), bytes from 4.
+
+  Raises:
+    UserError: if the text cannot fill the vocabulary, or does not fit into it.
+  """
+  model = io.BytesIO()
+  # Spaces stand for what the trainer would skip a whole sentence for: its own marks and NUL. They become bytes later.
+  sentences = (text.translate({0x2581: ' ', 0x2585: ' ', 0: ' '}) for text in sample)
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=sentences,
+      model_writer=model,
+      model_type='bpe',
+      vocab_size=vocab_size,
+      byte_fallback=True,
+      pad_id=0,
+      bos_id=1,
+      eos_id=2,
+      unk_id=3,
+      normalization_rule_name='identity',
+      remove_extra_whitespaces=False,
+      add_dummy_prefix=False,
+      character_coverage=CHARACTER_COVERAGE,
+      max_sentence_length=4 * SAMPLE_CHARS + 1,  # bytes: no slice is left out
+      num_threads=1,  # the number is written into the model: its hash must not depend on the machine
+      minloglevel=2,
+    )
+  except RuntimeError as error:
+    raise UserError(_why_no_vocabulary(str(error), vocab_size)) from None
+  return model.getvalue()
+
+
+def _why_no_vocabulary(error: str, vocab_size: int) -> str:
+  if 'too high' in error:
+    largest = error.rpartition('<=')[2].strip(' .\n')
+    return (
+      f'model.vocab_size={vocab_size} is more pieces than the training text can fill; largest possible: {largest} '
+      f'(--config.model.vocab_size={largest}; prepare: --vocab_size {largest})'
+    )
+  if 'smaller than required_chars' in error:
+    least = error.rpartition(' vs ')[2].split('.')[0]
+    return f'model.vocab_size={vocab_size} cannot hold the characters of the training text; least possible: {least}'
+  return f'no tokenizer of model.vocab_size={vocab_size} can be trained on this text: {error}'
+
+
+def sample_text(documents: Iterator[str], sample_bytes: int) -> list[str]:
+  """Picks slices spread evenly over a corpus of unknown length, in one pass and bounded memory.
+
+  Every n-th slice of SAMPLE_CHARS characters is kept; whenever that exceeds `sample_bytes`, every second of them is let
+  go and n doubles. The result depends on the documents and their order only.
+  """
+  kept: list[str] = []
+  kept_bytes, stride, number = 0, 1, 0
+  for text in documents:
+    for start in range(0, len(text), SAMPLE_CHARS):
+      if number % stride == 0:
+        kept.append(text[start : start + SAMPLE_CHARS])
+        kept_bytes += len(kept[-1].encode())
+        while kept_bytes > sample_bytes and len(kept) > 1:
+          kept, stride = kept[::2], 2 * stride
+          kept_bytes = sum(len(part.encode()) for part in kept)
+      number += 1
+  return kept

@@ -1,0 +1,205 @@
+"""Tokenizes blocks of text in other processes.
+
+A worker is `python -m mmjax.data.worker`, fed over pipes with length-prefixed frames. It is no `multiprocessing` child:
+those run the caller's main script again (which may import JAX, or lack a __main__ guard), and a fork of a process that
+runs JAX can deadlock. A worker ends when its pipe closes, so none outlives its parent, however that dies.
+"""
+
+import collections
+import json
+import os
+import queue
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+
+from mmjax.data.blocks import Block
+from mmjax.data.reader import BadLine, parse_block
+from mmjax.data.split import is_held_out
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer
+from mmjax.errors import UserError
+
+BLOCKS_PER_WORKER = 3  # in flight: keeps workers busy while the parent waits for the oldest
+
+
+class TokenBlock(NamedTuple):
+  """A tokenized block: its documents one after the other, each ending in EOS.
+
+  tokens: uint16 or uint32[sum(length)].   length: int64[documents], tokens with EOS.   text_bytes: int64[documents],
+  UTF-8.   held_out: bool[documents].   inexact: documents that do not decode to themselves.
+  """
+
+  tokens: np.ndarray
+  length: np.ndarray
+  text_bytes: np.ndarray
+  held_out: np.ndarray
+  lines: int
+  empty: int
+  inexact: int
+  bad: list[BadLine]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+  """Returns the type that token ids are stored in, little-endian."""
+  return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+
+
+def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out_share: float) -> TokenBlock:
+  """Reads and tokenizes the documents of a block.
+
+  Args:
+    block: a stretch of a file.
+    tokenizer: the tokenizer.
+    text_key: key of the text in a jsonl line.
+    held_out_share: share of the documents to mark as held out, 0 for none.
+  """
+  parsed = parse_block(block, text_key)
+  dtype = token_dtype(tokenizer.vocab_size)
+  parts, length, text_bytes, held_out, inexact = [np.empty(0, dtype)], [], [], [], 0
+  for text in parsed.documents:
+    raw, decoded, count = text.encode(), [], 1
+    for ids in tokenizer.encode_slices(text):
+      parts.append(np.array(ids, dtype))
+      decoded.append(tokenizer.decode_bytes(ids))
+      count += len(ids)
+    parts.append(np.array([tokenizer.eos_id], dtype))
+    length.append(count)
+    text_bytes.append(len(raw))
+    held_out.append(is_held_out(raw, held_out_share))
+    inexact += b''.join(decoded) != raw
+  return TokenBlock(
+    np.concatenate(parts),
+    np.array(length, np.int64),
+    np.array(text_bytes, np.int64),
+    np.array(held_out, bool),
+    parsed.lines,
+    parsed.empty,
+    inexact,
+    parsed.bad,
+  )
+
+
+def tokenize_blocks(
+  blocks: Iterable[Block], tokenizer: Tokenizer, text_key: str, held_out_share: float, workers: int
+) -> Iterator[tuple[Block, TokenBlock]]:
+  """Tokenizes blocks in other processes and yields them in order; few are in flight, so memory is bounded.
+
+  Args:
+    workers: number of processes.
+
+  Raises:
+    UserError: if a worker process died.
+  """
+  settings = {'tokenizer': str(tokenizer.path), 'text_key': text_key, 'held_out_share': held_out_share}
+  idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+  processes = [_start_worker(settings) for _ in range(workers)]
+  for process in processes:
+    idle.put(process)
+
+  def ask(block: Block) -> TokenBlock:
+    process = idle.get()
+    try:
+      return _ask_worker(process, block, tokenizer.vocab_size)
+    finally:
+      idle.put(process)
+
+  pending: collections.deque[tuple[Block, Future]] = collections.deque()
+  executor = ThreadPoolExecutor(workers, thread_name_prefix='tokenize')
+  try:
+    for block in blocks:
+      pending.append((block, executor.submit(ask, block)))
+      if len(pending) >= BLOCKS_PER_WORKER * workers:
+        first, future = pending.popleft()
+        yield first, future.result()
+    while pending:
+      first, future = pending.popleft()
+      yield first, future.result()
+  finally:
+    executor.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+      process.kill()  # it holds nothing that is not ours already
+    executor.shutdown(wait=True)
+    for process in processes:
+      process.communicate()
+
+
+def _start_worker(settings: dict) -> subprocess.Popen:
+  root = str(Path(__file__).resolve().parents[2])
+  paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
+  environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths), 'OPENBLAS_NUM_THREADS': '1'}
+  command = [sys.executable, '-m', 'mmjax.data.worker']
+  process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+  _write_frames(process.stdin, json.dumps(settings).encode())
+  return process
+
+
+def _ask_worker(process: subprocess.Popen, block: Block, vocab_size: int) -> TokenBlock:
+  try:
+    _write_frames(process.stdin, json.dumps([block.file, block.line, block.byte, block.too_long]).encode(), block.data)
+    counts, tokens, length, text_bytes, held_out = (_read_frame(process.stdout) for _ in range(5))
+  except (OSError, EOFError):
+    raise UserError(
+      f'a tokenizer process ended with code {process.wait()} in {block.file}, line {block.line} and following '
+      '(-9 is mostly too little memory: set --config.data.workers=1; prepare: --workers 1)'
+    ) from None
+  lines, empty, inexact, bad = json.loads(counts)
+  return TokenBlock(
+    np.frombuffer(tokens, token_dtype(vocab_size)),
+    np.frombuffer(length, np.int64),
+    np.frombuffer(text_bytes, np.int64),
+    np.frombuffer(held_out, bool),
+    lines,
+    empty,
+    inexact,
+    [BadLine(*line) for line in bad],
+  )
+
+
+def _write_frames(handle: BinaryIO, *frames: bytes) -> None:
+  for frame in frames:
+    handle.write(struct.pack('<q', len(frame)))
+    handle.write(frame)
+  handle.flush()
+
+
+def _read_frame(handle: BinaryIO) -> bytes:
+  size = _read_exactly(handle, 8)
+  return _read_exactly(handle, struct.unpack('<q', size)[0])
+
+
+def _read_exactly(handle: BinaryIO, size: int) -> bytes:
+  data = handle.read(size)
+  if len(data) < size:
+    raise EOFError
+  return data
+
+
+def main() -> None:
+  """Serves blocks from stdin until it closes."""
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+  source = sys.stdin.buffer
+  sink = os.fdopen(os.dup(sys.stdout.fileno()), 'wb')
+  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not land among the frames
+  settings = json.loads(_read_frame(source))
+  tokenizer = load_tokenizer(settings['tokenizer'])
+  while True:
+    try:
+      header = _read_frame(source)
+    except EOFError:
+      return
+    file, line, byte, too_long = json.loads(header)
+    block = Block(file, line, byte, _read_frame(source), too_long)
+    done = tokenize_block(block, tokenizer, settings['text_key'], settings['held_out_share'])
+    counts = json.dumps([done.lines, done.empty, done.inexact, done.bad]).encode()
+    _write_frames(sink, counts, *(array.tobytes() for array in done[:4]))
+
+
+if __name__ == '__main__':
+  main()

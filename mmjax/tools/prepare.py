@@ -1,0 +1,52 @@
+"""Prepares text for training: python -m mmjax.tools.prepare --train_files 'corpus/train-*.jsonl.xz' --valid_files ...
+
+Trains a tokenizer (or takes one), tokenizes, and writes shards and an index. Training does the same by itself; this
+does it ahead. Without --train_files it prepares the text that Python itself carries.
+"""
+
+import argparse
+from pathlib import Path
+
+from mmjax.config import load_config
+from mmjax.data.prepare import prepare
+from mmjax.data.tokenizer import load_tokenizer
+from mmjax.errors import run_command
+
+BASE_CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'base.py'
+FLAGS = {
+  'train_files': 'train_files', 'valid_files': 'valid_files', 'out': 'prepared_dir', 'tokenizer': 'tokenizer',
+  'text_key': 'text_key', 'on_bad_line': 'on_bad_line', 'workers': 'workers', 'valid_fraction': 'valid_fraction',
+}  # fmt: skip
+
+
+def main() -> None:
+  """Reads flags and prepares; prints the directory on stdout."""
+  arguments, overrides = _parser().parse_known_args()
+  given = {field: getattr(arguments, flag) for flag, field in FLAGS.items()}
+  overrides += [f'--config.data.{field}={value}' for field, value in given.items() if value is not None]
+  vocab_size = arguments.vocab_size
+  if vocab_size is None and arguments.tokenizer:
+    vocab_size = load_tokenizer(arguments.tokenizer).vocab_size
+  if vocab_size is not None:
+    overrides.append(f'--config.model.vocab_size={vocab_size}')
+  config = load_config(arguments.config, overrides)
+  print(prepare(config.data, config.model.vocab_size))
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(prog='python -m mmjax.tools.prepare', description=__doc__.partition('\n')[0])
+  parser.add_argument('--config', default=str(BASE_CONFIG), help='config file that the defaults come from')
+  parser.add_argument('--train_files', help='comma-separated paths or globs: .jsonl or .txt, plain, .gz or .xz')
+  parser.add_argument('--valid_files', help='the same, held out')
+  parser.add_argument('--valid_fraction', help='share of training documents held out where there are no valid_files')
+  parser.add_argument('--out', help='folder for prepared directories')
+  parser.add_argument('--vocab_size', help='pieces of the tokenizer; by default those of --tokenizer, or the config')
+  parser.add_argument('--tokenizer', help='a SentencePiece model or a tokenizer.json; by default one is trained')
+  parser.add_argument('--text_key', help='key of the text in a jsonl line')
+  parser.add_argument('--on_bad_line', help='fail: stop at the first bad line; skip: leave bad lines out, count them')
+  parser.add_argument('--workers', help='tokenizer processes; 0: one for each core')
+  return parser
+
+
+if __name__ == '__main__':
+  run_command(main)
