@@ -1,0 +1,161 @@
+"""Training parity with the PyTorch port: loss, every gradient, and the losses of 50 optimizer updates.
+
+`pytest -m slow tests/test_parity_training.py -s` runs the full sizes of experiment 1.4.2 and prints what was measured.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip('torch')
+from torch.nn import functional as F  # noqa: E402
+
+from mmjax.config import Config, load_config  # noqa: E402
+from mmjax.interop import names  # noqa: E402
+from mmjax.kernels.cross_entropy import cross_entropy_sums  # noqa: E402
+from mmjax.training.optimizer import make_optimizer  # noqa: E402
+from mmjax.training.step import make_train_step  # noqa: E402
+from tests.helpers import tiny_config  # noqa: E402
+from tests.parity import build_pair, random_tokens, relative_l2, same_selection  # noqa: E402
+from tests.torch_reference import TorchLM  # noqa: E402
+
+SUBLAYERS = ('dense', 'gated_fusion')
+PAD = 0
+
+
+def padded_rows(config: Config, batch: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """Returns input and target tokens, (B, T); the last quarter of the last row is padding."""
+  tokens = random_tokens(config, batch, length + 1, seed)
+  tokens[-1, -(length // 4) :] = PAD
+  return tokens[:, :-1], tokens[:, 1:]
+
+
+def torch_loss(model: TorchLM, input_BT: np.ndarray, target_BT: np.ndarray) -> torch.Tensor:
+  """Returns the mean negative log-likelihood of the targets that are not padding, and the auxiliary loss on top."""
+  logits, aux_loss = model(torch.tensor(input_BT).long())
+  target = torch.tensor(target_BT).long().flatten()
+  return F.cross_entropy(logits.float().flatten(0, 1), target, ignore_index=PAD) + aux_loss
+
+
+def compare_gradients(config: Config, batch: int, length: int, attention: str) -> None:
+  """Asserts parity of the loss and of every gradient, and prints what was measured."""
+  model, graphdef, params = build_pair(config)
+  input_BT, target_BT = padded_rows(config, batch, length)
+
+  def loss_and_rows(params: dict) -> tuple:
+    lm = nnx.merge(graphdef, params)
+    out = lm(jnp.array(input_BT), attention=attention)
+    weight_BT = jnp.array(target_BT != PAD, jnp.float32)
+    nll, _ = cross_entropy_sums(out.hidden_BTD, lm.embedding[...], jnp.array(target_BT), weight_BT, max(length // 3, 1))
+    return nll / weight_BT.sum(), out.row_LBTR
+
+  (loss, row_LBTR), gradients = jax.jit(jax.value_and_grad(loss_and_rows, has_aux=True))(params)
+  with same_selection(model, None if row_LBTR is None else np.asarray(row_LBTR)) as seen:
+    want = torch_loss(model, input_BT, target_BT)
+    want.backward()
+
+  assert float(loss) == pytest.approx(want.item(), rel=1e-5)
+  wanted = dict(model.named_parameters())
+  difference = {}
+  for name, value in names.to_tensors(gradients, config.model).items():
+    if wanted[name].grad is None:
+      assert 'memory_gate' in name and (value == 0).all()  # never learns, there and here
+    else:
+      difference[name] = relative_l2(value, wanted[name].grad.numpy())
+  worst = max(difference, key=difference.get)
+  print(
+    f'{config.model.sublayer} B={batch} T={length}: losses differ by {abs(float(loss) - want.item()):.1e}, '
+    f'gradients by at most {difference[worst]:.1e} ({worst}); {seen["flips"]} selections differ'
+  )
+  assert difference[worst] <= 1e-4
+  assert len(difference) == len(wanted) - (2 * config.model.n_layers if row_LBTR is not None else 0)
+
+
+@pytest.mark.parametrize('sublayer', SUBLAYERS)
+@pytest.mark.parametrize('attention', ['xla', 'xla_blocked'])
+def test_loss_and_gradients_equal_torch(sublayer, attention):
+  compare_gradients(tiny_config(model__sublayer=sublayer), 3, 16, attention)
+
+
+@pytest.mark.parametrize('n_kv_heads', [1, 8])
+def test_gradients_of_grouped_heads_equal_torch(n_kv_heads):
+  compare_gradients(tiny_config(model__n_heads=8, model__n_kv_heads=n_kv_heads), 2, 13, 'xla')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('experiment', ['exp_1_4_2', 'exp_1_4_0'])
+def test_full_size_gradients_equal_torch(experiment):
+  compare_gradients(load_config(f'configs/{experiment}.py'), 2, 512, 'xla_blocked')
+
+
+def torch_trajectory(model: TorchLM, config: Config, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
+  """Trains the port as its training script does: AdamW, clip, cosine to zero, accumulation over micro-batches."""
+  train = config.train
+  optimizer = torch.optim.AdamW(
+    model.parameters(), train.learning_rate, (train.beta1, train.beta2), train.eps, train.weight_decay
+  )
+  losses = []
+  for step, (input_BT, target_BT) in enumerate(batches):
+    optimizer.param_groups[0]['lr'] = train.learning_rate * (1 + math.cos(math.pi * step / len(batches))) / 2
+    optimizer.zero_grad()
+    total = 0.0
+    n_targets = (target_BT != PAD).sum()
+    for rows in np.split(np.arange(len(input_BT)), train.accumulation_steps):
+      share = float((target_BT[rows] != PAD).sum() / n_targets)
+      loss = torch_loss(model, input_BT[rows], target_BT[rows]) * share
+      loss.backward()
+      total += loss.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+    optimizer.step()
+    losses.append(total)
+  return losses
+
+
+def compare_trajectories(config: Config, length: int, steps: int = 50) -> None:
+  """Asserts that both models' losses stay together over `steps` updates, and prints the largest distance."""
+  model, graphdef, params = build_pair(config)
+  n_rows = config.train.batch_size * config.train.accumulation_steps
+  batches = [padded_rows(config, n_rows, length, seed) for seed in range(4)] * (steps // 4 + 1)
+  batches = batches[:steps]
+  want = torch_trajectory(model, config, batches)
+
+  optimizer = make_optimizer(config, steps)
+  step = jax.jit(
+    make_train_step(config, graphdef, optimizer, pad_id=PAD, attention='xla_blocked', total_steps=steps),
+    donate_argnums=0,
+  )
+  zero = np.zeros((), np.int32)
+  state = {'params': params, 'opt_state': optimizer.init(params), 'step': zero, 'skipped': zero, 'skipped_total': zero}
+  state, got = jax.device_put(state), []
+  for rows in batches:
+    micro = [jnp.array(x.reshape(config.train.accumulation_steps, -1, length)) for x in rows]
+    state, metrics = step(state, {'input': micro[0], 'target': micro[1], 'segment': jnp.zeros_like(micro[0])})
+    got.append(float(metrics['loss']))
+  distance = np.abs(np.array(got) - np.array(want))
+  print(
+    f'{config.model.sublayer}, {steps} updates: loss {want[0]:.3f} -> {want[-1]:.3f}; losses differ by at most '
+    f'{distance.max():.1e} (update {distance.argmax()})'
+  )
+  assert want[-1] < want[0] - 0.2  # it did learn, so the trajectory means something
+  assert distance.max() <= 1e-3
+  frozen = names.to_tensors(state['params'], config.model)
+  for name, value in model.named_parameters():
+    if 'memory_gate' in name:
+      np.testing.assert_array_equal(frozen[name], value.detach().numpy())
+
+
+@pytest.mark.parametrize('sublayer', SUBLAYERS)
+def test_fifty_updates_equal_torch(sublayer):
+  compare_trajectories(tiny_config(model__sublayer=sublayer, train__learning_rate=3e-3), 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('experiment', ['exp_1_4_2', 'exp_1_4_0'])
+def test_full_size_fifty_updates_equal_torch(experiment):
+  overrides = {'train.dtype': 'float32', 'train.batch_size': 1, 'train.accumulation_steps': 2}
+  config = load_config(f'configs/{experiment}.py', [f'--config.{k}={v}' for k, v in overrides.items()])
+  compare_trajectories(config, 256)
