@@ -1,0 +1,268 @@
+"""The training loop: step, report, evaluate, save, until done or stopped.
+
+The device is never waited for except where numbers are needed: whether an update was finite is looked at one step
+later, the rest at the intervals of the config. Everything that decides what is computed is in the state and the
+step number, so a resumed run goes on bit for bit (on a CPU).
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from mmjax.config import Config
+from mmjax.data.loader import eval_batches, train_batches
+from mmjax.errors import DivergedError, StoppedError, StorageError
+from mmjax.training.checkpoint import Checkpoints
+from mmjax.training.cost import device_peak_flops, flops_per_token
+from mmjax.training.evaluate import EvalResult, evaluate
+from mmjax.training.metrics import MetricsLog, bank_health, peak_memory
+from mmjax.training.optimizer import make_optimizer, path_name
+from mmjax.training.progress import Progress
+from mmjax.training.rundir import RunDir, atomic_write_json
+from mmjax.training.setup import (
+  Inputs,
+  Program,
+  compile_program,
+  describe_memory,
+  explain_out_of_memory,
+  new_state,
+  open_inputs,
+  record_run,
+  refuse_other_run,
+  restore_state,
+)
+from mmjax.training.sharding import make_mesh, put_batch
+from mmjax.training.signals import StopSignals
+from mmjax.training.step import TrainState
+
+MAX_FAILED_SAVES = 3
+
+
+def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> None:
+  """Trains a model in `workdir`, or goes on with the one that is there.
+
+  Args:
+    config: the run's settings.
+    workdir: run directory, created if it does not exist.
+    allow_config_change: resume although settings of the schedule differ.
+
+  Raises:
+    UserError: if the input or the directory is not usable.
+    DivergedError: after train.max_skipped_updates non-finite updates in a row.
+    StorageError: after three failed saves in a row, or if no whole checkpoint is left.
+    StoppedError: if a signal ended the run; its state is saved.
+  """
+  run = RunDir(workdir)
+  refuse_other_run(run, config, allow_config_change)
+  mesh = make_mesh(config)
+  inputs = open_inputs(config)
+  total = inputs.total_steps
+  with run, StopSignals() as stop, closing(Progress(total)) as progress, closing(MetricsLog(workdir)) as log:
+    checkpoints = Checkpoints(workdir)
+    optimizer = make_optimizer(config, total)
+    if checkpoints.ever_saved:
+      state, counters = restore_state(config, optimizer, mesh, checkpoints)
+      progress.message(f'Resuming {workdir} at step {int(state["step"])} of {total}')
+    else:
+      state, counters = new_state(config, optimizer, mesh), {'tokens': 0, 'seconds': 0.0}
+    start = int(state['step'])
+    record_run(run, config, inputs, start)
+    log.truncate_after(start if checkpoints.ever_saved else -1)
+    if start >= total:
+      progress.message(f'{workdir} is finished: all {total} steps are done')
+      return
+    program = compile_program(config, inputs, mesh, optimizer, state)
+    progress.message(f'Attention: {program.attention}. The step needs {describe_memory(program.memory)}.')
+    Trainer(config, run, inputs, program, checkpoints, log, progress, counters).train(state, stop)
+
+
+class Trainer:
+  """The loop and what it keeps between steps: a window of metrics, counters, the step not yet looked at."""
+
+  def __init__(
+    self,
+    config: Config,
+    run: RunDir,
+    inputs: Inputs,
+    program: Program,
+    checkpoints: Checkpoints,
+    log: MetricsLog,
+    progress: Progress,
+    counters: dict[str, Any],
+  ):
+    self.config, self.run, self.inputs, self.program = config, run, inputs, program
+    self.checkpoints, self.log, self.progress = checkpoints, log, progress
+    self.tokens, self.seconds = counters['tokens'], counters['seconds']
+    self.window = Window()
+    self.failed_saves = 0
+    self.flops_per_token = flops_per_token(config)['total']
+    peak = device_peak_flops(jax.devices()[0].device_kind, config.train.dtype)
+    self.peak_flops = peak and peak * program.mesh.size
+
+  def train(self, state: TrainState, stop: StopSignals) -> None:
+    """Runs from the state's step to the end."""
+    train, start, total = self.config.train, int(state['step']), self.inputs.total_steps
+    rows = train.batch_size * train.accumulation_steps
+    unchecked = None
+    batches = train_batches(self.inputs.train, global_batch_rows=rows, seed=self.config.seed, start_step=start)
+    with closing(batches):
+      for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
+        with explain_out_of_memory(self.config, self.program.memory):
+          device_batch = put_batch(self.program.mesh, batch, train.accumulation_steps)
+          state, metrics = self.program.step(state, device_batch)
+          if unchecked is not None:
+            self.check(*unchecked, state)
+        unchecked = (step, batch, metrics)
+        self.window.add(metrics)
+        stopping = step < total and stop.requested(step)
+        evaluates = step == total or (step % train.eval_interval == 0 and not stopping)
+        saves = evaluates or stopping or step % train.checkpoint_interval == 0
+        if saves or step % train.log_interval == 0:
+          self.report(step)
+        if saves:
+          self.check(*unchecked, state)
+          unchecked = None
+          metric = self.evaluate(step, state).loss if evaluates else None
+          self.save(step, state, metric, final=stopping or step == total)
+        if stopping:
+          raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')
+    self.progress.message(f'Done: {total} steps, {self.tokens:,} tokens, {self.seconds / 60:.1f} minutes of training')
+
+  def check(self, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState) -> None:
+    """Logs an update that was skipped; ends the run after too many in a row."""
+    if bool(metrics['finite']):
+      return
+    row_ids = batch['row_id'].tolist()
+    skipped = int(metrics['skipped'])
+    self.log.write(
+      {
+        'kind': 'skipped',
+        'step': step,
+        'loss': float(metrics['loss']),
+        'grad_norm': float(metrics['grad_norm']),
+        'in_a_row': skipped,
+        'row_ids': row_ids,
+      }
+    )
+    self.progress.message(f'Step {step}: loss or gradient is not finite; update skipped ({skipped} in a row)')
+    if skipped >= self.config.train.max_skipped_updates:
+      folder = write_divergence_dump(self.run, step, batch, metrics, state)
+      raise DivergedError(
+        f'Diverged: {skipped} non-finite updates in a row up to step {step} (train.max_skipped_updates); batch and '
+        f'norms are in {folder}. A lower train.learning_rate or a smaller train.grad_clip may help.'
+      )
+
+  def report(self, step: int) -> None:
+    """Writes one line of metrics over the steps since the last one."""
+    line = self.window.summary()
+    rate = line['tokens'] / line['seconds']
+    self.tokens += line['tokens']
+    self.seconds += line['seconds']
+    peak_bytes, peak_of = peak_memory()
+    line |= {
+      'kind': 'train',
+      'step': step,
+      'tokens': self.tokens,
+      'seconds': self.seconds,
+      'tokens_per_second': rate,
+      'mfu': rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+      'peak_bytes': peak_bytes,
+      'peak_bytes_of': peak_of,
+      'bank': self.window.bank(),
+    }
+    self.log.write(line)
+    self.progress.update(line)
+    self.window = Window()
+
+  def evaluate(self, step: int, state: TrainState) -> EvalResult:
+    """Evaluates on the whole validation set."""
+    with self.window.pause():
+      batches = eval_batches(self.inputs.valid, self.config.train.batch_size)
+      result = evaluate(self.program.evaluate, state['params'], batches, self.inputs.tokenizer.bytes_per_token())
+    self.log.write({'kind': 'eval', 'step': step, **result.to_dict()})
+    self.progress.message(
+      f'Step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, '
+      f'{result.bits_per_byte:.4f} bits per byte, accuracy {result.accuracy:.2%}'
+    )
+    return result
+
+  def save(self, step: int, state: TrainState, metric: float | None, final: bool) -> None:
+    """Saves; a failure is survived until the third in a row, or the last save of the run."""
+    try:
+      with self.window.pause():
+        self.checkpoints.save(step, state, {'tokens': self.tokens, 'seconds': self.seconds}, metric)
+      self.failed_saves = 0
+    except StorageError as error:
+      self.failed_saves += 1
+      self.progress.message(f'Checkpoint {step} failed ({self.failed_saves} in a row): {error}')
+      if final or self.failed_saves >= MAX_FAILED_SAVES:
+        raise
+
+
+class Window:
+  """Sums the metrics of the steps between two reports, on the device, and reads them once."""
+
+  def __init__(self) -> None:
+    self.steps: list[dict[str, jax.Array]] = []
+    self.usage_LM: jax.Array | None = None
+    self.paused_seconds = 0.0
+    self.start = time.perf_counter()
+
+  def add(self, metrics: dict[str, jax.Array]) -> None:
+    """Takes the metrics of one step without waiting for them."""
+    self.steps.append({name: value for name, value in metrics.items() if name != 'usage_LM'})
+    if 'usage_LM' in metrics:
+      self.usage_LM = metrics['usage_LM'] if self.usage_LM is None else self.usage_LM + metrics['usage_LM']
+
+  @contextmanager
+  def pause(self) -> Iterator[None]:
+    """Stops the clock while something other than training runs."""
+    jax.block_until_ready(self.steps)
+    start = time.perf_counter()
+    yield
+    self.paused_seconds += time.perf_counter() - start
+
+  def summary(self) -> dict[str, Any]:
+    """Returns means over the finite steps, the last learning rate, and sums of tokens and seconds."""
+    steps = jax.device_get(self.steps)
+    seconds = time.perf_counter() - self.start - self.paused_seconds
+    finite = [m for m in steps if m['finite']]
+    means = {
+      name: float(np.mean([m[name] for m in finite])) if finite else math.nan
+      for name in ('loss', 'accuracy', 'grad_norm')
+    }
+    tokens = int(sum(m['tokens'] for m in steps))
+    return means | {'learning_rate': float(steps[-1]['learning_rate']), 'tokens': tokens, 'seconds': seconds}
+
+  def bank(self) -> list[dict[str, Any]]:
+    """Returns the health of the bank as each layer used it; empty for a model without one."""
+    if self.usage_LM is None:
+      return []
+    return [{'layer': layer, **bank_health(counts_M)} for layer, counts_M in enumerate(np.asarray(self.usage_LM))]
+
+
+def write_divergence_dump(
+  run: RunDir, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState
+) -> Path:
+  """Writes the batch that broke a run and the norm of every parameter, and returns the folder."""
+  folder = run.path / 'diverged'
+  folder.mkdir(exist_ok=True)
+  np.savez(folder / f'batch-{step}.npz', **batch)
+  leaves = jax.tree_util.tree_leaves_with_path(state['params'])
+  atomic_write_json(
+    folder / f'step-{step}.json',
+    {
+      'step': step,
+      'row_ids': batch['row_id'].tolist(),
+      'loss': float(metrics['loss']),
+      'grad_norm': float(metrics['grad_norm']),
+      'parameter_norms': {path_name(path): float(jax.numpy.linalg.norm(leaf)) for path, leaf in leaves},
+    },
+  )
+  return folder

@@ -1,0 +1,166 @@
+"""From settings to everything that the loop needs: data, mesh, compiled functions, state.
+
+In this order, so that bad input is refused before anything is written into the work directory or compiled: settings
+against those of an earlier start, devices, text, then the directory's lock, the state, the compiler.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mmjax.config import Config
+from mmjax.data.index import read_index
+from mmjax.data.loader import TokenSplit, open_split, steps_of_epochs
+from mmjax.data.prepare import prepare
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer
+from mmjax.errors import UserError
+from mmjax.kernels.attention import attention_backend
+from mmjax.model.lm import model_graph
+from mmjax.training.checkpoint import Checkpoints
+from mmjax.training.evaluate import EvalStep, make_eval_step
+from mmjax.training.rundir import RunDir, atomic_write_bytes, compare_configs
+from mmjax.training.sharding import put_batch, replicated, shardings
+from mmjax.training.step import TrainState, init_state, make_train_step
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+  """What a run reads: rows to learn from, rows held out, and the tokenizer that made them."""
+
+  tokenizer: Tokenizer
+  train: TokenSplit
+  valid: TokenSplit
+  data_sha256: str  # of the shards' hashes
+  total_steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """What a run computes: compiled for one mesh."""
+
+  mesh: Mesh
+  step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
+  evaluate: EvalStep
+  attention: str
+  memory: Any  # compiled.memory_analysis() of the step
+
+
+def refuse_other_run(run: RunDir, config: Config, allow_config_change: bool) -> None:
+  """Raises UserError if the directory holds a run with other settings; looks only, writes nothing."""
+  if run.config_path.exists():
+    compare_configs(run.read_config(), config, allow_config_change)
+
+
+def open_inputs(config: Config) -> Inputs:
+  """Prepares the text, or finds it prepared, and opens both splits.
+
+  Raises:
+    UserError: if the text, the tokenizer or the shards are not what they must be, or give less than one batch.
+  """
+  data, train = config.data, config.train
+  prepared = prepare(data, config.model.vocab_size)
+  rows = {'max_seq_len': config.model.max_seq_len, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
+  train_split, valid_split = (open_split(prepared, name, **rows) for name in ('train', 'valid'))
+  batch_rows = train.batch_size * train.accumulation_steps
+  if train_split.n_rows < batch_rows:
+    raise UserError(
+      f'the training text gives {train_split.n_rows} rows of {config.model.max_seq_len} tokens, less than one batch of '
+      f'train.batch_size={train.batch_size} x train.accumulation_steps={train.accumulation_steps}; '
+      'use more text or a smaller batch'
+    )
+  steps = train.max_steps or steps_of_epochs(train_split, batch_rows, train.epochs)
+  index = read_index(prepared)
+  shards = [shard['sha256'] for split in index['splits'].values() for shard in split['shards']]
+  data_sha256 = hashlib.sha256(''.join(shards).encode()).hexdigest()
+  tokenizer = load_tokenizer(prepared / index['tokenizer']['file'])
+  return Inputs(tokenizer, train_split, valid_split, data_sha256, steps)
+
+
+def new_state(config: Config, optimizer: Any, mesh: Mesh) -> TrainState:
+  """Returns the state before the first update, every array where the rules put it."""
+  init = partial(init_state, config, optimizer)
+  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)))()
+
+
+def restore_state(
+  config: Config, optimizer: Any, mesh: Mesh, checkpoints: Checkpoints
+) -> tuple[TrainState, dict[str, Any]]:
+  """Returns the newest whole state on this mesh, and its metadata."""
+  shapes = jax.eval_shape(partial(init_state, config, optimizer))
+  places = shardings(mesh, shapes)
+  target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+  state, metadata, _ = checkpoints.restore(target, 'last')
+  return state, metadata
+
+
+def record_run(run: RunDir, config: Config, inputs: Inputs, step: int) -> None:
+  """Writes what the run is made of into its directory: settings, tokenizer, identity of the data, this start."""
+  atomic_write_bytes(run.path / inputs.tokenizer.path.name, inputs.tokenizer.path.read_bytes())
+  run.write_config(config)
+  run.record_start({'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}, step)
+
+
+def compile_program(config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, state: TrainState) -> Program:
+  """Compiles the train step for the shapes of this run.
+
+  Raises:
+    UserError: if the device has too little memory, with the settings to change.
+  """
+  if config.runtime.compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(Path(config.runtime.compilation_cache_dir).absolute()))
+  attention = attention_backend(
+    config.runtime.attention, jnp.dtype(config.train.dtype), jax.devices()[0].platform, mesh.size
+  )
+  graphdef = model_graph(config)
+  pad_id = inputs.tokenizer.pad_id
+  step = make_train_step(
+    config, graphdef, optimizer, pad_id=pad_id, attention=attention, total_steps=inputs.total_steps
+  )
+  places = shardings(mesh, state)
+  rows = config.train.batch_size * config.train.accumulation_steps
+  sample = {name: jnp.zeros((rows, config.model.max_seq_len), jnp.int32) for name in ('input', 'target', 'segment')}
+  batch = put_batch(mesh, sample, config.train.accumulation_steps)
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
+  with explain_out_of_memory(config):
+    compiled = jitted.lower(state, batch).compile()
+  evaluate = make_eval_step(graphdef, config, pad_id=pad_id, attention=attention, mesh=mesh)
+  return Program(mesh, compiled, evaluate, attention, compiled.memory_analysis())
+
+
+class explain_out_of_memory:  # noqa: N801 - used as a `with` statement
+  """Turns the runtime's out-of-memory error into one sentence with the settings to change."""
+
+  def __init__(self, config: Config, memory: Any = None):
+    self.config = config
+    self.memory = memory
+
+  def __enter__(self) -> None:
+    return None
+
+  def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+    if not (isinstance(error, MemoryError) or (error is not None and 'RESOURCE_EXHAUSTED' in str(error))):
+      return
+    need = '' if self.memory is None else f' The step needs {describe_memory(self.memory)}.'
+    raise UserError(
+      f'Out of memory.{need} Lower train.batch_size={self.config.train.batch_size} (and raise '
+      f'train.accumulation_steps={self.config.train.accumulation_steps} to keep the update the same), set '
+      f"runtime.remat='block' (now {self.config.runtime.remat!r}), or lower "
+      f'model.max_seq_len={self.config.model.max_seq_len}.'
+    ) from error
+
+
+def describe_memory(memory: Any) -> str:
+  """Says what the compiler's memory analysis found, in GiB."""
+  return (
+    f'{memory.temp_size_in_bytes / GIB:.2f} GiB for activations and gradients beside '
+    f'{memory.argument_size_in_bytes / GIB:.2f} GiB of state and batch'
+  )
