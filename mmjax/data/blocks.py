@@ -59,7 +59,10 @@ def find_files(patterns: str) -> list[Path]:
     else:
       found = [path]
     for file in found:
-      _check_file(file)
+      try:
+        _check_file(file)
+      except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"'{file}' cannot be read: {error.strerror or error}") from None
       files[file.resolve()] = None
   if not files:
     raise UserError(f'no file is named in {patterns!r}')
@@ -134,31 +137,45 @@ def _decompress(file: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def _line_blocks(file: str, handle: BinaryIO, line: int, byte: int) -> Iterator[Block]:
+  """Ends a block at the last line end before each multiple of BLOCK_BYTES, wherever reading began."""
   rest = b''
-  while chunk := handle.read(BLOCK_BYTES):
+  for chunk in _chunks(handle):
     cut = chunk.rfind(b'\n') + 1
+    if len(rest) > LONGEST_LINE_BYTES:
+      after, chunk = _skip_line(handle, chunk)
+      block = Block(file, line, byte, b'', len(rest) + after)
+      line, byte = block.end
+      yield block
+      rest, cut = b'', chunk.rfind(b'\n') + 1
+    rest += chunk[:cut]
     if cut:
-      block = Block(file, line, byte, rest + chunk[:cut])
-      rest = chunk[cut:]
-    elif len(rest) + len(chunk) > LONGEST_LINE_BYTES:
-      size, rest = _skip_line(handle, len(rest) + len(chunk))
-      block = Block(file, line, byte, b'', size)
-    else:
-      rest += chunk
-      continue
-    line, byte = block.end
-    yield block
+      block = Block(file, line, byte, rest)
+      line, byte = block.end
+      yield block
+      rest = b''
+    rest += chunk[cut:]
   if rest or not byte:  # an empty file gives one empty block
     yield Block(file, line, byte, rest)
 
 
-def _skip_line(handle: BinaryIO, size: int) -> tuple[int, bytes]:
-  """Reads to the end of an overlong line; returns its whole size and what was read of the next."""
-  while chunk := handle.read(BLOCK_BYTES):
+def _chunks(handle: BinaryIO) -> Iterator[bytes]:
+  while chunk := handle.read(BLOCK_BYTES - handle.tell() % BLOCK_BYTES):
+    yield chunk
+
+
+def _skip_line(handle: BinaryIO, chunk: bytes) -> tuple[int, bytes]:
+  """Passes over the rest of an overlong line, which begins with `chunk`.
+
+  Returns:
+    How many bytes it was, and what was read after it.
+  """
+  size = 0
+  while chunk:
     cut = chunk.find(b'\n') + 1
     if cut:
       return size + cut, chunk[cut:]
     size += len(chunk)
+    chunk = handle.read(BLOCK_BYTES)
   return size, b''
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.files import sha256_of, storage_errors, write_file, write_json
+from mmjax.data.files import locked_directory, sha256_of, write_file, write_json
 from mmjax.data.progress import ProgressSink
 from mmjax.errors import UserError
 
@@ -40,21 +40,23 @@ def build_embedded_corpus(directory: Path, progress: ProgressSink) -> Path:
     StorageError: if the files cannot be written.
   """
   corpus, record = directory.resolve() / 'embedded.jsonl', directory.resolve() / 'embedded.json'
-  if _is_whole(corpus, record):
-    return corpus
-  progress.say(f'building the embedded corpus {corpus}')
+  with locked_directory(directory, lambda: progress.say(f'another process uses {directory}: waiting for it')):
+    if not _is_whole(corpus, record):
+      progress.say(f'building the embedded corpus {corpus}')
+      _write_corpus(corpus, record)
+  return corpus
+
+
+def _write_corpus(corpus: Path, record: Path) -> None:
   data = ''.join(json.dumps({'text': text}, ensure_ascii=False) + '\n' for text in embedded_documents()).encode()
   if len(data) < LEAST_BYTES:
     raise UserError(
       f'this Python ({sys.executable}) carries only {len(data)} bytes of documentation: its standard library has no '
       'sources; use a full CPython, or give text with --config.data.train_files'
     )
-  with storage_errors(directory):
-    directory.mkdir(parents=True, exist_ok=True)
   write_file(corpus, data)
   facts = {'sha256': hashlib.sha256(data).hexdigest(), 'bytes': len(data), 'documents': data.count(b'\n')}
   write_json(record, facts | {'python': sys.version})
-  return corpus
 
 
 def _is_whole(corpus: Path, record: Path) -> bool:

@@ -54,7 +54,7 @@ def write_file(path: Path, data: bytes) -> None:
   Raises:
     StorageError: if it cannot be written.
   """
-  temporary = path.with_name(path.name + '.tmp')
+  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   with storage_errors(path):
     with temporary.open('wb') as handle:
       handle.write(data)

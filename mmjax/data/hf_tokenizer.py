@@ -23,8 +23,8 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   except ImportError:
     raise UserError(f"'{path}' needs the package tokenizers: pip install 'mmjax[hf]'") from None
   try:
-    settings = json.loads(path.read_text(encoding='utf-8'))
-    backend = tokenizers.Tokenizer.from_str(json.dumps(settings))
+    text = path.read_text(encoding='utf-8')
+    settings, backend = json.loads(text), tokenizers.Tokenizer.from_str(text)
   except Exception as error:  # noqa: BLE001 - the backend raises bare Exception for what it cannot read
     raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
   backend.no_truncation()

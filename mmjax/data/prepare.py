@@ -5,6 +5,7 @@ time) and the tokenizer. Its layout is described in mmjax.data.index. Rows are c
 length and layout are not part of it.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -141,7 +142,8 @@ def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> None:
     _remove_others(plan.directory, index)
   except UserError:
     _remove_others(plan.directory, None)
-    plan.directory.rmdir()
+    with contextlib.suppress(OSError):  # not empty: there is something in it that is not ours
+      plan.directory.rmdir()
     raise
   progress.say(f'prepared {plan.directory}: {_summary(index)}')
   for line in _remarks(index, builder.state['tallies']):
@@ -241,7 +243,7 @@ def _remove_others(directory: Path, index: dict[str, Any] | None) -> None:
     keep = {INDEX, VERIFIED, index['tokenizer']['file']}
     keep |= {shard[key] for shard in shards for key in ('file', 'offsets_file')}
   for path in directory.iterdir():
-    if path.name not in keep:
+    if path.name not in keep and path.is_file():
       path.unlink()
 
 

@@ -1,10 +1,9 @@
 """Shows how far a long preparation is: a live bar on a terminal, a plain line now and then elsewhere."""
 
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -39,10 +38,10 @@ class SilentProgress:
 
 
 class ConsoleProgress:
-  """Shows a bar where `stream` is a terminal, else a plain line every LINE_SECONDS."""
+  """Shows a bar where stderr is a terminal, else a plain line every LINE_SECONDS."""
 
-  def __init__(self, stream: TextIO = sys.stderr):
-    self._console = Console(file=stream, highlight=False, soft_wrap=True)
+  def __init__(self):
+    self._console = Console(stderr=True, highlight=False, soft_wrap=True)
     self._bar: Progress | None = None
     self._stage = ''
     self._last_line_seconds = time.monotonic()

@@ -184,6 +184,7 @@ def _read_exactly(handle: BinaryIO, size: int) -> bytes:
 def main() -> None:
   """Serves blocks from stdin until it closes."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone: no traceback
   source = sys.stdin.buffer
   sink = os.fdopen(os.dup(sys.stdout.fileno()), 'wb')
   os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not land among the frames

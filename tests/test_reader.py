@@ -1,0 +1,234 @@
+"""Reading .jsonl and .txt: what is kept, and the sentence for each way a file can be wrong."""
+
+import gzip
+import json
+import lzma
+import os
+import tracemalloc
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmjax.data import blocks
+from mmjax.data.blocks import LONGEST_LINE_BYTES, TEXT_DOCUMENT_BYTES, Block, Place, find_files, read_files
+from mmjax.data.reader import Tally, parse_block, read_documents
+from mmjax.errors import UserError
+
+GOOD = b'{"text": "one"}\n'
+BAD_LINES = {
+  'cut line': (b'{"text": "tw', 'not JSON: Unterminated string', 9),
+  'not JSON': (b'hello', 'not JSON: Expecting value', 0),
+  'not UTF-8': (b'{"text": "a\xffb"}', 'not UTF-8: invalid start byte 0xff', 11),
+  'byte order mark': (b'\xef\xbb\xbf{"text": "a"}', 'a byte order mark that is not at the start of the file', 0),
+  'nested deep': (b'{"text": ' + b'[' * 100_000 + b']' * 100_000 + b'}', 'nested too deep', 0),
+  'long number': (b'{"n": 1' + b'0' * 4300 + b', "text": "a"}', 'a number of 4301 digits', 0),
+  'lone surrogate': (b'{"text": "a\\ud800b"}', 'a lone surrogate \\ud800', 0),
+  'no key': (b'{"body": "a", "title": 3}', "no key 'text'; keys present: 'body', 'title'", 0),
+  'no string': (b'{"text": ["a"]}', "the value of 'text' must be a string, not a list", 0),
+  'null': (b'{"text": null}', "the value of 'text' must be a string, not null", 0),
+  'no object': (b'["text"]', 'must be a JSON object', 0),
+  'NUL byte': (b'{"text": "a\0b"}', 'a NUL byte', 11),
+  'lone NUL bytes': (b'\0' * 50, 'a NUL byte', 0),
+  'raw control character': (b'{"text": "a\x01b"}', 'not JSON: Invalid control character', 11),
+}
+
+
+def write(tmp_path, data: bytes, name: str = 'a.jsonl'):
+  path = tmp_path / name
+  path.write_bytes({'.gz': gzip.compress, '.xz': lzma.compress}.get(path.suffix, bytes)(data))
+  return path
+
+
+def read(*paths, on_bad_line: str = 'fail', text_key: str = 'text'):
+  return list(read_documents(list(paths), text_key, Tally(on_bad_line)))
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.xz'])
+def test_jsonl_documents_are_read_in_order(tmp_path, name):
+  texts = ['one', 'zwei\nLinien', '三\u2028\x0b', 'NUL \0 inside', '\U0001f600', ' ']
+  data = '\n'.join(json.dumps({'id': 1, 'text': text}, ensure_ascii=n % 2 == 0) for n, text in enumerate(texts))
+  assert read(write(tmp_path, data.encode(), name)) == texts
+
+
+def test_blank_lines_crlf_and_leading_byte_order_mark_are_accepted(tmp_path):
+  data = b'\xef\xbb\xbf{"text": "one"}\r\n\r\n \t\n{"text": "two"}\r\n{"text": "\\r\\n"}'
+  assert read(write(tmp_path, data)) == ['one', 'two', '\r\n']
+
+
+def test_other_key_is_read_and_empty_text_is_counted(tmp_path):
+  tally = Tally('fail')
+  path = write(tmp_path, b'{"body": "one"}\n{"body": ""}\n')
+  assert list(read_documents([path], 'body', tally)) == ['one']
+  assert tally.files[str(path)] == {'lines': 2, 'empty': 1, 'skipped': {}}
+
+
+@pytest.mark.parametrize('name', BAD_LINES)
+def test_bad_line_is_named_with_file_line_and_byte(tmp_path, name):
+  line, what, at = BAD_LINES[name]
+  path = write(tmp_path, GOOD * 2 + line + b'\n' + GOOD)
+  with pytest.raises(UserError) as caught:
+    read(path)
+  message = str(caught.value)
+  assert f'{path}:3: ' in message and what in message and f'(byte {2 * len(GOOD) + at})' in message
+  assert '\n' not in message and len(message) < 400
+
+
+@pytest.mark.parametrize('name', BAD_LINES)
+def test_bad_line_is_skipped_and_counted(tmp_path, name):
+  tally = Tally('skip')
+  path = write(tmp_path, GOOD * 1500 + BAD_LINES[name][0] + b'\n' + GOOD * 500)
+  assert list(read_documents([path], 'text', tally)) == ['one'] * 2000
+  assert sum(tally.skipped().values()) == 1 and f'{path}:1501: ' in tally.report()
+
+
+def test_more_than_a_thousandth_of_bad_lines_fails_with_both_numbers(tmp_path):
+  path = write(tmp_path, GOOD * 997 + b'x\n' * 2)
+  with pytest.raises(UserError, match=r'2 of 999 lines are bad \(0.20%\), more than the 0.1%.*2 x not JSON'):
+    read(path, on_bad_line='skip')
+
+
+def test_tally_goes_on_from_its_saved_state():
+  tally = Tally('skip')
+  tally.add('a', 5000, 1, parse_block(Block('a.jsonl', 1, 0, b'x\n'), 'text').bad)
+  again = Tally('skip', **json.loads(json.dumps(tally.to_dict())))
+  again.add('a', 10, 0, [])
+  assert again.files == {'a': {'lines': 5010, 'empty': 1, 'skipped': {'not JSON': 1}}}
+  assert again.report() == tally.report() and tally.files['a']['lines'] == 5000
+
+
+@pytest.mark.parametrize('data', [b'', b'\n \r\n\n', b'\xef\xbb\xbf'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.txt', 'a.jsonl.xz', 'a.txt.gz'])
+def test_blank_file_is_refused(tmp_path, data, name):
+  good, blank = write(tmp_path, GOOD, 'good.jsonl'), write(tmp_path, data, name)
+  with pytest.raises(UserError, match=f'{name}:1: the file is empty or blank'):
+    read(good, blank, good)
+
+
+def test_zero_byte_compressed_file_is_refused(tmp_path):
+  path = tmp_path / 'a.jsonl.gz'
+  path.write_bytes(b'')
+  with pytest.raises(UserError, match='the file is empty or blank'):
+    read(path)
+
+
+@pytest.mark.parametrize('suffix', ['gz', 'xz'])
+@pytest.mark.parametrize('on_bad_line', ['fail', 'skip'])
+def test_truncated_or_damaged_compressed_file_is_refused_whatever_the_mode(tmp_path, suffix, on_bad_line):
+  path = write(tmp_path, os.urandom(5000).hex().join(['{"text": "', '"}\n']).encode() * 3, f'a.jsonl.{suffix}')
+  whole = path.read_bytes()
+  for data in (whole[:-7], whole[: len(whole) // 2], whole[:200] + b'XX' + whole[202:]):
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r'damaged or cut short.*after byte \d+'):
+      read(path, on_bad_line=on_bad_line)
+
+
+def test_long_line_is_passed_over_in_bounded_memory(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  with path.open('wb') as handle:
+    handle.write(GOOD + b'{"text": "')
+    for _ in range(50):
+      handle.write(b'x' * 10**6)
+    handle.write(b'"}\n')
+    handle.write(GOOD * 1000)
+  with pytest.raises(UserError, match=r'a.jsonl:2: a line of 50000013 bytes is longer than the limit of 8388608'):
+    read(path)
+  tracemalloc.start()
+  tally = Tally('skip')
+  assert sum(1 for _ in read_documents([path], 'text', tally)) == 1001
+  assert tracemalloc.get_traced_memory()[1] < 4 * LONGEST_LINE_BYTES
+  tracemalloc.stop()
+  assert tally.skipped() == {'too long': 1}
+
+
+def test_longest_line_is_kept_and_one_byte_more_is_not(tmp_path):
+  for extra in (0, 1):
+    text = 'x' * (LONGEST_LINE_BYTES - len('{"text": ""}') + extra)
+    path = write(tmp_path, GOOD + json.dumps({'text': text}).encode() + b'\n' + GOOD)
+    tally = Tally('skip')
+    found = []
+    with pytest.raises(UserError) if extra else open(os.devnull):
+      found.extend(read_documents([path], 'text', tally))
+    assert tally.skipped() == ({'too long': 1} if extra else {})
+    assert extra or found == ['one', text, 'one']
+
+
+def test_txt_is_one_document_and_a_long_one_is_cut_at_paragraphs_without_loss(tmp_path):
+  assert read(write(tmp_path, b'One.\r\n\r\nTwo.\n', 'a.txt')) == ['One.\r\n\r\nTwo.\n']
+  text = '\n\n'.join(f'Paragraph {n}: ' + 'wörter 字 ' * 300 for n in range(400))
+  documents = read(write(tmp_path, text.encode(), 'b.txt.xz'))
+  assert ''.join(documents) == text
+  assert len(documents) > 10 and all(len(part.encode()) <= TEXT_DOCUMENT_BYTES for part in documents)
+  assert all(part.startswith('Paragraph') for part in documents)
+
+
+@pytest.mark.parametrize('unit', ['字', '\U0001f600', 'ab\n', 'word '])
+def test_txt_without_paragraphs_is_cut_between_characters(tmp_path, unit):
+  text = unit * (5 * TEXT_DOCUMENT_BYTES // len(unit.encode()))
+  documents = read(write(tmp_path, b'x' + text.encode(), 'a.txt'))
+  assert ''.join(documents) == 'x' + text and len(documents) >= 5
+
+
+def test_txt_that_is_no_text_is_named_with_line_and_byte(tmp_path):
+  with pytest.raises(UserError, match=r'a.txt:2: a NUL byte: this is not a text file \(byte 5\)'):
+    read(write(tmp_path, b'one\nt\0wo', 'a.txt'))
+  with pytest.raises(UserError, match=r'b.txt:1: not UTF-8: .* 0xff; it looks like UTF-16 \(byte 0\)'):
+    read(write(tmp_path, b'\xff\xfeo\xd8n', 'b.txt'))
+
+
+def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
+  paths = [write(tmp_path, GOOD, name) for name in ('c.jsonl', 'b2.txt', 'b1.txt', 'a[1].jsonl')]
+  c, b2, b1, a = paths
+  assert find_files(f'{c}, {tmp_path}/b*.txt,{a},{b1}') == [c, b1, b2, a]
+
+
+@pytest.mark.parametrize(
+  ('pattern', 'what'),
+  [
+    ('none.jsonl', "no file '.*none.jsonl'"),
+    ('*.gz', r"no file matches the pattern '.*\*.gz'"),
+    ('folder', "is a directory; name its files, for example '.*folder/\\*.jsonl'"),
+    ('a.csv', 'must end in .jsonl or .txt'),
+    ('n' * 300 + '.jsonl', 'cannot be read: File name too long'),
+    ('pipe.jsonl', 'is not a regular file'),
+  ],
+)
+def test_find_files_explains_what_is_wrong(tmp_path, pattern, what):
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'a.csv').write_text('x')
+  os.mkfifo(tmp_path / 'pipe.jsonl')
+  with pytest.raises(UserError, match=what):
+    find_files(str(tmp_path / pattern))
+  with pytest.raises(UserError, match='no file is named'):
+    find_files(' , ')
+
+
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.xz', 'a.txt', 'a.txt.xz'])
+def test_reading_can_go_on_where_any_block_ended(tmp_path, name, monkeypatch):
+  monkeypatch.setattr(blocks, 'BLOCK_BYTES', 64)
+  monkeypatch.setattr(blocks, 'TEXT_DOCUMENT_BYTES', 50)
+  monkeypatch.setattr(blocks, 'LONGEST_LINE_BYTES', 100)
+  lines = [b'{"text": "%d"}\n' % n for n in range(40)]
+  lines[30] = b'x' * 300 + b'\n'
+  first = write(tmp_path, b''.join(lines), name)
+  second = write(tmp_path, GOOD * 3, 'second.jsonl')
+  files = [first, second]
+  whole = list(read_files(files))
+  assert len(whole) > 8
+  for number, block in enumerate(whole):
+    place = Place([str(file) for file in files].index(block.file), *block.end)
+    assert list(read_files(files, place)) == whole[number + 1 :]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.binary(max_size=40) | st.sampled_from([GOOD, *(bad[0] for bad in BAD_LINES.values())])))
+def test_any_bytes_are_documents_or_counted(lines):
+  data = b'\n'.join(lines)
+  parsed = parse_block(Block('a.jsonl', 1, 0, data), 'text')
+  mark = data.removeprefix(b'\xef\xbb\xbf')
+  assert parsed.lines == sum(1 for line in mark.split(b'\n') if line.strip())
+  assert parsed.lines == len(parsed.documents) + len(parsed.bad) + parsed.empty
+  for bad in parsed.bad:  # the place is right: that line, and a byte in it
+    start = sum(len(line) + 1 for line in data.split(b'\n')[: bad.line - 1])
+    assert start <= bad.byte <= start + len(data.split(b'\n')[bad.line - 1])
+  parse_block(Block('a.txt', 1, 0, data), 'text')
