@@ -4,6 +4,7 @@ Control tokens are found by their usual names, as the file does not say which is
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,18 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   try:
     text = path.read_text(encoding='utf-8')
     settings, backend = json.loads(text), tokenizers.Tokenizer.from_str(text)
+    added = {token['id']: token for token in settings['added_tokens']}
+    decoder = settings['decoder'] or {}
+    kinds = {part['type'] for part in decoder.get('decoders', [decoder]) if 'type' in part}
   except Exception as error:  # noqa: BLE001 - the backend raises bare Exception for what it cannot read
     raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
   backend.no_truncation()
   backend.no_padding()
   backend.encode_special_tokens = True  # text that looks like a control token stays text
-  pieces = _piece_bytes(path, settings, backend)
-  special = {token['content']: token['id'] for token in settings['added_tokens'] if token['special']}
+  if kinds.isdisjoint(('ByteLevel', 'ByteFallback')):
+    raise UserError(f"'{path}' is neither byte-level BPE nor BPE with byte fallback: it cannot keep every text")
+  pieces = _piece_bytes(backend, added, 'ByteLevel' in kinds)
+  special = {token['content']: token['id'] for token in added.values() if token['special']}
   eos_id = _find(special, EOS_NAMES)
   if eos_id is None:
     raise UserError(f"'{path}' has none of the tokens that end a document: {', '.join(EOS_NAMES)}")
@@ -49,35 +55,24 @@ def _find(special: Mapping[str, int], names: Sequence[str]) -> int | None:
   return next((special[name] for name in names if name in special), None)
 
 
-def _piece_bytes(path: Path, settings: Mapping[str, Any], backend: Any) -> list[bytes]:
-  """Returns the bytes of every piece, b'' for control tokens."""
-  parts = settings['decoder'] or {}
-  kinds = {part['type'] for part in parts.get('decoders', [parts]) if 'type' in part}
-  if 'ByteLevel' in kinds:
-    table = _byte_level_table()
-    to_bytes = lambda piece: bytes(table[char] for char in piece)  # noqa: E731
-  elif 'ByteFallback' in kinds:
-    to_bytes = _fallback_bytes
-  else:
-    raise UserError(f"'{path}' is neither byte-level BPE nor BPE with byte fallback: it cannot keep every text")
+def _piece_bytes(backend: Any, added: Mapping[int, Mapping[str, Any]], byte_level: bool) -> list[bytes]:
+  """Returns the bytes of every piece, b'' for control tokens and for ids that no piece has."""
   vocab = backend.get_vocab(with_added_tokens=True)
   pieces = [b''] * (max(vocab.values()) + 1)
-  added = {token['id']: token for token in settings['added_tokens']}
+  table = _byte_level_table()
   for piece, token in vocab.items():
-    if token not in added:
-      pieces[token] = to_bytes(piece)
-    elif not added[token]['special']:
-      pieces[token] = piece.encode()
+    if token in added:
+      pieces[token] = b'' if added[token]['special'] else piece.encode()
+    elif byte_level:
+      pieces[token] = b''.join(table[char] if char in table else char.encode() for char in piece)
+    elif re.fullmatch('<0x[0-9A-F]{2}>', piece):
+      pieces[token] = bytes([int(piece[3:5], 16)])
+    else:
+      pieces[token] = piece.replace(SPACE, ' ').encode()
   return pieces
 
 
-def _fallback_bytes(piece: str) -> bytes:
-  if len(piece) == 6 and piece.startswith('<0x') and piece.endswith('>'):
-    return bytes([int(piece[3:5], 16)])
-  return piece.replace(SPACE, ' ').encode()
-
-
-def _byte_level_table() -> dict[str, int]:
+def _byte_level_table() -> dict[str, bytes]:
   """Returns which byte each character of a byte-level piece stands for.
 
   Printable Latin-1 characters stand for themselves; the other bytes, in order, for the characters from U+0100.
@@ -85,4 +80,4 @@ def _byte_level_table() -> dict[str, int]:
   """
   plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
   others = [byte for byte in range(256) if byte not in plain]
-  return {chr(byte): byte for byte in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+  return {chr(byte): bytes([byte]) for byte in plain} | {chr(0x100 + n): bytes([b]) for n, b in enumerate(others)}

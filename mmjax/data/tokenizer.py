@@ -123,9 +123,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 def _load_sentencepiece(path: Path) -> Tokenizer:
   try:
     model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-  except (RuntimeError, OSError) as error:
+    pieces = [_sentencepiece_bytes(model, token) for token in range(model.get_piece_size())]
+  except (RuntimeError, OSError, ValueError) as error:
     raise UserError(f"'{path}' is not a SentencePiece model: {error}") from None
-  pieces = [_sentencepiece_bytes(model, token) for token in range(model.get_piece_size())]
+  if not pieces:
+    raise UserError(f"'{path}' is not a SentencePiece model: it is empty")
   eos_id = model.eos_id()
   if eos_id < 0:
     raise UserError(f"'{path}' has no end-of-sequence token; train it with one (eos_id)")

@@ -1,0 +1,211 @@
+"""Tokenizers: exact round trip, control tokens out of reach of text, sampling, and a sentence for what goes wrong."""
+
+import json
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+import sentencepiece
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mmjax.data import tokenizer as tokenizer_module
+from mmjax.data.tokenizer import SAMPLE_CHARS, load_tokenizer, sample_text, train_tokenizer
+from mmjax.errors import UserError
+
+ENGLISH = 'The quick brown fox jumps over the lazy dog, and 42 other foxes do not.\n\nA new paragraph begins here.'
+CHINESE = '敏捷的棕色狐狸跳过了懒狗。天地玄黄，宇宙洪荒，日月盈昃，辰宿列张。'
+LOOKS_LIKE_CONTROL = ['</s>', '<s>', '<pad>', '<unk>', '<0x0A>', '<|endoftext|>', '<|im_end|>', 'a</s>b <s>']
+HOSTILE = [
+  '', ' ', '  two  spaces  ', '\t\ttabs', '\r\n', '\0', 'a\0b', '\u2581', 'a\u2581 \u2581b', '\u2581' * 3,
+  '\u2585', '\ufeff', '\u2028', 'e\u0301', '\U0001f468\u200d\U0001f469', '\ufffd', '\u2047', 'ﬁ', *LOOKS_LIKE_CONTROL,
+]  # fmt: skip
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  path = tmp_path_factory.mktemp('tokenizer') / 'tokenizer.model'
+  path.write_bytes(train_tokenizer([ENGLISH, CHINESE] * 20, 400))
+  return load_tokenizer(path)
+
+
+def hugging_face(path, names=('<unk>', '<s>', '</s>'), decoder='byte_level'):
+  """Writes a tokenizer.json as such projects ship it; MiniMind's has these three control tokens first."""
+  tokenizers = pytest.importorskip('tokenizers')
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=decoder == 'byte_fallback'))
+  alphabet = []
+  if decoder == 'byte_level':
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  elif decoder == 'byte_fallback':
+    backend.normalizer = tokenizers.normalizers.Replace(' ', '\u2581')
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    names = [*names, *(f'<0x{byte:02X}>' for byte in range(256))]
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=600, special_tokens=list(names), initial_alphabet=alphabet, show_progress=False
+  )
+  backend.train_from_iterator([ENGLISH, CHINESE] * 20, trainer)
+  backend.save(str(path))
+  if decoder == 'byte_fallback':  # bytes are pieces, not control tokens
+    stored = json.loads(path.read_text())
+    stored['added_tokens'] = stored['added_tokens'][: len(names) - 256]
+    path.write_text(json.dumps(stored))
+  return path
+
+
+def check_round_trip(tokenizer, text):
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  assert int(tokenizer.bytes_per_token()[ids].sum()) == len(text.encode())
+  assert not {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+
+
+@pytest.mark.parametrize('text', [ENGLISH, CHINESE, *HOSTILE])
+def test_trained_tokenizer_reproduces_text(trained, text):
+  check_round_trip(trained, text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(st.text() | st.sampled_from(HOSTILE)).map(''.join))
+def test_trained_tokenizer_reproduces_any_text(trained, text):
+  check_round_trip(trained, text)
+
+
+@pytest.mark.parametrize('decoder', ['byte_level', 'byte_fallback'])
+def test_hugging_face_tokenizer_reproduces_text(tmp_path, decoder):
+  tokenizer = load_tokenizer(hugging_face(tmp_path / 'tokenizer.json', decoder=decoder))
+  for text in [ENGLISH, CHINESE, *HOSTILE]:
+    if decoder == 'byte_level' or '\u2581' not in text:  # which such a tokenizer cannot tell from a space
+      check_round_trip(tokenizer, text)
+
+
+@pytest.mark.parametrize(
+  ('names', 'expected'),  # pad, bos, eos
+  [
+    (('<unk>', '<s>', '</s>'), (0, 1, 2)),  # MiniMind
+    (('<|endoftext|>', '<|im_start|>', '<|im_end|>'), (0, 1, 2)),  # Qwen
+    (('<pad>', '<unk>', '<bos>', '<eos>'), (0, 2, 3)),
+    (('<|endoftext|>',), ('one more', 0, 0)),  # GPT-2
+  ],
+)
+def test_control_tokens_of_hugging_face_tokenizers_are_found_by_name(tmp_path, names, expected):
+  path = hugging_face(tmp_path / 'tokenizer.json', names)
+  tokenizer = load_tokenizer(path)
+  size = len(json.loads(path.read_text())['model']['vocab'])
+  pad_id = size if expected[0] == 'one more' else expected[0]
+  assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (pad_id, *expected[1:])
+  assert tokenizer.vocab_size == size + (expected[0] == 'one more')
+  assert tokenizer.start_id('packed') == tokenizer.eos_id and tokenizer.start_id('padded') == tokenizer.bos_id
+  assert tokenizer.bytes_per_token()[[pad_id, *expected[1:]]].tolist() == [0, 0, 0]
+
+
+def test_hugging_face_tokenizer_without_a_use_is_refused(tmp_path):
+  with pytest.raises(UserError, match='none of the tokens that end a document'):
+    load_tokenizer(hugging_face(tmp_path / 'tokenizer.json', names=['<unk>']))
+  with pytest.raises(UserError, match='neither byte-level BPE nor BPE with byte fallback'):
+    load_tokenizer(hugging_face(tmp_path / 'tokenizer.json', decoder='none'))
+
+
+def test_hugging_face_tokenizer_without_the_package_says_what_to_install(tmp_path, monkeypatch):
+  path = hugging_face(tmp_path / 'tokenizer.json')
+  monkeypatch.setitem(sys.modules, 'tokenizers', None)
+  with pytest.raises(UserError, match=r"pip install 'mmjax\[hf\]'"):
+    load_tokenizer(path)
+
+
+def test_trained_tokenizer_has_the_size_and_control_tokens_asked_for(trained):
+  assert trained.vocab_size == 400 and trained.kind == 'sentencepiece'
+  assert (trained.pad_id, trained.bos_id, trained.eos_id) == (0, 1, 2)
+  lengths = trained.bytes_per_token()
+  assert lengths.dtype == np.int32 and lengths[:4].tolist() == [0] * 4 and (lengths[4:260] == 1).all()
+  assert lengths[4:].min() == 1 and lengths.max() > 2
+
+
+def test_training_is_deterministic_and_skips_no_long_or_strange_text():
+  long = 'unbroken' * (SAMPLE_CHARS // 8)
+  sample = [ENGLISH, CHINESE, long, '\u2581\u2585\0 sentinel sentinel ' * 4]
+  assert train_tokenizer(sample, 380) == train_tokenizer(sample, 380)
+  model = sentencepiece.SentencePieceProcessor(model_proto=train_tokenizer(sample, 380))
+  pieces = {model.id_to_piece(token) for token in range(380)}
+  assert any('unbroken' in piece for piece in pieces) and any('sentinel' in piece for piece in pieces)
+
+
+def test_vocabulary_that_the_text_cannot_fill_names_the_largest():
+  with pytest.raises(UserError, match=r'model.vocab_size=5000 is more pieces .*largest possible: (\d+)') as caught:
+    train_tokenizer([ENGLISH], 5000)
+  largest = int(str(caught.value).partition('largest possible: ')[2].split()[0])
+  assert len(train_tokenizer([ENGLISH], largest))
+  with pytest.raises(UserError, match='model.vocab_size=270 cannot hold the characters .*least possible: 3'):
+    train_tokenizer([''.join(chr(0x4E00 + n) for n in range(100))], 270)
+  with pytest.raises(UserError, match='no tokenizer of model.vocab_size=300'):
+    train_tokenizer([], 300)
+
+
+def test_lone_surrogate_and_foreign_ids_are_refused(trained):
+  with pytest.raises(UserError, match='lone surrogate at character 1'):
+    trained.encode('a\ud800')
+  for token in (400, -1):
+    with pytest.raises(UserError, match=f'token id {token} is not in the vocabulary, which is 0..399'):
+      trained.decode([5, token])
+
+
+def test_cut_character_decodes_to_replacement(trained):
+  ids = trained.encode('\U0001f600')
+  assert len(ids) == 4 and trained.decode(ids[:-1]) == '\ufffd' and trained.decode_bytes(ids[:2]) == b'\xf0\x9f'
+  assert trained.decode([trained.bos_id, *ids, trained.eos_id, trained.pad_id]) == '\U0001f600'
+
+
+@pytest.mark.parametrize('text', [ENGLISH * 50, CHINESE * 50, 'x' * 3000, ' ' * 3000, '\u2581' * 3000])
+def test_long_text_is_encoded_in_slices_without_loss(trained, monkeypatch, text):
+  whole = trained.encode(text)
+  monkeypatch.setattr(tokenizer_module, 'SLICE_CHARS', 100)
+  slices = list(trained.encode_slices(text))
+  assert len(slices) >= len(text) // 100
+  assert trained.decode([token for ids in slices for token in ids]) == text
+  if text.startswith(ENGLISH):  # words end before a space anyway: the ids are the same
+    assert [token for ids in slices for token in ids] == whole
+
+
+@pytest.mark.parametrize('name', ['tokenizer.model', 'tokenizer.json'])
+@pytest.mark.parametrize('data', [b'', b'\0' * 100, b'{"a": 1}', b'[' * 100_000, b'\xff\xfe'])
+def test_file_that_is_no_tokenizer_is_refused(tmp_path, name, data):
+  path = tmp_path / name
+  path.write_bytes(data)
+  with pytest.raises(UserError, match=f'{name}. is not a'):
+    load_tokenizer(path)
+  with pytest.raises(UserError, match='no tokenizer file'):
+    load_tokenizer(tmp_path / 'none.model')
+
+
+def test_sentencepiece_model_without_padding_uses_unknown_or_one_more_id(tmp_path):
+  for byte_fallback, expected in ((True, 0), (False, 340)):
+    path = tmp_path / 'tokenizer.model'
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter([ENGLISH, CHINESE] * 9), model_prefix=str(path).removesuffix('.model'), vocab_size=340,
+      model_type='bpe', byte_fallback=byte_fallback, hard_vocab_limit=byte_fallback, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = load_tokenizer(path)
+    size = sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
+    assert tokenizer.pad_id == (expected and size) and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert tokenizer.vocab_size == size + (not byte_fallback)
+
+
+def test_sample_is_spread_evenly_over_documents_of_both_languages():
+  documents = [CHINESE * 200 if number % 4 == 0 else ENGLISH * 100 for number in range(400)]
+  sample = sample_text(iter(documents), 200_000)
+  size = sum(len(text.encode()) for text in sample)
+  assert 90_000 <= size <= 200_000
+  chinese = sum(len(text.encode()) for text in sample if text[0] > '\u3000')
+  total = sum(len(text.encode()) for text in documents)
+  assert abs(chinese / size - sum(len(text.encode()) for text in documents[::4]) / total) < 0.1
+  assert sample == sample_text(iter(documents), 200_000)
+  assert ''.join(sample_text(iter(documents[:3]), 10**9)) == ''.join(documents[:3])
+
+
+def test_sampling_holds_no_more_than_the_sample():
+  tracemalloc.start()
+  sample_text((str(number) * 4000 for number in range(3000)), 500_000)
+  assert tracemalloc.get_traced_memory()[1] < 2_000_000
+  tracemalloc.stop()
