@@ -9,7 +9,7 @@ Saving is synchronous: the next train step donates the buffers, and an asynchron
 only one save later. Nothing is decided by intervals here; the caller says when to save.
 """
 
-import errno
+import contextlib
 import math
 import shutil
 import sys
@@ -19,19 +19,14 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint import checkpoint_managers
 
 from mmjax.errors import StorageError, UserError
-from mmjax.training.manifest import CorruptError, build_manifest, check_fits, read_manifest, verify
+from mmjax.training.manifest import CorruptError, build_manifest, read_manifest
+from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, first_line, read_step, write_step
 from mmjax.training.rundir import atomic_write_text
 
-KEEP_LAST = 2
 NEWEST = 'newest'  # a file with the number of the last step saved: a step that vanished is missed
-# What a machine can lack for the moment, as opposed to what is wrong with a file for good.
-PASSING_ERRNOS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-PASSING_WORDS = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'Permission denied', 'Too many open files')
 
 
 class Checkpoints:
@@ -47,13 +42,12 @@ class Checkpoints:
     self.directory = Path(workdir).absolute() / 'checkpoints'
     self._read_only = read_only
     self._rejected: set[int] = set()
-    if not read_only and jax.process_index() == 0:
+    if not read_only:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
-        self._remove_leftovers()
       except OSError as error:
-        raise StorageError(f'{self.directory} cannot hold checkpoints: {error.strerror}') from error
-    _barrier('checkpoints_opened')
+        raise StorageError(f'{self.directory} cannot be created: {error.strerror}') from error
+      self._remove_leftovers()
 
   def steps(self) -> list[int]:
     """Returns the steps whose saving was completed and that were not found corrupt, oldest first."""
@@ -91,16 +85,16 @@ class Checkpoints:
     metric = metric if metric is not None and math.isfinite(metric) else None
     manifest = build_manifest(items, step=step, metric=metric, metadata=dict(metadata))
     best = _best(self._read_metrics()[0] | ({} if metric is None else {step: metric}))
+    self._remove_leftovers()
     self._check_space(step, items)
-    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     try:
-      with self._manager(best) as manager:
-        manager.save(step, args=ocp.args.Composite(metadata=ocp.args.JsonSave(manifest), **args), force=True)
-      if jax.process_index() == 0:
-        atomic_write_text(self.directory / NEWEST, f'{step}\n')
+      write_step(self.directory, step, items, manifest, best)
     except Exception as error:  # noqa: BLE001 - a full disk comes as OSError, ValueError or a runtime error
-      self._discard(step)
-      raise StorageError(f'step {step} could not be saved in {self.directory}: {_first_line(error)}') from error
+      self._remove_leftovers()
+      raise StorageError(f'step {step} could not be saved in {self.directory}: {first_line(error)}') from error
+    if jax.process_index() == 0:
+      with contextlib.suppress(StorageError):  # the step is whole; what may be missed is that it vanished
+        atomic_write_text(self.directory / NEWEST, f'{step}\n')
 
   def restore(
     self, abstract_state: Mapping[str, Any], which: str | int = 'last'
@@ -141,11 +135,11 @@ class Checkpoints:
       step = self._choose(which)
       problem = None
       try:
-        items, metadata = self._read(step, abstract_items)
+        items, manifest = read_step(self.directory, step, abstract_items)
       except CorruptError as error:
         problem = str(error)
       if not _in_any_process(problem is not None):
-        return items, metadata, step
+        return items, manifest['metadata'], step
       self._set_aside(step, problem or 'another process found it corrupt')
 
   def _choose(self, which: str | int) -> int:
@@ -172,26 +166,10 @@ class Checkpoints:
       _warn(f'checkpoint {newest} is gone from {self.directory}; using {steps[-1]}')
     return steps[-1]
 
-  def _read(self, step: int, abstract_items: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Reads one step; raises CorruptError unless every leaf is what was saved."""
-    args = {name: ocp.args.StandardRestore(tree) for name, tree in abstract_items.items()}
-    try:
-      manifest = read_manifest(self._manifest_path(step), step)
-      check_fits(manifest, abstract_items)
-      with self._manager(None) as manager:
-        restored = manager.restore(step, args=ocp.args.Composite(**args))
-      items = {name: restored[name] for name in abstract_items}
-    except (CorruptError, UserError):
-      raise
-    except Exception as error:  # noqa: BLE001 - damage surfaces as whatever the reader stumbles over
-      if _is_passing(error):
-        raise StorageError(f'checkpoint {step} in {self.directory} cannot be read: {_first_line(error)}') from error
-      raise CorruptError(_first_line(error)) from error
-    verify(manifest, items)
-    return items, manifest['metadata']
-
   def _set_aside(self, step: int, problem: str) -> None:
     self._rejected.add(step)
+    if not (self.directory / str(step)).exists():  # the run that trains here removed it while it was read
+      return
     if self._read_only:
       _warn(f'checkpoint {step} in {self.directory} is corrupt ({problem}) and is not used')
       return
@@ -209,15 +187,12 @@ class Checkpoints:
   def _set_aside_paths(self, step: int | str) -> list[Path]:
     return list(self.directory.glob(f'{step}.corrupt*'))
 
-  def _manifest_path(self, step: int) -> Path:
-    return self.directory / str(step) / 'metadata' / 'metadata'
-
   def _read_metrics(self) -> tuple[dict[int, float], dict[int, str]]:
     """Returns the metric of every step that has one, and what is wrong with each step whose manifest is corrupt."""
     metrics, problems = {}, {}
     for step in self.steps():
       try:
-        metrics[step] = read_manifest(self._manifest_path(step), step)['metric']
+        metrics[step] = read_manifest(self.directory / str(step) / MANIFEST, step)['metric']
       except CorruptError as error:
         problems[step] = str(error)
     return {step: metric for step, metric in metrics.items() if metric is not None}, problems
@@ -228,17 +203,6 @@ class Checkpoints:
     except (OSError, ValueError):
       return None
 
-  def _manager(self, best: int | None) -> ocp.CheckpointManager:
-    """Returns a manager that knows only what lies on disk now, and preserves the step `best` beside the last two."""
-    policies = checkpoint_managers.preservation_policy
-    options = ocp.CheckpointManagerOptions(
-      enable_async_checkpointing=False,
-      save_root_metadata=False,
-      cleanup_tmp_directories=not self._read_only,
-      preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(KEEP_LAST), policies.CustomSteps([best])]),
-    )
-    return ocp.CheckpointManager(self.directory, options=options)
-
   def _check_space(self, step: int, items: Mapping[str, Any]) -> None:
     needed_bytes = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(items))) + 2**20
     free_bytes = shutil.disk_usage(self.directory).free
@@ -248,15 +212,12 @@ class Checkpoints:
         f'{free_bytes / 1e6:.0f} MB free'
       )
 
-  def _discard(self, step: int) -> None:
-    """Removes what a failed save left, so that nothing half-written is taken for whole."""
-    if jax.process_index() == 0:
-      shutil.rmtree(self.directory / str(step), ignore_errors=True)
-      self._remove_leftovers()
-
   def _remove_leftovers(self) -> None:
-    for path in self.directory.glob('*.orbax-checkpoint-tmp*'):
-      shutil.rmtree(path, ignore_errors=True)
+    """Removes what killed and failed saves left half-written."""
+    if jax.process_index() == 0:
+      for path in self.directory.glob(TMP_PATTERN):
+        shutil.rmtree(path, ignore_errors=True)
+    _barrier('checkpoint_leftovers_removed')
 
 
 def _split(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -268,19 +229,12 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
   try:
     sharding.shard_shape(leaf.shape)
   except ValueError as error:  # the caller's mistake: told apart here from a step that cannot be read
-    raise UserError(f'a leaf of shape {leaf.shape} cannot be sharded over this mesh: {_first_line(error)}') from error
+    raise UserError(f'a leaf of shape {leaf.shape} cannot be sharded over this mesh: {first_line(error)}') from error
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def _best(metrics: Mapping[int, float]) -> int | None:
   return min(metrics, key=lambda step: (metrics[step], step), default=None)
-
-
-def _is_passing(error: Exception) -> bool:
-  """Whether another try might succeed, so that the step must not be set aside."""
-  if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in PASSING_ERRNOS):
-    return True
-  return any(word in str(error) for word in PASSING_WORDS)
 
 
 def _in_any_process(flag: bool) -> bool:
@@ -292,11 +246,6 @@ def _in_any_process(flag: bool) -> bool:
 def _barrier(name: str) -> None:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
-
-
-def _first_line(error: Exception) -> str:
-  lines = str(error).strip().splitlines()
-  return f'{type(error).__name__}: {lines[0][:300] if lines else "no message"}'
 
 
 def _warn(text: str) -> None:
