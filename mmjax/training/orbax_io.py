@@ -15,6 +15,7 @@ import logging
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,8 @@ def _quiet() -> Iterator[None]:
       logger.disabled = True
     yield
   except Exception:
-    gc.collect()  # tasks that failed beside the first report their errors when they are collected: now, unheard
+    with warnings.catch_warnings(action='ignore'):
+      gc.collect()  # tasks that failed beside the first report their errors when they are collected: now, unheard
     raise
   finally:
     sys.unraisablehook = hook
