@@ -33,7 +33,7 @@ FREE = (
 FREE_SECTIONS = ('runtime.',)
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunDir:
@@ -54,7 +54,9 @@ class RunDir:
 
   @property
   def tokenizer_path(self) -> Path:
-    return self.path / 'tokenizer.model'
+    """The tokenizer's file: tokenizer.model, or tokenizer.json where that is what the run was given."""
+    given = self.path / 'tokenizer.json'
+    return given if given.exists() else self.path / 'tokenizer.model'
 
   @property
   def metrics_path(self) -> Path:
@@ -77,9 +79,10 @@ class RunDir:
       raise UserError(f'{self.path} cannot be a run directory: {_file_in(self.path)} is a file') from error
     except OSError as error:
       raise _explain(error, f'run directory {self.path} cannot be created') from error
-    self._lock_fd = _lock(self.path / 'lock')
-    for leftover in self.path.glob('.*.tmp'):
-      leftover.unlink(missing_ok=True)
+    if jax.process_index() == 0:  # of several processes of one run, the first stands for all
+      self._lock_fd = _lock(self.path / 'lock')
+      for leftover in self.path.glob('.*.tmp'):
+        leftover.unlink(missing_ok=True)
     return self
 
   def __exit__(
@@ -130,6 +133,7 @@ def open_run(path: Path | str) -> RunDir:
 
   Raises:
     UserError: if there is no such directory, it is not a run, or it has no checkpoint yet.
+    StorageError: if all its checkpoints were set aside as corrupt.
   """
   path = Path(path)
   if not path.is_dir():
@@ -142,7 +146,10 @@ def open_run(path: Path | str) -> RunDir:
   missing = [p.name for p in (run.config_path, run.tokenizer_path, run.checkpoints_path) if not p.exists()]
   if missing:
     raise UserError(f'{path} is not a run directory: {", ".join(missing)} is missing')
-  if not any(p.is_dir() and p.name.isdigit() for p in run.checkpoints_path.iterdir()):
+  steps = [p.name for p in run.checkpoints_path.iterdir() if p.is_dir()]
+  if any('.corrupt' in name for name in steps) and not any(name.isdigit() for name in steps):
+    raise StorageError(f'run {path} has no whole checkpoint left; those set aside end in .corrupt')
+  if not any(name.isdigit() for name in steps):
     raise UserError(f'run {path} has no checkpoint yet; it saves the first after train.checkpoint_interval updates')
   return run
 
