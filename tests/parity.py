@@ -47,16 +47,19 @@ def random_tokens(config: Config, batch: int, length: int, seed: int = 0) -> np.
 
 
 @contextlib.contextmanager
-def same_selection(model: TorchLM, row_LBTR: np.ndarray | None) -> Iterator[dict[str, float]]:
+def same_selection(
+  model: TorchLM, row_LBTR: np.ndarray | None, margin: float = SCORE_MARGIN
+) -> Iterator[dict[str, float]]:
   """Within it the torch model reads the rows that mmjax read; fails where the scores do not allow that.
 
   Args:
     model: the torch model.
     row_LBTR: rows mmjax selected, for the same tokens; None in a model without a memory.
+    margin: how far apart the scores of two rows may be, of which one took the other's place.
 
   Yields:
     Filled as the model runs: `selections` (one a token and layer), `flips` (those that differed) and `gap`, the
-    largest difference of scores, in float64, between two rows of which one took the other's place.
+    largest difference of scores, in float64, between two such rows.
   """
   seen = {'selections': 0, 'flips': 0, 'gap': 0.0}
 
@@ -66,7 +69,7 @@ def same_selection(model: TorchLM, row_LBTR: np.ndarray | None) -> Iterator[dict
     for b, t in np.argwhere(differs_BT):
       score_M = all_scores(gate, m_BTD[b, t])
       gap = float(np.abs(score_M[got_BTR[b, t]] - score_M[want_BTR[b, t]]).max())
-      assert gap <= SCORE_MARGIN, f'layer {layer}, position {b, t}: rows differ although scores do by {gap}'
+      assert gap <= margin, f'layer {layer}, position {b, t}: rows differ although scores do by {gap}'
       seen['gap'] = max(seen['gap'], gap)
     seen['selections'] += differs_BT.size
     seen['flips'] += int(differs_BT.sum())

