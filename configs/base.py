@@ -23,11 +23,14 @@ def get_config() -> ConfigDict:
   model.norm_eps = 1e-5
   model.rope_theta = 1e6
   model.dropout = 0.0  # on the embedding and on what each sublayer adds; attention weights are never dropped
-  model.sublayer = 'gated_fusion'  # what follows attention: 'gated_fusion' (1.4.2) or 'dense' (1.4.0)
-  model.hidden_dim = 0  # F of the dense sublayer; 0: 64 * ceil(int(8 * dim / 3) / 64)
+  model.sublayer = 'gated_fusion'  # what follows attention: also 'dense', 'cross_attention', 'moe'
+  model.hidden_dim = 0  # F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)
   model.knowledge_num = 65536  # M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half
   model.knowledge_dim = 128  # P: width of a row and of the gate's query; even
   model.num_selected = 8  # R: rows retrieved for each token and layer
+  model.n_experts = 4  # E: routed experts of the 'moe' sublayer
+  model.experts_per_token = 2  # routed experts that a token uses; a shared one comes on top
+  model.aux_loss_weight = 0.1  # of the experts' load-balance loss
 
   memory = config.memory = ConfigDict()
   memory.bank_init = 'normal'  # how the bank starts

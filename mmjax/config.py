@@ -37,6 +37,9 @@ class ModelConfig:
   knowledge_num: int
   knowledge_dim: int
   num_selected: int
+  n_experts: int
+  experts_per_token: int
+  aux_loss_weight: float
 
   @property
   def head_dim(self) -> int:
@@ -130,7 +133,7 @@ class Config:
 
 
 CHOICES = {
-  'model.sublayer': ('dense', 'gated_fusion'),
+  'model.sublayer': ('dense', 'cross_attention', 'gated_fusion', 'moe'),
   'memory.bank_init': ('normal',),
   'data.on_bad_line': ('fail', 'skip'),
   'data.layout': ('packed', 'padded'),
@@ -141,7 +144,8 @@ CHOICES = {
 AT_LEAST = {
   'seed': 0, 'model.vocab_size': 300, 'model.dim': 2, 'model.n_layers': 1, 'model.n_heads': 1, 'model.n_kv_heads': 1,
   'model.max_seq_len': 2, 'model.norm_eps': 0, 'model.rope_theta': 1, 'model.dropout': 0, 'model.hidden_dim': 0,
-  'model.knowledge_num': 1, 'model.knowledge_dim': 2, 'model.num_selected': 1, 'memory.bank_std': 0, 'data.workers': 0,
+  'model.knowledge_num': 1, 'model.knowledge_dim': 2, 'model.num_selected': 1, 'model.n_experts': 1,
+  'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.bank_std': 0, 'data.workers': 0,
   'train.batch_size': 1, 'train.accumulation_steps': 1, 'train.epochs': 0, 'train.max_steps': 0,
   'train.learning_rate': 0, 'train.final_learning_rate': 0, 'train.warmup_steps': 0, 'train.beta1': 0,
   'train.beta2': 0, 'train.eps': 0, 'train.weight_decay': 0, 'train.grad_clip': 0, 'train.log_interval': 1,
@@ -217,6 +221,10 @@ def _check_model(model: ModelConfig) -> None:
   if model.knowledge_dim % 2:
     raise UserError(
       f'model.knowledge_dim={model.knowledge_dim} must be even: it is two halves; nearest: {model.knowledge_dim + 1}'
+    )
+  if model.experts_per_token > model.n_experts:
+    raise UserError(
+      f'model.experts_per_token={model.experts_per_token} must be at most model.n_experts={model.n_experts}'
     )
   if model.num_selected > c:
     raise UserError(

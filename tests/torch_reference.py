@@ -40,7 +40,7 @@ class Sizes:
   num_selected: int = 8
   n_experts: int = 4
   experts_per_token: int = 2
-  aux_loss_alpha: float = 0.1
+  aux_loss_weight: float = 0.1
 
   @classmethod
   def of(cls, model_config: object) -> 'Sizes':
@@ -80,9 +80,7 @@ def rotate(x_BTNH: Tensor, theta: float) -> Tensor:
   frequency = 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
   angle = torch.outer(torch.arange(n_positions).float(), frequency)[None, :, None, :]
   even, odd = x_BTNH.float().unflatten(-1, (-1, 2)).unbind(-1)
-  turned = torch.stack(
-    (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()), dim=-1
-  )
+  turned = torch.stack((even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()), dim=-1)
   return turned.flatten(-2).type_as(x_BTNH)
 
 
@@ -174,7 +172,7 @@ class FeedForward(nn.Module):
 class MoEFeedForward(nn.Module):
   """Top-k softmax-gated SwiGLU experts beside one that every token uses.
 
-  The auxiliary loss of a sequence is alpha * sum over experts of (share of assignments * E) * (mean gate
+  The auxiliary loss of a sequence is its weight * sum over experts of (share of assignments * E) * (mean gate
   probability), over all its positions; its mean over sequences is returned.
   """
 
@@ -197,7 +195,7 @@ class MoEFeedForward(nn.Module):
       out = out.index_put((taken,), part.type_as(out), accumulate=True)
     out = out + self.shared_experts(x_BTD)[0]
     assigned_BE = F.one_hot(chosen.indices, self.sizes.n_experts).float().mean((1, 2)) * self.sizes.n_experts
-    aux_loss = (assigned_BE * probability_BTE.mean(dim=1)).sum(-1).mean() * self.sizes.aux_loss_alpha
+    aux_loss = (assigned_BE * probability_BTE.mean(dim=1)).sum(-1).mean() * self.sizes.aux_loss_weight
     return out, aux_loss
 
 

@@ -29,18 +29,35 @@ GATE = {
   'memory_gate.gate_proj.weight': 'sublayer/gate/query/kernel',
   'memory_gate.keys': 'sublayer/gate/keys',
 }
-SUBLAYER = {
-  'dense': {
-    'ffn_norm.weight': 'sublayer/norm/scale',
-    'feed_forward.w1.weight': 'sublayer/gate/kernel',
-    'feed_forward.w3.weight': 'sublayer/up/kernel',
-    'feed_forward.w2.weight': 'sublayer/down/kernel',
-  },
+
+
+def _swiglu(name: str, path: str) -> dict[str, str]:
+  return {
+    f'{name}.w1.weight': f'{path}/gate/kernel',
+    f'{name}.w3.weight': f'{path}/up/kernel',
+    f'{name}.w2.weight': f'{path}/down/kernel',
+  }
+
+
+SUBLAYER = {  # {e} stands for the number of an expert
+  'dense': {'ffn_norm.weight': 'sublayer/norm/scale', **_swiglu('feed_forward', 'sublayer')},
   'gated_fusion': GATE
   | {
     'gated_memory_fusion.gate_proj.weight': 'sublayer/fusion/gate/kernel',
     'gated_memory_fusion.up_proj.weight': 'sublayer/fusion/up/kernel',
     'gated_memory_fusion.down_proj.weight': 'sublayer/fusion/down/kernel',
+  },
+  'cross_attention': GATE
+  | {
+    'cross_attention_memory.wq.weight': 'sublayer/attention/wq/kernel',
+    'cross_attention_memory.wk.weight': 'sublayer/attention/wk/kernel',
+    'cross_attention_memory.wv.weight': 'sublayer/attention/wv/kernel',
+    'cross_attention_memory.wo.weight': 'sublayer/attention/wo/kernel',
+  },
+  'moe': {
+    'ffn_norm.weight': 'sublayer/norm/scale',
+    'feed_forward.gate.weight': 'sublayer/router/kernel',
+    **_swiglu('feed_forward.shared_experts', 'sublayer/shared_expert'),
   },
 }
 TIED = 'output.weight'  # the PyTorch code's second name of tok_embeddings.weight
@@ -52,8 +69,12 @@ _NAME = re.compile(r'\w+(\.\w+)*', re.ASCII)
 def paths(model: ModelConfig) -> dict[str, str]:
   """Returns PyTorch's name -> path here ('layers/0/attention/wq/kernel') of every parameter of a model."""
   table = ROOT | (BANK if SUBLAYERS[model.sublayer].uses_bank else {})
+  block = BLOCK | SUBLAYER[model.sublayer]
+  if model.sublayer == 'moe':
+    for e in range(model.n_experts):
+      block |= _swiglu(f'feed_forward.experts.{e}', f'sublayer/experts/{e}')
   for layer in range(model.n_layers):
-    for name, path in (BLOCK | SUBLAYER[model.sublayer]).items():
+    for name, path in block.items():
       table[f'layers.{layer}.{name}'] = f'layers/{layer}/{path}'
   return table
 

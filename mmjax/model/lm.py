@@ -17,15 +17,17 @@ from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
 from mmjax.model.memory import init_bank
 from mmjax.model.sublayers import SUBLAYERS
+from mmjax.model.sublayers.base import SublayerOutput
 
 Params = dict[str, Any]
 
 
 class Output(NamedTuple):
-  """hidden_BTD: after the final norm, in the compute dtype. row_LBTR: int32 rows each layer read, or None."""
+  """Final hidden states in the compute dtype, the int32 rows each layer read, and the sum of the layers' aux losses."""
 
   hidden_BTD: Array
   row_LBTR: Array | None
+  aux_loss: Array
 
 
 class Block(nnx.Module):
@@ -47,14 +49,14 @@ class Block(nnx.Module):
     *,
     dtype: DTypeLike,
     attention: str,
-  ) -> tuple[Array, Array | None, LayerCache]:
-    """Returns the float32 residual stream, the rows read, and the keys and values of attention."""
+  ) -> tuple[Array, SublayerOutput, LayerCache]:
+    """Returns the float32 residual stream, what the sublayer gave, and the keys and values of attention."""
     attention_key, sublayer_key = (None, None) if key is None else jax.random.split(key)
     h_attn_BTD, kv = self.attention(self.attention_norm(x_BTD), angle_BTh, segment_BT, dtype, attention)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = x_BTD + h_attn_BTD
-    delta_BTD, row_BTR = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype)
-    return h_BTD + dropout(delta_BTD, self.dropout, sublayer_key), row_BTR, kv
+    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype)
+    return h_BTD + dropout(out.delta_BTD, self.dropout, sublayer_key), out, kv
 
   def decode(
     self,
@@ -68,8 +70,7 @@ class Block(nnx.Module):
     """Returns the float32 residual stream of new tokens and the updated cache."""
     h_attn_BTD, cache = self.attention.decode(self.attention_norm(x_BTD), angle_BTh, cache, position_BT, dtype)
     h_BTD = x_BTD + h_attn_BTD
-    delta_BTD, _ = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype)
-    return h_BTD + delta_BTD, cache
+    return h_BTD + self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD, cache
 
 
 class LM(nnx.Module):
@@ -177,17 +178,18 @@ class LM(nnx.Module):
     if dropout_key is not None:
       keys = list(jax.random.split(dropout_key, len(keys)))
     x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
-    rows, kvs = [], []
+    rows, kvs, aux_loss = [], [], jnp.zeros(())
     for layer, key in zip(self.layers, keys[:-1], strict=True):
       run = partial(layer, dtype=dtype, attention=attention)
       if remat == 'block':
         run = jax.checkpoint(run)
-      x_BTD, row_BTR, kv = run(x_BTD, bank_MP, angle_BTh, segment_BT, key)
+      x_BTD, sublayer, kv = run(x_BTD, bank_MP, angle_BTh, segment_BT, key)
       kvs.append(kv)
-      if row_BTR is not None:
-        rows.append(row_BTR)
+      aux_loss += sublayer.aux_loss
+      if sublayer.row_BTR is not None:
+        rows.append(sublayer.row_BTR)
     hidden_BTD = self.norm(x_BTD).astype(dtype)
-    return Output(hidden_BTD, jnp.stack(rows) if rows else None), kvs
+    return Output(hidden_BTD, jnp.stack(rows) if rows else None, aux_loss), kvs
 
 
 def init_params(config: Config) -> Params:

@@ -32,9 +32,11 @@ def flops_per_token(config: Config) -> dict[str, float]:
     attention              2 * 2 NH (T + 1) / 2: scores and values over the (T + 1) / 2 positions seen on average
     gate                   2 (D P + 2 C P/2): the query, and scores against C sub-keys in each half
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
+    cross attention        2 (2 D D + 2 D P + 2 N R P)
     dense                  2 * 3 D F
-  and 2 D V for the head. The backward pass doubles it, giving 3 times the forward pass; the gate of gated_fusion
-  gets no gradient and counts once. The embedding lookup multiplies nothing.
+    experts                2 (3 D F (chosen + shared) + D E): those a token uses, not all that are computed
+  and 2 D V for the head. The backward pass doubles it, giving 3 times the forward pass; the gate of
+  gated_fusion and cross_attention gets no gradient and counts once. The embedding lookup multiplies nothing.
 
   Args:
     config: every position counts, padding too: it is computed.
@@ -71,12 +73,31 @@ def _dense(model: ModelConfig) -> dict[str, int]:
   return {'ffn': TRAINED * 2 * 3 * model.dim * model.dense_hidden_dim}
 
 
+def _gate(model: ModelConfig) -> dict[str, int]:
+  return {'gate': FORWARD_ONLY * 2 * (model.dim * model.knowledge_dim + model.n_sub_keys * model.knowledge_dim)}
+
+
 def _gated_fusion(model: ModelConfig) -> dict[str, int]:
   fused = model.dim + model.num_selected * model.knowledge_dim
-  return {
-    'gate': FORWARD_ONLY * 2 * (model.dim * model.knowledge_dim + model.n_sub_keys * model.knowledge_dim),
+  return _gate(model) | {
     'fusion': TRAINED * 2 * (2 * fused * model.dim + model.dim * model.dim),
   }
 
 
-SUBLAYER_FLOPS: dict[str, Callable[[ModelConfig], dict[str, int]]] = {'dense': _dense, 'gated_fusion': _gated_fusion}
+def _cross_attention(model: ModelConfig) -> dict[str, int]:
+  projections = 2 * model.dim * model.dim + 2 * model.dim * model.knowledge_dim  # wq, wo; wk, wv on the query's side
+  reads = 2 * model.n_heads * model.num_selected * model.knowledge_dim  # scores, weighted sum
+  return _gate(model) | {'cross_attention': TRAINED * 2 * (projections + reads)}
+
+
+def _moe(model: ModelConfig) -> dict[str, int]:
+  experts = (model.experts_per_token + 1) * 3 * model.dim * model.dense_hidden_dim
+  return {'moe': TRAINED * 2 * (experts + model.dim * model.n_experts)}
+
+
+SUBLAYER_FLOPS: dict[str, Callable[[ModelConfig], dict[str, int]]] = {
+  'dense': _dense,
+  'cross_attention': _cross_attention,
+  'gated_fusion': _gated_fusion,
+  'moe': _moe,
+}

@@ -72,9 +72,9 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, pad_id: int, atten
 
   def sums(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
     rows = jax.tree.map(lambda x: x[0], batch)  # the axis of accumulation, of which there is one
-    nll, (correct, usage_LM) = loss(params, rows, jnp.float32(1), None)
-    found = {'nll': nll, 'correct': correct, 'tokens': jnp.sum(rows['target'] != pad_id)}
-    return found if usage_LM is None else found | {'usage_LM': usage_LM}
+    _, parts = loss(params, rows, jnp.float32(1), None)
+    found = {'nll': parts['loss'], 'correct': parts['accuracy'], 'tokens': jnp.sum(rows['target'] != pad_id)}
+    return found | {'usage_LM': parts['usage_LM']} if 'usage_LM' in parts else found
 
   compiled = jax.jit(sums, out_shardings=replicated(mesh))
   return lambda params, batch: compiled(params, put_batch(mesh, batch, 1))

@@ -235,7 +235,7 @@ class Window:
     finite = [m for m in steps if m['finite']]
     means = {
       name: float(np.mean([m[name] for m in finite])) if finite else math.nan
-      for name in ('loss', 'accuracy', 'grad_norm')
+      for name in ('loss', 'aux_loss', 'accuracy', 'grad_norm')
     }
     tokens = int(sum(m['tokens'] for m in steps))
     return means | {'learning_rate': float(steps[-1]['learning_rate']), 'tokens': tokens, 'seconds': seconds}

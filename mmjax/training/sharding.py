@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mmjax.config import Config
 from mmjax.errors import UserError
+from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import path_name
 
 # (pattern of the parameter's name, partition); the first match wins. Adam's moments carry their parameter's name.
@@ -37,7 +38,7 @@ def make_mesh(config: Config) -> Mesh:
       f'runtime.data_devices={data} x runtime.row_devices={rows} needs {data * rows} devices; there are {n_devices}'
     )
   _check_divides('train.batch_size', config.train.batch_size, data * rows, f'{data * rows} devices')
-  if config.model.sublayer != 'dense':
+  if SUBLAYERS[config.model.sublayer].uses_bank:
     _check_divides('model.knowledge_num', config.model.knowledge_num, rows, f'runtime.row_devices={rows}')
   devices = jax.devices()[: data * rows]
   return jax.make_mesh((data, rows), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2, devices=devices)

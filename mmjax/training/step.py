@@ -46,17 +46,19 @@ def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
 
 
 def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str) -> Callable:
-  """Returns loss(params, rows, total_weight, key) -> (loss, (correct share, usage_LM)).
+  """Returns objective(params, rows, total_weight, key) -> (what training minimises, parts).
 
-  `rows` holds `input`, `target` and `segment`, int32 (B, T). The loss is the sum of the negative log-likelihoods of
-  the targets that are not padding, in nats, over `total_weight`, so that micro-batches add up to one batch.
+  `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative
+  log-likelihoods of the targets that are not padding, in nats, over `total_weight`; `accuracy`, their hits over
+  `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row.
+  Summed over an update's micro-batches they are those of one big batch. The objective is loss + aux_loss.
   """
   dtype = jnp.dtype(config.train.dtype)
   isolate = config.data.isolate_documents
 
-  def loss(
+  def objective(
     params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None
-  ) -> tuple[Array, tuple[Array, Array | None]]:
+  ) -> tuple[Array, dict[str, Array]]:
     model = nnx.merge(graphdef, params)
     out = model(
       rows['input'],
@@ -71,10 +73,16 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
     nll, correct = cross_entropy_sums(
       out.hidden_BTD, model.embedding[...].astype(dtype), rows['target'], weight_BT, chunk
     )
-    usage_LM = None if out.row_LBTR is None else count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
-    return nll / total_weight, (correct / total_weight, usage_LM)
+    parts = {
+      'loss': nll / total_weight,
+      'accuracy': correct / total_weight,
+      'aux_loss': out.aux_loss / config.train.accumulation_steps,
+    }
+    if out.row_LBTR is not None:
+      parts['usage_LM'] = count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
+    return parts['loss'] + parts['aux_loss'], parts
 
-  return loss
+  return objective
 
 
 def count_rows(row_LBTR: Array, weight_BT: Array, knowledge_num: int) -> Array:
@@ -98,8 +106,8 @@ def make_train_step(
   """Returns the update, not yet compiled.
 
   It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
-  metrics: loss (nats a token), accuracy, grad_norm (before clipping), learning_rate, tokens (targets that are not
-  padding), finite, skipped, and usage_LM (int32 rows read, memory models only).
+  metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), learning_rate, tokens (targets
+  that are not padding), finite, skipped, and usage_LM (int32 rows read, memory models only).
   """
   grad = jax.value_and_grad(make_loss(config, graphdef, pad_id, attention), has_aux=True)
   schedule = learning_rate_schedule(config.train, total_steps)
@@ -110,40 +118,33 @@ def make_train_step(
 
     def add(sums: tuple, micro: tuple) -> tuple[tuple, None]:
       index, rows = micro
-      micro_key = jax.random.fold_in(key, index) if use_dropout else None
-      (loss, aux), grads = grad(params, rows, tokens, micro_key)
-      return jax.tree.map(jnp.add, sums, (loss, aux, grads)), None
+      (_, parts), grads = grad(params, rows, tokens, jax.random.fold_in(key, index) if use_dropout else None)
+      return jax.tree.map(jnp.add, sums, (parts, grads)), None
 
     micros = (jnp.arange(len(batch['input'])), batch)
-    first = jax.tree.map(lambda x: x[0], micros)
-    (loss, aux), grads = jax.eval_shape(grad, params, first[1], tokens, key if use_dropout else None)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (loss, aux, grads))
+    first = jax.tree.map(lambda x: x[0], batch)
+    (_, parts), grads = jax.eval_shape(grad, params, first, tokens, key)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (parts, grads))
     return jax.lax.scan(add, zeros, micros)[0]
 
   def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
     params = state['params']
     tokens = jnp.sum(batch['target'] != pad_id)
-    loss, (accuracy, usage_LM), grads = accumulate(
-      params, batch, jnp.maximum(tokens, 1).astype(jnp.float32), state['step']
-    )
+    parts, grads = accumulate(params, batch, jnp.maximum(tokens, 1).astype(jnp.float32), state['step'])
     grad_norm = optax.global_norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state['opt_state'], params)
     new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
     old = {'params': params, 'opt_state': state['opt_state']}
     kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     skipped = jnp.where(finite, 0, state['skipped'] + 1)
-    metrics = {
-      'loss': loss,
-      'accuracy': accuracy,
+    metrics = parts | {
       'grad_norm': grad_norm,
       'learning_rate': schedule(state['step'] - state['skipped_total']),
       'tokens': tokens,
       'finite': finite,
       'skipped': skipped,
     }
-    if usage_LM is not None:
-      metrics['usage_LM'] = usage_LM
     return kept | {
       'step': state['step'] + 1,
       'skipped': skipped,

@@ -16,7 +16,8 @@ from jax import Array
 
 
 class SublayerOutput(NamedTuple):
-  """What a sublayer adds to the residual stream (B, T, D), and the rows of the bank it read, int32 (B, T, R)."""
+  """What a sublayer adds to the residual stream, the rows it read (int32), and what it adds to the training loss."""
 
   delta_BTD: Array
-  row_BTR: Array | None
+  row_BTR: Array | None = None
+  aux_loss: Array | float = 0.0

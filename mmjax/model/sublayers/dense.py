@@ -10,21 +10,29 @@ from mmjax.model.layers import Linear, RMSNorm
 from mmjax.model.sublayers.base import SublayerOutput
 
 
-class DenseFFN(nnx.Module):
-  """down(silu(gate(x)) * up(x)) with x = norm(h)."""
+class SwiGLU(nnx.Module):
+  """down(silu(gate(x)) * up(x)), D -> F -> D."""
+
+  def __init__(self, dim: int, hidden_dim: int, *, rngs: nnx.Rngs):
+    self.gate = Linear(dim, hidden_dim, rngs=rngs)
+    self.up = Linear(dim, hidden_dim, rngs=rngs)
+    self.down = Linear(hidden_dim, dim, rngs=rngs)
+
+  def transform(self, x_BTD: Array, dtype: DTypeLike) -> Array:
+    """Maps (B, T, D) to (B, T, D) in `dtype`."""
+    return self.down(jax.nn.silu(self.gate(x_BTD, dtype)) * self.up(x_BTD, dtype), dtype)
+
+
+class DenseFFN(SwiGLU):
+  """The whole sublayer: norm, then SwiGLU."""
 
   uses_bank = False
   without_gradient: tuple[str, ...] = ()
 
   def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    hidden = config.dense_hidden_dim
+    super().__init__(config.dim, config.dense_hidden_dim, rngs=rngs)
     self.norm = RMSNorm(config.dim, config.norm_eps)
-    self.gate = Linear(config.dim, hidden, rngs=rngs)
-    self.up = Linear(config.dim, hidden, rngs=rngs)
-    self.down = Linear(hidden, config.dim, rngs=rngs)
 
   def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
-    x_BTD = self.norm(h_BTD)
-    z_BTF = jax.nn.silu(self.gate(x_BTD, dtype)) * self.up(x_BTD, dtype)
-    return SublayerOutput(self.down(z_BTF, dtype), None)
+    return SublayerOutput(self.transform(self.norm(h_BTD), dtype))
