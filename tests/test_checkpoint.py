@@ -183,6 +183,15 @@ def test_step_asked_for_by_number_is_not_replaced(tmp_path):
     checkpoints.restore(ABSTRACT, 2)
 
 
+def test_changed_metadata_is_noticed(tmp_path):
+  checkpoints = save_two(tmp_path)
+  manifest = checkpoints.directory / '2' / 'metadata' / 'metadata'
+  changed = manifest.read_text().replace('"metadata": {"at": 2}', '"metadata": {"at": 3}')
+  assert changed != manifest.read_text()
+  manifest.write_text(changed)
+  assert checkpoints.restore(ABSTRACT)[1:] == ({'at': 1}, 1)
+
+
 def test_step_renamed_by_hand_is_refused(tmp_path):
   checkpoints = save_two(tmp_path)
   (checkpoints.directory / '2').rename(checkpoints.directory / '3')

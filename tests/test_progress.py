@@ -40,7 +40,7 @@ def test_plain_lines_say_where_the_run_is_and_how_long_it_takes(monkeypatch):
 
 def test_terminal_shows_a_bar_and_messages_as_they_are():
   stream = Terminal()
-  shown = Progress(100, start_step=50, stream=stream)
+  shown = Progress(100, stream=stream)
   shown.update(metrics(60))
   shown.message('[bold]saved[/bold]')
   shown.close()

@@ -99,7 +99,7 @@ def read_step(directory: Path, step: int, abstract_items: Mapping[str, Any]) -> 
 def first_line(error: Exception) -> str:
   """Returns type and first line of an error, cut to one readable line."""
   lines = str(error).strip().splitlines()
-  return f'{type(error).__name__}: {lines[0][:200] if lines else "no message"}'
+  return f'{type(error).__name__}: {lines[0][:120] if lines else "no message"}'
 
 
 def _open_manager(directory: Path, best_step: int | None) -> ocp.CheckpointManager:

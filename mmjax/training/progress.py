@@ -14,23 +14,23 @@ from rich.progress import Progress as Bar
 class Progress:
   """Shows steps, loss, tokens/s, learning rate and time left. A display that breaks never ends a run."""
 
-  def __init__(self, total_steps: int, start_step: int = 0, stream: TextIO | None = None):
+  def __init__(self, total_steps: int, stream: TextIO | None = None):
     """Starts the display.
 
     Args:
       total_steps: the run's last step.
-      start_step: the step it continues from.
       stream: where to show it; None: stdout.
     """
     self._total_steps = total_steps
     self._stream = stream or sys.stdout
-    self._first: tuple[int, float] | None = None  # step and time of the first update: later ones pay no compilation
+    # Step and time of the first update: what came before was compiling, or another start of the run.
+    self._first: tuple[int, float] | None = None
     self._bar = None
     if self._stream.isatty():
       columns = (TextColumn('step'), MofNCompleteColumn(), BarColumn(), TextColumn('{task.fields[shown]}'))
       console = Console(file=self._stream)
       self._bar = Bar(*columns, TimeRemainingColumn(compact=True), console=console, speed_estimate_period=600)
-      self._task = self._bar.add_task('train', total=total_steps, completed=start_step, shown='compiling')
+      self._task = self._bar.add_task('train', total=total_steps, shown='compiling')
       self._bar.start()
 
   def update(self, metrics: Mapping[str, Any]) -> None:
@@ -38,10 +38,15 @@ class Progress:
     shown = (
       f'loss {metrics["loss"]:.4f}  lr {metrics["learning_rate"]:.2e}  {metrics["tokens_per_second"]:,.0f} tokens/s'
     )
-    if self._bar is not None:
-      self._bar.update(self._task, completed=metrics['step'], shown=shown)
+    step, is_first = metrics['step'], self._first is None
+    if is_first:
+      self._first = (step, time.monotonic())
+    if self._bar is None:
+      self._print(f'step {step}/{self._total_steps}  {shown}  {self._time_left(step)}')
+    elif is_first:
+      self._bar.reset(self._task, completed=step, shown=shown)
     else:
-      self._print(f'step {metrics["step"]}/{self._total_steps}  {shown}  {self._time_left(metrics["step"])}')
+      self._bar.update(self._task, completed=step, shown=shown)
 
   def message(self, text: str) -> None:
     """Prints a line above the bar."""
@@ -57,10 +62,7 @@ class Progress:
       self._bar = None
 
   def _time_left(self, step: int) -> str:
-    now = time.monotonic()
-    if self._first is None:
-      self._first = (step, now)
-    done, seconds = step - self._first[0], now - self._first[1]
+    done, seconds = step - self._first[0], time.monotonic() - self._first[1]
     return f'{format_seconds((self._total_steps - step) * seconds / done)} left' if done > 0 else ''
 
   def _print(self, text: str) -> None:
