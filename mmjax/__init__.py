@@ -1,3 +1,18 @@
-"""Language models with product-key memory, in JAX and Flax."""
+"""Language models with product-key memory, in JAX and Flax.
+
+import mmjax
+lm = mmjax.load('out/quickstart')
+lm.generate('The list of', max_new_tokens=40, temperature=0.7)
+"""
 
 __version__ = '0.1.0'
+__all__ = ['LanguageModel', 'load']
+
+
+def __getattr__(name: str):
+  """Imports the API when it is first used: `import mmjax` alone does not wait for JAX."""
+  if name in __all__:
+    from mmjax.inference import api
+
+    return getattr(api, name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,207 @@
+"""The Python API: `lm = mmjax.load(workdir)`, then `lm.generate(...)`, `lm.stream(...)`, `lm.logits(...)`."""
+
+import codecs
+import warnings
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from mmjax.config import Config
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer
+from mmjax.errors import UserError
+from mmjax.inference.generate import Decoder, padded_length
+from mmjax.inference.sampling import Sampling
+from mmjax.kernels.attention import attention_backend
+from mmjax.model.lm import Params, abstract_params, model_graph
+from mmjax.training.checkpoint import Checkpoints
+from mmjax.training.rundir import RunDir, open_run, read_json
+
+
+class LanguageModel:
+  """A trained model with its tokenizer.
+
+  Attributes:
+    config: settings of the run.
+    tokenizer: text to token ids and back.
+    params: nested dict of float32 arrays.
+    step: optimizer updates that the parameters have seen.
+  """
+
+  def __init__(
+    self, config: Config, tokenizer: Tokenizer, params: Params, *, step: int = 0, dtype: DTypeLike = jnp.float32
+  ):
+    """Joins the parts; `load` reads them from a run directory."""
+    self.config, self.tokenizer, self.params, self.step = config, tokenizer, params, step
+    self._decoder = Decoder(config, params, eos_id=tokenizer.eos_id, dtype=dtype)
+    attention = attention_backend('auto', jnp.dtype(dtype), jax.default_backend(), 1)
+    self._logits = jax.jit(partial(_logits, model_graph(config), dtype, attention))
+
+  def logits(self, tokens_BT: ArrayLike) -> Array:
+    """Predicts the token after each position.
+
+    Args:
+      tokens_BT: integers in [0, V); rows begin with `tokenizer.start_id(config.data.layout)` as in training.
+        Rows longer than model.max_seq_len work, at positions that the model was not trained on.
+
+    Returns:
+      float32 (B, T, V); row b, position t scores what follows tokens_BT[b, :t + 1].
+
+    Raises:
+      UserError: if tokens_BT is not two-dimensional, has no token, or holds what is not a token id.
+    """
+    tokens = np.asarray(tokens_BT)
+    if tokens.ndim != 2 or not tokens.size:
+      raise UserError(f'tokens of shape {tokens.shape} must be (rows, positions), with at least one of each')
+    self._check_ids(tokens)
+    padding = padded_length(tokens.shape[1]) - tokens.shape[1]  # causal: what stands behind changes nothing
+    return self._logits(self.params, np.pad(tokens.astype(np.int32), ((0, 0), (0, padding))))[:, : tokens.shape[1]]
+
+  def generate(self, prompts: str | Sequence[str], **settings: float) -> list[str]:
+    """Continues one prompt or several, together.
+
+    Args:
+      prompts: text. Of more than model.max_seq_len tokens the last ones are used, with a warning. The continuation may
+        go on beyond max_seq_len, at positions that the model was not trained on.
+      **settings: fields of `mmjax.inference.sampling.Sampling`: max_new_tokens, temperature, top_p,
+        repetition_penalty, seed, seed_sampling.
+
+    Returns:
+      For each prompt its continuation, without the prompt.
+
+    Raises:
+      UserError: if a prompt is no text or a setting breaks its rule.
+    """
+    if isinstance(prompts, str):
+      prompts = [prompts]
+    rows = self.generate_tokens([self.encode_prompt(prompt) for prompt in prompts], **settings)
+    return [self.tokenizer.decode(row) for row in rows]
+
+  def generate_tokens(self, prompts: Sequence[Sequence[int]], **settings: float) -> list[list[int]]:
+    """Continues lists of token ids, as `encode_prompt` makes them, and returns the new ids, EOS included.
+
+    Raises:
+      UserError: if a list is empty or holds what is not a token id, or a setting breaks its rule.
+    """
+    for prompt in prompts:
+      if not len(prompt):
+        raise UserError('a prompt needs at least one token; begin with tokenizer.start_id(config.data.layout)')
+      self._check_ids(np.asarray(prompt))
+    return self._decoder.generate(prompts, make_sampling(settings))
+
+  def stream(self, prompt: str, **settings: float) -> Iterator[str]:
+    """Yields the continuation of a prompt in pieces as they are made; together they are what `generate` returns.
+
+    A character whose bytes are spread over several tokens is held back until it is whole. For the arguments see
+    `generate`.
+    """
+    sampling, tokens = make_sampling(settings), self.encode_prompt(prompt)
+    return self._pieces(tokens, sampling)
+
+  def _pieces(self, tokens: list[int], sampling: Sampling) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    for [new] in self._decoder.stream([tokens], sampling):
+      if piece := decoder.decode(self.tokenizer.decode_bytes(new)):
+        yield piece
+    if piece := decoder.decode(b'', final=True):
+      yield piece
+
+  def encode_prompt(self, prompt: str) -> list[int]:
+    """Returns the token that rows begin with and the prompt's tokens; of a long prompt the last max_seq_len tokens.
+
+    Raises:
+      UserError: if the prompt is no text.
+    """
+    if not isinstance(prompt, str):
+      raise UserError(f'a prompt must be a str, not {type(prompt).__name__}')
+    most = self.config.model.max_seq_len
+    # A token stands for a limited number of bytes, and a character is at least one: no need to tokenize megabytes.
+    end = prompt[-most * int(self.tokenizer.bytes_per_token().max()) :]
+    tokens = [self.tokenizer.start_id(self.config.data.layout), *self.tokenizer.encode(end)]
+    if len(end) < len(prompt) or len(tokens) > most:
+      warnings.warn(f'the prompt is longer than model.max_seq_len={most} tokens; its end is used', stacklevel=3)
+    return tokens[-most:]
+
+  def _check_ids(self, ids: np.ndarray) -> None:
+    size = self.config.model.vocab_size
+    if not np.issubdtype(ids.dtype, np.integer):
+      raise UserError(f'token ids must be integers, not {ids.dtype}')
+    wrong = ids[(ids < 0) | (ids >= size)]
+    if wrong.size:
+      raise UserError(f'token id {wrong.flat[0]} is not in the vocabulary, which is 0..{size - 1}')
+
+
+def load(workdir: str | Path, checkpoint: str | int = 'best', *, dtype: DTypeLike = jnp.float32) -> LanguageModel:
+  """Loads a model from a run directory, which may be in use by a training process.
+
+  Args:
+    workdir: as train.py makes it.
+    checkpoint: 'best' (lowest validation loss), 'last', or the number of a step.
+    dtype: of the matrix products; on a CPU float32 is the fastest.
+
+  Raises:
+    UserError: if there is no such run, it has no checkpoint yet, or the tokenizer is not the one it was trained with.
+    StorageError: if no whole checkpoint is left, or not the one that was asked for.
+  """
+  run = open_run(workdir)
+  config = run.read_config()
+  tokenizer = load_tokenizer(run.tokenizer_path)
+  _check_tokenizer(run, tokenizer, config)
+  checkpoints = Checkpoints(workdir, read_only=True)
+  params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(checkpoint))
+  return LanguageModel(config, tokenizer, params, step=step, dtype=dtype)
+
+
+def _check_tokenizer(run: RunDir, tokenizer: Tokenizer, config: Config) -> None:
+  """Raises UserError if the tokenizer in a run directory is not the one that belongs to the model."""
+  if tokenizer.vocab_size != config.model.vocab_size:
+    raise UserError(
+      f'{run.tokenizer_path} has {tokenizer.vocab_size} pieces, the model {config.model.vocab_size}: they do not '
+      'belong together'
+    )
+  if not run.run_path.exists():  # weights that were imported: nobody has noted a hash
+    return
+  trained_with = read_json(run.run_path)['identity']['tokenizer_sha256']
+  if tokenizer.sha256 != trained_with:
+    raise UserError(
+      f'{run.tokenizer_path} is not the tokenizer that the run was trained with (sha256 {tokenizer.sha256[:12]}..., '
+      f'not {trained_with[:12]}...); copy that one back'
+    )
+
+
+def checkpoint_name(checkpoint: str | int) -> str | int:
+  """Returns 'best', 'last' or the number of a step, from what a user typed.
+
+  Raises:
+    UserError: if it is none of these.
+  """
+  text = str(checkpoint)
+  if text in ('best', 'last'):
+    return text
+  if text.isascii() and text.isdigit():
+    return int(text)
+  raise UserError(f"checkpoint={checkpoint!r} must be 'best', 'last' or the number of a step")
+
+
+def make_sampling(settings: dict[str, float]) -> Sampling:
+  """Returns a Sampling with the given fields.
+
+  Raises:
+    UserError: if there is no such field, or a value breaks its rule.
+  """
+  names = list(Sampling.__dataclass_fields__)
+  for name in settings:
+    if name not in names:
+      raise UserError(f'no sampling setting {name!r}; there are {", ".join(names)}')
+  return Sampling(**settings)
+
+
+def _logits(graphdef: nnx.GraphDef, dtype: DTypeLike, attention: str, params: Params, tokens_BT: Array) -> Array:
+  model = nnx.merge(graphdef, params)
+  return model.logits(model(tokens_BT, dtype=dtype, attention=attention).hidden_BTD)
