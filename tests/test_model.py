@@ -12,6 +12,7 @@ from flax import nnx
 from mmjax.config import load_config
 from mmjax.model.layers import RMSNorm, apply_rope, dropout, rope_angles
 from mmjax.model.lm import abstract_params, build_model, count_params, init_cache, init_params
+from mmjax.model.sublayers import SUBLAYERS
 from tests.helpers import random_batch, tiny_config
 
 
@@ -21,6 +22,9 @@ from tests.helpers import random_batch, tiny_config
     ('exp_1_4_2', [], 32_383_488, 23_994_880),
     ('exp_1_4_2', ['--config.model.n_kv_heads=2'], 31_597_056, 23_208_448),
     ('exp_1_4_0', [], 25_829_888, 25_829_888),
+    # 1.4.1 is 1.4.2 with 2 D D + 2 P D weights in place of the fusion's 2 (D + R P) D + D D.
+    ('exp_1_4_1', [], 23_994_880 + 8_388_608 - 8 * 1_835_008 + 8 * 655_360, 23_994_880 - 8 * (1_835_008 - 655_360)),
+    ('exp_moe', [], 25_829_888 + 8 * (4 * 3 * 512 * 1408 + 4 * 512), 25_829_888 + 8 * (4 * 3 * 512 * 1408 + 4 * 512)),
   ],
 )
 def test_parameter_counts_are_the_records(experiment, overrides, total, without_bank):
@@ -122,7 +126,7 @@ def numpy_forward(model, params, tokens):
   return norm(x, params['norm']) @ params['embedding'].T, np.array(rows)
 
 
-@pytest.mark.parametrize('sublayer', ['gated_fusion', 'dense'])
+@pytest.mark.parametrize('sublayer', SUBLAYERS)
 def test_logits_do_not_depend_on_later_tokens(sublayer):
   config = tiny_config(model__sublayer=sublayer)
   graphdef, params = build_model(config)
@@ -150,7 +154,7 @@ def test_segments_are_computed_as_if_alone():
   assert not np.allclose(model(tokens).hidden_BTD[:, 5:], together.hidden_BTD[:, 5:], atol=1e-2)
 
 
-@pytest.mark.parametrize('sublayer', ['gated_fusion', 'dense'])
+@pytest.mark.parametrize('sublayer', SUBLAYERS)
 def test_cached_decoding_equals_whole_rows(sublayer):
   config = tiny_config(model__sublayer=sublayer)
   graphdef, params = build_model(config)
