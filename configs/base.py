@@ -38,15 +38,15 @@ def get_config() -> ConfigDict:
 
   data = config.data = ConfigDict()
   data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
-  data.valid_files = ''  # the same, held out; '': every 1 / valid_fraction-th training document
-  data.valid_fraction = 0.01  # share of training documents held out when there are no valid_files
+  data.valid_files = ''  # the same, held out; '': a share of the training documents
+  data.valid_fraction = 0.01  # that share, chosen by a hash of each document's text; 0: nothing is held out
   data.text_key = 'text'  # key of the text in a jsonl line
   data.on_bad_line = 'fail'  # 'fail' names the first bad line; 'skip' counts and reports them
-  data.tokenizer = ''  # path of a SentencePiece model; '': train one on the training text
+  data.tokenizer = ''  # a SentencePiece model or a tokenizer.json; '': train one on the training text
   data.layout = 'packed'  # 'packed': one stream cut into rows; 'padded': one document a row, as in the record
   data.isolate_documents = False  # packed rows only: True keeps attention within a document
   data.prepared_dir = 'out/data'  # where token shards are kept and found again
-  data.workers = 0  # tokenizer processes; 0: one for each CPU core
+  data.workers = 0  # tokenizer processes; 0: one for each CPU core, at most 16
 
   train = config.train = ConfigDict()
   train.batch_size = 64  # B: rows in a micro-batch, over all devices

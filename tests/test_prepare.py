@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from mmjax.config import load_config
-from mmjax.data import blocks, index, shards, worker
+from mmjax.data import blocks, index, shards, tokenizer, worker
+from mmjax.data import prepare as prepare_module
 from mmjax.data.index import read_index, verify
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
@@ -101,15 +102,15 @@ def run(tmp_path, train, vocab_size=VOCAB, **changes):
 def documents(directory, split):
   """Decodes a split independently of the loader."""
   entry = read_index(directory)
-  tokenizer = load_tokenizer(directory / entry['tokenizer']['file'])
+  pieces = load_tokenizer(directory / entry['tokenizer']['file'])
   found = []
   for shard in entry['splits'][split]['shards']:
     tokens = np.fromfile(directory / shard['file'], entry['dtype']).tolist()
     offsets = np.load(directory / shard['offsets_file']).tolist()
     assert offsets[0] == 0 and offsets[-1] == len(tokens) == shard['tokens']
     for start, stop in zip(offsets[:-1], offsets[1:], strict=True):
-      assert tokens[stop - 1] == tokenizer.eos_id and tokenizer.eos_id not in tokens[start : stop - 1]
-      found.append(tokenizer.decode(tokens[start : stop - 1]))
+      assert tokens[stop - 1] == pieces.eos_id and pieces.eos_id not in tokens[start : stop - 1]
+      found.append(pieces.decode(tokens[start : stop - 1]))
   return found
 
 
@@ -168,6 +169,13 @@ def test_copies_of_a_text_stay_on_one_side_of_the_split(tmp_path, texts):
   assert not set(train) & set(valid) and len(train) + len(valid) == 800
 
 
+def test_tokenizer_is_not_trained_on_held_out_text(tmp_path, corpus, texts, monkeypatch):
+  samples, real = [], tokenizer.train_tokenizer
+  monkeypatch.setattr(prepare_module, 'train_tokenizer', lambda sample, v: samples.append(sample) or real(sample, v))
+  run(tmp_path, corpus)
+  assert samples == [[text for text in texts if not is_held_out(text.encode(), 0.1)]]
+
+
 def test_given_validation_files_are_used_whole(tmp_path, corpus, texts):
   valid = tmp_path / 'held.txt'
   valid.write_text('Held out.\n')
@@ -218,10 +226,10 @@ def test_large_vocabulary_is_stored_in_four_bytes():
 
 
 def test_bad_line_leaves_nothing_behind(tmp_path, corpus, shared):
-  tokenizer = shared[0] / 'tokenizer.model'
+  model = shared[0] / 'tokenizer.model'
   with corpus.open('a') as handle:
     handle.write('{"text": 3}\n')
-  for given in ('', str(tokenizer)):
+  for given in ('', str(model)):
     out = tmp_path / 'other'
     with pytest.raises(UserError, match="train.jsonl:401: the value of 'text' must be a string, not a number"):
       run(tmp_path, corpus, tokenizer=given, prepared_dir=str(out))

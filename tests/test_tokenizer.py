@@ -193,13 +193,13 @@ def test_sentencepiece_model_without_padding_uses_unknown_or_one_more_id(tmp_pat
 
 
 def test_sample_is_spread_evenly_over_documents_of_both_languages():
-  documents = [CHINESE * 200 if number % 4 == 0 else ENGLISH * 100 for number in range(400)]
+  documents = [ENGLISH * 100] * 300 + [CHINESE * 200] * 100  # one after the other, as files often are
   sample = sample_text(iter(documents), 200_000)
   size = sum(len(text.encode()) for text in sample)
   assert 90_000 <= size <= 200_000
   chinese = sum(len(text.encode()) for text in sample if text[0] > '\u3000')
   total = sum(len(text.encode()) for text in documents)
-  assert abs(chinese / size - sum(len(text.encode()) for text in documents[::4]) / total) < 0.1
+  assert abs(chinese / size - sum(len(text.encode()) for text in documents[300:]) / total) < 0.1
   assert sample == sample_text(iter(documents), 200_000)
   assert ''.join(sample_text(iter(documents[:3]), 10**9)) == ''.join(documents[:3])
 
