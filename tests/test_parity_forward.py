@@ -21,7 +21,8 @@ from tests.parity import (  # noqa: E402
   torch_logits,
 )
 
-SUBLAYERS = ('dense', 'gated_fusion')
+SUBLAYERS = ('dense', 'cross_attention', 'gated_fusion', 'moe')
+EXPERIMENTS = ('exp_1_4_2', 'exp_1_4_1', 'exp_1_4_0', 'exp_moe')
 
 
 def compare_logits(config: Config, batch: int, length: int, attention: str = 'xla', seed: int = 0) -> None:
@@ -42,9 +43,8 @@ def compare_logits(config: Config, batch: int, length: int, attention: str = 'xl
 
 
 @pytest.mark.parametrize('sublayer', SUBLAYERS)
-@pytest.mark.parametrize('attention', ['xla', 'xla_blocked'])
-def test_logits_and_rows_equal_torch(sublayer, attention):
-  compare_logits(tiny_config(model__sublayer=sublayer), 4, 16, attention)
+def test_logits_and_rows_equal_torch(sublayer):
+  compare_logits(tiny_config(model__sublayer=sublayer), 4, 16, 'xla_blocked')
 
 
 @pytest.mark.parametrize('n_kv_heads', [1, 2, 8, 16])
@@ -60,7 +60,7 @@ def test_lengths_and_batches_equal_torch(batch, length):
   compare_logits(config, batch, length, 'xla_blocked' if length == 511 else 'xla')
 
 
-@pytest.mark.parametrize('sublayer', SUBLAYERS)
+@pytest.mark.parametrize('sublayer', ['dense', 'gated_fusion'])
 def test_gradient_reaches_only_earlier_tokens_in_both_models(sublayer):
   config = tiny_config(model__sublayer=sublayer)
   model, graphdef, params = build_pair(config)
@@ -101,7 +101,7 @@ def test_bfloat16_error_is_no_larger_than_autocasts(sublayer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('experiment', ['exp_1_4_2', 'exp_1_4_0'])
+@pytest.mark.parametrize('experiment', EXPERIMENTS)
 def test_full_size_logits_and_rows_equal_torch(experiment):
   config = load_config(f'configs/{experiment}.py')
   for seed, attention in ((0, 'xla'), (1, 'xla_blocked')):
@@ -115,7 +115,7 @@ def test_full_size_grouped_query_heads_equal_torch(n_kv_heads):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('experiment', ['exp_1_4_2', 'exp_1_4_0'])
+@pytest.mark.parametrize('experiment', EXPERIMENTS)
 def test_full_size_bfloat16_error_is_no_larger_than_autocasts(experiment):
   ours, autocast = bfloat16_errors(load_config(f'configs/{experiment}.py'), 4, 512)
   assert 0 < ours <= 1.5 * autocast

@@ -18,7 +18,7 @@ from tests.parity import build_pair, to_params  # noqa: E402
 from tests.torch_reference import TorchLM, next_token_distribution  # noqa: E402
 
 PAD, EOS = 0, 2
-SUBLAYERS = ('dense', 'gated_fusion')
+SUBLAYERS = ('dense', 'cross_attention', 'gated_fusion', 'moe')
 
 
 def random_prompts(config: Config, lengths: list[int], seed: int = 0) -> list[list[int]]:

@@ -19,12 +19,12 @@ from mmjax.interop import names  # noqa: E402
 from mmjax.kernels.cross_entropy import cross_entropy_sums  # noqa: E402
 from mmjax.training import step as step_module  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
-from mmjax.training.step import make_train_step  # noqa: E402
+from mmjax.training.step import init_state, make_train_step  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
 from tests.parity import build_pair, random_tokens, relative_l2, same_selection  # noqa: E402
 from tests.torch_reference import TorchLM  # noqa: E402
 
-SUBLAYERS = ('dense', 'gated_fusion')
+SUBLAYERS = ('dense', 'cross_attention', 'gated_fusion', 'moe')
 PAD = 0
 
 
@@ -35,11 +35,11 @@ def padded_rows(config: Config, batch: int, length: int, seed: int = 0) -> tuple
   return tokens[:, :-1], tokens[:, 1:]
 
 
-def torch_loss(model: TorchLM, input_BT: np.ndarray, target_BT: np.ndarray) -> torch.Tensor:
-  """Returns the mean negative log-likelihood of the targets that are not padding, and the auxiliary loss on top."""
+def torch_losses(model: TorchLM, input_BT: np.ndarray, target_BT: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+  """Returns the mean negative log-likelihood of the targets that are not padding, and the auxiliary loss."""
   logits, aux_loss = model(torch.tensor(input_BT).long())
   target = torch.tensor(target_BT).long().flatten()
-  return F.cross_entropy(logits.float().flatten(0, 1), target, ignore_index=PAD) + aux_loss
+  return F.cross_entropy(logits.float().flatten(0, 1), target, ignore_index=PAD), aux_loss
 
 
 def compare_gradients(config: Config, batch: int, length: int, attention: str) -> None:
@@ -52,11 +52,11 @@ def compare_gradients(config: Config, batch: int, length: int, attention: str) -
     out = lm(jnp.array(input_BT), attention=attention)
     weight_BT = jnp.array(target_BT != PAD, jnp.float32)
     nll, _ = cross_entropy_sums(out.hidden_BTD, lm.embedding[...], jnp.array(target_BT), weight_BT, max(length // 3, 1))
-    return nll / weight_BT.sum(), out.row_LBTR
+    return nll / weight_BT.sum() + out.aux_loss, out.row_LBTR
 
   (loss, row_LBTR), gradients = jax.jit(jax.value_and_grad(loss_and_rows, has_aux=True))(params)
   with same_selection(model, None if row_LBTR is None else np.asarray(row_LBTR)) as seen:
-    want = torch_loss(model, input_BT, target_BT)
+    want = sum(torch_losses(model, input_BT, target_BT))
     want.backward()
 
   assert float(loss) == pytest.approx(want.item(), rel=1e-5)
@@ -77,18 +77,16 @@ def compare_gradients(config: Config, batch: int, length: int, attention: str) -
 
 
 @pytest.mark.parametrize('sublayer', SUBLAYERS)
-@pytest.mark.parametrize('attention', ['xla', 'xla_blocked'])
-def test_loss_and_gradients_equal_torch(sublayer, attention):
-  compare_gradients(tiny_config(model__sublayer=sublayer), 3, 16, attention)
+def test_loss_and_gradients_equal_torch(sublayer):
+  compare_gradients(tiny_config(model__sublayer=sublayer), 3, 16, 'xla_blocked')
 
 
-@pytest.mark.parametrize('n_kv_heads', [1, 8])
-def test_gradients_of_grouped_heads_equal_torch(n_kv_heads):
-  compare_gradients(tiny_config(model__n_heads=8, model__n_kv_heads=n_kv_heads), 2, 13, 'xla')
+def test_gradients_with_one_key_head_equal_torch():
+  compare_gradients(tiny_config(model__n_heads=8, model__n_kv_heads=1), 2, 13, 'xla')
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('experiment', ['exp_1_4_2', 'exp_1_4_0'])
+@pytest.mark.parametrize('experiment', ['exp_1_4_2', 'exp_1_4_1', 'exp_1_4_0', 'exp_moe'])
 def test_full_size_gradients_equal_torch(experiment):
   compare_gradients(load_config(f'configs/{experiment}.py'), 2, 512, 'xla_blocked')
 
@@ -103,9 +101,9 @@ def torch_update(
   loss_sum, n_targets = 0.0, (target_BT != PAD).sum()
   for rows in np.split(np.arange(len(input_BT)), train.accumulation_steps):
     share = float((target_BT[rows] != PAD).sum() / n_targets)
-    loss = torch_loss(model, input_BT[rows], target_BT[rows]) * share
-    loss.backward()
-    loss_sum += loss.item()
+    loss, aux_loss = torch_losses(model, input_BT[rows], target_BT[rows])
+    (loss * share + aux_loss / train.accumulation_steps).backward()
+    loss_sum += loss.item() * share
   torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip)
   optimizer.step()
   return loss_sum
@@ -132,9 +130,7 @@ def compare_trajectories(config: Config, length: int, margin: float | None = Non
     make_train_step(config, graphdef, optimizer, pad_id=PAD, attention='xla_blocked', total_steps=steps),
     donate_argnums=0,
   )
-  zero = jnp.zeros((), jnp.int32)
-  params = jax.tree.map(jnp.array, params)
-  state = {'params': params, 'opt_state': optimizer.init(params), 'step': zero, 'skipped': zero, 'skipped_total': zero}
+  state = jax.tree.map(jnp.array, init_state(config, optimizer) | {'params': params})  # copies: the step donates them
 
   got, want, flips, gap = [], [], 0, 0.0
   for number, rows in enumerate(batches):

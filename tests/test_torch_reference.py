@@ -91,7 +91,7 @@ def test_moe_equals_each_token_alone():
       expected = expected + probability[first] / total * feed_forward.experts[first](x)[0]
       expected = expected + probability[second] / total * feed_forward.experts[second](x)[0]
       assert torch.allclose(out[b, t], expected, atol=1e-6)
-  assert 0.05 < aux_loss.item() < 0.4  # alpha = 0.1 for each of the 1 that balance gives
+  assert 0.05 < aux_loss.item() < 0.4  # weight 0.1 for each of the 1 that balance gives
 
 
 def test_top_p_keeps_the_token_that_crosses_the_threshold():

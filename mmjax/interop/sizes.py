@@ -26,8 +26,8 @@ def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
   Raises:
     UserError: if the names are of no known sublayer, or of several.
   """
-  layer_ids = {match[1] for name in shapes if (match := re.match(r'layers\.(\d+)\.', name))}
-  sizes: dict[str, int | str] = {'sublayer': _sublayer(shapes, source), 'n_layers': len(layer_ids)}
+  n_layers = len(_ids(r'layers\.(\d+)\.', shapes))
+  sizes: dict[str, int | str] = {'sublayer': _sublayer(shapes, source), 'n_layers': n_layers}
 
   def matrix(name: str) -> tuple[int, int] | None:
     shape = shapes.get(name, ())
@@ -35,8 +35,11 @@ def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
 
   if embedding := matrix('tok_embeddings.weight'):
     sizes['vocab_size'], sizes['dim'] = embedding
-  if expand := matrix('layers.0.feed_forward.w1.weight'):
+  expand = matrix('layers.0.feed_forward.w1.weight') or matrix('layers.0.feed_forward.shared_experts.w1.weight')
+  if expand:
     sizes['hidden_dim'] = expand[0]
+  if expert_ids := _ids(r'layers\.0\.feed_forward\.experts\.(\d+)\.', shapes):
+    sizes['n_experts'] = len(expert_ids)
   if bank := matrix('memory_bank'):
     sizes['knowledge_num'], sizes['knowledge_dim'] = bank
   if embedding and bank and bank[1] and (fusion := matrix('layers.0.gated_memory_fusion.up_proj.weight')):
@@ -73,9 +76,14 @@ def _fits(n_heads: int, dim: int, kv_dim: int) -> bool:
   )
 
 
+def _ids(pattern: str, shapes: Shapes) -> set[str]:
+  """Returns what the pattern's group matches at the start of names."""
+  return {match[1] for name in shapes if (match := re.match(pattern, name))}
+
+
 def _sublayer(shapes: Shapes, source: str) -> str:
   """Names the sublayer of which tensors that no other has are in the file."""
-  inside = {match[1] for name in shapes if (match := re.match(r'layers\.\d+\.(.+)', name))}
+  inside = {re.sub(r'experts\.\d+\.', 'experts.{e}.', name) for name in _ids(r'layers\.\d+\.(.+)', shapes)}
   found = []
   for kind, table in SUBLAYER.items():
     shared = set().union(*(other for k, other in SUBLAYER.items() if k != kind))

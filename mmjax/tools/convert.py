@@ -1,0 +1,198 @@
+"""Brings weights of the PyTorch code over, and takes them back:
+
+  python -m mmjax.tools.convert import --from model.pth --out out/imported [--config FILE] [--tokenizer FILE]
+  python -m mmjax.tools.convert export --workdir out/imported --to model.safetensors
+
+The imported run can be evaluated, sampled and trained on. What a state dict cannot tell, above all the number of
+heads, comes from --config and --config.model.n_heads=... overrides.
+"""
+
+import argparse
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from mmjax.config import Config, flatten, load_config
+from mmjax.data.tokenizer import load_tokenizer
+from mmjax.errors import UserError, run_command
+from mmjax.interop.files import check_suffix, read_tensors, write_tensors
+from mmjax.interop.names import TIED, canonical, check_accounted, paths, to_params, to_tensors, torch_shapes
+from mmjax.interop.sizes import read_kv_heads, read_sizes
+from mmjax.model.lm import Params, abstract_params, count_params
+from mmjax.training.checkpoint import Checkpoints
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.rundir import RunDir, atomic_write_bytes
+from mmjax.training.step import init_state
+
+BASE_CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'base.py'
+EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+NO_TRAINING = {'tokens': 0, 'seconds': 0.0}  # the training loop's counters
+UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of the model that leave no trace in shapes
+
+
+def main() -> None:
+  """Reads flags and converts."""
+  arguments, overrides = _parser().parse_known_args()
+  if arguments.command == 'import':
+    import_run(
+      Path(arguments.source), Path(arguments.out), arguments.config, overrides, arguments.tokenizer, arguments.dtype
+    )
+    return
+  if overrides:
+    raise UserError(f'argument {overrides[0]!r} is not understood; export takes the settings of the run')
+  export_run(Path(arguments.workdir), Path(arguments.to), arguments.checkpoint, arguments.dtype)
+
+
+def import_run(
+  source: Path, out: Path, config_file: str, overrides: Sequence[str], tokenizer: str | None, dtype: str | None
+) -> None:
+  """Makes a run directory at step 0 from a state dict. Nothing is written before everything fits.
+
+  Args:
+    source: .pth, .pt or .safetensors with the PyTorch code's names.
+    out: new run directory.
+    config_file: where settings come from that the tensors do not tell.
+    overrides: `--config.section.field=value` arguments.
+    tokenizer: file of the tokenizer that the weights were trained with.
+    dtype: 'float32' casts tensors of other dtypes; None refuses them.
+
+  Raises:
+    UserError: if the file, the settings and the tokenizer do not fit each other, or `out` is in use.
+  """
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f'{str(out)!r} is there already; choose another --out')
+  tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
+  shapes = {name: value.shape for name, value in tensors.items()}
+  if tokenizer:
+    copy = out / ('tokenizer.json' if tokenizer.endswith('.json') else 'tokenizer.model')
+    overrides = [*overrides, f'--config.data.tokenizer={copy}']
+  config = fitting_config(shapes, str(source), config_file, overrides)
+  check_accounted(shapes, torch_shapes(abstract_params(config), config.model), str(source))
+  if tokenizer:
+    _check_tokenizer(tokenizer, config.model.vocab_size)
+
+  params = to_params(tensors, config.model)
+  with RunDir(out) as run:
+    Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1)) | {'params': params}, NO_TRAINING)
+    if tokenizer:
+      atomic_write_bytes(copy, Path(tokenizer).read_bytes())
+    run.write_config(config)
+  _say_imported(config, params, out, config_file, tokenizer)
+
+
+def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> None:
+  """Writes a run's weights as a state dict of the PyTorch code.
+
+  Args:
+    workdir: run directory.
+    target: new file, .pth, .pt or .safetensors; `<target>.sha256` is written beside it.
+    which: 'best', 'last' or the number of a step.
+    dtype: cast to this; None keeps float32.
+
+  Raises:
+    UserError: if there is no such run, its model has no counterpart, or `target` is there already.
+  """
+  check_suffix(target)
+  config = RunDir(workdir).read_config()
+  paths(config.model)  # refuses a model without counterpart before anything is read
+  chosen = int(which) if which.isdigit() else which
+  params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), chosen)
+  tensors = to_tensors(params, config.model)
+  tensors[TIED] = tensors['tok_embeddings.weight']
+  if dtype:
+    tensors = {name: value.astype(EXPORT_DTYPES[dtype]) for name, value in tensors.items()}
+  digest = write_tensors(target, tensors)
+  print(f'{target}: {len(tensors)} tensors of {dtype or "float32"} from step {step} of {workdir}; sha256 {digest}')
+  print('Tensors do not tell: ' + ', '.join(f'{name} {getattr(config.model, name)}' for name in UNTOLD))
+
+
+def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) -> dict[str, np.ndarray]:
+  """Returns float32 tensors.
+
+  Raises:
+    UserError: if some have another dtype and `cast` is False.
+  """
+  others = sorted({value.dtype.name for value in tensors.values()} - {'float32'})
+  if others and not cast:
+    raise UserError(
+      f'{source} holds tensors of {" and ".join(others)}; run directories hold float32: --dtype float32 casts them'
+    )
+  if others:
+    print(f'Casting tensors of {" and ".join(others)} to float32')
+  return {name: value.astype(np.float32, copy=False) for name, value in tensors.items()}
+
+
+def fitting_config(
+  shapes: Mapping[str, tuple[int, ...]], source: str, config_file: str, overrides: Sequence[str]
+) -> Config:
+  """Returns the config with every size that the tensors tell, and says which ones those are.
+
+  Raises:
+    UserError: if an override contradicts the tensors, or the result breaks a rule.
+  """
+  sizes = read_sizes(shapes, source)
+  first = load_config(config_file, [*_as_overrides(sizes), *overrides, '--config.model.n_kv_heads=1']).model
+  sizes['n_kv_heads'] = read_kv_heads(shapes, first.dim, first.n_heads, source)
+  if sizes.get('hidden_dim') == dataclasses.replace(first, hidden_dim=0).dense_hidden_dim:
+    sizes['hidden_dim'] = 0  # what the config calls the usual width
+  config = load_config(config_file, [*_as_overrides(sizes), *overrides])
+  for name, value in sizes.items():
+    given = getattr(config.model, name)
+    same_width = name == 'hidden_dim' and config.model.dense_hidden_dim == (value or first.dense_hidden_dim)
+    if given != value and not same_width:
+      raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
+  print('Read off the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
+  print('From the config: ' + ', '.join(f'{name} {getattr(config.model, name)}' for name in UNTOLD))
+  return config
+
+
+def _as_overrides(sizes: Mapping[str, int | str]) -> list[str]:
+  return [f'--config.model.{name}={value}' for name, value in sizes.items()]
+
+
+def _check_tokenizer(path: str, vocab_size: int) -> None:
+  pieces = load_tokenizer(path).vocab_size
+  if pieces != vocab_size:
+    raise UserError(
+      f'tokenizer {path!r} has {pieces} pieces, the embedding {vocab_size} rows: they do not belong together'
+    )
+
+
+def _say_imported(config: Config, params: Params, out: Path, config_file: str, tokenizer: str | None) -> None:
+  total, without_bank = count_params(params)
+  print(f'{out}: {total:,} parameters ({without_bank:,} without the bank), step 0, fresh optimizer')
+  usual = flatten(load_config(config_file).to_dict())
+  changed = {name: value for name, value in flatten(config.to_dict()).items() if value != usual[name]}
+  flags = ''.join(' ' + shlex.quote(f'--config.{name}={value}') for name, value in changed.items())
+  if tokenizer:
+    print(f'Evaluate: python eval.py --workdir {out}\nSample:   python -m mmjax.tools.sample --workdir {out}')
+  else:
+    print('No --tokenizer was given: this run cannot read or write text until it has the one it was trained with')
+  print(f'Train on: python train.py --config {config_file} --workdir {out}{flags}')
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m mmjax.tools.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  commands = parser.add_subparsers(dest='command', required=True)
+  take = commands.add_parser('import', help='state dict -> run directory')
+  take.add_argument('--from', dest='source', required=True, help='.pth, .pt or .safetensors')
+  take.add_argument('--out', required=True, help='new run directory')
+  take.add_argument('--config', default=str(BASE_CONFIG), help='config file for what the tensors do not tell')
+  take.add_argument('--tokenizer', help='SentencePiece model or tokenizer.json that the weights were trained with')
+  take.add_argument('--dtype', choices=['float32'], help='cast tensors of other dtypes')
+  give = commands.add_parser('export', help='run directory -> state dict')
+  give.add_argument('--workdir', required=True, help='run directory')
+  give.add_argument('--to', required=True, help='new file: .pth, .pt or .safetensors')
+  give.add_argument('--checkpoint', default='best', help='best, last or a step')
+  give.add_argument('--dtype', choices=list(EXPORT_DTYPES), help='cast; by default float32 is kept')
+  return parser
+
+
+if __name__ == '__main__':
+  run_command(main)
