@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmjax.config import Config
-from mmjax.data.index import read_index
+from mmjax.data.index import INDEX, read_index
 from mmjax.data.loader import TokenSplit, open_split, steps_of_epochs
 from mmjax.data.prepare import prepare
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -105,6 +105,7 @@ def restore_state(
 def record_run(run: RunDir, config: Config, inputs: Inputs, step: int) -> None:
   """Writes what the run is made of into its directory: settings, tokenizer, identity of the data, this start."""
   atomic_write_bytes(run.path / inputs.tokenizer.path.name, inputs.tokenizer.path.read_bytes())
+  atomic_write_bytes(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
   run.write_config(config)
   run.record_start({'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}, step)
 
