@@ -104,10 +104,11 @@ def restore_state(
 
 def record_run(run: RunDir, config: Config, inputs: Inputs, step: int) -> None:
   """Writes what the run is made of into its directory: settings, tokenizer, identity of the data, this start."""
+  identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
+  run.record_start(identity, step)  # first: it refuses other data, before anything is replaced
   atomic_write_bytes(run.path / inputs.tokenizer.path.name, inputs.tokenizer.path.read_bytes())
   atomic_write_bytes(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
   run.write_config(config)
-  run.record_start({'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}, step)
 
 
 def compile_program(config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, state: TrainState) -> Program:
