@@ -68,7 +68,8 @@ class ShardWriter:
 
   def abandon(self) -> None:
     """Closes an unfinished shard; the next start writes over it."""
-    self._handle.close()
+    with contextlib.suppress(OSError):  # what is still buffered may not fit either
+      self._handle.close()
 
 
 @dataclasses.dataclass
@@ -108,18 +109,19 @@ class ShardBuilder:
   def _read_state(self) -> dict[str, Any] | None:
     """Returns what an earlier start left, if its shards are whole and its tokenizer is this one."""
     path = self._directory / STATE
+    if not path.is_file():
+      return None
     try:
       state = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-      return None
-    if state['tokenizer_sha256'] != self._tokenizer.sha256:
-      return None
-    for shard in (shard for shards in state['shards'].values() for shard in shards):
-      for name, sha256 in ((shard['file'], shard['sha256']), (shard['offsets_file'], shard['offsets_sha256'])):
-        file = self._directory / name
-        if not file.is_file() or sha256_of(file) != sha256:
-          return None
-    return state
+      shards = [shard for shards in state['shards'].values() for shard in shards]
+      whole = all(
+        sha256_of(self._directory / shard[file]) == shard[sha256]
+        for shard in shards
+        for file, sha256 in (('file', 'sha256'), ('offsets_file', 'offsets_sha256'))
+      )
+      return state if whole and state['tokenizer_sha256'] == self._tokenizer.sha256 else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+      return None  # damaged: everything is made again
 
   def build(self, workers: int, progress: ProgressSink) -> None:
     """Reads and tokenizes everything that is not done yet; leaves the result in `state`.

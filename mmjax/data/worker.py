@@ -6,6 +6,7 @@ runs JAX can deadlock. A worker ends when its pipe closes, so none outlives its 
 """
 
 import collections
+import contextlib
 import json
 import os
 import queue
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -92,45 +93,59 @@ def tokenize_blocks(
   """Tokenizes blocks in other processes and yields them in order; few are in flight, so memory is bounded.
 
   Args:
-    workers: number of processes.
+    blocks: what to tokenize.
+    tokenizer: read anew from its file in each process.
+    text_key: key of the text in a jsonl line.
+    held_out_share: share of the documents to mark as held out, 0 for none.
+    workers: number of processes. They end when the generator is closed.
 
   Raises:
     UserError: if a worker process died.
   """
   settings = {'tokenizer': str(tokenizer.path), 'text_key': text_key, 'held_out_share': held_out_share}
-  idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-  processes = [_start_worker(settings) for _ in range(workers)]
-  for process in processes:
-    idle.put(process)
-
-  def ask(block: Block) -> TokenBlock:
-    process = idle.get()
-    try:
-      return _ask_worker(process, block, tokenizer.vocab_size)
-    finally:
-      idle.put(process)
-
   pending: collections.deque[tuple[Block, Future]] = collections.deque()
-  executor = ThreadPoolExecutor(workers, thread_name_prefix='tokenize')
-  try:
+  with contextlib.closing(_Pool(settings, workers, token_dtype(tokenizer.vocab_size))) as pool:
     for block in blocks:
-      pending.append((block, executor.submit(ask, block)))
+      pending.append((block, pool.submit(block)))
       if len(pending) >= BLOCKS_PER_WORKER * workers:
         first, future = pending.popleft()
         yield first, future.result()
     while pending:
       first, future = pending.popleft()
       yield first, future.result()
-  finally:
-    executor.shutdown(wait=False, cancel_futures=True)
-    for process in processes:
-      process.kill()  # it holds nothing that is not ours already
-    executor.shutdown(wait=True)
-    for process in processes:
+
+
+class _Pool:
+  """As many threads as processes; a thread lends an idle process, feeds it one block and waits for the answer."""
+
+  def __init__(self, settings: dict[str, Any], workers: int, dtype: np.dtype):
+    self._dtype = dtype
+    self._processes = [_start_worker(settings) for _ in range(workers)]
+    self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
+    for process in self._processes:
+      self._idle.put(process)
+    self._threads = ThreadPoolExecutor(workers, thread_name_prefix='tokenize')
+
+  def submit(self, block: Block) -> Future:
+    return self._threads.submit(self._ask, block)
+
+  def _ask(self, block: Block) -> TokenBlock:
+    process = self._idle.get()
+    try:
+      return _ask_worker(process, block, self._dtype)
+    finally:
+      self._idle.put(process)
+
+  def close(self) -> None:
+    self._threads.shutdown(wait=False, cancel_futures=True)
+    for process in self._processes:
+      process.kill()  # nothing is in it that anybody still waits for
+    self._threads.shutdown(wait=True)
+    for process in self._processes:
       process.communicate()
 
 
-def _start_worker(settings: dict) -> subprocess.Popen:
+def _start_worker(settings: dict[str, Any]) -> subprocess.Popen:
   root = str(Path(__file__).resolve().parents[2])
   paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
   environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths), 'OPENBLAS_NUM_THREADS': '1'}
@@ -140,7 +155,7 @@ def _start_worker(settings: dict) -> subprocess.Popen:
   return process
 
 
-def _ask_worker(process: subprocess.Popen, block: Block, vocab_size: int) -> TokenBlock:
+def _ask_worker(process: subprocess.Popen, block: Block, dtype: np.dtype) -> TokenBlock:
   try:
     _write_frames(process.stdin, json.dumps([block.file, block.line, block.byte, block.too_long]).encode(), block.data)
     counts, tokens, length, text_bytes, held_out = (_read_frame(process.stdout) for _ in range(5))
@@ -151,7 +166,7 @@ def _ask_worker(process: subprocess.Popen, block: Block, vocab_size: int) -> Tok
     ) from None
   lines, empty, inexact, bad = json.loads(counts)
   return TokenBlock(
-    np.frombuffer(tokens, token_dtype(vocab_size)),
+    np.frombuffer(tokens, dtype),
     np.frombuffer(length, np.int64),
     np.frombuffer(text_bytes, np.int64),
     np.frombuffer(held_out, bool),
