@@ -20,6 +20,8 @@ from mmjax.interop import names
 from mmjax.model.lm import model_graph
 from tests.torch_reference import Sizes, TorchLM
 
+torch.set_num_threads(1)  # its waiting threads spin, on the cores that JAX works on
+
 # At full size scores are sums of 2 x 64 products, about 10 at the top: 2e-5 is 20 units in their last place.
 SCORE_MARGIN = 2e-5
 
