@@ -10,7 +10,7 @@ from flax import nnx
 
 from mmjax.inference import generate
 from mmjax.inference.generate import Decoder, padded_length
-from mmjax.inference.sampling import Sampling
+from mmjax.inference.settings import Sampling
 from mmjax.model.lm import build_model
 from tests.helpers import tiny_config
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.errors import UserError
-from mmjax.inference.sampling import Sampling, choose_tokens, keep_top_p, knobs_of, penalise
+from mmjax.inference.sampling import choose_tokens, keep_top_p, knobs_of, penalise
+from mmjax.inference.settings import Sampling
 
 
 def random_logits(seed: int, rows: int = 3, vocab: int = 50, scale: float = 3.0) -> np.ndarray:

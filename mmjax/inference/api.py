@@ -17,7 +17,7 @@ from mmjax.config import Config
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.inference.generate import Decoder, padded_length
-from mmjax.inference.sampling import Sampling
+from mmjax.inference.settings import Sampling, make_sampling
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import Params, abstract_params, model_graph
 from mmjax.training.checkpoint import Checkpoints
@@ -69,7 +69,7 @@ class LanguageModel:
     Args:
       prompts: text. Of more than model.max_seq_len tokens the last ones are used, with a warning. The continuation may
         go on beyond max_seq_len, at positions that the model was not trained on.
-      **settings: fields of `mmjax.inference.sampling.Sampling`: max_new_tokens, temperature, top_p,
+      **settings: fields of `mmjax.inference.settings.Sampling`: max_new_tokens, temperature, top_p,
         repetition_penalty, seed, seed_sampling.
 
     Returns:
@@ -187,19 +187,6 @@ def checkpoint_name(checkpoint: str | int) -> str | int:
   if text.isascii() and text.isdigit():
     return int(text)
   raise UserError(f"checkpoint={checkpoint!r} must be 'best', 'last' or the number of a step")
-
-
-def make_sampling(settings: dict[str, float]) -> Sampling:
-  """Returns a Sampling with the given fields.
-
-  Raises:
-    UserError: if there is no such field, or a value breaks its rule.
-  """
-  names = list(Sampling.__dataclass_fields__)
-  for name in settings:
-    if name not in names:
-      raise UserError(f'no sampling setting {name!r}; there are {", ".join(names)}')
-  return Sampling(**settings)
 
 
 def _logits(graphdef: nnx.GraphDef, dtype: DTypeLike, attention: str, params: Params, tokens_BT: Array) -> Array:

@@ -17,7 +17,8 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import Config, ModelConfig
-from mmjax.inference.sampling import Knobs, Sampling, choose_tokens, knobs_of
+from mmjax.inference.sampling import Knobs, choose_tokens, knobs_of
+from mmjax.inference.settings import Sampling
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.layers import LayerCache
 from mmjax.model.lm import Params, init_cache, model_graph

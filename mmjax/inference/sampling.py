@@ -1,61 +1,16 @@
-"""From logits to the next token: repetition penalty, temperature, top-p; and the settings that say how much of each.
+"""From logits to the next token: repetition penalty, temperature, top-p.
 
 Two rules exist. The default penalises a repeated token whatever the sign of its logit. `seed_sampling` does what the
 PyTorch code of experiment 1.4.2 does: it divides every repeated logit, which raises the negative ones.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mmjax.errors import UserError
-
-MOST_NEW_TOKENS = 32768  # the positions that the PyTorch code has rotations for
-
-
-@dataclasses.dataclass(frozen=True)
-class Sampling:
-  """How text is continued. Every command and the Python API take their defaults from here.
-
-  Attributes:
-    max_new_tokens: where to stop if no end of text comes before.
-    temperature: divides the logits; 0 always takes the most likely token.
-    top_p: only the most likely tokens are drawn from, as many as it takes to hold more than this share.
-    repetition_penalty: above 1 makes tokens less likely that the prompt or the continuation already has.
-    seed: of the random numbers; the same seed gives the same text.
-    seed_sampling: apply penalty and temperature as the PyTorch code of experiment 1.4.2 does.
-
-  Raises:
-    UserError: if a value breaks its rule.
-  """
-
-  max_new_tokens: int = 128
-  temperature: float = 0.75
-  top_p: float = 0.9
-  repetition_penalty: float = 1.0
-  seed: int = 0
-  seed_sampling: bool = False
-
-  def __post_init__(self):
-    rules = (
-      ('max_new_tokens', 1 <= self.max_new_tokens <= MOST_NEW_TOKENS, f'a whole number from 1 to {MOST_NEW_TOKENS}'),
-      ('temperature', 0 <= self.temperature < float('inf'), 'a number of at least 0'),
-      ('top_p', 0 <= self.top_p <= 1, 'a number from 0 to 1'),
-      ('repetition_penalty', 0 < self.repetition_penalty < float('inf'), 'a number above 0 (1: no penalty)'),
-      ('seed', 0 <= self.seed < 2**32, 'a whole number from 0 to 2^32 - 1'),
-    )
-    for name, kept, rule in rules:
-      whole = name in ('max_new_tokens', 'seed')
-      if not kept or (whole and self.__dict__[name] != int(self.__dict__[name])):
-        raise UserError(f'{name}={self.__dict__[name]} must be {rule}')
-
-  @property
-  def greedy(self) -> bool:
-    """Whether the most likely token is taken, without random numbers."""
-    return self.temperature == 0
+from mmjax.inference.settings import Sampling
 
 
 class Knobs(NamedTuple):

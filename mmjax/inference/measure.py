@@ -1,0 +1,110 @@
+"""What eval.py finds out about a trained model: numbers on held-out text, and continuations of prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import Config
+from mmjax.data.loader import TokenSplit, eval_batches, open_split
+from mmjax.data.prepare import prepare
+from mmjax.errors import UserError
+from mmjax.inference.api import LanguageModel
+from mmjax.inference.settings import Sampling
+from mmjax.inference.text_stats import distinct_share, repeated_share
+from mmjax.kernels.attention import attention_backend
+from mmjax.model.lm import model_graph
+from mmjax.training.evaluate import EvalResult, evaluate, make_eval_step
+from mmjax.training.rundir import RunDir, read_json
+from mmjax.training.setup import open_inputs
+from mmjax.training.sharding import make_mesh
+
+PROMPTS = Path(__file__).with_name('prompts.txt')  # the three that the record of experiment 1.4.2 quotes
+
+
+def read_prompts(path: str | Path) -> list[str]:
+  """Returns the prompts in a UTF-8 text file, one a line; empty lines are left out.
+
+  Raises:
+    UserError: if there is no such file, it is not UTF-8, or it has no prompt.
+  """
+  try:
+    prompts = [line for line in Path(path).read_text(encoding='utf-8-sig').splitlines() if line.strip()]
+  except UnicodeDecodeError as error:
+    raise UserError(f"prompts file '{path}' is not UTF-8 (byte {error.start})") from None
+  except OSError as error:
+    raise UserError(f"prompts file '{path}' cannot be read: {error.strerror}") from None
+  if not prompts:
+    raise UserError(f"prompts file '{path}' has no prompt; write one a line")
+  return prompts
+
+
+def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalResult:
+  """Evaluates on the run's validation set, or on other files, as the training loop does but on one device.
+
+  Args:
+    lm: the model.
+    run: the directory that it comes from.
+    valid_files: comma-separated paths or globs; '': the validation set of the run.
+
+  Raises:
+    UserError: if the text cannot be read, or is not the text that the run was trained with.
+  """
+  runtime = dataclasses.replace(lm.config.runtime, data_devices=1, row_devices=1)
+  config = dataclasses.replace(lm.config, runtime=runtime)
+  split = _other_text(config, run, valid_files) if valid_files else _validation_set(config, run)
+  attention = attention_backend('auto', jnp.dtype(config.train.dtype), jax.default_backend(), 1)
+  step = make_eval_step(model_graph(config), config, pad_id=split.pad_id, attention=attention, mesh=make_mesh(config))
+  batches = eval_batches(split, config.train.batch_size)
+  return evaluate(step, lm.params, batches, lm.tokenizer.bytes_per_token())
+
+
+def _validation_set(config: Config, run: RunDir) -> TokenSplit:
+  inputs = open_inputs(config)
+  if run.run_path.exists() and read_json(run.run_path)['identity']['data_sha256'] != inputs.data_sha256:
+    raise UserError(
+      'the text that the settings name is not what the run was trained with: it may have been trained on part of '
+      'this validation set; give --valid_files'
+    )
+  return inputs.valid
+
+
+def _other_text(config: Config, run: RunDir, files: str) -> TokenSplit:
+  data = dataclasses.replace(
+    config.data, train_files=files, valid_files='', valid_fraction=0.0, tokenizer=str(run.tokenizer_path)
+  )
+  return open_split(
+    prepare(data, config.model.vocab_size),
+    'train',  # the name of the only split there is
+    max_seq_len=config.model.max_seq_len,
+    layout=data.layout,
+    isolate_documents=data.isolate_documents,
+  )
+
+
+def continue_prompts(lm: LanguageModel, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
+  """Continues prompts and measures how varied the continuations are.
+
+  Returns:
+    sampling: the settings. samples: prompt, continuation, tokens (EOS not counted) and ended (by EOS) of each.
+    distinct_1, distinct_2, distinct_3: different n-grams over all n-grams of the continuations together.
+    repeated_4grams: share of 4-grams that stand earlier in the same continuation, mean over continuations.
+    All are counted over tokens, without prompts and EOS; null where there is no such n-gram.
+  """
+  settings = dataclasses.asdict(sampling)
+  rows = lm.generate_tokens([lm.encode_prompt(prompt) for prompt in prompts], **settings)
+  samples, texts = [], []
+  for prompt, row in zip(prompts, rows, strict=True):
+    ended = row[-1] == lm.tokenizer.eos_id
+    texts.append(row[:-1] if ended else row)
+    continuation = lm.tokenizer.decode(texts[-1])
+    samples.append({'prompt': prompt, 'continuation': continuation, 'tokens': len(texts[-1]), 'ended': ended})
+  return {
+    'sampling': settings,
+    'samples': samples,
+    **{f'distinct_{n}': distinct_share(texts, n) for n in (1, 2, 3)},
+    'repeated_4grams': repeated_share(texts, 4),
+  }

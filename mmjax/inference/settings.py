@@ -1,0 +1,79 @@
+"""The settings of text generation, their defaults, and the flags that set them. Imports no JAX: --help is quick."""
+
+import argparse
+import dataclasses
+from typing import Any
+
+from mmjax.errors import UserError
+
+MOST_NEW_TOKENS = 32768  # the positions that the PyTorch code has rotations for
+
+
+def _setting(default: float, meaning: str) -> Any:
+  return dataclasses.field(default=default, metadata={'help': meaning})
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How text is continued. Every command and the Python API take their settings and defaults from here.
+
+  Raises:
+    UserError: if a value breaks its rule.
+  """
+
+  max_new_tokens: int = _setting(128, 'stop after so many tokens if the text does not end before')
+  temperature: float = _setting(0.75, 'divides the logits: higher is more random, 0 takes the most likely token')
+  top_p: float = _setting(0.9, 'draw from the most likely tokens that together hold this share')
+  repetition_penalty: float = _setting(1.0, 'above 1: tokens that the text already has become less likely')
+  seed: int = _setting(0, 'of the random numbers: the same seed gives the same text')
+  seed_sampling: bool = _setting(False, 'penalty and temperature exactly as in the PyTorch code of experiment 1.4.2')
+
+  def __post_init__(self):
+    rules = (
+      ('max_new_tokens', 1 <= self.max_new_tokens <= MOST_NEW_TOKENS, f'a whole number from 1 to {MOST_NEW_TOKENS}'),
+      ('temperature', 0 <= self.temperature < float('inf'), 'a number of at least 0'),
+      ('top_p', 0 <= self.top_p <= 1, 'a number from 0 to 1'),
+      ('repetition_penalty', 0 < self.repetition_penalty < float('inf'), 'a number above 0 (1: no penalty)'),
+      ('seed', 0 <= self.seed < 2**32, 'a whole number from 0 to 2^32 - 1'),
+    )
+    for name, kept, rule in rules:
+      whole = name in ('max_new_tokens', 'seed')
+      if not kept or (whole and self.__dict__[name] != int(self.__dict__[name])):
+        raise UserError(f'{name}={self.__dict__[name]} must be {rule}')
+
+  @property
+  def greedy(self) -> bool:
+    """Whether the most likely token is taken, without random numbers."""
+    return self.temperature == 0
+
+
+def make_sampling(settings: dict[str, float]) -> Sampling:
+  """Returns a Sampling with the given fields, the others at their defaults.
+
+  Raises:
+    UserError: if there is no such field, or a value breaks its rule.
+  """
+  names = [field.name for field in dataclasses.fields(Sampling)]
+  for name in settings:
+    if name not in names:
+      raise UserError(f'no sampling setting {name!r}; there are {", ".join(names)}')
+  return Sampling(**settings)
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+  """Gives a command one flag for each field of Sampling."""
+  for field in dataclasses.fields(Sampling):
+    text = f'{field.metadata["help"]} (default: {field.default})'
+    if field.type is bool:
+      parser.add_argument(f'--{field.name}', action='store_true', help=field.metadata['help'])
+    else:
+      parser.add_argument(f'--{field.name}', type=field.type, default=field.default, help=text)
+
+
+def sampling_from_flags(arguments: argparse.Namespace) -> Sampling:
+  """Returns what the flags of `add_sampling_flags` say.
+
+  Raises:
+    UserError: if a value breaks its rule.
+  """
+  return Sampling(**{field.name: getattr(arguments, field.name) for field in dataclasses.fields(Sampling)})

@@ -1,0 +1,72 @@
+"""Continues text:   python -m mmjax.tools.sample --workdir out/quickstart [--prompt 'The list of'] [--temperature 0.7]
+
+Shows the continuation while it is made. Without --prompt it asks for prompts, one a line, until end of input or Ctrl-C;
+Ctrl-C while text is made ends that text. Exit codes: 0 done, 2 user error, 4 storage.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mmjax.errors import UserError, run_command
+from mmjax.inference.settings import Sampling, add_sampling_flags, sampling_from_flags
+from mmjax.inference.terminal import prepare_terminal, printable
+
+if TYPE_CHECKING:
+  from mmjax.inference.api import LanguageModel
+
+
+def main() -> None:
+  """Reads flags, loads the model, and continues one prompt or many."""
+  parser = argparse.ArgumentParser(
+    prog='python -m mmjax.tools.sample', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
+  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
+  parser.add_argument('--prompt', help='text to continue; without it you are asked')
+  add_sampling_flags(parser)
+  arguments = parser.parse_args()
+  sampling = sampling_from_flags(arguments)
+
+  from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
+
+  prepare_terminal()
+  lm = load(arguments.workdir, arguments.checkpoint)
+  if arguments.prompt is not None:
+    write_continuation(lm, arguments.prompt, sampling)
+    return
+  for number, prompt in enumerate(ask_prompts()):
+    # Another seed for each, or the same prompt would always get the same answer.
+    settings = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
+    try:
+      write_continuation(lm, prompt, settings)
+    except UserError as error:
+      print(f'{error}', file=sys.stderr)
+    except KeyboardInterrupt:
+      print()
+
+
+def write_continuation(lm: 'LanguageModel', prompt: str, sampling: Sampling) -> None:
+  """Writes the continuation of a prompt to stdout piece by piece, and a newline."""
+  for piece in lm.stream(prompt, **dataclasses.asdict(sampling)):
+    print(printable(piece), end='', flush=True)
+  print()
+
+
+def ask_prompts() -> Iterator[str]:
+  """Yields lines of stdin until it ends or Ctrl-C is pressed; asks for them where somebody sits in front of it."""
+  if hasattr(sys.stdin, 'reconfigure'):
+    sys.stdin.reconfigure(errors='surrogateescape')  # bytes that are no text are refused with a sentence, later
+  asks = sys.stdin.isatty()
+  with contextlib.suppress(EOFError, KeyboardInterrupt):
+    while True:
+      yield input('Prompt: ' if asks else '')
+  if asks:
+    print()
+
+
+if __name__ == '__main__':
+  run_command(main)
