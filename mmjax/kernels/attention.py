@@ -118,7 +118,7 @@ def causal_attention_reference(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segm
 # 'xla_blocked'. Z is every pair of batch row and kv head; X is the queries of all G heads in a block, side by side.
 # Scores are [S, X], keys on the long axis: all large products then multiply row-major matrices as they lie, sums over
 # keys vectorise along X, and masks and statistics broadcast without index arithmetic, which would keep XLA from
-# vectorising exp. Everything is float32: on CPUs without AMX, rounding tiles of scores to bf16 costs more than it saves.
+# vectorising exp. Everything is float32: on a CPU without AMX, rounding scores to bf16 costs more than it saves.
 
 
 @jax.custom_vjp
