@@ -18,11 +18,13 @@ def main() -> None:
   )
   args, overrides = parser.parse_known_args()
 
-  from mmjax.config import load_config  # after the flags are read: --help should not wait for JAX
-  from mmjax.tools.report import write_report
-  from mmjax.training.loop import fit
+  from mmjax.config import load_config
 
   config = load_config(args.config, overrides)
+
+  from mmjax.tools.report import write_report  # only now: bad settings need not wait for JAX
+  from mmjax.training.loop import fit
+
   workdir = Path(args.workdir or f'out/{config.experiment}')
   fit(config, workdir, allow_config_change=args.allow_config_change)
   print(f'Report: {write_report(workdir)}')

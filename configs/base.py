@@ -33,7 +33,9 @@ def get_config() -> ConfigDict:
   model.aux_loss_weight = 0.1  # of the experts' load-balance loss
 
   memory = config.memory = ConfigDict()
-  memory.bank_init = 'normal'  # how the bank starts
+  memory.bank_init = 'normal'  # how the bank starts; 'file': from bank_file
+  memory.bank_file = ''  # made by python -m mmjax.tools.bank
+  memory.knowledge_length = 32  # tokens in a snippet of text that becomes a row of such a file
   memory.bank_std = 1.0  # standard deviation of its values
 
   data = config.data = ConfigDict()

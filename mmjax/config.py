@@ -62,6 +62,8 @@ class MemoryConfig:
   """How the memory starts and learns."""
 
   bank_init: str
+  bank_file: str
+  knowledge_length: int
   bank_std: float
 
 
@@ -134,7 +136,7 @@ class Config:
 
 CHOICES = {
   'model.sublayer': ('dense', 'cross_attention', 'gated_fusion', 'moe'),
-  'memory.bank_init': ('normal',),
+  'memory.bank_init': ('normal', 'file'),
   'data.on_bad_line': ('fail', 'skip'),
   'data.layout': ('packed', 'padded'),
   'train.dtype': ('float32', 'bfloat16'),
@@ -145,7 +147,7 @@ AT_LEAST = {
   'seed': 0, 'model.vocab_size': 300, 'model.dim': 2, 'model.n_layers': 1, 'model.n_heads': 1, 'model.n_kv_heads': 1,
   'model.max_seq_len': 2, 'model.norm_eps': 0, 'model.rope_theta': 1, 'model.dropout': 0, 'model.hidden_dim': 0,
   'model.knowledge_num': 1, 'model.knowledge_dim': 2, 'model.num_selected': 1, 'model.n_experts': 1,
-  'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.bank_std': 0, 'data.workers': 0,
+  'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.bank_std': 0, 'memory.knowledge_length': 2, 'data.workers': 0,
   'train.batch_size': 1, 'train.accumulation_steps': 1, 'train.epochs': 0, 'train.max_steps': 0,
   'train.learning_rate': 0, 'train.final_learning_rate': 0, 'train.warmup_steps': 0, 'train.beta1': 0,
   'train.beta2': 0, 'train.eps': 0, 'train.weight_decay': 0, 'train.grad_clip': 0, 'train.log_interval': 1,
@@ -199,6 +201,8 @@ def check_config(config: Config) -> None:
       raise UserError(f'{name}={flat[name]} must be at least 0 and below 1')
   if not config.experiment or set(config.experiment) & set('/\\\0') or config.experiment.startswith('.'):
     raise UserError(f'experiment={config.experiment!r} must be a plain folder name')
+  if config.memory.bank_init == 'file' and not config.memory.bank_file:
+    raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
   _check_model(config.model)
 
 

@@ -25,6 +25,7 @@ class TokenSplit:
     layout: 'packed' or 'padded'.
     n_rows, n_tokens, n_documents, text_bytes: sizes; tokens count an EOS for each document.
     vocab_size, pad_id, bos_id, eos_id: those of the tokenizer.
+    document_start: int64[documents + 1], where each document begins in the stream, and its end.
   """
 
   def __init__(self, directory: Path, index: dict, split: str, max_seq_len: int, layout: str, isolate_documents: bool):
@@ -40,7 +41,7 @@ class TokenSplit:
     self._shard_start = np.cumsum([0] + [shard['tokens'] for shard in shards])
     # Where each document begins in the stream; one more at the end.
     starts = [o[:-1] + start for o, start in zip(offsets, self._shard_start[:-1], strict=True)]
-    self._document_start = np.concatenate([*starts, self._shard_start[-1:]])
+    self.document_start = np.concatenate([*starts, self._shard_start[-1:]])
     self.n_rows = self.n_documents if layout == 'padded' else -(-self.n_tokens // max_seq_len)
 
   def stream(self, start: int, stop: int) -> np.ndarray:
@@ -56,7 +57,7 @@ class TokenSplit:
   def row(self, row_id: int) -> tuple[np.ndarray, int]:
     """Returns the targets of a row without padding, int32[at most T], and the token that precedes them."""
     if self.layout == 'padded':
-      start, stop = self._document_start[row_id], self._document_start[row_id + 1]
+      start, stop = self.document_start[row_id], self.document_start[row_id + 1]
       return self.stream(start, min(stop, start + self.max_seq_len)), self.bos_id
     start = row_id * self.max_seq_len
     tokens = self.stream(max(start - 1, 0), min(start + self.max_seq_len, self.n_tokens))

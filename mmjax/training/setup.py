@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mmjax.config import Config
+from mmjax.data.bank_file import read_bank
 from mmjax.data.index import INDEX, read_index
 from mmjax.data.loader import TokenSplit, open_split, steps_of_epochs
 from mmjax.data.prepare import prepare
@@ -88,7 +89,12 @@ def open_inputs(config: Config) -> Inputs:
 def new_state(config: Config, optimizer: Any, mesh: Mesh) -> TrainState:
   """Returns the state before the first update, every array where the rules put it."""
   init = partial(init_state, config, optimizer)
-  return jax.jit(init, out_shardings=shardings(mesh, jax.eval_shape(init)))()
+  places = shardings(mesh, jax.eval_shape(init))
+  state = jax.jit(init, out_shardings=places)()
+  if config.memory.bank_init == 'file' and 'memory_bank' in state['params']:
+    bank_MP = read_bank(Path(config.memory.bank_file), state['params']['memory_bank'].shape)
+    state['params']['memory_bank'] = jax.device_put(bank_MP, places['params']['memory_bank'])
+  return state
 
 
 def restore_state(

@@ -1,0 +1,46 @@
+"""A bank in a file: one float32 tensor `memory_bank` (M, P) in safetensors, its sha256 beside it, and its texts.
+
+bank.safetensors          the rows
+bank.safetensors.sha256   checked when it is there
+bank.jsonl                {"row": r, "text": ...} for each row, in order: what a row was before training
+"""
+
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from mmjax.data.files import sha256_of
+from mmjax.errors import UserError
+
+
+def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
+  """Reads the rows that a bank starts from.
+
+  Args:
+    path: a safetensors file with `memory_bank`.
+    shape: (M, P) that the model needs.
+
+  Returns:
+    float32 (M, P).
+
+  Raises:
+    UserError: if the file is missing, damaged, or of another shape.
+  """
+  if not path.is_file():
+    raise UserError(f"no memory.bank_file '{path}'; python -m mmjax.tools.bank build makes one")
+  stated = path.with_name(path.name + '.sha256')
+  if stated.is_file() and stated.read_text().split()[:1] != [sha256_of(path)]:
+    raise UserError(f"'{path}' is not the file that {stated.name} describes; build it again")
+  try:
+    with safe_open(path, 'numpy') as file:
+      bank_MP = file.get_tensor('memory_bank')
+  except (SafetensorError, OSError) as error:
+    raise UserError(f"'{path}' is no bank: {error}") from None
+  if bank_MP.shape != tuple(shape):
+    raise UserError(
+      f"'{path}' holds a bank of {bank_MP.shape}, the model needs {tuple(shape)} (model.knowledge_num, knowledge_dim)"
+    )
+  if not np.isfinite(bank_MP).all():
+    raise UserError(f"'{path}' holds values that are not finite")
+  return bank_MP.astype(np.float32)

@@ -1,0 +1,149 @@
+"""Builds a bank from text: python -m mmjax.tools.bank build --files 'text/*.jsonl.xz' --out out/bank.safetensors
+
+Prepares the text (or finds it prepared), cuts it into snippets, encodes them, chooses model.knowledge_num diverse
+ones and writes them, scaled to memory.bank_std, with their texts beside them. A second start goes on after the last
+finished stage. Use it with memory.bank_init='file', as configs/exp_1_4_3.py does.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mmjax.config import Config, load_config
+from mmjax.data.files import check_room, write_file
+from mmjax.data.index import read_index
+from mmjax.data.loader import TokenSplit, open_split
+from mmjax.data.prepare import prepare
+from mmjax.data.progress import ConsoleProgress
+from mmjax.data.snippets import (
+  choose_rows,
+  cut_snippets,
+  latent_semantic_vectors,
+  read_snippets,
+  reduce_dim,
+  standardize,
+  unit_rows,
+)
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer
+from mmjax.errors import UserError, run_command
+from mmjax.interop.files import write_tensors
+
+DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'exp_1_4_3.py'
+SNIPPETS_A_ROW = 8  # snippets considered for each row: bounds memory, whatever the text's size
+SENTENCE_TRANSFORMERS = 'sentence-transformers:'
+
+
+def main() -> None:
+  """Reads flags and builds."""
+  parser = argparse.ArgumentParser(prog='python -m mmjax.tools.bank', description=__doc__.partition('\n')[0])
+  commands = parser.add_subparsers(dest='command', required=True)
+  build = commands.add_parser('build', help='make a bank file from text')
+  build.add_argument('--files', required=True, help='comma-separated paths or globs of .jsonl or .txt')
+  build.add_argument('--out', required=True, help='the .safetensors file to write')
+  build.add_argument(
+    '--encoder', default='lsa', help=f'lsa (built in), or {SENTENCE_TRANSFORMERS}DIR, a model in that directory'
+  )
+  build.add_argument('--config', default=str(DEFAULT_CONFIG), help='config file that sizes come from')
+  arguments, overrides = parser.parse_known_args()
+  overrides += [f'--config.data.train_files={arguments.files}', '--config.data.valid_files=']
+  build_bank(load_config(arguments.config, overrides), Path(arguments.out), arguments.encoder)
+
+
+def build_bank(config: Config, out: Path, encoder: str) -> None:
+  """Builds `out`, `out`.sha256 and a .jsonl of the rows' texts.
+
+  Args:
+    config: data.train_files and the sizes of model and memory.
+    out: file to write.
+    encoder: 'lsa' or 'sentence-transformers:DIR'.
+
+  Raises:
+    UserError: if the text gives too few snippets, or the encoder is not to be had.
+  """
+  if out.suffix != '.safetensors':
+    raise UserError(f"--out '{out}' must end in .safetensors")
+  if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
+    raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
+  model, length = config.model, config.memory.knowledge_length
+  progress = ConsoleProgress()
+  prepared = prepare(config.data, model.vocab_size)
+  split = open_split(prepared, 'train', max_seq_len=length, layout='packed', isolate_documents=False)
+  tokenizer = load_tokenizer(prepared / read_index(prepared)['tokenizer']['file'])
+  check_room(out, 8 * (SNIPPETS_A_ROW + 1) * model.knowledge_num * model.knowledge_dim)
+
+  start_S = cut_snippets(split, length, SNIPPETS_A_ROW * model.knowledge_num)
+  if len(start_S) < model.knowledge_num:
+    choose_rows(np.empty((len(start_S), 1)), model.n_sub_keys, lambda done: None)
+  stages = Stages(out, [prepared.name, encoder, length, model.knowledge_num, model.knowledge_dim])
+  progress.say(f'{len(start_S):,} snippets of {length} tokens; encoding with {encoder}')
+  vector_SP = stages.run('vectors', lambda: encode(split, tokenizer, start_S, config, encoder))
+  progress.say(f'choosing {model.knowledge_num:,} rows')
+
+  def report(done: int) -> None:
+    progress.update('choosing rows', done, model.knowledge_num, f'{done:,} rows')
+
+  row_M = stages.run('rows', lambda: choose_rows(vector_SP, model.n_sub_keys, report))
+  progress.close()
+  bank_MP = standardize(vector_SP[row_M], config.memory.bank_std)
+  write_texts(out.with_suffix('.jsonl'), split, tokenizer, start_S[row_M], length)
+  write_tensors(out, {'memory_bank': bank_MP})
+  stages.remove()
+  progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {out.with_suffix(".jsonl")}')
+
+
+def encode(split: TokenSplit, tokenizer: Tokenizer, start_S: np.ndarray, config: Config, encoder: str) -> np.ndarray:
+  """Returns float32 (S, P), one vector for each snippet."""
+  token_SL = read_snippets(split, start_S, config.memory.knowledge_length)
+  if encoder == 'lsa':
+    return latent_semantic_vectors(token_SL, config.model.vocab_size, config.model.knowledge_dim)
+  try:
+    from sentence_transformers import SentenceTransformer
+  except ImportError:
+    raise UserError(f"--encoder {encoder} needs: pip install 'mmjax[encoder]'") from None
+  directory = encoder.removeprefix(SENTENCE_TRANSFORMERS)
+  if not Path(directory).is_dir():
+    raise UserError(f"--encoder: no model directory '{directory}'; models are read from disk, never downloaded")
+  texts = [tokenizer.decode(tokens.tolist()) for tokens in token_SL]
+  vectors = SentenceTransformer(directory, local_files_only=True).encode(texts, show_progress_bar=True)
+  return unit_rows(reduce_dim(np.asarray(vectors, np.float32), config.model.knowledge_dim))
+
+
+def write_texts(path: Path, split: TokenSplit, tokenizer: Tokenizer, start_M: np.ndarray, length: int) -> None:
+  """Writes the text of every row, as JSON lines."""
+  texts = (tokenizer.decode(split.stream(start, start + length).tolist()) for start in start_M)
+  lines = (json.dumps({'row': row, 'text': text}, ensure_ascii=False) for row, text in enumerate(texts))
+  write_file(path, '\n'.join(lines).encode('utf-8', 'replace') + b'\n')
+
+
+class Stages:
+  """Keeps the arrays of finished stages in `<out>.work/`, so that a build that was stopped goes on after them."""
+
+  def __init__(self, out: Path, made_from: list[Any]):
+    """`made_from` names all that decides the arrays; those made from something else are not used."""
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
+    self.directory = out.with_name(f'{out.name}.work') / key
+
+  def run(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """Returns the array of a stage, made now or kept from before."""
+    path = self.directory / f'{name}.npy'
+    if not path.exists():
+      self.directory.mkdir(parents=True, exist_ok=True)
+      temporary = path.with_suffix('.tmp.npy')
+      np.save(temporary, make())
+      os.replace(temporary, path)
+    return np.load(path, mmap_mode='r', allow_pickle=False)
+
+  def remove(self) -> None:
+    """Removes the kept arrays."""
+    shutil.rmtree(self.directory.parent, ignore_errors=True)
+
+
+if __name__ == '__main__':
+  run_command(main)

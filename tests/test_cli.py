@@ -1,0 +1,106 @@
+"""Commands as a person types them: bad input gives exit code 2, one clear sentence, and leaves nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+from mmjax.errors import run_command
+from tests.helpers import TINY
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def run_train(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
+  """Runs train.py in this process; returns its exit code and stderr."""
+  monkeypatch.setattr(sys, 'argv', ['train.py', *arguments])
+  try:
+    run_command(train.main)
+  except SystemExit as stop:
+    return stop.code, capsys.readouterr().err
+  return 0, capsys.readouterr().err
+
+
+def tiny_flags(tmp_path: Path, **settings: object) -> list[str]:
+  values = TINY | {'data.prepared_dir': f'{tmp_path}/data', 'data.workers': 1}
+  values |= {name.replace('__', '.'): value for name, value in settings.items()}
+  return ['--config', 'configs/base.py', '--workdir', f'{tmp_path}/run'] + [
+    f'--config.{name}={value}' for name, value in values.items()
+  ]
+
+
+def sentence_of(err: str) -> str:
+  """The last line of stderr; there must be no traceback above it."""
+  assert 'Traceback' not in err
+  return err.strip().splitlines()[-1]
+
+
+GOOD = json.dumps({'text': 'a document like any other'})
+BAD_TEXT = {
+  'missing': (None, 'text.jsonl'),
+  'empty': (b'', 'text.jsonl'),
+  'not JSON': (f'{GOOD}\n{{"text": \n'.encode(), 'text.jsonl:2'),
+  'not UTF-8': (f'{GOOD}\n'.encode() + b'{"text": "\xff\xfe"}\n', 'text.jsonl:2'),
+  'nested too deep': (f'{GOOD}\n'.encode() + b'{"text": ' + b'[' * 100_000 + b']' * 100_000 + b'}\n', 'text.jsonl:2'),
+  'without the key': (f'{GOOD}\n{json.dumps({"body": "x", "title": "y"})}\n'.encode(), "'body', 'title'"),
+  'no string': (f'{GOOD}\n{json.dumps({"text": 3})}\n'.encode(), 'text.jsonl:2'),
+}
+
+
+@pytest.mark.parametrize('case', BAD_TEXT)
+def test_bad_text_is_named_by_file_and_line(case, tmp_path, monkeypatch, capsys):
+  content, said = BAD_TEXT[case]
+  if content is not None:
+    (tmp_path / 'text.jsonl').write_bytes(content)
+  flags = tiny_flags(tmp_path, data__train_files=f'{tmp_path}/text.jsonl')
+  code, err = run_train(monkeypatch, capsys, *flags)
+  assert code == 2
+  assert said in sentence_of(err)
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+  ('flag', 'said'),
+  [
+    ('--config.model.knowledge_num=65', 'nearest: 64 and 81'),
+    ('--config.model.num_selected=9', 'at most the 8 sub-keys'),
+    ('--config.model.dim=30', 'must be divisible by model.n_heads=4'),
+    ('--config.train.learning_rat=1', "did you mean 'train.learning_rate'?"),
+    ('--learning_rate=1', 'is not understood'),
+  ],
+)
+def test_bad_setting_is_refused_before_anything_is_written(flag, said, tmp_path, monkeypatch, capsys):
+  code, err = run_train(monkeypatch, capsys, *tiny_flags(tmp_path), flag)
+  assert code == 2
+  assert said in sentence_of(err)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_tokenizer_of_another_size_is_refused_with_both_numbers(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({'text': f'document {i} of many'}) for i in range(50)))
+  flags = tiny_flags(tmp_path, data__train_files=f'{tmp_path}/text.jsonl', model__vocab_size=280 + 20)
+  prepare = [sys.executable, '-m', 'mmjax.tools.prepare', '--train_files', f'{tmp_path}/text.jsonl']
+  done = subprocess.run(
+    [*prepare, '--vocab_size', '300', '--out', f'{tmp_path}/prepared'],
+    cwd=REPOSITORY, capture_output=True, text=True, env=os.environ,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  (tokenizer,) = Path(tmp_path).rglob('tokenizer.model')
+  code, err = run_train(
+    monkeypatch, capsys, *flags, f'--config.data.tokenizer={tokenizer}', '--config.model.vocab_size=301'
+  )
+  assert code == 2
+  assert '300' in sentence_of(err) and '301' in sentence_of(err)
+
+
+def test_workdir_that_is_a_file_is_refused(tmp_path, monkeypatch, capsys):
+  (tmp_path / 'run').write_text('a file')
+  (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({'text': f'document {i} of many'}) for i in range(99)))
+  code, err = run_train(monkeypatch, capsys, *tiny_flags(tmp_path, data__train_files=f'{tmp_path}/text.jsonl'))
+  assert code == 2
+  assert 'is a file' in sentence_of(err)
+  assert (tmp_path / 'run').read_text() == 'a file'

@@ -1,0 +1,178 @@
+"""From text to the rows of a bank: cutting, encoding, choosing, and the file that a run starts from."""
+
+import json
+
+import numpy as np
+import pytest
+
+from mmjax.config import load_config
+from mmjax.data.bank_file import read_bank
+from mmjax.data.snippets import (
+  balanced_leaves,
+  choose_rows,
+  cut_snippets,
+  latent_semantic_vectors,
+  reduce_dim,
+  standardize,
+)
+from mmjax.errors import UserError
+from mmjax.tools import bank
+from tests.helpers import TINY
+
+
+class FakeSplit:
+  """A stream of documents, as TokenSplit shows it."""
+
+  def __init__(self, lengths):
+    self.document_start = np.concatenate([[0], np.cumsum(lengths)])
+
+
+def test_snippets_lie_within_documents_and_are_spread_evenly():
+  split = FakeSplit([10, 3, 8, 33, 5])
+  starts = cut_snippets(split, 4, most=1000)
+  assert starts.tolist() == [0, 4, 21 - 8, 21, 25, 29, 33, 37, 41, 45, 49, 54]
+  ends = split.document_start[1:] - 1  # the last token of a document is its EOS
+  for start in starts:
+    document = np.searchsorted(split.document_start, start, side='right') - 1
+    assert start + 4 <= ends[document]
+  few = cut_snippets(split, 4, most=4)
+  assert len(few) == 4 and set(few) <= set(starts)
+
+
+def test_latent_semantic_vectors_equal_a_dense_svd_and_group_topics():
+  draw = np.random.default_rng(0)
+  topics = [np.arange(5, 15), np.arange(20, 30)]
+  tokens = np.stack([draw.choice(topics[i % 2], 12) for i in range(60)])
+  vectors = latent_semantic_vectors(tokens, 40, 4)
+  counts = np.stack([np.bincount(row, minlength=40) for row in tokens]).astype(float)
+  weighted = np.log1p(counts) * np.log(61 / (1 + (counts > 0).sum(axis=0)))
+  left, size, _ = np.linalg.svd(weighted, full_matrices=False)
+  want = left[:, :4] * size[:4]
+  want /= np.linalg.norm(want, axis=1, keepdims=True)
+  np.testing.assert_allclose(vectors @ vectors.T, want @ want.T, atol=1e-3)  # equal up to signs
+  like = vectors @ vectors.T
+  same = np.arange(60)[:, None] % 2 == np.arange(60) % 2
+  assert like[same].mean() > like[~same].mean() + 0.3
+
+
+def test_leaves_are_balanced_and_hold_everything_once():
+  vectors = np.random.default_rng(0).normal(size=(1003, 6)).astype(np.float32)
+  leaves = list(balanced_leaves(vectors, np.arange(1003), 7, np.ones(6, np.float32)))
+  assert sorted(np.concatenate(leaves)) == list(range(1003))
+  assert len(leaves) == 7 and max(map(len, leaves)) - min(map(len, leaves)) <= 3
+
+
+def test_rows_that_share_a_sub_key_are_more_alike_than_others():
+  vectors = np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32)
+  chosen = choose_rows(vectors, 10, lambda done: None)
+  assert len(set(chosen)) == 100
+  rows = vectors[chosen].reshape(10, 10, 4)
+  within = ((rows - rows.mean(axis=1, keepdims=True)) ** 2).sum(-1).mean()
+  overall = ((rows - rows.mean(axis=(0, 1))) ** 2).sum(-1).mean()
+  shuffled = vectors[np.random.default_rng(1).permutation(chosen)].reshape(10, 10, 4)
+  by_chance = ((shuffled - shuffled.mean(axis=1, keepdims=True)) ** 2).sum(-1).mean()
+  assert within < 0.6 * by_chance and by_chance > 0.8 * overall
+  # The second index is ordered alike in every branch: rows j of different branches are alike, too.
+  across = ((rows - rows.mean(axis=0, keepdims=True)) ** 2).sum(-1).mean()
+  assert across < 0.95 * overall
+
+
+def test_too_few_snippets_are_refused_with_both_numbers():
+  with pytest.raises(UserError, match='gives 5 snippets.*knowledge_num=9'):
+    choose_rows(np.zeros((5, 2), np.float32), 3, lambda done: None)
+
+
+def test_standardize_and_reduce():
+  values = np.random.default_rng(0).normal(3, 2, (50, 8))
+  rows = standardize(values, 0.5)
+  assert rows.std() == pytest.approx(0.5, rel=1e-5) and abs(rows.mean(axis=0)).max() < 1e-6
+  plane = np.random.default_rng(1).normal(size=(50, 2)) @ np.random.default_rng(2).normal(size=(2, 8))
+  reduced = reduce_dim(plane, 2)
+  distance = lambda x: np.linalg.norm(x[:, None] - x, axis=-1)  # noqa: E731
+  np.testing.assert_allclose(distance(reduced), distance(plane), atol=1e-4)
+
+
+@pytest.fixture(scope='module')
+def built(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('bank')
+  draw = np.random.default_rng(0)
+  words = [f'{a}{b}' for a in ('ba', 'co', 'di', 'fu') for b in ('ran', 'sel', 'tim', 'pol', 'nug')]
+  lines = [json.dumps({'text': ' '.join(draw.choice(words, 80))}) for _ in range(40)]
+  (folder / 'text.jsonl').write_text('\n'.join(lines))
+  settings = TINY | {
+    'data.train_files': f'{folder}/text.jsonl',
+    'data.prepared_dir': f'{folder}/data',
+    'data.workers': 1,
+    'data.valid_fraction': 0.1,
+    'memory.knowledge_length': 8,
+    'memory.bank_init': 'file',
+    'memory.bank_file': f'{folder}/bank.safetensors',
+    'memory.bank_std': 0.25,
+  }
+  config = load_config('configs/base.py', [f'--config.{name}={value}' for name, value in settings.items()])
+  bank.build_bank(config, folder / 'bank.safetensors', 'lsa')
+  return config, folder
+
+
+def test_bank_file_has_scaled_rows_and_their_texts(built):
+  _, folder = built
+  rows = read_bank(folder / 'bank.safetensors', (64, 8))
+  assert rows.std() == pytest.approx(0.25, rel=1e-4)
+  texts = [json.loads(line) for line in (folder / 'bank.jsonl').read_text().splitlines()]
+  assert [line['row'] for line in texts] == list(range(64))
+  corpus = (folder / 'text.jsonl').read_text()
+  assert all(line['text'].strip() in corpus for line in texts)
+  assert not (folder / 'bank.safetensors.work').exists()
+
+
+def test_run_starts_from_the_file(built, tmp_path):
+  from mmjax.training.optimizer import make_optimizer
+  from mmjax.training.setup import new_state
+  from mmjax.training.sharding import make_mesh
+
+  config, folder = built
+  state = new_state(config, make_optimizer(config, 10), make_mesh(config))
+  np.testing.assert_array_equal(state['params']['memory_bank'], read_bank(folder / 'bank.safetensors', (64, 8)))
+
+
+def test_stopped_build_goes_on_after_the_last_stage(built, monkeypatch):
+  config, folder = built
+  out = folder / 'again.safetensors'
+  monkeypatch.setattr(bank, 'choose_rows', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+  with pytest.raises(KeyboardInterrupt):
+    bank.build_bank(config, out, 'lsa')
+  monkeypatch.undo()
+  monkeypatch.setattr(bank, 'encode', lambda *_: pytest.fail('the vectors were there already'))
+  bank.build_bank(config, out, 'lsa')
+  assert out.read_bytes() == (folder / 'bank.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize(
+  ('damage', 'said'),
+  [
+    (lambda path: path.unlink(), 'no memory.bank_file'),
+    (lambda path: path.write_bytes(path.read_bytes()[:-1]), 'is not the file'),
+    (lambda path: path.with_name(path.name + '.sha256').unlink() or path.write_bytes(b'xxxxxxxxxxx'), 'is no bank'),
+  ],
+)
+def test_damaged_bank_file_is_refused(built, tmp_path, damage, said):
+  _, folder = built
+  for name in ('bank.safetensors', 'bank.safetensors.sha256'):
+    (tmp_path / name).write_bytes((folder / name).read_bytes())
+  damage(tmp_path / 'bank.safetensors')
+  with pytest.raises(UserError, match=said):
+    read_bank(tmp_path / 'bank.safetensors', (64, 8))
+
+
+def test_bank_of_another_shape_is_refused(built):
+  _, folder = built
+  with pytest.raises(UserError, match=r'\(64, 8\), the model needs \(81, 8\)'):
+    read_bank(folder / 'bank.safetensors', (81, 8))
+
+
+def test_unknown_encoder_and_missing_model_are_refused(built):
+  config, folder = built
+  with pytest.raises(UserError, match='must be lsa or'):
+    bank.build_bank(config, folder / 'x.safetensors', 'bert')
+  with pytest.raises(UserError, match='--encoder'):
+    bank.build_bank(config, folder / 'x.safetensors', 'sentence-transformers:/nowhere')
