@@ -81,7 +81,7 @@ class Tokenizer:
 
   def decode_bytes(self, ids: Sequence[int]) -> bytes:
     """Returns the UTF-8 bytes that ids stand for, which may end within a character."""
-    for token in ids:
+    for token in (min(ids, default=0), max(ids, default=0)):
       if not 0 <= token < self.vocab_size:
         raise UserError(f'token id {token} is not in the vocabulary, which is 0..{self.vocab_size - 1}')
     return b''.join([self._piece_bytes[token] for token in ids])
