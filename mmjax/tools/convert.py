@@ -23,12 +23,12 @@ from mmjax.interop.files import check_suffix, read_tensors, write_tensors
 from mmjax.interop.names import TIED, canonical, check_accounted, paths, to_params, to_tensors, torch_shapes
 from mmjax.interop.sizes import read_kv_heads, read_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
+from mmjax.tools.prepare import BASE_CONFIG
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.rundir import RunDir, atomic_write_bytes
 from mmjax.training.step import init_state
 
-BASE_CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'base.py'
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 NO_TRAINING = {'tokens': 0, 'seconds': 0.0}  # the training loop's counters
 UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of the model that leave no trace in shapes

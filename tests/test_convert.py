@@ -1,0 +1,391 @@
+"""Weight conversion: exact both ways, every tensor accounted for, nothing in a file ever run."""
+
+import dataclasses
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+torch = pytest.importorskip('torch')
+
+from mmjax.config import config_from_dict, load_config  # noqa: E402
+from mmjax.data.loader import open_split, train_batches  # noqa: E402
+from mmjax.data.tokenizer import train_tokenizer  # noqa: E402
+from mmjax.errors import UserError  # noqa: E402
+from mmjax.interop import names  # noqa: E402
+from mmjax.interop.files import read_tensors, write_tensors  # noqa: E402
+from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
+from mmjax.tools.convert import BASE_CONFIG, export_run, fitting_config, import_run  # noqa: E402
+from mmjax.training.checkpoint import Checkpoints  # noqa: E402
+from mmjax.training.loop import fit  # noqa: E402
+from mmjax.training.metrics import read_metrics  # noqa: E402
+from tests.helpers import tiny_config  # noqa: E402
+from tests.parity import build_pair, jax_forward, random_tokens, torch_logits  # noqa: E402
+from tests.torch_reference import Sizes, TorchLM  # noqa: E402
+
+SUBLAYERS = ('dense', 'cross_attention', 'gated_fusion', 'moe')
+HEADS = ['--config.model.n_heads=4', '--config.model.max_seq_len=16']
+
+
+def make_state(sublayer: str = 'gated_fusion', **changes: object) -> dict[str, torch.Tensor]:
+  """Returns the state dict of a fresh tiny torch model."""
+  torch.manual_seed(0)
+  sizes = Sizes.of(tiny_config(model__sublayer=sublayer).model)
+  return dict(TorchLM(dataclasses.replace(sizes, **changes)).state_dict())
+
+
+def save(state: dict, path: Path) -> Path:
+  """Writes a state dict as someone else would."""
+  if path.suffix == '.pth':
+    torch.save(state, path)
+  else:
+    save_file({name: value.numpy() for name, value in state.items()}, path)
+  return path
+
+
+def take(source: Path, out: Path, *overrides: str, tokenizer: str | None = None, dtype: str | None = None) -> None:
+  import_run(source, out, str(BASE_CONFIG), [*HEADS, *overrides], tokenizer, dtype)
+
+
+def assert_same_bits(got: dict[str, np.ndarray], want: dict[str, torch.Tensor]) -> None:
+  assert got.keys() == want.keys()
+  for name, value in want.items():
+    assert got[name].dtype == value.numpy().dtype and got[name].shape == tuple(value.shape), name
+    assert got[name].tobytes() == value.numpy().tobytes(), name
+
+
+@pytest.mark.parametrize('sublayer', SUBLAYERS)
+def test_torch_to_run_to_torch_is_bit_identical(sublayer, tmp_path):
+  state = make_state(sublayer)
+  suffixes = ('.pth', '.safetensors') if sublayer in ('gated_fusion', 'moe') else ('.safetensors', '.pth')
+  take(save(state, tmp_path / f'model{suffixes[0]}'), tmp_path / 'run')
+  back = tmp_path / f'back{suffixes[1]}'
+  export_run(tmp_path / 'run', back, 'last', None)
+  assert_same_bits(read_tensors(back), state)
+  if back.suffix == '.pth':
+    fresh = TorchLM(Sizes.of(tiny_config(model__sublayer=sublayer).model))
+    fresh.load_state_dict(torch.load(back, weights_only=True))  # strict: the names and shapes are the original's
+
+
+@st.composite
+def model_settings(draw):
+  n_heads = draw(st.sampled_from([1, 2, 4, 6]))
+  n_sub_keys = draw(st.integers(2, 5))
+  return {
+    'sublayer': draw(st.sampled_from(SUBLAYERS)),
+    'vocab_size': draw(st.integers(300, 310)),
+    'n_layers': draw(st.sampled_from([1, 2, 11])),  # two digits: 10 must not be taken for 1
+    'n_heads': n_heads,
+    'n_kv_heads': draw(st.sampled_from([k for k in (1, 2, 3, 6) if n_heads % k == 0])),
+    'dim': n_heads * 2 * draw(st.integers(1, 3)),
+    'hidden_dim': draw(st.sampled_from([0, 5])),
+    'knowledge_num': n_sub_keys**2,
+    'knowledge_dim': 2 * draw(st.integers(1, 4)),
+    'num_selected': draw(st.integers(1, n_sub_keys)),
+    'n_experts': draw(st.sampled_from([2, 3, 11])),
+  }
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(model_settings(), st.integers(0, 2**32 - 1))
+def test_any_model_is_recognised_and_round_trips(sizes, seed):
+  config = load_config(str(BASE_CONFIG), [f'--config.model.{name}={value}' for name, value in sizes.items()])
+  with torch.device('meta'):
+    names_and_shapes = {name: value.shape for name, value in TorchLM(Sizes.of(config.model)).state_dict().items()}
+  rng = np.random.default_rng(seed)
+  state = {  # random bits: NaNs and denormals too
+    name: np.frombuffer(rng.bytes(4 * shape.numel()), np.float32).reshape(shape)
+    for name, shape in names_and_shapes.items()
+  }
+  state[names.TIED] = state['tok_embeddings.weight']
+  tensors = names.canonical(state, 'file')
+  found = {name: value.shape for name, value in tensors.items()}
+
+  untold = ['n_heads'] + (['num_selected'] if sizes['sublayer'] == 'cross_attention' else [])
+  overrides = [f'--config.model.{name}={sizes[name]}' for name in untold]
+  read = fitting_config(found, 'file', str(BASE_CONFIG), overrides)
+  told = {'dense': (), 'moe': ('n_experts',)}.get(sizes['sublayer'], ('knowledge_num', 'knowledge_dim', 'num_selected'))
+  for name in ('sublayer', 'vocab_size', 'n_layers', 'n_heads', 'n_kv_heads', 'dim', *told):
+    assert getattr(read.model, name) == sizes[name], name
+  names.check_accounted(found, names.torch_shapes(abstract_params(read), read.model), 'file')
+
+  back = names.to_tensors(names.to_params(tensors, read.model), read.model)
+  assert back.keys() == tensors.keys()
+  assert all(back[name].tobytes() == value.tobytes() for name, value in tensors.items())
+
+
+def test_imported_run_computes_what_torch_computes(tmp_path):
+  model, _, _ = build_pair(tiny_config())
+  take(save(dict(model.state_dict()), tmp_path / 'model.safetensors'), tmp_path / 'run')
+  config = config_from_dict(json.loads((tmp_path / 'run' / 'config.json').read_text()))
+  params, metadata, step = Checkpoints(tmp_path / 'run', read_only=True).restore_params(abstract_params(config), 'best')
+  assert step == 0 and metadata == {'tokens': 0, 'seconds': 0.0}
+  tokens_BT = random_tokens(config, 2, 16)
+  got_BTV, _ = jax_forward(model_graph(config), params, tokens_BT)
+  np.testing.assert_allclose(got_BTV, torch_logits(model, tokens_BT), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'rename',
+  [
+    lambda name: f'module.{name}',
+    lambda name: f'module._orig_mod.{name}',
+    lambda name: name.replace('layers.0.', 'layers.0._orig_mod.'),
+  ],
+)
+def test_prefixes_of_wrappers_are_dropped(rename, tmp_path):
+  state = make_state()
+  path = save({rename(name): value for name, value in state.items()}, tmp_path / 'model.pth')
+  assert names.canonical(read_tensors(path), 'file').keys() == state.keys() - {names.TIED}
+
+
+@pytest.mark.parametrize('key', ['model', 'state_dict'])
+def test_nested_state_dict_is_found_and_neighbours_refused(key, tmp_path):
+  state = make_state()
+  assert_same_bits(read_tensors(save({key: state}, tmp_path / 'model.pth')), state)
+  with pytest.raises(UserError, match=f"holds epoch beside '{key}'"):
+    read_tensors(save({key: state, 'epoch': 3}, tmp_path / 'more.pth'))
+
+
+def test_known_buffers_are_tolerated_in_any_dtype(tmp_path):
+  state = make_state()
+  buffers = {
+    'pos_cis': torch.zeros(8, 4, dtype=torch.complex64),
+    'layers.0.attention.mask': torch.ones(1, 1, 3, 3).bool(),
+  }
+  assert_same_bits(read_tensors(save(state | buffers, tmp_path / 'model.pth')), state)
+
+
+def edited(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
+  state = make_state()
+  state.pop(name, None)
+  return state if value is None else state | {name: value}
+
+
+@pytest.mark.parametrize(
+  ('state', 'message'),
+  [
+    (edited('layers.1.attention.wq.weight', None), r'missing layers.1.attention.wq.weight \(32, 32\)'),
+    (edited('layers.1.feed_forward.bias', torch.ones(3)), r'unexpected layers.1.feed_forward.bias \(3,\)'),
+    (edited('norm.weight', torch.ones(31)), r'norm.weight is \(31,\), must be \(32,\)'),
+    (edited('layers.7.attention_norm.weight', torch.ones(32)), r'unexpected layers.7.attention_norm.weight'),
+    (edited('memory_bank', None), r'missing memory_bank'),
+    (edited('memory_bank', torch.ones(63, 8)), 'knowledge_num=63 must be a square'),
+    (edited('output.weight', torch.ones(300, 32)), 'tok_embeddings.weight and output.weight differ'),
+    (edited('layers.0.attention.wk.weight', torch.ones(15, 32)), 'numbers of heads that fit'),
+    (edited('norm.weight', torch.ones(32, dtype=torch.bfloat16)), 'holds tensors of bfloat16'),
+    (edited('norm.weight', torch.ones(32, dtype=torch.int64)), "'norm.weight' is int64"),
+    (edited('layers.0.feed_forward.w1.weight', torch.ones(4, 4)), 'exactly one sublayer'),
+    (edited('../../norm', torch.ones(4)), 'must be letters'),
+    (edited('module.norm.weight', torch.ones(32)), 'two tensors are called'),
+    ({'weight': torch.ones(3)}, 'the layers hold nothing'),
+    ({}, 'no tensors'),
+  ],
+)
+def test_a_state_dict_that_does_not_fit_is_refused_by_name(state, message, tmp_path):
+  with pytest.raises(UserError, match=message):
+    take(save(state, tmp_path / 'model.pth'), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
+def test_every_misfit_is_listed(tmp_path):
+  state = make_state() | {'norm.weight': torch.ones(31), 'extra': torch.ones(1)}
+  del state['layers.0.memory_gate.keys']
+  with pytest.raises(UserError) as caught:
+    take(save(state, tmp_path / 'model.safetensors'), tmp_path / 'run')
+  lines = str(caught.value).splitlines()
+  assert '3 tensors do not fit' in lines[0] and len(lines) == 4
+
+
+def test_other_dtypes_are_cast_only_when_asked(tmp_path, capsys):
+  state = {name: value.bfloat16() for name, value in make_state().items()}
+  path = tmp_path / 'model.pth'
+  torch.save(state, path)
+  with pytest.raises(UserError, match='--dtype float32'):
+    take(path, tmp_path / 'run')
+  take(path, tmp_path / 'run', dtype='float32')
+  assert 'Casting tensors of bfloat16 to float32' in capsys.readouterr().out
+  export_run(tmp_path / 'run', tmp_path / 'back.safetensors', 'last', 'bfloat16')
+  assert 'bfloat16' in capsys.readouterr().out
+  back = read_tensors(tmp_path / 'back.safetensors')
+  assert all(value.dtype == ml_dtypes.bfloat16 for value in back.values())
+  assert all((back[name].astype(np.float32) == value.float().numpy()).all() for name, value in state.items())
+
+
+@pytest.mark.parametrize(
+  ('override', 'message'),
+  [
+    ('--config.model.dim=64', 'model.dim=64 contradicts .*, whose tensors say 32'),
+    ('--config.model.sublayer=dense', "model.sublayer='dense' contradicts"),
+    ('--config.model.n_kv_heads=4', 'model.n_kv_heads=4 contradicts'),
+    ('--config.model.n_heads=3', 'must be divisible'),
+    ('--config.model.n_headz=4', "did you mean 'model.n_heads'"),
+  ],
+)
+def test_overrides_that_contradict_the_tensors_are_refused(override, message, tmp_path):
+  with pytest.raises(UserError, match=message):
+    take(save(make_state(), tmp_path / 'model.safetensors'), tmp_path / 'run', override)
+  assert not (tmp_path / 'run').exists()
+
+
+def test_nothing_is_overwritten(tmp_path):
+  path = save(make_state(), tmp_path / 'model.safetensors')
+  with pytest.raises(UserError, match='is there already'):
+    take(path, tmp_path)
+  with pytest.raises(UserError, match='is there already'):
+    write_tensors(path, {'a': np.ones(3, np.float32)})
+
+
+class Malicious:
+  """Unpickling this runs a shell command."""
+
+  def __init__(self, target: Path):
+    self.target = target
+
+  def __reduce__(self):
+    return os.system, (f'touch {self.target}',)
+
+
+@pytest.mark.parametrize('wrap', [lambda x: x, lambda x: {'model': x}, lambda x: {**make_state(), 'norm.weight': x}])
+def test_a_pickle_that_runs_code_is_refused_by_name_and_not_run(wrap, tmp_path):
+  path, target = tmp_path / 'model.pth', tmp_path / 'was-run'
+  torch.save(wrap(Malicious(target)), path)
+  with pytest.raises(UserError, match=r'(posix|nt)\.system'):
+    take(path, tmp_path / 'run')
+  assert not target.exists() and not (tmp_path / 'run').exists()
+  torch.load(path, weights_only=False)  # the file is what it says: opened carelessly, it does run
+  assert target.exists()
+
+
+def rewrite_zip(path: Path, compression: int = zipfile.ZIP_STORED, extra: str = '') -> None:
+  with zipfile.ZipFile(path) as archive:
+    records = [(name, archive.read(name)) for name in archive.namelist()]
+  with zipfile.ZipFile(path, 'w', compression) as archive:
+    for name, data in records + ([(extra, b'x')] if extra else []):
+      archive.writestr(name, data)
+
+
+def test_damaged_and_disguised_torch_files_are_refused(tmp_path):
+  def refused(name: str, message: str, damage) -> None:
+    path = tmp_path / f'{name}.pth'
+    torch.save({'norm.weight': torch.arange(64.0)}, path)
+    damage(path)
+    with pytest.raises(UserError, match=message):
+      read_tensors(path)
+
+  refused('cut', 'not a PyTorch zip file', lambda p: p.write_bytes(p.read_bytes()[:-200]))
+  refused('junk', 'not a PyTorch zip file', lambda p: p.write_bytes(b'junk'))
+  refused('bomb', 'is compressed', lambda p: rewrite_zip(p, zipfile.ZIP_DEFLATED))
+  refused('dots', 'leaves the archive', lambda p: rewrite_zip(p, extra='../outside'))
+  refused('old', 'not a PyTorch zip file', lambda p: torch.save({}, p, _use_new_zipfile_serialization=False))
+  refused(
+    'pickle', 'not a whole PyTorch file', lambda p: p.write_bytes(p.read_bytes().replace(b'\x80\x02}', b'\x80\x02('))
+  )
+  refused('vast', 'more than the file holds', lambda p: torch.save({'a': torch.zeros(1).expand(10**6, 10**6)}, p))
+  refused('sparse', 'not a tensor|must be dense', lambda p: torch.save({'a': torch.eye(3).to_sparse()}, p))
+  refused('list', 'holds a list', lambda p: torch.save([torch.ones(2)], p))
+  refused('number', "'a' is a int, not a tensor", lambda p: torch.save({'a': 1}, p))
+
+
+def safetensors_bytes(header: dict, data: bytes, length: int | None = None) -> bytes:
+  text = json.dumps(header).encode()
+  return struct.pack('<Q', len(text) if length is None else length) + text + data
+
+
+@pytest.mark.parametrize(
+  'content',
+  [
+    b'',
+    b'abc',
+    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [2**40, 2**40], 'data_offsets': [0, 8]}}, b'0' * 8),
+    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}}, b'0' * 8),
+    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}}, b'0' * 80),
+    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}}, b'0' * 8, length=2**60),
+    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [-2], 'data_offsets': [0, 8]}}, b'0' * 8),
+    safetensors_bytes({'a': {'dtype': 'I64', 'shape': [1], 'data_offsets': [0, 8]}}, b'0' * 8),
+  ],
+)
+def test_lying_safetensors_are_refused(content, tmp_path):
+  path = tmp_path / 'model.safetensors'
+  path.write_bytes(content)
+  with pytest.raises(UserError, match='not a whole safetensors file|must be one of'):
+    read_tensors(path)
+
+
+@pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
+def test_a_changed_byte_is_noticed_by_the_hash_beside_it(suffix, tmp_path):
+  path = tmp_path / f'model{suffix}'
+  digest = write_tensors(path, {'a': np.arange(50, dtype=np.float32)})
+  beside = Path(f'{path}.sha256')
+  assert beside.read_text() == f'{digest}  {path.name}\n'
+  assert subprocess.run(['sha256sum', '-c', beside.name], cwd=tmp_path, capture_output=True).returncode == 0
+  content = bytearray(path.read_bytes())
+  content[-100] ^= 1
+  path.write_bytes(content)
+  with pytest.raises(UserError, match='sha256 is'):
+    read_tensors(path)
+
+
+def test_transposed_arrays_are_written_as_they_read(tmp_path):
+  value = np.arange(6, dtype=np.float32).reshape(2, 3).T
+  write_tensors(tmp_path / 'a.safetensors', {'a': value})
+  np.testing.assert_array_equal(read_tensors(tmp_path / 'a.safetensors')['a'], value)
+
+
+def test_commands_end_with_one_sentence_and_code_2(tmp_path):
+  def run(*flags: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, '-m', 'mmjax.tools.convert', *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+  missing = run('import', '--from', f'{tmp_path}/no.pth', '--out', f'{tmp_path}/run')
+  assert (missing.returncode, missing.stderr.count('\n')) == (2, 1) and 'no file' in missing.stderr
+  no_run = run('export', '--workdir', f'{tmp_path}/no', '--to', f'{tmp_path}/a.pth')
+  assert (no_run.returncode, no_run.stderr.count('\n')) == (2, 1) and 'config.json' in no_run.stderr
+
+
+def test_imported_run_is_trained_on_from_its_weights(tmp_path):
+  """Fine-tuning at learning rate 0 reports the loss that torch has on the same rows."""
+  words = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
+  draw = random.Random(0)
+  documents = [' '.join(draw.choices(words, k=20)) for _ in range(200)]
+  (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in documents))
+  (tmp_path / 'spm.model').write_bytes(train_tokenizer(documents, 300))
+  model, _, _ = build_pair(tiny_config())
+  data = {
+    'data.train_files': tmp_path / 'text.jsonl', 'data.valid_fraction': 0.1, 'data.prepared_dir': tmp_path / 'prepared',
+    'data.workers': 1, 'train.max_steps': 2, 'train.batch_size': 4, 'train.accumulation_steps': 1,
+    'train.dtype': 'float32', 'train.learning_rate': 0.0, 'train.eval_interval': 2, 'train.log_interval': 1,
+  }  # fmt: skip
+  path, run = save(dict(model.state_dict()), tmp_path / 'model.safetensors'), tmp_path / 'run'
+  overrides = [f'--config.{name}={value}' for name, value in data.items()]
+  take(path, run, *overrides, tokenizer=str(tmp_path / 'spm.model'))
+  config = config_from_dict(json.loads((run / 'config.json').read_text()))
+  fit(config, run)
+
+  split = open_split(
+    next((tmp_path / 'prepared').glob('text*')), 'train', max_seq_len=16, layout='packed', isolate_documents=False
+  )
+  batch = next(iter(train_batches(split, global_batch_rows=4, seed=config.seed, start_step=0)))
+  logits_BTV = torch.from_numpy(torch_logits(model, batch['input']))
+  target = torch.from_numpy(batch['target']).long()
+  want = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), target.flatten(), ignore_index=split.pad_id)
+  first = next(line for line in read_metrics(run / 'metrics.jsonl') if line['kind'] == 'train')
+  assert first['step'] == 1 and first['loss'] == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_tokenizer_of_another_size_is_refused(tmp_path):
+  (tmp_path / 'spm.model').write_bytes(train_tokenizer(['some text of a few words'] * 9, 280))
+  with pytest.raises(UserError, match='has 280 pieces, the embedding 300 rows'):
+    take(save(make_state(), tmp_path / 'model.pth'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
+  assert not (tmp_path / 'run').exists()
