@@ -1,6 +1,7 @@
 """Preparing text: what is written, found again, resumed after a kill, and refused."""
 
 import dataclasses
+import io
 import json
 import os
 import random
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from mmjax.config import load_config
-from mmjax.data import blocks, index, shards, tokenizer, worker
+from mmjax.data import blocks, index, progress, shards, tokenizer, worker
 from mmjax.data import prepare as prepare_module
 from mmjax.data.index import read_index, verify
 from mmjax.data.prepare import prepare
@@ -413,6 +415,17 @@ def test_dead_worker_is_one_sentence_and_no_process_is_left(tmp_path, corpus, mo
   monkeypatch.setattr(worker, '_start_worker', dying)
   with pytest.raises(UserError, match='a tokenizer process ended with code -9 in .*train.jsonl, line 1'):
     run(tmp_path, corpus, valid_fraction=0.2)
+
+
+@pytest.mark.parametrize('terminal', [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path, corpus, monkeypatch, terminal):
+  screen = io.StringIO()
+  monkeypatch.setattr(progress, 'LINE_SECONDS', 0)
+  monkeypatch.setattr(progress, 'Console', lambda **_: Console(file=screen, force_terminal=terminal, width=100))
+  prepare(settings(tmp_path, corpus), VOCAB)
+  shown = screen.getvalue()
+  assert 'sampling text' in shown and 'tokenizing train' in shown and 'MB/s' in shown and 'prepared' in shown
+  assert ('\x1b[' in shown) == terminal
 
 
 def test_worker_imports_no_jax():

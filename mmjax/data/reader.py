@@ -62,7 +62,9 @@ class Tally:
     counts['empty'] += empty
     for line in bad:
       if self.on_bad_line == 'fail':
-        raise UserError(f'{line}; on_bad_line=skip leaves such lines out and counts them')
+        raise UserError(
+          f'{line}; to leave such lines out: --on_bad_line=skip, in training --config.data.on_bad_line=skip'
+        )
       counts['skipped'][line.kind] = counts['skipped'].get(line.kind, 0) + 1
       self.examples.setdefault(line.kind, str(line))
 
