@@ -1,0 +1,89 @@
+"""Evaluates a run:   python eval.py --workdir out/exp_1_4_2 [--checkpoint best] [--prompts FILE] [--valid_files GLOB]
+
+Measures loss, perplexity, bits per byte, token accuracy and bank health on the whole validation set, continues prompts,
+prints both, writes them into eval.json in the work directory and updates its report.md. Exit codes: 0 done, 2 user
+error, 4 storage.
+"""
+
+import argparse
+from typing import Any
+
+
+def main() -> None:
+  """Flags -> model -> numbers and continuations -> table, eval.json, report."""
+  from mmjax.inference.settings import add_sampling_flags, sampling_from_flags
+
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
+  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
+  parser.add_argument('--prompts', help='text file, one prompt a line (default: the three of the record)')
+  parser.add_argument('--valid_files', default='', help='other text to evaluate on: comma-separated paths or globs')
+  add_sampling_flags(parser)
+  arguments = parser.parse_args()
+  sampling = sampling_from_flags(arguments)
+
+  from mmjax.inference.api import load
+  from mmjax.inference.measure import PROMPTS, continue_prompts, measure_text, read_prompts
+  from mmjax.inference.terminal import prepare_terminal
+  from mmjax.tools.report import write_report
+  from mmjax.training.rundir import atomic_write_json, open_run
+
+  prepare_terminal()
+  prompts = read_prompts(arguments.prompts or PROMPTS)
+  run = open_run(arguments.workdir)
+  lm = load(run.path, arguments.checkpoint)
+  found = {
+    'checkpoint': lm.step,
+    'valid_files': arguments.valid_files,
+    **measure_text(lm, run, arguments.valid_files).to_dict(),
+    **continue_prompts(lm, prompts, sampling),
+  }
+  print_evaluation(found)
+  atomic_write_json(run.path / 'eval.json', found)
+  print(f'Written: {run.path / "eval.json"} and {write_report(run.path)}')
+
+
+def print_evaluation(found: dict[str, Any]) -> None:
+  """Prints what was found as tables."""
+  from rich.console import Console
+  from rich.table import Table
+  from rich.text import Text
+
+  from mmjax.inference.terminal import printable
+
+  console = Console(highlight=False)
+  numbers = Table(title=f'Held-out text, checkpoint {found["checkpoint"]}', show_header=False)
+  for name, text in (
+    ('tokens', f'{found["tokens"]:,}'),
+    ('UTF-8 bytes', f'{found["text_bytes"]:,}'),
+    ('loss, nats per token', f'{found["loss"]:.4f}'),
+    ('perplexity', f'{found["perplexity"]:.2f}'),
+    ('bits per byte', f'{found["bits_per_byte"]:.4f}'),
+    ('accuracy', f'{found["accuracy"]:.2%}'),
+  ):
+    numbers.add_row(name, text)
+  console.print(numbers)
+  if found['bank']:
+    formats = {
+      'layer': 'd',
+      'used_share': '.1%',
+      'kl_to_uniform': '.3f',
+      'effective_rows': ',.0f',
+      'hottest_share': '.2%',
+    }
+    bank = Table(*(name.replace('_', ' ') for name in formats), title='Bank over the whole text')
+    for health in found['bank']:
+      bank.add_row(*(format(health[name], spec) for name, spec in formats.items()))
+    console.print(bank)
+  for sample in found['samples']:
+    console.print(
+      Text(printable(sample['prompt']), 'bold') + Text(printable(sample['continuation']), 'not bold'), end='\n\n'
+    )
+  varied = ('distinct_1', 'distinct_2', 'distinct_3', 'repeated_4grams')
+  console.print(', '.join(f'{name} {found[name]:.3f}' for name in varied if found[name] is not None))
+
+
+if __name__ == '__main__':
+  from mmjax.errors import run_command
+
+  run_command(main)

@@ -1,0 +1,137 @@
+"""The plots of a run's report: one idea each, drawn from the lines of metrics.jsonl."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+Records = Sequence[dict[str, Any]]
+
+INK, TRAIN, VALID, GRID = '#333333', '#4c78a8', '#e45756', '#e6e6e6'
+# name of a bank_health number -> (title, unit on the axis, logarithmic)
+BANK_PLOTS = {
+  'used_share': ('Rows of the bank that were read', 'share of all rows', False),
+  'effective_rows': ('Effective number of rows read', 'rows, exp(entropy of usage)', True),
+  'kl_to_uniform': ('Distance of row usage from uniform', 'KL divergence, nats', False),
+  'hottest_share': ('Reads that went to the most read row', 'share of all reads', False),
+}
+
+
+def write_plots(records: Records, folder: Path) -> dict[str, str]:
+  """Draws what the records hold into PNG files.
+
+  Args:
+    records: lines of metrics.jsonl.
+    folder: created if it does not exist.
+
+  Returns:
+    File name -> caption, in the order of a report; empty if there is nothing to draw.
+  """
+  train = [r for r in records if r['kind'] == 'train']
+  valid = [r for r in records if r['kind'] == 'eval']
+  if not train:
+    return {}
+  folder.mkdir(exist_ok=True)
+  captions = {}
+
+  def save(name: str, caption: str, draw: Callable[[Axes], None], title: str, unit: str) -> None:
+    figure = Figure(figsize=(7.2, 4.0), dpi=140, layout='constrained')
+    axes = figure.subplots()
+    draw(axes)
+    _finish(axes, title, unit)
+    figure.savefig(folder / name)
+    captions[name] = caption
+
+  caption = 'Loss on the training batches and on the validation set.'
+  save('loss.png', caption, lambda axes: _draw_loss(axes, train, valid), 'Loss', 'nats per token')
+  for name, title, unit, log, caption in (
+    ('learning_rate', 'Learning rate', 'step size', False, 'Learning rate.'),
+    ('grad_norm', 'Gradient norm', 'global L2 norm before clipping', True, 'Norm of the gradient before clipping.'),
+    ('tokens_per_second', 'Training speed', 'tokens per second', False, 'Tokens per second, padding not counted.'),
+  ):
+    save(f'{name}.png', caption, lambda axes, n=name, g=log: _draw_line(axes, train, n, g), title, unit)
+  if any(r.get('bank') for r in train):
+    for name, (title, unit, log) in BANK_PLOTS.items():
+      caption = f'{title}, between two reports on the training batches, by layer.'
+      save(f'bank_{name}.png', caption, lambda axes, n=name, g=log: _draw_layers(axes, train, n, g), title, unit)
+  return captions
+
+
+def _draw_loss(axes: Axes, train: Records, valid: Records) -> None:
+  steps, loss = _series(train, 'loss')
+  width = 2 * (len(loss) // 150) + 1  # odd, so that the mean is centred on a report
+  axes.plot(
+    steps, loss, color=TRAIN, linewidth=1.4 if width == 1 else 0.8, alpha=0.4 if width > 1 else 1, label='training'
+  )
+  if width > 1:
+    mean = np.convolve(loss, np.ones(width) / width, mode='valid')
+    centre = steps[width // 2 : len(steps) - width // 2]
+    axes.plot(centre, mean, color=TRAIN, linewidth=1.6, label=f'training, mean of {width} reports')
+  if valid:
+    steps, loss = _series(valid, 'loss')
+    axes.plot(steps, loss, color=VALID, linewidth=1.6, marker='o', markersize=4, label='validation')
+    axes.annotate(f'{loss[-1]:.3f}', (steps[-1], loss[-1]), (0, 7), textcoords='offset points', ha='right', color=VALID)
+  axes.legend(frameon=False)
+
+
+def _draw_line(axes: Axes, train: Records, name: str, log: bool) -> None:
+  steps, values = _series(train, name)
+  axes.plot(steps, values, color=TRAIN, linewidth=1.4 if len(steps) < 300 else 0.8)
+  if log and np.nanmin(values) > 0:
+    axes.set_yscale('log')
+  else:
+    axes.set_ylim(bottom=0)
+
+
+def _draw_layers(axes: Axes, train: Records, name: str, log: bool) -> None:
+  with_bank = [r for r in train if r['bank']]
+  steps = [r['step'] for r in with_bank]
+  layers = [health['layer'] for health in with_bank[0]['bank']]
+  colours = matplotlib.colormaps['viridis'](np.linspace(0.0, 0.9, len(layers)))
+  for at, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
+    values = np.array([r['bank'][at][name] for r in with_bank], float)
+    axes.plot(steps, values, color=colour, linewidth=1.4, label=f'layer {layer}')
+  if log:
+    axes.set_yscale('log')
+  else:
+    axes.set_ylim(bottom=0)
+  if name.endswith('share'):
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+  axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5))
+
+
+def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:
+  """Returns steps and values; a value that was not finite is null in the log and a gap in the line."""
+  values = [np.nan if r[name] is None else r[name] for r in records]
+  return np.array([r['step'] for r in records]), np.array(values, float)
+
+
+def _finish(axes: Axes, title: str, unit: str) -> None:
+  axes.set_title(title, loc='left', fontsize=12, color=INK)
+  axes.set_xlabel('optimizer updates', color=INK)
+  axes.set_ylabel(unit, color=INK)
+  axes.set_xlim(left=0)
+  axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+  axes.xaxis.set_major_formatter(FuncFormatter(_number))
+  if axes.get_yscale() == 'log':
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+  else:
+    axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+  if not isinstance(axes.yaxis.get_major_formatter(), PercentFormatter):
+    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+  axes.grid(color=GRID, linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.spines[['top', 'right']].set_visible(False)
+
+
+def _number(value: float, _: int) -> str:
+  """Writes 0.0002 as 2e-04, 0.25 as 0.25 and 14000 as 14,000."""
+  if value and abs(value) < 1e-3:
+    return f'{value:.1e}'.replace('.0e', 'e')
+  return f'{value:,.0f}' if abs(value) >= 1000 else f'{value:g}'
