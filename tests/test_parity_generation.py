@@ -12,7 +12,8 @@ torch = pytest.importorskip('torch')
 
 from mmjax.config import Config, load_config  # noqa: E402
 from mmjax.inference.generate import Decoder  # noqa: E402
-from mmjax.inference.sampling import Sampling, choose_tokens, keep_top_p, knobs_of, penalise  # noqa: E402
+from mmjax.inference.sampling import choose_tokens, keep_top_p, knobs_of, penalise  # noqa: E402
+from mmjax.inference.settings import Sampling  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
 from tests.parity import build_pair, to_params  # noqa: E402
 from tests.torch_reference import TorchLM, next_token_distribution  # noqa: E402
