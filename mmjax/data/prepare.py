@@ -8,7 +8,6 @@ length and layout are not part of it.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -16,6 +15,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import sentencepiece
+
+import mmjax
 from mmjax.config import DataConfig
 from mmjax.data.blocks import find_files
 from mmjax.data.embedded import build_embedded_corpus
@@ -213,7 +216,7 @@ def _index(plan: Plan, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str,
     'inexact_documents': state['inexact'],
     'inputs': inputs,
     'settings': plan.settings,
-    'versions': {name: importlib.metadata.version(name) for name in ('mmjax', 'sentencepiece', 'numpy')},
+    'versions': {module.__name__: module.__version__ for module in (mmjax, sentencepiece, np)},
   }
 
 
