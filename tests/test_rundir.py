@@ -100,6 +100,9 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
   path = tmp_path / 'a.json'
   atomic_write_json(path, {'x': [1, float('nan'), float('inf')], 'y': 'é'})
   assert read_json(path) == {'x': [1, None, None], 'y': 'é'}
+  with open(path, 'rb') as reader:  # a reader in the middle of the file keeps the old one
+    atomic_write_bytes(path, b'new')
+    assert reader.read() != b'new' and path.read_bytes() == b'new'
   before = path.read_bytes()
   with file_size_limit(1000), pytest.raises(StorageError, match=r'a\.json cannot be written: File too large'):
     atomic_write_bytes(path, b'x' * 5000)
