@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from mmjax.config import ModelConfig
 from mmjax.kernels.attention import cached_attention, causal_attention
+from mmjax.kernels.matmul import matmul
 
 
 class LayerCache(TypedDict):
@@ -41,7 +42,7 @@ class Linear(nnx.Module):
 
   def __call__(self, x: Array, dtype: DTypeLike) -> Array:
     """Maps (..., in) to (..., out), both operands and the result in `dtype`."""
-    return x.astype(dtype) @ self.kernel[...].astype(dtype)
+    return matmul(x.astype(dtype), self.kernel[...])
 
 
 class RMSNorm(nnx.Module):

@@ -70,9 +70,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
     )
     weight_BT = (rows['target'] != pad_id).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
-    nll, correct = cross_entropy_sums(
-      out.hidden_BTD, model.embedding[...].astype(dtype), rows['target'], weight_BT, chunk
-    )
+    nll, correct = cross_entropy_sums(out.hidden_BTD, model.embedding[...], rows['target'], weight_BT, chunk)
     parts = {
       'loss': nll / total_weight,
       'accuracy': correct / total_weight,

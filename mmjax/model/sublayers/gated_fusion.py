@@ -28,9 +28,7 @@ class GatedFusion(nnx.Module):
   def __call__(self, m_BTD: Array, rows_BTRP: Array, dtype: DTypeLike) -> Array:
     """Maps float32 (B, T, D) and rows (B, T, R, P) to (B, T, D) in `dtype`."""
     rows_BTF = rows_BTRP.reshape(*m_BTD.shape[:-1], -1)
-    z_BTD = gated_projection(
-      m_BTD.astype(dtype), rows_BTF, self.gate.kernel[...].astype(dtype), self.up.kernel[...].astype(dtype)
-    )
+    z_BTD = gated_projection(m_BTD.astype(dtype), rows_BTF, self.gate.kernel[...], self.up.kernel[...])
     return self.down(z_BTD, dtype)
 
 
