@@ -24,8 +24,8 @@ def matmul(x: Array, kernel: Array) -> Array:
   Returns:
     (..., out) in the dtype of x.
   """
-  if x.dtype == kernel.dtype:
-    return x @ kernel
+  if x.dtype == jnp.float32:
+    return x @ kernel.astype(x.dtype)
   return _matmul(x, kernel)
 
 

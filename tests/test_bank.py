@@ -1,0 +1,79 @@
+"""Bank lookup: values, and gradients that add up in float32 however often a row is read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.kernels.bank import BACKWARD, bank_lookup, bank_lookup_reference
+
+
+def make_inputs(M, P, shape, seed=0):
+  rng = np.random.default_rng(seed)
+  bank = jnp.asarray(rng.standard_normal((M, P)), jnp.float32)
+  return bank, jnp.asarray(rng.integers(0, M, shape), jnp.int32), rng.standard_normal((*shape, P))
+
+
+def gradient(bank, row, grad, dtype, backward):
+  def pull(bank, grad):
+    rows, pullback = jax.vjp(lambda b: bank_lookup(b, row, dtype, backward=backward), bank)
+    return pullback(grad.astype(rows.dtype))[0]
+
+  return jax.jit(pull)(bank, grad)
+
+
+def gradient_float64(M, row, grad):
+  expected = np.zeros((M, grad.shape[-1]))
+  np.add.at(expected, np.asarray(row), np.asarray(grad, np.float64))
+  return expected
+
+
+@pytest.mark.parametrize('dtype', (jnp.float32, jnp.bfloat16))
+def test_values_are_the_rows(dtype):
+  bank, row, _ = make_inputs(9, 3, (2, 5, 4))
+  rows = jax.jit(lambda b, r: bank_lookup(b, r, dtype))(bank, row)
+  assert rows.dtype == dtype and rows.shape == (2, 5, 4, 3)
+  np.testing.assert_array_equal(rows, bank_lookup_reference(bank, row, dtype))
+  np.testing.assert_array_equal(rows, np.asarray(bank.astype(dtype))[np.asarray(row)])
+
+
+@pytest.mark.parametrize('backward', BACKWARD)
+@pytest.mark.parametrize(
+  'M, P, shape', [(9, 3, (2, 5, 4)), (1, 1, (1, 1, 1)), (4, 8, (3, 127, 1)), (1000, 2, (1, 3, 2))]
+)
+def test_gradient_matches_float64(M, P, shape, backward):
+  bank, row, grad = make_inputs(M, P, shape)
+  actual = gradient(bank, row, jnp.asarray(grad, jnp.float32), jnp.float32, backward)
+  assert actual.dtype == jnp.float32
+  np.testing.assert_allclose(actual, gradient_float64(M, row, grad), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('backward', BACKWARD)
+def test_bfloat16_gradients_of_one_row_add_up_in_float32(backward):
+  bank, row = jnp.zeros((5, 2)), jnp.full((4, 512, 8), 3, jnp.int32)
+  grad = jnp.ones((4, 512, 8, 2), jnp.bfloat16)  # in bf16, adding 1 stops at 256
+  actual = gradient(bank, row, grad, jnp.bfloat16, backward)
+  np.testing.assert_array_equal(actual, gradient_float64(5, row, grad))
+  assert actual[3, 0] == 4 * 512 * 8
+
+
+@pytest.mark.parametrize('backward', BACKWARD)
+def test_works_rematerialised_inside_a_scan(backward):
+  bank, row, grad = make_inputs(7, 3, (2, 4, 2))
+
+  def loss(bank, look_up):
+    def layer(sum_, r):
+      return sum_ + jnp.sum(grad[0] * jnp.sin(look_up(bank, r))), None
+
+    return jax.lax.scan(layer, 0.0, row)[0]
+
+  actual = jax.jit(
+    jax.grad(lambda b: loss(b, jax.checkpoint(lambda b, r: bank_lookup(b, r, jnp.float32, backward=backward))))
+  )(bank)
+  expected = gradient_float64(7, row, grad[0] * np.cos(np.asarray(bank)[np.asarray(row)]))
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_unknown_backward_is_refused():
+  with pytest.raises(ValueError, match='magic'):
+    bank_lookup(jnp.ones((2, 2)), jnp.zeros((1, 1, 1), jnp.int32), jnp.float32, backward='magic')

@@ -1,0 +1,100 @@
+"""The split gated projection against the concatenation it stands for, and the matrix product under it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.kernels.fusion import gated_projection, gated_projection_reference
+from mmjax.kernels.matmul import dot, matmul, matmul_reference, weight_gradient
+
+SHAPES = [(2, 5, 4, 6, 3), (1, 1, 8, 16, 8), (3, 127, 2, 1, 5), (2, 64, 16, 24, 7)]  # B, T, D, F, width
+
+
+def make_inputs(B, T, D, F, width, seed=0):
+  rng = np.random.default_rng(seed)
+  shapes = ((B, T, D), (B, T, F), (D + F, width), (D + F, width), (B, T, width))
+  return [rng.standard_normal(shape) for shape in shapes]
+
+
+def projection_float64(m, rows, gate_kernel, up_kernel, dout):
+  """Out and all four gradients, by hand."""
+  z = np.concatenate((m, rows), axis=-1)
+  gate, up = z @ gate_kernel, z @ up_kernel
+  sigmoid = 1 / (1 + np.exp(-gate))
+  dup = dout * gate * sigmoid
+  dgate = dout * up * sigmoid * (1 + gate * (1 - sigmoid))
+  dz = dgate @ gate_kernel.T + dup @ up_kernel.T
+  D = m.shape[-1]
+  kernels = (np.einsum('btz,btw->zw', z, d) for d in (dgate, dup))
+  return gate * sigmoid * up, dz[..., :D], dz[..., D:], *kernels
+
+
+def out_and_gradients(function, *inputs_and_dout):
+  @jax.jit
+  def run(*inputs_and_dout):
+    *inputs, dout = inputs_and_dout
+    out, pullback = jax.vjp(function, *inputs)
+    return out, *pullback(dout.astype(out.dtype))
+
+  return run(*inputs_and_dout)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_projection_and_gradients_match_float64(shape):
+  inputs = make_inputs(*shape)
+  expected = projection_float64(*inputs)
+  single = [jnp.asarray(x, jnp.float32) for x in inputs]
+  reference = out_and_gradients(gated_projection_reference, *single)
+  for a, r, e in zip(out_and_gradients(gated_projection, *single), reference, expected, strict=True):
+    np.testing.assert_allclose(a, e, rtol=2e-4, atol=2e-4)
+    np.testing.assert_allclose(r, e, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+def test_bfloat16_projection_stays_within_its_rounding(shape):
+  m, rows, *kernels, dout = (jnp.asarray(x, jnp.float32) for x in make_inputs(*shape))
+  m, rows = m.astype(jnp.bfloat16), rows.astype(jnp.bfloat16)
+  actual = out_and_gradients(gated_projection, m, rows, *kernels, dout)
+  expected = projection_float64(*(np.asarray(x, np.float64) for x in (m, rows, *kernels, dout)))
+  assert [x.dtype for x in actual] == [jnp.bfloat16] * 3 + [jnp.float32] * 2
+  for a, e in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=0.05, atol=0.02 * np.abs(e).max())
+
+
+def test_projection_works_rematerialised_inside_a_scan():
+  m, rows, gate, up, _ = (jnp.asarray(x, jnp.float32) for x in make_inputs(2, 3, 4, 2, 4))
+
+  def loss(function, m):
+    layer = jax.checkpoint(lambda x: x + function(x, rows, gate, up))
+    return jnp.sum(jax.lax.scan(lambda x, _: (layer(x), None), m, length=2)[0])
+
+  actual = jax.jit(jax.grad(lambda m: loss(gated_projection, m)))(m)
+  expected = jax.grad(lambda m: loss(gated_projection_reference, m))(m)
+  np.testing.assert_allclose(actual, expected, rtol=1e-3)
+
+
+@pytest.mark.parametrize('shape', [(2, 3, 4, 5), (1, 1, 1, 1), (1, 127, 3, 2), (4, 64, 16, 48)])  # B, T, in, out
+def test_matmul_and_gradients_in_bfloat16_match_float64(shape):
+  B, T, n_in, n_out = shape
+  rng = np.random.default_rng(0)
+  x, dout = (jnp.asarray(rng.standard_normal((B, T, n)), jnp.bfloat16) for n in (n_in, n_out))
+  kernel = jnp.asarray(rng.standard_normal((n_in, n_out)), jnp.float32)
+  out, dx, dkernel = out_and_gradients(matmul, x, kernel, dout)
+  x64, dout64, kernel64 = (np.asarray(a, np.float64) for a in (x, dout, kernel.astype(jnp.bfloat16)))
+  bf16 = {'rtol': 0.01, 'atol': 0.02}
+  np.testing.assert_allclose(np.asarray(out, np.float64), x64 @ kernel64, **bf16)
+  np.testing.assert_allclose(np.asarray(matmul_reference(x, kernel), np.float64), x64 @ kernel64, **bf16)
+  np.testing.assert_allclose(np.asarray(dx, np.float64), dout64 @ kernel64.T, **bf16)
+  assert dkernel.dtype == jnp.float32  # as exact as float32 sums of bf16 products are
+  np.testing.assert_allclose(dkernel, np.einsum('bti,bto->io', x64, dout64), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize('T', (1, 3, 64))
+def test_transposed_products_run(T):
+  """XLA's CPU backend merges a transpose into a product that it then cannot run in bf16; ours must not let it."""
+  x, grad = jnp.ones((2, T, 4), jnp.bfloat16), jnp.ones((2, T, 6), jnp.bfloat16)
+  np.testing.assert_array_equal(jax.jit(lambda x, g: weight_gradient(x, g).T)(x, grad), jnp.full((6, 4), 2.0 * T))
+  kernel = jnp.ones((4, 6), jnp.bfloat16)
+  transposed = jax.jit(lambda x, k: dot(x[0], k, 1, 0, jnp.float32).T)(x, kernel)
+  np.testing.assert_array_equal(transposed, jnp.full((6, T), 4.0))

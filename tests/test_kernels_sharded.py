@@ -1,0 +1,92 @@
+"""The kernels on several devices, batch and bank sharded, give what they give on one."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def test_kernels_on_four_devices_equal_one_device():
+  flags = {
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': str(REPOSITORY),
+  }
+  run = subprocess.run([sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  assert run.stdout.split() == ['attention', 'product_key', 'bank', 'projection', 'matmul', 'cross_entropy']
+
+
+def main():
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+  from mmjax.kernels.attention import causal_attention
+  from mmjax.kernels.bank import BACKWARD, bank_lookup
+  from mmjax.kernels.cross_entropy import cross_entropy_sums
+  from mmjax.kernels.fusion import gated_projection
+  from mmjax.kernels.matmul import matmul
+  from mmjax.kernels.product_key import product_key_topk
+
+  assert jax.device_count() == 4
+  mesh = jax.make_mesh((2, 2), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2)
+  batch, rows, whole = (NamedSharding(mesh, PartitionSpec(*p)) for p in ((('data', 'rows'),), ('rows',), ()))
+  rng = np.random.default_rng(0)
+
+  def normal(*shape, dtype=jnp.float32):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+  def integers(high, *shape):
+    return jnp.asarray(rng.integers(0, high, shape), jnp.int32)
+
+  def check(name, function, inputs, shardings, forbidden=()):
+    """`function` returns a pytree; its float leaves' sum of squares is differentiated by all float inputs."""
+    floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+    def loss(*inputs):
+      out = function(*inputs)
+      leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
+      return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves), out
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=floats, has_aux=True))
+    sharded = [jax.device_put(x, s) for x, s in zip(inputs, shardings, strict=True)]
+    text = run.lower(*sharded).compile().as_text()
+    assert not any(op in text for op in forbidden), name
+    for a, e in zip(jax.tree.leaves(run(*sharded)), jax.tree.leaves(run(*inputs)), strict=True):
+      np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(e, np.float32), rtol=2e-3, atol=1e-3)
+    if name:
+      print(name)
+
+  qkv = [normal(4, 9, n, 4) for n in (4, 2, 2)]
+  check(
+    'attention', lambda q, k, v, s: causal_attention(q, k, v, s, backend='xla'), [*qkv, integers(2, 4, 9)], [batch] * 4
+  )
+  check('product_key', lambda q, k: product_key_topk(q, k, 4), [normal(4, 6, 8), normal(2, 8, 4)], [batch, whole])
+  for backward in BACKWARD:
+    check(
+      'bank' if backward == 'sorted' else '',
+      lambda b, r, backward=backward: bank_lookup(b, r, jnp.float32, backward=backward),
+      [normal(16, 4), integers(16, 4, 6, 3)],
+      [rows, batch],
+    )
+  kernels = [normal(10, 5), normal(10, 5)]
+  projection_inputs = [normal(4, 6, 4), normal(4, 6, 6), *kernels]
+  check('projection', gated_projection, projection_inputs, [batch, batch, whole, whole], ('all-gather',))
+  check('matmul', matmul, [normal(4, 64, 8, dtype=jnp.bfloat16), normal(8, 5)], [batch, whole], ('all-gather',))
+  inputs = [normal(4, 7, 8, dtype=jnp.bfloat16), normal(11, 8), integers(11, 4, 7), jnp.ones((4, 7))]
+  check(
+    'cross_entropy',
+    lambda *inputs: cross_entropy_sums(*inputs, 3)[0] / 100,
+    inputs,
+    [batch, whole, batch, batch],
+    ('all-gather',),
+  )
+
+
+if __name__ == '__main__':
+  main()
