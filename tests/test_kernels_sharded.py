@@ -1,6 +1,5 @@
 """The kernels on several devices, batch and bank sharded, give what they give on one."""
 
-import functools
 import os
 import subprocess
 import sys
