@@ -1,9 +1,38 @@
 """Compiled programs are shared between the tests of a session, and with the processes that they start."""
 
+import json
 import os
+import random
 import tempfile
+
+import pytest
 
 _cache = tempfile.TemporaryDirectory(prefix='mmjax-compiled-')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _cache.name)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
+
+
+@pytest.fixture(scope='session')
+def tiny_run(tmp_path_factory):
+  """A finished run directory of a model of a few thousand parameters; do not write into it."""
+  from mmjax.training.loop import fit  # after the environment is set
+  from tests.helpers import tiny_config
+
+  folder = tmp_path_factory.mktemp('tiny')
+  words = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
+  draw = random.Random(0)
+  documents = [' '.join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(200)]
+  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': d}) for d in documents))
+  config = tiny_config(
+    data__train_files=f'{folder}/text.jsonl',
+    data__valid_fraction=0.1,
+    data__prepared_dir=f'{folder}/prepared',
+    data__workers=1,
+    train__max_steps=6,
+    train__log_interval=2,
+    train__eval_interval=3,
+    train__checkpoint_interval=3,
+  )
+  fit(config, folder / 'run')
+  return folder / 'run'

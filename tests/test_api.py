@@ -1,0 +1,152 @@
+"""The Python API on a tiny run: what it returns, what it refuses, and that streamed text is the generated text."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import mmjax
+from mmjax.errors import StorageError, UserError
+from mmjax.model.lm import model_graph
+
+
+@pytest.fixture(scope='module')
+def lm(tiny_run):
+  return mmjax.load(tiny_run)
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (2, 15), (3, 40)])
+def test_logits_equal_the_model(lm, shape):
+  tokens = np.random.default_rng(0).integers(0, lm.config.model.vocab_size, shape)
+  model = nnx.merge(model_graph(lm.config), lm.params)
+  got = lm.logits(tokens)
+  assert got.shape == (*shape, lm.config.model.vocab_size)
+  assert got.dtype == jnp.float32
+  np.testing.assert_allclose(got, model.logits(model(jnp.asarray(tokens)).hidden_BTD), atol=2e-5)
+
+
+@pytest.mark.parametrize(
+  ('tokens', 'said'),
+  [
+    ([[1, 300]], 'token id 300 is not in the vocabulary, which is 0..299'),
+    ([[-1]], 'token id -1'),
+    ([1, 2], r'shape \(2,\)'),
+    ([[]], r'shape \(1, 0\)'),
+    ([[1.0]], 'must be integers'),
+  ],
+)
+def test_tokens_that_are_none_are_refused(lm, tokens, said):
+  with pytest.raises(UserError, match=said):
+    lm.logits(tokens)
+
+
+def test_prompts_of_bad_ids_are_refused(lm):
+  with pytest.raises(UserError, match='token id 300'):
+    lm.generate_tokens([[1, 300]])
+  with pytest.raises(UserError, match='at least one token'):
+    lm.generate_tokens([[]])
+
+
+def test_generate_returns_one_continuation_a_prompt(lm):
+  texts = lm.generate(['the memory', '', 'Ä漢🙂\x00\x1b'], max_new_tokens=9)
+  assert len(texts) == 3
+  assert lm.generate('the memory', max_new_tokens=9) == texts[:1]
+  assert lm.generate([], max_new_tokens=9) == []
+  tokens = lm.generate_tokens([lm.encode_prompt('the memory')], max_new_tokens=9)
+  assert texts[0] == lm.tokenizer.decode(tokens[0])
+
+
+def test_generation_starts_as_rows_do_in_training(lm):
+  assert lm.encode_prompt('') == [lm.tokenizer.eos_id]  # packed rows: the end of the document before
+  assert lm.encode_prompt('the bank')[1:] == lm.tokenizer.encode('the bank')
+
+
+def test_stream_adds_up_to_generate(lm):
+  options = {'max_new_tokens': 40, 'temperature': 1.5, 'top_p': 1.0, 'seed': 5}
+  assert ''.join(lm.stream('the memory', **options)) == lm.generate('the memory', **options)[0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 299), max_size=40), st.integers(1, 5))
+def test_streamed_pieces_join_to_the_decoded_whole(lm, ids, block):
+  with pytest.MonkeyPatch.context() as patch:
+    blocks = [[ids[i : i + block]] for i in range(0, len(ids), block)]
+    patch.setattr(lm._decoder, 'stream', lambda *_: iter(blocks))
+    assert ''.join(lm.stream('')) == lm.tokenizer.decode(ids)
+
+
+def test_a_character_of_several_tokens_is_streamed_whole(lm):
+  text = 'é漢🙂'
+  byte_ids = [lm.tokenizer.encode(char) for char in text]
+  assert [len(ids) for ids in byte_ids] == [2, 3, 4]  # this vocabulary has none of them: bytes
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(lm._decoder, 'stream', lambda *_: ([[token]] for ids in byte_ids for token in ids))
+    assert list(lm.stream('')) == list(text)
+
+
+def test_a_long_prompt_is_cut_to_its_end_with_a_warning(lm):
+  most = lm.config.model.max_seq_len
+  words = ' '.join(f'word{i}' for i in range(100))
+  with pytest.warns(UserWarning, match=f'max_seq_len={most}'):
+    tokens = lm.encode_prompt(words)
+  assert tokens == lm.tokenizer.encode(words)[-most:]
+  with pytest.warns(UserWarning, match='its end is used'):
+    assert lm.encode_prompt('x' * 10_000_000 + words) == tokens
+
+
+@pytest.mark.parametrize('prompt', ['a\ud800b', 'a' * 100 + '\udcff'])
+def test_a_lone_surrogate_is_refused_in_a_sentence(lm, prompt):
+  with pytest.raises(UserError, match='lone surrogate'):
+    lm.generate(prompt)
+
+
+def test_what_is_no_text_and_no_setting_is_refused(lm):
+  with pytest.raises(UserError, match='must be a str, not bytes'):
+    lm.generate([b'bytes'])
+  with pytest.raises(UserError, match="no sampling setting 'temprature'"):
+    lm.generate('', temprature=1)
+  with pytest.raises(UserError, match='top_p=2'):
+    lm.stream('', top_p=2)  # at once, not when the first piece is asked for
+
+
+def test_checkpoints_are_chosen_by_name_or_number(tiny_run):
+  steps = sorted(int(p.name) for p in (tiny_run / 'checkpoints').iterdir() if p.name.isdigit())
+  assert mmjax.load(tiny_run, 'last').step == steps[-1]
+  assert mmjax.load(tiny_run, steps[0]).step == mmjax.load(tiny_run, str(steps[0])).step == steps[0]
+  with pytest.raises(StorageError, match='no whole checkpoint 77'):
+    mmjax.load(tiny_run, 77)
+  with pytest.raises(UserError, match="checkpoint='newest' must be 'best', 'last' or"):
+    mmjax.load(tiny_run, 'newest')
+
+
+def test_best_is_the_checkpoint_with_the_lowest_validation_loss(tiny_run):
+  lines = [json.loads(line) for line in (tiny_run / 'metrics.jsonl').read_text().splitlines()]
+  losses = {line['step']: line['loss'] for line in lines if line['kind'] == 'eval'}
+  assert mmjax.load(tiny_run).step == min(losses, key=losses.get)
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path, tiny_run):
+  with pytest.raises(UserError, match='no run directory'):
+    mmjax.load(tmp_path / 'nothing')
+  with pytest.raises(UserError, match='config.json'):
+    mmjax.load(tmp_path)
+
+
+def test_another_tokenizer_is_refused(tmp_path, tiny_run):
+  copy = tmp_path / 'run'
+  shutil.copytree(tiny_run, copy)
+  run = json.loads((copy / 'run.json').read_text())
+  run['identity']['tokenizer_sha256'] = 64 * '0'
+  (copy / 'run.json').write_text(json.dumps(run))
+  with pytest.raises(UserError, match='is not the tokenizer that the run was trained with'):
+    mmjax.load(copy)
+
+
+def test_the_package_has_no_other_names():
+  with pytest.raises(AttributeError, match='lode'):
+    mmjax.lode  # noqa: B018
