@@ -81,8 +81,9 @@ def test_matches_torch():
 
 def test_gradient_is_scaled_by_what_follows():
   inputs = make_inputs(2, 5, 4, 7)
-  scaled = jax.jit(jax.grad(lambda h: 3 * cross_entropy_sums(h, *inputs[1:], 2)[0] + 5.0))(inputs[0])
-  np.testing.assert_allclose(scaled, 3 * sums_and_gradients(*inputs, 2)[2], rtol=1e-6)
+  loss = jax.jit(jax.grad(lambda h, o: 3 * cross_entropy_sums(h, o, *inputs[2:], 2)[0] + 5.0, argnums=(0, 1)))
+  for scaled, gradient in zip(loss(*inputs[:2]), sums_and_gradients(*inputs, 2)[2:], strict=True):
+    np.testing.assert_allclose(scaled, 3 * gradient, rtol=1e-6)
 
 
 def test_first_of_equal_logits_is_the_prediction():

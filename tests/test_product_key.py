@@ -77,10 +77,10 @@ def test_sums_that_rounding_made_equal_are_still_the_greatest():
   assert len(set(np.asarray(row[0, 0]).tolist())) == 3
 
 
-def test_bfloat16_queries_are_scored_in_float32():
+def test_bfloat16_inputs_are_scored_in_float32():
   rng = np.random.default_rng(0)
   query = jnp.asarray(rng.standard_normal((2, 50, 16)), jnp.bfloat16)
-  keys = jnp.asarray(rng.standard_normal((2, 32, 8)), jnp.float32)
+  keys = jnp.asarray(rng.standard_normal((2, 32, 8)), jnp.bfloat16)
   np.testing.assert_array_equal(topk(query, keys, 8)[0], brute_force(query, keys, 8)[0])
 
 
