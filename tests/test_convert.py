@@ -22,7 +22,7 @@ torch = pytest.importorskip('torch')
 from mmjax.config import config_from_dict, load_config  # noqa: E402
 from mmjax.data.loader import open_split, train_batches  # noqa: E402
 from mmjax.data.tokenizer import train_tokenizer  # noqa: E402
-from mmjax.errors import UserError  # noqa: E402
+from mmjax.errors import StorageError, UserError  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.interop.files import read_tensors, write_tensors  # noqa: E402
 from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
@@ -341,6 +341,15 @@ def test_transposed_arrays_are_written_as_they_read(tmp_path):
   value = np.arange(6, dtype=np.float32).reshape(2, 3).T
   write_tensors(tmp_path / 'a.safetensors', {'a': value})
   np.testing.assert_array_equal(read_tensors(tmp_path / 'a.safetensors')['a'], value)
+
+
+def test_run_without_the_asked_checkpoint_is_refused(tmp_path):
+  take(save(make_state(), tmp_path / 'model.safetensors'), tmp_path / 'run')
+  with pytest.raises(StorageError, match='checkpoint 7'):
+    export_run(tmp_path / 'run', tmp_path / 'back.pth', '7', None)
+  with pytest.raises(UserError, match="'newest' must be"):
+    export_run(tmp_path / 'run', tmp_path / 'back.pth', 'newest', None)
+  assert not (tmp_path / 'back.pth').exists()
 
 
 def test_commands_end_with_one_sentence_and_code_2(tmp_path):

@@ -19,6 +19,7 @@ import numpy as np
 from mmjax.config import Config, flatten, load_config
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError, run_command
+from mmjax.inference.api import checkpoint_name
 from mmjax.interop.files import check_suffix, read_tensors, write_tensors
 from mmjax.interop.names import TIED, canonical, check_accounted, paths, to_params, to_tensors, torch_shapes
 from mmjax.interop.sizes import read_kv_heads, read_sizes
@@ -99,8 +100,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   check_suffix(target)
   config = RunDir(workdir).read_config()
   paths(config.model)  # refuses a model without counterpart before anything is read
-  chosen = int(which) if which.isdigit() else which
-  params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), chosen)
+  params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), checkpoint_name(which))
   tensors = to_tensors(params, config.model)
   tensors[TIED] = tensors['tok_embeddings.weight']
   if dtype:
