@@ -58,7 +58,7 @@ def product_key_topk_reference(query_BTP: Array, keys_2Cp: Array, num_selected: 
 def _sub_scores(query_BTP: Array, keys_2Cp: Array) -> Array:
   query_X2p = query_BTP.astype(jnp.float32).reshape(-1, 2, keys_2Cp.shape[2])
   # HIGHEST, because GPUs would multiply float32 as TF32, which picks other rows.
-  return jnp.einsum('xhp,hcp->hxc', query_X2p, keys_2Cp.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum('xhp,hcp->hxc', query_X2p, keys_2Cp, precision=jax.lax.Precision.HIGHEST)
 
 
 def _best_candidates(sum_nX: Array, candidate_nX: Array, R: int, last_row: int) -> Array:
