@@ -82,7 +82,7 @@ def _draw_loss(axes: Axes, train: Records, valid: Records) -> None:
 def _draw_line(axes: Axes, train: Records, name: str, log: bool) -> None:
   steps, values = _series(train, name)
   axes.plot(steps, values, color=TRAIN, linewidth=1.4 if len(steps) < 300 else 0.8)
-  if log and np.nanmin(values) > 0:
+  if log and not (values <= 0).any():  # a gap, NaN, is not
     axes.set_yscale('log')
   else:
     axes.set_ylim(bottom=0)

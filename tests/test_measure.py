@@ -1,0 +1,104 @@
+"""eval.py: the numbers of the training loop, on the same text; other text; prompts; what is refused."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval as eval_command
+import mmjax
+from mmjax.errors import run_command
+from mmjax.inference.measure import PROMPTS, read_prompts
+from mmjax.inference.terminal import printable
+from mmjax.inference.text_stats import distinct_share, repeated_share
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+  return Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+
+
+def run_eval(monkeypatch, capfd, *flags: str) -> tuple[int, str, str]:
+  """Runs the command in this process; returns exit code, stdout and stderr."""
+  monkeypatch.setattr(sys, 'argv', ['eval.py', '--max_new_tokens', '12', *flags])
+  monkeypatch.setattr('warnings.showwarning', None)
+  code = 0
+  try:
+    run_command(eval_command.main)
+  except SystemExit as stop:
+    code = stop.code
+  return code, *capfd.readouterr()
+
+
+def test_evaluation_repeats_the_numbers_of_training(run, monkeypatch, capfd):
+  code, out, _ = run_eval(monkeypatch, capfd, '--workdir', str(run), '--checkpoint', 'last')
+  assert code == 0
+  found = json.loads((run / 'eval.json').read_text())
+  lines = [json.loads(line) for line in (run / 'metrics.jsonl').read_text().splitlines()]
+  logged = [line for line in lines if line['kind'] == 'eval'][-1]
+  assert found['checkpoint'] == logged['step']
+  for name in ('loss', 'perplexity', 'bits_per_byte', 'accuracy', 'tokens', 'text_bytes'):
+    assert found[name] == pytest.approx(logged[name], rel=1e-6)
+  assert found['bank'] == logged['bank']
+  assert f'{found["loss"]:.4f}' in out and f'{found["bits_per_byte"]:.4f}' in out
+
+  lm = mmjax.load(run, 'last')
+  prompts = read_prompts(PROMPTS)
+  assert [sample['prompt'] for sample in found['samples']] == prompts
+  texts = lm.generate(prompts, max_new_tokens=12)
+  assert [sample['continuation'] for sample in found['samples']] == texts
+  rows = lm.generate_tokens([lm.encode_prompt(prompt) for prompt in prompts], max_new_tokens=12)
+  rows = [[token for token in row if token != lm.tokenizer.eos_id] for row in rows]
+  assert found['distinct_2'] == distinct_share(rows, 2)
+  assert found['repeated_4grams'] == repeated_share(rows, 4)
+  assert printable(texts[0]) in (run / 'report.md').read_text()
+
+
+def test_other_text_is_cut_with_the_tokenizer_of_the_run(run, tmp_path, monkeypatch, capfd):
+  (tmp_path / 'other.txt').write_text('the bank reads the memory\n\nand writes it again')
+  code, _, _ = run_eval(monkeypatch, capfd, '--workdir', str(run), '--valid_files', f'{tmp_path}/other.txt')
+  assert code == 0
+  found = json.loads((run / 'eval.json').read_text())
+  tokenizer = mmjax.load(run).tokenizer
+  documents = ['the bank reads the memory\n\nand writes it again']
+  assert found['text_bytes'] == sum(len(d) for d in documents)
+  assert found['tokens'] == sum(len(tokenizer.encode(d)) + 1 for d in documents)  # and an EOS each
+  assert found['valid_files'] == f'{tmp_path}/other.txt'
+
+
+def test_other_validation_text_than_in_training_is_refused(run, monkeypatch, capfd):
+  settings = json.loads((run / 'config.json').read_text())
+  settings['data']['valid_fraction'] = 0.3  # now part of the training text would be held out
+  (run / 'config.json').write_text(json.dumps(settings))
+  code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run))
+  assert code == 2
+  assert 'is not what the run was trained with' in err
+  assert not (run / 'eval.json').exists()
+
+
+@pytest.mark.parametrize(
+  ('content', 'said'),
+  [(None, 'No such file'), (b'\n  \n', 'has no prompt'), (b'good\n\xff\n', 'is not UTF-8 (byte 5)')],
+)
+def test_bad_prompts_are_refused_before_anything_is_written(run, tmp_path, monkeypatch, capfd, content, said):
+  if content is not None:
+    (tmp_path / 'prompts.txt').write_bytes(content)
+  code, out, err = run_eval(monkeypatch, capfd, '--workdir', str(run), '--prompts', f'{tmp_path}/prompts.txt')
+  assert (code, out) == (2, '')
+  assert said in err and err.count('\n') == 1
+  assert not (run / 'eval.json').exists()
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path, monkeypatch, capfd):
+  code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(tmp_path))
+  assert code == 2
+  assert 'is not a run directory' in err and err.count('\n') == 1
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_prompts_come_one_a_line(tmp_path):
+  (tmp_path / 'prompts.txt').write_bytes('\ufeffΑ first\r\n\n second\n'.encode())
+  assert read_prompts(tmp_path / 'prompts.txt') == ['Α first', ' second']
+  assert [prompt.split()[0] for prompt in read_prompts(PROMPTS)] == ['The', 'Ayn', 'Apollo']

@@ -1,0 +1,158 @@
+"""The report: whole for every kind of run, faithful to the files it is made from, and safe against what they hold."""
+
+import json
+import shlex
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+
+from mmjax.config import load_config
+from mmjax.errors import UserError
+from mmjax.model.lm import build_model, count_params
+from mmjax.tools import report_parts
+from mmjax.tools.plots import write_plots
+from mmjax.tools.report import write_report
+from mmjax.training.rundir import RunDir
+from tests.helpers import tiny_config
+
+
+def train_line(step: int, layers: int = 2, **changes: object) -> dict:
+  bank = [
+    {'layer': i, 'used_share': 0.1, 'kl_to_uniform': 2.0, 'effective_rows': 50.0 * step, 'hottest_share': 0.01}
+    for i in range(layers)
+  ]
+  line = {
+    'kind': 'train', 'step': step, 'tokens': 1000 * step, 'seconds': 2.0 * step, 'loss': 5.0 - 0.1 * step,
+    'learning_rate': 1e-3, 'grad_norm': 0.5, 'tokens_per_second': 500.0 + step, 'mfu': None, 'peak_bytes': 10**9,
+    'peak_bytes_of': 'process', 'bank': bank,
+  }  # fmt: skip
+  return line | changes
+
+
+def eval_line(step: int, loss: float | None, layers: int = 2) -> dict:
+  numbers = {'loss': loss, 'perplexity': 7.5, 'bits_per_byte': 1.25, 'accuracy': 0.5, 'tokens': 10, 'text_bytes': 30}
+  return {'kind': 'eval', 'step': step, **numbers, 'bank': train_line(step, layers)['bank']}
+
+
+def make_run(path: Path, records: list[dict], **overrides: object) -> Path:
+  path.mkdir()
+  RunDir(path).write_config(tiny_config(**overrides))
+  (path / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+  return path
+
+
+def cells(text: str) -> dict[str, str]:
+  """First and second cell of every row of every table."""
+  rows = [line.strip('|').split('|') for line in text.splitlines() if line.startswith('|')]
+  return {row[0].strip(): row[1].strip() for row in rows}
+
+
+def png_size(path: Path) -> tuple[int, int]:
+  data = path.read_bytes()
+  assert data[:8] == b'\x89PNG\r\n\x1a\n'
+  return struct.unpack('>II', data[16:24])
+
+
+def test_report_of_a_finished_run_has_every_part(tiny_run, tmp_path):
+  run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+  path = write_report(run)
+  text = path.read_text()
+  titles = [line.removeprefix('## ') for line in text.splitlines() if line.startswith('## ')]
+  assert titles == [
+    'Result', 'Data', 'Parameters', 'Settings', 'Training', 'Bank health', 'Evaluation', 'Samples',
+    'Speed and memory', 'Machine and versions', 'Commands to repeat it', 'Notes of a person',
+  ]  # fmt: skip
+  for name in text.split('](plots/')[1:]:
+    width, height = png_size(run / 'plots' / name.partition(')')[0])
+    assert width > 800 and height > 400
+  config = RunDir(run).read_config()
+  total, without_bank = count_params(build_model(config)[1])
+  found = cells(text)
+  assert found['parameters'] == f'{total:,}'
+  assert found['of these not in the bank'] == f'{without_bank:,}'
+  assert found['optimizer updates'] == '6 of 6'
+  index, run_json = (json.loads((run / name).read_text()) for name in ('data.json', 'run.json'))
+  assert found['train-00000.bin'] == f'`{index["splits"]["train"]["shards"][0]["sha256"]}`'
+  assert found['data_sha256'] == f'`{run_json["identity"]["data_sha256"]}`'
+  assert found['jax'] == run_json['starts'][0]['versions']['jax']
+  assert 'Ayn Rand' in text and 'Best checkpoint so far, step' in text  # samples without an eval.json
+  assert 'Not done yet: `python eval.py' in text
+
+
+def test_best_and_last_evaluation_are_told_apart(tmp_path):
+  records = [train_line(4), eval_line(2, 3.5), eval_line(3, None), eval_line(4, 4.25)]
+  found = cells(write_report(make_run(tmp_path / 'run', records)).read_text())
+  assert found['best validation loss (update 2)'] == '3.5000'
+  assert found['last validation loss (update 4)'] == '4.2500'
+  assert found['training loss, mean of the last 1 reports'] == '4.6000'
+
+
+def test_stopped_run_without_checkpoint_says_what_is_missing(tmp_path):
+  text = write_report(make_run(tmp_path / 'run', [train_line(1), train_line(2)])).read_text()
+  assert 'None: ' in text.partition('## Samples')[2]
+  assert cells(text)['optimizer updates'] == '2 of 10'
+
+
+def test_run_that_reported_nothing_has_a_report(tmp_path):
+  text = write_report(make_run(tmp_path / 'run', [])).read_text()
+  assert 'Nothing was reported yet' in text
+  assert not (tmp_path / 'run' / 'plots').exists()
+
+
+def test_dense_run_has_no_bank(tmp_path):
+  records = [train_line(2, layers=0), eval_line(2, 3.0, layers=0)]
+  run = make_run(tmp_path / 'run', records, model__sublayer='dense')
+  text = write_report(run).read_text()
+  assert '## Bank health' not in text and 'in the bank' not in text.replace('not in the bank', '')
+  assert not list((run / 'plots').glob('bank_*'))
+
+
+def test_skipped_updates_and_lost_numbers_are_shown(tmp_path):
+  skipped = {'kind': 'skipped', 'step': 3, 'row_ids': [1]}
+  records = [train_line(2, loss=None, grad_norm=None), train_line(4, loss=None, grad_norm=None), skipped]
+  text = write_report(make_run(tmp_path / 'run', records)).read_text()
+  assert 'not finite: 1 (updates 3).' in text
+  assert 'training loss' not in cells(text)
+
+
+def test_notes_of_a_person_are_never_overwritten(tmp_path):
+  run = make_run(tmp_path / 'run', [train_line(1)])
+  assert '- Hypothesis:' in write_report(run).read_text()
+  (run / 'notes.md').write_text('The hypothesis was mine.')
+  assert 'The hypothesis was mine.' in write_report(run).read_text()
+  assert (run / 'notes.md').read_text() == 'The hypothesis was mine.'
+
+
+@pytest.mark.parametrize('experiment', ['quickstart', 'no such file'])
+def test_the_command_makes_the_same_config(experiment):
+  overrides = [f'--config.experiment={experiment}', "--config.data.train_files=it's; a $HOME/*.jsonl"]
+  config = load_config('configs/quickstart.py', [*overrides, '--config.train.learning_rate=0.00123'])
+  lines = report_parts.commands(config, 'out/a run').splitlines()
+  words = shlex.split('\n'.join(lines[1:-1]).replace('\\\n', ''))
+  command = words[: words.index('eval.py') - 1]
+  assert command[:2] == ['python', 'train.py'] and command[-2:] == ['--workdir', 'out/a run']
+  assert load_config(command[3], command[4:-2]) == config
+
+
+def test_text_cannot_break_out_of_its_place():
+  sample = {'prompt': 'a```\n# b', 'continuation': '````\n\x1b[2J', 'tokens': 3, 'ended': True}
+  found = {'sampling': {'seed': 0}, 'samples': [sample], 'distinct_1': 1.0, 'distinct_2': None, 'distinct_3': None}
+  text = report_parts.samples(found | {'repeated_4grams': None}, 'Here.')
+  assert '````text\na```\n# b\n````\n' in text
+  assert '`````text\n````\n\\x1b[2J\n`````\n' in text
+  assert report_parts.table(('a',), [('x|y\nz',)]).splitlines()[-1] == '| x\\|y z |'
+
+
+def test_plots_are_drawn_for_one_line_and_for_thousands(tmp_path):
+  one = write_plots([train_line(1)], tmp_path / 'one')
+  many = write_plots([train_line(i) for i in range(1, 2000)] + [eval_line(5, 3.0)], tmp_path / 'many')
+  assert set(one) == set(many) == {path.name for path in (tmp_path / 'many').iterdir()}
+  assert len(one) == 8
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+  with pytest.raises(UserError, match='is not a run directory: config.json is missing'):
+    write_report(tmp_path)
+  assert list(tmp_path.iterdir()) == []

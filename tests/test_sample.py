@@ -1,0 +1,98 @@
+"""The sample command: prompts from the command line and from stdin, hostile ones too, and a terminal left in order."""
+
+import io
+import sys
+
+import pytest
+
+import mmjax
+from mmjax.errors import run_command
+from mmjax.inference.terminal import printable
+from mmjax.tools import sample
+
+FLAGS = ['--max_new_tokens', '12', '--seed', '4']
+
+
+def run_sample(monkeypatch, capfd, *flags: str, stdin: bytes = b'') -> tuple[int, str, str]:
+  """Runs the command in this process; returns exit code, stdout and stderr."""
+  monkeypatch.setattr(sys, 'argv', ['sample', *flags])
+  monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin), 'utf-8'))
+  monkeypatch.setattr('warnings.showwarning', None)  # the command sets it; this puts it back afterwards
+  code = 0
+  try:
+    run_command(sample.main)
+  except SystemExit as stop:
+    code = stop.code
+  return code, *capfd.readouterr()
+
+
+def test_a_prompt_is_continued_as_the_api_does(tiny_run, monkeypatch, capfd):
+  code, out, _ = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), '--prompt', 'the memory', *FLAGS)
+  assert code == 0
+  [want] = mmjax.load(tiny_run).generate('the memory', max_new_tokens=12, seed=4)
+  assert out == printable(want) + '\n'
+
+
+def test_lines_of_stdin_are_prompts_and_a_bad_one_does_not_end_it(tiny_run, monkeypatch, capfd):
+  stdin = b'the memory\n\xff\xfe\nthe memory\n\n\x1b[2J\x00\n'
+  code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, stdin=stdin)
+  assert code == 0
+  assert 'lone surrogate' in err and 'Traceback' not in err
+  lm = mmjax.load(tiny_run)
+  prompts = {0: 'the memory', 2: 'the memory', 3: '', 4: '\x1b[2J\x00'}  # by number, which the seed goes with
+  wants = [lm.generate(prompt, max_new_tokens=12, seed=4 + number)[0] for number, prompt in prompts.items()]
+  assert out == ''.join(printable(want) + '\n' for want in wants)
+  assert wants[0] != wants[1]
+
+
+def test_ten_megabytes_are_answered(tiny_run, monkeypatch, capfd):
+  stdin = b'the memory reads ' * 600_000 + b'\n'
+  code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, stdin=stdin)
+  assert code == 0
+  assert err == 'Note: the prompt is longer than model.max_seq_len=16 tokens; its end is used\n'
+  assert out.endswith('\n') and len(out) > 1
+
+
+@pytest.mark.parametrize(
+  ('flags', 'said'),
+  [
+    (['--workdir', 'no/such/run'], 'no run directory no/such/run'),
+    (['--temperature', '-1'], 'temperature=-1.0 must be'),
+    (['--checkpoint', 'newest'], "checkpoint='newest' must be"),
+    (['--prompt', 'a\udcff'], 'lone surrogate'),
+  ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(tiny_run, monkeypatch, capfd, flags, said):
+  code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, *flags)
+  assert (code, out) == (2, '')
+  assert said in err
+  assert err.count('\n') == 1
+
+
+def test_ctrl_c_ends_one_text_and_then_the_session(tiny_run, monkeypatch, capfd):
+  def interrupted(lm, prompt, sampling):
+    print('half a te', end='')
+    if prompt == 'long':
+      raise KeyboardInterrupt
+    print('xt')
+
+  monkeypatch.setattr(sample, 'write_continuation', interrupted)
+  code, out, _ = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), stdin=b'long\nshort\n')
+  assert (code, out) == (0, 'half a te\nhalf a text\n')
+
+  lines = iter(['short', KeyboardInterrupt])
+  monkeypatch.setattr('builtins.input', lambda _: raise_or_return(next(lines)))
+  code, out, _ = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run))
+  assert (code, out) == (0, 'half a text\n')
+
+
+def raise_or_return(line):
+  if line is KeyboardInterrupt:
+    raise KeyboardInterrupt
+  return line
+
+
+def test_control_characters_are_escaped_and_text_is_not():
+  assert printable('a\tb\nc \x1b[31m\x07\x00\x7f\x9b\r') == 'a\tb\nc \\x1b[31m\\x07\\x00\\x7f\\x9b\\r'
+  assert printable('\u202eevil\u2066\u2028') == '\\u202eevil\\u2066\\u2028'
+  assert printable('Ἀπόλλων ˈrænd 漢字 🙂👩\u200d🚀\ufffd') == 'Ἀπόλλων ˈrænd 漢字 🙂👩\u200d🚀\ufffd'
