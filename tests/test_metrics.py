@@ -191,9 +191,12 @@ def test_flops_are_those_of_the_models_matrix_products(sublayer):
 
   counted = count_dot_flops(jax.make_jaxpr(jax.grad(loss))(params).jaxpr) / tokens_BT.size
   flops = flops_per_token(config)
-  # Plain attention multiplies what it masks, too: T positions instead of (T + 1) / 2 on average.
-  full_attention = flops['attention'] * 2 * length / (length + 1)
-  assert counted == flops['total'] - flops['attention'] + full_attention
+  # Not useful and so not in the count: plain attention multiplies what it masks, too (T positions instead of
+  # (T + 1) / 2 on average), and every expert of the mixture runs on every token.
+  masked = flops['attention'] * (2 * length / (length + 1) - 1)
+  model = config.model
+  unchosen = model.n_layers * (model.n_experts - model.experts_per_token) if sublayer == 'moe' else 0
+  assert counted == flops['total'] + masked + unchosen * 3 * 2 * 3 * model.dim * model.dense_hidden_dim
 
 
 def test_flops_of_the_record_are_those_of_the_facts():
