@@ -225,7 +225,6 @@ def test_step_after_saving_may_overwrite_the_buffers(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(3, state, {})
   jax.block_until_ready(train_step(state))
-  assert state['params']['memory_bank'].is_deleted()
   assert_same(checkpoints.restore(ABSTRACT)[0], make_state(3))
 
 
