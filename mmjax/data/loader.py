@@ -125,13 +125,18 @@ def train_batches(
   Raises:
     UserError: if the split has fewer rows than a batch.
   """
+  check_fills_batch(split, global_batch_rows)
+  dataset = grain.MapDataset.range(split.n_rows).seed(seed).shuffle().repeat().batch(global_batch_rows)
+  return _prefetched(dataset.map(split.rows), start_step)
+
+
+def check_fills_batch(split: TokenSplit, global_batch_rows: int) -> None:
+  """Raises UserError if the split has fewer rows than one batch."""
   if split.n_rows < global_batch_rows:
     raise UserError(
       f'the {split.split} data have {split.n_rows} rows of {split.max_seq_len} tokens, fewer than one batch of '
       f'{global_batch_rows} (train.batch_size x train.accumulation_steps); use more text or a smaller batch'
     )
-  dataset = grain.MapDataset.range(split.n_rows).seed(seed).shuffle().repeat().batch(global_batch_rows)
-  return _prefetched(dataset.map(split.rows), start_step)
 
 
 def eval_batches(split: TokenSplit, rows: int) -> Iterator[dict[str, np.ndarray]]:

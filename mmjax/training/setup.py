@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from mmjax.config import Config
 from mmjax.data.bank_file import read_bank
 from mmjax.data.index import INDEX, read_index
-from mmjax.data.loader import TokenSplit, open_split, steps_of_epochs
+from mmjax.data.loader import TokenSplit, check_fills_batch, open_split, steps_of_epochs
 from mmjax.data.prepare import prepare
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
@@ -72,12 +72,7 @@ def open_inputs(config: Config) -> Inputs:
   rows = {'max_seq_len': config.model.max_seq_len, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
   train_split, valid_split = (open_split(prepared, name, **rows) for name in ('train', 'valid'))
   batch_rows = train.batch_size * train.accumulation_steps
-  if train_split.n_rows < batch_rows:
-    raise UserError(
-      f'the training text gives {train_split.n_rows} rows of {config.model.max_seq_len} tokens, less than one batch of '
-      f'train.batch_size={train.batch_size} x train.accumulation_steps={train.accumulation_steps}; '
-      'use more text or a smaller batch'
-    )
+  check_fills_batch(train_split, batch_rows)
   steps = train.max_steps or steps_of_epochs(train_split, batch_rows, train.epochs)
   index = read_index(prepared)
   shards = [shard['sha256'] for split in index['splits'].values() for shard in split['shards']]
