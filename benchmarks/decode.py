@@ -8,6 +8,7 @@ counted; it is shown.
 
 import argparse
 import datetime
+import os
 import statistics
 import sys
 import time
@@ -63,8 +64,11 @@ def main() -> None:
 
 def torch_pair(config: Config) -> tuple[object, Params]:
   """Returns the port and its weights as mmjax parameters."""
+  import torch
+
   from tests.parity import build_pair
 
+  torch.set_num_threads(len(os.sched_getaffinity(0)))  # the tests, which share their machine, set it to one
   port, _, params = build_pair(config)
   return port.eval(), params
 
@@ -96,15 +100,21 @@ def report_decoding(
   traffic = count_params(params)[1] * jnp.dtype(arguments.dtype).itemsize * n / seconds
   ratio = f'{uncached[0] / seconds:.1f}' if uncached else 'not measured'
   torch_rate = f'{n / uncached[0]:.1f}' if uncached else 'not measured'
-  print(
-    '| date | config | device | dtype | new tokens | tokens/s | spread | uncached torch tokens/s | ratio | GB/s | first run, s |'
-  )
-  print('|---|---|---|---|---:|---:|---:|---:|---:|---:|---:|')
-  print(
-    f'| {datetime.date.today()} | {config.experiment} | {jax.devices()[0].device_kind} | {arguments.dtype} | {n} '
-    f'| {n / seconds:.0f} | {n / max(cached):.0f}-{n / min(cached):.0f} | {torch_rate} | {ratio} '
-    f'| {traffic / 1e9:.1f} | {first_seconds:.1f} |'
-  )
+  row = {
+    'date': datetime.date.today(),
+    'config': config.experiment,
+    'device': jax.devices()[0].device_kind,
+    'dtype': arguments.dtype,
+    'new tokens': n,
+    'tokens/s': f'{n / seconds:.0f}',
+    'spread': f'{n / max(cached):.0f}-{n / min(cached):.0f}',
+    'uncached torch tokens/s': torch_rate,
+    'ratio': ratio,
+    'GB/s': f'{traffic / 1e9:.1f}',
+    'first run, s': f'{first_seconds:.1f}',
+  }
+  for line in (row, ['---'] * len(row), row.values()):
+    print('| ' + ' | '.join(map(str, line)) + ' |')
 
 
 def report_first_token(config: Config, params: Params, decoder: Decoder, arguments: argparse.Namespace) -> None:
@@ -119,10 +129,10 @@ def report_first_token(config: Config, params: Params, decoder: Decoder, argumen
 
   print('| prompt tokens | first token, ms | one forward pass, ms | ratio |')
   print('|---:|---:|---:|---:|')
+  sampling = Sampling(max_new_tokens=128, temperature=0)
   for length in (64, config.model.max_seq_len // 2, config.model.max_seq_len):
     prompt = np.random.default_rng(1).integers(4, config.model.vocab_size, (1, length)).astype(np.int32)
     first, whole = [], []
-    sampling = Sampling(max_new_tokens=128, temperature=0)
     for _ in range(2 * arguments.repeats + 1):
       first.append(seconds_of(lambda p=prompt: next(decoder.stream(p.tolist(), sampling))))
       whole.append(seconds_of(lambda p=prompt: forward(params, p).block_until_ready()))
