@@ -97,11 +97,15 @@ def cached_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: A
   """
   B, T, N, H = q_BTNH.shape
   K = k_BSKH.shape[2]
-  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  # The queries of all heads that share a kv head, X = G * T, are the rows of one product.
+  q_BKXH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
   # The softmax needs scores that were not rounded to bf16.
-  score_BKGTS = jnp.einsum('btkgh,bskh->bkgts', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+  score_BKXS = jnp.einsum('bkxh,bskh->bkxs', q_BKXH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+  score_BKGTS = score_BKXS.reshape(B, K, N // K, T, -1)
   weight_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], score_BKGTS, MASKED), axis=-1)
-  return jnp.einsum('bkgts,bskh->btkgh', weight_BKGTS.astype(v_BSKH.dtype), v_BSKH).reshape(B, T, N, H)
+  weight_BKXS = weight_BKGTS.astype(v_BSKH.dtype).reshape(score_BKXS.shape)
+  out_BKXH = jnp.einsum('bkxs,bskh->bkxh', weight_BKXS, v_BSKH)
+  return out_BKXH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
 def causal_attention_reference(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array) -> Array:
