@@ -12,10 +12,11 @@ from mmjax.inference import generate
 from mmjax.inference.generate import Decoder, padded_length
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import build_model
+from mmjax.model.sublayers import SUBLAYERS
 from tests.helpers import tiny_config
 
 EOS = 2
-PROMPTS = [[5, 9, 200, 31, 7], [17], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61]]
+PROMPTS = [[5, 9, 200, 31, 7], [EOS, 17], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61]]
 
 
 def make_decoder(sublayer: str = 'gated_fusion', eos_id: int = EOS):
@@ -47,7 +48,7 @@ def recompute(model: nnx.Module, prompt: list[int], new_tokens: int, penalty: fl
   return tokens[0, len(prompt) : len(prompt) + new_tokens].tolist()
 
 
-@pytest.mark.parametrize('sublayer', ['gated_fusion', 'dense'])
+@pytest.mark.parametrize('sublayer', SUBLAYERS)
 def test_greedy_cached_decoding_equals_recomputing_everything(sublayer):
   decoder, model = make_decoder(sublayer)
   for penalty in (1.0, 1.5):
@@ -134,3 +135,13 @@ def test_padding_is_at_most_a_fifth(length):
   padded = padded_length(length)
   assert padded >= length
   assert padded == 16 or padded - length < padded / 5
+
+
+def test_the_eos_that_opens_a_prompt_is_not_penalised(decoder):
+  once = decoder.generate([[token] for token in range(4, 24)], Sampling(1, temperature=0))
+  token = next(row[0] for row, start in zip(once, range(4, 24), strict=True) if row == [start])  # repeats itself
+  stopping, _ = make_decoder(eos_id=token)
+  penalised = Sampling(1, temperature=0, repetition_penalty=10)
+  assert stopping.generate([[token]], penalised) == [[token]]
+  as_seeds = Sampling(1, temperature=0, repetition_penalty=10, seed_sampling=True)
+  assert stopping.generate([[token]], as_seeds) != [[token]]
