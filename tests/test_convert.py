@@ -23,7 +23,7 @@ from mmjax.config import config_from_dict, load_config  # noqa: E402
 from mmjax.data.loader import open_split, train_batches  # noqa: E402
 from mmjax.data.tokenizer import train_tokenizer  # noqa: E402
 from mmjax.errors import StorageError, UserError  # noqa: E402
-from mmjax.interop import names  # noqa: E402
+from mmjax.interop import names, torch_files  # noqa: E402
 from mmjax.interop.files import read_tensors, write_tensors  # noqa: E402
 from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
 from mmjax.tools.convert import BASE_CONFIG, export_run, fitting_config, import_run  # noqa: E402
@@ -239,6 +239,12 @@ def test_overrides_that_contradict_the_tensors_are_refused(override, message, tm
   assert not (tmp_path / 'run').exists()
 
 
+def test_model_without_counterpart_is_refused():
+  model = dataclasses.replace(tiny_config().model, sublayer='something_new')
+  with pytest.raises(UserError, match="model.sublayer='something_new' is not in the PyTorch code"):
+    names.paths(model)
+
+
 def test_nothing_is_overwritten(tmp_path):
   path = save(make_state(), tmp_path / 'model.safetensors')
   with pytest.raises(UserError, match='is there already'):
@@ -266,6 +272,15 @@ def test_a_pickle_that_runs_code_is_refused_by_name_and_not_run(wrap, tmp_path):
   assert not target.exists() and not (tmp_path / 'run').exists()
   torch.load(path, weights_only=False)  # the file is what it says: opened carelessly, it does run
   assert target.exists()
+
+
+def test_restricted_unpickler_refuses_what_the_search_for_code_overlooks(tmp_path, monkeypatch):
+  monkeypatch.setattr(torch_files, '_unsafe_globals', lambda torch, path: [])
+  target = tmp_path / 'was-run'
+  torch.save({'norm.weight': Malicious(target)}, tmp_path / 'model.pth')
+  with pytest.raises(UserError, match='not a whole PyTorch file'):
+    read_tensors(tmp_path / 'model.pth')
+  assert not target.exists()
 
 
 def rewrite_zip(path: Path, compression: int = zipfile.ZIP_STORED, extra: str = '') -> None:

@@ -39,7 +39,7 @@ def _swiglu(name: str, path: str) -> dict[str, str]:
   }
 
 
-SUBLAYER = {  # {e} stands for the number of an expert
+SUBLAYER = {  # what every model with this sublayer has; the routed experts are added by their number
   'dense': {'ffn_norm.weight': 'sublayer/norm/scale', **_swiglu('feed_forward', 'sublayer')},
   'gated_fusion': GATE
   | {
@@ -67,7 +67,15 @@ _NAME = re.compile(r'\w+(\.\w+)*', re.ASCII)
 
 
 def paths(model: ModelConfig) -> dict[str, str]:
-  """Returns PyTorch's name -> path here ('layers/0/attention/wq/kernel') of every parameter of a model."""
+  """Returns PyTorch's name -> path here ('layers/0/attention/wq/kernel') of every parameter of a model.
+
+  Raises:
+    UserError: if the PyTorch code has no such model.
+  """
+  if model.sublayer not in SUBLAYER:
+    raise UserError(
+      f'model.sublayer={model.sublayer!r} is not in the PyTorch code; weights of {", ".join(SUBLAYER)} can be converted'
+    )
   table = ROOT | (BANK if SUBLAYERS[model.sublayer].uses_bank else {})
   block = BLOCK | SUBLAYER[model.sublayer]
   if model.sublayer == 'moe':

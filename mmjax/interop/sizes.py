@@ -1,15 +1,25 @@
-"""What a state dict tells of its model: the kind of sublayer and every size but those no tensor depends on.
+"""What a state dict tells of its model: the kind of sublayer and every size but those that leave no trace in shapes.
 
-The number of heads, the row length, epsilon and theta leave no trace in the shapes; they come from a config.
+Those, above all the number of heads, come from a config.
 """
 
 import re
 from collections.abc import Mapping
 
+from mmjax.config import ModelConfig
 from mmjax.errors import UserError
 from mmjax.interop.names import SUBLAYER
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of ModelConfig that no shape depends on
+UNTOLD_BY = {'cross_attention': ('num_selected',), 'moe': ('experts_per_token',)}  # more of them, by sublayer
+
+
+def untold_sizes(model: ModelConfig) -> str:
+  """Lists the fields that a state dict of this model cannot tell, with their values."""
+  fields = UNTOLD + UNTOLD_BY.get(model.sublayer, ())
+  return ', '.join(f'{field} {getattr(model, field)}' for field in fields)
 
 
 def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
@@ -83,7 +93,7 @@ def _ids(pattern: str, shapes: Shapes) -> set[str]:
 
 def _sublayer(shapes: Shapes, source: str) -> str:
   """Names the sublayer of which tensors that no other has are in the file."""
-  inside = {re.sub(r'experts\.\d+\.', 'experts.{e}.', name) for name in _ids(r'layers\.\d+\.(.+)', shapes)}
+  inside = _ids(r'layers\.\d+\.(.+)', shapes)
   found = []
   for kind, table in SUBLAYER.items():
     shared = set().union(*(other for k, other in SUBLAYER.items() if k != kind))

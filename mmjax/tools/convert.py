@@ -22,7 +22,7 @@ from mmjax.errors import UserError, run_command
 from mmjax.inference.api import checkpoint_name
 from mmjax.interop.files import check_suffix, read_tensors, write_tensors
 from mmjax.interop.names import TIED, canonical, check_accounted, paths, to_params, to_tensors, torch_shapes
-from mmjax.interop.sizes import read_kv_heads, read_sizes
+from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.tools.prepare import BASE_CONFIG
 from mmjax.training.checkpoint import Checkpoints
@@ -32,7 +32,6 @@ from mmjax.training.step import init_state
 
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 NO_TRAINING = {'tokens': 0, 'seconds': 0.0}  # the training loop's counters
-UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of the model that leave no trace in shapes
 
 
 def main() -> None:
@@ -107,7 +106,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
     tensors = {name: value.astype(EXPORT_DTYPES[dtype]) for name, value in tensors.items()}
   digest = write_tensors(target, tensors)
   print(f'{target}: {len(tensors)} tensors of {dtype or "float32"} from step {step} of {workdir}; sha256 {digest}')
-  print('Tensors do not tell: ' + ', '.join(f'{name} {getattr(config.model, name)}' for name in UNTOLD))
+  print(f'Not told by the tensors: {untold_sizes(config.model)}')
 
 
 def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) -> dict[str, np.ndarray]:
@@ -146,7 +145,7 @@ def fitting_config(
     if given != value and not same_width:
       raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
   print('Read off the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
-  print('From the config: ' + ', '.join(f'{name} {getattr(config.model, name)}' for name in UNTOLD))
+  print(f'Taken from the config: {untold_sizes(config.model)}')
   return config
 
 
