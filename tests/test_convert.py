@@ -228,6 +228,7 @@ def test_other_dtypes_are_cast_only_when_asked(tmp_path, capsys):
   [
     ('--config.model.dim=64', 'model.dim=64 contradicts .*, whose tensors say 32'),
     ('--config.model.sublayer=dense', "model.sublayer='dense' contradicts"),
+    ('--config.model.n_layers=3', 'model.n_layers=3 contradicts'),
     ('--config.model.n_kv_heads=4', 'model.n_kv_heads=4 contradicts'),
     ('--config.model.n_heads=3', 'must be divisible'),
     ('--config.model.n_headz=4', "did you mean 'model.n_heads'"),
@@ -243,6 +244,27 @@ def test_model_without_counterpart_is_refused():
   model = dataclasses.replace(tiny_config().model, sublayer='something_new')
   with pytest.raises(UserError, match="model.sublayer='something_new' is not in the PyTorch code"):
     names.paths(model)
+
+
+@pytest.mark.parametrize('width', [24, 0])
+def test_hidden_width_may_be_given_as_number_or_as_usual(width, tmp_path):
+  """24 is no usual width; the usual one of dim 32 is 128."""
+  state = make_state('dense', hidden_dim=width)
+  shapes = {name: tuple(value.shape) for name, value in state.items()}
+  right, wrong = width or 128, 60
+  config = fitting_config(shapes, 'file', str(BASE_CONFIG), [*HEADS, f'--config.model.hidden_dim={right}'])
+  assert config.model.dense_hidden_dim == right
+  assert fitting_config(shapes, 'file', str(BASE_CONFIG), HEADS).model.hidden_dim == width
+  with pytest.raises(UserError, match=f'model.hidden_dim={wrong} contradicts'):
+    fitting_config(shapes, 'file', str(BASE_CONFIG), [*HEADS, f'--config.model.hidden_dim={wrong}'])
+
+
+def test_values_too_large_for_the_asked_dtype_are_refused(tmp_path):
+  state = make_state() | {'norm.weight': torch.full((32,), 1e5)}
+  take(save(state, tmp_path / 'model.safetensors'), tmp_path / 'run')
+  with pytest.raises(UserError, match=r'norm.weight has values up to 1e\+05, too large for float16'):
+    export_run(tmp_path / 'run', tmp_path / 'back.pth', 'last', 'float16')
+  assert not (tmp_path / 'back.pth').exists()
 
 
 def test_nothing_is_overwritten(tmp_path):

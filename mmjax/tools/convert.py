@@ -94,7 +94,8 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
     dtype: cast to this; None keeps float32.
 
   Raises:
-    UserError: if there is no such run, its model has no counterpart, or `target` is there already.
+    UserError: if there is no such run, its model has no counterpart, a value is too large for `dtype`, or `target`
+      is there already.
   """
   check_suffix(target)
   config = RunDir(workdir).read_config()
@@ -103,10 +104,18 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   tensors = to_tensors(params, config.model)
   tensors[TIED] = tensors['tok_embeddings.weight']
   if dtype:
-    tensors = {name: value.astype(EXPORT_DTYPES[dtype]) for name, value in tensors.items()}
+    tensors = {name: _cast(name, value, dtype) for name, value in tensors.items()}
   digest = write_tensors(target, tensors)
   print(f'{target}: {len(tensors)} tensors of {dtype or "float32"} from step {step} of {workdir}; sha256 {digest}')
   print(f'Not told by the tensors: {untold_sizes(config.model)}')
+
+
+def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+  with np.errstate(over='ignore'):
+    cast = value.astype(EXPORT_DTYPES[dtype])
+  if np.isfinite(value).all() and not np.isfinite(cast).all():
+    raise UserError(f'{name} has values up to {np.abs(value).max():.3g}, too large for {dtype}; bfloat16 holds them')
+  return cast
 
 
 def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) -> dict[str, np.ndarray]:
@@ -136,13 +145,13 @@ def fitting_config(
   sizes = read_sizes(shapes, source)
   first = load_config(config_file, [*_as_overrides(sizes), *overrides, '--config.model.n_kv_heads=1']).model
   sizes['n_kv_heads'] = read_kv_heads(shapes, first.dim, first.n_heads, source)
-  if sizes.get('hidden_dim') == dataclasses.replace(first, hidden_dim=0).dense_hidden_dim:
+  hidden_dim = sizes.get('hidden_dim')
+  if hidden_dim == dataclasses.replace(first, hidden_dim=0).dense_hidden_dim:
     sizes['hidden_dim'] = 0  # what the config calls the usual width
   config = load_config(config_file, [*_as_overrides(sizes), *overrides])
   for name, value in sizes.items():
     given = getattr(config.model, name)
-    same_width = name == 'hidden_dim' and config.model.dense_hidden_dim == (value or first.dense_hidden_dim)
-    if given != value and not same_width:
+    if given != value and not (name == 'hidden_dim' and config.model.dense_hidden_dim == hidden_dim):
       raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
   print('Read off the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
   print(f'Taken from the config: {untold_sizes(config.model)}')
