@@ -34,7 +34,8 @@ def product_key_topk(query_BTP: Array, keys_2Cp: Array, num_selected: int) -> tu
   score_2XC = _sub_scores(query_BTP, keys_2Cp)
   # Barriers, because only rank 2 gets XLA's fast top-k and reshapes move through it: 30 times slower on a CPU.
   flat_YC = jax.lax.optimization_barrier(score_2XC.reshape(-1, C))
-  best_YR, sub_key_YR = jax.lax.optimization_barrier(jax.lax.top_k(flat_YC, R))
+  # One barrier an output: around both, XLA 0.10.2 aborts while it partitions over several devices.
+  best_YR, sub_key_YR = (jax.lax.optimization_barrier(x) for x in jax.lax.top_k(flat_YC, R))
   # Tokens X last: what follows is arithmetic on the few candidates n of all tokens at a time.
   best_2RX = best_YR.reshape(2, -1, R).swapaxes(1, 2)
   sub_key_2RX = sub_key_YR.reshape(2, -1, R).swapaxes(1, 2)
