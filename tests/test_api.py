@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,14 +21,15 @@ def lm(tiny_run):
   return mmjax.load(tiny_run)
 
 
-@pytest.mark.parametrize('shape', [(1, 1), (2, 15), (3, 40)])
+@pytest.mark.parametrize('shape', [(1, 1), (3, 40)])
 def test_logits_equal_the_model(lm, shape):
   tokens = np.random.default_rng(0).integers(0, lm.config.model.vocab_size, shape)
   model = nnx.merge(model_graph(lm.config), lm.params)
+  whole = jax.jit(lambda tokens_BT: model.logits(model(tokens_BT).hidden_BTD))
   got = lm.logits(tokens)
   assert got.shape == (*shape, lm.config.model.vocab_size)
   assert got.dtype == jnp.float32
-  np.testing.assert_allclose(got, model.logits(model(jnp.asarray(tokens)).hidden_BTD), atol=2e-5)
+  np.testing.assert_allclose(got, whole(jnp.asarray(tokens)), atol=2e-5)
 
 
 @pytest.mark.parametrize(

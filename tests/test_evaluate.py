@@ -2,6 +2,7 @@
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,7 +50,7 @@ def test_evaluation_equals_float64_over_all_tokens(sublayer):
   byte_counts[PAD] = 0
   result = evaluate(step, params, batches_of(rows, 4), byte_counts)
 
-  out = model(jnp.asarray(rows['input']))
+  out = jax.jit(model)(jnp.asarray(rows['input']))
   logits = np.asarray(model.logits(out.hidden_BTD), np.float64)
   log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   real = rows['target'] != PAD
