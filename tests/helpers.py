@@ -1,5 +1,7 @@
 """What several tests need: a tiny config and random rows."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -28,6 +30,11 @@ def tiny_config(**overrides: object) -> Config:
   """Returns a config of a model of a few thousand parameters; `section__field=value` overrides it."""
   settings = TINY | {name.replace('__', '.'): value for name, value in overrides.items()}
   return load_config('configs/base.py', [f'--config.{name}={value}' for name, value in settings.items()])
+
+
+def xla_flags(n_devices: int) -> str:
+  """Returns XLA_FLAGS for a process with so many CPU devices that otherwise compiles as this one does."""
+  return f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={n_devices}'
 
 
 def random_batch(config: Config, seed: int = 0) -> dict[str, Array]:

@@ -20,6 +20,7 @@ import pytest
 
 from mmjax.errors import StorageError, UserError
 from mmjax.training.checkpoint import Checkpoints
+from tests.helpers import xla_flags
 
 
 def make_state(seed: int, dtype=jnp.float32) -> dict:
@@ -90,7 +91,7 @@ def test_params_are_restored_without_the_rest(tmp_path):
   assert (metadata, step) == ({'at': 1}, 1)
 
 
-@pytest.mark.parametrize('kind', ['flip', 'truncate', 'delete'])
+@pytest.mark.parametrize('kind', ['flip', pytest.param('truncate', marks=pytest.mark.slow), 'delete'])
 def test_damage_to_any_file_never_yields_a_wrong_state(tmp_path, capsys, kind):
   save_two(tmp_path)
   pristine = tmp_path / 'pristine'
@@ -304,7 +305,7 @@ def run_child(code: str, *, devices: int = 1) -> subprocess.Popen:
   setup = 'from tests.test_checkpoint import *\n'
   env = os.environ | {
     'JAX_PLATFORMS': 'cpu',
-    'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+    'XLA_FLAGS': xla_flags(devices),
     'PYTHONPATH': str(Path(__file__).parents[1]),
   }
   command = [sys.executable, '-c', setup + textwrap.dedent(code)]

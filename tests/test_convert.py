@@ -97,7 +97,7 @@ def model_settings(draw):
   }
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(model_settings(), st.integers(0, 2**32 - 1))
 def test_any_model_is_recognised_and_round_trips(sizes, seed):
   config = load_config(str(BASE_CONFIG), [f'--config.model.{name}={value}' for name, value in sizes.items()])

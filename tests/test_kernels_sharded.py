@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.helpers import xla_flags
+
 REPOSITORY = Path(__file__).parent.parent
 
 
 def test_kernels_on_four_devices_equal_one_device():
   flags = {
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+    'XLA_FLAGS': xla_flags(4),
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': str(REPOSITORY),
   }

@@ -18,7 +18,7 @@ from mmjax.errors import DivergedError, StoppedError, UserError
 from mmjax.training import loop
 from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
-from tests.helpers import TINY, tiny_config
+from tests.helpers import TINY, tiny_config, xla_flags
 
 WORDS = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
 REPOSITORY = Path(__file__).parent.parent
@@ -112,7 +112,7 @@ def test_run_leaves_what_it_promises(undisturbed):
   assert any((undisturbed / 'tensorboard').iterdir())
 
 
-@pytest.mark.parametrize('stops', [(1,), (3, 7), (9,)])
+@pytest.mark.parametrize('stops', [pytest.param((1,), marks=pytest.mark.slow), (3, 7), (9,)])
 def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tmp_path, monkeypatch, stops):
   for step in stops:
     monkeypatch.setattr(loop, 'StopSignals', lambda step=step: StopAfter(step))
@@ -233,10 +233,10 @@ fit(run_config(pathlib.Path(text), runtime__row_devices=rows, **ONE_BATCH), path
 """
 
 
-@pytest.mark.parametrize('row_devices', [1, 4])
+@pytest.mark.parametrize('row_devices', [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_eight_devices_give_the_losses_of_one(text, tmp_path, row_devices):
   fit(run_config(text, **ONE_BATCH), tmp_path / 'one')
-  flags = {'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'PYTHONPATH': str(REPOSITORY)}
+  flags = {'XLA_FLAGS': xla_flags(8), 'PYTHONPATH': str(REPOSITORY)}
   subprocess.run(
     [sys.executable, '-c', DEVICES, str(text), str(tmp_path / 'eight'), str(row_devices)],
     cwd=REPOSITORY, env=os.environ | flags, check=True, timeout=300,

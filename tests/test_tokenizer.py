@@ -67,7 +67,7 @@ def test_trained_tokenizer_reproduces_text(trained, text):
   check_round_trip(trained, text)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(text=st.lists(st.text() | st.sampled_from(HOSTILE)).map(''.join))
 def test_trained_tokenizer_reproduces_any_text(trained, text):
   check_round_trip(trained, text)
