@@ -58,6 +58,15 @@ def take(source: Path, out: Path, *overrides: str, tokenizer: str | None = None,
   import_run(source, out, str(BASE_CONFIG), [*HEADS, *overrides], tokenizer, dtype)
 
 
+def write_text(folder: Path) -> None:
+  """Writes text.jsonl, to be trained on, and spm.model, its tokenizer."""
+  words = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
+  draw = random.Random(0)
+  documents = [' '.join(draw.choices(words, k=20)) for _ in range(200)]
+  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in documents))
+  (folder / 'spm.model').write_bytes(train_tokenizer(documents, 300))
+
+
 def assert_same_bits(got: dict[str, np.ndarray], want: dict[str, torch.Tensor]) -> None:
   assert got.keys() == want.keys()
   for name, value in want.items():
@@ -402,11 +411,7 @@ def test_commands_end_with_one_sentence_and_code_2(tmp_path):
 
 def test_imported_run_is_trained_on_from_its_weights(tmp_path):
   """Fine-tuning at learning rate 0 reports the loss that torch has on the same rows."""
-  words = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
-  draw = random.Random(0)
-  documents = [' '.join(draw.choices(words, k=20)) for _ in range(200)]
-  (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in documents))
-  (tmp_path / 'spm.model').write_bytes(train_tokenizer(documents, 300))
+  write_text(tmp_path)
   model, _, _ = build_pair(tiny_config())
   data = {
     'data.train_files': tmp_path / 'text.jsonl', 'data.valid_fraction': 0.1, 'data.prepared_dir': tmp_path / 'prepared',
@@ -435,3 +440,24 @@ def test_tokenizer_of_another_size_is_refused(tmp_path):
   with pytest.raises(UserError, match='has 280 pieces, the embedding 300 rows'):
     take(save(make_state(), tmp_path / 'model.pth'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
   assert not (tmp_path / 'run').exists()
+
+
+def test_imported_run_trains_under_other_data_and_training_settings(tmp_path):
+  """Nothing but the architecture is bound: not the clip, which changes the optimizer's state, nor the bank's start."""
+  write_text(tmp_path)
+  state = make_state()
+  take(save(state, tmp_path / 'm.safetensors'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
+  settings = {
+    'data__train_files': tmp_path / 'text.jsonl', 'data__valid_fraction': 0.1, 'data__workers': 1,
+    'data__prepared_dir': tmp_path / 'prepared', 'train__max_steps': 2, 'train__grad_clip': 0.0,
+    'train__learning_rate': 0.0, 'seed': 3, 'memory__bank_std': 0.5,
+  }  # fmt: skip
+  with pytest.raises(UserError, match='num_selected 3 -> 4'):
+    fit(tiny_config(**settings, model__num_selected=4), tmp_path / 'run')
+  assert not (tmp_path / 'run' / 'run.json').exists()
+  fit(tiny_config(**settings), tmp_path / 'run')
+  export_run(tmp_path / 'run', tmp_path / 'back.safetensors', 'last', None)
+  assert_same_bits(read_tensors(tmp_path / 'back.safetensors'), state)
+  assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == (tmp_path / 'spm.model').read_bytes()
+  with pytest.raises(UserError, match='seed 3 -> 4'):  # from here on it is a run like any other
+    fit(tiny_config(**settings | {'seed': 4}), tmp_path / 'run')

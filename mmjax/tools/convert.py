@@ -77,7 +77,7 @@ def import_run(
 
   params = to_params(tensors, config.model)
   with RunDir(out) as run:
-    Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1)) | {'params': params}, NO_TRAINING)
+    Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), NO_TRAINING)
     if tokenizer:
       atomic_write_bytes(copy, Path(tokenizer).read_bytes())
     run.write_config(config)

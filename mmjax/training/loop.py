@@ -34,8 +34,8 @@ from mmjax.training.setup import (
   new_state,
   open_inputs,
   record_run,
-  refuse_other_run,
   restore_state,
+  settle_config,
 )
 from mmjax.training.sharding import make_mesh, put_batch
 from mmjax.training.signals import StopSignals
@@ -59,7 +59,7 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> 
     StoppedError: if a signal ended the run; its state is saved.
   """
   run = RunDir(workdir)
-  refuse_other_run(run, config, allow_config_change)
+  config = settle_config(run, config, allow_config_change)
   mesh = make_mesh(config)
   inputs = open_inputs(config)
   total = inputs.total_steps

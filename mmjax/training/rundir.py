@@ -66,6 +66,11 @@ class RunDir:
   def checkpoints_path(self) -> Path:
     return self.path / 'checkpoints'
 
+  @property
+  def was_trained(self) -> bool:
+    """Whether train.py ever started here; an imported model lies in a directory where it did not."""
+    return self.run_path.exists()
+
   def __enter__(self) -> Self:
     """Creates and locks the directory.
 
@@ -175,6 +180,20 @@ def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None
     raise UserError(
       f'the run was started with another schedule: {"; ".join(schedule)}; --allow_config_change accepts that'
     )
+
+
+def compare_models(old: Config, new: Config) -> None:
+  """Refuses to train an imported model under settings that describe another architecture.
+
+  Raises:
+    UserError: listing every difference as old -> new.
+  """
+  before, after = flatten(old.to_dict()), flatten(new.to_dict())
+  names = [n for n in before if n.startswith(('model.', 'memory.')) and not n.startswith('memory.bank_')]
+  names = [n for n in names if n not in ('model.dropout', 'model.aux_loss_weight')]
+  differences = _differences(*({name: settings[name] for name in names} for settings in (before, after)))
+  if differences:
+    raise UserError(f'the imported model has other settings: {"; ".join(differences)}; give it those that it has')
 
 
 def describe_environment() -> dict[str, Any]:

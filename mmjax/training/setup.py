@@ -26,7 +26,7 @@ from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import model_graph
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
-from mmjax.training.rundir import RunDir, atomic_write_bytes, compare_configs
+from mmjax.training.rundir import RunDir, atomic_write_bytes, compare_configs, compare_models
 from mmjax.training.sharding import put_batch, replicated, shardings
 from mmjax.training.step import TrainState, init_state, make_train_step
 
@@ -55,10 +55,29 @@ class Program:
   memory: Any  # compiled.memory_analysis() of the step
 
 
-def refuse_other_run(run: RunDir, config: Config, allow_config_change: bool) -> None:
-  """Raises UserError if the directory holds a run with other settings; looks only, writes nothing."""
-  if run.config_path.exists():
-    compare_configs(run.read_config(), config, allow_config_change)
+def settle_config(run: RunDir, config: Config, allow_config_change: bool) -> Config:
+  """Compares the settings with those of an earlier start in the directory; looks only, writes nothing.
+
+  An imported model that was never trained binds the architecture alone: data, batches and schedule are free. Its
+  tokenizer lies in the directory and is used where the settings name none.
+
+  Returns:
+    The settings to train with.
+
+  Raises:
+    UserError: if the directory holds a run with other settings.
+  """
+  if not run.config_path.exists():
+    return config
+  old = run.read_config()
+  own = old.data.tokenizer
+  if own and not config.data.tokenizer and Path(own).parent.absolute() == run.path.absolute():
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
+  if run.was_trained:
+    compare_configs(old, config, allow_config_change)
+  else:
+    compare_models(old, config)
+  return config
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -95,10 +114,14 @@ def new_state(config: Config, optimizer: Any, mesh: Mesh) -> TrainState:
 def restore_state(
   config: Config, optimizer: Any, mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
-  """Returns the newest whole state on this mesh, and its metadata."""
+  """Returns the newest whole state on this mesh, and its metadata; of an import, which is step 0, the parameters."""
   shapes = jax.eval_shape(partial(init_state, config, optimizer))
   places = shardings(mesh, shapes)
   target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+  if checkpoints.steps() == [0]:
+    params, metadata, _ = checkpoints.restore_params(target['params'], 'last')
+    fresh = jax.jit(lambda params: init_state(config, optimizer, params), out_shardings=places)
+    return fresh(params), metadata
   state, metadata, _ = checkpoints.restore(target, 'last')
   return state, metadata
 

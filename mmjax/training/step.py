@@ -24,12 +24,12 @@ TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str,
 CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-  """Returns the state before the first update; may run under jax.jit.
+def init_state(config: Config, optimizer: optax.GradientTransformation, params: Params | None = None) -> TrainState:
+  """Returns the state before the first update, of new parameters or of those given; may run under jax.jit.
 
   `step` counts batches seen, `skipped` non-finite updates in a row, `skipped_total` all of them.
   """
-  params = init_params(config)
+  params = init_params(config) if params is None else params
   zero = jnp.zeros((), jnp.int32)
   return {
     'params': params,
