@@ -8,12 +8,13 @@ fail() {
 
 make_venv() {
   local python=$1
-  "$python" -m venv .venv 2>/dev/null && return
+  "$python" -m venv .venv >/dev/null 2>&1 && return
   # Debian without python3-venv has the venv module but no ensurepip: let the system's pip fill the environment.
   rm -rf .venv
-  "$python" -m venv --without-pip .venv 2>/dev/null && "$python" -m pip --python .venv/bin/python install -q pip && return
+  "$python" -m pip --version >/dev/null 2>&1 && "$python" -m venv --without-pip .venv >/dev/null 2>&1 &&
+    "$python" -m pip --python .venv/bin/python install -q pip && return
   rm -rf .venv
-  "$python" -m virtualenv -q .venv 2>/dev/null && return
+  "$python" -m virtualenv -q .venv >/dev/null 2>&1 && return
   if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
     echo "Installing python3-venv with apt-get ..."
     apt-get update -qq && apt-get install -y -qq python3-venv >/dev/null

@@ -203,4 +203,4 @@ def test_closed_batches_leave_no_thread(directory):
   deadline = time.monotonic() + 5
   while threading.active_count() > before and time.monotonic() < deadline:
     time.sleep(0.01)
-  assert threading.active_count() == before
+  assert threading.active_count() <= before  # fewer where a thread of an earlier test has ended meanwhile

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from flax import nnx
 
 from mmjax.config import load_config
 from mmjax.model.layers import RMSNorm, apply_rope, dropout, rope_angles
-from mmjax.model.lm import abstract_params, build_model, count_params, init_cache, init_params
+from mmjax.model.lm import abstract_params, build_model, count_params, init_cache
 from tests.helpers import random_batch, tiny_config
 
 SLOW = pytest.mark.slow  # parity with torch covers them in the fast suite
@@ -36,7 +37,7 @@ def test_parameter_counts_are_the_records(experiment, overrides, total, without_
 
 def test_initial_values_follow_torch_defaults():
   config = tiny_config(model__dim=64, model__n_heads=4, model__knowledge_num=4096)
-  params = init_params(config)
+  _, params = build_model(config)
   layer = params['layers'][0]
   width = config.model.dim + config.model.num_selected * config.model.knowledge_dim
   for values, fan_in in (
@@ -55,7 +56,7 @@ def test_initial_values_follow_torch_defaults():
 
 
 def test_bank_std_scales_the_bank():
-  small, normal = init_params(tiny_config(memory__bank_std=0.1)), init_params(tiny_config())
+  (_, small), (_, normal) = build_model(tiny_config(memory__bank_std=0.1)), build_model(tiny_config())
   np.testing.assert_allclose(small['memory_bank'], 0.1 * normal['memory_bank'], rtol=1e-6)
 
 
@@ -83,7 +84,7 @@ def test_whole_model_equals_a_second_numpy_route(sublayer):
   graphdef, params = build_model(config)
   tokens = np.asarray(random_batch(config)['input'][0])
   model = nnx.merge(graphdef, params)
-  out = model(jnp.array(tokens))
+  out = jax.jit(model)(jnp.array(tokens))
   want, rows = numpy_forward(config.model, jax.tree.map(lambda x: np.asarray(x, np.float64), params), tokens)
   np.testing.assert_allclose(model.logits(out.hidden_BTD), want, atol=2e-5)
   if sublayer == 'gated_fusion':
@@ -137,7 +138,7 @@ def test_logits_do_not_depend_on_later_tokens(sublayer):
     model = nnx.merge(graphdef, {**params, 'embedding': x_BTD[0]})
     return model(jnp.arange(16)[None]).hidden_BTD[0, 7].sum()
 
-  gradient = jax.grad(logit_sum)(params['embedding'][None])[0]
+  gradient = jax.jit(jax.grad(logit_sum))(params['embedding'][None])[0]
   assert (np.abs(gradient[:8]).sum(-1) > 0).all()
   assert (gradient[8:] == 0).all()
 
@@ -145,7 +146,7 @@ def test_logits_do_not_depend_on_later_tokens(sublayer):
 def test_segments_are_computed_as_if_alone():
   config = tiny_config()
   graphdef, params = build_model(config)
-  model = nnx.merge(graphdef, params)
+  model = jax.jit(nnx.merge(graphdef, params))
   tokens = random_batch(config)['input'][0]
   segment = jnp.broadcast_to(jnp.array([0] * 5 + [1] * 11), tokens.shape)
   together = model(tokens, segment)
@@ -162,16 +163,18 @@ def test_cached_decoding_equals_whole_rows(sublayer):
   graphdef, params = build_model(config)
   model = nnx.merge(graphdef, params)
   tokens = random_batch(config)['input'][0]
-  whole = model(tokens).hidden_BTD
+  whole = jax.jit(model)(tokens).hidden_BTD
   cache = init_cache(config.model, len(tokens), 20, jnp.float32)
-  start, cache = model.prefill(tokens[:, :6], cache, dtype=jnp.float32, attention='xla')
+  prefill = jax.jit(partial(model.prefill, dtype=jnp.float32, attention='xla'))
+  decode = jax.jit(partial(model.decode, dtype=jnp.float32))
+  start, cache = prefill(tokens[:, :6], cache)
   np.testing.assert_allclose(start, whole[:, :6], atol=1e-5)
   # Rows at different positions: each goes on from its own length.
   lengths = jnp.array([6, 3, 4, 1])
   for step in range(8):
     position = lengths + step
     token = jnp.take_along_axis(tokens, position[:, None], axis=1)
-    hidden, cache = model.decode(token, cache, position, dtype=jnp.float32)
+    hidden, cache = decode(token, cache, position)
     want = jnp.take_along_axis(whole, position[:, None, None], axis=1)
     np.testing.assert_allclose(hidden, want, atol=1e-5)
 
@@ -184,7 +187,7 @@ def test_remat_changes_neither_loss_nor_gradient():
   def total(params, remat):
     return (nnx.merge(graphdef, params)(tokens, remat=remat).hidden_BTD ** 3).sum()
 
-  plain, again = (jax.grad(total)(params, remat) for remat in ('none', 'block'))
+  plain, again = (jax.jit(jax.grad(partial(total, remat=remat)))(params) for remat in ('none', 'block'))
   for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
@@ -199,7 +202,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
 
 def test_init_is_a_function_of_the_seed():
   config = tiny_config()
-  first, again = init_params(config), init_params(config)
-  other = init_params(dataclasses.replace(config, seed=1))
+  (_, first), (_, again) = build_model(config), build_model(config)
+  _, other = build_model(dataclasses.replace(config, seed=1))
   assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), first, again)))
   assert not np.array_equal(first['memory_bank'], other['memory_bank'])
