@@ -37,6 +37,33 @@ def bank_lookup_reference(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> A
   return jnp.take(bank_MP, row_BTR, axis=0).astype(dtype)
 
 
+def bank_bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, *, backward: str = 'scatter') -> Array:
+  """Sums rows of the bank, weighted: an embedding bag for each head.
+
+  The rows are read again in the backward pass instead of kept: r times the memory of the sums.
+
+  Args:
+    bank_MP: float32; may be sharded by rows under jit.
+    row_BThr: int32 in [0, M), in any order and number, any number of axes; the last is summed over.
+    weight_BThr: float32, like `row_BThr`.
+    backward: how the bank's gradients are added up, see `bank_lookup`.
+
+  Returns:
+    sum_BThP, float32.
+
+  Raises:
+    ValueError: if there is no such backward.
+  """
+  if backward not in BACKWARD:
+    raise ValueError(f'backward={backward!r} must be one of {", ".join(BACKWARD)}')
+  return _bag(bank_MP, row_BThr, weight_BThr, backward)
+
+
+def bank_bag_reference(bank_MP: Array, row_BThr: Array, weight_BThr: Array) -> Array:
+  """The definition; autodiff gives its gradients."""
+  return jnp.einsum('...r,...rP->...P', weight_BThr, jnp.take(bank_MP, row_BThr, axis=0))
+
+
 def _add_scatter(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
   return sums_MP.at[row_X].add(grad_XP.astype(sums_MP.dtype))
 
@@ -68,3 +95,22 @@ def _lookup_bwd(dtype, backward, residuals, grad_BTRP):
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, backward: str) -> Array:
+  return jnp.sum(bank_MP[row_BThr] * weight_BThr[..., None], axis=-2)
+
+
+def _bag_fwd(bank_MP, row_BThr, weight_BThr, backward):
+  return _bag(bank_MP, row_BThr, weight_BThr, backward), (bank_MP, row_BThr, weight_BThr)
+
+
+def _bag_bwd(backward, residuals, grad_BThP):
+  bank_MP, row_BThr, weight_BThr = residuals
+  grad_weight_BThr = jnp.sum(bank_MP[row_BThr] * grad_BThP[..., None, :], axis=-1)
+  grad_XP = (weight_BThr[..., None] * grad_BThP[..., None, :]).reshape(-1, bank_MP.shape[1])
+  return BACKWARD[backward](jnp.zeros_like(bank_MP), row_BThr.reshape(-1), grad_XP), None, grad_weight_BThr
+
+
+_bag.defvjp(_bag_fwd, _bag_bwd)
