@@ -3,7 +3,8 @@
 And the other way round: the width of feed-forward layers that makes a model cost what another does.
 
 Counted are the multiplications and additions of matrix products, 2 for each weight and token; norms, softmax, RoPE,
-top-k, the gather of rows and their scaling are left out, as is recomputation (`runtime.remat`), so that MFU measures useful work.
+top-k, the gather of rows and their scaling are left out, as is recomputation (`runtime.remat`), so that MFU measures
+useful work.
 """
 
 import dataclasses
