@@ -27,7 +27,6 @@ SMALLER = TINY | {
   'train.eval_interval': 4,
   'train.checkpoint_interval': 2,
   'train.max_steps': 4,
-  'runtime.remat': 'block',
 }
 
 
@@ -55,6 +54,7 @@ def test_metrics_name_the_layers_that_have_a_memory(run):
   assert all(record['aux_loss'] > 0 for record in trained)
 
 
+@pytest.mark.slow  # tests of the model and of generation cover the parts
 def test_trained_run_evaluates_generates_and_is_reported(run):
   lm, directory = mmjax.load(run), RunDir(run)
   assert len(lm.generate('the bank', max_new_tokens=5, temperature=0)) == 1
