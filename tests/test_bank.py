@@ -81,7 +81,9 @@ def test_unknown_backward_is_refused():
 
 @pytest.mark.parametrize('backward', BACKWARD)
 @pytest.mark.parametrize('M, P, shape', [(9, 3, (2, 5, 2, 4)), (1, 1, (1, 1)), (5, 8, (3, 17, 1, 3))])
-def test_bag_and_its_gradients_match_float64(M, P, shape, backward):
+@pytest.mark.parametrize('platform', ('cpu', 'default'))
+def test_bag_and_its_gradients_match_float64(M, P, shape, backward, platform, monkeypatch):
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *inputs, **forms: forms[platform](*inputs))
   bank, row, _ = make_inputs(M, P, shape)
   rng = np.random.default_rng(1)
   weight, grad = rng.standard_normal(shape), rng.standard_normal((*shape[:-1], P))
