@@ -47,7 +47,8 @@ def product_key_topk(query_BTKp: Array, keys_KCp: Array, num_selected: int) -> t
   sum_nX = jnp.stack([best_2RX[0, i] + best_2RX[1, j] for i, j in pairs])
   candidate_nX = jnp.stack([sub_key_2RX[0, i] * C + sub_key_2RX[1, j] for i, j in pairs])
   row_RX = _best_candidates(jax.lax.stop_gradient(sum_nX), candidate_nX, R, C * C - 1)
-  score_RX = jnp.sum(jnp.where(candidate_nX == row_RX[:, None], sum_nX, 0), axis=1)
+  # Row by row, because the gradient of one sum over (R, n, X) would be built at that size.
+  score_RX = jnp.stack([jnp.sum(jnp.where(candidate_nX == row_X, sum_nX, 0), axis=0) for row_X in row_RX])
   row_BThr, score_BThr = (x.reshape(R, heads, B, T).transpose(2, 3, 1, 0) for x in (row_RX, score_RX))
   return row_BThr, score_BThr
 
