@@ -156,11 +156,11 @@ def _torch_attention(B: int, dtype: str, platform: str) -> dict[str, tuple[Funct
 
 def product_key_case(B: int, dtype: str, platform: str) -> Case:
   """Selection, and the gradient of the scores, which 1.4.2 does not take."""
-  query_BTP, keys_2Cp = _normal(dtype, B, T, P), _normal('float32', 2, C, P // 2)
+  query_BT2p, keys_2Cp = _normal(dtype, B, T, 2, P // 2), _normal('float32', 2, C, P // 2)
   functions = {'reference': product_key.product_key_topk_reference, 'candidates': product_key.product_key_topk}
   if B * T * M > MAX_REFERENCE_VALUES:
     del functions['reference']
-  variants = {name: _compile(lambda q, k, f=f: f(q, k, R)[1], (query_BTP, keys_2Cp)) for name, f in functions.items()}
+  variants = {name: _compile(lambda q, k, f=f: f(q, k, R)[1], (query_BT2p, keys_2Cp)) for name, f in functions.items()}
   return Case('product_key', dtype, f'B={B} T={T} C={C} P={P} R={R}', variants)
 
 

@@ -23,20 +23,33 @@ def get_config() -> ConfigDict:
   model.norm_eps = 1e-5
   model.rope_theta = 1e6
   model.dropout = 0.0  # on the embedding and on what each sublayer adds; attention weights are never dropped
-  model.sublayer = 'gated_fusion'  # what follows attention: also 'dense', 'cross_attention', 'moe'
+  model.sublayer = 'gated_fusion'  # what follows attention: also 'dense', 'cross_attention', 'memory_bag', 'moe'
   model.hidden_dim = 0  # F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)
   model.knowledge_num = 65536  # M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half
   model.knowledge_dim = 128  # P: width of a row and of the gate's query; even
-  model.num_selected = 8  # R: rows retrieved for each token and layer
+  model.num_selected = 8  # rows retrieved for each token, layer and head of the memory
   model.n_experts = 4  # E: routed experts of the 'moe' sublayer
   model.experts_per_token = 2  # routed experts that a token uses; a shared one comes on top
   model.aux_loss_weight = 0.1  # of the experts' load-balance loss
 
   memory = config.memory = ConfigDict()
+  memory.layers = 'all'  # layers that have a memory: also 'middle' (not the first and last quarter), '2,3'; 0 is first
+  memory.input = 'attention'  # what gate and fusion read: what attention added, or the 'residual' stream after it
+  memory.n_heads = 1  # heads of the gate, 1 to 8; each has its query and sub-keys, all read the one bank
+  memory.scores = 'none'  # 'scale': each row times its weight, so that the gate learns; 'memory_bag' always weighs
+  memory.score_activation = 'softmax'  # scores to weights, within a head's rows: also 'relu', 'none' (as they are)
+  memory.query_key_norm = 'none'  # of each half of a query and of each sub-key: 'l2' with a learned scale, 'layer_norm'
+  memory.keys_init = 'normal'  # sub-keys start N(0, 1); 'uniform': U(-1, 1) / sqrt(knowledge_dim / 2)
+  memory.ffn_dim = 0  # F of a dense sublayer that stands beside each memory; 0: none
+  memory.balance_loss_weight = 0.0  # of a loss against uneven use of the sub-keys; 0: none
   memory.bank_init = 'normal'  # how the bank starts; 'file': from bank_file
   memory.bank_file = ''  # made by python -m mmjax.tools.bank
   memory.knowledge_length = 32  # tokens in a snippet of text that becomes a row of such a file
   memory.bank_std = 1.0  # standard deviation of its values
+  memory.bank_lr_multiplier = 1.0  # the bank's learning rate over everyone's, at the first update
+  memory.bank_lr_final_multiplier = 1.0  # the same at the last update; linear in between
+  memory.bank_decay_multiplier = 1.0  # the bank's weight decay over train.weight_decay; 0: none
+  memory.bank_grad_clip = 0.0  # largest norm of the bank's gradient alone; 0: it is clipped with all the others
 
   data = config.data = ConfigDict()
   data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus

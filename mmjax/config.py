@@ -59,12 +59,44 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryConfig:
-  """How the memory starts and learns."""
+  """Which memory there is, where it stands, how it starts and learns."""
 
+  layers: str
+  input: str
+  n_heads: int
+  scores: str
+  score_activation: str
+  query_key_norm: str
+  keys_init: str
+  ffn_dim: int
+  balance_loss_weight: float
   bank_init: str
   bank_file: str
   knowledge_length: int
   bank_std: float
+  bank_lr_multiplier: float
+  bank_lr_final_multiplier: float
+  bank_decay_multiplier: float
+  bank_grad_clip: float
+
+  def layer_numbers(self, n_layers: int) -> tuple[int, ...]:
+    """Returns the layers, numbered from 0, that `layers` means in a model of so many.
+
+    Raises:
+      UserError: if it is not understood or names a layer that is not there.
+    """
+    if self.layers == 'all':
+      return tuple(range(n_layers))
+    if self.layers == 'middle':
+      return tuple(range(n_layers // 4, n_layers - n_layers // 4))
+    parts = [part.strip() for part in self.layers.split(',')]
+    numbers = sorted({int(part) for part in parts if part.isascii() and part.isdigit()})
+    if len(numbers) != len(parts) or numbers[-1] >= n_layers:
+      raise UserError(
+        f"memory.layers={self.layers!r} must be 'all', 'middle' or different layers like '0,2', "
+        f'numbered from 0 to {n_layers - 1}'
+      )
+    return tuple(numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +167,12 @@ class Config:
 
 
 CHOICES = {
-  'model.sublayer': ('dense', 'cross_attention', 'gated_fusion', 'moe'),
+  'model.sublayer': ('dense', 'cross_attention', 'gated_fusion', 'memory_bag', 'moe'),
+  'memory.input': ('attention', 'residual'),
+  'memory.scores': ('none', 'scale'),
+  'memory.score_activation': ('softmax', 'relu', 'none'),
+  'memory.query_key_norm': ('none', 'l2', 'layer_norm'),
+  'memory.keys_init': ('normal', 'uniform'),
   'memory.bank_init': ('normal', 'file'),
   'data.on_bad_line': ('fail', 'skip'),
   'data.layout': ('packed', 'padded'),
@@ -147,7 +184,9 @@ AT_LEAST = {
   'seed': 0, 'model.vocab_size': 300, 'model.dim': 2, 'model.n_layers': 1, 'model.n_heads': 1, 'model.n_kv_heads': 1,
   'model.max_seq_len': 2, 'model.norm_eps': 0, 'model.rope_theta': 1, 'model.dropout': 0, 'model.hidden_dim': 0,
   'model.knowledge_num': 1, 'model.knowledge_dim': 2, 'model.num_selected': 1, 'model.n_experts': 1,
-  'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.bank_std': 0,
+  'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.n_heads': 1,
+  'memory.ffn_dim': 0, 'memory.balance_loss_weight': 0, 'memory.bank_std': 0, 'memory.bank_lr_multiplier': 0,
+  'memory.bank_lr_final_multiplier': 0, 'memory.bank_decay_multiplier': 0, 'memory.bank_grad_clip': 0,
   'memory.knowledge_length': 2, 'data.workers': 0,
   'train.batch_size': 1, 'train.accumulation_steps': 1, 'train.epochs': 0, 'train.max_steps': 0,
   'train.learning_rate': 0, 'train.final_learning_rate': 0, 'train.warmup_steps': 0, 'train.beta1': 0,
@@ -155,6 +194,7 @@ AT_LEAST = {
   'train.eval_interval': 1, 'train.checkpoint_interval': 1, 'train.max_skipped_updates': 1,
   'runtime.data_devices': 0, 'runtime.row_devices': 1,
 }  # fmt: skip
+MAX_MEMORY_HEADS = 8
 BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
 
 
@@ -204,6 +244,9 @@ def check_config(config: Config) -> None:
     raise UserError(f'experiment={config.experiment!r} must be a plain folder name')
   if config.memory.bank_init == 'file' and not config.memory.bank_file:
     raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
+  if config.memory.n_heads > MAX_MEMORY_HEADS:
+    raise UserError(f'memory.n_heads={config.memory.n_heads} must be at most {MAX_MEMORY_HEADS}')
+  config.memory.layer_numbers(config.model.n_layers)
   _check_model(config.model)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.kernels.bank import BACKWARD, bank_lookup, bank_lookup_reference
+from mmjax.kernels.bank import BACKWARD, bank_bag, bank_bag_reference, bank_lookup, bank_lookup_reference
 
 
 def make_inputs(M, P, shape, seed=0):
@@ -77,3 +77,42 @@ def test_works_rematerialised_inside_a_scan(backward):
 def test_unknown_backward_is_refused():
   with pytest.raises(ValueError, match='magic'):
     bank_lookup(jnp.ones((2, 2)), jnp.zeros((1, 1, 1), jnp.int32), jnp.float32, backward='magic')
+
+
+@pytest.mark.parametrize('backward', BACKWARD)
+@pytest.mark.parametrize('M, P, shape', [(9, 3, (2, 5, 2, 4)), (1, 1, (1, 1)), (5, 8, (3, 17, 1, 3))])
+@pytest.mark.parametrize('platform', ('cpu', 'default'))
+def test_bag_and_its_gradients_match_float64(M, P, shape, backward, platform, monkeypatch):
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *inputs, **forms: forms[platform](*inputs))
+  bank, row, _ = make_inputs(M, P, shape)
+  rng = np.random.default_rng(1)
+  weight, grad = rng.standard_normal(shape), rng.standard_normal((*shape[:-1], P))
+
+  def run(function):
+    def pull(bank, weight, grad):
+      sums, pullback = jax.vjp(lambda b, w: function(b, row, w), bank, weight)
+      return sums, *pullback(grad)
+
+    return jax.jit(pull)(bank, *(jnp.asarray(x, jnp.float32) for x in (weight, grad)))
+
+  rows = np.asarray(bank, np.float64)[np.asarray(row)]
+  expected = (
+    (weight[..., None] * rows).sum(-2),
+    gradient_float64(M, row, weight[..., None] * grad[..., None, :]),
+    (rows * grad[..., None, :]).sum(-1),
+  )
+  for function in (lambda *inputs: bank_bag(*inputs, backward=backward), bank_bag_reference):
+    for actual, want in zip(run(function), expected, strict=True):
+      assert actual.dtype == jnp.float32
+      np.testing.assert_allclose(actual, want, rtol=1e-5, atol=1e-5)
+
+
+def test_bag_keeps_no_rows_for_the_backward_pass():
+  bank, row, weight = jnp.ones((9, 4)), jnp.zeros((3, 5, 2, 7), jnp.int32), jnp.ones((3, 5, 2, 7))
+  kept = jax.eval_shape(lambda b, w: jax.vjp(lambda b, w: bank_bag(b, row, w), b, w)[1], bank, weight)
+  assert max(leaf.size for leaf in jax.tree.leaves(kept)) == row.size
+
+
+def test_unknown_backward_of_a_bag_is_refused():
+  with pytest.raises(ValueError, match='magic'):
+    bank_bag(jnp.ones((2, 2)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), backward='magic')

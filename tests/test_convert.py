@@ -255,6 +255,21 @@ def test_model_without_counterpart_is_refused():
     names.paths(model)
 
 
+@pytest.mark.parametrize(
+  'setting', ['input=residual', 'n_heads=2', 'scores=scale', 'query_key_norm=l2', 'ffn_dim=8', 'layers=1']
+)
+def test_memory_that_the_pytorch_code_does_not_have_is_refused(setting, tmp_path):
+  source = save(make_state(), tmp_path / 'model.safetensors')
+  name, _, value = setting.partition('=')
+  with pytest.raises(UserError, match=f"memory.{name}='?{value}'? is not in the PyTorch code"):
+    take(source, tmp_path / 'run', f'--config.memory.{setting}')
+  assert not (tmp_path / 'run').exists()
+  config = tiny_config(**{f'memory__{name}': value})
+  with pytest.raises(UserError, match=f'memory.{name}'):
+    names.check_has_counterpart(config)
+  names.check_has_counterpart(dataclasses.replace(config, model=dataclasses.replace(config.model, sublayer='dense')))
+
+
 @pytest.mark.parametrize('width', [24, 0])
 def test_hidden_width_may_be_given_as_number_or_as_usual(width, tmp_path):
   """24 is no usual width; the usual one of dim 32 is 128."""

@@ -18,7 +18,7 @@ def test_kernels_on_four_devices_equal_one_device():
   }
   run = subprocess.run([sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
-  assert run.stdout.split() == ['attention', 'product_key', 'bank', 'projection', 'matmul', 'cross_entropy']
+  assert run.stdout.split() == ['attention', 'product_key', 'bank', 'bag', 'projection', 'matmul', 'cross_entropy']
 
 
 def main():
@@ -28,7 +28,7 @@ def main():
   from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
   from mmjax.kernels.attention import causal_attention
-  from mmjax.kernels.bank import BACKWARD, bank_lookup
+  from mmjax.kernels.bank import BACKWARD, bank_bag, bank_lookup
   from mmjax.kernels.cross_entropy import cross_entropy_sums
   from mmjax.kernels.fusion import gated_projection
   from mmjax.kernels.matmul import matmul
@@ -67,7 +67,7 @@ def main():
   check(
     'attention', lambda q, k, v, s: causal_attention(q, k, v, s, backend='xla'), [*qkv, integers(2, 4, 9)], [batch] * 4
   )
-  check('product_key', lambda q, k: product_key_topk(q, k, 4), [normal(4, 6, 8), normal(2, 8, 4)], [batch, whole])
+  check('product_key', lambda q, k: product_key_topk(q, k, 4), [normal(4, 6, 4, 4), normal(4, 8, 4)], [batch, whole])
   for backward in BACKWARD:
     check(
       'bank' if backward == 'sorted' else '',
@@ -75,6 +75,7 @@ def main():
       [normal(16, 4), integers(16, 4, 6, 3)],
       [rows, batch],
     )
+  check('bag', bank_bag, [normal(16, 4), integers(16, 4, 6, 2, 3), normal(4, 6, 2, 3)], [rows, batch, batch])
   kernels = [normal(10, 5), normal(10, 5)]
   projection_inputs = [normal(4, 6, 4), normal(4, 6, 6), *kernels]
   check('projection', gated_projection, projection_inputs, [batch, batch, whole, whole], ('all-gather',))

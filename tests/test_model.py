@@ -17,6 +17,11 @@ from tests.helpers import random_batch, tiny_config
 
 SLOW = pytest.mark.slow  # parity with torch covers them in the fast suite
 MAIN_FIRST = ['gated_fusion', 'dense', pytest.param('cross_attention', marks=SLOW), pytest.param('moe', marks=SLOW)]
+HEADS_AND_FFN = {
+  'memory__n_heads': 2, 'memory__scores': 'scale', 'memory__layers': '1', 'memory__ffn_dim': 8,
+  'memory__input': 'residual', 'memory__query_key_norm': 'l2',
+}  # fmt: skip
+OTHER_DECODED = [('dense', {}), ('cross_attention', HEADS_AND_FFN), ('moe', {}), ('gated_fusion', HEADS_AND_FFN)]
 
 
 @pytest.mark.parametrize(
@@ -157,9 +162,13 @@ def test_segments_are_computed_as_if_alone():
   assert not np.allclose(model(tokens).hidden_BTD[:, 5:], together.hidden_BTD[:, 5:], atol=1e-2)
 
 
-@pytest.mark.parametrize('sublayer', MAIN_FIRST)
-def test_cached_decoding_equals_whole_rows(sublayer):
-  config = tiny_config(model__sublayer=sublayer)
+@pytest.mark.parametrize(
+  ('sublayer', 'changes'),
+  [('gated_fusion', {}), ('memory_bag', HEADS_AND_FFN)]
+  + [pytest.param(name, changes, marks=SLOW) for name, changes in OTHER_DECODED],
+)
+def test_cached_decoding_equals_whole_rows(sublayer, changes):
+  config = tiny_config(model__sublayer=sublayer, **changes)
   graphdef, params = build_model(config)
   model = nnx.merge(graphdef, params)
   tokens = random_batch(config)['input'][0]

@@ -11,7 +11,18 @@ from hypothesis import strategies as st
 
 from mmjax.kernels.product_key import product_key_topk, product_key_topk_reference
 
-topk = jax.jit(product_key_topk, static_argnums=2)
+
+def one_head(function):
+  """Runs a selection of several heads with one: query_BTP to row_BTR and score_BTR."""
+
+  def run(query_BTP, keys_2Cp, R):
+    query_BT2p = query_BTP.reshape(*query_BTP.shape[:2], 2, -1)
+    return tuple(x[:, :, 0] for x in function(query_BT2p, keys_2Cp, R))
+
+  return run
+
+
+topk = jax.jit(one_head(product_key_topk), static_argnums=2)
 
 
 def brute_force(query_BTP, keys_2Cp, R):
@@ -64,7 +75,7 @@ def test_many_ties_match_brute_force_and_reference(seed, high):
   expected_row, expected_score = brute_force(query, keys, 8)
   np.testing.assert_array_equal(row, expected_row)
   np.testing.assert_array_equal(score, expected_score)
-  reference_row, reference_score = product_key_topk_reference(query, keys, 8)
+  reference_row, reference_score = one_head(product_key_topk_reference)(query, keys, 8)
   np.testing.assert_array_equal(row, reference_row)
   np.testing.assert_array_equal(score, reference_score)
 
@@ -84,12 +95,26 @@ def test_bfloat16_inputs_are_scored_in_float32():
   np.testing.assert_array_equal(topk(query, keys, 8)[0], brute_force(query, keys, 8)[0])
 
 
+@pytest.mark.parametrize('selection', (product_key_topk, product_key_topk_reference))
+def test_each_head_selects_as_if_alone(selection):
+  rng = np.random.default_rng(0)
+  query = jnp.asarray(rng.standard_normal((2, 5, 6, 4)), jnp.float32)
+  keys = jnp.asarray(rng.standard_normal((6, 9, 4)), jnp.float32)
+  row, score = jax.jit(selection, static_argnums=2)(query, keys, 7)
+  assert row.shape == score.shape == (2, 5, 3, 7)
+  for head in range(3):
+    half = np.s_[2 * head : 2 * head + 2]
+    expected_row, expected_score = brute_force(query[:, :, half].reshape(2, 5, 8), keys[half], 7)
+    np.testing.assert_array_equal(row[:, :, head], expected_row)
+    np.testing.assert_allclose(score[:, :, head], expected_score, rtol=1e-5, atol=1e-5)
+
+
 def test_gradient_of_scores_reaches_query_and_keys():
   rng = np.random.default_rng(0)
   query = jnp.asarray(rng.standard_normal((2, 3, 8)), jnp.float32)
   keys = jnp.asarray(rng.standard_normal((2, 6, 4)), jnp.float32)
   weight = rng.standard_normal((2, 3, 4))
-  loss = jax.jit(jax.grad(lambda q, k: jnp.sum(weight * product_key_topk(q, k, 4)[1]), argnums=(0, 1)))
+  loss = jax.jit(jax.grad(lambda q, k: jnp.sum(weight * topk(q, k, 4)[1]), argnums=(0, 1)))
   row = np.asarray(topk(query, keys, 4)[0])
   expected_query, expected_keys = np.zeros(query.shape), np.zeros(keys.shape)
   for b, t, r in np.ndindex(row.shape):
@@ -103,13 +128,13 @@ def test_gradient_of_scores_reaches_query_and_keys():
 
 def test_tied_scores_send_their_gradient_to_the_chosen_row_only():
   keys = jnp.zeros((2, 3, 1)).at[:, 0].set(1.0).at[0, 2].set(1.0)  # rows 0 and 6 score 2
-  gradient = jax.grad(lambda k: product_key_topk(jnp.ones((1, 1, 2)), k, 1)[1].sum())(keys)
+  gradient = jax.grad(lambda k: topk(jnp.ones((1, 1, 2)), k, 1)[1].sum())(keys)
   np.testing.assert_array_equal(gradient[..., 0], [[1, 0, 0], [1, 0, 0]])
 
 
 def test_works_rematerialised_inside_a_scan():
   query, keys = integers((3, 2, 4, 6), 2, 0), integers((2, 5, 3), 2, 1)
-  select = jax.checkpoint(lambda q: product_key_topk(q, keys, 4))
+  select = jax.checkpoint(lambda q: topk(q, keys, 4))
   rows = jax.jit(lambda q: jax.lax.scan(lambda c, x: (c, select(x)[0]), 0, q)[1])(query)
   for actual, x in zip(rows, query, strict=True):
     np.testing.assert_array_equal(actual, brute_force(x, keys, 4)[0])
@@ -122,4 +147,4 @@ def test_values_that_are_no_numbers_give_rows_of_the_bank():
 
 def test_more_rows_than_sub_keys_are_refused():
   with pytest.raises(ValueError, match='num_selected=4 .* 3 sub-keys'):
-    product_key_topk(jnp.ones((1, 1, 2)), jnp.ones((2, 3, 1)), 4)
+    topk(jnp.ones((1, 1, 2)), jnp.ones((2, 3, 1)), 4)

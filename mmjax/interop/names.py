@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.config import ModelConfig
+from mmjax.config import Config, ModelConfig
 from mmjax.errors import UserError
 from mmjax.model.lm import Params
 from mmjax.model.sublayers import SUBLAYERS
@@ -60,6 +60,7 @@ SUBLAYER = {  # what every model with this sublayer has; the routed experts are 
     **_swiglu('feed_forward.shared_experts', 'sublayer/shared_expert'),
   },
 }
+MEMORY = {'input': 'attention', 'n_heads': 1, 'scores': 'none', 'query_key_norm': 'none', 'ffn_dim': 0}  # its only one
 TIED = 'output.weight'  # the PyTorch code's second name of tok_embeddings.weight
 
 _BUFFER = re.compile(r'pos_cis|layers\.\d+\.attention\.mask')
@@ -85,6 +86,19 @@ def paths(model: ModelConfig) -> dict[str, str]:
     for name, path in block.items():
       table[f'layers.{layer}.{name}'] = f'layers/{layer}/{path}'
   return table
+
+
+def check_has_counterpart(config: Config) -> None:
+  """Raises UserError if the PyTorch code has no such model, or one that computes something else."""
+  paths(config.model)
+  if not SUBLAYERS[config.model.sublayer].uses_bank:
+    return
+  found = {f'memory.{field}': (getattr(config.memory, field), value) for field, value in MEMORY.items()}
+  if len(config.memory.layer_numbers(config.model.n_layers)) < config.model.n_layers:
+    found['memory.layers'] = (config.memory.layers, 'all')
+  for name, (value, torch_value) in found.items():
+    if value != torch_value:
+      raise UserError(f'{name}={value!r} is not in the PyTorch code; only models with {torch_value!r} can be converted')
 
 
 def to_tensors(params: Params, model: ModelConfig) -> dict[str, np.ndarray]:

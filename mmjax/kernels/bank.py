@@ -1,4 +1,4 @@
-"""Reading rows of the memory bank, and adding up their gradients.
+"""Reading rows of the memory bank, one by one or in weighted sums, and adding up their gradients.
 
 A row that several tokens read gets the sum of their gradients, in float32 whatever the compute dtype is: a popular row
 is read thousands of times in a batch, and bf16 would stop counting after a few hundred.
@@ -37,6 +37,33 @@ def bank_lookup_reference(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> A
   return jnp.take(bank_MP, row_BTR, axis=0).astype(dtype)
 
 
+def bank_bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, *, backward: str = 'scatter') -> Array:
+  """Sums rows of the bank, weighted: an embedding bag for each head.
+
+  The rows are read again in the backward pass instead of kept: r times the memory of the sums.
+
+  Args:
+    bank_MP: float32; may be sharded by rows under jit.
+    row_BThr: int32 in [0, M), in any order and number, any number of axes; the last is summed over.
+    weight_BThr: float32, like `row_BThr`.
+    backward: how the bank's gradients are added up, see `bank_lookup`.
+
+  Returns:
+    sum_BThP, float32.
+
+  Raises:
+    ValueError: if there is no such backward.
+  """
+  if backward not in BACKWARD:
+    raise ValueError(f'backward={backward!r} must be one of {", ".join(BACKWARD)}')
+  return _bag(bank_MP, row_BThr, weight_BThr, backward)
+
+
+def bank_bag_reference(bank_MP: Array, row_BThr: Array, weight_BThr: Array) -> Array:
+  """The definition; autodiff gives its gradients."""
+  return jnp.einsum('...r,...rP->...P', weight_BThr, jnp.take(bank_MP, row_BThr, axis=0))
+
+
 def _add_scatter(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
   return sums_MP.at[row_X].add(grad_XP.astype(sums_MP.dtype))
 
@@ -68,3 +95,42 @@ def _lookup_bwd(dtype, backward, residuals, grad_BTRP):
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, backward: str) -> Array:
+  def whole(bank_MP, row_BThr, weight_BThr):
+    return jnp.sum(bank_MP[row_BThr] * weight_BThr[..., None], axis=-2)
+
+  def one_by_one(
+    bank_MP, row_BThr, weight_BThr
+  ):  # a CPU fuses these sums, and would build (B, T, h, r, P) for the other
+    return sum(bank_MP[row_BThr[..., i]] * weight_BThr[..., i, None] for i in range(row_BThr.shape[-1]))
+
+  return jax.lax.platform_dependent(bank_MP, row_BThr, weight_BThr, cpu=one_by_one, default=whole)
+
+
+def _bag_fwd(bank_MP, row_BThr, weight_BThr, backward):
+  return _bag(bank_MP, row_BThr, weight_BThr, backward), (bank_MP, row_BThr, weight_BThr)
+
+
+def _bag_bwd(backward, residuals, grad_BThP):
+  def add_rows(sums_MP, bank_MP, row, weight, grad):
+    grad_XP = (weight[..., None] * grad).reshape(-1, grad.shape[-1])
+    return BACKWARD[backward](sums_MP, row.reshape(-1), grad_XP), jnp.sum(bank_MP[row] * grad, axis=-1)
+
+  def whole(bank_MP, row_BThr, weight_BThr, grad_BThP):
+    return add_rows(jnp.zeros_like(bank_MP), bank_MP, row_BThr, weight_BThr, grad_BThP[..., None, :])
+
+  def one_by_one(bank_MP, row_BThr, weight_BThr, grad_BThP):
+    each = (jnp.moveaxis(row_BThr, -1, 0), jnp.moveaxis(weight_BThr, -1, 0))
+    grad_MP, grad_weight_rBTh = jax.lax.scan(
+      lambda sums_MP, x: add_rows(sums_MP, bank_MP, *x, grad_BThP), jnp.zeros_like(bank_MP), each
+    )
+    return grad_MP, jnp.moveaxis(grad_weight_rBTh, 0, -1)
+
+  grad_MP, grad_weight_BThr = jax.lax.platform_dependent(*residuals, grad_BThP, cpu=one_by_one, default=whole)
+  return grad_MP, None, grad_weight_BThr
+
+
+_bag.defvjp(_bag_fwd, _bag_bwd)

@@ -16,14 +16,20 @@ from jax.typing import DTypeLike
 from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
 from mmjax.model.memory import init_bank
-from mmjax.model.sublayers import SUBLAYERS
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.model.sublayers.base import SublayerOutput
 
 Params = dict[str, Any]
 
 
 class Output(NamedTuple):
-  """Final hidden states in the compute dtype, the int32 rows each layer read, and the sum of the layers' aux losses."""
+  """What a model computes.
+
+  Attributes:
+    hidden_BTD: final hidden states in the compute dtype.
+    row_LBTR: int32 rows that each layer with a memory read, head by head; None without a bank.
+    aux_loss: sum of the layers' aux losses.
+  """
 
   hidden_BTD: Array
   row_LBTR: Array | None
@@ -33,11 +39,11 @@ class Output(NamedTuple):
 class Block(nnx.Module):
   """h = x + attention(norm(x)); out = h + sublayer."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-    self.attention = Attention(config, rngs=rngs)
-    self.sublayer = SUBLAYERS[config.sublayer](config, rngs=rngs)
-    self.dropout = config.dropout
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, kind: str, *, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(model.dim, model.norm_eps)
+    self.attention = Attention(model, rngs=rngs)
+    self.sublayer = SUBLAYERS[kind](model, memory, rngs=rngs)
+    self.dropout = model.dropout
 
   def __call__(
     self,
@@ -84,7 +90,7 @@ class LM(nnx.Module):
       self.memory_bank = nnx.Param(init_bank(model, memory, rngs=rngs))
     else:
       self.memory_bank = None
-    self.layers = nnx.List([Block(model, rngs=rngs) for _ in range(model.n_layers)])
+    self.layers = nnx.List([Block(model, memory, kind, rngs=rngs) for kind in layer_kinds(model, memory)])
     self.norm = RMSNorm(model.dim, model.norm_eps)
     self.head_dim = model.head_dim
     self.rope_theta = model.rope_theta
@@ -211,6 +217,11 @@ def abstract_params(config: Config) -> Params:
 def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
   """Returns the graph definition and the first parameters."""
   return model_graph(config), jax.jit(partial(init_params, config))()
+
+
+def memory_layers(params: Params) -> list[int]:
+  """Returns the numbers of the layers that have a memory, in the order of Output.row_LBTR."""
+  return [number for number, layer in params['layers'].items() if 'keys' in layer['sublayer'].get('gate', ())]
 
 
 def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:

@@ -1,8 +1,11 @@
 """The product-key gate, which picks rows of a bank, and the bank itself.
 
-The bank is one parameter of the whole model; it is passed to the blocks as an argument.
+The bank is one parameter of the whole model; it is passed to the blocks as an argument. Axes here: h heads of the gate,
+r rows a head (R = h * r), K = 2 h sets of sub-keys, two a head.
 Source: Lample et al. 2019, arXiv:1907.05242.
 """
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,34 +13,121 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.kernels.product_key import product_key_topk
-from mmjax.model.layers import Linear
+from mmjax.kernels.product_key import product_key_topk, sub_key_scores
+from mmjax.model.layers import Linear, uniform_init
+
+
+class Selection(NamedTuple):
+  """Rows in [0, M), int32, best first; their float32 scores before any softmax; the weighted balance loss."""
+
+  row_BThr: Array
+  score_BThr: Array
+  balance_loss: Array | float
 
 
 class ProductKeyGate(nnx.Module):
-  """Projects its input to a query and finds the rows whose two sub-keys match it best."""
+  """Projects its input to a query for each head and finds the rows whose two sub-keys match it best."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    half = config.knowledge_dim // 2
-    self.query = Linear(config.dim, config.knowledge_dim, rngs=rngs)
-    self.keys = nnx.Param(jax.random.normal(rngs.params(), (2, config.n_sub_keys, half)))
-    self.num_selected = config.num_selected
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
+    half, sets = model.knowledge_dim // 2, 2 * memory.n_heads
+    self.query = Linear(model.dim, memory.n_heads * model.knowledge_dim, rngs=rngs)
+    init = jax.random.normal if memory.keys_init == 'normal' else uniform_init(half)
+    self.keys = nnx.Param(init(rngs.params(), (sets, model.n_sub_keys, half)))
+    self.norm = QUERY_KEY_NORMS[memory.query_key_norm](sets, half)
+    self.num_selected = model.num_selected
+    self.balance_loss_weight = memory.balance_loss_weight
 
-  def __call__(self, m_BTD: Array) -> tuple[Array, Array]:
+  def __call__(self, m_BTD: Array) -> Selection:
     """Selects rows for every token, in float32: in bf16 a fifth of the tokens would get other rows.
 
     Args:
       m_BTD: float32.
-
-    Returns:
-      row_BTR: int32 in [0, M), best first. score_BTR: float32, before any softmax.
     """
-    query_BTP = jnp.matmul(
+    query_BTQ = jnp.matmul(
       m_BTD.astype(jnp.float32), self.query.kernel[...], precision=jax.lax.Precision.HIGHEST
     )  # HIGHEST: no TF32 on GPUs
-    return product_key_topk(query_BTP, self.keys[...], self.num_selected)
+    query_BTKp = query_BTQ.reshape(*m_BTD.shape[:-1], len(self.keys[...]), -1)
+    query_BTKp, keys_KCp = self.norm(query_BTKp, self.keys[...])
+    row_BThr, score_BThr = product_key_topk(query_BTKp, keys_KCp, self.num_selected)
+    balance = 0.0
+    if self.balance_loss_weight:
+      balance = self.balance_loss_weight * balance_loss(sub_key_scores(query_BTKp, keys_KCp), row_BThr)
+    return Selection(row_BThr, score_BThr, balance)
+
+
+class NoNorm(nnx.Module):
+  """Leaves queries and sub-keys as they are."""
+
+  def __init__(self, sets: int, half: int):
+    pass
+
+  def __call__(self, query_BTKp: Array, keys_KCp: Array) -> tuple[Array, Array]:
+    """Returns its arguments."""
+    return query_BTKp, keys_KCp
+
+
+class L2Norm(nnx.Module):
+  """Scores are cosines times a learned scale for each set of sub-keys, which starts at sqrt(P / 2)."""
+
+  def __init__(self, sets: int, half: int):
+    self.scale = nnx.Param(jnp.full(sets, half**0.5))
+
+  def __call__(self, query_BTKp: Array, keys_KCp: Array) -> tuple[Array, Array]:
+    """Returns queries of length `scale` and sub-keys of length 1."""
+    return _unit(query_BTKp) * self.scale[...][:, None], _unit(keys_KCp)
+
+
+class LayerNorm(nnx.Module):
+  """LayerNorm (Ba et al. 2016, arXiv:1607.06450) of both, with a learned gain; scores start with variance 1."""
+
+  def __init__(self, sets: int, half: int):
+    self.scale = nnx.Param(jnp.ones((sets, half)))  # one for both: a score only sees the product of two gains
+
+  def __call__(self, query_BTKp: Array, keys_KCp: Array) -> tuple[Array, Array]:
+    """Returns normed queries, over sqrt(P / 2), and normed sub-keys."""
+    return _standard(query_BTKp) * self.scale[...] * keys_KCp.shape[-1] ** -0.5, _standard(keys_KCp)
+
+
+QUERY_KEY_NORMS = {'none': NoNorm, 'l2': L2Norm, 'layer_norm': LayerNorm}
+NORM_EPS = 1e-6
+
+
+def score_weights(score_BThr: Array, activation: str) -> Array:
+  """Turns the scores of each head's rows into weights: softmax over the head's rows, ReLU, or 'none'."""
+  if activation == 'softmax':
+    return jax.nn.softmax(score_BThr, axis=-1)
+  return jax.nn.relu(score_BThr) if activation == 'relu' else score_BThr
+
+
+def balance_loss(score_BTKC: Array, row_BThr: Array) -> Array:
+  """Measures how unevenly the sub-keys are used, over all positions, padding too.
+
+  In each set: C * sum_c f_c p_c, with f the share of the selected rows that have sub-key c, and p the mean over tokens
+  of the softmax over sub-scores; p alone carries the gradient. 1 where either is even; the mean over sets.
+  Source: Fedus et al. 2021, arXiv:2101.03961, equation 4, for experts.
+
+  Args:
+    score_BTKC: float32 sub-scores.
+    row_BThr: int32 in [0, C * C).
+  """
+  C = score_BTKC.shape[-1]
+  probability_KC = jnp.mean(jax.nn.softmax(score_BTKC, axis=-1), axis=(0, 1))
+  sub_key_BTh2r = jnp.stack(jnp.divmod(row_BThr, C), axis=3)
+  sub_key_KX = jnp.moveaxis(sub_key_BTh2r, (2, 3), (0, 1)).reshape(len(probability_KC), -1)
+  set_K1 = jnp.arange(len(probability_KC))[:, None]
+  share_KC = jnp.zeros(probability_KC.shape).at[set_K1, sub_key_KX].add(1 / sub_key_KX.shape[1])
+  return C * jnp.mean(jnp.sum(share_KC * probability_KC, axis=-1))
 
 
 def init_bank(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> Array:
   """Returns the first values of the bank, float32 (M, P), N(0, bank_std^2)."""
   return memory.bank_std * jax.random.normal(rngs.params(), (model.knowledge_num, model.knowledge_dim))
+
+
+def _unit(x: Array) -> Array:
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPS)
+
+
+def _standard(x: Array) -> Array:
+  x -= jnp.mean(x, axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)

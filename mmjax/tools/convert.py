@@ -21,7 +21,15 @@ from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import checkpoint_name
 from mmjax.interop.files import check_suffix, read_tensors, write_tensors
-from mmjax.interop.names import TIED, canonical, check_accounted, paths, to_params, to_tensors, torch_shapes
+from mmjax.interop.names import (
+  TIED,
+  canonical,
+  check_accounted,
+  check_has_counterpart,
+  to_params,
+  to_tensors,
+  torch_shapes,
+)
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.tools.prepare import BASE_CONFIG
@@ -99,7 +107,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   """
   check_suffix(target)
   config = RunDir(workdir).read_config()
-  paths(config.model)  # refuses a model without counterpart before anything is read
+  check_has_counterpart(config)
   params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), checkpoint_name(which))
   tensors = to_tensors(params, config.model)
   tensors[TIED] = tensors['tok_embeddings.weight']
@@ -149,6 +157,7 @@ def fitting_config(
   if hidden_dim == dataclasses.replace(first, hidden_dim=0).dense_hidden_dim:
     sizes['hidden_dim'] = 0  # what the config calls the usual width
   config = load_config(config_file, [*_as_overrides(sizes), *overrides])
+  check_has_counterpart(config)
   for name, value in sizes.items():
     given = getattr(config.model, name)
     if given != value and not (name == 'hidden_dim' and config.model.dense_hidden_dim == hidden_dim):

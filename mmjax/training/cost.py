@@ -1,19 +1,28 @@
 """What a token costs, counted from the sizes of the model, and what a device can do at best: the two halves of MFU.
 
+And the other way round: the width of feed-forward layers that makes a model cost what another does.
+
 Counted are the multiplications and additions of matrix products, 2 for each weight and token; norms, softmax, RoPE,
-top-k and the gather of rows are left out, as is recomputation (`runtime.remat`), so that MFU measures useful work.
+top-k, the gather of rows and their scaling are left out, as is recomputation (`runtime.remat`), so that MFU measures
+useful work.
 """
 
+import dataclasses
 import re
+from collections import Counter
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from mmjax.config import Config, ModelConfig
+from mmjax.config import Config
+from mmjax.errors import UserError
+from mmjax.model.lm import abstract_params, count_params
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 
 TRAINED = 3  # forward, gradient with respect to the input, gradient with respect to the weight
 FORWARD_ONLY = 1
+WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
 
 # Dense (not sparse) bf16 peaks with float32 accumulation, FLOP/s, from the makers' datasheets.
 BF16_PEAKS = {
@@ -27,16 +36,19 @@ BF16_PEAKS = {
 def flops_per_token(config: Config) -> dict[str, float]:
   """Counts the FLOPs of one training step for each token position of a full row.
 
-  With D, N, K, H, T, V, C, P, R, F as in the axis legend, for each layer and in the forward pass:
+  With D, N, K, H, T, V, C, P, F as in the axis legend, h heads of the gate and R = h * num_selected rows in all, for
+  each layer that has the part, and in the forward pass:
     attention projections  2 (D NH + 2 D KH + NH D)
     attention              2 * 2 NH (T + 1) / 2: scores and values over the (T + 1) / 2 positions seen on average
-    gate                   2 (D P + 2 C P/2): the query, and scores against C sub-keys in each half
+    gate                   2 h (D P + 2 C P/2): the query, and scores against C sub-keys in each half
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
     cross attention        2 (2 D D + 2 D P + 2 N R P)
-    dense                  2 * 3 D F
+    bag                    2 (2 D h P)
+    bag reads              2 R P: the weighted sums
+    dense                  2 * 3 D F, also where it stands beside a memory (F = memory.ffn_dim)
     experts                2 (3 D F (chosen + shared) + D E): those a token uses, not all that are computed
-  and 2 D V for the head. The backward pass doubles it, giving 3 times the forward pass; the gate of
-  gated_fusion and cross_attention gets no gradient and counts once. The embedding lookup multiplies nothing.
+  and 2 D V for the head. The backward pass doubles it, giving 3 times the forward pass; a gate that
+  gets no gradient (memory.scores='none') counts once. The embedding lookup multiplies nothing.
 
   Args:
     config: every position counts, padding too: it is computed.
@@ -46,14 +58,67 @@ def flops_per_token(config: Config) -> dict[str, float]:
   """
   model = config.model
   heads, kv_heads = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-  layer = {
+  attention = {
     'attention_projections': TRAINED * 2 * (2 * model.dim * heads + 2 * model.dim * kv_heads),
     'attention': TRAINED * 2 * heads * (model.max_seq_len + 1),
-    **SUBLAYER_FLOPS[model.sublayer](model),
   }
-  parts = {name: float(model.n_layers * flops) for name, flops in layer.items()}
+  counts = Counter()
+  for kind in layer_kinds(model, config.memory):
+    counts.update(attention)
+    counts.update(SUBLAYER_FLOPS[kind](config))
+  parts = {name: float(flops) for name, flops in counts.items()}
   parts['head'] = float(TRAINED * 2 * model.dim * model.vocab_size)
   return {**parts, 'total': sum(parts.values())}
+
+
+def bytes_per_token(config: Config) -> dict[str, int]:
+  """Counts the bytes of float32 parameters that the forward pass of a single token touches, as decoding does.
+
+  Returns:
+    'bank': the rows it reads, each as often as it is read. 'weights': everything else, sub-keys and the embedding (as
+    the head) among it. 'total': their sum.
+  """
+  model = config.model
+  kinds = layer_kinds(model, config.memory)
+  reads = sum(SUBLAYERS[kind].uses_bank for kind in kinds) * config.memory.n_heads * model.num_selected
+  bank, weights = 4 * reads * model.knowledge_dim, 4 * count_params(abstract_params(config))[1]
+  return {'bank': bank, 'weights': weights, 'total': bank + weights}
+
+
+def width_field(config: Config) -> str:
+  """Names the setting that `matching_width` solves for."""
+  return 'memory.ffn_dim' if SUBLAYERS[config.model.sublayer].uses_bank else 'model.hidden_dim'
+
+
+def with_width(config: Config, width: int) -> Config:
+  """Returns the config with the setting that `width_field` names replaced."""
+  section, field = width_field(config).split('.')
+  return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: width})})
+
+
+def matching_width(config: Config, flops: float) -> int:
+  """Returns the widest feed-forward layers with which a model costs at most so many FLOPs a token.
+
+  Args:
+    config: its memory.ffn_dim is solved for (the dense sublayer beside each memory; dense layers without memory keep
+      their width), or model.hidden_dim in a model without a bank.
+    flops: budget of one training step, as `flops_per_token(other)['total']`.
+
+  Returns:
+    A multiple of 8; 0, no such sublayer, only for a memory.
+
+  Raises:
+    UserError: if the model costs more without it.
+  """
+  at_one_step = flops_per_token(with_width(config, WIDTH_STEP))['total']
+  step = flops_per_token(with_width(config, 2 * WIDTH_STEP))['total'] - at_one_step  # the cost is linear in the width
+  steps = int((flops - at_one_step + step) // step)
+  if steps < (width_field(config) == 'model.hidden_dim'):
+    raise UserError(
+      f'{width_field(config)}: without it a token costs {at_one_step - step:,.0f} FLOPs, the budget is {flops:,.0f}; '
+      'fewer heads, rows or layers with a memory cost less'
+    )
+  return steps * WIDTH_STEP
 
 
 def device_peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
@@ -69,35 +134,54 @@ def device_peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
   return BF16_PEAKS[max(names, key=len)] if names else None
 
 
-def _dense(model: ModelConfig) -> dict[str, int]:
-  return {'ffn': TRAINED * 2 * 3 * model.dim * model.dense_hidden_dim}
+def _swiglu(config: Config, hidden_dim: int) -> int:
+  return TRAINED * 2 * 3 * config.model.dim * hidden_dim
 
 
-def _gate(model: ModelConfig) -> dict[str, int]:
-  return {'gate': FORWARD_ONLY * 2 * (model.dim * model.knowledge_dim + model.n_sub_keys * model.knowledge_dim)}
+def _dense(config: Config) -> dict[str, int]:
+  return {'ffn': _swiglu(config, config.model.dense_hidden_dim)}
 
 
-def _gated_fusion(model: ModelConfig) -> dict[str, int]:
-  fused = model.dim + model.num_selected * model.knowledge_dim
-  return _gate(model) | {
-    'fusion': TRAINED * 2 * (2 * fused * model.dim + model.dim * model.dim),
+def _memory(config: Config) -> dict[str, int]:
+  """What every memory sublayer has: the gate, and perhaps a dense sublayer beside it."""
+  model, memory = config.model, config.memory
+  frozen = SUBLAYERS[model.sublayer].without_gradient(memory)
+  query_and_scores = model.dim * model.knowledge_dim + model.n_sub_keys * model.knowledge_dim
+  gate = {'gate': (FORWARD_ONLY if frozen else TRAINED) * 2 * memory.n_heads * query_and_scores}
+  return gate | ({'ffn': _swiglu(config, memory.ffn_dim)} if memory.ffn_dim else {})
+
+
+def _gated_fusion(config: Config) -> dict[str, int]:
+  model = config.model
+  fused = model.dim + config.memory.n_heads * model.num_selected * model.knowledge_dim
+  return _memory(config) | {'fusion': TRAINED * 2 * (2 * fused * model.dim + model.dim * model.dim)}
+
+
+def _cross_attention(config: Config) -> dict[str, int]:
+  model = config.model
+  projections = 2 * model.dim * model.dim + 2 * model.dim * model.knowledge_dim  # wq, wo; wk, wv on the query's side
+  reads = 2 * model.n_heads * config.memory.n_heads * model.num_selected * model.knowledge_dim  # scores, weighted sum
+  return _memory(config) | {'cross_attention': TRAINED * 2 * (projections + reads)}
+
+
+def _memory_bag(config: Config) -> dict[str, int]:
+  model, width = config.model, config.memory.n_heads * config.model.knowledge_dim
+  return _memory(config) | {
+    'bag': TRAINED * 2 * 2 * model.dim * width,
+    'bag_reads': TRAINED * 2 * model.num_selected * width,
   }
 
 
-def _cross_attention(model: ModelConfig) -> dict[str, int]:
-  projections = 2 * model.dim * model.dim + 2 * model.dim * model.knowledge_dim  # wq, wo; wk, wv on the query's side
-  reads = 2 * model.n_heads * model.num_selected * model.knowledge_dim  # scores, weighted sum
-  return _gate(model) | {'cross_attention': TRAINED * 2 * (projections + reads)}
+def _moe(config: Config) -> dict[str, int]:
+  model = config.model
+  experts = (model.experts_per_token + 1) * _swiglu(config, model.dense_hidden_dim)
+  return {'moe': experts + TRAINED * 2 * model.dim * model.n_experts}
 
 
-def _moe(model: ModelConfig) -> dict[str, int]:
-  experts = (model.experts_per_token + 1) * 3 * model.dim * model.dense_hidden_dim
-  return {'moe': TRAINED * 2 * (experts + model.dim * model.n_experts)}
-
-
-SUBLAYER_FLOPS: dict[str, Callable[[ModelConfig], dict[str, int]]] = {
+SUBLAYER_FLOPS: dict[str, Callable[[Config], dict[str, int]]] = {
   'dense': _dense,
   'cross_attention': _cross_attention,
   'gated_fusion': _gated_fusion,
+  'memory_bag': _memory_bag,
   'moe': _moe,
 }

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.errors import UserError
-from mmjax.model.lm import Params
+from mmjax.model.lm import Params, memory_layers
 from mmjax.training.metrics import bank_health
 from mmjax.training.sharding import put_batch, replicated
 from mmjax.training.step import make_loss
@@ -38,7 +38,7 @@ class EvalResult:
     accuracy: share of tokens that were the most likely one.
     tokens: tokens predicted.
     text_bytes: UTF-8 bytes that they stand for; the end of a document stands for none.
-    bank: for each layer its number and `bank_health`; empty for a model without a bank.
+    bank: for each layer with a memory its number and `bank_health`; empty for a model without a bank.
   """
 
   loss: float
@@ -113,5 +113,5 @@ def evaluate(eval_step: EvalStep, params: Params, batches: Iterable[Batch], byte
     accuracy=correct / tokens,
     tokens=int(tokens),
     text_bytes=text_bytes,
-    bank=[{'layer': layer, **found} for layer, found in enumerate(health)],
+    bank=[{'layer': layer, **found} for layer, found in zip(memory_layers(params), health, strict=False)],
   )

@@ -18,6 +18,7 @@ import numpy as np
 from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
 from mmjax.errors import DivergedError, StoppedError, StorageError
+from mmjax.model.lm import abstract_params, memory_layers
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
@@ -99,6 +100,7 @@ class Trainer:
     self.config, self.run, self.inputs, self.program = config, run, inputs, program
     self.checkpoints, self.log, self.progress = checkpoints, log, progress
     self.tokens, self.seconds = counters['tokens'], counters['seconds']
+    self.memory_layers = memory_layers(abstract_params(config))
     self.window = Window()
     self.failed_saves = 0
     self.flops_per_token = flops_per_token(config)['total']
@@ -174,7 +176,7 @@ class Trainer:
       'mfu': rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
       'peak_bytes': peak_bytes,
       'peak_bytes_of': peak_of,
-      'bank': self.window.bank(),
+      'bank': self.window.bank(self.memory_layers),
     }
     self.log.write(line)
     self.progress.update(line)
@@ -240,11 +242,12 @@ class Window:
     tokens = int(sum(m['tokens'] for m in steps))
     return means | {'learning_rate': float(steps[-1]['learning_rate']), 'tokens': tokens, 'seconds': seconds}
 
-  def bank(self) -> list[dict[str, Any]]:
-    """Returns the health of the bank as each layer used it; empty for a model without one."""
+  def bank(self, layers: list[int]) -> list[dict[str, Any]]:
+    """Returns the health of the bank as each layer with a memory used it; empty for a model without one."""
     if self.usage_LM is None:
       return []
-    return [{'layer': layer, **bank_health(counts_M)} for layer, counts_M in enumerate(np.asarray(self.usage_LM))]
+    usage_LM = np.asarray(self.usage_LM)
+    return [{'layer': layer, **bank_health(counts_M)} for layer, counts_M in zip(layers, usage_LM, strict=True)]
 
 
 def write_divergence_dump(

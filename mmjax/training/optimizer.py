@@ -1,13 +1,17 @@
-"""AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient."""
+"""AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient.
+
+The bank may have a learning rate, a decay and a clip of its own.
+"""
 
 import re
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from mmjax.config import Config, TrainConfig
 from mmjax.model.lm import Params, abstract_params
-from mmjax.model.sublayers import SUBLAYERS
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 
 
 def path_name(path: tuple) -> str:
@@ -32,7 +36,11 @@ def gets_gradient(config: Config, params: Params) -> Params:
 
   Torch's AdamW skips parameters without a gradient; optax would still decay them.
   """
-  patterns = [rf'sublayer/{pattern}' for pattern in SUBLAYERS[config.model.sublayer].without_gradient]
+  patterns = [
+    rf'layers/{layer}/sublayer/{pattern}'
+    for layer, kind in enumerate(layer_kinds(config.model, config.memory))
+    for pattern in SUBLAYERS[kind].without_gradient(config.memory)
+  ]
 
   def learns(path: tuple, _: jax.Array) -> bool:
     return not any(re.search(pattern, path_name(path)) for pattern in patterns)
@@ -40,15 +48,52 @@ def gets_gradient(config: Config, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(learns, params)
 
 
+def is_bank(params: Params) -> Params:
+  """Returns a dict like `params` with True for the bank alone."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) == 'memory_bank', params)
+
+
+def clip_bank_apart(largest: float, largest_of_bank: float) -> optax.GradientTransformation:
+  """Clips the norm of the bank's gradient, and on its own that of all others; a limit of 0 does not clip."""
+
+  def clip(grads: Params, params: Params | None) -> Params:
+    others = {name: grad for name, grad in grads.items() if name != 'memory_bank'}
+    clipped = _clip(others, largest)
+    if 'memory_bank' in grads:
+      clipped['memory_bank'] = _clip(grads['memory_bank'], largest_of_bank)
+    return clipped
+
+  return optax.stateless(clip)
+
+
+def _clip(grads: Params, largest: float) -> Params:
+  if not largest:
+    return grads
+  scale = jnp.minimum(1.0, largest / jnp.maximum(optax.global_norm(grads), 1e-30))
+  return jax.tree.map(lambda grad: grad * scale, grads)
+
+
 def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
   """Returns the gradient transformation of a run of `total_steps` optimizer updates."""
-  train = config.train
+  train, memory = config.train, config.memory
+  params = abstract_params(config)
+  learns, bank = gets_gradient(config, params), is_bank(params)
   steps = []
-  if train.grad_clip:
+  if memory.bank_grad_clip:
+    steps.append(clip_bank_apart(train.grad_clip, memory.bank_grad_clip))
+  elif train.grad_clip:
     steps.append(optax.clip_by_global_norm(train.grad_clip))
-  steps += [
-    optax.scale_by_adam(train.beta1, train.beta2, train.eps),
-    optax.add_decayed_weights(train.weight_decay, mask=gets_gradient(config, abstract_params(config))),
-    optax.scale_by_learning_rate(learning_rate_schedule(train, total_steps)),
-  ]
+  steps.append(optax.scale_by_adam(train.beta1, train.beta2, train.eps))
+  if memory.bank_decay_multiplier == 1:
+    steps.append(optax.add_decayed_weights(train.weight_decay, mask=learns))
+  else:
+    others = jax.tree.map(lambda learns, bank: learns and not bank, learns, bank)
+    steps.append(optax.add_decayed_weights(train.weight_decay, mask=others))
+    steps.append(optax.add_decayed_weights(train.weight_decay * memory.bank_decay_multiplier, mask=bank))
+  if (memory.bank_lr_multiplier, memory.bank_lr_final_multiplier) != (1, 1):
+    multiplier = optax.linear_schedule(
+      memory.bank_lr_multiplier, memory.bank_lr_final_multiplier, max(total_steps - 1, 1)
+    )
+    steps.append(optax.masked(optax.scale_by_schedule(multiplier), bank))
+  steps.append(optax.scale_by_learning_rate(learning_rate_schedule(train, total_steps)))
   return optax.chain(*steps)

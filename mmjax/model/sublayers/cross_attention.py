@@ -1,8 +1,8 @@
 """Experiment 1.4.1: cross attention from the attention output to the rows that the gate picked.
 
 The record describes it and does not hold its code. This is the plain reading of the description: queries from the
-normed attention output, keys and values projected from the token's R rows, as many heads as self-attention has, no
-positions. As in 1.4.2 the gate's scores never reach the output, so the gate gets no gradient.
+normed input, keys and values projected from the token's R rows, as many heads as self-attention has, no
+positions.
 """
 
 import jax
@@ -11,11 +11,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.config import ModelConfig
-from mmjax.kernels.bank import bank_lookup
-from mmjax.model.layers import Linear, RMSNorm
-from mmjax.model.memory import ProductKeyGate
-from mmjax.model.sublayers.base import SublayerOutput
+from mmjax.config import MemoryConfig, ModelConfig
+from mmjax.model.layers import Linear
+from mmjax.model.memory import Selection
+from mmjax.model.sublayers.memory import MemorySublayer
 
 
 class CrossAttention(nnx.Module):
@@ -47,21 +46,13 @@ class CrossAttention(nnx.Module):
     return self.wo(value_BTNH.reshape(m_BTD.shape), dtype)
 
 
-class CrossAttentionMemory(nnx.Module):
+class CrossAttentionMemory(MemorySublayer):
   """The whole sublayer: norm, gate, lookup, cross attention."""
 
-  uses_bank = True
-  without_gradient = (r'gate/keys$', r'gate/query/kernel$')
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
+    super().__init__(model, memory, rngs=rngs)
+    self.attention = CrossAttention(model, rngs=rngs)
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.norm = RMSNorm(config.dim, config.norm_eps)
-    self.gate = ProductKeyGate(config, rngs=rngs)
-    self.attention = CrossAttention(config, rngs=rngs)
-
-  def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
-    """See mmjax.model.sublayers.base."""
-    assert bank_MP is not None
-    m_BTD = self.norm(h_attn_BTD)
-    row_BTR, _ = self.gate(m_BTD)
-    rows_BTRP = bank_lookup(bank_MP, row_BTR, dtype)
-    return SublayerOutput(self.attention(m_BTD, rows_BTRP, dtype), row_BTR)
+  def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
+    """Returns what the normed input reads from its rows."""
+    return self.attention(m_BTD, self.rows(selection, bank_MP, dtype), dtype)

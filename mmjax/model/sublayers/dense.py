@@ -5,7 +5,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.config import ModelConfig
+from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.model.layers import Linear, RMSNorm
 from mmjax.model.sublayers.base import SublayerOutput
 
@@ -27,11 +27,15 @@ class DenseFFN(SwiGLU):
   """The whole sublayer: norm, then SwiGLU."""
 
   uses_bank = False
-  without_gradient: tuple[str, ...] = ()
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    super().__init__(config.dim, config.dense_hidden_dim, rngs=rngs)
-    self.norm = RMSNorm(config.dim, config.norm_eps)
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
+    super().__init__(model.dim, model.dense_hidden_dim, rngs=rngs)
+    self.norm = RMSNorm(model.dim, model.norm_eps)
+
+  @staticmethod
+  def without_gradient(memory: MemoryConfig) -> tuple[str, ...]:
+    """Every parameter learns."""
+    return ()
 
   def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""

@@ -1,29 +1,24 @@
-"""Experiment 1.4.2: rows from the bank, concatenated with the attention output, through a gated MLP.
-
-Faithful to the record's code: the norm reads the attention output and not the residual stream, and the gate's scores
-never reach the output, so that no gradient reaches the gate: it routes by a fixed random projection.
-"""
+"""Experiment 1.4.2: rows from the bank, concatenated with the memory's input, through a gated MLP."""
 
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.config import ModelConfig
-from mmjax.kernels.bank import bank_lookup
+from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.kernels.fusion import gated_projection
-from mmjax.model.layers import Linear, RMSNorm
-from mmjax.model.memory import ProductKeyGate
-from mmjax.model.sublayers.base import SublayerOutput
+from mmjax.model.layers import Linear
+from mmjax.model.memory import Selection
+from mmjax.model.sublayers.memory import MemorySublayer
 
 
 class GatedFusion(nnx.Module):
-  """down(silu(gate(z)) * up(z)) with z = (m, R rows in score order); `gate` and `up` are (D + R * P, D)."""
+  """down(silu(gate(z)) * up(z)) with z = (m, R rows, by head and score); `gate` and `up` are (D + R * P, D)."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    width = config.dim + config.num_selected * config.knowledge_dim
-    self.gate = Linear(width, config.dim, rngs=rngs)
-    self.up = Linear(width, config.dim, rngs=rngs)
-    self.down = Linear(config.dim, config.dim, rngs=rngs)
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
+    width = model.dim + memory.n_heads * model.num_selected * model.knowledge_dim
+    self.gate = Linear(width, model.dim, rngs=rngs)
+    self.up = Linear(width, model.dim, rngs=rngs)
+    self.down = Linear(model.dim, model.dim, rngs=rngs)
 
   def __call__(self, m_BTD: Array, rows_BTRP: Array, dtype: DTypeLike) -> Array:
     """Maps float32 (B, T, D) and rows (B, T, R, P) to (B, T, D) in `dtype`."""
@@ -32,21 +27,13 @@ class GatedFusion(nnx.Module):
     return self.down(z_BTD, dtype)
 
 
-class GatedMemoryFusion(nnx.Module):
+class GatedMemoryFusion(MemorySublayer):
   """The whole sublayer: norm, gate, lookup, fusion."""
 
-  uses_bank = True
-  without_gradient = (r'gate/keys$', r'gate/query/kernel$')
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
+    super().__init__(model, memory, rngs=rngs)
+    self.fusion = GatedFusion(model, memory, rngs=rngs)
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    self.norm = RMSNorm(config.dim, config.norm_eps)
-    self.gate = ProductKeyGate(config, rngs=rngs)
-    self.fusion = GatedFusion(config, rngs=rngs)
-
-  def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
-    """See mmjax.model.sublayers.base."""
-    assert bank_MP is not None
-    m_BTD = self.norm(h_attn_BTD)
-    row_BTR, _ = self.gate(m_BTD)
-    rows_BTRP = bank_lookup(bank_MP, row_BTR, dtype)
-    return SublayerOutput(self.fusion(m_BTD, rows_BTRP, dtype), row_BTR)
+  def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
+    """Returns the fusion of the normed input and the rows."""
+    return self.fusion(m_BTD, self.rows(selection, bank_MP, dtype), dtype)

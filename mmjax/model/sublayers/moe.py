@@ -9,7 +9,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.config import ModelConfig
+from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.model.layers import Linear, RMSNorm
 from mmjax.model.sublayers.base import SublayerOutput
 from mmjax.model.sublayers.dense import SwiGLU
@@ -23,16 +23,20 @@ class MoEFFN(nnx.Module):
   """
 
   uses_bank = False
-  without_gradient: tuple[str, ...] = ()
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    hidden = config.dense_hidden_dim
-    self.norm = RMSNorm(config.dim, config.norm_eps)
-    self.router = Linear(config.dim, config.n_experts, rngs=rngs)
-    self.experts = nnx.List([SwiGLU(config.dim, hidden, rngs=rngs) for _ in range(config.n_experts)])
-    self.shared_expert = SwiGLU(config.dim, hidden, rngs=rngs)
-    self.experts_per_token = config.experts_per_token
-    self.aux_loss_weight = config.aux_loss_weight
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
+    hidden = model.dense_hidden_dim
+    self.norm = RMSNorm(model.dim, model.norm_eps)
+    self.router = Linear(model.dim, model.n_experts, rngs=rngs)
+    self.experts = nnx.List([SwiGLU(model.dim, hidden, rngs=rngs) for _ in range(model.n_experts)])
+    self.shared_expert = SwiGLU(model.dim, hidden, rngs=rngs)
+    self.experts_per_token = model.experts_per_token
+    self.aux_loss_weight = model.aux_loss_weight
+
+  @staticmethod
+  def without_gradient(memory: MemoryConfig) -> tuple[str, ...]:
+    """Every parameter learns."""
+    return ()
 
   def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""

@@ -1,0 +1,38 @@
+"""A bag of rows: each head's weighted sum of its rows, gated by the token and projected.
+
+Source: the output (y * silu(m W1)) W2 follows Memory+ in Berges et al. 2024, arXiv:2412.09764; the weighted sum Lample
+et al. 2019, arXiv:1907.05242.
+"""
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.config import MemoryConfig, ModelConfig
+from mmjax.kernels.bank import bank_bag
+from mmjax.model.layers import Linear
+from mmjax.model.memory import Selection, score_weights
+from mmjax.model.sublayers.memory import MemorySublayer
+
+
+class MemoryBag(MemorySublayer):
+  """The whole sublayer: norm, gate, weighted sums, gated projection; `up` is (D, h * P), `down` (h * P, D)."""
+
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
+    super().__init__(model, memory, rngs=rngs)
+    width = memory.n_heads * model.knowledge_dim
+    self.up = Linear(model.dim, width, rngs=rngs)
+    self.down = Linear(width, model.dim, rngs=rngs)
+
+  @staticmethod
+  def without_gradient(memory: MemoryConfig) -> tuple[str, ...]:
+    """Every parameter learns: the scores are the weights of the sums."""
+    return ()
+
+  def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
+    """Returns (y * silu(m @ up)) @ down, with the heads' sums concatenated to y."""
+    weight_BThr = score_weights(selection.score_BThr, self.activation)
+    y_BThP = bank_bag(bank_MP, selection.row_BThr, weight_BThr)
+    y_BTF = y_BThP.reshape(*m_BTD.shape[:-1], -1).astype(dtype)
+    return self.down(y_BTF * jax.nn.silu(self.up(m_BTD, dtype)), dtype)

@@ -1,0 +1,101 @@
+"""The bank's own learning rate, decay and clip against AdamW written out in numpy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.model.lm import abstract_params
+from mmjax.training.optimizer import make_optimizer, path_name
+from tests.helpers import tiny_config
+
+STEPS = 5
+OPTIONS = {
+  'as_the_rest': {},
+  'rate': {'bank_lr_multiplier': 4.0},
+  'rising_rate': {'bank_lr_multiplier': 0.0, 'bank_lr_final_multiplier': 2.0},
+  'no_decay': {'bank_decay_multiplier': 0.0},
+  'clip': {'bank_grad_clip': 0.3},
+  'all': {
+    'bank_lr_multiplier': 4.0,
+    'bank_lr_final_multiplier': 0.5,
+    'bank_decay_multiplier': 0.5,
+    'bank_grad_clip': 0.01,
+  },
+}
+
+
+def adamw_numpy(config, params, gradients):
+  """Returns the parameters after all updates; names ending in gate/keys and gate/query/kernel stay."""
+  train, memory = config.train, config.memory
+  params = {name: value.astype(np.float64) for name, value in params.items()}
+  mean, square = ({name: np.zeros_like(value) for name, value in params.items()} for _ in range(2))
+  learns = [name for name in params if '/gate/keys' not in name and '/gate/query/' not in name]
+  for t, gradient in enumerate(gradients):
+    norm = lambda names: math.sqrt(sum((gradient[n].astype(np.float64) ** 2).sum() for n in names))  # noqa: B023, E731
+    others = [name for name in params if name != 'memory_bank']
+    clips = dict.fromkeys(params, min(1, train.grad_clip / norm(others if memory.bank_grad_clip else params)))
+    if memory.bank_grad_clip:
+      clips['memory_bank'] = min(1, memory.bank_grad_clip / norm(['memory_bank']))
+    rate = 0.5 * train.learning_rate * (1 + math.cos(math.pi * t / STEPS))
+    for name in learns:
+      is_bank = name == 'memory_bank'
+      share = t / (STEPS - 1)
+      multiplier = (1 - share) * memory.bank_lr_multiplier + share * memory.bank_lr_final_multiplier
+      own_rate = rate * (multiplier if is_bank else 1)
+      decay = train.weight_decay * (memory.bank_decay_multiplier if is_bank else 1)
+      clipped = gradient[name] * clips[name]
+      mean[name] = train.beta1 * mean[name] + (1 - train.beta1) * clipped
+      square[name] = train.beta2 * square[name] + (1 - train.beta2) * clipped**2
+      corrected = np.sqrt(square[name] / (1 - train.beta2 ** (t + 1))) + train.eps
+      step = mean[name] / (1 - train.beta1 ** (t + 1)) / corrected
+      params[name] = params[name] - own_rate * (step + decay * params[name])
+  return params
+
+
+@pytest.mark.parametrize('option', OPTIONS)
+def test_updates_equal_numpy(option):
+  changes = {f'memory__{name}': value for name, value in OPTIONS[option].items()}
+  config = tiny_config(train__weight_decay=0.2, train__grad_clip=1.0, model__n_layers=1, **changes)
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
+  names = [path_name(path) for path, _ in leaves]
+  rng = np.random.default_rng(0)
+
+  def draw(scale):
+    return {
+      name: (scale * rng.standard_normal(leaf.shape)).astype(np.float32)
+      for name, (_, leaf) in zip(names, leaves, strict=True)
+    }
+
+  first, gradients = draw(1.0), [draw(0.01 * (i + 1)) for i in range(STEPS)]
+  for i, gradient in enumerate(gradients):
+    gradient['memory_bank'] *= 100 / (i + 1) ** 2  # so that it matters in which norm it counts
+    for name in names:
+      if '/gate/keys' in name or '/gate/query/' in name:
+        gradient[name][:] = 0  # as they are
+  as_tree = lambda values: jax.tree.unflatten(treedef, [jnp.asarray(values[name]) for name in names])  # noqa: E731
+  optimizer = make_optimizer(config, STEPS)
+
+  @jax.jit
+  def train(params, gradients):
+    def update(carry, gradient):
+      params, state = carry
+      updates, state = optimizer.update(gradient, state, params)
+      return (jax.tree.map(jnp.add, params, updates), state), None
+
+    return jax.lax.scan(update, (params, optimizer.init(params)), gradients)[0][0]
+
+  stacked = jax.tree.map(lambda *x: jnp.stack(x), *map(as_tree, gradients))
+  got = dict(zip(names, jax.tree.leaves(train(as_tree(first), stacked)), strict=True))
+  for name, want in adamw_numpy(config, first, gradients).items():
+    np.testing.assert_allclose(got[name], want, rtol=1e-4, atol=1e-5, err_msg=name)
+
+
+def test_faithful_settings_keep_the_layout_of_the_optimizer_state():
+  """Checkpoints of runs with the faithful memory hold the state of these four parts."""
+  config = tiny_config()
+  state = make_optimizer(config, STEPS).init(jax.tree.map(jnp.zeros_like, abstract_params(config)))
+  names = [type(part).__name__ for part in state]
+  assert names == ['EmptyState', 'ScaleByAdamState', 'MaskedState', 'ScaleByScheduleState']

@@ -1,0 +1,248 @@
+"""Every choice of the memory section against a second route in float64: values, gradients, and what does not learn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.config import load_config
+from mmjax.errors import UserError
+from mmjax.model.lm import abstract_params, build_model, memory_layers, model_graph
+from mmjax.model.memory import ProductKeyGate, balance_loss
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.training.metrics import bank_health
+from mmjax.training.optimizer import gets_gradient, path_name
+from mmjax.training.step import make_loss
+from tests.helpers import random_batch, tiny_config
+
+SLOW = pytest.mark.slow
+PLUS = {
+  'model__sublayer': 'memory_bag',
+  'model__n_layers': 4,
+  'memory__layers': 'middle',
+  'memory__input': 'residual',
+  'memory__n_heads': 2,
+  'memory__query_key_norm': 'l2',
+  'memory__ffn_dim': 16,
+}
+CHOICES = {  # sublayer and what differs from the faithful memory
+  'faithful': {},
+  'residual': {'input': 'residual'},
+  'scale': {'scores': 'scale'},
+  'scale_relu': {'scores': 'scale', 'score_activation': 'relu'},
+  'scale_plain': {'scores': 'scale', 'score_activation': 'none', 'keys_init': 'uniform'},
+  'two_heads': {'scores': 'scale', 'n_heads': 2, 'query_key_norm': 'layer_norm'},
+  'bag': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'input': 'residual', 'ffn_dim': 12},
+  'bag_relu': {'sublayer': 'memory_bag', 'n_heads': 3, 'score_activation': 'relu'},
+}
+
+
+def silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def rms(x, params):
+  return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * params['scale']
+
+
+def swiglu(x, params):
+  return (silu(x @ params['gate']['kernel']) * (x @ params['up']['kernel'])) @ params['down']['kernel']
+
+
+def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
+  """What a memory sublayer adds and the rows it takes, (B, T, heads, rows), in float64 with all M scores built."""
+  memory, heads = config.memory, config.memory.n_heads
+  m = rms(h if memory.input == 'residual' else h_attn, params['norm'])
+  query = (m @ params['gate']['query']['kernel']).reshape(*m.shape[:2], 2 * heads, -1)
+  keys = params['gate']['keys']
+  if memory.query_key_norm == 'l2':
+    query, keys = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, keys))
+    query = query * params['gate']['norm']['scale'][:, None]
+  elif memory.query_key_norm == 'layer_norm':
+    query, keys = ((x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) for x in (query, keys))
+    query = query * params['gate']['norm']['scale'] / np.sqrt(keys.shape[-1])
+  taken, weighted = [], []
+  for head in range(heads):
+    first, second = (query[:, :, 2 * head + i] @ keys[2 * head + i].T for i in range(2))
+    scores = (first[..., :, None] + second[..., None, :]).reshape(*m.shape[:2], -1)
+    row = np.argsort(-scores, axis=-1)[..., : config.model.num_selected]
+    row = row if fixed_rows is None else fixed_rows[:, :, head]
+    score = np.take_along_axis(scores, row, -1)
+    softmax = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
+    weight = {'softmax': softmax, 'relu': np.maximum(score, 0), 'none': score}[memory.score_activation]
+    taken.append(row)
+    weighted.append((weight[..., None], bank[row]))
+  if config.model.sublayer == 'memory_bag':
+    y = np.concatenate([(w * rows).sum(-2) for w, rows in weighted], -1)
+    out = (y * silu(m @ params['up']['kernel'])) @ params['down']['kernel']
+  else:
+    if memory.scores == 'scale':
+      times = config.model.num_selected if memory.score_activation == 'softmax' else 1
+      weighted = [(None, times * w * rows) for w, rows in weighted]
+    flat = [rows.reshape(*m.shape[:2], -1) for _, rows in weighted]
+    out = swiglu(np.concatenate([m, *flat], -1), params['fusion'])
+  if memory.ffn_dim:
+    out = out + swiglu(rms(h, params['ffn']['norm']), params['ffn'])
+  return out, np.stack(taken, axis=2)
+
+
+def build(name):
+  choice = dict(CHOICES[name])
+  config = tiny_config(
+    model__sublayer=choice.pop('sublayer', 'gated_fusion'), **{f'memory__{k}': v for k, v in choice.items()}
+  )
+  sublayer = SUBLAYERS[config.model.sublayer](config.model, config.memory, rngs=nnx.Rngs(0))
+  graphdef, state = nnx.split(sublayer)
+  rng = np.random.default_rng(1)
+  shape = (2, 5, config.model.dim)
+  h, h_attn, direction = (rng.standard_normal(shape) for _ in range(3))
+  bank = rng.standard_normal((config.model.knowledge_num, config.model.knowledge_dim))
+  return config, graphdef, nnx.to_pure_dict(state), h, h_attn, bank, direction
+
+
+@pytest.mark.parametrize(
+  'name', [pytest.param(name, marks=() if name in ('scale_relu', 'two_heads', 'bag') else SLOW) for name in CHOICES]
+)
+def test_sublayer_and_its_gradients_equal_a_float64_route(name):
+  config, graphdef, params, h, h_attn, bank, direction = build(name)
+  # A learned scale of 1 or one value everywhere would hide that it is ignored.
+  params = jax.tree.map(lambda x: x * np.random.default_rng(2).uniform(0.8, 1.2, x.shape).astype(np.float32), params)
+
+  @jax.jit
+  def run(params, bank):
+    inputs = (jnp.asarray(x, jnp.float32) for x in (h, h_attn))
+    out = nnx.merge(graphdef, params)(*inputs, bank, jnp.float32)
+    return jnp.sum(out.delta_BTD * direction), out
+
+  (_, out), gradient = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(params, jnp.asarray(bank, jnp.float32))
+  exact = (jax.tree.map(lambda x: np.asarray(x, np.float64), params), bank)
+  delta, rows = numpy_sublayer(config, exact[0], h, h_attn, bank)
+  np.testing.assert_array_equal(out.row_BTR, rows.reshape(2, 5, -1))
+  np.testing.assert_allclose(out.delta_BTD, delta, atol=1e-4 * np.abs(delta).max())
+  rng = np.random.default_rng(3)
+  leaves, treedef = jax.tree.flatten(exact)
+  for i, (leaf, slope) in enumerate(zip(leaves, jax.tree.leaves(gradient), strict=True)):
+    step = rng.standard_normal(leaf.shape) * 1e-5
+
+    def loss(sign, i=i, step=step):
+      moved = [x + sign * step if j == i else x for j, x in enumerate(leaves)]
+      tree, moved_bank = jax.tree.unflatten(treedef, moved)
+      return (numpy_sublayer(config, tree, h, h_attn, moved_bank, rows)[0] * direction).sum()
+
+    want, got = (loss(1) - loss(-1)) / 2, float((np.asarray(slope, np.float64) * step).sum())
+    assert got == pytest.approx(want, rel=2e-3, abs=2e-8), i
+
+
+@pytest.mark.parametrize(
+  ('changes', 'learns'),
+  [
+    pytest.param({}, False, marks=SLOW),  # tests/test_step.py has it
+    pytest.param({'memory__scores': 'scale'}, True, marks=SLOW),
+    ({'memory__balance_loss_weight': 0.1}, True),
+    pytest.param({'model__sublayer': 'cross_attention', 'memory__query_key_norm': 'l2'}, False, marks=SLOW),
+    (PLUS, True),
+  ],
+)
+def test_gate_gets_a_gradient_where_the_optimizer_says_so(changes, learns):
+  config = tiny_config(**changes)
+  params = build_model(config)[1]
+  rows = jax.tree.map(lambda x: x[0], random_batch(config))
+  loss = make_loss(config, model_graph(config), 0, 'xla')
+  gradient = jax.jit(jax.grad(loss, has_aux=True))(params, rows, 64.0, None)[0]
+  expected = jax.tree.leaves(gets_gradient(config, params))
+  for (path, slope), moves in zip(jax.tree_util.tree_leaves_with_path(gradient), expected, strict=True):
+    name = path_name(path)
+    assert moves == (np.abs(slope).max() > 0), name
+    if 'sublayer/gate/keys' in name:
+      assert moves == learns, name
+
+
+@pytest.mark.parametrize(
+  ('layers', 'n_layers', 'numbers'),
+  [
+    ('all', 3, (0, 1, 2)),
+    ('middle', 4, (1, 2)),
+    ('middle', 8, (2, 3, 4, 5)),
+    ('middle', 1, (0,)),
+    ('2, 0', 3, (0, 2)),
+  ],
+)
+def test_layers_with_a_memory_are_those_asked_for(layers, n_layers, numbers):
+  config = tiny_config(memory__layers=layers, model__n_layers=n_layers)
+  assert config.memory.layer_numbers(n_layers) == numbers
+  kinds = layer_kinds(config.model, config.memory)
+  assert [i for i, kind in enumerate(kinds) if kind == 'gated_fusion'] == list(numbers)
+  assert set(kinds) <= {'gated_fusion', 'dense'}
+
+
+@pytest.mark.parametrize('layers', ['', '3', '1,1', '-1', 'first', '0,,1', '²'])
+def test_layers_that_are_not_there_are_refused(layers):
+  with pytest.raises(UserError, match=r"must be 'all', 'middle' or different layers .* from 0 to 2"):
+    tiny_config(memory__layers=layers, model__n_layers=3)
+
+
+def test_layers_of_usage_are_those_with_a_memory():
+  config = tiny_config(**PLUS)
+  graphdef, params = model_graph(config), abstract_params(config)
+  assert memory_layers(params) == [1, 2]
+  out = jax.eval_shape(lambda p: nnx.merge(graphdef, p)(jnp.ones((1, 3), jnp.int32)), params)
+  assert out.row_LBTR.shape == (2, 1, 3, 2 * config.model.num_selected)
+  dense = tiny_config(model__sublayer='dense', memory__layers='0')
+  assert memory_layers(abstract_params(dense)) == [] and set(layer_kinds(dense.model, dense.memory)) == {'dense'}
+
+
+def test_uniform_keys_are_bounded_by_the_half_query():
+  config = tiny_config(memory__keys_init='uniform', memory__n_heads=2)
+  keys = build_model(config)[1]['layers'][0]['sublayer']['gate']['keys']
+  bound = (config.model.knowledge_dim / 2) ** -0.5
+  assert keys.shape == (4, 8, 4) and 0.9 * bound < np.abs(keys).max() <= bound
+
+
+def test_balance_loss_equals_counting():
+  rng = np.random.default_rng(0)
+  score, row = rng.standard_normal((2, 3, 4, 5)), rng.integers(0, 25, (2, 3, 2, 6))
+  p = (np.exp(score) / np.exp(score).sum(-1, keepdims=True)).mean((0, 1))
+  want = 0
+  for head in range(2):
+    for half in range(2):
+      sub_key = (row[:, :, head] // 5, row[:, :, head] % 5)[half]
+      want += 5 * (np.bincount(sub_key.ravel(), minlength=5) / 36 * p[2 * head + half]).sum() / 4
+  got = balance_loss(jnp.asarray(score, jnp.float32), jnp.asarray(row))
+  assert float(got) == pytest.approx(want, rel=1e-5)
+  even = balance_loss(jnp.zeros((1, 25, 2, 5)), jnp.arange(25).reshape(1, 25, 1, 1))
+  assert float(even) == pytest.approx(1)
+
+
+def test_balance_loss_makes_the_use_of_sub_keys_more_even():
+  """Inputs that share a direction, as hidden states do, all take the sub-keys along it until the loss spreads them."""
+  config = tiny_config(memory__balance_loss_weight=1.0)
+  graphdef, gate = nnx.split(ProductKeyGate(config.model, config.memory, rngs=nnx.Rngs(0)))
+  rng = np.random.default_rng(0)
+  m_BTD = jnp.asarray(rng.standard_normal((8, 32, 32)) + 2 * rng.standard_normal(32), jnp.float32)
+
+  def descend(gate, _):
+    def loss(gate):
+      selection = nnx.merge(graphdef, gate)(m_BTD)
+      return selection.balance_loss, selection.row_BThr
+
+    (_, row_BThr), slope = jax.value_and_grad(loss, has_aux=True)(gate)
+    return jax.tree.map(lambda p, g: p - 0.05 * g, gate, slope), row_BThr
+
+  _, rows = jax.jit(lambda gate: jax.lax.scan(descend, gate, length=100))(nnx.to_pure_dict(gate))
+  first, last = (bank_health(np.bincount(np.ravel(r), minlength=64)) for r in (rows[0], rows[-1]))
+  assert last['kl_to_uniform'] < 0.5 * first['kl_to_uniform'] and last['used_share'] > 1.5 * first['used_share']
+
+
+@pytest.mark.parametrize(
+  ('override', 'said'),
+  [
+    ('memory.n_heads=9', 'memory.n_heads=9 must be at most 8'),
+    ('memory.n_heads=0', 'memory.n_heads=0 must be a finite number of at least 1'),
+    ('memory.scores=bag', 'memory.scores=.bag. must be one of none, scale'),
+    ('memory.balance_loss_weight=-1', 'balance_loss_weight=-1.0 must be a finite number of at least 0'),
+  ],
+)
+def test_memory_settings_against_a_rule_are_refused(override, said):
+  with pytest.raises(UserError, match=said):
+    load_config('configs/base.py', [f'--config.{override}'])
