@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
 from mmjax.errors import DivergedError, StoppedError, StorageError
+from mmjax.training.backend import slow_scatter_warning
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
@@ -77,6 +79,9 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> 
     if start >= total:
       progress.message(f'{workdir} is finished: all {total} steps are done')
       return
+    warning = slow_scatter_warning(jax.devices()[0].platform, metadata.version('jaxlib'))
+    if warning:
+      progress.message(warning)
     program = compile_program(config, inputs, mesh, optimizer, state)
     progress.message(f'Attention: {program.attention}. The step needs {describe_memory(program.memory)}.')
     Trainer(config, run, inputs, program, checkpoints, log, progress, counters).train(state, stop)
