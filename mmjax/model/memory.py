@@ -23,6 +23,7 @@ class ProductKeyGate(nnx.Module):
     self.keys = nnx.Param(jax.random.normal(rngs.params(), (2, config.n_sub_keys, half)))
     self.num_selected = config.num_selected
 
+  @jax.named_scope('gate')
   def __call__(self, m_BTD: Array) -> tuple[Array, Array]:
     """Selects rows for every token, in float32: in bf16 a fifth of the tokens would get other rows.
 

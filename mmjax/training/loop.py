@@ -25,6 +25,7 @@ from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
 from mmjax.training.metrics import MetricsLog, bank_health, peak_memory
 from mmjax.training.optimizer import make_optimizer, path_name
+from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import Progress
 from mmjax.training.rundir import RunDir, atomic_write_json
 from mmjax.training.setup import (
@@ -116,11 +117,14 @@ class Trainer:
     rows = train.batch_size * train.accumulation_steps
     unchecked = None
     batches = train_batches(self.inputs.train, global_batch_rows=rows, seed=self.config.seed, start_step=start)
-    with closing(batches):
+    profile = StepProfiler(self.run.path / 'profile', train.profile_steps, self.program.step, self.progress.message)
+    with closing(batches), closing(profile):
       for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
         with explain_out_of_memory(self.config, self.program.memory):
           device_batch = put_batch(self.program.mesh, batch, train.accumulation_steps)
+          profile.before_step(state)
           state, metrics = self.program.step(state, device_batch)
+          profile.after_step(state)
           if unchecked is not None:
             self.check(*unchecked, state)
         unchecked = (step, batch, metrics)

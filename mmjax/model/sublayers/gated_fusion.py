@@ -4,6 +4,7 @@ Faithful to the record's code: the norm reads the attention output and not the r
 never reach the output, so that no gradient reaches the gate: it routes by a fixed random projection.
 """
 
+import jax
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -25,6 +26,7 @@ class GatedFusion(nnx.Module):
     self.up = Linear(width, config.dim, rngs=rngs)
     self.down = Linear(config.dim, config.dim, rngs=rngs)
 
+  @jax.named_scope('fusion')
   def __call__(self, m_BTD: Array, rows_BTRP: Array, dtype: DTypeLike) -> Array:
     """Maps float32 (B, T, D) and rows (B, T, R, P) to (B, T, D) in `dtype`."""
     rows_BTF = rows_BTRP.reshape(*m_BTD.shape[:-1], -1)
