@@ -58,6 +58,18 @@ def device_name() -> str:
   return models[0].split(':')[1].strip() if models else 'cpu'
 
 
+def thread_count() -> int:
+  """Returns how many threads XLA's pool has on this CPU."""
+  return len(os.sched_getaffinity(0))
+
+
+def program_bytes(memory: Any) -> int:
+  """Returns all that a program needs, from `compiled.memory_analysis()`; donated arrays count once."""
+  return (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+  )
+
+
 def seconds_of(run: Callable[[], Any]) -> float:
   """Times one call."""
   start = time.perf_counter()
@@ -70,13 +82,18 @@ def spread(values: Sequence[float]) -> Statistics:
   return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
 
 
+def print_row(row: dict[str, Any]) -> None:
+  """Prints one row of a Markdown table."""
+  print('| ' + ' | '.join(map(str, row.values())) + ' |', flush=True)
+
+
 def print_table(rows: Iterable[dict[str, Any]]) -> None:
   """Prints rows with equal keys as a Markdown table."""
   rows = list(rows)
   print('| ' + ' | '.join(rows[0]) + ' |')
   print('|' + '---|' * len(rows[0]))
   for row in rows:
-    print('| ' + ' | '.join(map(str, row.values())) + ' |', flush=True)
+    print_row(row)
 
 
 def write_json(path: Path | None, content: dict[str, Any]) -> None:

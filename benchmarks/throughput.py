@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +42,7 @@ def main() -> None:
   parser.add_argument('--dtype', choices=('float32', 'bfloat16'), help='overrides train.dtype; torch runs in autocast')
   parser.add_argument('--seq_len', type=int, help='overrides model.max_seq_len')
   parser.add_argument('--updates', type=int, default=1, help='updates in a turn')
+  parser.add_argument('--one_program', action='store_true', help='do not also compile with the other triton_gemm')
   parser.add_argument('--matmul_size', type=int, help='default 2048 on a CPU, 8192 on a GPU')
   parser.add_argument('--process_memory', action='store_true', help='measure resident memory too')
   parser.add_argument('--memory_of', choices=('mmjax', 'torch'), help=argparse.SUPPRESS)
@@ -60,7 +60,7 @@ def main() -> None:
 
 def report(config: Config, arguments: argparse.Namespace) -> None:
   """Measures everything and prints it."""
-  updates, facts = mmjax_sides(config)
+  updates, facts = mmjax_sides(config, compare_triton=not arguments.one_program)
   on_torch = arguments.against == 'torch'
   if on_torch:
     torch_updates, torch_memory = torch_sides(config, arguments.torch_compile)
@@ -80,7 +80,7 @@ def report(config: Config, arguments: argparse.Namespace) -> None:
   print(
     f'{flops_per_token(config)["total"] / 1e6:.1f} MFLOPs a token; measured {config.train.dtype} products: {rates}.'
   )
-  found = common.environment(common.device_name(), len(os.sched_getaffinity(0)))
+  found = common.environment(common.device_name(), common.thread_count())
   print(f'{found["device"]}, {found["threads"]} threads, load {found["load_average"]:.1f}, commit {found["commit"]}')
   common.write_json(
     arguments.json,
@@ -88,12 +88,12 @@ def report(config: Config, arguments: argparse.Namespace) -> None:
   )
 
 
-def mmjax_sides(config: Config) -> tuple[dict[str, Update], dict[str, dict[str, Any]]]:
+def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[dict[str, Update], dict[str, dict[str, Any]]]:
   """Returns the update of each program, warmed up, and what the compiler says of it."""
   step = common.Step(config)
   updates, facts = {}, {}
   variants = {'mmjax': config}
-  if is_nvidia(jax.devices()[0].platform):
+  if compare_triton and is_nvidia(jax.devices()[0].platform):
     other = not config.runtime.triton_gemm
     runtime = dataclasses.replace(config.runtime, triton_gemm=other)
     variants[f'mmjax, triton_gemm={other}'] = dataclasses.replace(config, runtime=runtime)
@@ -105,10 +105,9 @@ def mmjax_sides(config: Config) -> tuple[dict[str, Update], dict[str, dict[str, 
     facts[name] = {
       'attention': step.attention,
       'triton_calls': len(TRITON.findall(compiled.as_text())),
-      'analysis_bytes': memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-      + memory.temp_size_in_bytes,
+      'analysis_bytes': common.program_bytes(memory),
       'peak_bytes': stats.get('peak_bytes_in_use') if variant is config else None,  # of all programs after the first
-    }  # fmt: skip
+    }
   return updates, facts
 
 
@@ -116,7 +115,7 @@ def torch_sides(config: Config, compiled_too: bool) -> tuple[dict[str, Update], 
   """Returns the update of the eager port, and of the compiled one, warmed up, and their peak memory on a GPU."""
   import torch
 
-  torch.set_num_threads(len(os.sched_getaffinity(0)))  # as many as XLA's pool has
+  torch.set_num_threads(common.thread_count())  # as many as XLA's pool has
   updates, memory = {}, {}
   for name in ('torch', 'torch.compile')[: 1 + compiled_too]:
     if torch.cuda.is_available():
@@ -253,7 +252,7 @@ def resident_growth(config: Config, side: str) -> int:
     step = common.Step(config)
     update = lambda: step.run(step.compiled)  # noqa: E731
   else:
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(common.thread_count())
     update = torch_update(config, compile_model=False)
   update()
   common.reset_resident_peak()  # what compiling took is over
