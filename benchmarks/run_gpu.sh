@@ -50,9 +50,11 @@ part() { # name, limit in seconds, command
   fi
   if ((left < 10)); then
     echo "$name: no time left; run again"
+    FAILED=1
     return
   fi
   ((seconds > left)) && seconds=$left
+  rm -f "$OUT/$name.md" "$OUT/$name.json"
   echo "$name: at most $seconds s"
   timeout -k 5 "$seconds" "$@" > "$OUT/$name.partial" 2> "$OUT/$name.log"
   code=$?
@@ -73,12 +75,12 @@ throughput() { # name, limit in seconds, batch size, more arguments
 }
 
 FAILED=0
-ENVIRONMENT=(LIMITED=no)
+ENVIRONMENT=()
 throughput throughput_1_4_2 220 "${BATCHES[0]}" --config configs/exp_1_4_2.py "${AGAINST[@]}" "${COMPILED[@]}"
 throughput remat_1_4_2 90 "${BATCHES[0]}" --config configs/exp_1_4_2.py --one_program --config.runtime.remat=block
 ENVIRONMENT=(XLA_PYTHON_CLIENT_MEM_FRACTION="$LIMIT_24GB")
 throughput limit_24gb_1_4_2 90 "${BATCHES[1]}" --config configs/exp_1_4_2.py --one_program
-ENVIRONMENT=(LIMITED=no)
+ENVIRONMENT=()
 part memory_scaling 150 "$PYTHON" benchmarks/memory_scaling.py --rows "$ROWS" --selected "$SELECTED" \
   --repeats "${TURNS[1]}" --json "$OUT/memory_scaling.json" --config.train.batch_size="${BATCHES[0]}" "${SIZES[@]}"
 throughput throughput_1_4_0 120 "${BATCHES[0]}" --config configs/exp_1_4_0.py --one_program "${AGAINST[@]}"
