@@ -39,7 +39,7 @@ if "$PYTHON" -c 'import torch' 2>/dev/null; then
   ((QUICK)) && COMPILED=()
 fi
 MIB=$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits 2>/dev/null | head -n 1)
-LIMIT_24GB=$(awk -v mib="${MIB:-0}" 'BEGIN { printf "%.4f", mib > 22889 ? 24e9 / (mib * 1048576) : 0.95 }')
+LIMIT_24GB=$(awk -v mib="${MIB:-0}" 'BEGIN { printf "%.4f", (mib > 22889 ? 24e9 / (mib * 1048576) : 0.95) }')
 
 part() { # name, limit in seconds, command
   local name=$1 seconds=$2 left=$((LIMIT_SECONDS - SECONDS)) code
