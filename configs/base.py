@@ -81,11 +81,13 @@ def get_config() -> ConfigDict:
   train.eval_interval = 500  # updates between evaluations on the whole validation set
   train.checkpoint_interval = 500  # updates between checkpoints
   train.max_skipped_updates = 10  # non-finite updates in a row that end the run
+  train.profile_steps = 0  # updates to trace, from the second of this start on, into <workdir>/profile; 0: none
 
   runtime = config.runtime = ConfigDict()
   runtime.data_devices = 0  # mesh axis over the batch; 0: all devices that row_devices leaves
   runtime.row_devices = 1  # mesh axis over the rows of the bank (and the batch)
   runtime.attention = 'auto'  # 'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU
   runtime.remat = 'none'  # 'block' recomputes each block in the backward pass: less memory, more time
+  runtime.triton_gemm = False  # True lets XLA use its Triton kernels for matrix products on NVIDIA; False: cuBLAS
   runtime.compilation_cache_dir = ''  # keep compiled steps here between runs; '': off
   return config

@@ -136,6 +136,7 @@ class TrainConfig:
   eval_interval: int
   checkpoint_interval: int
   max_skipped_updates: int
+  profile_steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +147,7 @@ class RuntimeConfig:
   row_devices: int
   attention: str
   remat: str
+  triton_gemm: bool
   compilation_cache_dir: str
 
 
@@ -192,6 +194,7 @@ AT_LEAST = {
   'train.learning_rate': 0, 'train.final_learning_rate': 0, 'train.warmup_steps': 0, 'train.beta1': 0,
   'train.beta2': 0, 'train.eps': 0, 'train.weight_decay': 0, 'train.grad_clip': 0, 'train.log_interval': 1,
   'train.eval_interval': 1, 'train.checkpoint_interval': 1, 'train.max_skipped_updates': 1,
+  'train.profile_steps': 0,
   'runtime.data_devices': 0, 'runtime.row_devices': 1,
 }  # fmt: skip
 MAX_MEMORY_HEADS = 8

@@ -77,8 +77,8 @@ class RMSNorm(nn.Module):
 def rotate(x_BTNH: Tensor, theta: float) -> Tensor:
   """Turns each pair (x[2i], x[2i+1]) by position * theta**(-2i/H), in float32."""
   n_positions, width = x_BTNH.shape[1], x_BTNH.shape[-1]
-  frequency = 1.0 / theta ** (torch.arange(0, width, 2).float() / width)
-  angle = torch.outer(torch.arange(n_positions).float(), frequency)[None, :, None, :]
+  frequency = 1.0 / theta ** (torch.arange(0, width, 2, device=x_BTNH.device).float() / width)
+  angle = torch.outer(torch.arange(n_positions, device=x_BTNH.device).float(), frequency)[None, :, None, :]
   even, odd = x_BTNH.float().unflatten(-1, (-1, 2)).unbind(-1)
   turned = torch.stack((even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos()), dim=-1)
   return turned.flatten(-2).type_as(x_BTNH)

@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 
+@jax.named_scope('lookup')
 def bank_lookup(bank_MP: Array, row_BTR: Array, dtype: DTypeLike, *, backward: str = 'scatter') -> Array:
   """Gathers rows of the bank.
 

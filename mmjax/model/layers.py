@@ -52,6 +52,7 @@ class RMSNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones(dim))
     self.eps = eps
 
+  @jax.named_scope('norm')
   def __call__(self, x: Array) -> Array:
     """Maps (..., D) to float32 (..., D)."""
     x = x.astype(jnp.float32)  # the mean of squares loses too much in bf16
@@ -111,6 +112,7 @@ class Attention(nnx.Module):
     self.wo = Linear(config.dim, config.dim, rngs=rngs)
     self.head_dim = config.head_dim
 
+  @jax.named_scope('attention')
   def __call__(
     self, x_BTD: Array, angle_BTh: Array, segment_BT: Array | None, dtype: DTypeLike, backend: str
   ) -> tuple[Array, LayerCache]:

@@ -183,7 +183,8 @@ class LM(nnx.Module):
     keys = [None] * (len(self.layers) + 1)
     if dropout_key is not None:
       keys = list(jax.random.split(dropout_key, len(keys)))
-    x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
+    with jax.named_scope('embedding'):
+      x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
     rows, kvs, aux_loss = [], [], jnp.zeros(())
     for layer, key in zip(self.layers, keys[:-1], strict=True):
       run = partial(layer, dtype=dtype, attention=attention)

@@ -37,6 +37,7 @@ class ProductKeyGate(nnx.Module):
     self.num_selected = model.num_selected
     self.balance_loss_weight = memory.balance_loss_weight
 
+  @jax.named_scope('gate')
   def __call__(self, m_BTD: Array) -> Selection:
     """Selects rows for every token, in float32: in bf16 a fifth of the tokens would get other rows.
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, memory_layers
+from mmjax.training.backend import compiler_options
 from mmjax.training.metrics import bank_health
 from mmjax.training.sharding import put_batch, replicated
 from mmjax.training.step import make_loss
@@ -76,7 +77,8 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, pad_id: int, atten
     found = {'nll': parts['loss'], 'correct': parts['accuracy'], 'tokens': jnp.sum(rows['target'] != pad_id)}
     return found | {'usage_LM': parts['usage_LM']} if 'usage_LM' in parts else found
 
-  compiled = jax.jit(sums, out_shardings=replicated(mesh))
+  options = compiler_options(config, jax.devices()[0].platform)
+  compiled = jax.jit(sums, out_shardings=replicated(mesh), compiler_options=options)
   return lambda params, batch: compiled(params, put_batch(mesh, batch, 1))
 
 

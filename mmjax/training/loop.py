@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,13 @@ from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
 from mmjax.errors import DivergedError, StoppedError, StorageError
 from mmjax.model.lm import abstract_params, memory_layers
+from mmjax.training.backend import slow_scatter_warning
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
 from mmjax.training.metrics import MetricsLog, bank_health, peak_memory
 from mmjax.training.optimizer import make_optimizer, path_name
+from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import Progress
 from mmjax.training.rundir import RunDir, atomic_write_json
 from mmjax.training.setup import (
@@ -78,6 +81,9 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> 
     if start >= total:
       progress.message(f'{workdir} is finished: all {total} steps are done')
       return
+    warning = slow_scatter_warning(jax.devices()[0].platform, metadata.version('jaxlib'))
+    if warning:
+      progress.message(warning)
     program = compile_program(config, inputs, mesh, optimizer, state)
     progress.message(f'Attention: {program.attention}. The step needs {describe_memory(program.memory)}.')
     Trainer(config, run, inputs, program, checkpoints, log, progress, counters).train(state, stop)
@@ -113,11 +119,14 @@ class Trainer:
     rows = train.batch_size * train.accumulation_steps
     unchecked = None
     batches = train_batches(self.inputs.train, global_batch_rows=rows, seed=self.config.seed, start_step=start)
-    with closing(batches):
+    profile = StepProfiler(self.run.path / 'profile', train.profile_steps, self.program.step, self.progress.message)
+    with closing(batches), closing(profile):
       for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
         with explain_out_of_memory(self.config, self.program.memory):
           device_batch = put_batch(self.program.mesh, batch, train.accumulation_steps)
+          profile.before_step(state)
           state, metrics = self.program.step(state, device_batch)
+          profile.after_step(state)
           if unchecked is not None:
             self.check(*unchecked, state)
         unchecked = (step, batch, metrics)

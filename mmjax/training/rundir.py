@@ -28,7 +28,7 @@ from mmjax.errors import StorageError, UserError
 # On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
 FREE = (
   'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir', 'train.log_interval', 'train.eval_interval',
-  'train.checkpoint_interval', 'train.max_skipped_updates',
+  'train.checkpoint_interval', 'train.max_skipped_updates', 'train.profile_steps',
 )  # fmt: skip
 FREE_SECTIONS = ('runtime.',)
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')

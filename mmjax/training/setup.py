@@ -24,6 +24,7 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import model_graph
+from mmjax.training.backend import compiler_options
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
 from mmjax.training.rundir import RunDir, atomic_write_bytes, compare_configs, compare_models
@@ -146,20 +147,38 @@ def compile_program(config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, 
   attention = attention_backend(
     config.runtime.attention, jnp.dtype(config.train.dtype), jax.devices()[0].platform, mesh.size
   )
-  graphdef = model_graph(config)
   pad_id = inputs.tokenizer.pad_id
-  step = make_train_step(
-    config, graphdef, optimizer, pad_id=pad_id, attention=attention, total_steps=inputs.total_steps
+  compiled = compile_step(
+    config, mesh, optimizer, state, attention=attention, pad_id=pad_id, total_steps=inputs.total_steps
   )
-  places = shardings(mesh, state)
+  evaluate = make_eval_step(model_graph(config), config, pad_id=pad_id, attention=attention, mesh=mesh)
+  return Program(mesh, compiled, evaluate, attention, compiled.memory_analysis())
+
+
+def compile_step(
+  config: Config,
+  mesh: Mesh,
+  optimizer: Any,
+  state: TrainState,
+  *,
+  attention: str,
+  pad_id: int,
+  total_steps: int,
+) -> jax.stages.Compiled:
+  """Compiles the train step, which takes over the state it is given.
+
+  Raises:
+    UserError: if the device has too little memory, with the settings to change.
+  """
+  step = make_train_step(
+    config, model_graph(config), optimizer, pad_id=pad_id, attention=attention, total_steps=total_steps
+  )
   rows = config.train.batch_size * config.train.accumulation_steps
   sample = {name: jnp.zeros((rows, config.model.max_seq_len), jnp.int32) for name in ('input', 'target', 'segment')}
   batch = put_batch(mesh, sample, config.train.accumulation_steps)
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(places, replicated(mesh)))
+  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), replicated(mesh)))
   with explain_out_of_memory(config):
-    compiled = jitted.lower(state, batch).compile()
-  evaluate = make_eval_step(graphdef, config, pad_id=pad_id, attention=attention, mesh=mesh)
-  return Program(mesh, compiled, evaluate, attention, compiled.memory_analysis())
+    return jitted.lower(state, batch).compile(compiler_options(config, jax.devices()[0].platform))
 
 
 class explain_out_of_memory:  # noqa: N801 - used as a `with` statement

@@ -70,7 +70,8 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
     )
     weight_BT = (rows['target'] != pad_id).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
-    nll, correct = cross_entropy_sums(out.hidden_BTD, model.embedding[...], rows['target'], weight_BT, chunk)
+    with jax.named_scope('loss'):
+      nll, correct = cross_entropy_sums(out.hidden_BTD, model.embedding[...], rows['target'], weight_BT, chunk)
     parts = {
       'loss': nll / total_weight,
       'accuracy': correct / total_weight,
@@ -83,6 +84,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
   return objective
 
 
+@jax.named_scope('bank_usage')
 def count_rows(row_LBTR: Array, weight_BT: Array, knowledge_num: int) -> Array:
   """Returns how often each layer read each row at positions that are not padding: int32 (L, M)."""
   n_layers = row_LBTR.shape[0]
@@ -129,12 +131,13 @@ def make_train_step(
     params = state['params']
     tokens = jnp.sum(batch['target'] != pad_id)
     parts, grads = accumulate(params, batch, jnp.maximum(tokens, 1).astype(jnp.float32), state['step'])
-    grad_norm = optax.global_norm(grads)
-    finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
-    updates, opt_state = optimizer.update(grads, state['opt_state'], params)
-    new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
-    old = {'params': params, 'opt_state': state['opt_state']}
-    kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    with jax.named_scope('optimizer'):
+      grad_norm = optax.global_norm(grads)
+      finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
+      updates, opt_state = optimizer.update(grads, state['opt_state'], params)
+      new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
+      old = {'params': params, 'opt_state': state['opt_state']}
+      kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
     skipped = jnp.where(finite, 0, state['skipped'] + 1)
     metrics = parts | {
       'grad_norm': grad_norm,

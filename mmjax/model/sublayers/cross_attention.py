@@ -27,6 +27,7 @@ class CrossAttention(nnx.Module):
     self.wo = Linear(config.dim, config.dim, rngs=rngs)
     self.n_heads, self.head_dim = config.n_heads, config.head_dim
 
+  @jax.named_scope('cross_attention')
   def __call__(self, m_BTD: Array, rows_BTRP: Array, dtype: DTypeLike) -> Array:
     """Maps float32 (B, T, D) and rows (B, T, R, P) to (B, T, D) in `dtype`.
 

@@ -18,6 +18,7 @@ class SwiGLU(nnx.Module):
     self.up = Linear(dim, hidden_dim, rngs=rngs)
     self.down = Linear(hidden_dim, dim, rngs=rngs)
 
+  @jax.named_scope('feed_forward')
   def transform(self, x_BTD: Array, dtype: DTypeLike) -> Array:
     """Maps (B, T, D) to (B, T, D) in `dtype`."""
     return self.down(jax.nn.silu(self.gate(x_BTD, dtype)) * self.up(x_BTD, dtype), dtype)

@@ -1,5 +1,6 @@
 """Experiment 1.4.2: rows from the bank, concatenated with the memory's input, through a gated MLP."""
 
+import jax
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -20,6 +21,7 @@ class GatedFusion(nnx.Module):
     self.up = Linear(width, model.dim, rngs=rngs)
     self.down = Linear(model.dim, model.dim, rngs=rngs)
 
+  @jax.named_scope('fusion')
   def __call__(self, m_BTD: Array, rows_BTRP: Array, dtype: DTypeLike) -> Array:
     """Maps float32 (B, T, D) and rows (B, T, R, P) to (B, T, D) in `dtype`."""
     rows_BTF = rows_BTRP.reshape(*m_BTD.shape[:-1], -1)

@@ -1,0 +1,177 @@
+"""What the benchmarks share: the repository on the path, one compiled update, statistics, tables and JSON.
+
+`import common` comes before anything that imports JAX, because it sets JAX's allocator.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # for a bare checkout, and for the port in tests/
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # or nothing would be left for torch on a GPU
+
+PAD_ID = 0
+FIRST_TOKEN = 4  # after the special ones
+TOTAL_STEPS = 1000  # of the learning rate's schedule
+
+Statistics = dict[str, float]
+
+
+def environment(device: str, threads: int) -> dict[str, Any]:
+  """Returns what a table needs beside its numbers: time, commit, command, device, versions, load."""
+  commit = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+  versions = {}
+  for name in ('jax', 'jaxlib', 'flax', 'optax', 'torch'):
+    try:
+      versions[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:
+      continue
+  return {
+    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'commit': commit.stdout.strip() or 'unknown',
+    'command': ' '.join(['python', *sys.argv]),
+    'device': device,
+    'threads': threads,
+    'load_average': os.getloadavg()[0],
+    'versions': {'python': platform.python_version(), **versions},
+  }
+
+
+def device_name() -> str:
+  """Returns JAX's name of the device; of a CPU, which it does not name, the processor's model."""
+  import jax
+
+  if jax.default_backend() != 'cpu':
+    return jax.devices()[0].device_kind
+  models = [line for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
+  return models[0].split(':')[1].strip() if models else 'cpu'
+
+
+def thread_count() -> int:
+  """Returns how many threads XLA's pool has on this CPU."""
+  return len(os.sched_getaffinity(0))
+
+
+def program_bytes(memory: Any) -> int:
+  """Returns all that a program needs, from `compiled.memory_analysis()`; donated arrays count once."""
+  return (
+    memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+  )
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+  """Times one call."""
+  start = time.perf_counter()
+  run()
+  return time.perf_counter() - start
+
+
+def spread(values: Sequence[float]) -> Statistics:
+  """Returns median, min and max."""
+  return {'median': statistics.median(values), 'min': min(values), 'max': max(values)}
+
+
+def print_row(row: dict[str, Any]) -> None:
+  """Prints one row of a Markdown table."""
+  print('| ' + ' | '.join(map(str, row.values())) + ' |', flush=True)
+
+
+def print_table(rows: Iterable[dict[str, Any]]) -> None:
+  """Prints rows with equal keys as a Markdown table."""
+  rows = list(rows)
+  print('| ' + ' | '.join(rows[0]) + ' |')
+  print('|' + '---|' * len(rows[0]))
+  for row in rows:
+    print_row(row)
+
+
+def write_json(path: Path | None, content: dict[str, Any]) -> None:
+  """Writes a file, if one is wanted."""
+  if path:
+    path.write_text(json.dumps(content, indent=2) + '\n', encoding='utf-8')
+
+
+def parser(doc: str, config: str = 'configs/exp_1_4_2.py') -> argparse.ArgumentParser:
+  """Returns a parser with the flags that all of these benchmarks have."""
+  made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+  made.add_argument('--config', default=config)
+  made.add_argument('--repeats', type=int, default=5, help='turns of each side')
+  made.add_argument('--json', type=Path, help='file to write the measurements to')
+  return made
+
+
+class Step:
+  """The train step of a config, compiled as a run compiles it, its state, and one batch of random tokens.
+
+  `variants` are compiled programs of the same update, which share the state.
+  """
+
+  def __init__(self, config: Any):
+    import jax.numpy as jnp
+    import numpy as np
+
+    from mmjax.training.optimizer import make_optimizer
+    from mmjax.training.setup import new_state
+    from mmjax.training.sharding import make_mesh, put_batch
+
+    self.mesh = make_mesh(config)
+    self.optimizer = make_optimizer(config, TOTAL_STEPS)
+    self.state = new_state(config, self.optimizer, self.mesh)
+    batch = {name: value.astype(np.int32) for name, value in random_rows(config).items()}
+    self.batch = put_batch(self.mesh, batch, config.train.accumulation_steps)
+    self.jnp = jnp
+    self.compiled = self.compile(config)
+
+  def compile(self, config: Any) -> Any:
+    """Compiles the update with other runtime settings."""
+    import jax
+
+    from mmjax.kernels.attention import attention_backend
+    from mmjax.training.setup import compile_step
+
+    dtype, place = self.jnp.dtype(config.train.dtype), jax.devices()[0].platform
+    self.attention = attention_backend(config.runtime.attention, dtype, place, self.mesh.size)
+    settings = {'attention': self.attention, 'pad_id': PAD_ID, 'total_steps': TOTAL_STEPS}
+    return compile_step(config, self.mesh, self.optimizer, self.state, **settings)
+
+  def run(self, compiled: Any, updates: int = 1) -> None:
+    """Makes updates and waits for the last."""
+    for _ in range(updates):
+      self.state, metrics = compiled(self.state, self.batch)
+    metrics['loss'].block_until_ready()
+    self.state['step'].block_until_ready()
+
+
+def random_rows(config: Any) -> dict[str, Any]:
+  """Returns the rows of one update, without padding: `input`, `target`, `segment`, int64 (A * B, T)."""
+  import numpy as np
+
+  rows = config.train.batch_size * config.train.accumulation_steps
+  shape = (rows, config.model.max_seq_len + 1)
+  tokens = np.random.default_rng(0).integers(FIRST_TOKEN, config.model.vocab_size, shape)
+  return {'input': tokens[:, :-1], 'target': tokens[:, 1:], 'segment': np.zeros_like(tokens[:, 1:])}
+
+
+def resident_bytes(field: str) -> int:
+  """Returns VmRSS (now) or VmHWM (peak) of this process; 0 where /proc is missing."""
+  status = Path('/proc/self/status')
+  lines = status.read_text().splitlines() if status.exists() else []
+  return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ':')), 0)
+
+
+def reset_resident_peak() -> None:
+  """Makes VmHWM start again from now."""
+  path = Path('/proc/self/clear_refs')
+  if path.exists():
+    path.write_text('5')

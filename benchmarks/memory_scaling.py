@@ -1,0 +1,115 @@
+"""Measures what a larger bank costs: python benchmarks/memory_scaling.py [--rows 65536,262144,1048576,4194304]
+
+For each size of the bank, then for each number of selected rows, one step of the config takes turns with the first
+size: forward and backward pass alone ("gradient"), and the whole update, of which the optimizer's share is the rest,
+with one micro-batch. Memory is the compiler's sum for the update, and on a GPU also the allocator's peak so far, with
+the base size in it. On a CPU make the model smaller with `--config.model.dim=256` and the like.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import common
+import jax
+import jax.numpy as jnp
+
+from mmjax.config import Config, load_config
+from mmjax.model.lm import model_graph
+from mmjax.training.backend import compiler_options
+from mmjax.training.step import make_loss
+
+GIB = 1 << 30
+ONE_MICRO_BATCH = '--config.train.accumulation_steps=1'
+
+
+def main() -> None:
+  """Reads flags, measures, prints the table, writes the JSON file."""
+  parser = common.parser(__doc__)
+  parser.add_argument('--rows', default='65536,262144,1048576,4194304', help='sizes of the bank; the first is the base')
+  parser.add_argument('--selected', default='1,16,32,64', help='rows a token, beside that of the config')
+  arguments, overrides = parser.parse_known_args()
+  config = load_config(arguments.config, [*overrides, ONE_MICRO_BATCH])
+  rows, selected = ([int(n) for n in text.split(',') if n] for text in (arguments.rows, arguments.selected))
+  base_config = with_model(config, knowledge_num=rows[0])
+  base = Point(base_config)
+  lines = []
+  points = [with_model(config, knowledge_num=n) for n in rows]
+  points += [with_model(base_config, num_selected=n) for n in selected]
+  for point_config in points:
+    lines.append(measure(base, point_config, arguments.repeats))
+    show = common.print_row if len(lines) > 1 else lambda first: common.print_table([first])
+    show(row(lines[-1]))
+  found = common.environment(common.device_name(), common.thread_count())
+  common.write_json(arguments.json, found | {'config': base_config.to_dict(), 'points': lines})
+
+
+def with_model(config: Config, **fields: int) -> Config:
+  """Returns the config with other sizes of the model."""
+  return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+class Point:
+  """One size, compiled: the gradient alone, and the update."""
+
+  def __init__(self, config: Config):
+    self.config, self.step = config, common.Step(config)
+    self.step.run(self.step.compiled)
+    grad = jax.grad(make_loss(config, model_graph(config), common.PAD_ID, self.step.attention), has_aux=True)
+    rows = jax.tree.map(lambda x: x[0], self.step.batch)
+    total = jnp.float32(config.train.batch_size * config.model.max_seq_len)
+    options = compiler_options(config, jax.devices()[0].platform)
+    compiled = jax.jit(lambda params: grad(params, rows, total, None)[0], compiler_options=options)
+    self.gradient = lambda: jax.block_until_ready(compiled(self.step.state['params']))
+    self.gradient()
+
+  def runs(self) -> dict[str, Callable[[], Any]]:
+    """Returns what is timed."""
+    return {'gradient': self.gradient, 'update': lambda: self.step.run(self.step.compiled)}
+
+
+def measure(base: Point, config: Config, repeats: int) -> dict[str, Any]:
+  """Times a size beside the base, turn by turn."""
+  point = base if config == base.config else Point(config)
+  seconds = {(side, name): [] for side in ('base', 'point') for name in ('gradient', 'update')}
+  for _ in range(repeats):
+    for name in ('gradient', 'update'):
+      seconds['base', name].append(common.seconds_of(base.runs()[name]))
+      seconds['point', name].append(common.seconds_of(point.runs()[name]))
+  memory, stats = point.step.compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
+  gradient, update = (common.spread(seconds['point', name]) for name in ('gradient', 'update'))
+  return {
+    'knowledge_num': config.model.knowledge_num,
+    'num_selected': config.model.num_selected,
+    'gradient_seconds': gradient,
+    'update_seconds': update,
+    'times_base': {
+      name: common.spread([a / b for a, b in zip(seconds['point', name], seconds['base', name], strict=True)])
+      for name in ('gradient', 'update')
+    },
+    'optimizer_share': 1 - gradient['median'] / update['median'],
+    'analysis_bytes': common.program_bytes(memory),
+    'peak_bytes': stats.get('peak_bytes_in_use'),
+  }
+
+
+def row(entry: dict[str, Any]) -> dict[str, str]:
+  """Returns a line of the table."""
+  gradient, update, times = entry['gradient_seconds'], entry['update_seconds'], entry['times_base']
+  peak = entry['peak_bytes']
+  return {
+    'rows of the bank': f'{entry["knowledge_num"]:,}',
+    'selected': str(entry['num_selected']),
+    'gradient, ms': f'{1e3 * gradient["median"]:.1f}',
+    'range, ms': f'{1e3 * gradient["min"]:.1f}-{1e3 * gradient["max"]:.1f}',
+    'times base': f'{times["gradient"]["median"]:.2f}',
+    'update, ms': f'{1e3 * update["median"]:.1f}',
+    'update times base': f'{times["update"]["median"]:.2f}',
+    'optimizer': f'{entry["optimizer_share"]:.1%}',
+    'GiB, compiler': f'{entry["analysis_bytes"] / GIB:.2f}',
+    'peak GiB, allocator': f'{peak / GIB:.2f}' if peak else '',
+  }
+
+
+if __name__ == '__main__':
+  main()

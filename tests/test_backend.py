@@ -1,0 +1,89 @@
+"""No Triton and no Pallas in a step lowered for CUDA, which needs no GPU; compiler options and warnings by device."""
+
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import pallas as pl
+
+from mmjax.model.lm import model_graph
+from mmjax.training import loop
+from mmjax.training.backend import TRITON, compiler_options, slow_scatter_warning
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.step import init_state, make_train_step
+from tests.helpers import random_batch, tiny_config
+
+
+def lowered_for_cuda(function, *inputs) -> str:
+  return jax.jit(function).trace(*inputs).lower(lowering_platforms=('cuda',)).as_text()
+
+
+@pytest.mark.parametrize(
+  'sublayer',
+  ['gated_fusion', 'dense', *(pytest.param(name, marks=pytest.mark.slow) for name in ('cross_attention', 'moe'))],
+)
+def test_step_lowered_for_cuda_has_no_triton_and_no_pallas(sublayer):
+  config = tiny_config(model__sublayer=sublayer, model__n_layers=1, train__dtype='bfloat16')
+  optimizer = make_optimizer(config, 10)
+  # 'xla', because cuDNN cannot be lowered where there is none.
+  step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=10)
+  state = jax.eval_shape(lambda: init_state(config, optimizer))
+  text = lowered_for_cuda(step, state, random_batch(config))
+  assert 'stablehlo.dot_general' in text and not TRITON.search(text)
+
+
+def test_pallas_kernel_lowered_for_cuda_is_found():
+  def double(x_ref, out_ref):
+    out_ref[...] = x_ref[...] * 2
+
+  x = jnp.ones((128, 128))
+  text = lowered_for_cuda(lambda x: pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x), x)
+  assert TRITON.search(text)
+
+
+@pytest.mark.parametrize(
+  'line',
+  [
+    '%r = stablehlo.custom_call @__gpu$xla.gpu.triton(%0)',
+    'ROOT %f = f32[8] fusion(%p), kind=kCustom, backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}',
+  ],
+)
+def test_triton_call_is_found(line):
+  assert TRITON.search(line)
+
+
+@pytest.mark.parametrize('platform', ['gpu', 'cuda'])
+@pytest.mark.parametrize('wanted', [True, False])
+def test_triton_gemm_sets_the_compiler_option_on_nvidia(platform, wanted):
+  config = tiny_config(runtime__triton_gemm=wanted)
+  options = compiler_options(config, platform)
+  assert options == {'xla_gpu_enable_triton_gemm': wanted}
+  # XLA refuses names that it does not know, on every platform.
+  jax.jit(lambda x: x + 1).lower(1).compile(options)
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu', 'rocm'])
+def test_triton_gemm_sets_nothing_elsewhere(platform):
+  assert compiler_options(tiny_config(), platform) == {}
+
+
+@pytest.mark.parametrize('version', ['0.10.2', '0.10.3', '0.11.0', '0.11.0.dev20260401'])
+def test_slow_scatter_is_told_in_one_sentence_on_nvidia(version):
+  warning = slow_scatter_warning('gpu', version)
+  assert version in warning and '0.11.1' in warning and warning.count('. ') == 0
+  assert slow_scatter_warning('cpu', version) is None
+
+
+@pytest.mark.parametrize('version', ['0.10.1', '0.11.1', '0.12.0', '1.0.0'])
+def test_other_versions_give_no_warning(version):
+  assert slow_scatter_warning('gpu', version) is None
+
+
+def test_run_tells_the_warning(monkeypatch, tmp_path, tiny_run, capsys):
+  from mmjax.training.rundir import RunDir
+
+  monkeypatch.setattr(loop, 'slow_scatter_warning', lambda platform, version: f'Warning: {platform} {version}')
+  config = RunDir(tiny_run).read_config()
+  loop.fit(config, tmp_path)
+  assert f'Warning: cpu {metadata.version("jaxlib")}' in capsys.readouterr().out

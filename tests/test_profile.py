@@ -1,0 +1,91 @@
+"""Profiles: a tiny run's trace and table; scopes of operations and nested times against hand-made ones."""
+
+import dataclasses
+import gzip
+import json
+import re
+
+import jax
+import pytest
+
+from mmjax.model.lm import model_graph
+from mmjax.training.loop import fit
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.profile import SCOPES, innermost_scope, operation_scopes, self_times
+from mmjax.training.rundir import RunDir
+from mmjax.training.step import init_state, make_train_step
+from tests.helpers import random_batch, tiny_config
+
+
+def test_profiled_run_writes_a_trace_and_says_where_the_time_goes(tiny_run, tmp_path, capsys):
+  config = RunDir(tiny_run).read_config()
+  fit(dataclasses.replace(config, train=dataclasses.replace(config.train, profile_steps=2)), tmp_path)
+  out = capsys.readouterr().out
+  assert 'Profile of 2 steps' in out
+  shares = {
+    name.strip(): float(share) for name, share in re.findall(r'^  (\D+?) +[\d.]+ ms a step +([\d.]+)%', out, re.M)
+  }
+  assert {'attention', 'gate', 'fusion', 'loss', 'optimizer'} <= shares.keys() <= {*SCOPES, 'not attributed'}
+  assert sum(shares.values()) == pytest.approx(100, abs=1) and shares.get('not attributed', 0) < 50
+  [trace] = (tmp_path / 'profile').rglob('*.trace.json.gz')
+  with gzip.open(trace) as file:  # Chrome's format, which Perfetto reads
+    events = json.load(file)['traceEvents']
+  assert any(event.get('args', {}).get('hlo_module') == 'jit_train_step' for event in events)
+
+
+def test_run_without_profile_steps_writes_none(tiny_run):
+  assert not (tiny_run / 'profile').exists()
+
+
+@pytest.mark.parametrize(
+  ('op_name', 'scope'),
+  [
+    ('jit(train_step)/while/body/jvp(gate)/dot_general', 'gate'),
+    ('jit(train_step)/while/body/transpose(jvp(attention))/while/mul', 'attention'),
+    ('jit(train_step)/jvp(feed_forward/norm)/mul', 'norm'),
+    ('jit(train_step)/optimizer/gather', 'optimizer'),
+    ('jit(train_step)/while/body/gather_gate_x/dot', None),
+  ],
+)
+def test_innermost_scope_of_a_name(op_name, scope):
+  assert innermost_scope(op_name) == scope
+
+
+def test_fusion_without_a_name_belongs_to_most_of_its_parts():
+  text = """HloModule jit_train_step
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8] parameter(0)
+  %a = f32[8] add(%p, %p), metadata={op_name="jit(train_step)/jvp(gate)/add"}
+  %b = f32[8] add(%a, %p), metadata={op_name="jit(train_step)/jvp(gate)/add"}
+  ROOT %c = f32[8] add(%b, %p), metadata={op_name="jit(train_step)/jvp(loss)/add"}
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8] parameter(0)
+  %fusion.1 = f32[8] fusion(%x), kind=kLoop, calls=%fused
+  ROOT %d = f32[8] add(%fusion.1, %x), metadata={op_name="jit(train_step)/optimizer/add"}
+}
+"""
+  assert operation_scopes(text) == {'a': 'gate', 'b': 'gate', 'c': 'loss', 'fusion.1': 'gate', 'd': 'optimizer'}
+
+
+def test_time_of_an_operation_leaves_out_what_ran_within_it():
+  events = [
+    ('inner', 20.0, 30.0),
+    ('loop', 0.0, 100.0),
+    ('inner', 60.0, 10.0),
+    ('leaf', 25.0, 5.0),
+    ('next', 100.0, 7.0),
+  ]
+  times = {name: round(seconds * 1e9) for name, seconds in self_times(events).items()}
+  assert times == {'loop': 60, 'inner': 35, 'leaf': 5, 'next': 7}
+
+
+def test_scopes_change_nothing_but_names():
+  config = tiny_config(model__n_layers=1)
+  optimizer = make_optimizer(config, 10)
+  step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=10)
+  state = jax.eval_shape(lambda: init_state(config, optimizer))
+  lowered = jax.jit(step).lower(state, random_batch(config))
+  assert not any(f'"{scope}' in lowered.as_text() for scope in SCOPES)
+  assert '(attention)' in lowered.as_text(debug_info=True)
