@@ -196,11 +196,11 @@ def test_steps_of_epochs_counts_whole_batches_over_all_epochs(directory):
 
 
 def test_closed_batches_leave_no_thread(directory):
-  before = threading.active_count()
+  before = set(threading.enumerate())
   for _ in range(5):
     take(train_batches(open_rows(directory, 16), global_batch_rows=8, seed=0), 3)
     next(eval_batches(open_rows(directory, 16), 8))  # dropped half-way
   deadline = time.monotonic() + 5
-  while threading.active_count() > before and time.monotonic() < deadline:
+  while set(threading.enumerate()) - before and time.monotonic() < deadline:
     time.sleep(0.01)
-  assert threading.active_count() <= before  # fewer where a thread of an earlier test has ended meanwhile
+  assert not set(threading.enumerate()) - before  # which, not how many: a thread of an earlier test may end meanwhile

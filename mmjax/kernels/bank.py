@@ -28,8 +28,7 @@ def bank_lookup(bank_MP: Array, row_BTR: Array, dtype: DTypeLike, *, backward: s
   Raises:
     ValueError: if there is no such backward.
   """
-  if backward not in BACKWARD:
-    raise ValueError(f'backward={backward!r} must be one of {", ".join(BACKWARD)}')
+  _check_backward(backward)
   return _lookup(bank_MP, row_BTR, dtype, backward)
 
 
@@ -55,8 +54,7 @@ def bank_bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, *, backward: s
   Raises:
     ValueError: if there is no such backward.
   """
-  if backward not in BACKWARD:
-    raise ValueError(f'backward={backward!r} must be one of {", ".join(BACKWARD)}')
+  _check_backward(backward)
   return _bag(bank_MP, row_BThr, weight_BThr, backward)
 
 
@@ -76,6 +74,11 @@ def _add_sorted(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
 
 
 BACKWARD = {'scatter': _add_scatter, 'sorted': _add_sorted}
+
+
+def _check_backward(backward: str) -> None:
+  if backward not in BACKWARD:
+    raise ValueError(f'backward={backward!r} must be one of {", ".join(BACKWARD)}')
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -103,9 +106,8 @@ def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, backward: str) -> 
   def whole(bank_MP, row_BThr, weight_BThr):
     return jnp.sum(bank_MP[row_BThr] * weight_BThr[..., None], axis=-2)
 
-  def one_by_one(
-    bank_MP, row_BThr, weight_BThr
-  ):  # a CPU fuses these sums, and would build (B, T, h, r, P) for the other
+  def one_by_one(bank_MP, row_BThr, weight_BThr):
+    # A CPU fuses these sums, and would build (B, T, h, r, P) for the other.
     return sum(bank_MP[row_BThr[..., i]] * weight_BThr[..., i, None] for i in range(row_BThr.shape[-1]))
 
   return jax.lax.platform_dependent(bank_MP, row_BThr, weight_BThr, cpu=one_by_one, default=whole)

@@ -31,6 +31,10 @@ FREE = (
   'train.checkpoint_interval', 'train.max_skipped_updates', 'train.profile_steps',
 )  # fmt: skip
 FREE_SECTIONS = ('runtime.',)
+# What an imported model does not bind: how it started, and how it learns.
+FREE_OF_IMPORTS = (
+  'model.dropout', 'model.aux_loss_weight', 'memory.keys_init', 'memory.knowledge_length', 'memory.balance_loss_weight',
+)  # fmt: skip
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -190,7 +194,7 @@ def compare_models(old: Config, new: Config) -> None:
   """
   before, after = flatten(old.to_dict()), flatten(new.to_dict())
   names = [n for n in before if n.startswith(('model.', 'memory.')) and not n.startswith('memory.bank_')]
-  names = [n for n in names if n not in ('model.dropout', 'model.aux_loss_weight')]
+  names = [n for n in names if n not in FREE_OF_IMPORTS]
   differences = _differences(*({name: settings[name] for name in names} for settings in (before, after)))
   if differences:
     raise UserError(f'the imported model has other settings: {"; ".join(differences)}; give it those that it has')
