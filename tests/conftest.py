@@ -9,7 +9,7 @@ import pytest
 
 _cache = tempfile.TemporaryDirectory(prefix='mmjax-compiled-')
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _cache.name)
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 # Tiny programs spend their time in the compiler: without LLVM's optimisations and the newer fusion code test_step, for
 # one, takes 25 s of CPU time in place of 41.

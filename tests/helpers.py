@@ -1,9 +1,11 @@
 """What several tests need: a tiny config and random rows."""
 
 import os
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
+import pytest
 from jax import Array
 
 from mmjax.config import Config, load_config
@@ -24,6 +26,11 @@ TINY = {
   'train.dtype': 'float32',
   'train.learning_rate': 1e-2,
 }
+
+
+def rarely(values: Iterable, *always: object) -> list:
+  """Returns values as parameters of a test, all but `always` marked slow."""
+  return [value if value in always else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def tiny_config(**overrides: object) -> Config:

@@ -8,11 +8,12 @@ import pytest
 from jax.experimental import pallas as pl
 
 from mmjax.model.lm import model_graph
+from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training import loop
 from mmjax.training.backend import TRITON, compiler_options, slow_scatter_warning
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step
-from tests.helpers import random_batch, tiny_config
+from tests.helpers import random_batch, rarely, tiny_config
 
 
 def lowered_for_cuda(function, *inputs) -> str:
@@ -21,7 +22,7 @@ def lowered_for_cuda(function, *inputs) -> str:
 
 @pytest.mark.parametrize(
   'sublayer',
-  ['gated_fusion', 'dense', *(pytest.param(name, marks=pytest.mark.slow) for name in ('cross_attention', 'moe'))],
+  rarely(SUBLAYERS, 'gated_fusion'),
 )
 def test_step_lowered_for_cuda_has_no_triton_and_no_pallas(sublayer):
   config = tiny_config(model__sublayer=sublayer, model__n_layers=1, train__dtype='bfloat16')
@@ -80,6 +81,7 @@ def test_other_versions_give_no_warning(version):
   assert slow_scatter_warning('gpu', version) is None
 
 
+@pytest.mark.slow
 def test_run_tells_the_warning(monkeypatch, tmp_path, tiny_run, capsys):
   from mmjax.training.rundir import RunDir
 

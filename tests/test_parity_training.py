@@ -20,7 +20,7 @@ from mmjax.kernels.cross_entropy import cross_entropy_sums  # noqa: E402
 from mmjax.training import step as step_module  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
 from mmjax.training.step import init_state, make_train_step  # noqa: E402
-from tests.helpers import tiny_config  # noqa: E402
+from tests.helpers import rarely, tiny_config  # noqa: E402
 from tests.parity import build_pair, random_tokens, relative_l2, same_selection  # noqa: E402
 from tests.torch_reference import TorchLM  # noqa: E402
 
@@ -155,7 +155,7 @@ def compare_trajectories(config: Config, length: int, margin: float | None = Non
       np.testing.assert_array_equal(trained[name], value.detach().numpy())
 
 
-@pytest.mark.parametrize('sublayer', SUBLAYERS)
+@pytest.mark.parametrize('sublayer', rarely(SUBLAYERS, 'gated_fusion', 'dense'))
 def test_fifty_updates_equal_torch(sublayer):
   compare_trajectories(tiny_config(model__sublayer=sublayer, train__learning_rate=3e-3), 16)
 

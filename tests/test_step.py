@@ -16,6 +16,7 @@ from mmjax.training.step import chunk_tokens, count_rows, init_state, make_loss,
 from tests.helpers import random_batch, tiny_config
 
 STEPS = 10
+DECAYED = {'train__weight_decay': 0.1, 'train__grad_clip': 0.05}
 
 
 @functools.cache
@@ -47,11 +48,11 @@ def test_first_loss_is_near_log_vocabulary_and_training_lowers_it():
 
 
 def test_gate_of_1_4_2_gets_no_gradient_and_never_moves():
-  config = tiny_config(train__weight_decay=0.5)
+  config = tiny_config(**DECAYED)
   step, state = compiled(config)
   rows = jax.tree.map(lambda x: x[0], random_batch(config))
   loss = make_loss(config, model_graph(config), 0, 'xla')
-  gradients = named_leaves(jax.grad(loss, has_aux=True)(state['params'], rows, 1.0, None)[0])
+  gradients = named_leaves(jax.jit(jax.grad(loss, has_aux=True))(state['params'], rows, 1.0, None)[0])
   trained, _, _ = run(config, 3)
   before, after = named_leaves(state['params']), named_leaves(trained['params'])
   mask = {path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(gets_gradient(config, state['params']))}
@@ -99,15 +100,16 @@ def test_loss_equals_log_softmax_over_all_logits():
   _, state = compiled(config)
   rows = jax.tree.map(lambda x: x[0], random_batch(config))
   model = nnx.merge(model_graph(config), state['params'])
-  logits = np.asarray(model.logits(model(rows['input']).hidden_BTD), np.float64)
+  logits = np.asarray(jax.jit(lambda tokens_BT: model.logits(model(tokens_BT).hidden_BTD))(rows['input']), np.float64)
   nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(rows['target'])[..., None], -1)[..., 0]
   keep = np.asarray(rows['target']) != 0
-  loss, _ = make_loss(config, model_graph(config), 0, 'xla')(state['params'], rows, jnp.float32(keep.sum()), None)
+  loss_of = jax.jit(make_loss(config, model_graph(config), 0, 'xla'))
+  loss, _ = loss_of(state['params'], rows, jnp.float32(keep.sum()), None)
   assert float(loss) == pytest.approx(nll[keep].mean(), rel=1e-5)
 
 
 def test_update_equals_torch_adamw_in_numpy():
-  config = tiny_config(train__weight_decay=0.1, train__grad_clip=0.05)
+  config = tiny_config(**DECAYED)
   train = config.train
   _, state = compiled(config)
   loss = make_loss(config, model_graph(config), 0, 'xla')
