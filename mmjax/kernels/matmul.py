@@ -24,8 +24,6 @@ def matmul(x: Array, kernel: Array) -> Array:
   Returns:
     (..., out) in the dtype of x.
   """
-  if x.dtype == jnp.float32:
-    return x @ kernel.astype(x.dtype)
   return _matmul(x, kernel)
 
 
@@ -76,6 +74,13 @@ def weight_gradient(x: Array, grad: Array) -> Array:
     return jax.lax.dot_general(x, grad, ((lead, lead), ((), ())), preferred_element_type=jnp.float32)
 
   def run_cpu(x, grad):
+    if x.dtype == jnp.float32:
+      # Barriers, because what makes an operand would be merged into its transposition, which is then ten times slower.
+      x, grad = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])))
+      # The first operand is the one that gets transposed: the narrower of the two.
+      if x.shape[-1] < grad.shape[-1]:
+        return _keep_form(_contract_rows(x, grad))
+      return _keep_form(_contract_rows(grad, x).T)
     # x is transposed in two steps: XLA would fold a single one into the product, and fall back to a slow form of it.
     columns, step = x.shape[-1], math.gcd(x.shape[-2], 64)
     x_columns = x.reshape(-1, step, columns).transpose(2, 0, 1).reshape(columns, -1)
@@ -83,6 +88,11 @@ def weight_gradient(x: Array, grad: Array) -> Array:
     return _keep_form(jnp.matmul(x_columns, grad, preferred_element_type=jnp.float32))
 
   return jax.lax.platform_dependent(x, grad, cpu=run_cpu, default=run)
+
+
+def _contract_rows(a: Array, b: Array) -> Array:
+  """Returns a.T @ b."""
+  return jax.lax.dot_general(a, b, (((0,), (0,)), ((), ())))
 
 
 def _keep_form(product: Array) -> Array:

@@ -121,8 +121,11 @@ def make_train_step(
       (_, parts), grads = grad(params, rows, tokens, jax.random.fold_in(key, index) if use_dropout else None)
       return jax.tree.map(jnp.add, sums, (parts, grads)), None
 
-    micros = (jnp.arange(len(batch['input'])), batch)
     first = jax.tree.map(lambda x: x[0], batch)
+    if len(batch['input']) == 1:  # no sums, which would be written and read once more
+      (_, parts), grads = grad(params, first, tokens, jax.random.fold_in(key, 0) if use_dropout else None)
+      return parts, grads
+    micros = (jnp.arange(len(batch['input'])), batch)
     (_, parts), grads = jax.eval_shape(grad, params, first, tokens, key)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (parts, grads))
     return jax.lax.scan(add, zeros, micros)[0]
