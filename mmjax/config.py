@@ -147,6 +147,7 @@ class RuntimeConfig:
   row_devices: int
   attention: str
   remat: str
+  scan_layers: bool
   triton_gemm: bool
   compilation_cache_dir: str
 

@@ -4,6 +4,8 @@ A model is a graph definition and a nested dict of float32 parameters; `nnx.merg
 it. The sublayer comes from the table in mmjax.model.sublayers; the bank is one parameter, passed to every block.
 """
 
+import itertools
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -79,6 +81,45 @@ class Block(nnx.Module):
     return h_BTD + self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD, cache
 
 
+class LayerOutput(NamedTuple):
+  """What a layer gives beside the residual stream: rows read, aux loss, keys and values of attention."""
+
+  row_BTR: Array | None
+  aux_loss: Array
+  kv: LayerCache
+
+
+RunLayer = Callable[[Block, Array, Array | None], tuple[Array, LayerOutput]]
+
+
+def _unroll_layers(
+  run: RunLayer, layers: list[Block], x_BTD: Array, keys: list[Array | None]
+) -> tuple[Array, list[LayerOutput]]:
+  outs = []
+  for layer, key in zip(layers, keys, strict=True):
+    x_BTD, out = run(layer, x_BTD, key)
+    outs.append(out)
+  return x_BTD, outs
+
+
+def _scan_layers(
+  run: RunLayer, layers: list[Block], x_BTD: Array, keys: list[Array | None]
+) -> tuple[Array, list[LayerOutput]]:
+  outs = []
+  for _, group in itertools.groupby(zip(layers, keys, strict=True), key=lambda pair: type(pair[0].sublayer)):
+    group_layers, group_keys = zip(*group, strict=True)
+    graphdef = nnx.graphdef(group_layers[0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, group_layers))
+    stacked_keys = None if group_keys[0] is None else jnp.stack(group_keys)
+    x_BTD, group_out = jax.lax.scan(
+      lambda x_BTD, layer, graphdef=graphdef: run(nnx.merge(graphdef, layer[0]), x_BTD, layer[1]),
+      x_BTD,
+      (stacked, stacked_keys),
+    )
+    outs += [jax.tree.map(lambda leaf, i=i: leaf[i], group_out) for i in range(len(group_layers))]
+  return x_BTD, outs
+
+
 class LM(nnx.Module):
   """Tokens in, final hidden states out; `logits` applies the tied head."""
 
@@ -104,6 +145,7 @@ class LM(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     attention: str = 'xla',
     remat: str = 'none',
+    scan_layers: bool = False,
     dropout_key: Array | None = None,
   ) -> Output:
     """Runs whole rows.
@@ -114,12 +156,13 @@ class LM(nnx.Module):
       dtype: of the matrix products; the residual stream is float32.
       attention: backend, see mmjax.kernels.attention.
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
+      scan_layers: compiles neighbours of the same kind once and scans over their stacked parameters.
       dropout_key: a PRNG key turns dropout on.
 
     Returns:
       Output.
     """
-    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, dropout_key)
+    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, scan_layers, dropout_key)
     return out
 
   def logits(self, hidden: Array) -> Array:
@@ -141,7 +184,7 @@ class LM(nnx.Module):
     Returns:
       hidden_BTD in `dtype`, and the filled cache.
     """
-    out, kvs = self._run(tokens_BT, None, dtype, attention, 'none', None)
+    out, kvs = self._run(tokens_BT, None, dtype, attention, 'none', False, None)
     filled = jax.tree.map(lambda c, kv: jax.lax.dynamic_update_slice(c, kv.astype(c.dtype), (0,) * 4), cache, kvs)
     return out.hidden_BTD, filled
 
@@ -176,6 +219,7 @@ class LM(nnx.Module):
     dtype: DTypeLike,
     attention: str,
     remat: str,
+    scan_layers: bool,
     dropout_key: Array | None,
   ) -> tuple[Output, list[LayerCache]]:
     angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
@@ -185,18 +229,19 @@ class LM(nnx.Module):
       keys = list(jax.random.split(dropout_key, len(keys)))
     with jax.named_scope('embedding'):
       x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
-    rows, kvs, aux_loss = [], [], jnp.zeros(())
-    for layer, key in zip(self.layers, keys[:-1], strict=True):
-      run = partial(layer, dtype=dtype, attention=attention)
+
+    def run(layer: Block, x_BTD: Array, key: Array | None) -> tuple[Array, LayerOutput]:
+      call = partial(layer, dtype=dtype, attention=attention)
       if remat == 'block':
-        run = jax.checkpoint(run)
-      x_BTD, sublayer, kv = run(x_BTD, bank_MP, angle_BTh, segment_BT, key)
-      kvs.append(kv)
-      aux_loss += sublayer.aux_loss
-      if sublayer.row_BTR is not None:
-        rows.append(sublayer.row_BTR)
+        call = jax.checkpoint(call)
+      x_BTD, sublayer, kv = call(x_BTD, bank_MP, angle_BTh, segment_BT, key)
+      return x_BTD, LayerOutput(sublayer.row_BTR, jnp.asarray(sublayer.aux_loss), kv)
+
+    x_BTD, outs = (_scan_layers if scan_layers else _unroll_layers)(run, list(self.layers), x_BTD, keys[:-1])
+    rows = [out.row_BTR for out in outs if out.row_BTR is not None]
     hidden_BTD = self.norm(x_BTD).astype(dtype)
-    return Output(hidden_BTD, jnp.stack(rows) if rows else None, aux_loss), kvs
+    aux_loss = sum((out.aux_loss for out in outs), jnp.zeros(()))
+    return Output(hidden_BTD, jnp.stack(rows) if rows else None, aux_loss), [out.kv for out in outs]
 
 
 def init_params(config: Config) -> Params:

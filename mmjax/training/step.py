@@ -66,6 +66,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
       dtype=dtype,
       attention=attention,
       remat=config.runtime.remat,
+      scan_layers=config.runtime.scan_layers,
       dropout_key=key,
     )
     weight_BT = (rows['target'] != pad_id).astype(jnp.float32)
