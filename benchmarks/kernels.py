@@ -9,18 +9,21 @@ installed (on a GPU, if it sees one). Runs on whatever device JAX sees.
 import argparse
 import functools
 import importlib.util
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import common
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
 
+from mmjax.config import load_config
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
+from mmjax.model.sublayers import SUBLAYERS
 
 T, D, V, N, K, H = 512, 512, 6400, 32, 8, 16  # as in the axis legend
 M, P, R, C = 65536, 128, 8, 256
@@ -28,6 +31,9 @@ CHUNK_TOKENS = 64  # of the cross entropy, in each row
 MAX_REFERENCE_VALUES = 1 << 28  # a reference that builds larger arrays than 1 GiB is left out
 
 Function = Callable[[], Any]
+
+
+FLOAT32_ONLY = {('bag', 'bfloat16')}  # weighs and sums in float32 whatever the compute dtype
 
 
 class Case(NamedTuple):
@@ -56,11 +62,10 @@ def main() -> None:
   measurements = []
   for kernel, make_case in CASES.items():
     for dtype in ('float32', 'bfloat16'):
-      if args.only in kernel:
+      if args.only in kernel and (kernel, dtype) not in FLOAT32_ONLY:
         measurements += measure(make_case(batch, dtype, platform), args.repeats, calls)
-  if args.json:
-    run = {'device': device, 'platform': platform, 'jax': jax.__version__, 'batch': batch, 'turns': args.repeats}
-    args.json.write_text(json.dumps(run | {'measurements': measurements}, indent=2) + '\n', encoding='utf-8')
+  found = common.environment(common.device_name(), common.thread_count())
+  common.write_json(args.json, found | {'batch': batch, 'turns': args.repeats, 'measurements': measurements})
 
 
 def measure(case: Case, repeats: int, calls: int) -> list[dict[str, Any]]:
@@ -202,9 +207,37 @@ def cross_entropy_case(B: int, dtype: str, platform: str) -> Case:
   return Case('cross_entropy', dtype, f'B={B} T={T} D={D} V={V}', variants)
 
 
+def bag_case(B: int, dtype: str, platform: str) -> Case:
+  """Weighted sums of 16 rows for each of 4 heads, as memory_plus reads them."""
+  row_BThr = _integers(M, B, T, 4, 16)
+  inputs = _normal('float32', M, P), _normal('float32', *row_BThr.shape)
+  variants = {'reference': _compile(lambda b, w, r: bank.bank_bag_reference(b, r, w), inputs, row_BThr)}
+  for name in bank.BACKWARD:
+    bag = functools.partial(bank.bank_bag, backward=name)
+    variants[name] = _compile(lambda b, w, r, bag=bag: bag(b, r, w), inputs, row_BThr)
+  return Case('bag', dtype, f'B={B} T={T} h=4 r=16 M={M} P={P}', variants)
+
+
+def sublayer_case(B: int, dtype: str, platform: str) -> Case:
+  """All that follows attention, with its norm and the gradient of the bank; the reference is the SwiGLU of 1.4.0."""
+  config = load_config(str(common.ROOT / 'configs/exp_1_4_2.py'))
+  names = {'reference': 'dense', '1.4.1': 'cross_attention', '1.4.2': 'gated_fusion'}
+  inputs = _normal('float32', B, T, D), _normal(dtype, B, T, D), _normal('float32', M, P)
+  variants = {}
+  for name, kind in names.items():
+    graphdef, params = nnx.split(SUBLAYERS[kind](config.model, config.memory, rngs=nnx.Rngs(0)))
+
+    def run(params: Any, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array, graphdef: Any = graphdef) -> Array:
+      return nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype)).delta_BTD
+
+    variants[name] = _compile(run, (params, *inputs))
+  return Case('sublayer', dtype, f'B={B} T={T} D={D} R={R} M={M} P={P}', variants)
+
+
 CASES = {
-  'attention': attention_case, 'product_key': product_key_case, 'bank': bank_case,
+  'attention': attention_case, 'product_key': product_key_case, 'bank': bank_case, 'bag': bag_case,
   'projection': projection_case, 'matmul': matmul_case, 'cross_entropy': cross_entropy_case,
+  'sublayer': sublayer_case,
 }  # fmt: skip
 
 

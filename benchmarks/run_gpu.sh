@@ -85,7 +85,7 @@ part memory_scaling 150 "$PYTHON" benchmarks/memory_scaling.py --rows "$ROWS" --
   --repeats "${TURNS[1]}" --json "$OUT/memory_scaling.json" --config.train.batch_size="${BATCHES[0]}" "${SIZES[@]}"
 throughput throughput_1_4_0 120 "${BATCHES[0]}" --config configs/exp_1_4_0.py --one_program "${AGAINST[@]}"
 part kernels 120 "$PYTHON" benchmarks/kernels.py --json "$OUT/kernels.json" "${KERNELS[@]}"
-part decode 90 "$PYTHON" benchmarks/decode.py "${DECODE[@]}" "${SIZES[@]}"
+part decode 90 "$PYTHON" benchmarks/decode.py --json "$OUT/decode.json" "${DECODE[@]}" "${SIZES[@]}"
 part cold_start 120 "$PYTHON" benchmarks/cold_start.py --repeats 1 --json "$OUT/cold_start.json" \
   --config.train.batch_size="${BATCHES[0]}" --config.train.accumulation_steps=1 "${SIZES[@]}"
 
