@@ -88,7 +88,7 @@ def get_config() -> ConfigDict:
   runtime.row_devices = 1  # mesh axis over the rows of the bank (and the batch)
   runtime.attention = 'auto'  # 'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU
   runtime.remat = 'none'  # 'block' recomputes each block in the backward pass: less memory, more time
-  runtime.scan_layers = False  # True compiles equal layers once: a faster start, for a copy of their parameters a step
+  runtime.scan_layers = False  # True compiles layers of one kind once, as a scan: no faster on a CPU, not even to start
   runtime.triton_gemm = False  # True lets XLA use its Triton kernels for matrix products on NVIDIA; False: cuBLAS
   runtime.compilation_cache_dir = ''  # keep compiled steps here between runs; '': off
   return config
