@@ -192,9 +192,10 @@ class Sweep:
     for run, settings in zip(self.runs, changed, strict=True):
       state = self.state(run)
       outcome = self.ended[run.name]['state'] if run.name in self.ended and not state.finished else ''
-      done = 'done' if state.finished else f'{state.step:,} of {state.total:,}' if state.step and state.total else 'new'
+      step = f'{state.step:,} of {state.total:,}' if state.step and state.total else ''
+      done = 'done' if state.finished else ' '.join((outcome, step)).strip() or 'new'
       own = ' '.join(f'{name}={value}' for name, value in settings.items() if name not in common)
-      table.add_row(run.name, ' '.join((done, outcome)).strip(), run.arguments[1], own)
+      table.add_row(run.name, done, run.arguments[1], own)
     self.console.print(table)
     everywhere = ' '.join(f'{name}={common[name]}' for name in sorted(common))
     print(f'{len(self.runs)} runs, in {self.folder}; all with {everywhere or "their own settings"}')
