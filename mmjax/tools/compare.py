@@ -57,6 +57,8 @@ BANK: dict[str, Callable[[Summary], str]] = {
   'rows used': lambda s: _by_layer(s['bank'], 'used_share', '.1%'),
   'effective rows': lambda s: _by_layer(s['bank'], 'effective_rows', ',.0f'),
   'hottest row': lambda s: _by_layer(s['bank'], 'hottest_share', '.2%'),
+  'bank zeroed': lambda s: _probe(s['probes'], 'loss_zeroed'),
+  'rows shuffled': lambda s: _probe(s['probes'], 'loss_shuffled'),
 }
 
 
@@ -165,7 +167,8 @@ def notes(found: Sequence[Summary]) -> list[str]:
   if any(s['bank'] for s in found):
     said.append(
       'Rows used, effective rows (exp of the entropy of their use) and the hottest row\'s share of all reads: at the '
-      'last evaluation, over the whole validation set, by layer.'
+      'last evaluation, over the whole validation set, by layer. Bank zeroed, rows shuffled: how much that raises the '
+      'loss, nats a token.'
     )  # fmt: skip
   return said
 
@@ -197,6 +200,10 @@ def _taken(found: dict[str, Any] | None) -> str:
     return f'paired, {d.n} seeds' if d.n > 1 else 'paired, 1 seed: no standard error'
   text = f'Welch, {d.n} and {d.n_first} runs'
   return text if d.standard_error is not None else f'unpaired, {d.n} and {d.n_first} runs: no standard error'
+
+
+def _probe(probes: dict[str, float], name: str) -> str:
+  return f'{probes[name] - probes["loss"]:+.4f}' if name in probes else '-'
 
 
 def _by_layer(bank: Sequence[dict[str, Any]], name: str, spec: str) -> str:

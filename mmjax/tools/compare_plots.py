@@ -75,8 +75,10 @@ def write_plots(rows: Sequence[Row], folder: Path) -> dict[str, str]:
 def curve(run: FoundRun, kind: str) -> Curve:
   """Returns a run's losses of a kind of record, 'train' or 'eval'; those that were not finite are left out."""
   train = {record['step']: record for record in run.of_kind('train')}
-  # A run reports at every step at which it evaluates.
-  points = [r for r in run.of_kind(kind) if r['loss'] is not None and r['step'] in train]
+  # A run reports at every step at which it evaluates. Where it was stopped, it reported over a step or two: noise.
+  every, last = run.config.train.log_interval if kind == 'train' else 1, max(train, default=0)
+  points = [r for r in run.of_kind(kind) if r['step'] % every == 0 or r['step'] == last]
+  points = [r for r in points if r['loss'] is not None and r['step'] in train]
   positions = run.config.train.batch_size * run.config.train.accumulation_steps * run.config.model.max_seq_len
   cost = positions * flops_per_token(run.config)['total']
   x = {

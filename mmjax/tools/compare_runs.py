@@ -189,6 +189,7 @@ def summary(row: Row) -> dict[str, Any]:
     'tokens_per_second': statistics.median(rates) if rates else None,
     'peak_bytes': max((r['peak_bytes'] or 0 for records in train for r in records), default=None),
     'bank': _bank([e['bank'] for e in evals]),
+    'probes': _means([e['probes'] for e in evals if e.get('probes')]),
     'skipped_updates': sum(len(run.of_kind('skipped')) for run in row.runs),
     'devices': sorted({run.device for run in row.runs}),
   }
@@ -223,9 +224,13 @@ def _bank(by_run: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]
   """Returns the bank's health by layer, each number the mean over runs."""
   layers = zip(*by_run, strict=True)
   return [
-    {'layer': layer[0]['layer']} | {name: _mean([h[name] for h in layer]) for name in layer[0] if name != 'layer'}
+    {'layer': layer[0]['layer']} | _means([{name: x for name, x in h.items() if name != 'layer'} for h in layer])
     for layer in layers
   ]
+
+
+def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  return {name: _mean([numbers[name] for numbers in found]) for name in found[0]} if found else {}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -29,12 +29,17 @@ class RunState(NamedTuple):
 def run_state(path: Path, config: Config) -> RunState:
   """Reads how far the run in a directory came; the directory need not exist.
 
+  Of a finished run the checkpoints may have been taken away, all of them: then its last evaluation counts.
+
   Args:
     path: run directory.
     config: its settings.
   """
-  steps = Checkpoints(path, read_only=True).steps()
-  return RunState(steps[-1] if steps else 0, planned_steps(path, config))
+  total, steps = planned_steps(path, config), Checkpoints(path, read_only=True).steps()
+  if not (path / 'checkpoints').exists():
+    reports = last_reports(path)
+    steps = [reports['eval']['step']] if 'eval' in reports and reports['eval']['step'] == total else []
+  return RunState(steps[-1] if steps else 0, total)
 
 
 def planned_steps(path: Path, config: Config) -> int | None:
