@@ -39,6 +39,16 @@ SCALES = {
     },
   },
 }  # fmt: skip
+# To try the machinery: minutes for everything, numbers that say nothing.
+SCALES['tiny'] = {
+  'tokens': 2560,
+  'learning_rates': (1e-3, 2e-3, 4e-3),
+  'settings': {
+    'model.vocab_size': 512, 'model.dim': 96, 'model.n_layers': 4, 'model.n_heads': 6, 'model.n_kv_heads': 2,
+    'model.max_seq_len': 32, 'model.knowledge_dim': 24, 'train.batch_size': 4, 'train.accumulation_steps': 1,
+    'train.dtype': 'float32', 'train.log_interval': 2,
+  },
+}  # fmt: skip
 WARMUP_SHARE = 0.04  # of the updates
 EVALUATIONS = 5
 CHECKPOINTS = 10
@@ -85,8 +95,8 @@ def get_runs(scale='cpu', learning_rate='', winners='', tokens=''):
   """Returns the runs that are due.
 
   Args:
-    scale: 'cpu' or 'gpu'.
-    learning_rate: the best for G0, one of the scale's; ''  to find it.
+    scale: 'cpu', 'gpu', or 'tiny' to try the machinery.
+    learning_rate: the best for G0, one of the scale's; '' to find it.
     winners: the best models, best first, comma-separated: 'g5,g4'; '' until they are known.
     tokens: to train each model on; '': the scale's.
   """

@@ -455,17 +455,3 @@ def test_command_refuses_bad_flags_in_one_sentence(flags, what, tmp_path, monkey
   err = capsys.readouterr().err
   assert stopped.value.code == 2 and what in err and err.count('\n') == 1
   assert not (tmp_path / 'out').exists()
-
-
-def test_finished_directory_is_used_where_it_was_brought(shared, tmp_path):
-  made, _ = shared
-  brought = shutil.copytree(made, tmp_path / 'brought')
-  (brought / 'verified.json').unlink(missing_ok=True)
-  data = dataclasses.replace(load_config('configs/base.py').data, prepared_dir=str(brought))
-  said = Said()
-  assert prepare(data, VOCAB, said) == brought and 'using prepared data in' in str(said)
-  with pytest.raises(UserError, match=rf'model.vocab_size=500 does not fit .* set --config.model.vocab_size={VOCAB}'):
-    prepare(data, 500, SilentProgress())
-  (brought / 'train-00000.bin').write_bytes(b'other')
-  with pytest.raises(UserError, match='is not what index.json describes'):
-    prepare(data, VOCAB, SilentProgress())

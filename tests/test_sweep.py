@@ -106,13 +106,21 @@ def test_runs_are_made_once_and_a_failure_does_not_end_the_sweep(sweep, tmp_path
   assert set(recorded(tmp_path)) == {'a-s0', 'a-s1', 'b-s0'}
 
 
-def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path):
-  error = sweep('--set', 'steps=40', '--only', 'a-s0,b-*', '--max_minutes', str(0.9 / 60))
+def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path, monkeypatch):
+  class Clock:  # an hour passes once the run has reported
+    @staticmethod
+    def monotonic() -> float:
+      return 3600.0 if last_reports(tmp_path / 'out' / 'a-s0') else 0.0
+
+  flags = ('--set', 'steps=40', '--only', 'a-s0,b-*')
+  with monkeypatch.context() as patch:
+    patch.setattr(sweep_tool, 'time', Clock)
+    error = sweep(*flags, '--max_minutes', '59')
   assert isinstance(error, StoppedError) and 'the same command goes on' in str(error)
   step = run_state(tmp_path / 'out' / 'a-s0', tiny_config(train__max_steps=40)).step
   assert 0 < step < 40 and f'Stopped in a-s0, step {step};' in str(error)
   assert recorded(tmp_path)['a-s0']['state'] == 'stopped' and not (tmp_path / 'out' / 'b-s0').exists()
-  assert sweep('--set', 'steps=40', '--only', 'a-s0,b-*') is None
+  assert sweep(*flags) is None
   assert starts(tmp_path, 'a-s0') == [0, step] and starts(tmp_path, 'b-s0') == [0]
 
 
