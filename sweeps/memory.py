@@ -38,15 +38,14 @@ SCALES = {
       'train.log_interval': 20,
     },
   },
-}  # fmt: skip
-# To try the machinery: minutes for everything, numbers that say nothing.
-SCALES['tiny'] = {
-  'tokens': 2560,
-  'learning_rates': (1e-3, 2e-3, 4e-3),
-  'settings': {
-    'model.vocab_size': 512, 'model.dim': 96, 'model.n_layers': 4, 'model.n_heads': 6, 'model.n_kv_heads': 2,
-    'model.max_seq_len': 32, 'model.knowledge_dim': 24, 'train.batch_size': 4, 'train.accumulation_steps': 1,
-    'train.dtype': 'float32', 'train.log_interval': 2,
+  'tiny': {  # to try the machinery: minutes for everything, numbers that say nothing
+    'tokens': 2560,
+    'learning_rates': (1e-3, 2e-3, 4e-3),
+    'settings': {
+      'model.vocab_size': 512, 'model.dim': 96, 'model.n_layers': 4, 'model.n_heads': 6, 'model.n_kv_heads': 2,
+      'model.max_seq_len': 32, 'model.knowledge_dim': 24, 'train.batch_size': 4, 'train.accumulation_steps': 1,
+      'train.dtype': 'float32', 'train.log_interval': 2,
+    },
   },
 }  # fmt: skip
 WARMUP_SHARE = 0.04  # of the updates

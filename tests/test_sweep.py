@@ -29,9 +29,10 @@ def get_runs(steps='4', codes='0,0,0'):
   return [Run(name, 'configs/base.py', {'train.max_steps': int(steps), 'data.text_key': code}, seed)
     for (name, seed), code in zip([('a', 0), ('a', 1), ('b', 0)], codes)]
 """
-# Reports every 50 ms what a run reports, saves when it is told to stop, and ends with the code in data.text_key.
+# Reports every 50 ms what a run reports, saves when it is told to stop (told twice, it does not), and ends with the code
+# in data.text_key.
 STAND_IN = """
-import json, signal, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 from mmjax.config import load_config
 path, arguments = Path(sys.argv[-1]), sys.argv[1:-2]
@@ -40,7 +41,7 @@ config = load_config(arguments[1], arguments[2:])
 (path / 'config.json').write_text(json.dumps(config.to_dict()))
 (path / 'run.json').write_text('{}')
 stopped = []
-signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+signal.signal(signal.SIGTERM, lambda *_: os._exit(130) if stopped else stopped.append(1))
 start = max([int(p.name) for p in (path / 'checkpoints').iterdir()], default=0)
 with open(path / 'starts', 'a') as file:
   file.write(f'{start}\\n')
