@@ -29,8 +29,8 @@ def get_runs(steps='4', codes='0,0,0'):
   return [Run(name, 'configs/base.py', {'train.max_steps': int(steps), 'data.text_key': code}, seed)
     for (name, seed), code in zip([('a', 0), ('a', 1), ('b', 0)], codes)]
 """
-# Reports every 50 ms what a run reports, saves when it is told to stop (told twice, it does not), and ends with the code
-# in data.text_key.
+# Reports every 50 ms what a run reports, saves when it is told to stop (told twice it does not), and ends with the
+# code in data.text_key.
 STAND_IN = """
 import json, os, signal, sys, time
 from pathlib import Path

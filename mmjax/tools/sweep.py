@@ -49,7 +49,8 @@ def main() -> None:
   sweep.print_summary()
   if stopped:
     raise StoppedError(f'Stopped {stopped}; the same command goes on from there.')
-  print(f'Compare them: python -m mmjax.tools.compare {shlex.quote(str(sweep.folder))}')
+  if any(ended['state'] == 'done' for ended in sweep.ended.values()):
+    print(f'Compare them: python -m mmjax.tools.compare {shlex.quote(str(sweep.folder))}')
   sweep.raise_first_failure()
 
 
@@ -218,9 +219,9 @@ class Sweep:
     bad = [(run, self.ended[run.name]) for run in self.runs if self.ended[run.name]['state'] != 'done']
     if bad:
       run, ended = bad[0]
-      error = CommandError(f'{len(bad)} of {len(self.runs)} runs are not done; {run.name} {ended["state"]}: ')
-      error.args = (f'{error}{ended["said"] or "nothing was said"} (log: {self.log_path(run)})',)
-      error.exit_code = max(ended['exit_code'], 1)
+      where = f'{ended["said"] or "nothing was said"} (log: {self.log_path(run)})'
+      error = CommandError(f'{len(bad)} of {len(self.runs)} runs are not done; {run.name} {ended["state"]}: {where}')
+      error.exit_code = max(ended['exit_code'], 1)  # killed by a signal: 1
       raise error
 
 
