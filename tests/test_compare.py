@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 
 from mmjax.errors import UserError
+from mmjax.tools import compare as compare_tool
 from mmjax.tools.compare import compare
-from mmjax.tools.compare_plots import curve, differences
+from mmjax.tools.compare_plots import curve, differences, write_plots
 from mmjax.tools.compare_runs import find_runs, make_rows, read_run
 from mmjax.training.cost import flops_per_token
 from mmjax.training.rundir import RunDir
@@ -19,6 +20,12 @@ from tests.helpers import tiny_config
 IDENTITY = {'data_sha256': 'd' * 64, 'tokenizer_sha256': 't' * 64}
 DENSE = {'model__sublayer': 'dense'}
 STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch):
+  """Drawing takes longer than everything else; one test does it."""
+  monkeypatch.setattr(compare_tool, 'write_plots', lambda rows, folder: {})
 
 
 def make_run(path: Path, losses, *, seed=0, done=STEPS, identity=IDENTITY, valid_tokens=1000, rate=500.0, **changes):
@@ -163,10 +170,10 @@ def test_curves_count_flops_of_whole_rows_and_differences_are_at_equal_tokens(tm
   assert len(make_rows([dense, half])) == 2
 
 
-def test_plots_are_drawn_for_a_run_that_only_began(tmp_path):
-  make_run(tmp_path / 'a', (6,), done=5)
-  make_run(tmp_path / 'b', (), done=0, **DENSE)
-  compare([tmp_path], tmp_path / 'out')
-  for name in ('loss_tokens', 'loss_flops', 'loss_seconds'):
-    data = (tmp_path / 'out' / f'{name}.png').read_bytes()
+def test_plots_are_drawn_also_for_runs_that_only_began(tmp_path):
+  runs = [make_run(tmp_path / 'a', (6,), done=5), make_run(tmp_path / 'b', (), done=0, **DENSE)]
+  captions = write_plots(make_rows([read_run(run) for run in runs]), tmp_path)
+  assert list(captions) == ['loss_tokens.png', 'loss_flops.png', 'loss_seconds.png', 'difference.png']
+  for name in captions:
+    data = (tmp_path / name).read_bytes()
     assert data[:8] == b'\x89PNG\r\n\x1a\n' and struct.unpack('>I', data[16:20])[0] > 1000

@@ -15,7 +15,6 @@ from mmjax.data.index import read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.errors import UserError
-from mmjax.model.lm import abstract_params, count_params
 from mmjax.tools.sweep_file import read_sweep
 from mmjax.training.cost import flops_per_token, matching_width
 
@@ -68,8 +67,6 @@ def test_models_differ_as_the_experiment_says(models):
   wide = models['g8']
   assert (wide.model.knowledge_num, wide.model.knowledge_dim, wide.memory.n_heads) == (2**14, 4 * width, 1)
   assert wide.memory.bank_std == pytest.approx((4 * width) ** -0.5)
-  banks = [total - rest for total, rest in (count_params(abstract_params(models[name])) for name in ('g5', 'g8'))]
-  assert banks[0] == banks[1] == 2**16 * width
 
 
 def test_list_grows_with_what_is_known():

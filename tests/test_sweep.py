@@ -29,7 +29,7 @@ def get_runs(steps='4', codes='0,0,0'):
   return [Run(name, 'configs/base.py', {'train.max_steps': int(steps), 'data.text_key': code}, seed)
     for (name, seed), code in zip([('a', 0), ('a', 1), ('b', 0)], codes)]
 """
-# Reports every 50 ms what a run reports, saves when it is told to stop (told twice it does not), and ends with the
+# Reports every 20 ms what a run reports, saves when it is told to stop (told twice it does not), and ends with the
 # code in data.text_key.
 STAND_IN = """
 import json, os, signal, sys, time
@@ -46,7 +46,7 @@ start = max([int(p.name) for p in (path / 'checkpoints').iterdir()], default=0)
 with open(path / 'starts', 'a') as file:
   file.write(f'{start}\\n')
 for step in range(start + 1, config.train.max_steps + 1):
-  time.sleep(0.05)
+  time.sleep(0.02)
   with open(path / 'metrics.jsonl', 'a') as log:
     for kind in ('train', 'eval'):
       record = {'kind': kind, 'step': step, 'loss': 9 - step / 1000, 'tokens': 8 * step, 'bits_per_byte': 2.5}
@@ -128,7 +128,7 @@ def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path, monke
 def test_signal_saves_the_running_one_and_exits_75(sweep, tmp_path):
   command = 'import sys, runpy; from mmjax.tools import sweep; from mmjax.errors import run_command; sweep.CHILD = '
   command += f'(sys.executable, {str(tmp_path / "stand_in.py")!r}); run_command(sweep.main)'
-  flags = [str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out'), '--set', 'steps=900']
+  flags = [str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out'), '--set', 'steps=2000']
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   process = subprocess.Popen([sys.executable, '-c', command, *flags], cwd=REPOSITORY, start_new_session=True, **pipes)
   wait_for(lambda: last_reports(tmp_path / 'out' / 'a-s0'))

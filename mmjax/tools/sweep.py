@@ -21,6 +21,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from mmjax.data.files import locked_directory
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
@@ -134,7 +135,7 @@ class Sweep:
         if not asked and (stop.requested(0) or time.monotonic() > deadline):
           child.terminate()  # once: a second signal would end it without saving
           asked = True
-        status.update(shown.text() + ('  stopping' if asked else ''))
+        status.update(Text(shown.text() + ('  stopping' if asked else '')))
         with contextlib.suppress(subprocess.TimeoutExpired):
           child.wait(LOOK_SECONDS)
     # A run that has not begun to train has nothing to save: there the signal ends it.
