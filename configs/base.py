@@ -60,7 +60,7 @@ def get_config() -> ConfigDict:
   data.tokenizer = ''  # a SentencePiece model or a tokenizer.json; '': train one on the training text
   data.layout = 'packed'  # 'packed': one stream cut into rows; 'padded': one document a row, as in the record
   data.isolate_documents = False  # packed rows only: True keeps attention within a document
-  data.prepared_dir = 'out/data'  # where token shards are kept and found again
+  data.prepared_dir = 'out/data'  # where token shards are kept and found again; without train_files also a finished one
   data.workers = 0  # tokenizer processes; 0: one for each CPU core, at most 16
 
   train = config.train = ConfigDict()

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import difflib
 import importlib.util
+import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -296,23 +297,45 @@ def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
   return flat
 
 
-def _read_config_file(path: str) -> ConfigDict:
+def call_python_file(path: str, what: str, function: str, arguments: Mapping[str, Any]) -> Any:
+  """Runs a Python file of settings and returns what a function in it returns; the folder above its own is importable.
+
+  Args:
+    path: the file, as in configs/ and sweeps/.
+    what: 'config file', 'sweep file': for messages.
+    function: its name.
+    arguments: of the function, by name.
+
+  Raises:
+    UserError: if there is no such file, it or the function fails, or the function has no such argument.
+  """
   file = Path(path)
   if not file.is_file():
     known = sorted(str(p) for p in file.parent.glob('*.py')) if file.parent.is_dir() else []
-    raise UserError(f'no config file {path!r}{_nearest(path, known)}')
+    raise UserError(f'no {what} {path!r}{_nearest(path, known)}')
   root = str(file.resolve().parent.parent)
   if root not in sys.path:  # so that a config can say `from configs import base`
     sys.path.insert(0, root)
-  spec = importlib.util.spec_from_file_location(f'config_{file.stem}', file)
+  spec = importlib.util.spec_from_file_location(f'settings_{file.stem}', file)
   if spec is None or spec.loader is None:
-    raise UserError(f'config file {path!r} must be a Python file (.py)')
+    raise UserError(f'{what} {path!r} must be a Python file (.py)')
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    settings = module.get_config()
+    called = getattr(module, function)
+    known = inspect.signature(called).parameters
+    for name in arguments:
+      if name not in known:
+        raise UserError(f'{function}() has no argument {name!r}{_nearest(name, known)}')
+    return called(**arguments)
+  except UserError as error:
+    raise UserError(f'{what} {path!r}: {error}') from error
   except Exception as error:  # noqa: BLE001 - a user's file may raise anything
-    raise UserError(f'config file {path!r} cannot be read: {type(error).__name__}: {error}') from error
+    raise UserError(f'{what} {path!r} cannot be read: {type(error).__name__}: {error}') from error
+
+
+def _read_config_file(path: str) -> ConfigDict:
+  settings = call_python_file(path, 'config file', 'get_config', {})
   if not isinstance(settings, ConfigDict):
     raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict')
   return settings

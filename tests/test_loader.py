@@ -192,7 +192,7 @@ def test_changed_shard_is_refused_when_opened(tmp_path):
 
 def test_steps_of_epochs_counts_whole_batches_over_all_epochs(directory):
   split = open_rows(directory, 16, 'padded')  # 100 rows
-  assert [steps_of_epochs(split, 32, epochs) for epochs in (1, 3, 0.5, 0.01)] == [3, 9, 1, 1]
+  assert [steps_of_epochs(split.n_rows, 32, epochs) for epochs in (1, 3, 0.5, 0.01)] == [3, 9, 1, 1]
 
 
 def test_closed_batches_leave_no_thread(directory):

@@ -5,8 +5,9 @@ stream shifted right by one, so every token is a target exactly once. Padded: ro
 document d from BOS and what precedes them; the rest of a long document is not used.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import grain
 import numpy as np
@@ -42,7 +43,7 @@ class TokenSplit:
     # Where each document begins in the stream; one more at the end.
     starts = [o[:-1] + start for o, start in zip(offsets, self._shard_start[:-1], strict=True)]
     self.document_start = np.concatenate([*starts, self._shard_start[-1:]])
-    self.n_rows = self.n_documents if layout == 'padded' else -(-self.n_tokens // max_seq_len)
+    self.n_rows = count_rows(entry, max_seq_len, layout)
 
   def stream(self, start: int, stop: int) -> np.ndarray:
     """Returns int32 tokens start..stop of the split's stream, whatever shards they lie in."""
@@ -157,6 +158,11 @@ def _prefetched(dataset: grain.MapDataset, start_step: int) -> Iterator[dict[str
     iterator.close()
 
 
-def steps_of_epochs(split: TokenSplit, global_batch_rows: int, epochs: float) -> int:
+def count_rows(entry: Mapping[str, Any], max_seq_len: int, layout: str) -> int:
+  """Returns how many rows of T tokens a split gives, from its entry in the index."""
+  return entry['documents'] if layout == 'padded' else -(-entry['tokens'] // max_seq_len)
+
+
+def steps_of_epochs(n_rows: int, global_batch_rows: int, epochs: float) -> int:
   """Returns how many whole batches `epochs` passes over the rows give, at least 1."""
-  return max(1, int(epochs * split.n_rows) // global_batch_rows)
+  return max(1, int(epochs * n_rows) // global_batch_rows)

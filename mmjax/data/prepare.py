@@ -59,7 +59,8 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
     progress: where to report; by default the terminal.
 
   Returns:
-    The prepared directory: `data.prepared_dir`/<name>-<hash>.
+    The prepared directory: `data.prepared_dir`/<name>-<hash>; or, where no files are given and it is one itself, made
+    elsewhere and brought here, `data.prepared_dir`.
 
   Raises:
     UserError: for bad input; nothing is left behind then.
@@ -67,6 +68,9 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
   """
   progress = progress or ConsoleProgress()
   try:
+    if (Path(data.prepared_dir) / INDEX).is_file() and not (data.train_files or data.valid_files):
+      _check_brought(data, vocab_size, progress)
+      return Path(data.prepared_dir)
     plan = _plan(data, vocab_size, progress)
     name = str(plan.directory)
     with locked_directory(plan.directory, lambda: progress.say(f'another process prepares {name}: waiting for it')):
@@ -78,6 +82,21 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
     return plan.directory
   finally:
     progress.close()
+
+
+def _check_brought(data: DataConfig, vocab_size: int, progress: ProgressSink) -> None:
+  """Raises UserError if a prepared directory that is used as it is is not whole or does not fit the settings."""
+  index = verify(data.prepared_dir)
+  if index['vocab_size'] != vocab_size:
+    raise UserError(
+      f'model.vocab_size={vocab_size} does not fit data.prepared_dir={data.prepared_dir!r}, which was made with '
+      f'{index["vocab_size"]} pieces; set --config.model.vocab_size={index["vocab_size"]}'
+    )
+  if data.tokenizer and _given_tokenizer(data.tokenizer, vocab_size).sha256 != index['tokenizer']['sha256']:
+    raise UserError(
+      f'data.tokenizer={data.tokenizer!r} did not make data.prepared_dir={data.prepared_dir!r}; leave it out'
+    )
+  progress.say(f'using prepared data in {data.prepared_dir}: {_summary(index)}')
 
 
 def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:

@@ -93,7 +93,7 @@ def open_inputs(config: Config) -> Inputs:
   train_split, valid_split = (open_split(prepared, name, **rows) for name in ('train', 'valid'))
   batch_rows = train.batch_size * train.accumulation_steps
   check_fills_batch(train_split, batch_rows)
-  steps = train.max_steps or steps_of_epochs(train_split, batch_rows, train.epochs)
+  steps = train.max_steps or steps_of_epochs(train_split.n_rows, batch_rows, train.epochs)
   index = read_index(prepared)
   shards = [shard['sha256'] for split in index['splits'].values() for shard in split['shards']]
   data_sha256 = hashlib.sha256(''.join(shards).encode()).hexdigest()

@@ -1,0 +1,251 @@
+"""Makes a list of runs, one after the other:   python -m mmjax.tools.sweep sweeps/memory.py [--set scale=gpu] ...
+
+Each run is a process of its own and lives in <out>/<name>-s<seed>, as if train.py had made it. What is finished is
+skipped, what was stopped goes on, a run that diverged or failed is noted in <out>/sweep.json and the next one starts.
+Overrides --config.section.field=value apply to every run. What a run prints goes to <out>/logs.
+
+Exit codes: 0 every run is done; 75 stopped by a signal or --max_minutes after saving: the same command goes on; else
+that of the first run that is not done: 2 user error, 3 diverged, 4 storage, 1 crashed.
+"""
+
+import argparse
+import contextlib
+import datetime
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmjax.data.files import locked_directory
+from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
+from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
+from mmjax.tools.sweep_file import Planned, changed_settings, read_sweep
+from mmjax.training.progress import format_seconds
+from mmjax.training.rundir import RunDir, atomic_write_json, compare_configs, read_json
+from mmjax.training.signals import StopSignals
+
+CHILD = (sys.executable, '-m', 'mmjax.tools.sweep_child')
+LOOK_SECONDS = 0.5  # between looks at the process and its metrics
+STATES = {0: 'done', DivergedError.exit_code: 'diverged', StoppedError.exit_code: 'stopped'}  # others: failed
+
+
+def main() -> None:
+  """Reads flags and the file, and makes the runs or says what it would make."""
+  arguments, overrides = _parser().parse_known_args()
+  runs = read_sweep(arguments.file, arguments.set, overrides, arguments.only)
+  sweep = Sweep(Path(arguments.out or Path('out') / Path(arguments.file).stem), runs)
+  if arguments.dry_run:
+    sweep.print_plan()
+    return
+  deadline = time.monotonic() + 60 * arguments.max_minutes if arguments.max_minutes else float('inf')
+  with locked_directory(sweep.folder, sweep.refuse), StopSignals() as stop:
+    stopped = sweep.make(stop, deadline, arguments.retry)
+  sweep.print_summary()
+  if stopped:
+    raise StoppedError(f'Stopped {stopped}; the same command goes on from there.')
+  if any(ended['state'] == 'done' for ended in sweep.ended.values()):
+    print(f'Compare them: python -m mmjax.tools.compare {shlex.quote(str(sweep.folder))}')
+  sweep.raise_first_failure()
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog='python -m mmjax.tools.sweep', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('file', help='a sweep file, such as sweeps/memory.py')
+  parser.add_argument('--out', help='folder of the runs (default: out/<name of the file>)')
+  parser.add_argument(
+    '--set', action='append', default=[], metavar='NAME=VALUE', help='an argument of the get_runs() in the file'
+  )
+  parser.add_argument('--only', default='*', help="runs to make, comma-separated patterns: 'g0-*,g5-*'")
+  parser.add_argument('--max_minutes', type=float, default=0.0, help='save and stop after so many (default: no limit)')
+  parser.add_argument('--retry', action='store_true', help='start runs that diverged again')
+  parser.add_argument('--dry_run', action='store_true', help='list the runs and how far they are; change nothing')
+  return parser
+
+
+class Sweep:
+  """The runs of a sweep in their folder, and how each ended: `ended`, by name, as sweep.json holds it."""
+
+  def __init__(self, folder: Path, runs: Sequence[Planned]):
+    self.folder, self.runs = folder, runs
+    self.path = folder / 'sweep.json'
+    self.ended: dict[str, dict[str, Any]] = read_json(self.path)['runs'] if self.path.exists() else {}
+    self.console = Console(highlight=False)
+
+  def refuse(self) -> None:
+    """Called where another process holds the folder."""
+    raise UserError(f'another sweep works in {self.folder}; wait for it or choose another --out')
+
+  def state(self, run: Planned) -> RunState:
+    """Reads how far a run came.
+
+    Raises:
+      UserError: if its directory holds a run with other settings.
+    """
+    directory = RunDir(self.folder / run.name)
+    if directory.was_trained and directory.config_path.exists():
+      try:
+        compare_configs(directory.read_config(), run.config, False)
+      except UserError as error:
+        raise UserError(f'{directory.path}: {error}') from error
+    return run_state(directory.path, run.config)
+
+  def make(self, stop: StopSignals, deadline: float, retry: bool) -> str:
+    """Makes every run that is not done; returns where it was stopped, '' if it was not.
+
+    Args:
+      stop: tells when a signal asks to stop.
+      deadline: on time.monotonic(); to stop there.
+      retry: whether a run that diverged is started again.
+    """
+    states = [self.state(run) for run in self.runs]  # of all, so that a changed setting is refused before any starts
+    for number, (run, state) in enumerate(zip(self.runs, states, strict=True), 1):
+      label = f'[{number}/{len(self.runs)}] {run.name}'
+      outcome = self.ended[run.name]['state'] if run.name in self.ended else ''
+      if state.finished:
+        if outcome != 'done':
+          self.note(run, 0, 0.0)
+        self.console.print(f'{label}  was done before', markup=False)
+        continue
+      if outcome == 'diverged' and not retry:
+        self.console.print(f'{label}  diverged before; --retry starts it again', markup=False)
+        continue
+      if stop.requested(0) or time.monotonic() > deadline:
+        return f'before {run.name}'
+      if self.make_one(run, label, stop, deadline) == 'stopped':
+        return f'in {run.name}, step {self.state(run).step:,}'
+    return ''
+
+  def make_one(self, run: Planned, label: str, stop: StopSignals, deadline: float) -> str:
+    """Makes one run and prints its line; returns how it ended."""
+    start, asked = time.monotonic(), False
+    with self.child(run) as child, self.console.status('') as status:
+      shown = LiveLine(label, self.folder / run.name, run.config)
+      if not self.console.is_terminal:
+        self.console.print(f'{label}  runs; its output: {self.log_path(run)}', markup=False, soft_wrap=True)
+      while child.poll() is None:
+        if not asked and (stop.requested(0) or time.monotonic() > deadline):
+          child.terminate()  # once: a second signal would end it without saving
+          asked = True
+        status.update(Text(shown.text() + ('  stopping' if asked else '')))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+          child.wait(LOOK_SECONDS)
+    # A run that has not begun to train has nothing to save: there the signal ends it.
+    code = StoppedError.exit_code if asked and child.returncode < 0 else child.returncode
+    ended = self.note(run, code, time.monotonic() - start)
+    self.console.print(f'{label}  {one_line(ended)}', markup=False, soft_wrap=True)
+    return ended['state']
+
+  @contextlib.contextmanager
+  def child(self, run: Planned) -> Iterator[subprocess.Popen]:
+    """Starts a run's process. Ctrl-C does not reach it: it is told to stop once, and not twice."""
+    self.log_path(run).parent.mkdir(exist_ok=True)
+    command = [*CHILD, *run.arguments, '--workdir', str(self.folder / run.name)]
+    with open(self.log_path(run), 'ab') as log:
+      pipes = {'stdin': subprocess.DEVNULL, 'stdout': log, 'stderr': log}
+      child = subprocess.Popen(command, **pipes, start_new_session=True)
+      try:
+        yield child
+      finally:
+        if child.poll() is None:
+          child.terminate()
+          child.wait()
+
+  def log_path(self, run: Planned) -> Path:
+    """Where a run's output goes."""
+    return self.folder / 'logs' / f'{run.name}.log'
+
+  def note(self, run: Planned, code: int, seconds: float) -> dict[str, Any]:
+    """Writes into sweep.json how a run ended, and returns that."""
+    reports = last_reports(self.folder / run.name)
+    train, valid = reports.get('train'), reports.get('eval')
+    spent = self.ended[run.name]['seconds'] if run.name in self.ended else 0.0
+    said = f'killed by signal {-code}' if code < 0 else last_line(self.log_path(run)) if code else ''
+    self.ended[run.name] = {
+      'state': STATES.get(code, 'failed'),
+      'exit_code': code,
+      'step': train and train['step'],
+      'tokens': train and train['tokens'],
+      'train_loss': train and train['loss'],
+      'loss': valid and valid['loss'],
+      'bits_per_byte': valid and valid['bits_per_byte'],
+      'seconds': spent + seconds,  # of all starts, compiling and evaluating included
+      'said': said,
+      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    }
+    names = [planned.name for planned in self.runs]
+    ordered = [*names, *(name for name in self.ended if name not in names)]
+    atomic_write_json(self.path, {'runs': {name: self.ended[name] for name in ordered if name in self.ended}})
+    return self.ended[run.name]
+
+  def print_plan(self) -> None:
+    """Prints every run, how far it is, and what it changes in its config file; what all change stands below."""
+    table = Table('run', 'so far', 'config', 'settings')
+    changed = [{n: str(v) for n, v in changed_settings(run).items() if n != 'experiment'} for run in self.runs]
+    common = dict(set.intersection(*(set(settings.items()) for settings in changed)))
+    for run, settings in zip(self.runs, changed, strict=True):
+      state = self.state(run)
+      outcome = self.ended[run.name]['state'] if run.name in self.ended and not state.finished else ''
+      step = f'{state.step:,} of {state.total:,}' if state.step and state.total else ''
+      done = 'done' if state.finished else ' '.join((outcome, step)).strip() or 'new'
+      own = ' '.join(f'{name}={value}' for name, value in settings.items() if name not in common)
+      table.add_row(run.name, done, run.arguments[1], own)
+    self.console.print(table)
+    everywhere = ' '.join(f'{name}={common[name]}' for name in sorted(common))
+    print(f'{len(self.runs)} runs, in {self.folder}; all with {everywhere or "their own settings"}')
+
+  def print_summary(self) -> None:
+    """Prints how every run stands."""
+    table = Table('run', 'state', 'updates', 'tokens', 'validation loss', 'bits per byte', 'time')
+    for run in self.runs:
+      if run.name not in self.ended:
+        table.add_row(run.name, 'not begun')
+        continue
+      ended = self.ended[run.name]
+      numbers = [('step', ','), ('tokens', ','), ('loss', '.4f'), ('bits_per_byte', '.4f')]
+      cells = ['' if ended[name] is None else format(ended[name], spec) for name, spec in numbers]
+      table.add_row(run.name, ended['state'], *cells, format_seconds(ended['seconds']))
+    self.console.print(table)
+
+  def raise_first_failure(self) -> None:
+    """Raises what stands for the first run that is not done."""
+    bad = [(run, self.ended[run.name]) for run in self.runs if self.ended[run.name]['state'] != 'done']
+    if bad:
+      run, ended = bad[0]
+      where = f'{ended["said"] or "nothing was said"} (log: {self.log_path(run)})'
+      error = CommandError(f'{len(bad)} of {len(self.runs)} runs are not done; {run.name} {ended["state"]}: {where}')
+      error.exit_code = max(ended['exit_code'], 1)  # killed by a signal: 1
+      raise error
+
+
+def one_line(ended: dict[str, Any]) -> str:
+  """Says how a run ended."""
+  parts = [ended['state']]
+  if ended['step'] is not None:
+    parts.append(f'{ended["step"]:,} updates')
+  if ended['state'] == 'done' and ended['loss'] is not None:
+    parts.append(f'validation loss {ended["loss"]:.4f}, {ended["bits_per_byte"]:.4f} bits per byte')
+  elif ended['train_loss'] is not None:
+    parts.append(f'training loss {ended["train_loss"]:.4f}')
+  parts.append(format_seconds(ended['seconds']))
+  if ended['state'] not in ('done', 'stopped'):
+    parts.append(f'exit code {ended["exit_code"]}: {ended["said"]}')
+  return '  '.join(parts)
+
+
+def last_line(path: Path) -> str:
+  """Returns the last line of a log that says something."""
+  lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
+  return next((line.strip() for line in reversed(lines) if line.strip()), '')
+
+
+if __name__ == '__main__':
+  run_command(main)

@@ -1,0 +1,88 @@
+"""A list of runs to make: a Python file in the style of configs/, whose get_runs() returns `Run`s; see sweeps/.
+
+get_runs() may take arguments, all with defaults; on the command line they are --set name=value, and text.
+"""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mmjax.config import Config, call_python_file, flatten, load_config
+from mmjax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """One run as a sweep file states it.
+
+  Attributes:
+    name: what is trained; runs that differ only in their seed share it.
+    config: path of a config file.
+    overrides: by setting, {'train.learning_rate': 1e-3}; seed and experiment are set from the other fields.
+    seed: of the run.
+  """
+
+  name: str
+  config: str
+  overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  seed: int = 0
+
+
+class Planned(NamedTuple):
+  """One run, checked: its directory's name, its settings, and the arguments that train.py would take for them."""
+
+  name: str
+  config: Config
+  arguments: list[str]
+
+
+def read_sweep(
+  path: str, settings: Sequence[str] = (), overrides: Sequence[str] = (), only: str = '*'
+) -> list[Planned]:
+  """Reads a sweep file and checks the settings of every run before one is started.
+
+  Args:
+    path: of the file.
+    settings: 'name=value' arguments for its get_runs().
+    overrides: `--config.section.field=value` arguments that apply to every run, after its own.
+    only: shell patterns, comma-separated, of the runs to keep: 'g0-*,g5-*'.
+
+  Raises:
+    UserError: if the file, a setting or a name is not right, or no run is left.
+  """
+  split = [setting.partition('=') for setting in settings]
+  for name, equals, _ in split:
+    if not equals:
+      raise UserError(f'--set {name!r} is not understood; it looks like --set scale=gpu')
+  runs = call_python_file(path, 'sweep file', 'get_runs', {name: value for name, _, value in split})
+  if not isinstance(runs, list | tuple) or not all(isinstance(run, Run) for run in runs):
+    raise UserError(f'sweep file {path!r}: get_runs() must return a list of mmjax.tools.sweep_file.Run')
+  planned = [_plan(run, overrides) for run in runs]
+  names = [run.name for run in planned]
+  twice = next((name for name in names if names.count(name) > 1), None)
+  if twice:
+    raise UserError(f'sweep file {path!r}: two runs are called {twice!r}; give one another name or seed')
+  patterns = [pattern.strip() for pattern in only.split(',')]
+  kept = [run for run in planned if any(fnmatch.fnmatchcase(run.name, pattern) for pattern in patterns)]
+  if not kept:
+    raise UserError(f'sweep file {path!r}: no run matches {only!r}; there are {", ".join(names) or "none"}')
+  return kept
+
+
+def _plan(run: Run, overrides: Sequence[str]) -> Planned:
+  settings = dict(run.overrides) | {'experiment': run.name, 'seed': run.seed}
+  arguments = [f'--config.{name}={value}' for name, value in settings.items()] + list(overrides)
+  try:
+    config = load_config(run.config, arguments)
+  except UserError as error:
+    raise UserError(f'run {run.name!r}: {error}') from error
+  if (config.experiment, config.seed) != (run.name, run.seed):
+    raise UserError('experiment and seed belong to a run of a sweep; they cannot be overridden for all of them')
+  return Planned(f'{run.name}-s{run.seed}', config, ['--config', run.config, *arguments])
+
+
+def changed_settings(run: Planned) -> dict[str, Any]:
+  """Returns the settings that differ from those of the run's config file alone."""
+  usual = flatten(load_config(run.arguments[1]).to_dict())
+  return {name: value for name, value in flatten(run.config.to_dict()).items() if value != usual[name]}

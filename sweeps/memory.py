@@ -1,0 +1,154 @@
+"""The memory experiment: which memory, if any, beats the feed-forward layer at equal tokens and no more FLOPs a token.
+
+python -m mmjax.tools.sweep sweeps/memory.py --config.data.train_files=... --config.data.valid_files=...
+  and then, with what that found, --set learning_rate=2e-3, and then --set winners=g4,g5 beside it: docs/memory.md.
+
+Without a learning rate: G0 at three of them. With one: every model at that rate. With winners: G0 and the winners with
+two more seeds, and the best winner at the other rates. The list only grows, so what is done is done.
+--set scale=gpu takes the record's sizes, --set tokens=300e6 another length.
+"""
+
+from pathlib import Path
+
+from mmjax.config import load_config
+from mmjax.errors import UserError
+from mmjax.tools.sweep_file import Run
+from mmjax.training.cost import flops_per_token, matching_width
+
+CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
+SEEDS = (1, 2)  # beside 0, for G0 and the winners
+
+# Every size of a scale, once. P = dim / 4 and 4 query heads a key head, as in the record.
+SCALES = {
+  'cpu': {
+    'tokens': 10.5e6,
+    'learning_rates': (1e-3, 2e-3, 4e-3),
+    'settings': {
+      'model.dim': 192, 'model.n_layers': 4, 'model.n_heads': 12, 'model.n_kv_heads': 3, 'model.max_seq_len': 256,
+      'model.knowledge_dim': 48, 'train.batch_size': 16, 'train.accumulation_steps': 1, 'train.dtype': 'float32',
+      'train.log_interval': 20,
+    },
+  },
+  'gpu': {
+    'tokens': 100e6,
+    'learning_rates': (5e-4, 1e-3, 2e-3),
+    'settings': {
+      'model.dim': 512, 'model.n_layers': 8, 'model.n_heads': 32, 'model.n_kv_heads': 8, 'model.max_seq_len': 512,
+      'model.knowledge_dim': 128, 'train.batch_size': 64, 'train.accumulation_steps': 1, 'train.dtype': 'bfloat16',
+      'train.log_interval': 20,
+    },
+  },
+  'tiny': {  # to try the machinery: minutes for everything, numbers that say nothing
+    'tokens': 2560,
+    'learning_rates': (1e-3, 2e-3, 4e-3),
+    'settings': {
+      'model.vocab_size': 512, 'model.dim': 96, 'model.n_layers': 4, 'model.n_heads': 6, 'model.n_kv_heads': 2,
+      'model.max_seq_len': 32, 'model.knowledge_dim': 24, 'train.batch_size': 4, 'train.accumulation_steps': 1,
+      'train.dtype': 'float32', 'train.log_interval': 2,
+    },
+  },
+}  # fmt: skip
+WARMUP_SHARE = 0.04  # of the updates
+EVALUATIONS = 5
+CHECKPOINTS = 10
+
+# G1 to G4: the fusion of 1.4.2, each with what the one before has.
+FAITHFUL = {'model.sublayer': 'gated_fusion'}
+INPUT_AND_BANK = FAITHFUL | {
+  'memory.input': 'residual',
+  'memory.bank_std': 'knowledge_dim ** -0.5',
+  'memory.bank_lr_multiplier': 4.0,
+  'memory.bank_lr_final_multiplier': 1.0,
+  'memory.bank_decay_multiplier': 0.0,
+}
+GATE_LEARNS = INPUT_AND_BANK | {'memory.scores': 'scale', 'memory.query_key_norm': 'l2'}
+# G5 and its variants: the bag, in the middle layers, beside a feed-forward layer that takes what is left of G0's FLOPs.
+BAG = INPUT_AND_BANK | {
+  'model.sublayer': 'memory_bag',
+  'model.num_selected': 16,
+  'memory.layers': 'middle',
+  'memory.n_heads': 4,
+  'memory.query_key_norm': 'l2',
+  'memory.ffn_dim': 'what is left',
+}
+MODELS = {
+  'g0': {'model.sublayer': 'dense'},
+  'g1': FAITHFUL,
+  'g2': INPUT_AND_BANK,
+  'g3': GATE_LEARNS,
+  'g4': GATE_LEARNS | {'memory.layers': 'middle'},
+  'g5': BAG,
+  'g6': BAG | {'model.knowledge_num': 256},  # is capacity the cause? 16 sub-keys a half, of which 16 are selected
+  'g7': BAG | {'memory.score_activation': 'relu'},
+  # As many values in the bank, and as many read, in a quarter of the rows.
+  'g8': BAG | {'model.knowledge_num': 16384, 'model.knowledge_dim': '4 * knowledge_dim', 'memory.n_heads': 1},
+  # Scores against 2 x 1024 sub-keys are dear: half the heads, with twice the rows each. g12 tells the two apart.
+  'g9': BAG | {'model.knowledge_num': 1048576, 'memory.n_heads': 2, 'model.num_selected': 32},
+  'g10': BAG | {'memory.balance_loss_weight': 0.01},
+  'g11': BAG | {'memory.query_key_norm': 'layer_norm'},
+  'g12': BAG | {'memory.n_heads': 2, 'model.num_selected': 32},
+}
+
+
+def get_runs(scale='cpu', learning_rate='', winners='', tokens=''):
+  """Returns the runs that are due.
+
+  Args:
+    scale: 'cpu', 'gpu', or 'tiny' to try the machinery.
+    learning_rate: the best for G0, one of the scale's; '' to find it.
+    winners: the best models, best first, comma-separated: 'g5,g4'; '' until they are known.
+    tokens: to train each model on; '': the scale's.
+  """
+  if scale not in SCALES:
+    raise UserError(f'scale={scale!r} must be one of {", ".join(SCALES)}')
+  rates = SCALES[scale]['learning_rates']
+  tuned = float(learning_rate) if learning_rate else None
+  best = [name.strip() for name in winners.split(',')] if winners else []
+  unknown = [name for name in best if name not in MODELS]
+  if unknown:
+    raise UserError(f'winners={winners!r}: no model {unknown[0]!r}; there are {", ".join(MODELS)}')
+  if best and tuned is None:
+    raise UserError(f'winners={winners!r} need a learning_rate beside them, one of {rates}')
+  wanted = [('g0', rate, 0) for rate in rates]
+  if tuned is not None:
+    wanted += [(name, tuned, 0) for name in MODELS]
+  wanted += [(name, tuned, seed) for name in (['g0', *best] if best else []) for seed in SEEDS]
+  wanted += [(name, rate, 0) for name in best[:1] for rate in rates]
+  length = float(tokens) if tokens else SCALES[scale]['tokens']
+  return [make_run(name, scale, rate, seed, length) for name, rate, seed in dict.fromkeys(wanted)]
+
+
+def make_run(name: str, scale: str, learning_rate: float, seed: int = 0, tokens: float = 0.0) -> Run:
+  """Returns one model of the grid at a scale; tokens=0: as many as the scale says."""
+  settings = dict(SCALES[scale]['settings'])
+  rows = settings['train.batch_size'] * settings['train.accumulation_steps']
+  steps = max(1, int((tokens or SCALES[scale]['tokens']) / (rows * settings['model.max_seq_len'])))
+  settings |= {
+    'train.max_steps': steps,
+    'train.learning_rate': learning_rate,
+    'train.warmup_steps': int(WARMUP_SHARE * steps),
+    'train.eval_interval': max(1, -(-steps // EVALUATIONS)),
+    'train.checkpoint_interval': max(1, -(-steps // CHECKPOINTS)),
+  }
+  return Run(
+    f'{name}-lr{learning_rate:g}', str(CONFIGS / 'exp_1_4_2.py'), settings | sized(MODELS[name], settings), seed
+  )
+
+
+def sized(model: dict, settings: dict) -> dict:
+  """Returns the settings of a model with the sizes that depend on a scale filled in."""
+  model = dict(model)
+  width = settings['model.knowledge_dim'] * (4 if 'model.knowledge_dim' in model else 1)
+  if 'model.knowledge_dim' in model:
+    model['model.knowledge_dim'] = width
+  if 'memory.bank_std' in model:
+    model['memory.bank_std'] = width**-0.5
+  if 'memory.ffn_dim' in model:
+    budget = flops_per_token(as_config(settings | MODELS['g0']))['total']
+    model['memory.ffn_dim'] = matching_width(as_config(settings | model | {'memory.ffn_dim': 0}), budget)
+  return model
+
+
+def as_config(settings: dict):
+  """Returns the config that has these settings."""
+  return load_config(str(CONFIGS / 'exp_1_4_2.py'), [f'--config.{name}={value}' for name, value in settings.items()])

@@ -1,0 +1,179 @@
+"""Comparing runs: hand-made run directories, numbers computed by numpy and scipy from what was put into them."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from mmjax.errors import UserError
+from mmjax.tools import compare as compare_tool
+from mmjax.tools.compare import compare
+from mmjax.tools.compare_plots import curve, differences, write_plots
+from mmjax.tools.compare_runs import find_runs, make_rows, read_run
+from mmjax.training.cost import flops_per_token
+from mmjax.training.rundir import RunDir
+from tests.helpers import tiny_config
+
+IDENTITY = {'data_sha256': 'd' * 64, 'tokenizer_sha256': 't' * 64}
+DENSE = {'model__sublayer': 'dense'}
+STEPS = 10
+
+
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch):
+  """Drawing takes longer than everything else; one test does it."""
+  monkeypatch.setattr(compare_tool, 'write_plots', lambda rows, folder: {})
+
+
+def make_run(path: Path, losses, *, seed=0, done=STEPS, identity=IDENTITY, valid_tokens=1000, rate=500.0, **changes):
+  """Writes a run directory that evaluated after 5 and 10 updates with the given losses."""
+  config = tiny_config(**{'seed': seed, 'train__max_steps': STEPS, 'train__log_interval': 5} | changes)
+  (path / 'checkpoints' / str(done)).mkdir(parents=True)
+  RunDir(path).write_config(config)
+  starts = [{'device_count': 1, 'device': 'abacus', 'host': 'here'}]
+  (path / 'run.json').write_text(json.dumps({'identity': identity, 'starts': starts}))
+  layers = [] if config.model.sublayer == 'dense' else [0, 1]
+  bank = [
+    {'layer': i, 'used_share': 0.25 + seed / 10 + i / 4, 'effective_rows': 9.0, 'hottest_share': 0.5} for i in layers
+  ]
+  records = []
+  for step, loss in zip((5, 10), losses, strict=False):
+    train = {'kind': 'train', 'step': step, 'tokens': 128 * step, 'seconds': step / 2.0, 'loss': loss and loss + 1}
+    records.append(train | {'tokens_per_second': rate, 'peak_bytes': 10**9 * (seed + 1), 'bank': bank})
+    found = {'loss': loss, 'bits_per_byte': loss and loss / 3, 'accuracy': 0.5, 'tokens': valid_tokens}
+    probes = {'loss': 5.0, 'loss_zeroed': 5.25 + seed / 10, 'loss_shuffled': 5.5} if bank else {}
+    records.append({'kind': 'eval', 'step': step, **found, 'text_bytes': 3000, 'bank': bank, 'probes': probes})
+  (path / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
+  return path
+
+
+def rows_of(paths, out, **flags):
+  """Compares and returns the rows of compare.json by name."""
+  compare(paths, out, **flags)
+  return {row['name']: row for row in json.loads((out / 'compare.json').read_text())['rows']}
+
+
+def test_paired_difference_and_error_are_those_of_scipy(tmp_path):
+  first, second = [5.5, 5.62, 5.41], [5.43, 5.58, 5.30]
+  paths = [make_run(tmp_path / f'g0-s{i}', (6, x), seed=i, **DENSE) for i, x in enumerate(first)]
+  paths += [make_run(tmp_path / f'g5-s{i}', (6, x), seed=i, rate=100 * (i + 1.0)) for i, x in enumerate(second)]
+  rows = rows_of(paths, tmp_path / 'out')
+  assert list(rows) == ['g0', 'g5']
+  found, row = rows['g5']['difference'], rows['g5']
+  test = stats.ttest_rel(second, first)
+  assert found['mean'] == pytest.approx(np.mean(second) - np.mean(first))
+  assert found['mean'] / found['standard_error'] == pytest.approx(test.statistic)
+  assert (found['kind'], found['n']) == ('paired', 3)
+  assert rows['g0']['difference'] is None
+  assert row['loss'] == pytest.approx(np.mean(second)) and row['loss_deviation'] == pytest.approx(
+    np.std(second, ddof=1)
+  )
+  assert row['bits_per_byte'] == pytest.approx(np.mean(second) / 3)
+  assert (row['tokens'], row['tokens_per_second'], row['peak_bytes']) == (1280, 200, 3e9)
+  assert row['probes']['loss_zeroed'] == pytest.approx(5.35)
+  assert '| +0.3500 | +0.5000 |' in (tmp_path / 'out' / 'compare.md').read_text()
+  assert [h['used_share'] for h in row['bank']] == pytest.approx([0.35, 0.6])  # seeds 0.25, 0.35, 0.45 and a quarter
+
+
+def test_without_common_seeds_the_error_is_welchs(tmp_path):
+  first, second = [5.5, 5.62, 5.41], [5.43, 5.30]
+  paths = [make_run(tmp_path / f'a{i}', (6, x), seed=i, **DENSE) for i, x in enumerate(first)]
+  paths += [make_run(tmp_path / f'b{i}', (6, x), seed=i) for i, x in zip((7, 8), second, strict=True)]
+  found = rows_of(paths, tmp_path / 'out')['b']['difference']
+  test = stats.ttest_ind(second, first, equal_var=False)
+  assert found['mean'] / found['standard_error'] == pytest.approx(test.statistic)
+  assert (found['kind'], found['n'], found['n_first']) == ('Welch', 2, 3)
+
+
+def test_same_seed_with_other_batches_is_not_paired(tmp_path):
+  paths = [make_run(tmp_path / f'a-s{i}', (6, 5 + i), seed=i) for i in range(2)]
+  paths += [make_run(tmp_path / f'b-s{i}', (6, 5.1 + i), seed=i, train__batch_size=2) for i in range(2)]
+  assert rows_of(paths, tmp_path / 'out')['b']['difference']['kind'] == 'Welch'
+
+
+def test_one_seed_has_no_standard_error_and_says_so(tmp_path, capsys):
+  paths = [make_run(tmp_path / 'a-s0', (6, 5.5), **DENSE), make_run(tmp_path / 'b-s0', (6, 5.4))]
+  paths.append(make_run(tmp_path / 'b-s1', (6, 5.7), seed=1))
+  rows = rows_of(paths, tmp_path / 'out')
+  assert rows['b']['difference'] == {
+    'mean': pytest.approx(-0.1), 'standard_error': None, 'kind': 'paired', 'n': 1, 'n_first': 1
+  }  # fmt: skip
+  said = (tmp_path / 'out' / 'compare.md').read_text()
+  assert '| b | 2 | 5.5500 | -0.1000 | paired, 1 seed: no standard error |' in said
+  assert 'paired, 1 seed: no standard error' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    ({'identity': IDENTITY | {'data_sha256': 'e' * 64}}, 'data_sha256 dddddddddddd and eeeeeeeeeeee'),
+    ({'identity': IDENTITY | {'tokenizer_sha256': 'u' * 64}}, 'tokenizer_sha256 tttttttttttt and uuuuuuuuuuuu'),
+    ({'valid_tokens': 999}, 'validation_tokens 1,000 and 999'),
+  ],
+)
+def test_runs_on_other_data_are_refused_or_marked(tmp_path, change, said):
+  paths = [make_run(tmp_path / 'a', (6, 5.5)), make_run(tmp_path / 'b', (6, 5.4), **change)]
+  with pytest.raises(UserError, match=f'are on other data: {said}'):
+    compare(paths, tmp_path / 'out')
+  assert not (tmp_path / 'out').exists()
+  rows = rows_of(paths, tmp_path / 'out', allow_other_data=True)
+  assert rows['b']['marks'] == ['other data'] and rows['b']['difference'] is None
+  assert '| b [other data] | 1 | 5.4000 | - | - |' in (tmp_path / 'out' / 'compare.md').read_text()
+
+
+def test_unfinished_and_diverged_runs_are_marked_and_do_not_count(tmp_path):
+  paths = [make_run(tmp_path / 'a-s0', (6, 5.5)), make_run(tmp_path / 'a-s1', (9,), seed=1, done=5)]
+  paths.append(make_run(tmp_path / 'b-s0', (7, None), done=5, **DENSE))
+  (tmp_path / 'b-s0' / 'diverged').mkdir()
+  rows = rows_of(paths, tmp_path / 'out')
+  assert (rows['a']['loss'], rows['a']['seeds']) == (5.5, [0])
+  assert rows['a']['marks'] == ['seed 1 not finished, 5 of 10 updates']
+  assert rows['b']['marks'] == ['seed 0 diverged, 5 of 10 updates']
+  assert (rows['b']['loss'], rows['b']['difference']) == (7, None)
+
+
+def test_runs_are_rows_by_settings_and_not_by_where_they_wrote(tmp_path):
+  first = make_run(tmp_path / 'x', (6, 5.5), seed=3, data__prepared_dir='here', train__eval_interval=5)
+  second = make_run(tmp_path / 'y', (6, 5.6), seed=4, data__prepared_dir='there', runtime__remat='block')
+  third = make_run(tmp_path / 'z', (6, 5.6), seed=4, memory__ffn_dim=8)
+  rows = rows_of([first, second, third], tmp_path / 'out')
+  assert {name: row['seeds'] for name, row in rows.items()} == {'x, y': [3, 4], 'z': [4]}
+  assert rows['z']['changed'] == {'memory.ffn_dim': 8}
+  twin = make_run(tmp_path / 'twin', (6, 5.6), seed=4)
+  with pytest.raises(UserError, match='y and .*twin have the same settings and the same seed'):
+    compare([first, second, twin], tmp_path / 'out')
+
+
+def test_folder_stands_for_its_runs_in_the_order_of_its_sweep(tmp_path):
+  for name in ('g10-s0', 'g2-s0', 'g1-s0'):
+    make_run(tmp_path / name, (6, 5.5))
+  assert [p.name for p in find_runs([tmp_path])] == ['g1-s0', 'g2-s0', 'g10-s0']
+  (tmp_path / 'sweep.json').write_text(json.dumps({'runs': {'g10-s0': {}, 'g1-s0': {}}}))
+  assert [p.name for p in find_runs([tmp_path, tmp_path / 'g2-s0'])] == ['g10-s0', 'g1-s0', 'g2-s0']
+  with pytest.raises(UserError, match='neither a run directory'):
+    find_runs([tmp_path / 'g1-s0' / 'checkpoints'])
+
+
+def test_curves_count_flops_of_whole_rows_and_differences_are_at_equal_tokens(tmp_path):
+  dense = read_run(make_run(tmp_path / 'a', (7, 5), **DENSE))
+  half = read_run(make_run(tmp_path / 'b', (6, 4), train__batch_size=2))
+  found = curve(half, 'eval')
+  cost = flops_per_token(half.config)['total']
+  np.testing.assert_allclose(found.x['flops'], np.array([5, 10]) * 2 * 2 * 16 * cost)  # updates, A, B, T
+  np.testing.assert_array_equal(found.x['seconds'], [2.5, 5])
+  found.x['tokens'][:] = [640, 960]  # halfway between the evaluations of the first: its loss there is 6
+  x, difference = differences([curve(dense, 'eval')], [found])
+  np.testing.assert_allclose((x, difference[0]), ([640, 960], [6 - 7, 4 - 6]))
+  assert len(make_rows([dense, half])) == 2
+
+
+def test_plots_are_drawn_also_for_runs_that_only_began(tmp_path):
+  runs = [make_run(tmp_path / 'a', (6,), done=5), make_run(tmp_path / 'b', (), done=0, **DENSE)]
+  captions = write_plots(make_rows([read_run(run) for run in runs]), tmp_path)
+  assert list(captions) == ['loss_tokens.png', 'loss_flops.png', 'loss_seconds.png', 'difference.png']
+  for name in captions:
+    data = (tmp_path / name).read_bytes()
+    assert data[:8] == b'\x89PNG\r\n\x1a\n' and struct.unpack('>I', data[16:20])[0] > 1000

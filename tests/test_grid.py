@@ -1,0 +1,142 @@
+"""The memory grid: what its models are, that none costs more than G0, and that its data travel."""
+
+import dataclasses
+import json
+import random
+import runpy
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+from mmjax.config import flatten, load_config
+from mmjax.data.index import read_index
+from mmjax.data.prepare import prepare
+from mmjax.data.progress import SilentProgress
+from mmjax.errors import UserError
+from mmjax.tools.sweep_file import read_sweep
+from mmjax.training.cost import flops_per_token, matching_width
+
+GRID = 'sweeps/memory.py'
+RATES = {'cpu': '0.002', 'gpu': '0.001', 'tiny': '0.002'}
+
+
+@pytest.fixture(scope='module', params=RATES)
+def models(request):
+  """The config of every model of a scale, by name."""
+  runs = read_sweep(GRID, [f'scale={request.param}', f'learning_rate={RATES[request.param]}'])
+  kept = [run for run in runs if f'-lr{RATES[request.param]}-' in run.name]
+  return {run.name.partition('-')[0]: run.config for run in kept}
+
+
+def test_no_model_costs_more_than_the_baseline(models):
+  budget = flops_per_token(models['g0'])['total']
+  for name, config in models.items():
+    cost = flops_per_token(config)['total']
+    assert cost <= budget, name
+    if config.memory.ffn_dim:
+      assert cost > 0.98 * budget and matching_width(config, budget) == config.memory.ffn_dim, name
+
+
+def test_models_differ_as_the_experiment_says(models):
+  settings = {name: flatten(config.to_dict()) for name, config in models.items()}
+
+  def changes(a: str, b: str) -> dict:
+    names = {n for n in settings[a] if settings[a][n] != settings[b][n]} - {'experiment', 'memory.ffn_dim'}
+    return {name: settings[b][name] for name in names}
+
+  width = models['g1'].model.knowledge_dim
+  assert changes('g0', 'g1') == {'model.sublayer': 'gated_fusion'}
+  assert changes('g1', 'g2') == {
+    'memory.input': 'residual', 'memory.bank_std': width**-0.5, 'memory.bank_lr_multiplier': 4.0,
+    'memory.bank_decay_multiplier': 0.0,
+  }  # fmt: skip
+  assert models['g2'].memory.bank_lr_final_multiplier == 1
+  assert changes('g2', 'g3') == {'memory.scores': 'scale', 'memory.query_key_norm': 'l2'}
+  assert changes('g3', 'g4') == {'memory.layers': 'middle'}
+  assert changes('g4', 'g5') == {
+    'model.sublayer': 'memory_bag', 'model.num_selected': 16, 'memory.n_heads': 4, 'memory.scores': 'none'
+  }  # fmt: skip
+  assert changes('g5', 'g6') == {'model.knowledge_num': 256}
+  assert changes('g5', 'g7') == {'memory.score_activation': 'relu'}
+  assert changes('g5', 'g10') == {'memory.balance_loss_weight': 0.01}
+  assert changes('g5', 'g11') == {'memory.query_key_norm': 'layer_norm'}
+  assert changes('g5', 'g12') == {'memory.n_heads': 2, 'model.num_selected': 32}
+  assert changes('g12', 'g9') == {'model.knowledge_num': 2**20}
+  wide = models['g8']
+  assert (wide.model.knowledge_num, wide.model.knowledge_dim, wide.memory.n_heads) == (2**14, 4 * width, 1)
+  assert wide.memory.bank_std == pytest.approx((4 * width) ** -0.5)
+
+
+def test_list_grows_with_what_is_known():
+  def names(*settings: str) -> list[str]:
+    return [run.name for run in read_sweep(GRID, ['scale=tiny', *settings])]
+
+  tuning, all_models = names(), names('learning_rate=2e-3')
+  assert tuning == ['g0-lr0.001-s0', 'g0-lr0.002-s0', 'g0-lr0.004-s0']
+  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 13)]
+  seeds = [f'{name}-lr0.002-s{seed}' for name in ('g0', 'g5', 'g4') for seed in (1, 2)]
+  checked = ['g5-lr0.001-s0', 'g5-lr0.004-s0']
+  assert names('learning_rate=2e-3', 'winners=g5,g4') == all_models + seeds + checked
+  steps = {run.config.train.max_steps for run in read_sweep(GRID, ['scale=tiny', 'tokens=1280'])}
+  assert steps == {1280 // (4 * 32)}
+
+
+@pytest.mark.parametrize(
+  ('settings', 'said'),
+  [
+    (['scale=huge'], "scale='huge' must be one of cpu, gpu, tiny"),
+    (['winners=g5'], "winners='g5' need a learning_rate beside them"),
+    (['learning_rate=2e-3', 'winners=g55'], "winners='g55': no model 'g55'; there are g0, g1"),
+  ],
+)
+def test_mistakes_in_the_settings_are_named(settings, said):
+  with pytest.raises(UserError, match=said):
+    read_sweep(GRID, settings)
+
+
+@pytest.fixture(scope='module')
+def archive(tmp_path_factory):
+  """A packed prepared directory of about half of some documents, and their number."""
+  folder = tmp_path_factory.mktemp('packed')
+  draw = random.Random(0)
+  words = 'a grid of models reads what was packed elsewhere'.split()
+  for name, n in (('train', 400), ('valid', 20)):
+    texts = [json.dumps({'text': ' '.join(draw.choices(words, k=30)) + f' {i}'}) for i in range(n)]
+    (folder / f'{name}.jsonl').write_text('\n'.join(texts))
+  files = [f'--{split}_files={folder}/{split}.jsonl' for split in ('train', 'valid')]
+  out = folder / 'deeper' / 'data.tar.xz'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sys, 'argv', ['grid_data', *files, '--share=0.5', '--vocab_size=300', f'--out={out}'])
+    runpy.run_path('benchmarks/grid_data.py', run_name='__main__')
+  return out
+
+
+def test_packed_data_are_used_where_they_are_unpacked(archive, tmp_path):
+  with tarfile.open(archive) as file:
+    file.extractall(tmp_path, filter='data')
+  index = read_index(tmp_path)
+  assert 150 < index['splits']['train']['documents'] < 250 and index['splits']['valid']['documents'] == 20
+  data = dataclasses.replace(load_config('configs/base.py').data, prepared_dir=str(tmp_path))
+  assert prepare(data, 300, SilentProgress()) == tmp_path
+  with pytest.raises(UserError, match=r'model.vocab_size=500 does not fit .* set --config.model.vocab_size=300'):
+    prepare(data, 500, SilentProgress())
+  (tmp_path / 'train-00000.bin').write_bytes(b'other')
+  with pytest.raises(UserError, match='is not what index.json describes'):
+    prepare(data, 300, SilentProgress())
+
+
+def test_script_names_what_is_missing(archive, tmp_path):
+  def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    command = ['benchmarks/grid_gpu.sh', '--quick', *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={'PATH': '/usr/bin:/bin', **environment})
+
+  no_data = run(tmp_path / 'none', tmp_path / 'work', tmp_path / 'results', PYTHON=sys.executable)
+  assert (no_data.returncode, no_data.stderr.count('\n')) == (2, 1) and 'no data archive' in no_data.stderr
+  bare = tmp_path / 'python'  # an interpreter that finds the standard library alone
+  bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S -I "$@"\n')
+  bare.chmod(0o755)
+  missing = run(archive, tmp_path / 'work', tmp_path / 'results', PYTHON=str(bare))
+  assert missing.returncode == 2 and 'lacks jax, flax, optax, orbax-checkpoint, grain' in missing.stderr
+  assert not (tmp_path / 'work' / 'data').exists()

@@ -1,0 +1,254 @@
+"""Sweeps: the file is checked whole before anything starts; runs are made, skipped, stopped, resumed and recorded.
+
+Most tests put a small stand-in in the place of the process that trains: it leaves in its directory what a run leaves.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from mmjax.errors import CommandError, StoppedError, UserError
+from mmjax.tools import sweep as sweep_tool
+from mmjax.tools.compare_runs import read_run
+from mmjax.tools.run_state import LiveLine, last_reports, planned_steps, run_state
+from mmjax.tools.sweep_file import read_sweep
+from tests.helpers import TINY, tiny_config
+
+REPOSITORY = Path(__file__).parent.parent
+SWEEP = """
+from mmjax.tools.sweep_file import Run
+
+def get_runs(steps='4', codes='0,0,0'):
+  codes = codes.split(',')
+  return [Run(name, 'configs/base.py', {'train.max_steps': int(steps), 'data.text_key': code}, seed)
+    for (name, seed), code in zip([('a', 0), ('a', 1), ('b', 0)], codes)]
+"""
+# Reports every 20 ms what a run reports, saves when it is told to stop (told twice it does not), and ends with the
+# code in data.text_key.
+STAND_IN = """
+import json, os, signal, sys, time
+from pathlib import Path
+from mmjax.config import load_config
+path, arguments = Path(sys.argv[-1]), sys.argv[1:-2]
+config = load_config(arguments[1], arguments[2:])
+(path / 'checkpoints').mkdir(parents=True, exist_ok=True)
+(path / 'config.json').write_text(json.dumps(config.to_dict()))
+(path / 'run.json').write_text('{}')
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: os._exit(130) if stopped else stopped.append(1))
+start = max([int(p.name) for p in (path / 'checkpoints').iterdir()], default=0)
+with open(path / 'starts', 'a') as file:
+  file.write(f'{start}\\n')
+for step in range(start + 1, config.train.max_steps + 1):
+  time.sleep(0.02)
+  with open(path / 'metrics.jsonl', 'a') as log:
+    for kind in ('train', 'eval'):
+      record = {'kind': kind, 'step': step, 'loss': 9 - step / 1000, 'tokens': 8 * step, 'bits_per_byte': 2.5}
+      log.write(json.dumps(record) + '\\n')
+  if stopped:
+    break
+code = int(config.data.text_key)
+if not code or stopped:
+  (path / 'checkpoints' / str(step)).mkdir()
+print('the last words', file=sys.stderr)
+sys.exit(75 if stopped else code)
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path, monkeypatch):
+  """Runs the command in this process with the stand-in; returns what it raised, or None."""
+  (tmp_path / 'sweep.py').write_text(SWEEP)
+  (tmp_path / 'stand_in.py').write_text(STAND_IN)
+  monkeypatch.setattr(sweep_tool, 'CHILD', (sys.executable, str(tmp_path / 'stand_in.py')))
+  monkeypatch.setattr(sweep_tool, 'LOOK_SECONDS', 0.02)
+  monkeypatch.setenv('PYTHONPATH', str(REPOSITORY))
+
+  def run(*flags: str) -> BaseException | None:
+    monkeypatch.setattr(sys, 'argv', ['sweep', str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out'), *flags])
+    try:
+      sweep_tool.main()
+    except CommandError as error:
+      return error
+    return None
+
+  return run
+
+
+def recorded(tmp_path: Path) -> dict[str, dict]:
+  return json.loads((tmp_path / 'out' / 'sweep.json').read_text())['runs']
+
+
+def starts(tmp_path: Path, name: str) -> list[int]:
+  """The steps from which a run was started."""
+  return [int(line) for line in (tmp_path / 'out' / name / 'starts').read_text().split()]
+
+
+def test_runs_are_made_once_and_a_failure_does_not_end_the_sweep(sweep, tmp_path, capsys):
+  error = sweep('--set', 'codes=0,3,1')
+  assert error.exit_code == 3 and '2 of 3 runs are not done; a-s1 diverged: the last words' in str(error)
+  found = recorded(tmp_path)
+  assert {name: run['state'] for name, run in found.items()} == {'a-s0': 'done', 'a-s1': 'diverged', 'b-s0': 'failed'}
+  assert (found['a-s0']['step'], found['a-s0']['loss'], found['b-s0']['exit_code']) == (4, 8.996, 1)
+  said = capsys.readouterr().out
+  assert '[1/3] a-s0  done  4 updates  validation loss 8.9960, 2.5000 bits per byte' in said
+  assert '[3/3] b-s0  failed  4 updates  training loss 8.9960  0 s  exit code 1: the last words' in said
+  # Again: what is done and what diverged is left alone, what failed is tried again.
+  assert sweep('--set', 'codes=0,3,1').exit_code == 3
+  assert [len(starts(tmp_path, name)) for name in ('a-s0', 'a-s1', 'b-s0')] == [1, 1, 2]
+  assert sweep('--set', 'codes=0,3,1', '--retry', '--only', 'a-*').exit_code == 3
+  assert [len(starts(tmp_path, name)) for name in ('a-s0', 'a-s1', 'b-s0')] == [1, 2, 2]
+  assert set(recorded(tmp_path)) == {'a-s0', 'a-s1', 'b-s0'}
+
+
+def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path, monkeypatch):
+  class Clock:  # an hour passes once the run has reported
+    @staticmethod
+    def monotonic() -> float:
+      return 3600.0 if last_reports(tmp_path / 'out' / 'a-s0') else 0.0
+
+  flags = ('--set', 'steps=40', '--only', 'a-s0,b-*')
+  with monkeypatch.context() as patch:
+    patch.setattr(sweep_tool, 'time', Clock)
+    error = sweep(*flags, '--max_minutes', '59')
+  assert isinstance(error, StoppedError) and 'the same command goes on' in str(error)
+  step = run_state(tmp_path / 'out' / 'a-s0', tiny_config(train__max_steps=40)).step
+  assert 0 < step < 40 and f'Stopped in a-s0, step {step};' in str(error)
+  assert recorded(tmp_path)['a-s0']['state'] == 'stopped' and not (tmp_path / 'out' / 'b-s0').exists()
+  assert sweep(*flags) is None
+  assert starts(tmp_path, 'a-s0') == [0, step] and starts(tmp_path, 'b-s0') == [0]
+
+
+def test_signal_saves_the_running_one_and_exits_75(sweep, tmp_path):
+  command = 'import sys, runpy; from mmjax.tools import sweep; from mmjax.errors import run_command; sweep.CHILD = '
+  command += f'(sys.executable, {str(tmp_path / "stand_in.py")!r}); run_command(sweep.main)'
+  flags = [str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out'), '--set', 'steps=2000']
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  process = subprocess.Popen([sys.executable, '-c', command, *flags], cwd=REPOSITORY, start_new_session=True, **pipes)
+  wait_for(lambda: last_reports(tmp_path / 'out' / 'a-s0'))
+  os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group of the terminal
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 75, err
+  assert 'Stopped in a-s0, step' in err and 'a-s0  stopped' in out and 'not begun' in out
+  step = run_state(tmp_path / 'out' / 'a-s0', tiny_config()).step
+  assert last_reports(tmp_path / 'out' / 'a-s0')['train']['step'] == step > 0
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+  deadline = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < deadline, 'waited in vain'
+    time.sleep(0.05)
+
+
+def test_run_without_its_checkpoints_is_finished_if_it_was_evaluated_at_the_end(sweep, tmp_path):
+  assert sweep() is None
+  for name in ('a-s0', 'a-s1'):
+    for path in (tmp_path / 'out' / name / 'checkpoints').iterdir():
+      path.rmdir()
+  (tmp_path / 'out' / 'a-s0' / 'checkpoints').rmdir()
+  assert sweep() is None
+  assert [len(starts(tmp_path, name)) for name in ('a-s0', 'a-s1', 'b-s0')] == [1, 2, 1]
+
+
+def test_changed_setting_is_refused_before_any_run_starts(sweep, tmp_path):
+  assert sweep('--only', 'b-*') is None
+  error = sweep('--set', 'steps=5')
+  assert isinstance(error, UserError) and 'b-s0: the run was started with another schedule: train.max_steps' in str(
+    error
+  )
+  assert not (tmp_path / 'out' / 'a-s0').exists()
+
+
+def test_dry_run_lists_and_changes_nothing(sweep, tmp_path, capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '150')
+  assert sweep('--dry_run', '--set', 'codes=0,0,7', '--config.model.dim=64') is None
+  said = capsys.readouterr().out
+  assert '3 runs, in' in said and 'data.text_key=7' in said
+  assert 'all with model.dim=64 train.max_steps=4' in said
+  assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize(
+  ('flags', 'said'),
+  [
+    (['--set', 'step=3'], "get_runs() has no argument 'step'; did you mean 'steps'?"),
+    (['--set', 'steps'], "--set 'steps' is not understood"),
+    (['--set', 'steps=-1'], "run 'a': train.max_steps=-1 must be"),
+    (['--only', 'c-*'], "no run matches 'c-*'; there are a-s0, a-s1, b-s0"),
+    (['--config.model.dimm=3'], "no setting 'model.dimm'; did you mean 'model.dim'?"),
+    (['--config.seed=3'], 'experiment and seed belong to a run'),
+  ],
+)
+def test_mistakes_are_refused_before_anything_starts(sweep, tmp_path, flags, said):
+  error = sweep(*flags)
+  assert isinstance(error, UserError) and said in str(error)
+  assert not (tmp_path / 'out').exists()
+
+
+def test_two_runs_of_one_name_are_refused(tmp_path):
+  (tmp_path / 'sweep.py').write_text(SWEEP.replace("('a', 1)", "('a', 0)"))
+  with pytest.raises(UserError, match="two runs are called 'a-s0'"):
+    read_sweep(str(tmp_path / 'sweep.py'))
+  (tmp_path / 'sweep.py').write_text('def get_runs():\n  return [1]\n')
+  with pytest.raises(UserError, match=r'must return a list of mmjax.tools.sweep_file.Run'):
+    read_sweep(str(tmp_path / 'sweep.py'))
+
+
+def test_second_sweep_in_a_folder_is_refused(sweep, tmp_path):
+  from mmjax.data.files import locked_directory
+
+  with locked_directory(tmp_path / 'out', lambda: None):
+    error = sweep()
+  assert isinstance(error, UserError) and 'another sweep works in' in str(error)
+
+
+def test_steps_of_a_run_by_epochs_come_from_its_data(tiny_run):
+  config = read_run(tiny_run).config
+  assert planned_steps(tiny_run, config) == 6 and run_state(tiny_run, config).finished
+  index = json.loads((tiny_run / 'data.json').read_text())
+  by_epochs = tiny_config(train__max_steps=0, train__epochs=2)
+  tokens, rows = index['splits']['train']['tokens'], by_epochs.train.batch_size * by_epochs.train.accumulation_steps
+  assert planned_steps(tiny_run, by_epochs) == 2 * -(-tokens // by_epochs.model.max_seq_len) // rows
+  assert planned_steps(tiny_run / 'nowhere', by_epochs) is None
+
+
+def test_live_line_shows_steps_loss_and_time_left(tmp_path):
+  line = LiveLine('[1/1] a', tmp_path, tiny_config(train__max_steps=40))
+  assert line.text() == '[1/1] a  starting'
+  line.begun -= 60
+  report = {'kind': 'train', 'step': 10, 'loss': 5.25}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(report) + '\n{"kind": "tra')
+  assert line.text() == '[1/1] a  step 10/40  loss 5.2500'
+  line.first = (10, time.monotonic() - 20)
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(report | {'step': 20, 'loss': None}) + '\n')
+  assert line.text() == '[1/1] a  step 20/40  loss not finite  40 s left'
+
+
+@pytest.mark.slow
+def test_killed_sweep_leaves_a_saved_run_that_the_same_command_finishes(tmp_path):
+  words = 'a sweep ends and its runs are saved and go on where they were'.split()
+  documents = [json.dumps({'text': ' '.join(words[i % 7 :] * 3)}) for i in range(200)]
+  (tmp_path / 'text.jsonl').write_text('\n'.join(documents))
+  settings = TINY | {'train.max_steps': 400, 'train.log_interval': 5, 'data.train_files': f'{tmp_path}/text.jsonl'}
+  settings |= {'data.prepared_dir': f'{tmp_path}/data', 'data.valid_fraction': 0.1, 'data.workers': 1}
+  runs = f"[Run('one', 'configs/exp_1_4_0.py', {settings!r}, seed) for seed in (0, 1)]"
+  (tmp_path / 'sweep.py').write_text(f'from mmjax.tools.sweep_file import Run\n\n\ndef get_runs():\n  return {runs}\n')
+  command = [sys.executable, '-m', 'mmjax.tools.sweep', str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out')]
+  process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+  wait_for(lambda: last_reports(tmp_path / 'out' / 'one-s0'), 120)
+  process.kill()
+  process.wait()
+  log = tmp_path / 'out' / 'logs' / 'one-s0.log'
+  wait_for(lambda: 'the same command goes on from there' in log.read_text())
+  done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert 'Resuming' in log.read_text() and done.stdout.count('validation loss') >= 2
+  config = read_run(tmp_path / 'out' / 'one-s1').config
+  assert run_state(tmp_path / 'out' / 'one-s1', config).finished and config.seed == 1
