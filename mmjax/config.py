@@ -91,10 +91,10 @@ class MemoryConfig:
     if self.layers == 'middle':
       return tuple(range(n_layers // 4, n_layers - n_layers // 4))
     parts = [part.strip() for part in self.layers.split(',')]
-    numbers = sorted({int(part) for part in parts if part.isascii() and part.isdigit()})
+    numbers = sorted({int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 10})
     if len(numbers) != len(parts) or numbers[-1] >= n_layers:
       raise UserError(
-        f"memory.layers={self.layers!r} must be 'all', 'middle' or different layers like '0,2', "
+        f"memory.layers={_quote(self.layers)} must be 'all', 'middle' or different layers like '0,2', "
         f'numbered from 0 to {n_layers - 1}'
       )
     return tuple(numbers)
@@ -199,6 +199,8 @@ AT_LEAST = {
   'train.profile_steps': 0,
   'runtime.data_devices': 0, 'runtime.row_devices': 1,
 }  # fmt: skip
+MOST = 2**31 - 1  # of a whole number: sizes, steps and the seed are counted in 32 bits
+MAX_LAYERS = 10_000
 MAX_MEMORY_HEADS = 8
 BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
 
@@ -228,7 +230,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> Config:
   Raises:
     UserError: if a field is missing, unknown, of the wrong type or against a rule.
   """
-  config = _build(Config, settings, '')
+  config = _build(Config, {name: value for name, value in settings.items() if name != 'sha256'}, '')
   check_config(config)
   return config
 
@@ -238,27 +240,31 @@ def check_config(config: Config) -> None:
   flat = flatten(config.to_dict())
   for name, choices in CHOICES.items():
     if flat[name] not in choices:
-      raise UserError(f'{name}={flat[name]!r} must be one of {", ".join(choices)}{_nearest(flat[name], choices)}')
+      raise UserError(f'{name}={_quote(flat[name])} must be one of {", ".join(choices)}{_nearest(flat[name], choices)}')
   for name, least in AT_LEAST.items():
+    if isinstance(flat[name], int) and flat[name] > MOST:
+      raise UserError(f'{name}={_short(flat[name])} must be at most {MOST}')
     if not (math.isfinite(flat[name]) and flat[name] >= least):
-      raise UserError(f'{name}={flat[name]} must be a finite number of at least {least}')
+      raise UserError(f'{name}={_short(flat[name])} must be a finite number of at least {least}')
   for name in BELOW_ONE:
     if not 0 <= flat[name] < 1:
       raise UserError(f'{name}={flat[name]} must be at least 0 and below 1')
   if not config.experiment or set(config.experiment) & set('/\\\0') or config.experiment.startswith('.'):
-    raise UserError(f'experiment={config.experiment!r} must be a plain folder name')
+    raise UserError(f'experiment={_quote(config.experiment)} must be a plain folder name')
   if config.memory.bank_init == 'file' and not config.memory.bank_file:
     raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
   if config.memory.n_heads > MAX_MEMORY_HEADS:
     raise UserError(f'memory.n_heads={config.memory.n_heads} must be at most {MAX_MEMORY_HEADS}')
+  if config.model.n_layers > MAX_LAYERS:
+    raise UserError(f'model.n_layers={config.model.n_layers} must be at most {MAX_LAYERS}')
   config.memory.layer_numbers(config.model.n_layers)
   _check_model(config.model)
 
 
 def _check_model(model: ModelConfig) -> None:
   if model.dim % model.n_heads:
-    divisors = [n for n in range(1, model.dim + 1) if model.dim % n == 0]
-    nearest = min(divisors, key=lambda n: abs(n - model.n_heads))
+    small = [n for n in range(1, math.isqrt(model.dim) + 1) if model.dim % n == 0]
+    nearest = min([*small, *(model.dim // n for n in small)], key=lambda n: abs(n - model.n_heads))
     raise UserError(
       f'model.dim={model.dim} must be divisible by model.n_heads={model.n_heads}; nearest: {nearest} heads'
     )
@@ -344,10 +350,10 @@ def _read_config_file(path: str) -> ConfigDict:
 def _apply_override(settings: ConfigDict, override: str) -> None:
   name, equals, text = override.removeprefix('--config.').partition('=')
   if not override.startswith('--config.') or not equals:
-    raise UserError(f'argument {override!r} is not understood; overrides look like --config.train.batch_size=32')
+    raise UserError(f'argument {_quote(override)} is not understood; overrides look like --config.train.batch_size=32')
   flat = flatten(settings.to_dict())
   if name not in flat:
-    raise UserError(f'no setting {name!r}{_nearest(name, flat)}')
+    raise UserError(f'no setting {_quote(name)}{_nearest(name, flat)}')
   section, _, field = name.rpartition('.')
   owner = settings[section] if section else settings
   with owner.ignore_type():
@@ -359,22 +365,43 @@ def _parse_value(name: str, text: str, kind: type) -> Any:
     return text
   if kind is bool:
     if text.lower() not in ('true', 'false'):
-      raise UserError(f'{name}={text!r} must be True or False')
+      raise UserError(f'{name}={_quote(text)} must be True or False')
     return text.lower() == 'true'
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError, MemoryError, RecursionError):
     value = None
   if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1):
-    raise UserError(f'{name}={text!r} must be {"a whole number" if kind is int else "a number"}')
-  return kind(value)
+    raise UserError(f'{name}={_quote(text)} must be {"a whole number" if kind is int else "a number"}')
+  return _convert(name, value, kind)
+
+
+def _convert(name: str, value: float, kind: type) -> float:
+  try:
+    return kind(value)
+  except OverflowError:  # a whole number beyond what a float holds
+    raise UserError(f'{name}={_short(value)} must be a finite number') from None
+
+
+def _short(value: float) -> str:
+  """Writes a number; of one with a hundred digits the first ones."""
+  return _cut(str(value))
+
+
+def _quote(value: Any) -> str:
+  """Writes what a user gave; of a page of it the beginning."""
+  return _cut(repr(value), 300)
+
+
+def _cut(text: str, length: int = 30) -> str:
+  return text if len(text) <= length else f'{text[:length]}... ({len(text)} characters)'
 
 
 def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
   fields = {field.name: field.type for field in dataclasses.fields(cls)}
   for name in settings:
     if name not in fields:
-      raise UserError(f'no setting {prefix + name!r}{_nearest(name, fields, prefix)}')
+      raise UserError(f'no setting {_quote(prefix + name)}{_nearest(name, fields, prefix)}')
   values = {}
   for name, kind in fields.items():
     if name not in settings:
@@ -382,13 +409,13 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
     value = settings[name]
     if dataclasses.is_dataclass(kind):
       if not isinstance(value, Mapping):
-        raise UserError(f'{prefix + name}={value!r} must be a section of settings')
+        raise UserError(f'{prefix + name}={_quote(value)} must be a section of settings')
       values[name] = _build(kind, value, f'{prefix}{name}.')
       continue
     if kind is float and type(value) is int:
-      value = float(value)
+      value = _convert(prefix + name, value, float)
     if type(value) is not kind:
-      raise UserError(f'{prefix + name}={value!r} must be of type {kind.__name__}')
+      raise UserError(f'{prefix + name}={_quote(value)} must be of type {kind.__name__}')
     values[name] = value
   return cls(**values)
 

@@ -3,8 +3,13 @@
 0 done, 2 user error, 3 diverged, 4 storage, 75 stopped and resumable (75 is EX_TEMPFAIL of sysexits.h).
 """
 
+import errno
+import os
 import sys
 from collections.abc import Callable
+
+# Of a disk that is full, broken or read-only: exit code 4. Any other OSError that nobody explained is the user's path.
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 class CommandError(Exception):
@@ -42,8 +47,20 @@ def run_command(main: Callable[[], None]) -> None:
   try:
     main()
   except CommandError as error:
-    print(f'{error}', file=sys.stderr)
-    sys.exit(error.exit_code)
+    _stop(str(error), error.exit_code)
+  except BrokenPipeError:  # whoever read the output has seen enough, as in `... | head`
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
+    sys.exit(141)  # 128 + SIGPIPE, what a shell reports of a command that the signal ended
+  except OSError as error:  # a file that was readable a moment ago, a name that is too long, a disk that filled up
+    where = '' if error.filename is None else f'{error.filename}: '
+    kind = StorageError if error.errno in STORAGE_ERRNOS else UserError
+    _stop(f'{where}{error.strerror or error}', kind.exit_code)
   except KeyboardInterrupt:
-    print('Interrupted.', file=sys.stderr)
-    sys.exit(130)
+    _stop('Interrupted.', 130)
+
+
+def _stop(sentence: str, exit_code: int) -> None:
+  """Ends the process. What a file name or a file holds may move no cursor: control characters are escaped."""
+  shown = ''.join(char if char.isprintable() or char in ' \n\t' else ascii(char)[1:-1] for char in sentence)
+  print(shown, file=sys.stderr)
+  sys.exit(exit_code)

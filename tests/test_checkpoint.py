@@ -169,6 +169,13 @@ def test_steps_that_vanished_are_missed(tmp_path, capsys):
     Checkpoints(tmp_path).restore(ABSTRACT)
 
 
+def test_all_checkpoints_removed_at_once_is_an_error_and_never_a_fresh_start(tmp_path):
+  shutil.rmtree(save_two(tmp_path).directory)
+  assert Checkpoints(tmp_path).ever_saved
+  with pytest.raises(StorageError, match='no whole checkpoint is left'):
+    Checkpoints(tmp_path).restore(ABSTRACT)
+
+
 def test_nothing_saved_yet_is_told_apart(tmp_path):
   checkpoints = Checkpoints(tmp_path)
   assert not checkpoints.ever_saved
@@ -286,7 +293,7 @@ def test_failed_write_leaves_the_last_good_step(tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
   assert checkpoints.restore(ABSTRACT)[2] == 2
   checkpoints.save(3, big, {})
-  assert sorted(path.name for path in checkpoints.directory.iterdir()) == ['1', '2', '3', 'newest']
+  assert sorted(path.name for path in checkpoints.directory.iterdir()) == ['1', '2', '3']
 
 
 def test_reading_only_changes_nothing(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Commands as a person types them: bad input gives exit code 2, one clear sentence, and leaves nothing behind."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import train
-from mmjax.errors import run_command
+from mmjax.errors import StorageError, UserError, run_command
 from tests.helpers import TINY
 
 REPOSITORY = Path(__file__).parent.parent
@@ -78,6 +79,38 @@ def test_bad_setting_is_refused_before_anything_is_written(flag, said, tmp_path,
   assert code == 2
   assert said in sentence_of(err)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  ('error', 'code', 'said'),
+  [
+    (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), '/disk/a'), 4, '/disk/a: No space left on device'),
+    (OSError(errno.EROFS, os.strerror(errno.EROFS)), 4, 'Read-only file system'),
+    (OSError(errno.EIO, os.strerror(errno.EIO), 'a'), 4, 'a: Input/output error'),
+    (PermissionError(errno.EACCES, os.strerror(errno.EACCES), 'b'), 2, 'b: Permission denied'),
+    (OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), 'n'), 2, 'n: File name too long'),
+    (UserError('no file \x1b[2J\x07\u202e \udcff'), 2, 'no file \\x1b[2J\\x07\\u202e \\udcff'),
+    (StorageError('two\nlines'), 4, 'two\nlines'),
+    (KeyboardInterrupt(), 130, 'Interrupted.'),
+    (BrokenPipeError(), 141, ''),
+  ],
+)
+def test_what_ends_a_command_is_one_plain_sentence_and_a_code(error, code, said, capfd):
+  def fail():
+    raise error
+
+  with pytest.raises(SystemExit) as stopped:
+    run_command(fail)
+  assert (stopped.value.code, capfd.readouterr().err) == (code, said and f'{said}\n')
+
+
+def test_output_that_nobody_reads_is_no_error():
+  code = 'from mmjax.errors import run_command; run_command(lambda: [print("x" * 1000) for _ in range(1000)])'
+  process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+  process.stdout.read(10)
+  process.stdout.close()
+  assert process.wait(60) == 141 and process.stderr.read() == b''
+  process.stderr.close()
 
 
 def test_tokenizer_of_another_size_is_refused_with_both_numbers(tmp_path, monkeypatch, capsys):

@@ -1,13 +1,16 @@
 """Settings: what is accepted, and that what is refused is refused by name with a way out."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from mmjax.config import config_from_dict, flatten, load_config
+from mmjax.config import BELOW_ONE, CHOICES, Config, config_from_dict, flatten, load_config
 from mmjax.errors import UserError
-from tests.helpers import tiny_config
+from tests.helpers import TINY, tiny_config
 
 
 def test_record_settings_of_1_4_2_are_the_base():
@@ -50,9 +53,46 @@ def test_config_survives_json():
   assert config_from_dict(config.to_dict()) == config
 
 
+def values_of(config: Config) -> st.SearchStrategy[dict[str, object]]:
+  """Draws values of the right type for any settings, mostly within the rules."""
+
+  def values(value: object, name: str) -> st.SearchStrategy:
+    if name in CHOICES:
+      return st.sampled_from(CHOICES[name])
+    if isinstance(value, bool):
+      return st.booleans()
+    if isinstance(value, int):
+      return st.integers(1, 5).map(lambda n: n * value or n)
+    if isinstance(value, float):
+      return st.floats(0, 0.99, exclude_max=True) if name in BELOW_ONE else st.floats(1, 1e300)
+    return st.text(st.characters(exclude_categories=['Cs']), max_size=20)
+
+  flat = {name: value for name, value in flatten(config.to_dict()).items() if name != 'memory.layers'}
+  return st.fixed_dictionaries({}, optional={name: values(value, name) for name, value in flat.items()})
+
+
+@settings(max_examples=60, deadline=None)
+@given(values_of(tiny_config()))
+def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
+  flags = [f'--config.{name}={value}' for name, value in (TINY | changes).items()]
+  try:
+    config = load_config('configs/base.py', flags)
+  except UserError as error:
+    assert any(name.rpartition('.')[2] in str(error) for name in TINY | changes)
+    return
+  assert config_from_dict(json.loads(json.dumps(config.to_dict()))) == config
+  assert {name: flatten(config.to_dict())[name] for name in changes} == changes
+
+
 @pytest.mark.parametrize(
   ('override', 'said'),
   [
+    ('--config.train.learning_rate=1' + '0' * 400, '0... (401 characters) must be a finite number'),
+    ('--config.' + 'x' * 9000, 'xx... (9011 characters) is not understood'),
+    ('--config.model.dim=1' + '0' * 400, 'dim=1' + '0' * 29 + '... (401 characters) must be at most 2147483647'),
+    ('--config.model.dim=2147483647', 'dim=2147483647 must be divisible by model.n_heads=32; nearest: 1 heads'),
+    ('--config.model.n_layers=2000000000', 'n_layers=2000000000 must be at most 10000'),
+    ('--config.memory.layers=' + '1' * 5000, "must be 'all', 'middle' or different layers"),
     ('--config.model.knowledge_num=65535', 'knowledge_num=65535 must be a square; nearest: 65025 and 65536'),
     ('--config.model.num_selected=257', 'num_selected=257 must be at most the 256 sub-keys'),
     ('--config.model.dim=500', 'dim=500 must be divisible by model.n_heads=32; nearest: 25 heads'),

@@ -143,6 +143,19 @@ def test_batch_depends_on_seed_and_step_only(directory, layout):
   assert all((expected[key] == whole[5][key]).all() for key in expected)
 
 
+@settings(max_examples=10, deadline=None)
+@given(st.data(), st.sampled_from(['packed', 'padded']), st.integers(1, 12), st.integers(0, 2**31 - 1))
+def test_batches_from_any_step_are_the_tail_of_all(directory, data, layout, rows, seed):
+  split = open_rows(directory, 16, layout, isolate=True)
+  count = data.draw(st.integers(1, 3 * split.n_rows // max(rows, 6)))  # up to three epochs, wherever a batch ends
+  step = data.draw(st.integers(0, count - 1))
+  whole = take(train_batches(split, global_batch_rows=rows, seed=seed), count)
+  tail = take(train_batches(split, global_batch_rows=rows, seed=seed, start_step=step), count - step)
+  assert len(tail) == count - step
+  for a, b in zip(whole[step:], tail, strict=True):
+    assert a.keys() == b.keys() and all(np.array_equal(a[key], b[key]) for key in a)
+
+
 def test_batches_have_the_types_and_shapes_promised(directory):
   batch = take(train_batches(open_rows(directory, 16), global_batch_rows=8, seed=0), 1)[0]
   assert {key: (value.dtype.name, value.shape) for key, value in batch.items()} == {

@@ -13,6 +13,7 @@ from mmjax.errors import run_command
 from mmjax.inference.measure import PROMPTS, read_prompts
 from mmjax.inference.terminal import printable
 from mmjax.inference.text_stats import distinct_share, repeated_share
+from mmjax.training.evaluate import EvalResult
 
 
 @pytest.fixture
@@ -70,6 +71,7 @@ def test_other_text_is_cut_with_the_tokenizer_of_the_run(run, tmp_path, monkeypa
 
 def test_other_validation_text_than_in_training_is_refused(run, monkeypatch, capfd):
   settings = json.loads((run / 'config.json').read_text())
+  del settings['sha256']  # changed on purpose
   settings['data']['valid_fraction'] = 0.3  # now part of the training text would be held out
   (run / 'config.json').write_text(json.dumps(settings))
   code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run))
@@ -89,6 +91,20 @@ def test_bad_prompts_are_refused_before_anything_is_written(run, tmp_path, monke
   assert (code, out) == (2, '')
   assert said in err and err.count('\n') == 1
   assert not (run / 'eval.json').exists()
+
+
+@pytest.mark.slow
+def test_hostile_prompts_are_answered_and_printed_plainly(run, tmp_path, monkeypatch, capfd):
+  lines = ['\x1b[2J\x07 the memory \u202e', 'the bank reads ' * 700_000, 'the row', '```\t# title']
+  (tmp_path / 'prompts.txt').write_text('\n'.join(lines))
+  monkeypatch.setattr('mmjax.inference.measure.measure_text', lambda *_: EvalResult(1.0, 2.7, 1.5, 0.1, 9, 9, []))
+  code, out, err = run_eval(monkeypatch, capfd, '--workdir', str(run), '--prompts', f'{tmp_path}/prompts.txt')
+  assert code == 0 and 'its end is used' in err
+  found = json.loads((run / 'eval.json').read_text())
+  assert [sample['prompt'] for sample in found['samples']] == [lines[0], '...' + lines[1][-2000:], *lines[2:]]
+  for text in (out, (run / 'report.md').read_text()):
+    assert all(char.isprintable() or char in '\n\t' for char in text) and len(text) < 40_000
+    assert '\\x1b[2J\\x07 the memory \\u202e' in text
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path, monkeypatch, capfd):

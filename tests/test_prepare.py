@@ -298,6 +298,30 @@ def test_swapped_shards_and_damaged_index_are_noticed(tmp_path, corpus, monkeypa
     verify(directory)
 
 
+def test_index_that_names_files_elsewhere_is_refused(prepared):
+  directory, _ = prepared
+  described = read_index(directory)
+  (directory.parent / 'tokenizer.model').write_bytes((directory / 'tokenizer.model').read_bytes())
+  described['tokenizer']['file'] = '../tokenizer.model'
+  index.write_index(directory, described)
+  with pytest.raises(UserError, match=r'index.json. names files outside'):
+    verify(directory)
+
+
+def test_nothing_is_written_through_a_link_that_was_laid(tmp_path, corpus):
+  directory, _ = run(tmp_path, corpus)
+  victim = tmp_path / 'victim'
+  victim.write_text('precious')
+  for path in list(directory.iterdir()):
+    path.unlink()
+    path.symlink_to(victim)
+    path.with_name(f'{path.name}.{os.getpid()}.tmp').symlink_to(victim)
+  (directory / 'index.json').unlink()
+  (directory / 'tokenizer.model').unlink()
+  assert run(tmp_path, corpus)[0] == directory and verify(directory)
+  assert victim.read_text() == 'precious'
+
+
 def test_verified_files_are_hashed_again_only_when_they_change(prepared, monkeypatch):
   directory, _ = prepared
   verify(directory)

@@ -176,6 +176,27 @@ def test_txt_that_is_no_text_is_named_with_line_and_byte(tmp_path):
     read(write(tmp_path, b'\xff\xfeo\xd8n', 'b.txt'))
 
 
+def test_file_name_that_is_no_text_is_refused_before_anything_is_read(tmp_path):
+  name = os.fsencode(tmp_path) + b'/\xff.jsonl'
+  with open(name, 'wb') as handle:
+    handle.write(GOOD)
+  for pattern in (os.fsdecode(name), f'{tmp_path}/*.jsonl'):
+    with pytest.raises(UserError, match=r'the file name .*udcff.jsonl. is not UTF-8; rename the file'):
+      find_files(pattern)
+
+
+@pytest.mark.parametrize('pack', [gzip.compress, lzma.compress])
+def test_file_that_unpacks_to_a_thousand_times_its_size_is_read_in_bounded_memory(tmp_path, pack):
+  path = tmp_path / f'bomb.jsonl.{"gz" if pack is gzip.compress else "xz"}'
+  path.write_bytes(pack(GOOD + b'[' * 64 * 2**20))
+  assert path.stat().st_size < 2**17
+  tracemalloc.start()
+  with pytest.raises(UserError, match=r'jsonl.[gx]z:2: a line of 67108864 bytes is longer than the limit'):
+    read(path)
+  assert tracemalloc.get_traced_memory()[1] < 4 * LONGEST_LINE_BYTES
+  tracemalloc.stop()
+
+
 def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
   paths = [write(tmp_path, GOOD, name) for name in ('c.jsonl', 'b2.txt', 'b1.txt', 'a[1].jsonl')]
   c, b2, b1, a = paths

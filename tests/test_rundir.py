@@ -14,6 +14,7 @@ import pytest
 
 from mmjax.errors import StorageError, UserError
 from mmjax.training.rundir import RunDir, atomic_write_bytes, atomic_write_json, compare_configs, open_run, read_json
+from mmjax.training.setup import settle_config
 from tests.helpers import tiny_config
 
 HOLD_LOCK = """
@@ -46,9 +47,10 @@ def start_holder(path: Path) -> subprocess.Popen:
 def test_second_process_is_refused_and_a_dead_ones_lock_taken_over(tmp_path):
   holder = start_holder(tmp_path / 'run')
   try:
-    with pytest.raises(UserError, match=rf'is in use by process {holder.pid} on \S+ since 20\d\d-') as caught:
-      RunDir(tmp_path / 'run').__enter__()
-    assert caught.value.exit_code == 2
+    for use in (RunDir(tmp_path / 'run').__enter__, RunDir(tmp_path / 'run').check_usable):
+      with pytest.raises(UserError, match=rf'is in use by process {holder.pid} on \S+ since 20\d\d-') as caught:
+        use()
+      assert caught.value.exit_code == 2
     holder.send_signal(signal.SIGKILL)
     holder.wait()
     with RunDir(tmp_path / 'run') as run:
@@ -75,8 +77,16 @@ def test_lock_without_a_name_in_it_is_still_a_lock(tmp_path):
 @pytest.mark.parametrize('name', ['file', 'file/run', 'file/deeper/run'])
 def test_path_that_is_a_file_is_refused(tmp_path, name):
   (tmp_path / 'file').touch()
-  with pytest.raises(UserError, match=f'cannot be a run directory: {tmp_path}/file is a file'):
-    RunDir(tmp_path / name).__enter__()
+  for use in (RunDir(tmp_path / name).__enter__, RunDir(tmp_path / name).check_usable):
+    with pytest.raises(UserError, match=f'cannot be a run directory: {tmp_path}/file is a file'):
+      use()
+
+
+def test_name_that_is_too_long_or_no_text_is_one_sentence(tmp_path):
+  with pytest.raises(UserError, match='cannot be a run directory: File name too long'):
+    RunDir(tmp_path / ('n' * 300)).check_usable()
+  with pytest.raises(UserError, match=r'udcff. cannot be a run directory: the name is not UTF-8'):
+    RunDir(os.fsdecode(b'\xff')).check_usable()
 
 
 @pytest.mark.parametrize(
@@ -124,6 +134,82 @@ def test_config_comes_back_equal(tmp_path):
 
 def open_config(path: Path):
   return RunDir(path).read_config()
+
+
+def test_any_changed_character_of_a_sealed_file_is_noticed(tmp_path):
+  with RunDir(tmp_path) as run:
+    run.write_config(tiny_config())
+    run.record_start({'data_sha256': 'a1', 'tokenizer_sha256': 'b2'}, 0)
+    for path, read in ((run.config_path, run.read_config), (run.run_path, lambda: read_json(run.run_path))):
+      whole, value = path.read_bytes(), read()
+      for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        if whole[at : at + 1].isspace() or b'"sha256"' in whole[at - 7 : at + 8]:
+          continue  # what is between the values, and the name of the seal, which says nothing about them
+        with pytest.raises(UserError, match=path.name):
+          read()
+      path.write_bytes(whole)
+      assert read() == value
+    settings = json.loads(run.config_path.read_bytes())
+    settings['model']['rope_theta'] = 5e5
+    run.config_path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="changed after it was written; if that was on purpose, remove 'sha256'"):
+      run.read_config()
+    del settings['sha256']
+    run.config_path.write_text(json.dumps(settings))
+    assert run.read_config().model.rope_theta == 5e5
+
+
+def test_lost_file_of_a_trained_run_is_missed(tmp_path):
+  with RunDir(tmp_path) as run:
+    run.record_start({'data_sha256': 'a1'}, 0)
+    run.run_path.unlink()
+    (tmp_path / 'checkpoints' / '5').mkdir(parents=True)
+    with pytest.raises(UserError, match=r'run\.json is missing'):
+      run.record_start({'data_sha256': 'other'}, 5)
+  with pytest.raises(UserError, match=r'config\.json is missing'):
+    settle_config(run, tiny_config(), allow_config_change=False)
+
+
+def link(path: Path, target: Path | str) -> Path:
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.symlink_to(target)
+  return path
+
+
+@pytest.mark.parametrize(
+  ('name', 'target'),
+  [
+    *((name, '{}/outside') for name in ('metrics.jsonl', 'checkpoints', 'tensorboard', 'checkpoints/10/params')),
+    ('plots', '../../outside'),
+    ('report.md', '../../nothing'),
+  ],
+)
+def test_link_out_of_the_directory_is_refused_by_name(tmp_path, name, target):
+  (tmp_path / 'outside').mkdir()
+  target = target.format(tmp_path)
+  path = link(tmp_path / 'a' / 'run' / name, target)
+  for use in (RunDir(tmp_path / 'a' / 'run').__enter__, lambda: open_run(tmp_path / 'a' / 'run')):
+    with pytest.raises(UserError, match=f'{path} is a link out of the run directory, to .*{target}; remove it'):
+      use()
+  assert not list((tmp_path / 'outside').iterdir()) and not (tmp_path / 'a' / 'run' / 'lock').exists()
+
+
+def test_directory_that_is_a_link_and_links_within_it_are_used(tmp_path):
+  link(tmp_path / 'run', make_run(tmp_path / 'disk'))
+  link(tmp_path / 'disk' / 'best', 'checkpoints/10')
+  with RunDir(tmp_path / 'run'):
+    assert open_run(tmp_path / 'run').read_config() == tiny_config()
+
+
+def test_nothing_is_written_through_a_link_that_was_laid(tmp_path):
+  (tmp_path / 'victim').write_text('precious')
+  with RunDir(tmp_path / 'run') as run:
+    for name in ('config.json', f'.config.json.{os.getpid()}.tmp'):
+      link(run.path / name, tmp_path / 'victim')
+    run.write_config(tiny_config())
+    assert not run.config_path.is_symlink() and run.read_config() == tiny_config()
+  assert (tmp_path / 'victim').read_text() == 'precious'
 
 
 @pytest.mark.parametrize('text', ['', '{"seed": 1', '[' * 100_000, '{"seed": 1}', '[]', '\ufeff{}'])

@@ -179,6 +179,19 @@ def test_file_that_is_no_tokenizer_is_refused(tmp_path, name, data):
     load_tokenizer(tmp_path / 'none.model')
 
 
+def test_tokenizer_with_another_hash_beside_it_is_refused(trained, tmp_path):
+  path = tmp_path / 'tokenizer.model'
+  path.write_bytes(trained.path.read_bytes())
+  beside = tmp_path / 'tokenizer.model.sha256'
+  beside.write_text(f'{trained.sha256}  tokenizer.model\n')
+  assert load_tokenizer(path).sha256 == trained.sha256
+  for text in (trained.sha256[::-1], '', '\x1b[2J', '\udcff'):
+    beside.write_bytes(text.encode('utf-8', 'surrogateescape'))
+    with pytest.raises(UserError, match=r'sha256 is \w{64}, tokenizer.model.sha256 says') as caught:
+      load_tokenizer(path)
+    assert str(caught.value).isprintable()
+
+
 def test_sentencepiece_model_without_padding_uses_unknown_or_one_more_id(tmp_path):
   for byte_fallback, expected in ((True, 0), (False, 340)):
     path = tmp_path / 'tokenizer.model'

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mmjax.data.files import sha256_of
+from mmjax.data.files import check_sha256
 from mmjax.errors import UserError
 
 
@@ -29,11 +29,12 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
   """
   if not path.is_file():
     raise UserError(f"no memory.bank_file '{path}'; python -m mmjax.tools.bank build makes one")
-  stated = path.with_name(path.name + '.sha256')
-  if stated.is_file() and stated.read_text().split()[:1] != [sha256_of(path)]:
-    raise UserError(f"'{path}' is not the file that {stated.name} describes; build it again")
+  check_sha256(path)
   try:
     with safe_open(path, 'numpy') as file:
+      dtype = file.get_slice('memory_bank').get_dtype()
+      if dtype != 'F32':
+        raise UserError(f"'{path}' holds a bank of {dtype}, must be F32")
       bank_MP = file.get_tensor('memory_bank')
   except (SafetensorError, OSError) as error:
     raise UserError(f"'{path}' is no bank: {error}") from None
@@ -43,4 +44,4 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
     )
   if not np.isfinite(bank_MP).all():
     raise UserError(f"'{path}' holds values that are not finite")
-  return bank_MP.astype(np.float32)
+  return bank_MP

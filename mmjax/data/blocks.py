@@ -59,6 +59,8 @@ def find_files(patterns: str) -> list[Path]:
     else:
       found = [path]
     for file in found:
+      if not _is_utf8(str(file)):
+        raise UserError(f'the file name {ascii(str(file))} is not UTF-8; rename the file')
       try:
         _check_file(file)
       except OSError as error:  # a name that is too long, a folder that may not be entered
@@ -67,6 +69,13 @@ def find_files(patterns: str) -> list[Path]:
   if not files:
     raise UserError(f'no file is named in {patterns!r}')
   return list(files)
+
+
+def _is_utf8(name: str) -> bool:
+  try:
+    return bool(name.encode())
+  except UnicodeEncodeError:  # bytes that are no text reach Python as lone surrogates
+    return False
 
 
 def _check_file(path: Path) -> None:

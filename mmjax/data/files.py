@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmjax.errors import StorageError
+from mmjax.errors import StorageError, UserError
 
 SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go somewhere
 
@@ -56,7 +56,8 @@ def write_file(path: Path, data: bytes) -> None:
   """
   temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
   with storage_errors(path):
-    with temporary.open('wb') as handle:
+    temporary.unlink(missing_ok=True)  # and a new file, so that nothing is written through a link
+    with temporary.open('xb') as handle:
       handle.write(data)
       handle.flush()
       os.fsync(handle.fileno())
@@ -82,6 +83,21 @@ def sha256_of(path: Path) -> str:
   """Returns the sha256 of a file's content, in hex."""
   with path.open('rb') as handle:
     return hashlib.file_digest(handle, 'sha256').hexdigest()
+
+
+def sha256_path(path: Path) -> Path:
+  """Returns where the hash of a file that is handed around lies: beside it, as `sha256sum -c` reads it."""
+  return path.with_name(path.name + '.sha256')
+
+
+def check_sha256(path: Path) -> None:
+  """Raises UserError if a hash lies beside a file and is not the file's."""
+  beside = sha256_path(path)
+  if not beside.is_file():
+    return
+  stated, found = beside.read_bytes().split(maxsplit=1)[:1], sha256_of(path)
+  if stated != [found.encode()]:
+    raise UserError(f"'{path}': sha256 is {found}, {beside.name} says {ascii((stated or [b''])[0][:64])[2:-1]}")
 
 
 @contextlib.contextmanager

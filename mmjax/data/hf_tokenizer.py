@@ -14,6 +14,7 @@ from mmjax.errors import UserError
 
 EOS_NAMES = ('</s>', '<|im_end|>', '<|end_of_text|>', '<|endoftext|>', '<eos>', '<|eos|>', '[EOS]')
 BOS_NAMES = ('<s>', '<|im_start|>', '<|begin_of_text|>', '<|startoftext|>', '<bos>', '<|bos|>', '[BOS]')
+MOST_PIECES = 2**22  # the largest vocabularies in use have 2**18; a lying id must not fill the memory
 PAD_NAMES = ('<pad>', '<|pad|>', '<|padding|>', '[PAD]', '<|finetune_right_pad_id|>', '<|endoftext|>', '<unk>')
 
 
@@ -29,6 +30,7 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
     added = {token['id']: token for token in settings['added_tokens']}
     decoder = settings['decoder'] or {}
     kinds = {part['type'] for part in decoder.get('decoders', [decoder]) if 'type' in part}
+    special = {token['content']: token['id'] for token in added.values() if token['special']}
   except Exception as error:  # noqa: BLE001 - the backend raises bare Exception for what it cannot read
     raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
   backend.no_truncation()
@@ -36,8 +38,10 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   backend.encode_special_tokens = True  # text that looks like a control token stays text
   if kinds.isdisjoint(('ByteLevel', 'ByteFallback')):
     raise UserError(f"'{path}' is neither byte-level BPE nor BPE with byte fallback: it cannot keep every text")
+  largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+  if largest >= MOST_PIECES:
+    raise UserError(f"'{path}' has a token id {largest}; ids must be below {MOST_PIECES}")
   pieces = _piece_bytes(backend, added, 'ByteLevel' in kinds)
-  special = {token['content']: token['id'] for token in added.values() if token['special']}
   eos_id = _find(special, EOS_NAMES)
   if eos_id is None:
     raise UserError(f"'{path}' has none of the tokens that end a document: {', '.join(EOS_NAMES)}")

@@ -45,6 +45,8 @@ def read_index(directory: str | Path) -> dict[str, Any]:
     raise UserError(f"'{path}' was changed after it was written; delete '{directory}' to prepare again")
   if index['format'] != FORMAT:
     raise UserError(f"'{path}' has format {index['format']}, this version reads {FORMAT}; delete it to prepare again")
+  if any(Path(name).name != name for name, _ in _files(index)):
+    raise UserError(f"'{path}' names files outside '{directory}'; delete it to prepare again")
   return index
 
 

@@ -16,6 +16,7 @@ from mmjax.data.index import verify
 from mmjax.errors import UserError
 
 PREFETCHED_BATCHES = 4  # made ahead in one background thread
+MOST_ROWS = 2**52  # that training may see: "without end", and exact as a float
 
 
 class TokenSplit:
@@ -127,7 +128,8 @@ def train_batches(
     UserError: if the split has fewer rows than a batch.
   """
   check_fills_batch(split, global_batch_rows)
-  dataset = grain.MapDataset.range(split.n_rows).seed(seed).shuffle().repeat().batch(global_batch_rows)
+  epochs = MOST_ROWS // split.n_rows  # without a number, batches of one row would be more than Grain can count
+  dataset = grain.MapDataset.range(split.n_rows).seed(seed).shuffle().repeat(epochs).batch(global_batch_rows)
   return _prefetched(dataset.map(split.rows), start_step)
 
 

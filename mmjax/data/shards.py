@@ -31,7 +31,8 @@ class ShardWriter:
     self._path = directory / f'{name}.bin'
     check_room(self._path, SHARD_TOKENS * dtype.itemsize)
     with storage_errors(self._path):
-      self._handle = self._path.open('wb')
+      self._path.unlink(missing_ok=True)  # and a new file, so that nothing is written through a link
+      self._handle = self._path.open('xb')
     self._sha256 = hashlib.sha256()
     self._lengths: list[np.ndarray] = []
     self.tokens = self._text_bytes = 0

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from mmjax.data.files import check_sha256
 from mmjax.errors import UserError
 
 SPACE = '\u2581'  # how a SentencePiece piece writes a space
@@ -108,11 +109,13 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
   """Reads a SentencePiece model, or a Hugging Face tokenizer where the name ends in .json.
 
   Raises:
-    UserError: if there is no such file, it is no tokenizer, or it has no token that can end a document.
+    UserError: if there is no such file, it is not the one whose hash lies beside it, it is no tokenizer, or it has no
+      token that can end a document.
   """
   path = Path(path).expanduser()
   if not path.is_file():
     raise UserError(f"no tokenizer file '{path}'")
+  check_sha256(path)
   if path.suffix == '.json':
     from mmjax.data.hf_tokenizer import load_hf_tokenizer  # needs an optional dependency
 

@@ -24,6 +24,8 @@ from mmjax.training.sharding import make_mesh
 
 PROMPTS = Path(__file__).with_name('prompts.txt')  # the three that the record of experiment 1.4.2 quotes
 
+SHOWN_CHARS = 2000  # of a prompt, on the terminal and in reports
+
 
 def read_prompts(path: str | Path) -> list[str]:
   """Returns the prompts in a UTF-8 text file, one a line; empty lines are left out.
@@ -85,11 +87,16 @@ def _other_text(config: Config, run: RunDir, files: str) -> TokenSplit:
   )
 
 
+def _end_of(prompt: str) -> str:
+  return prompt if len(prompt) <= SHOWN_CHARS else f'...{prompt[-SHOWN_CHARS:]}'
+
+
 def continue_prompts(lm: LanguageModel, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
   """Continues prompts and measures how varied the continuations are.
 
   Returns:
-    sampling: the settings. samples: prompt, continuation, tokens (EOS not counted) and ended (by EOS) of each.
+    sampling: the settings. samples: prompt (of a long one the end), continuation, tokens (EOS not counted) and
+      ended (by EOS) of each.
     distinct_1, distinct_2, distinct_3: different n-grams over all n-grams of the continuations together.
     repeated_4grams: share of 4-grams that stand earlier in the same continuation, mean over continuations.
     All are counted over tokens, without prompts and EOS; null where there is no such n-gram.
@@ -101,7 +108,7 @@ def continue_prompts(lm: LanguageModel, prompts: Sequence[str], sampling: Sampli
     ended = row[-1] == lm.tokenizer.eos_id
     texts.append(row[:-1] if ended else row)
     continuation = lm.tokenizer.decode(texts[-1])
-    samples.append({'prompt': prompt, 'continuation': continuation, 'tokens': len(texts[-1]), 'ended': ended})
+    samples.append({'prompt': _end_of(prompt), 'continuation': continuation, 'tokens': len(texts[-1]), 'ended': ended})
   return {
     'sampling': settings,
     'samples': samples,

@@ -4,7 +4,6 @@ A file may come from anywhere: nothing in it is executed, and only plain floatin
 a safetensors file is checked by its library.
 """
 
-import hashlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from mmjax.data.files import check_sha256, sha256_of, sha256_path
 from mmjax.errors import StorageError, UserError
 from mmjax.interop.names import is_buffer
 from mmjax.interop.torch_files import DTYPES, read_torch, save_torch
@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
   check_suffix(path)
   if not path.is_file():
     raise UserError(f'no file {str(path)!r}')
-  _check_sha256(path)
+  check_sha256(path)
   tensors = read_torch(path) if path.suffix in TORCH_SUFFIXES else _read_safetensors(path)
   if not tensors:
     raise UserError(f'{path}: no tensors in this file')
@@ -73,8 +73,9 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.writing-') as scratch:
       whole = Path(scratch) / path.name
       save(tensors, whole)
-      digest = _sha256(whole)
-      _sha256_path(path).write_text(f'{digest}  {path.name}\n')
+      digest = sha256_of(whole)
+      sha256_path(whole).write_text(f'{digest}  {path.name}\n')
+      os.replace(sha256_path(whole), sha256_path(path))
       os.replace(whole, path)
   except OSError as error:
     raise StorageError(f'{str(path)!r} cannot be written: {error}') from error
@@ -102,22 +103,3 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
 def _save_safetensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
   # save_file writes the memory of an array whatever its strides are.
   save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
-
-
-def _sha256_path(path: Path) -> Path:
-  return path.with_name(path.name + '.sha256')
-
-
-def _sha256(path: Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def _check_sha256(path: Path) -> None:
-  beside = _sha256_path(path)
-  if not beside.is_file():
-    return
-  expected = beside.read_text(errors='replace').split(maxsplit=1)[:1]
-  found = _sha256(path)
-  if expected != [found]:
-    raise UserError(f'{path}: sha256 is {found}, {beside.name} says {(expected or ["nothing"])[0][:64]}')

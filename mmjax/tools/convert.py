@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from mmjax.config import Config, flatten, load_config
-from mmjax.data.tokenizer import load_tokenizer
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import checkpoint_name
 from mmjax.interop.files import check_suffix, read_tensors, write_tensors
@@ -35,7 +35,7 @@ from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.tools.prepare import BASE_CONFIG
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.rundir import RunDir, atomic_write_bytes
+from mmjax.training.rundir import RunDir, write_tokenizer
 from mmjax.training.step import init_state
 
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
@@ -80,14 +80,13 @@ def import_run(
     overrides = [*overrides, f'--config.data.tokenizer={copy}']
   config = fitting_config(shapes, str(source), config_file, overrides)
   check_accounted(shapes, torch_shapes(abstract_params(config), config.model), str(source))
-  if tokenizer:
-    _check_tokenizer(tokenizer, config.model.vocab_size)
+  vocabulary = _load_tokenizer(tokenizer, config.model.vocab_size) if tokenizer else None
 
   params = to_params(tensors, config.model)
   with RunDir(out) as run:
     Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), NO_TRAINING)
-    if tokenizer:
-      atomic_write_bytes(copy, Path(tokenizer).read_bytes())
+    if vocabulary:
+      write_tokenizer(copy, vocabulary)
     run.write_config(config)
   _say_imported(config, params, out, config_file, tokenizer)
 
@@ -171,12 +170,14 @@ def _as_overrides(sizes: Mapping[str, int | str]) -> list[str]:
   return [f'--config.model.{name}={value}' for name, value in sizes.items()]
 
 
-def _check_tokenizer(path: str, vocab_size: int) -> None:
-  pieces = load_tokenizer(path).vocab_size
-  if pieces != vocab_size:
+def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+  tokenizer = load_tokenizer(path)
+  if tokenizer.vocab_size != vocab_size:
     raise UserError(
-      f'tokenizer {path!r} has {pieces} pieces, the embedding {vocab_size} rows: they do not belong together'
+      f'tokenizer {path!r} has {tokenizer.vocab_size} pieces, the embedding {vocab_size} rows: '
+      'they do not belong together'
     )
+  return tokenizer
 
 
 def _say_imported(config: Config, params: Params, out: Path, config_file: str, tokenizer: str | None) -> None:

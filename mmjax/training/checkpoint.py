@@ -24,9 +24,7 @@ from jax.experimental import multihost_utils
 from mmjax.errors import StorageError, UserError
 from mmjax.training.manifest import CorruptError, build_manifest, read_manifest
 from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, first_line, read_step, write_step
-from mmjax.training.rundir import atomic_write_text
-
-NEWEST = 'newest'  # a file with the number of the last step saved: a step that vanished is missed
+from mmjax.training.rundir import NEWEST, atomic_write_text
 
 
 class Checkpoints:
@@ -94,7 +92,7 @@ class Checkpoints:
       raise StorageError(f'step {step} could not be saved in {self.directory}: {first_line(error)}') from error
     if jax.process_index() == 0:
       with contextlib.suppress(StorageError):  # the step is whole; what may be missed is that it vanished
-        atomic_write_text(self.directory / NEWEST, f'{step}\n')
+        atomic_write_text(self.directory.parent / NEWEST, f'{step}\n')
 
   def restore(
     self, abstract_state: Mapping[str, Any], which: str | int = 'last'
@@ -199,7 +197,7 @@ class Checkpoints:
 
   def _newest(self) -> int | None:
     try:
-      return int((self.directory / NEWEST).read_text())
+      return int((self.directory.parent / NEWEST).read_text())
     except (OSError, ValueError):
       return None
 

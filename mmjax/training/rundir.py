@@ -1,7 +1,9 @@
 """A run's directory: one process at a time, files written whole, settings that may not change under a resumed run.
 
-Layout: config.json run.json tokenizer.model metrics.jsonl tensorboard/ checkpoints/<step>/ eval.json report.md plots/
-lock. The lock is flock(2) on `lock`: the kernel drops it when its process dies, however it dies.
+Layout: config.json run.json tokenizer.model metrics.jsonl tensorboard/ checkpoints/<step>/ newest_checkpoint eval.json
+report.md plots/ lock. The lock is flock(2) on `lock`: the kernel drops it when its process dies, however it dies.
+config.json and run.json carry a sha256 of themselves. A directory may come from anywhere, so no link in it is followed
+out of it; the directory itself may be a link.
 """
 
 import contextlib
@@ -9,6 +11,7 @@ import datetime
 import difflib
 import errno
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -23,6 +26,8 @@ from typing import Any, Self
 import jax
 
 from mmjax.config import Config, config_from_dict, flatten
+from mmjax.data.files import sha256_path
+from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import StorageError, UserError
 
 # On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
@@ -36,6 +41,10 @@ FREE_OF_IMPORTS = (
   'model.dropout', 'model.aux_loss_weight', 'memory.keys_init', 'memory.knowledge_length', 'memory.balance_loss_weight',
 )  # fmt: skip
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
+# A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it
+# lies beside checkpoints/, not in it.
+NEWEST = 'newest_checkpoint'
+SEAL = 'sha256'  # key of a JSON object's hash, taken without it
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -72,8 +81,41 @@ class RunDir:
 
   @property
   def was_trained(self) -> bool:
-    """Whether train.py ever started here; an imported model lies in a directory where it did not."""
-    return self.run_path.exists()
+    """Whether train.py ever started here; an imported model, which is step 0, lies in a directory where it did not."""
+    return self.run_path.exists() or self.has_steps
+
+  @property
+  def has_steps(self) -> bool:
+    """Whether a checkpoint of a trained model lies here."""
+    names = (path.name for path in self.checkpoints_path.glob('[0-9]*'))
+    return any(name.isdigit() and int(name) > 0 for name in names)
+
+  def check_usable(self) -> None:
+    """Looks whether a run may live here, and writes nothing: what takes long need not be done before it is refused.
+
+    Raises:
+      UserError: if the path is a file, may not be written, holds a link out of it or belongs to a running process.
+    """
+    self._check_path()
+    lock = self.path / 'lock'
+    if jax.process_index() == 0 and lock.exists():
+      os.close(_lock(lock, fcntl.LOCK_SH))
+
+  def _check_path(self) -> None:
+    try:
+      with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(self.path)  # a name that is too long, a folder that may not be entered
+      nearest = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(path))
+      if not nearest.is_dir():
+        raise UserError(f'{self.path} cannot be a run directory: {nearest} is a file')
+      if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f'{self.path} cannot be a run directory: {nearest} may not be written')
+      refuse_links_out(self.path)
+      str(self.path.absolute()).encode()
+    except UnicodeEncodeError:
+      raise UserError(f'{ascii(str(self.path))} cannot be a run directory: the name is not UTF-8') from None
+    except OSError as error:
+      raise _explain(error, f'{self.path} cannot be a run directory') from error
 
   def __enter__(self) -> Self:
     """Creates and locks the directory.
@@ -82,10 +124,9 @@ class RunDir:
       UserError: if the path is a file, may not be written, or belongs to a running process.
       StorageError: if the disk is full.
     """
+    self._check_path()
     try:
       self.path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-      raise UserError(f'{self.path} cannot be a run directory: {_file_in(self.path)} is a file') from error
     except OSError as error:
       raise _explain(error, f'run directory {self.path} cannot be created') from error
     if jax.process_index() == 0:  # of several processes of one run, the first stands for all
@@ -105,7 +146,7 @@ class RunDir:
 
   def write_config(self, config: Config) -> None:
     """Writes config.json."""
-    atomic_write_json(self.config_path, config.to_dict())
+    atomic_write_json(self.config_path, seal(config.to_dict()))
 
   def read_config(self) -> Config:
     """Reads and checks config.json.
@@ -127,14 +168,17 @@ class RunDir:
       step: the step that this start continues from.
 
     Raises:
-      UserError: if run.json names another identity, with the differences.
+      UserError: if run.json names another identity, with the differences, or is missing where a run has been.
     """
-    run = read_json(self.run_path) if self.run_path.exists() else {'identity': dict(identity), 'starts': []}
+    if self.was_trained:
+      run = read_json(self.run_path)
+    else:
+      run = {'identity': dict(identity), 'starts': []}
     differences = _differences(run['identity'], identity)
     if differences:
       raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
     run['starts'].append({'step': step, **describe_environment()})
-    atomic_write_json(self.run_path, run)
+    atomic_write_json(self.run_path, seal(run))
 
 
 def open_run(path: Path | str) -> RunDir:
@@ -151,12 +195,14 @@ def open_run(path: Path | str) -> RunDir:
     siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     nearest = difflib.get_close_matches(str(path), siblings, n=1, cutoff=0.5)
     raise UserError(f'no run directory {path}{f"; did you mean {nearest[0]}?" if nearest else ""}')
+  refuse_links_out(path)
   run = RunDir(path)
   missing = [p.name for p in (run.config_path, run.tokenizer_path, run.checkpoints_path) if not p.exists()]
   if missing:
     raise UserError(f'{path} is not a run directory: {", ".join(missing)} is missing')
   steps = [p.name for p in run.checkpoints_path.iterdir() if p.is_dir()]
-  if any('.corrupt' in name for name in steps) and not any(name.isdigit() for name in steps):
+  saved = (path / NEWEST).exists() or any('.corrupt' in name for name in steps)
+  if saved and not any(name.isdigit() for name in steps):
     raise StorageError(f'run {path} has no whole checkpoint left; those set aside end in .corrupt')
   if not any(name.isdigit() for name in steps):
     raise UserError(f'run {path} has no checkpoint yet; it saves the first after train.checkpoint_interval updates')
@@ -200,6 +246,12 @@ def compare_models(old: Config, new: Config) -> None:
     raise UserError(f'the imported model has other settings: {"; ".join(differences)}; give it those that it has')
 
 
+def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
+  """Copies a tokenizer's file, with its hash beside it, which `load_tokenizer` checks."""
+  atomic_write_bytes(path, tokenizer.path.read_bytes())
+  atomic_write_text(sha256_path(path), f'{tokenizer.sha256}  {path.name}\n')
+
+
 def describe_environment() -> dict[str, Any]:
   """Returns time (UTC), host, process, device and library versions, as run.json holds them."""
   device = jax.devices()[0]
@@ -222,7 +274,8 @@ def atomic_write_bytes(path: Path, data: bytes) -> None:
   """
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
-    with open(temporary, 'wb') as file:
+    temporary.unlink(missing_ok=True)  # and a new file, so that nothing is written through a link
+    with open(temporary, 'xb') as file:
       file.write(data)
       file.flush()
       os.fsync(file.fileno())
@@ -244,18 +297,41 @@ def atomic_write_json(path: Path, value: Any) -> None:
   atomic_write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + '\n')
 
 
-def read_json(path: Path) -> Any:
-  """Reads a JSON file of a run.
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a JSON object with its own sha256 in it; `read_json` checks it and takes it off."""
+  return {**value, SEAL: _sha256(value)}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Reads a JSON object that belongs to a run.
 
   Raises:
-    UserError: if it is missing or not JSON.
+    UserError: if it is missing, no JSON object, or is sealed and was changed.
   """
   try:
-    return json.loads(path.read_bytes())
+    value = json.loads(path.read_bytes())
   except FileNotFoundError as error:
     raise UserError(f'{path} is missing') from error
   except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is not JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{path} must be a JSON object')
+  if SEAL in value and value.pop(SEAL) != _sha256(value):
+    raise UserError(f'{path} was changed after it was written; if that was on purpose, remove {SEAL!r} from it')
+  return value
+
+
+def _sha256(value: Mapping[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def refuse_links_out(directory: Path) -> None:
+  """Raises UserError, naming it, if a link below a directory leads out of it: nothing is read or written there."""
+  root = directory.resolve()
+  for folder, folders, files in os.walk(root):  # follows no links
+    for path in (Path(folder, name) for name in (*folders, *files)):
+      if path.is_symlink() and not path.resolve().is_relative_to(root):
+        raise UserError(f'{path} is a link out of the run directory, to {os.readlink(path)}; remove it')
 
 
 def finite(value: Any) -> Any:
@@ -267,16 +343,17 @@ def finite(value: Any) -> Any:
   return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _lock(path: Path) -> int:
-  """Locks a file for this process and returns its descriptor."""
+def _lock(path: Path, kind: int = fcntl.LOCK_EX) -> int:
+  """Locks a file for this process and returns its descriptor; a shared lock only asks and leaves no name in it."""
   try:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
   except OSError as error:
     raise _explain(error, f'{path} cannot be opened') from error
   try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.ftruncate(fd, 0)
-    os.write(fd, json.dumps(_owner()).encode())
+    fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    if kind == fcntl.LOCK_EX:
+      os.ftruncate(fd, 0)
+      os.write(fd, json.dumps(_owner()).encode())
   except BlockingIOError as error:
     holder = _read_holder(fd)
     os.close(fd)
@@ -304,10 +381,6 @@ def _explain(error: OSError, what: str) -> StorageError | UserError:
   """Returns the exception for a failure at a path that the user chose."""
   kind = StorageError if error.errno in FULL else UserError
   return kind(f'{what}: {error.strerror}')
-
-
-def _file_in(path: Path) -> Path:
-  return next((p for p in (path, *path.parents) if p.exists() and not p.is_dir()), path)
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

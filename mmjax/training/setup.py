@@ -27,7 +27,7 @@ from mmjax.model.lm import model_graph
 from mmjax.training.backend import compiler_options
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
-from mmjax.training.rundir import RunDir, atomic_write_bytes, compare_configs, compare_models
+from mmjax.training.rundir import RunDir, atomic_write_bytes, compare_configs, compare_models, write_tokenizer
 from mmjax.training.sharding import put_batch, replicated, shardings
 from mmjax.training.step import TrainState, init_state, make_train_step
 
@@ -66,9 +66,10 @@ def settle_config(run: RunDir, config: Config, allow_config_change: bool) -> Con
     The settings to train with.
 
   Raises:
-    UserError: if the directory holds a run with other settings.
+    UserError: if the directory holds a run with other settings, or cannot hold one.
   """
-  if not run.config_path.exists():
+  run.check_usable()
+  if not (run.config_path.exists() or run.has_steps):  # with steps it must be there: reading it says so
     return config
   old = run.read_config()
   own = old.data.tokenizer
@@ -131,7 +132,7 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int) -> None:
   """Writes what the run is made of into its directory: settings, tokenizer, identity of the data, this start."""
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
   run.record_start(identity, step)  # first: it refuses other data, before anything is replaced
-  atomic_write_bytes(run.path / inputs.tokenizer.path.name, inputs.tokenizer.path.read_bytes())
+  write_tokenizer(run.path / inputs.tokenizer.path.name, inputs.tokenizer)
   atomic_write_bytes(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
   run.write_config(config)
 

@@ -1,0 +1,164 @@
+"""A disk that fills up: a real one of a few megabytes where mounting is allowed, else the sizes are made up."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.config import Config
+from mmjax.data import prepare as prepare_module
+from mmjax.data import shards
+from mmjax.data.index import verify
+from mmjax.data.prepare import prepare
+from mmjax.data.progress import SilentProgress
+from mmjax.errors import StorageError, UserError
+from mmjax.training.checkpoint import Checkpoints
+from mmjax.training.loop import fit
+from mmjax.training.metrics import read_metrics
+from mmjax.training.rundir import RunDir
+
+DISK_BYTES = 6 * 2**20
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of a few megabytes."""
+  path = tmp_path / 'disk'
+  path.mkdir()
+  try:
+    mounted = subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={DISK_BYTES}', 'tmpfs', path], capture_output=True)
+  except OSError:
+    pytest.skip('there is no mount command here')
+  if mounted.returncode:
+    pytest.skip('mounting is not allowed here')
+  yield path
+  subprocess.run(['umount', '--lazy', path], check=True)
+
+
+def fill(disk: Path) -> Path:
+  """Leaves not one free page on a disk; returns the file that takes the room."""
+  ballast = disk / 'ballast'
+  with open(ballast, 'wb', buffering=0) as handle:
+    for size in (2**16, 1):
+      try:
+        while handle.write(b'\0' * size) == size:
+          pass
+      except OSError:
+        continue
+  assert shutil.disk_usage(disk).free == 0
+  return ballast
+
+
+def settings(tiny_run: Path) -> Config:
+  """The settings of a finished run, but for a checkpoint at each step, which changes nothing that is compiled."""
+  config = RunDir(tiny_run).read_config()
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_interval=1))
+
+
+def full_before(monkeypatch, full_steps: list[int], take: callable, give: callable) -> None:
+  """Lets the disk be full while the given steps are saved."""
+  real = Checkpoints.save
+
+  def save(self, step, *args):
+    (take if step in full_steps else give)()
+    real(self, step, *args)
+
+  monkeypatch.setattr(Checkpoints, 'save', save)
+
+
+def assert_same_end(run: Path, tiny_run: Path) -> None:
+  lm = mmjax.load(run, 'last')
+  assert lm.step == 6
+  jax.tree.map(np.testing.assert_array_equal, lm.params, mmjax.load(tiny_run, 'last').params)
+
+
+def test_too_little_room_is_survived_twice_and_ends_the_run_the_third_time(tiny_run, tmp_path, monkeypatch, capsys):
+  real, free = shutil.disk_usage, {'bytes': 10**12}
+  monkeypatch.setattr(shutil, 'disk_usage', lambda path: real(path)._replace(free=free['bytes']))
+  full, room = lambda: free.update(bytes=1000), lambda: free.update(bytes=10**12)
+  with monkeypatch.context() as patch:
+    full_before(patch, [3, 4, 5], full, room)
+    with pytest.raises(StorageError, match='step 5 was not saved: it needs 1 MB and .* has 0 MB free') as caught:
+      fit(settings(tiny_run), tmp_path)
+  assert caught.value.exit_code == 4
+  said = capsys.readouterr().out
+  assert all(f'Checkpoint {step} failed ({n} in a row)' in said for n, step in enumerate((3, 4, 5), 1))
+  assert Checkpoints(tmp_path).steps() == [1, 2]
+  room()
+  with monkeypatch.context() as patch:  # two in a row, a save, one more: the run goes on
+    full_before(patch, [3, 5], full, room)
+    fit(settings(tiny_run), tmp_path)
+  assert_same_end(tmp_path, tiny_run)
+
+
+@pytest.mark.parametrize('checked', [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_disk_that_is_really_full_is_survived(tiny_run, small_disk, monkeypatch, capsys, checked):
+  def give():
+    (small_disk / 'ballast').unlink(missing_ok=True)
+
+  full_before(monkeypatch, [2, 3], lambda: fill(small_disk), give)
+  if not checked:  # as if another process took the room after the look at it
+    monkeypatch.setattr(Checkpoints, '_check_space', lambda *_: None)
+  run = small_disk / 'run'
+  fit(settings(tiny_run), run)
+  out, err = capsys.readouterr()
+  assert 'Checkpoint 2 failed (1 in a row)' in out and 'Checkpoint 3 failed (2 in a row)' in out
+  assert err.count('TensorBoard files cannot be written (No space left on device); the run goes on') == 1
+  steps = [record['step'] for record in read_metrics(run / 'metrics.jsonl')]  # every line is whole
+  assert steps[:2] == [1, 2] and steps[-1] == 6  # the line of step 3 may have fitted in the last page
+  assert not list(run.rglob('*.tmp')) and not list(run.glob('checkpoints/*tmp*'))
+  assert_same_end(run, tiny_run)
+
+
+def test_run_directory_on_a_full_disk_is_one_sentence_and_code_4(tiny_run, small_disk):
+  fill(small_disk)
+  with pytest.raises(StorageError, match='(lock cannot be locked|cannot be created): No space left on device'):
+    fit(settings(tiny_run), small_disk / 'run')
+
+
+def test_read_only_disk_is_refused_for_a_run_and_read_from(tiny_run, small_disk):
+  run = Path(shutil.copytree(tiny_run, small_disk / 'run'))
+  subprocess.run(['mount', '-o', 'remount,ro', small_disk], check=True)
+  with pytest.raises(UserError, match='run may not be written') as caught:
+    fit(settings(tiny_run), run)
+  assert caught.value.exit_code == 2
+  assert mmjax.load(run).step == mmjax.load(tiny_run).step
+
+
+def test_disk_that_fills_up_while_text_is_prepared_ends_with_code_4_and_goes_on(tiny_run, small_disk, monkeypatch):
+  config = settings(tiny_run)
+  data = dataclasses.replace(config.data, prepared_dir=f'{small_disk}/out', tokenizer=f'{tiny_run}/tokenizer.model')
+  with pytest.raises(StorageError, match=r'needs about \d+ MB, 6 MB are free') as caught:
+    prepare(data, 300, SilentProgress())
+  assert caught.value.exit_code == 4 and not list(small_disk.glob('out/*/*'))
+  monkeypatch.setattr(prepare_module, 'check_room', lambda *_: None)  # as if the room went after the look at it
+  monkeypatch.setattr(shards, 'check_room', lambda *_: None)
+  monkeypatch.setattr('mmjax.data.blocks.BLOCK_BYTES', 4000)
+  monkeypatch.setattr(shards, 'SHARD_TOKENS', 3000)
+  finish_shards, rounds = shards.ShardBuilder._finish_shards, []
+
+  def fill_up(self, position):
+    rounds.append(position)
+    if len(rounds) == 2:
+      fill(small_disk)
+    finish_shards(self, position)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(shards.ShardBuilder, '_finish_shards', fill_up)
+    with pytest.raises(StorageError, match='cannot be written: No space left on device'):
+      prepare(data, 300, SilentProgress())
+  (small_disk / 'ballast').unlink()
+  [directory] = (small_disk / 'out').iterdir()
+  assert not (directory / 'index.json').exists()  # nothing half-written is taken for whole
+  assert prepare(data, 300, SilentProgress()) == directory
+  found, whole = verify(directory), json.loads((tiny_run / 'data.json').read_text())
+  for split in ('train', 'valid'):
+    assert {key: found['splits'][split][key] for key in ('tokens', 'documents')} == {
+      key: whole['splits'][split][key] for key in ('tokens', 'documents')
+    }
