@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from mmjax.config import Config, flatten, load_config
+from mmjax.data.files import write_file
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import checkpoint_name
@@ -35,7 +36,7 @@ from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.tools.prepare import BASE_CONFIG
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.rundir import RunDir, atomic_write_bytes
+from mmjax.training.rundir import RunDir
 from mmjax.training.step import init_state
 
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
@@ -87,7 +88,7 @@ def import_run(
   with RunDir(out) as run:
     Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), NO_TRAINING)
     if tokenizer:
-      atomic_write_bytes(copy, Path(tokenizer).read_bytes())
+      write_file(copy, Path(tokenizer).read_bytes())
     run.write_config(config)
   _say_imported(config, params, out, config_file, tokenizer)
 

@@ -13,20 +13,20 @@ import contextlib
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from mmjax.errors import StorageError, UserError
 from mmjax.training.manifest import CorruptError, build_manifest, read_manifest
 from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, first_line, read_step, write_step
+from mmjax.training.processes import barrier, in_any_process, is_main
 from mmjax.training.rundir import atomic_write_text
 
 NEWEST = 'newest'  # a file with the number of the last step saved: a step that vanished is missed
+LEFTOVERS = f'.{NEWEST}.*.tmp'  # of writing it
 
 
 class Checkpoints:
@@ -92,12 +92,12 @@ class Checkpoints:
     except Exception as error:  # noqa: BLE001 - a full disk comes as OSError, ValueError or a runtime error
       self._remove_leftovers()
       raise StorageError(f'step {step} could not be saved in {self.directory}: {first_line(error)}') from error
-    if jax.process_index() == 0:
+    if is_main():
       with contextlib.suppress(StorageError):  # the step is whole; what may be missed is that it vanished
         atomic_write_text(self.directory / NEWEST, f'{step}\n')
 
   def restore(
-    self, abstract_state: Mapping[str, Any], which: str | int = 'last'
+    self, abstract_state: Mapping[str, Any], which: str | int = 'last', newer: Sequence[str] = ()
   ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Reads and verifies a whole state.
 
@@ -108,6 +108,7 @@ class Checkpoints:
         go, whatever mesh they were saved from; a leaf without one goes to the first device.
       which: 'last'; 'best' (where it is corrupt the next best, without metrics the last); or the number of a step,
         which nothing replaces.
+      newer: entries of the state that steps of earlier versions lack; they are missing from what is returned then.
 
     Returns:
       state, metadata, step.
@@ -116,7 +117,7 @@ class Checkpoints:
       UserError: if nothing was saved yet, or leaves differ from `abstract_state` in name, shape or dtype.
       StorageError: if no whole step is left, or this process may not read it.
     """
-    items, metadata, step = self._restore(_split(abstract_state), which)
+    items, metadata, step = self._restore(_split(abstract_state), which, newer)
     return {'params': items['params'], **items['rest']}, metadata, step
 
   def restore_params(self, abstract_params: Any, which: str | int = 'best') -> tuple[Any, dict[str, Any], int]:
@@ -129,16 +130,18 @@ class Checkpoints:
     items, metadata, step = self._restore({'params': abstract_params}, which)
     return items['params'], metadata, step
 
-  def _restore(self, abstract_items: Mapping[str, Any], which: str | int) -> tuple[dict[str, Any], dict[str, Any], int]:
+  def _restore(
+    self, abstract_items: Mapping[str, Any], which: str | int, newer: Sequence[str] = ()
+  ) -> tuple[dict[str, Any], dict[str, Any], int]:
     abstract_items = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract_items.items()}
     while True:
       step = self._choose(which)
       problem = None
       try:
-        items, manifest = read_step(self.directory, step, abstract_items)
+        items, manifest = read_step(self.directory, step, abstract_items, newer)
       except CorruptError as error:
         problem = str(error)
-      if not _in_any_process(problem is not None):
+      if not in_any_process(problem is not None):
         return items, manifest['metadata'], step
       self._set_aside(step, problem or 'another process found it corrupt')
 
@@ -176,12 +179,12 @@ class Checkpoints:
     taken = len(self._set_aside_paths(step))
     target = self.directory / f'{step}.corrupt{taken + 1 if taken else ""}'
     _warn(f'checkpoint {step} in {self.directory} is corrupt ({problem}); set aside as {target.name}')
-    if jax.process_index() == 0:
+    if is_main():
       try:
         (self.directory / str(step)).rename(target)
       except OSError as error:
         raise StorageError(f'corrupt checkpoint {step} could not be renamed: {error.strerror}') from error
-    _barrier(f'checkpoint_{step}_set_aside')
+    barrier(f'checkpoint_{step}_set_aside')
     self._rejected.discard(step)
 
   def _set_aside_paths(self, step: int | str) -> list[Path]:
@@ -206,7 +209,7 @@ class Checkpoints:
   def _check_space(self, step: int, items: Mapping[str, Any]) -> None:
     needed_bytes = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(items))) + 2**20
     free_bytes = shutil.disk_usage(self.directory).free
-    if free_bytes < needed_bytes:
+    if in_any_process(free_bytes < needed_bytes):
       raise StorageError(
         f'step {step} was not saved: it needs {needed_bytes / 1e6:.0f} MB and {self.directory} has '
         f'{free_bytes / 1e6:.0f} MB free'
@@ -214,10 +217,12 @@ class Checkpoints:
 
   def _remove_leftovers(self) -> None:
     """Removes what killed and failed saves left half-written."""
-    if jax.process_index() == 0:
+    if is_main():
       for path in self.directory.glob(TMP_PATTERN):
         shutil.rmtree(path, ignore_errors=True)
-    _barrier('checkpoint_leftovers_removed')
+      for path in self.directory.glob(LEFTOVERS):
+        path.unlink(missing_ok=True)
+    barrier('checkpoint_leftovers_removed')
 
 
 def _split(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,17 +240,6 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _best(metrics: Mapping[int, float]) -> int | None:
   return min(metrics, key=lambda step: (metrics[step], step), default=None)
-
-
-def _in_any_process(flag: bool) -> bool:
-  if jax.process_count() == 1:
-    return flag
-  return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def _warn(text: str) -> None:
