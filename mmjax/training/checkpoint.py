@@ -25,6 +25,8 @@ from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, first_line, read_step
 from mmjax.training.processes import barrier, in_any_process, is_main
 from mmjax.training.rundir import atomic_write_text
 
+KEEP_LAST = 2
+REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN
 NEWEST = 'newest'  # a file with the number of the last step saved: a step that vanished is missed
 LEFTOVERS = f'.{NEWEST}.*.tmp'  # of writing it
 
@@ -48,6 +50,7 @@ class Checkpoints:
       except OSError as error:
         raise StorageError(f'{self.directory} cannot be created: {error.strerror}') from error
       self._remove_leftovers()
+      self._remove_superseded()
 
   def steps(self) -> list[int]:
     """Returns the steps whose saving was completed and that were not found corrupt, oldest first."""
@@ -84,14 +87,14 @@ class Checkpoints:
     items = _split(jax.block_until_ready(dict(state)))
     metric = metric if metric is not None and math.isfinite(metric) else None
     manifest = build_manifest(items, step=step, metric=metric, metadata=dict(metadata))
-    best = _best(self._read_metrics()[0] | ({} if metric is None else {step: metric}))
     self._remove_leftovers()
     self._check_space(step, items)
     try:
-      write_step(self.directory, step, items, manifest, best)
+      write_step(self.directory, step, items, manifest)
     except Exception as error:  # noqa: BLE001 - a full disk comes as OSError, ValueError or a runtime error
       self._remove_leftovers()
       raise StorageError(f'step {step} could not be saved in {self.directory}: {first_line(error)}') from error
+    self._remove_superseded()
     if is_main():
       with contextlib.suppress(StorageError):  # the step is whole; what may be missed is that it vanished
         atomic_write_text(self.directory / NEWEST, f'{step}\n')
@@ -223,6 +226,16 @@ class Checkpoints:
       for path in self.directory.glob(LEFTOVERS):
         path.unlink(missing_ok=True)
     barrier('checkpoint_leftovers_removed')
+
+  def _remove_superseded(self) -> None:
+    """Removes all steps but the last two, the best and those that cannot be read, each whole: by a rename first."""
+    metrics, unreadable = self._read_metrics()
+    steps = self.steps()
+    for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, _best(metrics)} if is_main() else ():
+      doomed = self.directory / f'{step}{REMOVED}'
+      with contextlib.suppress(OSError):  # it stays, and the next save tries again
+        (self.directory / str(step)).rename(doomed)
+      shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _split(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,6 @@ from mmjax.errors import StorageError
 from mmjax.training.manifest import CorruptError, check_fits, named_leaves, read_manifest, verify
 from mmjax.training.processes import LOST_WORDS, in_any_process
 
-KEEP_LAST = 2
 MANIFEST = Path('metadata', 'metadata')  # item and file name under a step, as Orbax lays them out
 TMP_PATTERN = '*.orbax-checkpoint-tmp*'
 WAIT_SECONDS = 5
@@ -37,10 +36,8 @@ PASSING_ERRNOS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.E
 PASSING_WORDS = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'Permission denied', 'Too many open files', *LOST_WORDS)
 
 
-def write_step(
-  directory: Path, step: int, items: Mapping[str, Any], manifest: Mapping[str, Any], best_step: int | None
-) -> None:
-  """Writes a step completely or not at all, then removes all but the last two and `best_step`.
+def write_step(directory: Path, step: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+  """Writes a step completely or not at all.
 
   Raises:
     Exception: of whatever type the writer stumbled over; a full disk comes as several.
@@ -50,7 +47,7 @@ def write_step(
   threads = set(threading.enumerate())
   with _quiet():
     try:
-      with _open_manager(directory, best_step) as manager:
+      with _open_manager(directory) as manager:
         manager.save(step, args=ocp.args.Composite(**args), force=True)
     except Exception:
       _join_threads_but(threads)  # a save that failed in one item still writes the others in the background
@@ -84,7 +81,7 @@ def read_step(
   with _quiet():
     for name, tree in abstract_items.items():
       try:
-        with _open_manager(directory, None) as manager:
+        with _open_manager(directory) as manager:
           target = ocp.args.StandardRestore(dict(named_leaves(tree)))
           restored = manager.restore(step, args=ocp.args.Composite(**{name: target}))[name]
         items[name] = jax.tree.unflatten(jax.tree.structure(tree), [restored[leaf] for leaf, _ in named_leaves(tree)])
@@ -116,12 +113,11 @@ def first_line(error: Exception) -> str:
   return f'{type(error).__name__}: {lines[0][:120] if lines else "no message"}'
 
 
-def _open_manager(directory: Path, best_step: int | None) -> ocp.CheckpointManager:
-  keep = [preservation_policy.LatestN(KEEP_LAST), preservation_policy.CustomSteps([best_step])]
+def _open_manager(directory: Path) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(
     enable_async_checkpointing=False,
     save_root_metadata=False,
-    preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+    preservation_policy=preservation_policy.PreserveAll(),  # Orbax removes a step file by file
   )
   return ocp.CheckpointManager(directory, options=options)
 

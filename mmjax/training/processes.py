@@ -81,6 +81,10 @@ def _connect(config: Config) -> None:
       'num_processes': runtime.num_processes,
       'process_id': runtime.process_id,
     }
+  # Said before: where the others do not appear, JAX aborts the process.
+  print(
+    f'Joining the processes of the run at {runtime.coordinator} within {JOIN_SECONDS} s', file=sys.stderr, flush=True
+  )
   try:
     jax.distributed.initialize(
       **where,
