@@ -101,7 +101,7 @@ def _compare_settings(config: Config) -> None:
   settings = config.to_dict()
   settings['runtime'].pop('process_id')
   own = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
-  different = np.flatnonzero((found := multihost_utils.process_allgather(np.array(own))) != found.flat[0])
+  different = np.flatnonzero((found := multihost_utils.process_allgather(np.array(own, np.uint32))) != found.flat[0])
   if different.size:
     raise UserError(f'process {different[0]} was started with other settings than process 0')
 

@@ -81,7 +81,7 @@ def kill_until_done(
 ) -> int:
   """Starts again and again, killed at random, at most `kills` times; then lets it finish. Returns the kills."""
   for killed in range(kills):
-    code = server.run(what, config, workdir, draw.randint(1, changes // 2), draw_delay(draw))
+    code = server.run(what, config, workdir, draw.randint(1, changes // 4), draw_delay(draw))
     assert code in (0, -signal.SIGKILL), server.output.read_text()
     if code == 0:  # it was done before the moment came
       return killed
