@@ -1,7 +1,7 @@
 """Trains a model:   python train.py --config configs/exp_1_4_2.py [--config.section.field=value ...] [--workdir DIR]
 
 The same command on the same work directory goes on where it stopped. Exit codes: 0 done, 2 user error, 3 diverged,
-4 storage, 75 stopped by a signal after saving.
+4 storage, 75 stopped by a signal after saving, or because another process of the run was lost.
 """
 
 import argparse
@@ -24,10 +24,12 @@ def main() -> None:
 
   from mmjax.tools.report import write_report  # only now: bad settings need not wait for JAX
   from mmjax.training.loop import fit
+  from mmjax.training.processes import is_main
 
   workdir = Path(args.workdir or f'out/{config.experiment}')
   fit(config, workdir, allow_config_change=args.allow_config_change)
-  print(f'Report: {write_report(workdir)}')
+  if is_main():
+    print(f'Report: {write_report(workdir)}')
 
 
 if __name__ == '__main__':

@@ -80,7 +80,8 @@ def get_config() -> ConfigDict:
   train.log_interval = 10  # updates between lines of metrics
   train.eval_interval = 500  # updates between evaluations on the whole validation set
   train.checkpoint_interval = 500  # updates between checkpoints
-  train.max_skipped_updates = 10  # non-finite updates in a row that end the run
+  train.max_loss_factor = 0.0  # an update whose loss is above this many times its running average is skipped; 0: none
+  train.max_skipped_updates = 10  # updates in a row that were skipped, as spikes or not finite, which end the run
   train.profile_steps = 0  # updates to trace, from the second of this start on, into <workdir>/profile; 0: none
 
   runtime = config.runtime = ConfigDict()
@@ -90,5 +91,8 @@ def get_config() -> ConfigDict:
   runtime.remat = 'none'  # 'block' recomputes each block in the backward pass: less memory, more time
   runtime.scan_layers = False  # True compiles layers of one kind once, as a scan: no faster on a CPU, not even to start
   runtime.triton_gemm = False  # True lets XLA use its Triton kernels for matrix products on NVIDIA; False: cuBLAS
+  runtime.coordinator = ''  # of several processes: host:port of the first; 'auto': as JAX detects; '': one process
+  runtime.num_processes = 1  # processes of the run, where runtime.coordinator is a host:port
+  runtime.process_id = 0  # number of this process, from 0
   runtime.compilation_cache_dir = ''  # keep compiled steps here between runs; '': off
   return config

@@ -136,6 +136,7 @@ class TrainConfig:
   log_interval: int
   eval_interval: int
   checkpoint_interval: int
+  max_loss_factor: float
   max_skipped_updates: int
   profile_steps: int
 
@@ -150,6 +151,9 @@ class RuntimeConfig:
   remat: str
   scan_layers: bool
   triton_gemm: bool
+  coordinator: str
+  num_processes: int
+  process_id: int
   compilation_cache_dir: str
 
 
@@ -195,13 +199,25 @@ AT_LEAST = {
   'train.batch_size': 1, 'train.accumulation_steps': 1, 'train.epochs': 0, 'train.max_steps': 0,
   'train.learning_rate': 0, 'train.final_learning_rate': 0, 'train.warmup_steps': 0, 'train.beta1': 0,
   'train.beta2': 0, 'train.eps': 0, 'train.weight_decay': 0, 'train.grad_clip': 0, 'train.log_interval': 1,
-  'train.eval_interval': 1, 'train.checkpoint_interval': 1, 'train.max_skipped_updates': 1,
+  'train.eval_interval': 1, 'train.checkpoint_interval': 1, 'train.max_loss_factor': 0,
+  'train.max_skipped_updates': 1,
   'train.profile_steps': 0,
-  'runtime.data_devices': 0, 'runtime.row_devices': 1,
+  'runtime.data_devices': 0, 'runtime.row_devices': 1, 'runtime.num_processes': 1, 'runtime.process_id': 0,
 }  # fmt: skip
 MOST = 2**31 - 1  # of a whole number: sizes, steps and the seed are counted in 32 bits
 MAX_LAYERS = 10_000
 MAX_MEMORY_HEADS = 8
+# What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
+# configs/base.py alone states: they stay when a default changes.
+BEFORE = {
+  'train.max_loss_factor': 0.0,
+  'train.profile_steps': 0,
+  'runtime.scan_layers': False,
+  'runtime.triton_gemm': False,
+  'runtime.coordinator': '',
+  'runtime.num_processes': 1,
+  'runtime.process_id': 0,
+}
 BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
 
 
@@ -235,6 +251,22 @@ def config_from_dict(settings: Mapping[str, Any]) -> Config:
   return config
 
 
+def config_from_saved(settings: Mapping[str, Any]) -> Config:
+  """Builds and checks a config from the content of a config.json, of this version or an earlier one.
+
+  Raises:
+    UserError: as `config_from_dict`.
+  """
+  if not isinstance(settings, Mapping):
+    raise UserError(f'{settings!r} must be sections of settings')
+  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+  for name, value in BEFORE.items():
+    section, _, field = name.partition('.')
+    if isinstance(settings.get(section), dict):
+      settings[section].setdefault(field, value)
+  return config_from_dict(settings)
+
+
 def check_config(config: Config) -> None:
   """Raises UserError with field, value, rule and nearest fix if a setting breaks a rule."""
   flat = flatten(config.to_dict())
@@ -249,6 +281,8 @@ def check_config(config: Config) -> None:
   for name in BELOW_ONE:
     if not 0 <= flat[name] < 1:
       raise UserError(f'{name}={flat[name]} must be at least 0 and below 1')
+  if 0 < config.train.max_loss_factor <= 1:
+    raise UserError(f'train.max_loss_factor={config.train.max_loss_factor} must be above 1, or 0 to skip no spikes')
   if not config.experiment or set(config.experiment) & set('/\\\0') or config.experiment.startswith('.'):
     raise UserError(f'experiment={_quote(config.experiment)} must be a plain folder name')
   if config.memory.bank_init == 'file' and not config.memory.bank_file:
@@ -259,6 +293,7 @@ def check_config(config: Config) -> None:
     raise UserError(f'model.n_layers={config.model.n_layers} must be at most {MAX_LAYERS}')
   config.memory.layer_numbers(config.model.n_layers)
   _check_model(config.model)
+  _check_processes(config.runtime)
 
 
 def _check_model(model: ModelConfig) -> None:
@@ -289,6 +324,20 @@ def _check_model(model: ModelConfig) -> None:
     raise UserError(
       f'model.num_selected={model.num_selected} must be at most the {c} sub-keys that '
       f'model.knowledge_num={model.knowledge_num} gives each half'
+    )
+
+
+def _check_processes(runtime: RuntimeConfig) -> None:
+  if runtime.process_id >= runtime.num_processes:
+    raise UserError(
+      f'runtime.process_id={runtime.process_id} must be below runtime.num_processes={runtime.num_processes}'
+    )
+  _, colon, port = runtime.coordinator.rpartition(':')
+  if runtime.coordinator not in ('', 'auto') and not (colon and port.isascii() and port.isdigit()):
+    raise UserError(f"runtime.coordinator={runtime.coordinator!r} must be host:port, such as 'node0:1234', or 'auto'")
+  if not runtime.coordinator and runtime.num_processes > 1:
+    raise UserError(
+      f'runtime.num_processes={runtime.num_processes} needs runtime.coordinator, the host:port of process 0'
     )
 
 

@@ -1,6 +1,7 @@
 """What can stop a command, and the exit code it stops with.
 
-0 done, 2 user error, 3 diverged, 4 storage, 75 stopped and resumable (75 is EX_TEMPFAIL of sysexits.h).
+0 done, 2 user error, 3 diverged, 4 storage, 75 stopped and resumable (75 is EX_TEMPFAIL of sysexits.h); 134 where JAX's
+runtime aborts because a process of the run was lost.
 """
 
 import errno
@@ -38,6 +39,12 @@ class StorageError(CommandError):
 
 class StoppedError(CommandError):
   """A signal ended the run after its state was saved; the same command resumes it."""
+
+  exit_code = 75
+
+
+class PeerLostError(CommandError):
+  """Another process of the run died; the same commands resume it from the last checkpoint."""
 
   exit_code = 75
 

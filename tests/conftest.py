@@ -19,6 +19,28 @@ os.environ.setdefault(
 )
 
 
+WORDS = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
+
+
+def pytest_addoption(parser):
+  parser.addoption('--faults', type=int, default=20, help='how often tests/faults kills what it runs')
+  parser.addoption('--faults_seed', type=int, default=random.randrange(10**6), help='of the moments; printed')
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+  """A folder with a few hundred short documents in text.jsonl; their shards go there too."""
+  folder = tmp_path_factory.mktemp('text')
+  write_documents(folder, 300)
+  return folder
+
+
+def write_documents(folder, count):
+  draw = random.Random(0)
+  documents = [' '.join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(count)]
+  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': d}) for d in documents))
+
+
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory):
   """A finished run directory of a model of a few thousand parameters; do not write into it."""
@@ -26,10 +48,7 @@ def tiny_run(tmp_path_factory):
   from tests.helpers import tiny_config
 
   folder = tmp_path_factory.mktemp('tiny')
-  words = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
-  draw = random.Random(0)
-  documents = [' '.join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(200)]
-  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': d}) for d in documents))
+  write_documents(folder, 200)
   config = tiny_config(
     data__train_files=f'{folder}/text.jsonl',
     data__valid_fraction=0.1,

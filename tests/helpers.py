@@ -1,15 +1,21 @@
 """What several tests need: a tiny config and random rows."""
 
 import os
+import subprocess
+import sys
+import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import Array
 
 from mmjax.config import Config, load_config
 
+REPOSITORY = Path(__file__).parent.parent
 TINY = {
   'model.vocab_size': 300,
   'model.dim': 32,
@@ -54,3 +60,49 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, Array]:
     'target': tokens[..., 1:],
     'segment': jnp.zeros_like(tokens[..., 1:]),
   }
+
+
+def overrides(text: Path, **more: object) -> dict[str, object]:
+  """Returns the settings of a short run on the fixture `text`."""
+  return {
+    'data__train_files': f'{text}/text.jsonl',
+    'data__valid_fraction': 0.1,
+    'data__prepared_dir': f'{text}/prepared',
+    'data__workers': 1,
+    'train__log_interval': 2,
+    'train__eval_interval': 4,
+    'train__checkpoint_interval': 3,
+    **more,
+  }
+
+
+def run_config(text: Path, **more: object) -> Config:
+  """Returns the config of a short run on the fixture `text`."""
+  return tiny_config(**overrides(text, **more))
+
+
+def command(text: Path, workdir: Path, **more: object) -> list[str]:
+  """Returns the command line of a short run on the fixture `text`; run it in REPOSITORY."""
+  settings = TINY | {name.replace('__', '.'): value for name, value in overrides(text, **more).items()}
+  flags = [f'--config.{name}={value}' for name, value in settings.items()]
+  return [sys.executable, 'train.py', '--config', 'configs/base.py', '--workdir', str(workdir), *flags]
+
+
+def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 90) -> None:
+  """Waits until a running process has written `text` into a file."""
+  deadline = time.monotonic() + seconds
+  while not (path.exists() and text in path.read_text()):
+    assert process.poll() is None and time.monotonic() < deadline, f'{text!r} never appeared in {path}'
+    time.sleep(0.05)
+
+
+def final_state(workdir: Path) -> dict[str, np.ndarray]:
+  """Every array of the last checkpoint, by name, read without mmjax."""
+  import orbax.checkpoint as ocp
+
+  last = max((p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+  arrays = {}
+  for item in ('params', 'rest'):
+    tree = ocp.StandardCheckpointer().restore(last / item)
+    arrays |= {f'{item}{jax.tree_util.keystr(p)}': np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+  return arrays

@@ -20,7 +20,7 @@ import pytest
 
 from mmjax.errors import StorageError, UserError
 from mmjax.training.checkpoint import Checkpoints
-from tests.helpers import rarely, xla_flags
+from tests.helpers import rarely, tiny_config, xla_flags
 
 
 def make_state(seed: int, dtype=jnp.float32) -> dict:
@@ -271,6 +271,26 @@ def test_lack_of_memory_is_not_taken_for_corruption(tmp_path, monkeypatch, error
   with pytest.raises(StorageError, match='checkpoint 2 in .* cannot be read'):
     checkpoints.restore(ABSTRACT)
   assert checkpoints.steps() == [1, 2]
+
+
+def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path):
+  from mmjax.training.optimizer import make_optimizer
+  from mmjax.training.setup import new_state, restore_state
+  from mmjax.training.sharding import make_mesh
+
+  config = tiny_config()
+  optimizer, mesh = make_optimizer(config, 10), make_mesh(config)
+  state = new_state(config, optimizer, mesh) | {'step': jnp.int32(3)}
+  older = {name: entry for name, entry in state.items() if name != 'loss_average'}
+  checkpoints = Checkpoints(tmp_path)
+  checkpoints.save(3, older, {'tokens': 5})
+  restored, metadata = restore_state(config, optimizer, mesh, checkpoints)
+  assert metadata == {'tokens': 5}
+  assert_same(restored, state)
+  del older['skipped']  # what was there from the beginning stays required
+  checkpoints.save(4, older, {})
+  with pytest.raises(UserError, match='rest.skipped: absent saved'):
+    restore_state(config, optimizer, mesh, checkpoints)
 
 
 def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):

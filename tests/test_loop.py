@@ -2,65 +2,22 @@
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from mmjax.config import Config
 from mmjax.errors import DivergedError, StoppedError, UserError
 from mmjax.training import loop
 from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
-from tests.helpers import TINY, rarely, tiny_config, xla_flags
-
-WORDS = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
-REPOSITORY = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope='module')
-def text(tmp_path_factory):
-  """A few hundred short documents, as jsonl, and where their shards may go."""
-  folder = tmp_path_factory.mktemp('text')
-  draw = random.Random(0)
-  documents = [' '.join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(300)]
-  (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': d}) for d in documents))
-  return folder
-
-
-def overrides(text, **more: object) -> dict[str, object]:
-  return {
-    'data__train_files': f'{text}/text.jsonl',
-    'data__valid_fraction': 0.1,
-    'data__prepared_dir': f'{text}/prepared',
-    'data__workers': 1,
-    'train__log_interval': 2,
-    'train__eval_interval': 4,
-    'train__checkpoint_interval': 3,
-    **more,
-  }
-
-
-def run_config(text, **more: object) -> Config:
-  return tiny_config(**overrides(text, **more))
-
-
-def final_state(workdir: Path) -> dict[str, np.ndarray]:
-  """Every array of the last checkpoint, by name, read without mmjax."""
-  import orbax.checkpoint as ocp
-
-  last = max((p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-  arrays = {}
-  for item in ('params', 'rest'):
-    tree = ocp.StandardCheckpointer().restore(last / item)
-    arrays |= {f'{item}{jax.tree_util.keystr(p)}': np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-  return arrays
+from mmjax.training.rundir import RunDir
+from mmjax.training.setup import explain_out_of_memory
+from tests.helpers import REPOSITORY, command, final_state, rarely, run_config, tiny_config, wait_for, xla_flags
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -143,15 +100,15 @@ def test_other_settings_in_a_used_workdir_are_refused(text, undisturbed, change,
     fit(run_config(text, **change), undisturbed)
 
 
-@pytest.mark.slow  # test_eight_devices_give_the_losses_of_one changes one too
+@pytest.mark.slow  # what may change is tested in test_rundir
 def test_changed_schedule_is_accepted_when_asked_for(text, tmp_path):
   fit(run_config(text, train__max_steps=2), tmp_path)
   fit(run_config(text, train__max_steps=4), tmp_path, allow_config_change=True)
   assert read_metrics(tmp_path / 'metrics.jsonl')[-1]['step'] == 4
 
 
-def broken_step(real, bad_steps):
-  """A train step whose loss is NaN at the given steps: the batch there has its weights poisoned through the norm."""
+def broken_step(real, bad_steps, factor=np.nan):
+  """A train step whose last norm is multiplied by `factor` at the given steps, so that the loss is NaN or spikes."""
 
   def make(*args, **kwargs):
     step = real(*args, **kwargs)
@@ -159,7 +116,7 @@ def broken_step(real, bad_steps):
     def poisoned(state, batch):
       bad = jax.numpy.isin(state['step'], jax.numpy.array(bad_steps))
       scale = state['params']['norm']['scale']
-      worse = {**state, 'params': {**state['params'], 'norm': {'scale': scale * jax.numpy.where(bad, np.nan, 1.0)}}}
+      worse = {**state, 'params': {**state['params'], 'norm': {'scale': scale * jax.numpy.where(bad, factor, 1.0)}}}
       after, metrics = step(worse, batch)
       kept = jax.numpy.where(bad, scale, after['params']['norm']['scale'])
       return {**after, 'params': {**after['params'], 'norm': {'scale': kept}}}, metrics
@@ -177,33 +134,38 @@ def test_non_finite_update_is_skipped_logged_and_survived(text, tmp_path, monkey
   log = read_metrics(tmp_path / 'metrics.jsonl')
   skipped = [line for line in log if line['kind'] == 'skipped']
   assert [(line['step'], line['in_a_row'], line['loss']) for line in skipped] == [(4, 1, None), (5, 2, None)]
+  assert {line['reason'] for line in skipped} == {'not finite'}
   assert all(len(line['row_ids']) == 8 for line in skipped)
   assert all(np.isfinite(x).all() for x in final_state(tmp_path).values())
 
 
-def test_too_many_non_finite_updates_end_the_run_with_a_dump(text, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+  ('reason', 'factor'), [('spike', 100.0), pytest.param('not finite', np.nan, marks=pytest.mark.slow)]
+)
+def test_too_many_skipped_updates_end_the_run_with_a_dump(text, tmp_path, monkeypatch, reason, factor):
   from mmjax.training import setup
 
-  monkeypatch.setattr(setup, 'make_train_step', broken_step(setup.make_train_step, [4, 5, 6, 7]))
-  with pytest.raises(DivergedError, match='3 non-finite updates in a row up to step 7'):
-    fit(run_config(text, train__max_skipped_updates=3), tmp_path)
+  monkeypatch.setattr(setup, 'make_train_step', broken_step(setup.make_train_step, [1, 4, 5, 6, 7], factor))
+  with pytest.raises(DivergedError, match='3 updates in a row were not finite or spikes, up to step 7'):
+    fit(run_config(text, train__max_skipped_updates=3, train__max_loss_factor=3), tmp_path)
+  log = read_metrics(tmp_path / 'metrics.jsonl')
+  skipped = [line for line in log if line['kind'] == 'skipped']
+  assert [(line['step'], line['in_a_row'], line['reason']) for line in skipped] == [
+    (2, 1, reason), (5, 1, reason), (6, 2, reason), (7, 3, reason)
+  ]  # fmt: skip
+  for line in log:
+    if line['kind'] == 'train' and line['loss'] is not None:  # it is, where all since the last line were skipped
+      assert line['loss'] < 2 * np.log(300)
   dump = json.loads((tmp_path / 'diverged' / 'step-7.json').read_text())
   batch = np.load(tmp_path / 'diverged' / 'batch-7.npz')
-  assert dump['row_ids'] == batch['row_id'].tolist() and batch['input'].shape == (8, 16)
+  assert dump['row_ids'] == batch['row_id'].tolist() == skipped[-1]['row_ids'] and batch['input'].shape == (8, 16)
   assert dump['parameter_norms']['memory_bank'] > 0
-
-
-def command(text, workdir, **more: object) -> list[str]:
-  settings = TINY | {name.replace('__', '.'): value for name, value in overrides(text, **more).items()}
-  flags = [f'--config.{name}={value}' for name, value in settings.items()]
-  return [sys.executable, 'train.py', '--config', 'configs/base.py', '--workdir', str(workdir), *flags]
-
-
-def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 90) -> None:
-  deadline = time.monotonic() + seconds
-  while not (path.exists() and text in path.read_text()):
-    assert process.poll() is None and time.monotonic() < deadline, f'{text!r} never appeared in {path}'
-    time.sleep(0.05)
+  assert dump['gradient_norms'].keys() == dump['parameter_norms'].keys() and len(dump['gradient_norms']) > 10
+  if reason == 'spike':
+    assert dump['loss'] > 3 * dump['loss_average'] > 0
+    total = sum(norm**2 for norm in dump['gradient_norms'].values()) ** 0.5
+    assert total == pytest.approx(dump['grad_norm'], rel=1e-4)
+    assert dump['gradient_norms']['layers/0/sublayer/gate/keys'] == 0 < dump['gradient_norms']['memory_bank']
 
 
 def test_sigterm_saves_and_exits_75_and_a_second_run_is_refused(text, tmp_path):
@@ -223,39 +185,57 @@ def test_sigterm_saves_and_exits_75_and_a_second_run_is_refused(text, tmp_path):
   assert any((tmp_path / 'checkpoints').glob('[0-9]*'))
 
 
-ONE_BATCH = {'train__batch_size': 8, 'train__accumulation_steps': 1, 'train__max_steps': 5}
+ONE_BATCH = {'train__batch_size': 8, 'train__accumulation_steps': 1, 'train__max_steps': 6}
 DEVICES = """
 import sys, pathlib
-from tests.test_loop import ONE_BATCH, run_config
-from mmjax.training.loop import fit
+from mmjax.errors import StoppedError
+from mmjax.training import loop
+from tests.helpers import run_config
+from tests.test_loop import ONE_BATCH, StopAfter
 text, workdir, rows = sys.argv[1:]
-fit(run_config(pathlib.Path(text), runtime__row_devices=rows, **ONE_BATCH), pathlib.Path(workdir))
+loop.StopSignals = lambda: StopAfter(5)
+try:
+  loop.fit(run_config(pathlib.Path(text), runtime__row_devices=rows, **ONE_BATCH), pathlib.Path(workdir))
+except StoppedError:
+  print('stopped')
 """
 
 
 @pytest.mark.parametrize('row_devices', [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_eight_devices_give_the_losses_of_one(text, tmp_path, row_devices):
-  fit(run_config(text, **ONE_BATCH), tmp_path / 'one')
+def test_run_that_moves_from_one_device_to_eight_and_back_keeps_its_losses(text, tmp_path, monkeypatch, row_devices):
+  one, moved = tmp_path / 'one', tmp_path / 'moved'
+  config = run_config(text, **ONE_BATCH)
+  fit(config, one)
+  monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(2))
+  with pytest.raises(StoppedError):
+    fit(config, moved)
+  monkeypatch.undo()
   flags = {'XLA_FLAGS': xla_flags(8), 'PYTHONPATH': str(REPOSITORY)}
-  subprocess.run(
-    [sys.executable, '-c', DEVICES, str(text), str(tmp_path / 'eight'), str(row_devices)],
-    cwd=REPOSITORY, env=os.environ | flags, check=True, timeout=300,
+  eight = subprocess.run(
+    [sys.executable, '-c', DEVICES, str(text), str(moved), str(row_devices)],
+    cwd=REPOSITORY, env=os.environ | flags, check=True, timeout=300, capture_output=True, text=True,
   )  # fmt: skip
-  one, eight = (read_metrics(tmp_path / name / 'metrics.jsonl') for name in ('one', 'eight'))
-  assert len(one) == len(eight) == 6
-  for a, b in zip(one, eight, strict=True):
-    assert a['step'] == b['step'] and a['loss'] == pytest.approx(b['loss'], abs=1e-4)
-  # What eight devices wrote, one device goes on with.
-  longer = run_config(text, **(ONE_BATCH | {'train__max_steps': 6}))
-  fit(longer, tmp_path / 'eight', allow_config_change=True)
-  assert read_metrics(tmp_path / 'eight' / 'metrics.jsonl')[-1]['step'] == 6
+  assert f'Resuming {moved} at step 2' in eight.stdout and 'stopped' in eight.stdout
+  fit(config, moved)
+  starts = json.loads((moved / 'run.json').read_text())['starts']
+  assert [(start['step'], start['device_count']) for start in starts] == [(0, 1), (2, 8), (5, 1)]
+  logs = [
+    {(line['kind'], line['step']): line for line in read_metrics(path / 'metrics.jsonl')} for path in (one, moved)
+  ]
+  assert [step for kind, step in logs[0] if kind == 'train'] == [2, 3, 4, 6]
+  for at in [('train', 2), ('train', 3), ('train', 4), ('eval', 4), ('eval', 6)]:
+    assert logs[0][at]['loss'] == pytest.approx(logs[1][at]['loss'], abs=1e-4), at
+    assert logs[0][at]['tokens'] == logs[1][at]['tokens'], at  # the same rows, whatever the devices
 
 
 @pytest.mark.parametrize(
   ('settings', 'said'),
   [
-    ({'train__batch_size': 6}, r'train.batch_size=6 must be divisible by the 8 devices; nearest: 8'),
-    ({'train__batch_size': 20}, r'nearest: 16 and 24'),
+    (
+      {'train__batch_size': 6},
+      r'train.batch_size=6 must be divisible by the 8 devices; nearest: 8; or runtime.data_devices=6',
+    ),
+    ({'train__batch_size': 20}, r'nearest: 16 and 24; or runtime.data_devices=5'),
     (
       {'train__batch_size': 8, 'runtime__row_devices': 8, 'model__knowledge_num': 100},
       r'knowledge_num=100 must be divisible by the runtime.row_devices=8; nearest: 96 and 104',
@@ -275,3 +255,25 @@ def test_too_little_text_is_refused_before_anything_is_written(text, tmp_path):
   with pytest.raises(UserError, match='one batch'):
     fit(run_config(text, train__batch_size=100_000), tmp_path / 'new')
   assert not (tmp_path / 'new').exists()
+
+
+def test_out_of_memory_names_the_settings_and_what_the_compiler_found(tiny_run):
+  config = RunDir(tiny_run).read_config()
+
+  def needs_3_gib(x):  # compiled, never run: two dependent arrays of 1.5 GiB each
+    return jax.lax.fori_loop(0, 3, lambda _, y: jax.numpy.roll(y, 1) + y.mean(), jax.numpy.full(3 << 27, x)).sum()
+
+  memory = jax.jit(needs_3_gib).lower(1.0).compile().memory_analysis()
+  assert memory.temp_size_in_bytes >= 3 << 30
+  gib = f'{memory.temp_size_in_bytes / 2**30:.2f} GiB for activations'
+  with (
+    pytest.raises(UserError, match=r'Out of memory\. The step needs') as device,
+    explain_out_of_memory(config, memory),
+  ):
+    jax.numpy.zeros(1 << 52, jax.numpy.int8).block_until_ready()  # more than any address space
+  for said in (gib, 'train.batch_size=4', 'train.accumulation_steps=2', "runtime.remat='block'", 'max_seq_len=16'):
+    assert said in str(device.value)
+  with pytest.raises(UserError, match='Out of memory'), explain_out_of_memory(config):
+    np.zeros(1 << 52, np.int8)  # the host's
+  with pytest.raises(ValueError, match='^other$'), explain_out_of_memory(config):
+    raise ValueError('other')

@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mmjax.data.files import write_file
 from mmjax.errors import StorageError, UserError
-from mmjax.training.rundir import RunDir, atomic_write_bytes, atomic_write_json, compare_configs, open_run, read_json
+from mmjax.training.rundir import RunDir, atomic_write_json, compare_configs, open_run, read_json
 from mmjax.training.setup import settle_config
 from tests.helpers import tiny_config
 
@@ -111,11 +112,11 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
   atomic_write_json(path, {'x': [1, float('nan'), float('inf')], 'y': 'é'})
   assert read_json(path) == {'x': [1, None, None], 'y': 'é'}
   with open(path, 'rb') as reader:  # a reader in the middle of the file keeps the old one
-    atomic_write_bytes(path, b'new')
+    write_file(path, b'new')
     assert reader.read() != b'new' and path.read_bytes() == b'new'
   before = path.read_bytes()
-  with file_size_limit(1000), pytest.raises(StorageError, match=r'a\.json cannot be written: File too large'):
-    atomic_write_bytes(path, b'x' * 5000)
+  with file_size_limit(1000), pytest.raises(StorageError, match=r"a\.json' cannot be written: File too large"):
+    write_file(path, b'x' * 5000)
   assert path.read_bytes() == before
   assert [p.name for p in tmp_path.iterdir()] == ['a.json']
 
@@ -217,6 +218,22 @@ def test_damaged_config_is_refused_by_name(tmp_path, text):
   (tmp_path / 'config.json').write_text(text)
   with pytest.raises(UserError, match=r'config\.json'):
     open_config(tmp_path)
+
+
+def test_config_from_before_a_setting_existed_reads_as_the_run_was(tmp_path):
+  config = tiny_config()
+  settings = config.to_dict()
+  del settings['train']['max_loss_factor'], settings['runtime']['coordinator'], settings['runtime']['process_id']
+  atomic_write_json(tmp_path / 'config.json', settings)
+  old = RunDir(tmp_path).read_config()
+  assert old == config
+  compare_configs(old, config, allow_config_change=False)
+  with pytest.raises(UserError, match=r'max_loss_factor 0\.0 -> 3\.0; --allow_config_change'):
+    compare_configs(old, tiny_config(train__max_loss_factor=3), allow_config_change=False)
+  del settings['train']['learning_rate']  # was always there
+  atomic_write_json(tmp_path / 'config.json', settings)
+  with pytest.raises(UserError, match="config.json: setting 'train.learning_rate' is missing"):
+    RunDir(tmp_path).read_config()
 
 
 def test_start_is_recorded_and_other_data_refused(tmp_path):

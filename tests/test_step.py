@@ -171,6 +171,27 @@ def test_non_finite_gradient_skips_the_update_and_is_counted():
   assert float(metrics['learning_rate']) == pytest.approx(config.train.learning_rate)  # the schedule did not move
 
 
+def test_spike_skips_the_update_and_leaves_the_average():
+  config, off = tiny_config(train__max_loss_factor=2.5), tiny_config()
+  step, state = compiled(config)
+  batch = random_batch(config)
+  first, metrics = step(state, batch)
+  assert float(first['loss_average']) == float(metrics['loss']) and metrics['applied']  # nothing to compare with yet
+  loss = float(metrics['loss'])
+  assert 5 < loss < 7.5
+  after, metrics = step({**state, 'loss_average': jnp.float32(2)}, batch)
+  assert metrics['finite'] and not metrics['applied'] and float(metrics['loss']) == loss
+  assert [int(after[name]) for name in ('step', 'skipped', 'skipped_total')] == [1, 1, 1]
+  for part in ('params', 'opt_state', 'loss_average'):
+    expected = jnp.float32(2) if part == 'loss_average' else state[part]
+    for a, b in zip(jax.tree.leaves(after[part]), jax.tree.leaves(expected), strict=True):
+      np.testing.assert_array_equal(a, b)
+  for same_step, average in ((step, 3.0), (compiled(off)[0], 2.0)):
+    after, metrics = same_step({**state, 'loss_average': jnp.float32(average)}, batch)
+    assert metrics['applied'] and int(after['skipped']) == 0
+    assert float(after['loss_average']) == pytest.approx(0.98 * average + 0.02 * loss, rel=1e-5)
+
+
 def test_bf16_step_is_close_to_float32_and_keeps_float32_state():
   exact, rough = tiny_config(), tiny_config(train__dtype='bfloat16')
   batch = random_batch(exact)

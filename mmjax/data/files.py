@@ -49,19 +49,24 @@ def check_room(path: Path, needed_bytes: int) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-  """Writes a whole file or none: to a temporary name, flushed to the disk, renamed.
+  """Writes a whole file or none: to the hidden name .NAME.PID.tmp, flushed to the disk, renamed.
 
   Raises:
-    StorageError: if it cannot be written.
+    StorageError: if it cannot be written; the old file stays.
   """
-  temporary = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   with storage_errors(path):
-    temporary.unlink(missing_ok=True)  # and a new file, so that nothing is written through a link
-    with temporary.open('xb') as handle:
-      handle.write(data)
-      handle.flush()
-      os.fsync(handle.fileno())
-    os.replace(temporary, path)
+    try:
+      temporary.unlink(missing_ok=True)  # and a new file, so that nothing is written through a link
+      with temporary.open('xb') as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+      os.replace(temporary, path)
+    except OSError:
+      with contextlib.suppress(OSError):
+        temporary.unlink()
+      raise
     flush_directory(path.parent)
 
 

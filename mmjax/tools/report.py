@@ -10,6 +10,8 @@ import datetime
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mmjax import __version__
 from mmjax.errors import CommandError, UserError, run_command
 from mmjax.tools import report_parts as parts
@@ -80,6 +82,8 @@ def _samples(run: RunDir, evaluation: dict[str, Any] | None) -> tuple[dict[str, 
   """Returns continuations, from eval.json or made now, and where they come from (or why there are none)."""
   if evaluation is not None:
     return evaluation, f'From eval.json, checkpoint {evaluation["checkpoint"]}.'
+  if jax.process_count() > 1:  # all of them would have to read the checkpoint, and one writes the report
+    return None, 'None: the run had several processes; eval.py makes them.'
   from mmjax.inference.api import load  # a report with an eval.json needs no model
   from mmjax.inference.measure import PROMPTS, continue_prompts, read_prompts
   from mmjax.inference.settings import Sampling

@@ -13,18 +13,20 @@ import contextlib
 import math
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from mmjax.errors import StorageError, UserError
 from mmjax.training.manifest import CorruptError, build_manifest, read_manifest
 from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, first_line, read_step, write_step
+from mmjax.training.processes import barrier, in_any_process, is_main
 from mmjax.training.rundir import NEWEST, atomic_write_text
+
+KEEP_LAST = 2
+REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN
 
 
 class Checkpoints:
@@ -46,6 +48,7 @@ class Checkpoints:
       except OSError as error:
         raise StorageError(f'{self.directory} cannot be created: {error.strerror}') from error
       self._remove_leftovers()
+      self._remove_superseded()
 
   def steps(self) -> list[int]:
     """Returns the steps whose saving was completed and that were not found corrupt, oldest first."""
@@ -82,20 +85,20 @@ class Checkpoints:
     items = _split(jax.block_until_ready(dict(state)))
     metric = metric if metric is not None and math.isfinite(metric) else None
     manifest = build_manifest(items, step=step, metric=metric, metadata=dict(metadata))
-    best = _best(self._read_metrics()[0] | ({} if metric is None else {step: metric}))
     self._remove_leftovers()
     self._check_space(step, items)
     try:
-      write_step(self.directory, step, items, manifest, best)
+      write_step(self.directory, step, items, manifest)
     except Exception as error:  # noqa: BLE001 - a full disk comes as OSError, ValueError or a runtime error
       self._remove_leftovers()
       raise StorageError(f'step {step} could not be saved in {self.directory}: {first_line(error)}') from error
-    if jax.process_index() == 0:
+    self._remove_superseded()
+    if is_main():
       with contextlib.suppress(StorageError):  # the step is whole; what may be missed is that it vanished
         atomic_write_text(self.directory.parent / NEWEST, f'{step}\n')
 
   def restore(
-    self, abstract_state: Mapping[str, Any], which: str | int = 'last'
+    self, abstract_state: Mapping[str, Any], which: str | int = 'last', newer: Sequence[str] = ()
   ) -> tuple[dict[str, Any], dict[str, Any], int]:
     """Reads and verifies a whole state.
 
@@ -106,6 +109,7 @@ class Checkpoints:
         go, whatever mesh they were saved from; a leaf without one goes to the first device.
       which: 'last'; 'best' (where it is corrupt the next best, without metrics the last); or the number of a step,
         which nothing replaces.
+      newer: entries of the state that steps of earlier versions lack; they are missing from what is returned then.
 
     Returns:
       state, metadata, step.
@@ -114,7 +118,7 @@ class Checkpoints:
       UserError: if nothing was saved yet, or leaves differ from `abstract_state` in name, shape or dtype.
       StorageError: if no whole step is left, or this process may not read it.
     """
-    items, metadata, step = self._restore(_split(abstract_state), which)
+    items, metadata, step = self._restore(_split(abstract_state), which, newer)
     return {'params': items['params'], **items['rest']}, metadata, step
 
   def restore_params(self, abstract_params: Any, which: str | int = 'best') -> tuple[Any, dict[str, Any], int]:
@@ -127,16 +131,18 @@ class Checkpoints:
     items, metadata, step = self._restore({'params': abstract_params}, which)
     return items['params'], metadata, step
 
-  def _restore(self, abstract_items: Mapping[str, Any], which: str | int) -> tuple[dict[str, Any], dict[str, Any], int]:
+  def _restore(
+    self, abstract_items: Mapping[str, Any], which: str | int, newer: Sequence[str] = ()
+  ) -> tuple[dict[str, Any], dict[str, Any], int]:
     abstract_items = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract_items.items()}
     while True:
       step = self._choose(which)
       problem = None
       try:
-        items, manifest = read_step(self.directory, step, abstract_items)
+        items, manifest = read_step(self.directory, step, abstract_items, newer)
       except CorruptError as error:
         problem = str(error)
-      if not _in_any_process(problem is not None):
+      if not in_any_process(problem is not None):
         return items, manifest['metadata'], step
       self._set_aside(step, problem or 'another process found it corrupt')
 
@@ -174,12 +180,12 @@ class Checkpoints:
     taken = len(self._set_aside_paths(step))
     target = self.directory / f'{step}.corrupt{taken + 1 if taken else ""}'
     _warn(f'checkpoint {step} in {self.directory} is corrupt ({problem}); set aside as {target.name}')
-    if jax.process_index() == 0:
+    if is_main():
       try:
         (self.directory / str(step)).rename(target)
       except OSError as error:
         raise StorageError(f'corrupt checkpoint {step} could not be renamed: {error.strerror}') from error
-    _barrier(f'checkpoint_{step}_set_aside')
+    barrier(f'checkpoint_{step}_set_aside')
     self._rejected.discard(step)
 
   def _set_aside_paths(self, step: int | str) -> list[Path]:
@@ -204,7 +210,7 @@ class Checkpoints:
   def _check_space(self, step: int, items: Mapping[str, Any]) -> None:
     needed_bytes = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(items))) + 2**20
     free_bytes = shutil.disk_usage(self.directory).free
-    if free_bytes < needed_bytes:
+    if in_any_process(free_bytes < needed_bytes):
       raise StorageError(
         f'step {step} was not saved: it needs {needed_bytes / 1e6:.0f} MB and {self.directory} has '
         f'{free_bytes / 1e6:.0f} MB free'
@@ -212,10 +218,20 @@ class Checkpoints:
 
   def _remove_leftovers(self) -> None:
     """Removes what killed and failed saves left half-written."""
-    if jax.process_index() == 0:
+    if is_main():
       for path in self.directory.glob(TMP_PATTERN):
         shutil.rmtree(path, ignore_errors=True)
-    _barrier('checkpoint_leftovers_removed')
+    barrier('checkpoint_leftovers_removed')
+
+  def _remove_superseded(self) -> None:
+    """Removes all steps but the last two, the best and those that cannot be read, each whole: by a rename first."""
+    metrics, unreadable = self._read_metrics()
+    steps = self.steps()
+    for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, _best(metrics)} if is_main() else ():
+      doomed = self.directory / f'{step}{REMOVED}'
+      with contextlib.suppress(OSError):  # it stays, and the next save tries again
+        (self.directory / str(step)).rename(doomed)
+      shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _split(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -233,17 +249,6 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
 
 def _best(metrics: Mapping[int, float]) -> int | None:
   return min(metrics, key=lambda step: (metrics[step], step), default=None)
-
-
-def _in_any_process(flag: bool) -> bool:
-  if jax.process_count() == 1:
-    return flag
-  return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
-
-
-def _barrier(name: str) -> None:
-  if jax.process_count() > 1:
-    multihost_utils.sync_global_devices(name)
 
 
 def _warn(text: str) -> None:

@@ -26,6 +26,7 @@ from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
 from mmjax.training.metrics import MetricsLog, bank_health, peak_memory
 from mmjax.training.optimizer import make_optimizer, path_name
+from mmjax.training.processes import is_main, joined
 from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import Progress
 from mmjax.training.rundir import RunDir, atomic_write_json
@@ -58,16 +59,26 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> 
 
   Raises:
     UserError: if the input or the directory is not usable.
-    DivergedError: after train.max_skipped_updates non-finite updates in a row.
+    DivergedError: after train.max_skipped_updates skipped updates in a row.
     StorageError: after three failed saves in a row, or if no whole checkpoint is left.
     StoppedError: if a signal ended the run; its state is saved.
   """
+  with joined(config):
+    _fit(config, workdir, allow_config_change)
+
+
+def _fit(config: Config, workdir: Path, allow_config_change: bool) -> None:
   run = RunDir(workdir)
   config = settle_config(run, config, allow_config_change)
   mesh = make_mesh(config)
   inputs = open_inputs(config)
   total = inputs.total_steps
-  with run, StopSignals() as stop, closing(Progress(total)) as progress, closing(MetricsLog(workdir)) as log:
+  with (
+    run,
+    StopSignals() as stop,
+    closing(Progress(total, quiet=not is_main())) as progress,
+    closing(MetricsLog(workdir)) as log,
+  ):
     checkpoints = Checkpoints(workdir)
     optimizer = make_optimizer(config, total)
     if checkpoints.ever_saved:
@@ -119,7 +130,8 @@ class Trainer:
     rows = train.batch_size * train.accumulation_steps
     unchecked = None
     batches = train_batches(self.inputs.train, global_batch_rows=rows, seed=self.config.seed, start_step=start)
-    profile = StepProfiler(self.run.path / 'profile', train.profile_steps, self.program.step, self.progress.message)
+    traced = train.profile_steps if is_main() else 0
+    profile = StepProfiler(self.run.path / 'profile', traced, self.program.step, self.progress.message)
     with closing(batches), closing(profile):
       for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
         with explain_out_of_memory(self.config, self.program.memory):
@@ -147,26 +159,30 @@ class Trainer:
 
   def check(self, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState) -> None:
     """Logs an update that was skipped; ends the run after too many in a row."""
-    if bool(metrics['finite']):
+    if bool(metrics['applied']):
       return
-    row_ids = batch['row_id'].tolist()
-    skipped = int(metrics['skipped'])
+    skipped, loss, average = int(metrics['skipped']), float(metrics['loss']), float(metrics['loss_average'])
+    reason = 'spike' if metrics['finite'] else 'not finite'
     self.log.write(
       {
         'kind': 'skipped',
         'step': step,
-        'loss': float(metrics['loss']),
+        'reason': reason,
+        'loss': loss,
+        'loss_average': average,
         'grad_norm': float(metrics['grad_norm']),
         'in_a_row': skipped,
-        'row_ids': row_ids,
+        'row_ids': batch['row_id'].tolist(),
       }
     )
-    self.progress.message(f'Step {step}: loss or gradient is not finite; update skipped ({skipped} in a row)')
+    what = f'loss {loss:.4f} after an average of {average:.4f}' if reason == 'spike' else 'loss or gradient not finite'
+    self.progress.message(f'Step {step}: {what}; update skipped ({skipped} in a row)')
     if skipped >= self.config.train.max_skipped_updates:
       folder = write_divergence_dump(self.run, step, batch, metrics, state)
       raise DivergedError(
-        f'Diverged: {skipped} non-finite updates in a row up to step {step} (train.max_skipped_updates); batch and '
-        f'norms are in {folder}. A lower train.learning_rate or a smaller train.grad_clip may help.'
+        f'Diverged: {skipped} updates in a row were not finite or spikes, up to step {step} '
+        f'(train.max_skipped_updates); batch and norms are in {folder}. '
+        'A lower train.learning_rate or a smaller train.grad_clip may help.'
       )
 
   def report(self, step: int) -> None:
@@ -193,7 +209,7 @@ class Trainer:
 
   def evaluate(self, step: int, state: TrainState) -> EvalResult:
     """Evaluates on the whole validation set."""
-    with self.window.pause():
+    with self.window.pause(), explain_out_of_memory(self.config):
       batches = eval_batches(self.inputs.valid, self.config.train.batch_size)
       result = evaluate(self.program.evaluate, state['params'], batches, self.inputs.tokenizer.bytes_per_token())
     self.log.write({'kind': 'eval', 'step': step, **result.to_dict()})
@@ -227,7 +243,7 @@ class Window:
 
   def add(self, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of one step without waiting for them."""
-    self.steps.append({name: value for name, value in metrics.items() if name != 'usage_LM'})
+    self.steps.append({name: value for name, value in metrics.items() if value.ndim == 0})
     if 'usage_LM' in metrics:
       self.usage_LM = metrics['usage_LM'] if self.usage_LM is None else self.usage_LM + metrics['usage_LM']
 
@@ -240,12 +256,12 @@ class Window:
     self.paused_seconds += time.perf_counter() - start
 
   def summary(self) -> dict[str, Any]:
-    """Returns means over the finite steps, the last learning rate, and sums of tokens and seconds."""
+    """Returns means over the updates that were applied, the last learning rate, and sums of tokens and seconds."""
     steps = jax.device_get(self.steps)
     seconds = time.perf_counter() - self.start - self.paused_seconds
-    finite = [m for m in steps if m['finite']]
+    applied = [m for m in steps if m['applied']]
     means = {
-      name: float(np.mean([m[name] for m in finite])) if finite else math.nan
+      name: float(np.mean([m[name] for m in applied])) if applied else math.nan
       for name in ('loss', 'aux_loss', 'accuracy', 'grad_norm')
     }
     tokens = int(sum(m['tokens'] for m in steps))
@@ -262,11 +278,15 @@ class Window:
 def write_divergence_dump(
   run: RunDir, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState
 ) -> Path:
-  """Writes the batch that broke a run and the norm of every parameter, and returns the folder."""
+  """Writes the batch that broke a run and the norms of every parameter and its gradient, and returns the folder."""
   folder = run.path / 'diverged'
+  leaves = jax.tree_util.tree_leaves_with_path(state['params'])
+  names = [path_name(path) for path, _ in leaves]
+  norms = [float(jax.numpy.linalg.norm(leaf)) for _, leaf in leaves]  # every process has its part of them
+  if not is_main():
+    return folder
   folder.mkdir(exist_ok=True)
   np.savez(folder / f'batch-{step}.npz', **batch)
-  leaves = jax.tree_util.tree_leaves_with_path(state['params'])
   atomic_write_json(
     folder / f'step-{step}.json',
     {
@@ -274,7 +294,9 @@ def write_divergence_dump(
       'row_ids': batch['row_id'].tolist(),
       'loss': float(metrics['loss']),
       'grad_norm': float(metrics['grad_norm']),
-      'parameter_norms': {path_name(path): float(jax.numpy.linalg.norm(leaf)) for path, leaf in leaves},
+      'loss_average': float(metrics['loss_average']),
+      'parameter_norms': dict(zip(names, norms, strict=True)),
+      'gradient_norms': dict(zip(names, metrics['grad_norm_N'].tolist(), strict=True)),
     },
   )
   return folder

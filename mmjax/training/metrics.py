@@ -18,8 +18,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from mmjax.data.files import write_file
 from mmjax.errors import UserError
-from mmjax.training.rundir import atomic_write_bytes, finite
+from mmjax.training.rundir import finite
 
 
 class MetricsLog:
@@ -39,6 +40,8 @@ class MetricsLog:
     Args:
       record: {'kind': 'train' | 'eval' | 'skipped', 'step': int, ...}, as JSON can hold it.
     """
+    if jax.process_index():  # the log is that of the first process
+      return
     line = json.dumps(finite(record), allow_nan=False) + '\n'
     self._attempt('metrics.jsonl', lambda: _append(self.path, line.encode()))
     self._attempt('TensorBoard files', lambda: self._write_events(record))
@@ -53,14 +56,14 @@ class MetricsLog:
     """
     self._close_events()
     self._purge_step = step + 1
-    if not self.path.exists():
+    if jax.process_index() or not self.path.exists():
       return
     data = self.path.read_bytes()
     kept = b''.join(line for line, record in _parse(data) if record is not None and record.get('step', -1) <= step)
     if data.startswith(kept):  # the usual case needs no space, so it works on a full disk
       os.truncate(self.path, len(kept))
     else:
-      atomic_write_bytes(self.path, kept)
+      write_file(self.path, kept)
 
   def close(self) -> None:
     """Closes the TensorBoard file; the JSON lines are on disk already."""

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,18 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mmjax.errors import StorageError
 from mmjax.training.manifest import CorruptError, check_fits, named_leaves, read_manifest, verify
+from mmjax.training.processes import LOST_WORDS, in_any_process
 
-KEEP_LAST = 2
 MANIFEST = Path('metadata', 'metadata')  # item and file name under a step, as Orbax lays them out
 TMP_PATTERN = '*.orbax-checkpoint-tmp*'
 WAIT_SECONDS = 5
 # What a machine can lack for the moment, as opposed to what is wrong with a file for good.
 PASSING_ERRNOS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-PASSING_WORDS = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'Permission denied', 'Too many open files')
+PASSING_WORDS = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'Permission denied', 'Too many open files', *LOST_WORDS)
 
 
-def write_step(
-  directory: Path, step: int, items: Mapping[str, Any], manifest: Mapping[str, Any], best_step: int | None
-) -> None:
-  """Writes a step completely or not at all, then removes all but the last two and `best_step`.
+def write_step(directory: Path, step: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
+  """Writes a step completely or not at all.
 
   Raises:
     Exception: of whatever type the writer stumbled over; a full disk comes as several.
@@ -49,20 +47,23 @@ def write_step(
   threads = set(threading.enumerate())
   with _quiet():
     try:
-      with _open_manager(directory, best_step) as manager:
+      with _open_manager(directory) as manager:
         manager.save(step, args=ocp.args.Composite(**args), force=True)
     except Exception:
       _join_threads_but(threads)  # a save that failed in one item still writes the others in the background
       raise
 
 
-def read_step(directory: Path, step: int, abstract_items: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_step(
+  directory: Path, step: int, abstract_items: Mapping[str, Any], newer: Sequence[str] = ()
+) -> tuple[dict[str, Any], dict[str, Any]]:
   """Reads pytrees of a step and compares every leaf with its checksum.
 
   Args:
     directory: where the steps are.
     step: which of them.
     abstract_items: pytrees of `jax.ShapeDtypeStruct` with shardings, by item name.
+    newer: entries of these trees that are left out where the step was saved without them.
 
   Returns:
     the items, and the step's manifest.
@@ -73,12 +74,14 @@ def read_step(directory: Path, step: int, abstract_items: Mapping[str, Any]) -> 
     StorageError: if it could not be read for a reason that may pass (memory, permissions, open files).
   """
   manifest = read_manifest(directory / str(step) / MANIFEST, step)
+  if newer:
+    abstract_items = {name: _without(tree, newer, manifest['leaves'][name]) for name, tree in abstract_items.items()}
   check_fits(manifest, abstract_items)
   items, problem = {}, None
   with _quiet():
     for name, tree in abstract_items.items():
       try:
-        with _open_manager(directory, None) as manager:
+        with _open_manager(directory) as manager:
           target = ocp.args.StandardRestore(dict(named_leaves(tree)))
           restored = manager.restore(step, args=ocp.args.Composite(**{name: target}))[name]
         items[name] = jax.tree.unflatten(jax.tree.structure(tree), [restored[leaf] for leaf, _ in named_leaves(tree)])
@@ -89,11 +92,19 @@ def read_step(directory: Path, step: int, abstract_items: Mapping[str, Any]) -> 
         else:
           where = _locate(directory / str(step) / name, manifest['leaves'][name], error)
           problem = CorruptError(f'{where} cannot be read: {text}')
+      if in_any_process(problem is not None):  # all leave together: reading the next item is a collective operation
+        problem = problem or CorruptError('another process cannot read it')
         break
     if problem is not None:
       raise problem  # outside `except`, so that nothing keeps the failed tasks alive
   verify(manifest, items)
   return items, manifest
+
+
+def _without(tree: Mapping[str, Any], names: Sequence[str], saved: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns `tree` without those of the entries `names` that no leaf in `saved` belongs to."""
+  present = {leaf.partition('.')[0] for leaf in saved}
+  return {name: entry for name, entry in tree.items() if name in present or name not in names}
 
 
 def first_line(error: Exception) -> str:
@@ -102,12 +113,11 @@ def first_line(error: Exception) -> str:
   return f'{type(error).__name__}: {lines[0][:120] if lines else "no message"}'
 
 
-def _open_manager(directory: Path, best_step: int | None) -> ocp.CheckpointManager:
-  keep = [preservation_policy.LatestN(KEEP_LAST), preservation_policy.CustomSteps([best_step])]
+def _open_manager(directory: Path) -> ocp.CheckpointManager:
   options = ocp.CheckpointManagerOptions(
     enable_async_checkpointing=False,
     save_root_metadata=False,
-    preservation_policy=preservation_policy.AnyPreservationPolicy(keep),
+    preservation_policy=preservation_policy.PreserveAll(),  # Orbax removes a step file by file
   )
   return ocp.CheckpointManager(directory, options=options)
 

@@ -14,19 +14,21 @@ from rich.progress import Progress as Bar
 class Progress:
   """Shows steps, loss, tokens/s, learning rate and time left. A display that breaks never ends a run."""
 
-  def __init__(self, total_steps: int, stream: TextIO | None = None):
+  def __init__(self, total_steps: int, stream: TextIO | None = None, *, quiet: bool = False):
     """Starts the display.
 
     Args:
       total_steps: the run's last step.
       stream: where to show it; None: stdout.
+      quiet: show nothing.
     """
     self._total_steps = total_steps
     self._stream = stream or sys.stdout
     # Step and time of the first update: what came before was compiling, or another start of the run.
     self._first: tuple[int, float] | None = None
     self._bar = None
-    if self._stream.isatty():
+    self._quiet = quiet
+    if self._stream.isatty() and not quiet:
       columns = (TextColumn('step'), MofNCompleteColumn(), BarColumn(), TextColumn('{task.fields[shown]}'))
       console = Console(file=self._stream)
       self._bar = Bar(*columns, TimeRemainingColumn(compact=True), console=console, speed_estimate_period=600)
@@ -66,6 +68,8 @@ class Progress:
     return f'{format_seconds((self._total_steps - step) * seconds / done)} left' if done > 0 else ''
 
   def _print(self, text: str) -> None:
+    if self._quiet:
+      return
     with contextlib.suppress(OSError):  # the reader of the pipe is gone, or the disk behind it is full
       print(text, file=self._stream, flush=True)
 

@@ -25,10 +25,11 @@ from typing import Any, Self
 
 import jax
 
-from mmjax.config import Config, config_from_dict, flatten
-from mmjax.data.files import sha256_path
+from mmjax.config import Config, config_from_saved, flatten
+from mmjax.data.files import sha256_path, write_file
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import StorageError, UserError
+from mmjax.training.processes import is_main
 
 # On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
 FREE = (
@@ -129,7 +130,7 @@ class RunDir:
       self.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
       raise _explain(error, f'run directory {self.path} cannot be created') from error
-    if jax.process_index() == 0:  # of several processes of one run, the first stands for all
+    if is_main():  # of several processes of one run, the first stands for all
       self._lock_fd = _lock(self.path / 'lock')
       for leftover in self.path.glob('.*.tmp'):
         leftover.unlink(missing_ok=True)
@@ -152,11 +153,11 @@ class RunDir:
     """Reads and checks config.json.
 
     Raises:
-      UserError: if it is not a config of this version.
+      UserError: if it is not a config of this version or an earlier one.
     """
     settings = read_json(self.config_path)
     try:
-      return config_from_dict(settings)
+      return config_from_saved(settings)
     except UserError as error:
       raise UserError(f'{self.config_path}: {error}') from error
 
@@ -248,7 +249,7 @@ def compare_models(old: Config, new: Config) -> None:
 
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
   """Copies a tokenizer's file, with its hash beside it, which `load_tokenizer` checks."""
-  atomic_write_bytes(path, tokenizer.path.read_bytes())
+  write_file(path, tokenizer.path.read_bytes())
   atomic_write_text(sha256_path(path), f'{tokenizer.sha256}  {path.name}\n')
 
 
@@ -266,34 +267,13 @@ def describe_environment() -> dict[str, Any]:
   }
 
 
-def atomic_write_bytes(path: Path, data: bytes) -> None:
-  """Writes a file so that a reader, or a machine that lost power, finds either the old one or the new one, whole.
-
-  Raises:
-    StorageError: if it cannot be written; the old file stays.
-  """
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  try:
-    temporary.unlink(missing_ok=True)  # and a new file, so that nothing is written through a link
-    with open(temporary, 'xb') as file:
-      file.write(data)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_directory(path.parent)
-  except OSError as error:
-    with contextlib.suppress(OSError):
-      temporary.unlink()
-    raise StorageError(f'{path} cannot be written: {error.strerror}') from error
-
-
 def atomic_write_text(path: Path, text: str) -> None:
-  """Writes UTF-8 like `atomic_write_bytes`."""
-  atomic_write_bytes(path, text.encode())
+  """Writes UTF-8 like `mmjax.data.files.write_file`."""
+  write_file(path, text.encode())
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
-  """Writes indented JSON like `atomic_write_bytes`; NaN and infinities become null, which JSON has no number for."""
+  """Writes indented JSON like `write_file`; NaN and infinities become null, which JSON has no number for."""
   atomic_write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + '\n')
 
 
@@ -385,11 +365,3 @@ def _explain(error: OSError, what: str) -> StorageError | UserError:
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   return [f'{name} {old.get(name)} -> {new.get(name)}' for name in {**old, **new} if old.get(name) != new.get(name)]
-
-
-def _sync_directory(path: Path) -> None:
-  fd = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(fd)
-  finally:
-    os.close(fd)

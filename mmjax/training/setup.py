@@ -13,13 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.data.bank_file import read_bank
+from mmjax.data.files import write_file
 from mmjax.data.index import INDEX, read_index
 from mmjax.data.loader import TokenSplit, check_fills_batch, open_split, steps_of_epochs
 from mmjax.data.prepare import prepare
+from mmjax.data.progress import SilentProgress
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.kernels.attention import attention_backend
@@ -27,8 +30,9 @@ from mmjax.model.lm import model_graph
 from mmjax.training.backend import compiler_options
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
-from mmjax.training.rundir import RunDir, atomic_write_bytes, compare_configs, compare_models, write_tokenizer
-from mmjax.training.sharding import put_batch, replicated, shardings
+from mmjax.training.processes import is_main
+from mmjax.training.rundir import RunDir, compare_configs, compare_models, write_tokenizer
+from mmjax.training.sharding import batch_shapes, replicated, shardings
 from mmjax.training.step import TrainState, init_state, make_train_step
 
 GIB = 1 << 30
@@ -89,7 +93,7 @@ def open_inputs(config: Config) -> Inputs:
     UserError: if the text, the tokenizer or the shards are not what they must be, or give less than one batch.
   """
   data, train = config.data, config.train
-  prepared = prepare(data, config.model.vocab_size)
+  prepared = prepare(data, config.model.vocab_size, None if is_main() else SilentProgress())
   rows = {'max_seq_len': config.model.max_seq_len, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
   train_split, valid_split = (open_split(prepared, name, **rows) for name in ('train', 'valid'))
   batch_rows = train.batch_size * train.accumulation_steps
@@ -124,16 +128,20 @@ def restore_state(
     params, metadata, _ = checkpoints.restore_params(target['params'], 'last')
     fresh = jax.jit(lambda params: init_state(config, optimizer, params), out_shardings=places)
     return fresh(params), metadata
-  state, metadata, _ = checkpoints.restore(target, 'last')
+  state, metadata, _ = checkpoints.restore(target, 'last', newer=('loss_average',))
+  if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
+    state['loss_average'] = jax.device_put(np.float32(0), places['loss_average'])
   return state, metadata
 
 
 def record_run(run: RunDir, config: Config, inputs: Inputs, step: int) -> None:
   """Writes what the run is made of into its directory: settings, tokenizer, identity of the data, this start."""
+  if not is_main():
+    return
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
   run.record_start(identity, step)  # first: it refuses other data, before anything is replaced
   write_tokenizer(run.path / inputs.tokenizer.path.name, inputs.tokenizer)
-  atomic_write_bytes(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
+  write_file(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
   run.write_config(config)
 
 
@@ -174,9 +182,7 @@ def compile_step(
   step = make_train_step(
     config, model_graph(config), optimizer, pad_id=pad_id, attention=attention, total_steps=total_steps
   )
-  rows = config.train.batch_size * config.train.accumulation_steps
-  sample = {name: jnp.zeros((rows, config.model.max_seq_len), jnp.int32) for name in ('input', 'target', 'segment')}
-  batch = put_batch(mesh, sample, config.train.accumulation_steps)
+  batch = batch_shapes(mesh, config)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), replicated(mesh)))
   with explain_out_of_memory(config):
     return jitted.lower(state, batch).compile(compiler_options(config, jax.devices()[0].platform))

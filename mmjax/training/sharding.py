@@ -37,7 +37,15 @@ def make_mesh(config: Config) -> Mesh:
     raise UserError(
       f'runtime.data_devices={data} x runtime.row_devices={rows} needs {data * rows} devices; there are {n_devices}'
     )
-  _check_divides('train.batch_size', config.train.batch_size, data * rows, f'{data * rows} devices')
+  several = jax.process_count() > 1
+  if several and data * rows < n_devices:
+    raise UserError(
+      f'a run of {jax.process_count()} processes must use all of their {n_devices} devices; set runtime.data_devices=0'
+    )
+  batch, other = config.train.batch_size, ''
+  if fewer := max((n for n in range(1, data) if batch % (n * rows) == 0 and not several), default=0):
+    other = f'; or runtime.data_devices={fewer}'  # a run that is resumed must keep its batch
+  _check_divides('train.batch_size', batch, data * rows, f'{data * rows} devices', other)
   if SUBLAYERS[config.model.sublayer].uses_bank:
     _check_divides('model.knowledge_num', config.model.knowledge_num, rows, f'runtime.row_devices={rows}')
   devices = jax.devices()[: data * rows]
@@ -61,17 +69,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulation_steps: int) -> dict[str, jax.Array]:
-  """Moves a batch of A * B rows to the devices as (A, B, T) arrays; `row_id` stays behind."""
+  """Moves a batch of A * B rows to the devices as (A, B, T) arrays; `row_id` stays behind.
+
+  Of several processes each is given the whole batch and moves the rows that its own devices need.
+  """
   sharding = NamedSharding(mesh, BATCH)
 
   def put(rows: np.ndarray) -> jax.Array:
-    return jax.device_put(rows.reshape(accumulation_steps, -1, rows.shape[-1]), sharding)
+    rows = rows.reshape(accumulation_steps, -1, rows.shape[-1])
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
   return {name: put(rows) for name, rows in batch.items() if name != 'row_id'}
 
 
-def _check_divides(name: str, value: int, divisor: int, what: str) -> None:
+def batch_shapes(mesh: Mesh, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns what `put_batch` gives for a training batch, without its values: int32 (A, B, T)."""
+  train = config.train
+  shape = (train.accumulation_steps, train.batch_size, config.model.max_seq_len)
+  array = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, BATCH))
+  return dict.fromkeys(('input', 'target', 'segment'), array)
+
+
+def _check_divides(name: str, value: int, divisor: int, what: str, other: str = '') -> None:
   if value % divisor:
     below, above = value // divisor * divisor, (value // divisor + 1) * divisor
     nearest = f'{below} and {above}' if below else f'{above}'
-    raise UserError(f'{name}={value} must be divisible by the {what}; nearest: {nearest}')
+    raise UserError(f'{name}={value} must be divisible by the {what}; nearest: {nearest}{other}')

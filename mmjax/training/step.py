@@ -1,7 +1,8 @@
 """One optimizer update as a pure function: (state, batch) -> (state, metrics).
 
 Gradients of the micro-batches are accumulated by a scan inside the step. An update whose loss or gradient is not
-finite is computed and thrown away: parameters and optimizer state stay as they were, only the counters move.
+finite, or whose loss spikes above `train.max_loss_factor` times the running average, is computed and thrown away:
+parameters, optimizer state and the average stay as they were, only the counters move.
 """
 
 from collections.abc import Callable
@@ -22,12 +23,14 @@ TrainState = dict[str, Any]
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
 CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
+LOSS_AVERAGE_DECAY = 0.98  # of the running average that a spike is measured by: about the last 50 updates
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation, params: Params | None = None) -> TrainState:
   """Returns the state before the first update, of new parameters or of those given; may run under jax.jit.
 
-  `step` counts batches seen, `skipped` non-finite updates in a row, `skipped_total` all of them.
+  `step` counts batches seen, `skipped` updates thrown away in a row, `skipped_total` all of them; `loss_average` is
+  the running average of the loss over the updates that were applied, 0 before the first.
   """
   params = init_params(config) if params is None else params
   zero = jnp.zeros((), jnp.int32)
@@ -37,6 +40,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
     'step': zero,
     'skipped': zero,
     'skipped_total': zero,
+    'loss_average': jnp.zeros((), jnp.float32),
   }
 
 
@@ -95,6 +99,16 @@ def count_rows(row_LBTR: Array, weight_BT: Array, knowledge_num: int) -> Array:
   return counts_LM.at[layer_L1, row_LBTR.reshape(n_layers, -1)].add(read_LBTR.reshape(n_layers, -1))
 
 
+def is_spike(loss: Array, average: Array, factor: float) -> Array | bool:
+  """Whether a loss is more than `factor` times the running average; never before there is one, or for factor 0."""
+  return (average > 0) & (loss > factor * average) if factor else False
+
+
+def next_average(average: Array, loss: Array) -> Array:
+  """Returns the running average after one more loss; the first is the average itself."""
+  return jnp.where(average > 0, LOSS_AVERAGE_DECAY * average + (1 - LOSS_AVERAGE_DECAY) * loss, loss)
+
+
 def make_train_step(
   config: Config,
   graphdef: nnx.GraphDef,
@@ -107,8 +121,9 @@ def make_train_step(
   """Returns the update, not yet compiled.
 
   It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
-  metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), learning_rate, tokens (targets
-  that are not padding), finite, skipped, and usage_LM (int32 rows read, memory models only).
+  metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_N (of each parameter, in
+  the order of the tree), learning_rate, tokens (targets that are not padding), finite, applied (finite, and no spike),
+  loss_average (what a spike is measured by), skipped, and usage_LM (int32 rows read, memory models only).
   """
   grad = jax.value_and_grad(make_loss(config, graphdef, pad_id, attention), has_aux=True)
   schedule = learning_rate_schedule(config.train, total_steps)
@@ -138,22 +153,28 @@ def make_train_step(
     with jax.named_scope('optimizer'):
       grad_norm = optax.global_norm(grads)
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
+      spikes = is_spike(parts['loss'], state['loss_average'], config.train.max_loss_factor)
+      applied = finite & jnp.logical_not(spikes)
       updates, opt_state = optimizer.update(grads, state['opt_state'], params)
       new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
       old = {'params': params, 'opt_state': state['opt_state']}
-      kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
-    skipped = jnp.where(finite, 0, state['skipped'] + 1)
+      kept = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+    skipped = jnp.where(applied, 0, state['skipped'] + 1)
     metrics = parts | {
       'grad_norm': grad_norm,
+      'grad_norm_N': jnp.stack([optax.global_norm(g) for g in jax.tree.leaves(grads)]),
       'learning_rate': schedule(state['step'] - state['skipped_total']),
       'tokens': tokens,
       'finite': finite,
+      'applied': applied,
+      'loss_average': state['loss_average'],
       'skipped': skipped,
     }
     return kept | {
       'step': state['step'] + 1,
       'skipped': skipped,
-      'skipped_total': state['skipped_total'] + (1 - finite.astype(jnp.int32)),
+      'skipped_total': state['skipped_total'] + (1 - applied.astype(jnp.int32)),
+      'loss_average': jnp.where(applied, next_average(state['loss_average'], parts['loss']), state['loss_average']),
     }, metrics
 
   return train_step
