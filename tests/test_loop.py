@@ -123,6 +123,21 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   assert_same_run(undisturbed, tmp_path)
 
 
+def test_resumed_run_revives_and_updates_rows_as_an_undisturbed_one(text, tmp_path, monkeypatch):
+  config = run_config(text, **ROW_BY_ROW)
+  fit(config, tmp_path / 'whole')
+  monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(6))  # within the second window of four updates
+  with pytest.raises(StoppedError):
+    fit(config, tmp_path / 'stopped')
+  monkeypatch.undo()
+  fit(config, tmp_path / 'stopped')
+  assert_same_run(tmp_path / 'whole', tmp_path / 'stopped')
+  for workdir in (tmp_path / 'whole', tmp_path / 'stopped'):
+    train = [line for line in read_metrics(workdir / 'metrics.jsonl') if line['kind'] == 'train']
+    assert {line['step'] for line in train if line['revived_rows']} == {4, 8}
+    assert all(0 <= line['revived_rows'] < 256 and line['revived_keys'] >= 0 for line in train)
+
+
 def test_finished_run_is_left_alone(text, undisturbed):
   before = final_state(undisturbed)
   fit(run_config(text), undisturbed)
@@ -224,21 +239,27 @@ def test_sigterm_saves_and_exits_75_and_a_second_run_is_refused(text, tmp_path):
 
 
 ONE_BATCH = {'train__batch_size': 8, 'train__accumulation_steps': 1, 'train__max_steps': 5}
+ROW_BY_ROW = {'memory__bank_update': 'lazy', 'memory__revive_after': 4, 'model__knowledge_num': 256}
 DEVICES = """
-import sys, pathlib
-from tests.test_loop import ONE_BATCH, run_config
+import json, pathlib, sys
+from tests.test_loop import run_config
 from mmjax.training.loop import fit
-text, workdir, rows = sys.argv[1:]
-fit(run_config(pathlib.Path(text), runtime__row_devices=rows, **ONE_BATCH), pathlib.Path(workdir))
+text, workdir, settings = sys.argv[1:]
+fit(run_config(pathlib.Path(text), **json.loads(settings)), pathlib.Path(workdir))
 """
 
 
-@pytest.mark.parametrize('row_devices', [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_eight_devices_give_the_losses_of_one(text, tmp_path, row_devices):
-  fit(run_config(text, **ONE_BATCH), tmp_path / 'one')
+@pytest.mark.parametrize(
+  ('row_devices', 'more'),
+  [pytest.param(1, {}, marks=pytest.mark.slow), (4, {}), pytest.param(4, ROW_BY_ROW, marks=pytest.mark.slow)],
+)
+def test_eight_devices_give_the_losses_of_one(text, tmp_path, row_devices, more):
+  settings = ONE_BATCH | more
+  fit(run_config(text, **settings), tmp_path / 'one')
   flags = {'XLA_FLAGS': xla_flags(8), 'PYTHONPATH': str(REPOSITORY)}
   subprocess.run(
-    [sys.executable, '-c', DEVICES, str(text), str(tmp_path / 'eight'), str(row_devices)],
+    [sys.executable, '-c', DEVICES, str(text), str(tmp_path / 'eight'),
+     json.dumps(settings | {'runtime__row_devices': row_devices})],
     cwd=REPOSITORY, env=os.environ | flags, check=True, timeout=300,
   )  # fmt: skip
   one, eight = (read_metrics(tmp_path / name / 'metrics.jsonl') for name in ('one', 'eight'))
@@ -246,7 +267,7 @@ def test_eight_devices_give_the_losses_of_one(text, tmp_path, row_devices):
   for a, b in zip(one, eight, strict=True):
     assert a['step'] == b['step'] and a['loss'] == pytest.approx(b['loss'], abs=1e-4)
   # What eight devices wrote, one device goes on with.
-  longer = run_config(text, **(ONE_BATCH | {'train__max_steps': 6}))
+  longer = run_config(text, **(settings | {'train__max_steps': 6}))
   fit(longer, tmp_path / 'eight', allow_config_change=True)
   assert read_metrics(tmp_path / 'eight' / 'metrics.jsonl')[-1]['step'] == 6
 

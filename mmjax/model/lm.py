@@ -4,6 +4,7 @@ A model is a graph definition and a nested dict of float32 parameters; `nnx.merg
 it. The sublayer comes from the table in mmjax.model.sublayers; the bank is one parameter, passed to every block.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
+from mmjax.kernels.bank import Reads, TappedBank, no_reads
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
 from mmjax.model.memory import init_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
@@ -48,7 +50,7 @@ class Block(nnx.Module):
   def __call__(
     self,
     x_BTD: Array,
-    bank_MP: Array | None,
+    bank_MP: Array | TappedBank | None,
     angle_BTh: Array,
     segment_BT: Array | None,
     key: Array | None,
@@ -105,6 +107,7 @@ class LM(nnx.Module):
     attention: str = 'xla',
     remat: str = 'none',
     dropout_key: Array | None = None,
+    taps: Sequence[Reads] | None = None,
   ) -> Output:
     """Runs whole rows.
 
@@ -115,11 +118,12 @@ class LM(nnx.Module):
       attention: backend, see mmjax.kernels.attention.
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
       dropout_key: a PRNG key turns dropout on.
+      taps: one for each layer with a memory, from `no_taps`; the bank then gets no gradient, but they do.
 
     Returns:
       Output.
     """
-    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, dropout_key)
+    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, dropout_key, taps)
     return out
 
   def logits(self, hidden: Array) -> Array:
@@ -177,6 +181,7 @@ class LM(nnx.Module):
     attention: str,
     remat: str,
     dropout_key: Array | None,
+    taps: Sequence[Reads] | None = None,
   ) -> tuple[Output, list[LayerCache]]:
     angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
@@ -186,11 +191,13 @@ class LM(nnx.Module):
     with jax.named_scope('embedding'):
       x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
     rows, kvs, aux_loss = [], [], jnp.zeros(())
+    banks = iter([] if taps is None else [TappedBank(bank_MP, tap) for tap in taps])
     for layer, key in zip(self.layers, keys[:-1], strict=True):
       run = partial(layer, dtype=dtype, attention=attention)
       if remat == 'block':
         run = jax.checkpoint(run)
-      x_BTD, sublayer, kv = run(x_BTD, bank_MP, angle_BTh, segment_BT, key)
+      bank = next(banks) if taps is not None and layer.sublayer.uses_bank else bank_MP
+      x_BTD, sublayer, kv = run(x_BTD, bank, angle_BTh, segment_BT, key)
       kvs.append(kv)
       aux_loss += sublayer.aux_loss
       if sublayer.row_BTR is not None:
@@ -223,6 +230,14 @@ def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
 def memory_layers(params: Params) -> list[int]:
   """Returns the numbers of the layers that have a memory, in the order of Output.row_LBTR."""
   return [number for number, layer in params['layers'].items() if 'keys' in layer['sublayer'].get('gate', ())]
+
+
+def no_taps(config: Config, batch: int, length: int) -> list[Reads]:
+  """Returns what taps the reads of every layer with a memory, for batches of (batch, length) tokens."""
+  model, dtype = config.model, jnp.dtype(config.train.dtype)
+  shape = (batch, length, config.memory.n_heads, model.num_selected)
+  kinds = [SUBLAYERS[kind] for kind in layer_kinds(model, config.memory)]
+  return [no_reads(shape, model.knowledge_dim, dtype, bag=kind.sums_rows) for kind in kinds if kind.uses_bank]
 
 
 def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:

@@ -34,6 +34,7 @@ FREE_SECTIONS = ('runtime.',)
 # What an imported model does not bind: how it started, and how it learns.
 FREE_OF_IMPORTS = (
   'model.dropout', 'model.aux_loss_weight', 'memory.keys_init', 'memory.knowledge_length', 'memory.balance_loss_weight',
+  'memory.revive_after', 'memory.revive_noise', 'memory.revive_keys',
 )  # fmt: skip
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
