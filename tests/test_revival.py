@@ -1,5 +1,8 @@
 """Revival: what starts again, from what, what stays, and what it does to the share of rows in use."""
 
+import functools
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,27 +20,25 @@ M, C = 64, 8
 USED_ROWS, USED_KEYS = [3, 17, 40], [1, 4, 5]
 
 
-def after_one_window(monkeypatch, finite=(True, True), **changes):
+@functools.cache
+def after_windows(finite=(True, True), **changes):
   """State before and after updates, in windows of two; the first reads USED_ROWS and takes USED_KEYS of each set."""
-  monkeypatch.setattr(revival, 'CHUNK_ROWS', 16)
   config = tiny_config(memory__revive_after=2, memory__n_heads=2, **changes)
-  first = jax.jit(lambda: init_state(config, make_optimizer(config, 10)))()
+  shapes = jax.eval_shape(lambda: init_state(config, make_optimizer(config, 10)))
   rng = np.random.default_rng(0)
-  drawn = ('params', 'opt_state', 'bank_moments')
-  state = {
-    name: jax.tree.map(lambda x: jnp.asarray(1 + rng.random(x.shape), x.dtype), part) if name in drawn else part
-    for name, part in first.items()
-  }
+  state = jax.tree.map(lambda x: (1 + rng.random(x.shape)).astype(x.dtype), shapes)
+  state['revival'] = jax.tree.map(np.zeros_like, state['revival'])
   usage_LM = np.zeros((2, M), np.int32)
   usage_LM[0, USED_ROWS[:2]], usage_LM[1, USED_ROWS[2]] = 5, 1
   count_LKC = np.zeros((2, 4, C), np.int32)
   count_LKC[..., USED_KEYS] = (7, 2, 9)  # 5 is used most, then 1, then 4
-  run = jax.jit(lambda *inputs: revive(config, *inputs))
   after, counts = state, []
-  for step, is_finite in enumerate(finite, 1):
-    after, revived = run(after | {'step': jnp.int32(step)}, usage_LM, count_LKC, jnp.bool_(is_finite))
-    counts.append(revived)
-    usage_LM, count_LKC = 0 * usage_LM, 0 * count_LKC  # the first update alone reads
+  with mock.patch.object(revival, 'CHUNK_ROWS', 16):
+    run = jax.jit(lambda *inputs: revive(config, *inputs))
+    for step, is_finite in enumerate(finite, 1):
+      after, revived = jax.device_get(run(after | {'step': np.int32(step)}, usage_LM, count_LKC, is_finite))
+      counts.append(revived)
+      usage_LM, count_LKC = 0 * usage_LM, 0 * count_LKC  # the first update alone reads
   return state, after, counts
 
 
@@ -47,8 +48,8 @@ def leaves_named(tree, ending):
 
 
 @pytest.mark.parametrize('update', ['dense', 'lazy'])
-def test_dead_rows_become_used_ones_plus_noise_without_moments(monkeypatch, update):
-  before, after, counts = after_one_window(monkeypatch, memory__revive_noise=0.01, memory__bank_update=update)
+def test_dead_rows_become_used_ones_plus_noise_without_moments(update):
+  before, after, counts = after_windows(memory__revive_noise=0.01, memory__bank_update=update)
   assert [int(c['revived_rows']) for c in counts] == [0, M - 3]
   old, new = (np.asarray(state['params']['memory_bank']) for state in (before, after))
   np.testing.assert_array_equal(new[USED_ROWS], old[USED_ROWS])
@@ -67,8 +68,8 @@ def test_dead_rows_become_used_ones_plus_noise_without_moments(monkeypatch, upda
     assert caught_up[dead].all() and not caught_up[USED_ROWS].any()
 
 
-def test_dead_sub_keys_become_the_most_used_ones_plus_noise_without_moments(monkeypatch):
-  before, after, counts = after_one_window(monkeypatch, memory__revive_noise=0.01)
+def test_dead_sub_keys_become_the_most_used_ones_plus_noise_without_moments():
+  before, after, counts = after_windows(memory__revive_noise=0.01, memory__bank_update='dense')
   assert [int(c['revived_keys']) for c in counts] == [0, 2 * 4 * 3]  # layers, sets, as many as there are used ones
   old, new = (leaves_named(state['params'], 'gate/keys') for state in (before, after))
   moments = leaves_named(after['opt_state'], 'gate/keys')
@@ -82,15 +83,15 @@ def test_dead_sub_keys_become_the_most_used_ones_plus_noise_without_moments(monk
     assert not value[:, started].any() and value[:, USED_KEYS + still_dead].all()
 
 
-def test_sub_keys_stay_where_only_rows_are_revived(monkeypatch):
-  before, after, counts = after_one_window(monkeypatch, memory__revive_keys=False)
+def test_sub_keys_stay_where_only_rows_are_revived():
+  before, after, counts = after_windows(memory__revive_keys=False)
   assert int(counts[1]['revived_rows']) == M - 3 and int(counts[1]['revived_keys']) == 0
   for name, value in leaves_named(before['params'], 'gate/keys').items():
     np.testing.assert_array_equal(leaves_named(after['params'], 'gate/keys')[name], value)
 
 
-def test_new_window_has_seen_nothing(monkeypatch):
-  _, after, _ = after_one_window(monkeypatch)
+def test_new_window_has_seen_nothing():
+  _, after, _ = after_windows(memory__revive_noise=0.01, memory__bank_update='dense')
   assert not np.any(after['revival']['read_M']) and not np.any(after['revival']['share_LKC'])
 
 
@@ -98,8 +99,8 @@ def test_new_window_has_seen_nothing(monkeypatch):
   ('finite', 'read', 'rows'),
   [((True, False), True, [0, 0]), ((True, False, True, True), False, [0, 0, 0, M - 3]), ((False, True), False, [0, 0])],
 )
-def test_skipped_updates_do_not_count_as_reading_and_revive_nothing(monkeypatch, finite, read, rows):
-  before, after, counts = after_one_window(monkeypatch, finite=finite)
+def test_skipped_updates_do_not_count_as_reading_and_revive_nothing(finite, read, rows):
+  before, after, counts = after_windows(finite=finite)
   assert [int(c['revived_rows']) for c in counts] == rows
   assert np.any(after['revival']['read_M']) == read
   if not any(rows):  # also where nothing was read: there is nothing to start from
@@ -116,6 +117,7 @@ def test_counts_of_sub_keys_equal_bincount():
     np.testing.assert_array_equal(got[layer, 2 * head + half], np.bincount(np.divmod(rows, C)[half], minlength=C))
 
 
+@pytest.mark.slow
 def test_revival_raises_the_share_of_rows_in_use():
   """Random tokens, a gate that learns, 1024 rows; the use of the last five updates."""
   shares = {}

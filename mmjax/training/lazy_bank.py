@@ -34,6 +34,7 @@ from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
 
 Moments = dict[str, Array]
+ROW_MOMENTS = ('mean_MP', 'square_MP', 'count_M', 'log_decay_M')  # those that have a part for each row
 
 
 class RowReads(NamedTuple):
@@ -176,6 +177,3 @@ def update_rows(
   chunks = jnp.where(finite, (sums.used + chunk - 1) // chunk, 0)
   bank_MP, moments = jax.lax.fori_loop(0, chunks, update_chunk, (bank_MP, moments))
   return bank_MP, moments | {'log_decay': log_decay_after}
-
-
-ROW_MOMENTS = ('mean_MP', 'square_MP', 'count_M', 'log_decay_M')

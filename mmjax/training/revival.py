@@ -31,7 +31,7 @@ from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import path_name
 
 CHUNK_ROWS = 4096  # rows started at a time; the loop runs over dead rows only, and over none but at a window's end
-DROPOUT_NEVER = 1 << 30  # folded into the step's key, where dropout folds in numbers of micro-batches
+STREAM = 1 << 30  # folded into the step's key, where dropout folds in numbers of micro-batches
 
 
 def revives(config: Config) -> bool:
@@ -56,7 +56,7 @@ def count_sub_keys(row_LBTR: Array, weight_BT: Array, heads: int, n_sub_keys: in
   return counts_LKC.at[layer, 2 * head + half, sub_key_LBTh2r].add(taken)
 
 
-@jax.named_scope('revival')
+@jax.named_scope('optimizer')
 def revive(
   config: Config, state: dict[str, Any], usage_LM: Array, count_LKC: Array, finite: Array
 ) -> tuple[dict[str, Any], dict[str, Array]]:
@@ -78,7 +78,7 @@ def revive(
   taken_LK1 = jnp.maximum(jnp.sum(count_LKC, axis=-1, keepdims=True), 1)
   share_LKC = seen['share_LKC'] + jnp.where(finite, count_LKC / taken_LK1, 0)
   due = finite & (state['step'] % memory.revive_after == 0)
-  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state['step']), DROPOUT_NEVER)
+  key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state['step']), STREAM)
   row_key, sub_key_key = jax.random.split(key)
 
   state, revived_rows = _revive_rows(state, read_M, due, row_key, memory.revive_noise)
