@@ -1,9 +1,14 @@
-"""Measures what a larger bank costs: python benchmarks/memory_scaling.py [--rows 65536,262144,1048576,4194304]
+r"""Measures what a larger bank costs: python benchmarks/memory_scaling.py [--rows 65536,262144,1048576,4194304]
 
-For each size of the bank, then for each number of selected rows, one step of the config takes turns with the first
-size: forward and backward pass alone ("gradient"), and the whole update, of which the optimizer's share is the rest,
-with one micro-batch. Memory is the compiler's sum for the update, and on a GPU also the allocator's peak so far, with
-the base size in it. On a CPU make the model smaller with `--config.model.dim=256` and the like.
+For each size of the bank and each way to update it (--updates dense,lazy), then for each number of selected rows, one
+step of the config takes turns with the first: forward and backward pass alone ("gradient"), and the whole update, of
+which the optimizer's share is the rest, with one micro-batch of random tokens. "Rows read" counts different rows in the
+last update. Memory is the compiler's sum for the update, and on a GPU also the allocator's peak so far, with the base
+in it. On a CPU make the model smaller with `--config.model.dim=256` and the like. What lazy updates cost and gain:
+
+  python benchmarks/memory_scaling.py --config configs/memory_plus.py --rows 65536,1048576 --updates dense,lazy \
+    --selected '' --config.train.dtype=float32 --config.train.batch_size=4 --config.model.max_seq_len=256 \
+    --config.model.dim=256 --config.model.n_layers=4 --config.model.n_heads=8 --config.model.n_kv_heads=2
 """
 
 import dataclasses
@@ -17,7 +22,7 @@ import jax.numpy as jnp
 from mmjax.config import Config, load_config
 from mmjax.model.lm import model_graph
 from mmjax.training.backend import compiler_options
-from mmjax.training.step import make_loss
+from mmjax.training.step import make_gradient
 
 GIB = 1 << 30
 ONE_MICRO_BATCH = '--config.train.accumulation_steps=1'
@@ -27,14 +32,16 @@ def main() -> None:
   """Reads flags, measures, prints the table, writes the JSON file."""
   parser = common.parser(__doc__)
   parser.add_argument('--rows', default='65536,262144,1048576,4194304', help='sizes of the bank; the first is the base')
+  parser.add_argument('--updates', default='dense', help="of the bank: 'dense', 'lazy' or both; the first is the base")
   parser.add_argument('--selected', default='1,16,32,64', help='rows a token, beside that of the config')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, [*overrides, ONE_MICRO_BATCH])
   rows, selected = ([int(n) for n in text.split(',') if n] for text in (arguments.rows, arguments.selected))
-  base_config = with_model(config, knowledge_num=rows[0])
+  updates = [with_update(config, update) for update in arguments.updates.split(',')]
+  base_config = with_model(updates[0], knowledge_num=rows[0])
   base = Point(base_config)
   lines = []
-  points = [with_model(config, knowledge_num=n) for n in rows]
+  points = [with_model(update, knowledge_num=n) for n in rows for update in updates]
   points += [with_model(base_config, num_selected=n) for n in selected]
   for point_config in points:
     lines.append(measure(base, point_config, arguments.repeats))
@@ -49,18 +56,22 @@ def with_model(config: Config, **fields: int) -> Config:
   return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 
 
+def with_update(config: Config, update: str) -> Config:
+  """Returns the config with another way to update the bank."""
+  return dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_update=update))
+
+
 class Point:
   """One size, compiled: the gradient alone, and the update."""
 
   def __init__(self, config: Config):
     self.config, self.step = config, common.Step(config)
     self.step.run(self.step.compiled)
-    grad = jax.grad(make_loss(config, model_graph(config), common.PAD_ID, self.step.attention), has_aux=True)
-    rows = jax.tree.map(lambda x: x[0], self.step.batch)
+    gradient = make_gradient(config, model_graph(config), common.PAD_ID, self.step.attention)
     total = jnp.float32(config.train.batch_size * config.model.max_seq_len)
     options = compiler_options(config, jax.devices()[0].platform)
-    compiled = jax.jit(lambda params: grad(params, rows, total, None)[0], compiler_options=options)
-    self.gradient = lambda: jax.block_until_ready(compiled(self.step.state['params']))
+    compiled = jax.jit(lambda params, batch: gradient(params, batch, total, 0), compiler_options=options)
+    self.gradient = lambda: jax.block_until_ready(compiled(self.step.state['params'], self.step.batch))
     self.gradient()
 
   def runs(self) -> dict[str, Callable[[], Any]]:
@@ -69,7 +80,7 @@ class Point:
 
 
 def measure(base: Point, config: Config, repeats: int) -> dict[str, Any]:
-  """Times a size beside the base, turn by turn."""
+  """Times one beside the base, turn by turn."""
   point = base if config == base.config else Point(config)
   seconds = {(side, name): [] for side in ('base', 'point') for name in ('gradient', 'update')}
   for _ in range(repeats):
@@ -81,6 +92,8 @@ def measure(base: Point, config: Config, repeats: int) -> dict[str, Any]:
   return {
     'knowledge_num': config.model.knowledge_num,
     'num_selected': config.model.num_selected,
+    'bank_update': config.memory.bank_update,
+    'rows_read': int(jnp.sum(jnp.any(point.gradient()[0]['usage_LM'] > 0, axis=0))),
     'gradient_seconds': gradient,
     'update_seconds': update,
     'times_base': {
@@ -100,6 +113,8 @@ def row(entry: dict[str, Any]) -> dict[str, str]:
   return {
     'rows of the bank': f'{entry["knowledge_num"]:,}',
     'selected': str(entry['num_selected']),
+    'update of the bank': entry['bank_update'],
+    'rows read': f'{entry["rows_read"]:,}',
     'gradient, ms': f'{1e3 * gradient["median"]:.1f}',
     'range, ms': f'{1e3 * gradient["min"]:.1f}-{1e3 * gradient["max"]:.1f}',
     'times base': f'{times["gradient"]["median"]:.2f}',

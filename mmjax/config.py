@@ -79,6 +79,10 @@ class MemoryConfig:
   bank_lr_final_multiplier: float
   bank_decay_multiplier: float
   bank_grad_clip: float
+  bank_update: str
+  revive_after: int
+  revive_noise: float
+  revive_keys: bool
 
   def layer_numbers(self, n_layers: int) -> tuple[int, ...]:
     """Returns the layers, numbered from 0, that `layers` means in a model of so many.
@@ -182,6 +186,7 @@ CHOICES = {
   'memory.query_key_norm': ('none', 'l2', 'layer_norm'),
   'memory.keys_init': ('normal', 'uniform'),
   'memory.bank_init': ('normal', 'file'),
+  'memory.bank_update': ('dense', 'lazy'),
   'data.on_bad_line': ('fail', 'skip'),
   'data.layout': ('packed', 'padded'),
   'train.dtype': ('float32', 'bfloat16'),
@@ -195,6 +200,7 @@ AT_LEAST = {
   'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.n_heads': 1,
   'memory.ffn_dim': 0, 'memory.balance_loss_weight': 0, 'memory.bank_std': 0, 'memory.bank_lr_multiplier': 0,
   'memory.bank_lr_final_multiplier': 0, 'memory.bank_decay_multiplier': 0, 'memory.bank_grad_clip': 0,
+  'memory.revive_after': 0, 'memory.revive_noise': 0,
   'memory.knowledge_length': 2, 'data.workers': 0,
   'train.batch_size': 1, 'train.accumulation_steps': 1, 'train.epochs': 0, 'train.max_steps': 0,
   'train.learning_rate': 0, 'train.final_learning_rate': 0, 'train.warmup_steps': 0, 'train.beta1': 0,
@@ -287,6 +293,8 @@ def check_config(config: Config) -> None:
     raise UserError(f'experiment={_quote(config.experiment)} must be a plain folder name')
   if config.memory.bank_init == 'file' and not config.memory.bank_file:
     raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
+  if config.memory.bank_update == 'lazy' and config.runtime.scan_layers:
+    raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
   if config.memory.n_heads > MAX_MEMORY_HEADS:
     raise UserError(f'memory.n_heads={config.memory.n_heads} must be at most {MAX_MEMORY_HEADS}')
   if config.model.n_layers > MAX_LAYERS:

@@ -80,6 +80,21 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   assert_same_run(undisturbed, tmp_path)
 
 
+def test_resumed_run_revives_and_updates_rows_as_an_undisturbed_one(text, tmp_path, monkeypatch):
+  config = run_config(text, **ROW_BY_ROW)
+  fit(config, tmp_path / 'whole')
+  monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(6))  # within the second window of four updates
+  with pytest.raises(StoppedError):
+    fit(config, tmp_path / 'stopped')
+  monkeypatch.undo()
+  fit(config, tmp_path / 'stopped')
+  assert_same_run(tmp_path / 'whole', tmp_path / 'stopped')
+  for workdir in (tmp_path / 'whole', tmp_path / 'stopped'):
+    train = [line for line in read_metrics(workdir / 'metrics.jsonl') if line['kind'] == 'train']
+    assert {line['step'] for line in train if line['revived_rows']} == {4, 8}
+    assert all(0 <= line['revived_rows'] < 256 and line['revived_keys'] >= 0 for line in train)
+
+
 def test_finished_run_is_left_alone(text, undisturbed):
   before = final_state(undisturbed)
   fit(run_config(text), undisturbed)
@@ -186,25 +201,31 @@ def test_sigterm_saves_and_exits_75_and_a_second_run_is_refused(text, tmp_path):
 
 
 ONE_BATCH = {'train__batch_size': 8, 'train__accumulation_steps': 1, 'train__max_steps': 6}
+ROW_BY_ROW = {'memory__bank_update': 'lazy', 'memory__revive_after': 4, 'model__knowledge_num': 256}
 DEVICES = """
-import sys, pathlib
+import json, pathlib, sys
 from mmjax.errors import StoppedError
 from mmjax.training import loop
 from tests.helpers import run_config
-from tests.test_loop import ONE_BATCH, StopAfter
-text, workdir, rows = sys.argv[1:]
+from tests.test_loop import StopAfter
+text, workdir, settings = sys.argv[1:]
 loop.StopSignals = lambda: StopAfter(5)
 try:
-  loop.fit(run_config(pathlib.Path(text), runtime__row_devices=rows, **ONE_BATCH), pathlib.Path(workdir))
+  loop.fit(run_config(pathlib.Path(text), **json.loads(settings)), pathlib.Path(workdir))
 except StoppedError:
   print('stopped')
 """
 
 
-@pytest.mark.parametrize('row_devices', [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_run_that_moves_from_one_device_to_eight_and_back_keeps_its_losses(text, tmp_path, monkeypatch, row_devices):
+@pytest.mark.parametrize(
+  ('row_devices', 'more'),
+  [pytest.param(1, {}, marks=pytest.mark.slow), (4, {}), pytest.param(4, ROW_BY_ROW, marks=pytest.mark.slow)],
+)
+def test_run_that_moves_from_one_device_to_eight_and_back_keeps_its_losses(
+  text, tmp_path, monkeypatch, row_devices, more
+):
   one, moved = tmp_path / 'one', tmp_path / 'moved'
-  config = run_config(text, **ONE_BATCH)
+  config = run_config(text, **ONE_BATCH, **more)
   fit(config, one)
   monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(2))
   with pytest.raises(StoppedError):
@@ -212,7 +233,8 @@ def test_run_that_moves_from_one_device_to_eight_and_back_keeps_its_losses(text,
   monkeypatch.undo()
   flags = {'XLA_FLAGS': xla_flags(8), 'PYTHONPATH': str(REPOSITORY)}
   eight = subprocess.run(
-    [sys.executable, '-c', DEVICES, str(text), str(moved), str(row_devices)],
+    [sys.executable, '-c', DEVICES, str(text), str(moved),
+     json.dumps(ONE_BATCH | more | {'runtime__row_devices': row_devices})],
     cwd=REPOSITORY, env=os.environ | flags, check=True, timeout=300, capture_output=True, text=True,
   )  # fmt: skip
   assert f'Resuming {moved} at step 2' in eight.stdout and 'stopped' in eight.stdout

@@ -35,6 +35,8 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'two_heads': {'scores': 'scale', 'n_heads': 2, 'query_key_norm': 'layer_norm'},
   'bag': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'input': 'residual', 'ffn_dim': 12},
   'bag_relu': {'sublayer': 'memory_bag', 'n_heads': 3, 'score_activation': 'relu'},
+  'bag_plain': {'sublayer': 'memory_bag', 'score_activation': 'none', 'query_key_norm': 'layer_norm'},
+  'eight_heads': {'scores': 'scale', 'n_heads': 8, 'query_key_norm': 'l2', 'ffn_dim': 12},
 }
 
 

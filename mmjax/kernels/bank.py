@@ -2,9 +2,13 @@
 
 A row that several tokens read gets the sum of their gradients, in float32 whatever the compute dtype is: a popular row
 is read thousands of times in a batch, and bf16 would stop counting after a few hundred.
+
+The gradient of a bank is as large as the bank, whatever was read. Through a `TappedBank` no such array is made: the
+backward pass hands out what it would have been the sum of, and `add_reads` sums that where the caller wants it.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +16,70 @@ from jax import Array
 from jax.typing import DTypeLike
 
 
+class Reads(NamedTuple):
+  """Of one layer: what the gradient of its rows is the sum of.
+
+  Attributes:
+    grad: of each row read, (B, T, h, r, P) in the compute dtype; of each sum of a bag, (B, T, h, P) float32.
+    weight_BThr: of the rows in the sums of a bag, float32; None where rows were read one by one.
+  """
+
+  grad: Array
+  weight_BThr: Array | None
+
+
+class TappedBank(NamedTuple):
+  """A bank that gets no gradient: instead the 'gradient' with respect to `tap` is the `Reads` of the one layer.
+
+  Attributes:
+    bank_MP: float32.
+    tap: from `no_reads`; its values are not looked at.
+  """
+
+  bank_MP: Array
+  tap: Reads
+
+
+def no_reads(row_shape: tuple[int, ...], row_dim: int, dtype: DTypeLike, *, bag: bool) -> Reads:
+  """Returns zeros to tap a bank with.
+
+  Args:
+    row_shape: (B, T, h, r), of the rows that the layer will read.
+    row_dim: P.
+    dtype: what the lookup will be asked for.
+    bag: whether the layer reads with `bank_bag`, or with `bank_lookup`.
+  """
+  if bag:
+    return Reads(jnp.zeros((*row_shape[:-1], row_dim)), jnp.zeros(row_shape))
+  return Reads(jnp.zeros((*row_shape, row_dim), dtype), None)
+
+
+def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
+  """Adds to each row the gradients of its reads; `row_BThr` may number other rows than those of a bank.
+
+  Args:
+    sums_MP: float32.
+    row_BThr: int32, as they were read.
+    reads: of them.
+  """
+  if reads.weight_BThr is None:
+    return _add_scatter(sums_MP, row_BThr.reshape(-1), reads.grad.reshape(-1, sums_MP.shape[1]))
+
+  def add(sums_MP: Array, ith: tuple[Array, Array]) -> tuple[Array, None]:
+    row, weight = ith
+    grad_XP = (weight[..., None] * reads.grad).reshape(-1, sums_MP.shape[1])
+    return _add_scatter(sums_MP, row.reshape(-1), grad_XP), None
+
+  # One of the r rows at a time: all of their gradients would be r times the memory of the sums.
+  return jax.lax.scan(add, sums_MP, (jnp.moveaxis(row_BThr, -1, 0), jnp.moveaxis(reads.weight_BThr, -1, 0)))[0]
+
+
 @jax.named_scope('lookup')
-def bank_lookup(bank_MP: Array, row_BTR: Array, dtype: DTypeLike, *, backward: str = 'scatter') -> Array:
+def bank_lookup(bank_MP: Array | TappedBank, row_BTR: Array, dtype: DTypeLike, *, backward: str = 'scatter') -> Array:
   """Gathers rows of the bank.
 
   Args:
-    bank_MP: float32; may be sharded by rows under jit.
+    bank_MP: float32; may be sharded by rows under jit; may be tapped.
     row_BTR: int32 in [0, M), in any order and number, any number of axes.
     dtype: of the result.
     backward: how gradients are added up: 'scatter' as they come, 'sorted' after sorting them by row.
@@ -29,6 +91,9 @@ def bank_lookup(bank_MP: Array, row_BTR: Array, dtype: DTypeLike, *, backward: s
     ValueError: if there is no such backward.
   """
   _check_backward(backward)
+  if isinstance(bank_MP, TappedBank):
+    bank_MP, tap = bank_MP
+    return _tapped(jax.lax.stop_gradient(bank_MP)[row_BTR].astype(dtype), tap.grad)
   return _lookup(bank_MP, row_BTR, dtype, backward)
 
 
@@ -37,13 +102,13 @@ def bank_lookup_reference(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> A
   return jnp.take(bank_MP, row_BTR, axis=0).astype(dtype)
 
 
-def bank_bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, *, backward: str = 'scatter') -> Array:
+def bank_bag(bank_MP: Array | TappedBank, row_BThr: Array, weight_BThr: Array, *, backward: str = 'scatter') -> Array:
   """Sums rows of the bank, weighted: an embedding bag for each head.
 
   The rows are read again in the backward pass instead of kept: r times the memory of the sums.
 
   Args:
-    bank_MP: float32; may be sharded by rows under jit.
+    bank_MP: float32; may be sharded by rows under jit; may be tapped.
     row_BThr: int32 in [0, M), in any order and number, any number of axes; the last is summed over.
     weight_BThr: float32, like `row_BThr`.
     backward: how the bank's gradients are added up, see `bank_lookup`.
@@ -55,6 +120,10 @@ def bank_bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, *, backward: s
     ValueError: if there is no such backward.
   """
   _check_backward(backward)
+  if isinstance(bank_MP, TappedBank):
+    bank_MP, tap = bank_MP
+    sum_BThP = _bag(bank_MP, row_BThr, _tapped_weights(weight_BThr, tap.weight_BThr), None)
+    return _tapped(sum_BThP, tap.grad)
   return _bag(bank_MP, row_BThr, weight_BThr, backward)
 
 
@@ -102,7 +171,7 @@ _lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, backward: str) -> Array:
+def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, backward: str | None) -> Array:
   def whole(bank_MP, row_BThr, weight_BThr):
     return jnp.sum(bank_MP[row_BThr] * weight_BThr[..., None], axis=-2)
 
@@ -118,22 +187,45 @@ def _bag_fwd(bank_MP, row_BThr, weight_BThr, backward):
 
 
 def _bag_bwd(backward, residuals, grad_BThP):
+  def no_sums(bank_MP):
+    return jnp.zeros(()) if backward is None else jnp.zeros_like(bank_MP)
+
   def add_rows(sums_MP, bank_MP, row, weight, grad):
-    grad_XP = (weight[..., None] * grad).reshape(-1, grad.shape[-1])
-    return BACKWARD[backward](sums_MP, row.reshape(-1), grad_XP), jnp.sum(bank_MP[row] * grad, axis=-1)
+    if backward is not None:
+      grad_XP = (weight[..., None] * grad).reshape(-1, grad.shape[-1])
+      sums_MP = BACKWARD[backward](sums_MP, row.reshape(-1), grad_XP)
+    return sums_MP, jnp.sum(bank_MP[row] * grad, axis=-1)
 
   def whole(bank_MP, row_BThr, weight_BThr, grad_BThP):
-    return add_rows(jnp.zeros_like(bank_MP), bank_MP, row_BThr, weight_BThr, grad_BThP[..., None, :])
+    return add_rows(no_sums(bank_MP), bank_MP, row_BThr, weight_BThr, grad_BThP[..., None, :])
 
   def one_by_one(bank_MP, row_BThr, weight_BThr, grad_BThP):
     each = (jnp.moveaxis(row_BThr, -1, 0), jnp.moveaxis(weight_BThr, -1, 0))
     grad_MP, grad_weight_rBTh = jax.lax.scan(
-      lambda sums_MP, x: add_rows(sums_MP, bank_MP, *x, grad_BThP), jnp.zeros_like(bank_MP), each
+      lambda sums_MP, x: add_rows(sums_MP, bank_MP, *x, grad_BThP), no_sums(bank_MP), each
     )
     return grad_MP, jnp.moveaxis(grad_weight_rBTh, 0, -1)
 
   grad_MP, grad_weight_BThr = jax.lax.platform_dependent(*residuals, grad_BThP, cpu=one_by_one, default=whole)
-  return grad_MP, None, grad_weight_BThr
+  return None if backward is None else grad_MP, None, grad_weight_BThr
 
 
 _bag.defvjp(_bag_fwd, _bag_bwd)
+
+
+@jax.custom_vjp
+def _tapped(x: Array, tap: Array) -> Array:
+  """Returns x; the gradient of x is that of `tap` too."""
+  return x
+
+
+_tapped.defvjp(lambda x, tap: (x, None), lambda _, grad: (grad, grad))
+
+
+@jax.custom_vjp
+def _tapped_weights(weight_BThr: Array, tap_BThr: Array) -> Array:
+  """Returns the weights; the backward pass hands them out as the 'gradient' of `tap_BThr`."""
+  return weight_BThr
+
+
+_tapped_weights.defvjp(lambda weight, tap: (weight, weight), lambda weight, grad: (grad, weight))

@@ -16,6 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
+from mmjax.kernels.bank import Reads, TappedBank, no_reads
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
 from mmjax.model.memory import init_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
@@ -50,7 +51,7 @@ class Block(nnx.Module):
   def __call__(
     self,
     x_BTD: Array,
-    bank_MP: Array | None,
+    bank_MP: Array | TappedBank | None,
     angle_BTh: Array,
     segment_BT: Array | None,
     key: Array | None,
@@ -89,15 +90,16 @@ class LayerOutput(NamedTuple):
   kv: LayerCache
 
 
-RunLayer = Callable[[Block, Array, Array | None], tuple[Array, LayerOutput]]
+RunLayer = Callable[[int, Block, Array, Array | None], tuple[Array, LayerOutput]]
+BankOfLayer = Callable[[int, Array], Array | TappedBank]
 
 
 def _unroll_layers(
   run: RunLayer, layers: list[Block], x_BTD: Array, keys: list[Array | None]
 ) -> tuple[Array, list[LayerOutput]]:
   outs = []
-  for layer, key in zip(layers, keys, strict=True):
-    x_BTD, out = run(layer, x_BTD, key)
+  for number, (layer, key) in enumerate(zip(layers, keys, strict=True)):
+    x_BTD, out = run(number, layer, x_BTD, key)
     outs.append(out)
   return x_BTD, outs
 
@@ -107,16 +109,16 @@ def _scan_layers(
 ) -> tuple[Array, list[LayerOutput]]:
   outs = []
   for _, group in itertools.groupby(zip(layers, keys, strict=True), key=lambda pair: type(pair[0].sublayer)):
-    group_layers, group_keys = zip(*group, strict=True)
-    graphdef = nnx.graphdef(group_layers[0])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(nnx.state, group_layers))
-    stacked_keys = None if group_keys[0] is None else jnp.stack(group_keys)
-    x_BTD, group_out = jax.lax.scan(
-      lambda x_BTD, layer, graphdef=graphdef: run(nnx.merge(graphdef, layer[0]), x_BTD, layer[1]),
-      x_BTD,
-      (stacked, stacked_keys),
-    )
-    outs += [jax.tree.map(lambda leaf, i=i: leaf[i], group_out) for i in range(len(group_layers))]
+    neighbours = list(group)
+    first, graphdef = len(outs), nnx.graphdef(neighbours[0][0])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *((nnx.state(layer), key) for layer, key in neighbours))
+
+    def step(x_BTD: Array, layer: tuple, first: int = first, graphdef: nnx.GraphDef = graphdef) -> tuple:
+      params, key = layer
+      return run(first, nnx.merge(graphdef, params), x_BTD, key)
+
+    x_BTD, out = jax.lax.scan(step, x_BTD, stacked)
+    outs += [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(neighbours))]
   return x_BTD, outs
 
 
@@ -147,6 +149,7 @@ class LM(nnx.Module):
     remat: str = 'none',
     scan_layers: bool = False,
     dropout_key: Array | None = None,
+    bank_of_layer: BankOfLayer | None = None,
   ) -> Output:
     """Runs whole rows.
 
@@ -158,11 +161,12 @@ class LM(nnx.Module):
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
       scan_layers: compiles neighbours of the same kind once and scans over their stacked parameters.
       dropout_key: a PRNG key turns dropout on.
+      bank_of_layer: of a layer's number and the bank, what this layer reads instead; not while scanning over layers.
 
     Returns:
       Output.
     """
-    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, scan_layers, dropout_key)
+    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, scan_layers, dropout_key, bank_of_layer)
     return out
 
   def logits(self, hidden: Array) -> Array:
@@ -221,6 +225,7 @@ class LM(nnx.Module):
     remat: str,
     scan_layers: bool,
     dropout_key: Array | None,
+    bank_of_layer: BankOfLayer | None = None,
   ) -> tuple[Output, list[LayerCache]]:
     angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
@@ -230,13 +235,15 @@ class LM(nnx.Module):
     with jax.named_scope('embedding'):
       x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
 
-    def run(layer: Block, x_BTD: Array, key: Array | None) -> tuple[Array, LayerOutput]:
+    def run(number: int, layer: Block, x_BTD: Array, key: Array | None) -> tuple[Array, LayerOutput]:
       call = partial(layer, dtype=dtype, attention=attention)
       if remat == 'block':
         call = jax.checkpoint(call)
-      x_BTD, sublayer, kv = call(x_BTD, bank_MP, angle_BTh, segment_BT, key)
+      bank = bank_MP if bank_of_layer is None else bank_of_layer(number, bank_MP)
+      x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, key)
       return x_BTD, LayerOutput(sublayer.row_BTR, jnp.asarray(sublayer.aux_loss), kv)
 
+    assert not (scan_layers and bank_of_layer), 'a scan runs all layers on one bank'
     x_BTD, outs = (_scan_layers if scan_layers else _unroll_layers)(run, list(self.layers), x_BTD, keys[:-1])
     rows = [out.row_BTR for out in outs if out.row_BTR is not None]
     hidden_BTD = self.norm(x_BTD).astype(dtype)
@@ -268,6 +275,18 @@ def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
 def memory_layers(params: Params) -> list[int]:
   """Returns the numbers of the layers that have a memory, in the order of Output.row_LBTR."""
   return [number for number, layer in params['layers'].items() if 'keys' in layer['sublayer'].get('gate', ())]
+
+
+def no_taps(config: Config, batch: int, length: int) -> dict[int, Reads]:
+  """Returns what taps the reads of each layer with a memory, by its number, for batches of (batch, length) tokens."""
+  model, dtype = config.model, jnp.dtype(config.train.dtype)
+  shape = (batch, length, config.memory.n_heads, model.num_selected)
+  kinds = {number: SUBLAYERS[kind] for number, kind in enumerate(layer_kinds(model, config.memory))}
+  return {
+    number: no_reads(shape, model.knowledge_dim, dtype, bag=kind.sums_rows)
+    for number, kind in kinds.items()
+    if kind.uses_bank
+  }
 
 
 def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:

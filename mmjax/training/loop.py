@@ -256,7 +256,7 @@ class Window:
     self.paused_seconds += time.perf_counter() - start
 
   def summary(self) -> dict[str, Any]:
-    """Returns means over the updates that were applied, the last learning rate, and sums of tokens and seconds."""
+    """Returns means over the updates that were applied, the last learning rate, sums of tokens, seconds, revivals."""
     steps = jax.device_get(self.steps)
     seconds = time.perf_counter() - self.start - self.paused_seconds
     applied = [m for m in steps if m['applied']]
@@ -265,7 +265,8 @@ class Window:
       for name in ('loss', 'aux_loss', 'accuracy', 'grad_norm')
     }
     tokens = int(sum(m['tokens'] for m in steps))
-    return means | {'learning_rate': float(steps[-1]['learning_rate']), 'tokens': tokens, 'seconds': seconds}
+    revived = {name: int(sum(m[name] for m in steps)) for name in ('revived_rows', 'revived_keys') if name in steps[0]}
+    return means | revived | {'learning_rate': float(steps[-1]['learning_rate']), 'tokens': tokens, 'seconds': seconds}
 
   def bank(self, layers: list[int]) -> list[dict[str, Any]]:
     """Returns the health of the bank as each layer with a memory used it; empty for a model without one."""

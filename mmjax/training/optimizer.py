@@ -1,17 +1,19 @@
 """AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient.
 
-The bank may have a learning rate, a decay and a clip of its own.
+The bank may have a learning rate, a decay and a clip of its own; mmjax/training/lazy_bank.py updates it row by row.
 """
 
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mmjax.config import Config, TrainConfig
+from mmjax.config import Config, MemoryConfig, TrainConfig
 from mmjax.model.lm import Params, abstract_params
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.training.lazy_bank import is_lazy, without_bank
 
 
 def path_name(path: tuple) -> str:
@@ -73,17 +75,49 @@ def _clip(grads: Params, largest: float) -> Params:
   return jax.tree.map(lambda grad: grad * scale, grads)
 
 
+def bank_rate(config: Config, total_steps: int) -> optax.Schedule:
+  """Returns the bank's learning rate as a function of the updates made before."""
+  everyones, own = learning_rate_schedule(config.train, total_steps), bank_lr_multiplier(config.memory, total_steps)
+  return lambda count: everyones(count) * own(count)
+
+
+def bank_lr_multiplier(memory: MemoryConfig, total_steps: int) -> optax.Schedule:
+  """Returns the bank's learning rate over that of all others: linear from the first update to the last."""
+  first, last = memory.bank_lr_multiplier, memory.bank_lr_final_multiplier
+  return optax.linear_schedule(first, last, max(total_steps - 1, 1))
+
+
 def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
-  """Returns the gradient transformation of a run of `total_steps` optimizer updates."""
+  """Returns the gradient transformation of a run of `total_steps` optimizer updates.
+
+  Where the bank is updated lazily its gradient, then of another shape, is clipped with the others and no more.
+  """
   train, memory = config.train, config.memory
-  params = abstract_params(config)
-  learns, bank = gets_gradient(config, params), is_bank(params)
-  steps = []
+  clip = []
   if memory.bank_grad_clip:
-    steps.append(clip_bank_apart(train.grad_clip, memory.bank_grad_clip))
+    clip.append(clip_bank_apart(train.grad_clip, memory.bank_grad_clip))
   elif train.grad_clip:
-    steps.append(optax.clip_by_global_norm(train.grad_clip))
-  steps.append(optax.scale_by_adam(train.beta1, train.beta2, train.eps))
+    clip.append(optax.clip_by_global_norm(train.grad_clip))
+  params = abstract_params(config)
+  if is_lazy(config):
+    return optax.chain(*clip, apart_from_bank(optax.chain(*_adamw(config, without_bank(params), total_steps))))
+  return optax.chain(*clip, *_adamw(config, params, total_steps))
+
+
+def apart_from_bank(others: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns a transformation that leaves the bank's gradient as it is and keeps no state for it."""
+
+  def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+    updates, state = others.update(without_bank(grads), state, without_bank(params))
+    return updates | {'memory_bank': grads['memory_bank']}, state
+
+  return optax.GradientTransformation(lambda params: others.init(without_bank(params)), update)
+
+
+def _adamw(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
+  train, memory = config.train, config.memory
+  learns, bank = gets_gradient(config, params), is_bank(params)
+  steps = [optax.scale_by_adam(train.beta1, train.beta2, train.eps)]
   if memory.bank_decay_multiplier == 1:
     steps.append(optax.add_decayed_weights(train.weight_decay, mask=learns))
   else:
@@ -91,9 +125,6 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
     steps.append(optax.add_decayed_weights(train.weight_decay, mask=others))
     steps.append(optax.add_decayed_weights(train.weight_decay * memory.bank_decay_multiplier, mask=bank))
   if (memory.bank_lr_multiplier, memory.bank_lr_final_multiplier) != (1, 1):
-    multiplier = optax.linear_schedule(
-      memory.bank_lr_multiplier, memory.bank_lr_final_multiplier, max(total_steps - 1, 1)
-    )
-    steps.append(optax.masked(optax.scale_by_schedule(multiplier), bank))
+    steps.append(optax.masked(optax.scale_by_schedule(bank_lr_multiplier(memory, total_steps)), bank))
   steps.append(optax.scale_by_learning_rate(learning_rate_schedule(train, total_steps)))
-  return optax.chain(*steps)
+  return steps

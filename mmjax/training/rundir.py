@@ -40,6 +40,7 @@ FREE_SECTIONS = ('runtime.',)
 # What an imported model does not bind: how it started, and how it learns.
 FREE_OF_IMPORTS = (
   'model.dropout', 'model.aux_loss_weight', 'memory.keys_init', 'memory.knowledge_length', 'memory.balance_loss_weight',
+  'memory.revive_after', 'memory.revive_noise', 'memory.revive_keys',
 )  # fmt: skip
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
 # A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it

@@ -20,6 +20,7 @@ from mmjax.training.optimizer import path_name
 # (pattern of the parameter's name, partition); the first match wins. Adam's moments carry their parameter's name.
 RULES = (
   (r'memory_bank$', P('rows', None)),
+  (r'_MP?$', P('rows')),  # what else there is of every row, by the axes in its name
   (r'.*', P()),
 )
 BATCH = P(None, ('data', 'rows'), None)  # (accumulation step, row of the micro-batch, position)

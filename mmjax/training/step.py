@@ -6,6 +6,7 @@ parameters, optimizer state and the average stay as they were, only the counters
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,9 +16,20 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import Config
+from mmjax.kernels.bank import Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
 from mmjax.model.lm import Params, init_params
-from mmjax.training.optimizer import learning_rate_schedule
+from mmjax.training.lazy_bank import (
+  add_gradients,
+  init_moments,
+  is_lazy,
+  lazy_gradient,
+  no_rows,
+  update_rows,
+  without_bank,
+)
+from mmjax.training.optimizer import bank_rate, learning_rate_schedule
+from mmjax.training.revival import count_sub_keys, init_revival, revive, revives
 
 TrainState = dict[str, Any]
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -34,7 +46,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
   """
   params = init_params(config) if params is None else params
   zero = jnp.zeros((), jnp.int32)
-  return {
+  state = {
     'params': params,
     'opt_state': optimizer.init(params),
     'step': zero,
@@ -42,6 +54,11 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
     'skipped_total': zero,
     'loss_average': jnp.zeros((), jnp.float32),
   }
+  if is_lazy(config):
+    state['bank_moments'] = init_moments(params['memory_bank'])
+  if revives(config):
+    state['revival'] = init_revival(config, params)
+  return state
 
 
 def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
@@ -50,18 +67,24 @@ def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
 
 
 def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str) -> Callable:
-  """Returns objective(params, rows, total_weight, key) -> (what training minimises, parts).
+  """Returns objective(params, rows, total_weight, key, taps=None) -> (what training minimises, parts).
 
   `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative
   log-likelihoods of the targets that are not padding, in nats, over `total_weight`; `accuracy`, their hits over
   `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row.
-  Summed over an update's micro-batches they are those of one big batch. The objective is loss + aux_loss.
+  Summed over an update's micro-batches they are those of one big batch. The objective is loss + aux_loss. With `taps`,
+  from `no_taps`, the bank gets no gradient, but they do, and the parts also hold the rows that were read, `row_LBTR`;
+  where rows are revived, how often each sub-key was taken, `count_LKC`.
   """
   dtype = jnp.dtype(config.train.dtype)
   isolate = config.data.isolate_documents
 
   def objective(
-    params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None
+    params: Params,
+    rows: dict[str, Array],
+    total_weight: Array,
+    key: Array | None,
+    taps: dict[int, Reads] | None = None,
   ) -> tuple[Array, dict[str, Array]]:
     model = nnx.merge(graphdef, params)
     out = model(
@@ -72,6 +95,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
       remat=config.runtime.remat,
       scan_layers=config.runtime.scan_layers,
       dropout_key=key,
+      bank_of_layer=None if taps is None else lambda number, bank_MP: TappedBank(bank_MP, taps[number]),
     )
     weight_BT = (rows['target'] != pad_id).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
@@ -84,6 +108,10 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
     }
     if out.row_LBTR is not None:
       parts['usage_LM'] = count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
+    if revives(config):
+      parts['count_LKC'] = count_sub_keys(out.row_LBTR, weight_BT, config.memory.n_heads, config.model.n_sub_keys)
+    if taps is not None:
+      parts['row_LBTR'] = out.row_LBTR
     return parts['loss'] + parts['aux_loss'], parts
 
   return objective
@@ -109,6 +137,39 @@ def next_average(average: Array, loss: Array) -> Array:
   return jnp.where(average > 0, LOSS_AVERAGE_DECAY * average + (1 - LOSS_AVERAGE_DECAY) * loss, loss)
 
 
+def make_gradient(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str) -> Callable:
+  """Returns gradient(params, batch, tokens, step) -> (parts of the loss, gradients), summed over the micro-batches.
+
+  Where the bank is updated lazily, its gradient is `RowSums`.
+  """
+  objective = make_loss(config, graphdef, pad_id, attention)
+  lazy = is_lazy(config)
+  grad = lazy_gradient(config, objective) if lazy else jax.value_and_grad(objective, has_aux=True)
+  add_up = add_gradients if lazy else partial(jax.tree.map, jnp.add)
+  use_dropout = config.model.dropout > 0
+
+  def gradient(params: Params, batch: dict[str, Array], tokens: Array, step: Array) -> tuple[dict[str, Array], Params]:
+    key = jax.random.fold_in(jax.random.key(config.seed), step)
+
+    def add(sums: tuple, micro: tuple) -> tuple[tuple, None]:
+      index, rows = micro
+      (_, parts), grads = grad(params, rows, tokens, jax.random.fold_in(key, index) if use_dropout else None)
+      return (jax.tree.map(jnp.add, sums[0], parts), add_up(sums[1], grads)), None
+
+    first = jax.tree.map(lambda x: x[0], batch)
+    if len(batch['input']) == 1 and not lazy:  # no sums, which would be written and read once more
+      (_, parts), grads = grad(params, first, tokens, jax.random.fold_in(key, 0) if use_dropout else None)
+      return parts, grads
+    micros = (jnp.arange(len(batch['input'])), batch)
+    (_, parts), grads = jax.eval_shape(grad, params, first, tokens, key)
+    parts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (parts, grads))
+    if lazy:
+      grads['memory_bank'] = no_rows(config)
+    return jax.lax.scan(add, (parts, grads), micros)[0]
+
+  return gradient
+
+
 def make_train_step(
   config: Config,
   graphdef: nnx.GraphDef,
@@ -123,58 +184,56 @@ def make_train_step(
   It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
   metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_N (of each parameter, in
   the order of the tree), learning_rate, tokens (targets that are not padding), finite, applied (finite, and no spike),
-  loss_average (what a spike is measured by), skipped, and usage_LM (int32 rows read, memory models only).
+  loss_average (what a spike is measured by), skipped, and usage_LM (int32 rows read, memory models only); with
+  memory.revive_after also revived_rows and revived_keys.
   """
-  grad = jax.value_and_grad(make_loss(config, graphdef, pad_id, attention), has_aux=True)
+  gradient = make_gradient(config, graphdef, pad_id, attention)
   schedule = learning_rate_schedule(config.train, total_steps)
-  use_dropout = config.model.dropout > 0
-
-  def accumulate(params: Params, batch: dict[str, Array], tokens: Array, step: Array) -> tuple:
-    key = jax.random.fold_in(jax.random.key(config.seed), step)
-
-    def add(sums: tuple, micro: tuple) -> tuple[tuple, None]:
-      index, rows = micro
-      (_, parts), grads = grad(params, rows, tokens, jax.random.fold_in(key, index) if use_dropout else None)
-      return jax.tree.map(jnp.add, sums, (parts, grads)), None
-
-    first = jax.tree.map(lambda x: x[0], batch)
-    if len(batch['input']) == 1:  # no sums, which would be written and read once more
-      (_, parts), grads = grad(params, first, tokens, jax.random.fold_in(key, 0) if use_dropout else None)
-      return parts, grads
-    micros = (jnp.arange(len(batch['input'])), batch)
-    (_, parts), grads = jax.eval_shape(grad, params, first, tokens, key)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (parts, grads))
-    return jax.lax.scan(add, zeros, micros)[0]
+  lazy, rate_of_bank = is_lazy(config), bank_rate(config, total_steps)
 
   def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-    params = state['params']
+    params, count = state['params'], state['step'] - state['skipped_total']
     tokens = jnp.sum(batch['target'] != pad_id)
-    parts, grads = accumulate(params, batch, jnp.maximum(tokens, 1).astype(jnp.float32), state['step'])
+    parts, grads = gradient(params, batch, jnp.maximum(tokens, 1).astype(jnp.float32), state['step'])
+    if lazy:
+      row_sums = grads['memory_bank']
+      grads['memory_bank'] = row_sums.sum_UP
     with jax.named_scope('optimizer'):
       grad_norm = optax.global_norm(grads)
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
       spikes = is_spike(parts['loss'], state['loss_average'], config.train.max_loss_factor)
       applied = finite & jnp.logical_not(spikes)
       updates, opt_state = optimizer.update(grads, state['opt_state'], params)
+      if lazy:
+        params, row_sums = without_bank(params), row_sums._replace(sum_UP=updates.pop('memory_bank'))
       new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
       old = {'params': params, 'opt_state': state['opt_state']}
       kept = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+      if lazy:
+        kept['params']['memory_bank'], kept['bank_moments'] = update_rows(
+          config, rate_of_bank, state['params']['memory_bank'], state['bank_moments'], row_sums, count, applied
+        )
     skipped = jnp.where(applied, 0, state['skipped'] + 1)
     metrics = parts | {
       'grad_norm': grad_norm,
-      'grad_norm_N': jnp.stack([optax.global_norm(g) for g in jax.tree.leaves(grads)]),
-      'learning_rate': schedule(state['step'] - state['skipped_total']),
+      'grad_norm_N': jnp.stack([optax.global_norm(grad) for grad in jax.tree.leaves(grads)]),
+      'learning_rate': schedule(count),
       'tokens': tokens,
       'finite': finite,
       'applied': applied,
       'loss_average': state['loss_average'],
       'skipped': skipped,
     }
-    return kept | {
+    after = kept | {
       'step': state['step'] + 1,
       'skipped': skipped,
       'skipped_total': state['skipped_total'] + (1 - applied.astype(jnp.int32)),
       'loss_average': jnp.where(applied, next_average(state['loss_average'], parts['loss']), state['loss_average']),
-    }, metrics
+    }
+    if revives(config):
+      window = {'revival': state['revival']}
+      after, revived = revive(config, after | window, parts['usage_LM'], metrics.pop('count_LKC'), applied)
+      metrics |= revived
+    return after, metrics
 
   return train_step

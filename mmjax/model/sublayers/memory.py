@@ -23,6 +23,7 @@ class MemorySublayer(nnx.Module):
   """Norm, gate, `read` of a subclass, and perhaps a dense sublayer beside it."""
 
   uses_bank = True
+  sums_rows = False  # whether the bank is read with `bank_bag`, or with `bank_lookup`
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     self.norm = RMSNorm(model.dim, model.norm_eps)

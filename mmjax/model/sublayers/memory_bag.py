@@ -19,6 +19,8 @@ from mmjax.model.sublayers.memory import MemorySublayer
 class MemoryBag(MemorySublayer):
   """The whole sublayer: norm, gate, weighted sums, gated projection; `up` is (D, h * P), `down` (h * P, D)."""
 
+  sums_rows = True
+
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     super().__init__(model, memory, rngs=rngs)
     width = memory.n_heads * model.knowledge_dim

@@ -1,0 +1,179 @@
+"""Adam for the rows of the bank that an update read, and no others (memory.bank_update='lazy').
+
+Dense Adam reads and writes the bank, two moments and the gradient in every update, read or not: 3.5 GB for 1,048,576 x
+128. Here an update costs what its rows cost. Every row that is read gets a slot when it is first read, gradients add up
+in the slots, and Adam runs over the slots in use. It pays while far fewer rows are read in an update than there are.
+
+The rule, for a row that was touched (read) in update s and next in update t, with g the sum of its clipped gradients in
+t. Updates are numbered from 1, skipped ones not counted; rate_j and decay are the bank's own.
+  mean   <- beta1^(t-s) mean + (1 - beta1) g         exactly dense Adam's: in between its gradients were 0
+  square <- beta2^(t-s) square + (1 - beta2) g^2     exactly dense Adam's
+  row    <- row prod_{s<j<t} (1 - rate_j decay)      exact but late: until t the row is read without it
+  row    <- row - rate_t (mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
+What differs from dense Adam: its mean goes on moving a row in the updates between, and here does not. A row that is
+read once in a long while moves by about 1 - beta1 of what dense Adam moves it by, a tenth; a larger
+memory.bank_lr_multiplier makes up for that. Where every row is read in every update, nothing differs.
+
+Elsewhere: torch.optim.SparseAdam and LazyAdam of TensorFlow Addons leave the moments of untouched rows as they are,
+where these decay, and have no weight decay.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from mmjax.config import Config
+from mmjax.kernels.bank import Reads, add_reads
+from mmjax.model.lm import Params, no_taps
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+
+CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
+
+Moments = dict[str, Array]
+ROW_MOMENTS = ('mean_MP', 'square_MP', 'count_M', 'log_decay_M')  # those that have a part for each row
+
+
+class RowReads(NamedTuple):
+  """Rows that a micro-batch read, int32, and each layer's gradients of them."""
+
+  row_LBThr: Array
+  layers: list[Reads]
+
+
+class RowSums(NamedTuple):
+  """Summed gradients of rows, each in a slot of its own.
+
+  Attributes:
+    sum_UP: float32; 0 in free slots.
+    row_U: int32, the slot's row; in free slots a number that is no row's, each another.
+    slot_M: int32, the row's slot; -1 where it was not read.
+    used: int32, slots in use; they are the first.
+  """
+
+  sum_UP: Array
+  row_U: Array
+  slot_M: Array
+  used: Array
+
+
+def is_lazy(config: Config) -> bool:
+  """Tells whether the config has a bank that is updated row by row."""
+  return config.memory.bank_update == 'lazy' and SUBLAYERS[config.model.sublayer].uses_bank
+
+
+def without_bank(params: Params) -> Params:
+  """Returns the dict without the bank."""
+  return {name: value for name, value in params.items() if name != 'memory_bank'}
+
+
+def lazy_gradient(config: Config, objective: Callable) -> Callable:
+  """Returns what `jax.value_and_grad(objective, has_aux=True)` does, with `RowReads` as the bank's gradient."""
+
+  def gradient(params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None) -> tuple:
+    def tapped(others: Params, taps: dict[int, Reads]) -> tuple[Array, dict[str, Array]]:
+      return objective(params | others, rows, total_weight, key, taps)
+
+    taps = no_taps(config, *rows['target'].shape)
+    both = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
+    (value, parts), (grads, reads) = both(without_bank(params), taps)
+    row_LBTR = parts.pop('row_LBTR')
+    row_LBThr = row_LBTR.reshape(*row_LBTR.shape[:-1], config.memory.n_heads, -1)
+    return (value, parts), grads | {'memory_bank': RowReads(row_LBThr, list(reads.values()))}
+
+  return gradient
+
+
+def no_rows(config: Config) -> RowSums:
+  """Returns slots, all free, for as many rows as an update can read."""
+  model, train = config.model, config.train
+  layers = sum(SUBLAYERS[kind].uses_bank for kind in layer_kinds(model, config.memory))
+  reads = layers * model.max_seq_len * train.batch_size * train.accumulation_steps
+  most = min(model.knowledge_num, reads * config.memory.n_heads * model.num_selected)
+  chunk = min(CHUNK_ROWS, most)
+  slots = -(-most // chunk) * chunk
+  return RowSums(
+    jnp.zeros((slots, model.knowledge_dim)),
+    model.knowledge_num + jnp.arange(slots),
+    jnp.full(model.knowledge_num, -1),
+    jnp.zeros((), jnp.int32),
+  )
+
+
+@jax.named_scope('optimizer')
+def add_rows(sums: RowSums, reads: RowReads) -> RowSums:
+  """Adds the gradients of a micro-batch; rows that are new get the next free slots."""
+  sum_UP, row_U, slot_M, used = sums
+  slots, M, row_X = len(row_U), len(slot_M), reads.row_LBThr.reshape(-1)
+  read_X = jnp.arange(len(row_X))
+  last_read_M = jnp.full(M, -1).at[row_X].max(read_X)  # of the reads of one row, the last asks for the slot
+  asks_X = (last_read_M[row_X] == read_X) & (slot_M[row_X] < 0)
+  slot_X = used + jnp.cumsum(asks_X) - 1
+  slot_M = slot_M.at[jnp.where(asks_X, row_X, M)].set(slot_X, mode='drop')
+  row_U = row_U.at[jnp.where(asks_X, slot_X, slots)].set(row_X, mode='drop')
+  for row_BThr, layer in zip(reads.row_LBThr, reads.layers, strict=True):
+    sum_UP = add_reads(sum_UP, slot_M[row_BThr], layer)
+  return RowSums(sum_UP, row_U, slot_M, used + jnp.sum(asks_X))
+
+
+def add_gradients(sums: Params, grads: Params) -> Params:
+  """Adds gradients of a micro-batch, whose 'memory_bank' is `RowReads`, to sums, whose 'memory_bank' is `RowSums`."""
+  others = jax.tree.map(jnp.add, without_bank(sums), without_bank(grads))
+  return others | {'memory_bank': add_rows(sums['memory_bank'], grads['memory_bank'])}
+
+
+def init_moments(bank_MP: Array) -> Moments:
+  """Returns the state before the first update.
+
+  mean_MP and square_MP, float32, are Adam's. count_M, int32: the update that last touched a row. log_decay, float32:
+  sum of log(1 - rate_j decay) over all updates so far; log_decay_M: what it was when the row was last touched.
+  """
+  M, zero = len(bank_MP), jnp.zeros(())
+  moments = {'mean_MP': jnp.zeros_like(bank_MP), 'square_MP': jnp.zeros_like(bank_MP)}
+  return moments | {'count_M': jnp.zeros(M, jnp.int32), 'log_decay_M': jnp.zeros(M), 'log_decay': zero}
+
+
+@jax.named_scope('optimizer')
+def update_rows(
+  config: Config, rate: optax.Schedule, bank_MP: Array, moments: Moments, sums: RowSums, count: Array, applied: Array
+) -> tuple[Array, Moments]:
+  """Makes one update by the rule above, in place where the compiler may reuse the arrays.
+
+  Args:
+    config: betas, eps and decay.
+    rate: the bank's learning rate for the number of updates made before.
+    bank_MP: float32.
+    moments: from `init_moments`.
+    sums: clipped gradients.
+    count: int32, updates made before.
+    applied: False leaves everything as it is.
+  """
+  train, step_rate, t = config.train, rate(count), count + 1
+  decay = train.weight_decay * config.memory.bank_decay_multiplier
+  log_decay_after = moments['log_decay'] + jnp.where(applied, jnp.log1p(-step_rate * decay), 0)
+  chunk = min(CHUNK_ROWS, len(sums.row_U))
+
+  def update_chunk(i: Array, arrays: tuple[Array, Moments]) -> tuple[Array, Moments]:
+    bank_MP, moments = arrays
+    row_U, g_UP = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (sums.row_U, sums.sum_UP))
+    row_UP, *of_rows = (x.at[row_U].get(mode='clip') for x in (bank_MP, *(moments[name] for name in ROW_MOMENTS)))
+    mean_UP, square_UP, count_U, log_decay_U = of_rows
+    passed_U1 = (t - count_U)[:, None].astype(jnp.float32)
+    mean_UP = (1 - train.beta1) * g_UP + train.beta1**passed_U1 * mean_UP
+    square_UP = (1 - train.beta2) * g_UP**2 + train.beta2**passed_U1 * square_UP
+    row_UP *= jnp.exp(moments['log_decay'] - log_decay_U)[:, None]
+    corrected_UP = jnp.sqrt(square_UP / (1 - train.beta2**t)) + train.eps
+    row_UP -= step_rate * (mean_UP / (1 - train.beta1**t) / corrected_UP + decay * row_UP)
+
+    def put(x: Array, new: Array) -> Array:
+      return x.at[row_U].set(new, mode='drop', unique_indices=True)
+
+    new = zip(ROW_MOMENTS, (mean_UP, square_UP, t, log_decay_after), strict=True)
+    return put(bank_MP, row_UP), moments | {name: put(moments[name], value) for name, value in new}
+
+  chunks = jnp.where(applied, (sums.used + chunk - 1) // chunk, 0)
+  bank_MP, moments = jax.lax.fori_loop(0, chunks, update_chunk, (bank_MP, moments))
+  return bank_MP, moments | {'log_decay': log_decay_after}

@@ -1,0 +1,190 @@
+"""The bank updated row by row: its gradient against the dense one, its rule against float64, whole updates."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mmjax.kernels.bank import Reads
+from mmjax.model.lm import model_graph
+from mmjax.training import lazy_bank
+from mmjax.training.lazy_bank import RowReads, RowSums, add_rows, init_moments, no_rows, update_rows
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.step import init_state, make_gradient, make_train_step
+from tests.helpers import random_batch, rarely, tiny_config
+
+STEPS = 10
+BAG = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2}
+MODELS = {
+  'lookup': {},
+  'scaled': {'memory__scores': 'scale', 'memory__n_heads': 2, 'runtime__remat': 'block', 'train__dtype': 'bfloat16'},
+  'cross_attention': {'model__sublayer': 'cross_attention', 'memory__layers': '1'},
+  'bag': BAG | {'memory__layers': '1', 'memory__ffn_dim': 8, 'memory__score_activation': 'relu'},
+}
+
+
+def pairs(**changes):
+  return (tiny_config(memory__bank_update=update, **changes) for update in ('dense', 'lazy'))
+
+
+def as_dense(sums, M):
+  """What the slots hold, as an (M, P) array."""
+  used = int(sums.used)
+  dense = np.zeros((M, sums.sum_UP.shape[1]), np.float32)
+  dense[np.asarray(sums.row_U[:used])] = sums.sum_UP[:used]
+  return dense
+
+
+@pytest.mark.slow  # the tests of whole updates see most of it
+@pytest.mark.parametrize('model', MODELS)
+def test_gradients_equal_those_of_the_dense_route(model):
+  dense, lazy = pairs(**MODELS[model])
+  batch = random_batch(dense)
+  params = jax.jit(lambda: init_state(dense, optax.identity()))()['params']
+  found = []
+  for config in (dense, lazy):
+    gradient = jax.jit(make_gradient(config, model_graph(config), 0, 'xla'))
+    found.append(gradient(params, batch, jnp.float32(64), jnp.int32(0)))
+  (parts, grads), (lazy_parts, lazy_grads) = found
+  np.testing.assert_array_equal(parts['usage_LM'], lazy_parts['usage_LM'])
+  sums = lazy_grads['memory_bank']
+  read = np.flatnonzero(np.asarray(sums.slot_M) >= 0)
+  assert 0 < int(sums.used) == len(read) and set(np.flatnonzero(np.any(parts['usage_LM'], axis=0))) <= set(read)
+  assert not np.any(sums.sum_UP[int(sums.used) :])
+  lazy_grads['memory_bank'] = as_dense(sums, dense.model.knowledge_num)
+  assert np.abs(grads['memory_bank']).max() > 0
+  for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(lazy_grads), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_get_slots_in_several_micro_batches():
+  config = tiny_config(model__knowledge_num=400, model__n_layers=2, memory__n_heads=1)
+  P, rng = config.model.knowledge_dim, np.random.default_rng(0)
+  sums, want, read = no_rows(config), np.zeros((400, P)), set()
+  for micro in range(3):
+    row_LBThr = rng.integers(0, 40 * (micro + 1), (2, 2, 5, 1, 3))
+    grad, bag_grad = rng.standard_normal((2, 5, 1, 3, P)), rng.standard_normal((2, 5, 1, P))
+    weight = rng.standard_normal((2, 5, 1, 3))
+    np.add.at(want, row_LBThr[0], grad)
+    np.add.at(want, row_LBThr[1], weight[..., None] * bag_grad[..., None, :])
+    read |= set(row_LBThr.ravel().tolist())
+    layers = [Reads(jnp.asarray(grad, jnp.float32), None)]
+    layers.append(Reads(jnp.asarray(bag_grad, jnp.float32), jnp.asarray(weight, jnp.float32)))
+    sums = jax.jit(add_rows)(sums, RowReads(jnp.asarray(row_LBThr), layers))
+  assert int(sums.used) == len(read) and set(np.asarray(sums.row_U[: len(read)]).tolist()) == read
+  assert len(set(np.asarray(sums.row_U).tolist())) == len(sums.row_U) and min(sums.row_U[len(read) :]) >= 400
+  np.testing.assert_allclose(as_dense(sums, 400), want, rtol=1e-5, atol=1e-5)
+
+
+def test_slots_are_as_many_as_an_update_can_read():
+  small, large = tiny_config(), tiny_config(model__knowledge_num=10**6)
+  assert no_rows(small).sum_UP.shape == (64, 8)
+  reads = 2 * 2 * 4 * 16 * 3  # layers, micro-batches, rows of one, positions, rows of the bank each
+  assert no_rows(large).sum_UP.shape == (reads, 8)
+
+
+def test_rule_equals_dense_float64_without_the_drift_of_momentum(monkeypatch):
+  """The oracle updates every row in every update, but takes Adam's step only where a row was read."""
+  monkeypatch.setattr(lazy_bank, 'CHUNK_ROWS', 4)
+  M, P, updates = 11, 3, 25
+  decay = {'train__weight_decay': 0.3, 'memory__bank_decay_multiplier': 0.5}
+  config = tiny_config(train__beta2=0.95, train__eps=1e-3, **decay)
+  rate = optax.linear_schedule(0.2, 0.01, updates)
+  rng = np.random.default_rng(0)
+  first = rng.standard_normal((M, P)).astype(np.float32)
+  bank, moments = first, jax.device_get(init_moments(jnp.asarray(first)))
+  step = jax.jit(functools.partial(update_rows, config, rate))
+  want, mean, square, count = first.astype(np.float64), 0.0, 0.0, 0
+  for update in range(updates):
+    finite, rows = update % 7 != 3, rng.choice(M - 1, rng.integers(1, 9), replace=False)  # the last row is never read
+    gradient = np.zeros((M, P), np.float32)
+    gradient[rows] = rng.standard_normal((len(rows), P))
+    slots = 12
+    row_U, sum_UP = M + np.arange(slots), np.zeros((slots, P), np.float32)
+    row_U[: len(rows)], sum_UP[: len(rows)] = rows, gradient[rows]
+    sums = RowSums(sum_UP, row_U.astype(np.int32), np.zeros(M, np.int32), np.int32(len(rows)))
+    before, before_moments = bank, moments
+    bank, moments = jax.device_get(step(bank, moments, sums, jnp.int32(count), jnp.bool_(finite)))
+    untouched = np.setdiff1d(np.arange(M), rows) if finite else np.arange(M)
+    for new, old in ((bank, before), *((moments[n], before_moments[n]) for n in lazy_bank.ROW_MOMENTS)):
+      np.testing.assert_array_equal(new[untouched], old[untouched])
+    if not finite:
+      continue
+    lr, count = float(rate(count)), count + 1
+    mean, square = 0.9 * mean + 0.1 * gradient, 0.95 * square + 0.05 * gradient.astype(np.float64) ** 2
+    adam = mean / (1 - 0.9**count) / (np.sqrt(square / (1 - 0.95**count)) + 1e-3)
+    adam[np.setdiff1d(np.arange(M), rows)] = 0
+    want = want - lr * (adam + 0.15 * want)
+    np.testing.assert_allclose(bank[rows], want[rows], rtol=2e-5, atol=2e-5)
+    np.testing.assert_allclose(moments['mean_MP'][rows], mean[rows], rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(moments['square_MP'][rows], square[rows], rtol=2e-5, atol=1e-6)
+  np.testing.assert_array_equal(bank[M - 1], first[M - 1])
+
+
+@functools.cache
+def compiled(config):
+  optimizer = make_optimizer(config, STEPS)
+  step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=STEPS)
+  return jax.jit(step), jax.jit(lambda: init_state(config, optimizer))()
+
+
+@pytest.mark.parametrize('clip', rarely(('global', 'own'), 'own'))
+def test_where_every_row_is_read_it_equals_dense_adamw(clip):
+  own = {'memory__bank_grad_clip': 0.02, 'memory__bank_decay_multiplier': 0.5, 'memory__bank_lr_multiplier': 4.0}
+  changes = BAG | {
+    'model__n_layers': 1,
+    'model__knowledge_num': 9,
+    'train__weight_decay': 0.2,
+    'train__grad_clip': 0.1,
+    'train__eps': 1e-4,
+  }
+  states = []
+  for config in pairs(**changes, **(own if clip == 'own' else {})):
+    step, state = compiled(config)
+    for i in range(4):
+      state, metrics = step(state, random_batch(config, seed=i))
+      assert np.all(np.any(metrics['usage_LM'], axis=0)) and metrics['grad_norm'] > 0.1  # so that it clips
+    states.append(state)
+  dense, lazy = states
+  for a, b in zip(jax.tree.leaves(dense['params']), jax.tree.leaves(lazy['params']), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+  moments = next(part for part in dense['opt_state'] if hasattr(part, 'mu'))
+  np.testing.assert_allclose(moments.mu['memory_bank'], lazy['bank_moments']['mean_MP'], rtol=1e-3, atol=1e-7)
+  np.testing.assert_allclose(moments.nu['memory_bank'], lazy['bank_moments']['square_MP'], rtol=1e-3, atol=1e-9)
+  assert 'memory_bank' not in str(jax.tree_util.tree_structure(lazy['opt_state']))
+
+
+def test_rows_that_were_not_read_stay_bit_for_bit_and_skipped_updates_leave_all():
+  config = tiny_config(
+    memory__bank_update='lazy', model__knowledge_num=1024, train__weight_decay=0.2, model__n_layers=1
+  )
+  step, state = compiled(config)
+  batch = random_batch(config)
+  after, metrics = step(state, batch | {'target': jnp.maximum(batch['target'], 4)})  # reads at padding do not count
+  read = np.any(metrics['usage_LM'], axis=0)
+  moved = np.any(np.asarray(after['params']['memory_bank'] != state['params']['memory_bank']), axis=1)
+  assert 0 < read.sum() < 1024 and np.array_equal(moved, read)
+  assert np.array_equal(np.asarray(after['bank_moments']['count_M']) == 1, read)
+  infinite = {**after['params'], 'norm': {'scale': after['params']['norm']['scale'] * jnp.inf}}
+  broken, metrics = step({**after, 'params': infinite}, random_batch(config))
+  assert not metrics['finite']
+  for part in ('opt_state', 'bank_moments'):
+    jax.tree.map(np.testing.assert_array_equal, broken[part], after[part])
+  np.testing.assert_array_equal(broken['params']['memory_bank'], after['params']['memory_bank'])
+
+
+@pytest.mark.slow
+def test_step_makes_no_array_of_the_size_of_the_bank():
+  """A dense update of this bank needs its gradient beside it; XLA's own count of what a program needs."""
+  bytes_of = []
+  for config in pairs(**BAG, model__knowledge_num=2**16, model__knowledge_dim=32):
+    optimizer = make_optimizer(config, STEPS)
+    step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=STEPS)
+    state = jax.eval_shape(lambda config=config, optimizer=optimizer: init_state(config, optimizer))
+    memory = jax.jit(step, donate_argnums=0).lower(state, random_batch(config)).compile().memory_analysis()
+    bytes_of.append(memory.temp_size_in_bytes)
+  bank_bytes = 2**16 * 32 * 4
+  assert bytes_of[0] > bank_bytes > 2 * bytes_of[1]
