@@ -216,6 +216,10 @@ MAX_MEMORY_HEADS = 8
 # What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
 # configs/base.py alone states: they stay when a default changes.
 BEFORE = {
+  'memory.bank_update': 'dense',
+  'memory.revive_after': 0,
+  'memory.revive_noise': 0.1,
+  'memory.revive_keys': True,
   'train.max_loss_factor': 0.0,
   'train.profile_steps': 0,
   'runtime.scan_layers': False,
