@@ -4,6 +4,7 @@ A model is a graph definition and a nested dict of float32 parameters; `nnx.merg
 it. The sublayer comes from the table in mmjax.model.sublayers; the bank is one parameter, passed to every block.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,12 +28,14 @@ class Output(NamedTuple):
 
   Attributes:
     hidden_BTD: final hidden states in the compute dtype.
-    row_LBTR: int32 rows that each layer with a memory read, head by head; None without a bank.
+    row_LBTR: int32 rows that each layer with a memory read, head by head, best first; None without a bank.
+    score_LBTR: their float32 scores, before any activation; None without a bank.
     aux_loss: sum of the layers' aux losses.
   """
 
   hidden_BTD: Array
   row_LBTR: Array | None
+  score_LBTR: Array | None
   aux_loss: Array
 
 
@@ -105,6 +108,7 @@ class LM(nnx.Module):
     attention: str = 'xla',
     remat: str = 'none',
     dropout_key: Array | None = None,
+    bank_of_layer: Callable[[int, Array], Array] | None = None,
   ) -> Output:
     """Runs whole rows.
 
@@ -115,11 +119,12 @@ class LM(nnx.Module):
       attention: backend, see mmjax.kernels.attention.
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
       dropout_key: a PRNG key turns dropout on.
+      bank_of_layer: of a layer's number and the bank, (M, P), the bank that this layer reads instead.
 
     Returns:
       Output.
     """
-    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, dropout_key)
+    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, dropout_key, bank_of_layer)
     return out
 
   def logits(self, hidden: Array) -> Array:
@@ -177,6 +182,7 @@ class LM(nnx.Module):
     attention: str,
     remat: str,
     dropout_key: Array | None,
+    bank_of_layer: Callable[[int, Array], Array] | None = None,
   ) -> tuple[Output, list[LayerCache]]:
     angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
@@ -185,18 +191,21 @@ class LM(nnx.Module):
       keys = list(jax.random.split(dropout_key, len(keys)))
     with jax.named_scope('embedding'):
       x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
-    rows, kvs, aux_loss = [], [], jnp.zeros(())
-    for layer, key in zip(self.layers, keys[:-1], strict=True):
+    rows, scores, kvs, aux_loss = [], [], [], jnp.zeros(())
+    for number, (layer, key) in enumerate(zip(self.layers, keys[:-1], strict=True)):
       run = partial(layer, dtype=dtype, attention=attention)
       if remat == 'block':
         run = jax.checkpoint(run)
-      x_BTD, sublayer, kv = run(x_BTD, bank_MP, angle_BTh, segment_BT, key)
+      read_MP = bank_of_layer(number, bank_MP) if bank_of_layer else bank_MP
+      x_BTD, sublayer, kv = run(x_BTD, read_MP, angle_BTh, segment_BT, key)
       kvs.append(kv)
       aux_loss += sublayer.aux_loss
       if sublayer.row_BTR is not None:
         rows.append(sublayer.row_BTR)
+        scores.append(sublayer.score_BTR)
     hidden_BTD = self.norm(x_BTD).astype(dtype)
-    return Output(hidden_BTD, jnp.stack(rows) if rows else None, aux_loss), kvs
+    row_LBTR, score_LBTR = (jnp.stack(x) if x else None for x in (rows, scores))
+    return Output(hidden_BTD, row_LBTR, score_LBTR, aux_loss), kvs
 
 
 def init_params(config: Config) -> Params:

@@ -17,6 +17,7 @@ from mmjax.config import Config
 from mmjax.kernels.cross_entropy import cross_entropy_sums
 from mmjax.model.lm import Params, init_params
 from mmjax.training.optimizer import learning_rate_schedule
+from mmjax.training.probes import step_norms
 
 TrainState = dict[str, Any]
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -45,12 +46,15 @@ def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
   return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
 
 
-def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str) -> Callable:
+def make_loss(
+  config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str, probe: Callable | None = None
+) -> Callable:
   """Returns objective(params, rows, total_weight, key) -> (what training minimises, parts).
 
   `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative
   log-likelihoods of the targets that are not padding, in nats, over `total_weight`; `accuracy`, their hits over
-  `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row.
+  `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row, and
+  what `probe(output, weight_BT)` gives.
   Summed over an update's micro-batches they are those of one big batch. The objective is loss + aux_loss.
   """
   dtype = jnp.dtype(config.train.dtype)
@@ -79,6 +83,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
     }
     if out.row_LBTR is not None:
       parts['usage_LM'] = count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
+      parts |= probe(out, weight_BT) if probe else {}
     return parts['loss'] + parts['aux_loss'], parts
 
   return objective
@@ -107,7 +112,7 @@ def make_train_step(
 
   It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
   metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), learning_rate, tokens (targets
-  that are not padding), finite, skipped, and usage_LM (int32 rows read, memory models only).
+  that are not padding), finite, skipped, and for memory models usage_LM (int32 rows read) and `probes.step_norms`.
   """
   grad = jax.value_and_grad(make_loss(config, graphdef, pad_id, attention), has_aux=True)
   schedule = learning_rate_schedule(config.train, total_steps)
@@ -138,14 +143,19 @@ def make_train_step(
       new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
       old = {'params': params, 'opt_state': state['opt_state']}
       kept = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+    norms = step_norms(params, grads, updates, parts['usage_LM']) if 'usage_LM' in parts else {}
     skipped = jnp.where(finite, 0, state['skipped'] + 1)
-    metrics = parts | {
-      'grad_norm': grad_norm,
-      'learning_rate': schedule(state['step'] - state['skipped_total']),
-      'tokens': tokens,
-      'finite': finite,
-      'skipped': skipped,
-    }
+    metrics = (
+      parts
+      | norms
+      | {
+        'grad_norm': grad_norm,
+        'learning_rate': schedule(state['step'] - state['skipped_total']),
+        'tokens': tokens,
+        'finite': finite,
+        'skipped': skipped,
+      }
+    )
     return kept | {
       'step': state['step'] + 1,
       'skipped': skipped,
