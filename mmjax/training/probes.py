@@ -155,7 +155,8 @@ def losses_without_bank(
   bank_MP, losses = params['memory_bank'], {}
   for name, change in INTERVENTIONS.items():
     # One after the other: each needs the room of a bank. Where it lies must not change, or `nll` is compiled again.
-    changed = params | {'memory_bank': jax.jit(change, out_shardings=bank_MP.sharding)(bank_MP, seed)}
+    place = jax.jit(change, static_argnums=1, out_shardings=bank_MP.sharding)
+    changed = params | {'memory_bank': place(bank_MP, seed)}
     sums = [nll(changed, batch) for batch in batches]
     losses[name] = float(sum(np.float64(x) for x in jax.device_get(sums))) / tokens
   return losses
