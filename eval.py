@@ -1,8 +1,8 @@
 """Evaluates a run:   python eval.py --workdir out/exp_1_4_2 [--checkpoint best] [--prompts FILE] [--valid_files GLOB]
 
-Measures loss, perplexity, bits per byte, token accuracy and bank health on the whole validation set, continues prompts,
-prints both, writes them into eval.json in the work directory and updates its report.md. Exit codes: 0 done, 2 user
-error, 4 storage.
+Measures loss, perplexity, bits per byte, token accuracy and what the memory does on the whole validation set (defined
+in mmjax/training/probes.py), continues prompts, prints both, writes them into eval.json in the work directory and
+updates its report.md. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
 import argparse
@@ -23,7 +23,7 @@ def main() -> None:
   sampling = sampling_from_flags(arguments)
 
   from mmjax.inference.api import load
-  from mmjax.inference.measure import PROMPTS, continue_prompts, measure_text, read_prompts
+  from mmjax.inference.measure import PROMPTS, add_training_norms, continue_prompts, measure_text, read_prompts
   from mmjax.inference.terminal import prepare_terminal
   from mmjax.tools.report import write_report
   from mmjax.training.rundir import atomic_write_json, open_run
@@ -35,7 +35,7 @@ def main() -> None:
   found = {
     'checkpoint': lm.step,
     'valid_files': arguments.valid_files,
-    **measure_text(lm, run, arguments.valid_files).to_dict(),
+    **add_training_norms(measure_text(lm, run, arguments.valid_files), run, lm.step),
     **continue_prompts(lm, prompts, sampling),
   }
   print_evaluation(found)
@@ -50,6 +50,7 @@ def print_evaluation(found: dict[str, Any]) -> None:
   from rich.text import Text
 
   from mmjax.inference.terminal import printable
+  from mmjax.tools.memory_tables import memory_tables, update_ratio_sentence
 
   console = Console(highlight=False)
   numbers = Table(title=f'Held-out text, checkpoint {found["checkpoint"]}', show_header=False)
@@ -63,18 +64,13 @@ def print_evaluation(found: dict[str, Any]) -> None:
   ):
     numbers.add_row(name, text)
   console.print(numbers)
-  if found['bank']:
-    formats = {
-      'layer': 'd',
-      'used_share': '.1%',
-      'kl_to_uniform': '.3f',
-      'effective_rows': ',.0f',
-      'hottest_share': '.2%',
-    }
-    bank = Table(*(name.replace('_', ' ') for name in formats), title='Bank over the whole text')
-    for health in found['bank']:
-      bank.add_row(*(format(health[name], spec) for name, spec in formats.items()))
-    console.print(bank)
+  for title, header, rows in memory_tables(found['bank'], found['probes']):
+    table = Table(*header, title=title)
+    for row in rows:
+      table.add_row(*row)
+    console.print(table)
+  if sentence := update_ratio_sentence(found['probes']):
+    console.print(sentence)
   for sample in found['samples']:
     console.print(
       Text(printable(sample['prompt']), 'bold') + Text(printable(sample['continuation']), 'not bold'), end='\n\n'

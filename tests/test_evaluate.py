@@ -12,11 +12,13 @@ from mmjax.errors import UserError
 from mmjax.model.lm import build_model
 from mmjax.training.evaluate import evaluate, make_eval_step
 from mmjax.training.metrics import bank_health
+from mmjax.training.probes import ProbePlan
 from mmjax.training.sharding import make_mesh
 from mmjax.training.step import make_loss
 from tests.helpers import tiny_config
 
 PAD, T = 0, 12
+PLAN = ProbePlan(batches=9, seed=0)  # all of them
 
 
 def rows_of_text(n_rows: int, vocab_size: int) -> dict[str, np.ndarray]:
@@ -48,7 +50,7 @@ def test_evaluation_equals_float64_over_all_tokens(sublayer):
   rows = rows_of_text(10, config.model.vocab_size)
   byte_counts = np.arange(config.model.vocab_size, dtype=np.int32) % 5
   byte_counts[PAD] = 0
-  result = evaluate(step, params, batches_of(rows, 4), byte_counts)
+  result = evaluate(step, params, batches_of(rows, 4), byte_counts, PLAN)
 
   out = jax.jit(model)(jnp.asarray(rows['input']))
   logits = np.asarray(model.logits(out.hidden_BTD), np.float64)
@@ -62,11 +64,11 @@ def test_evaluation_equals_float64_over_all_tokens(sublayer):
   assert result.bits_per_byte == pytest.approx(nll / math.log(2) / result.text_bytes, rel=1e-5)
   assert result.accuracy == pytest.approx((logits.argmax(-1) == rows['target'])[real].mean())
   if sublayer == 'dense':
-    assert result.bank == []
+    assert (result.bank, result.probes) == ([], {})
     return
   for layer, health in enumerate(result.bank):
     counts = np.bincount(np.asarray(out.row_LBTR[layer])[real].ravel(), minlength=config.model.knowledge_num)
-    assert health == {'layer': layer, **bank_health(counts)}
+    assert {'layer': layer, **bank_health(counts)}.items() <= health.items()
 
 
 def test_evaluation_does_not_depend_on_the_batch_size():
@@ -74,10 +76,14 @@ def test_evaluation_does_not_depend_on_the_batch_size():
   for size in (3, 10):
     config, _, params, step = setup('gated_fusion', size)
     rows = rows_of_text(10, config.model.vocab_size)
-    results.append(evaluate(step, params, batches_of(rows, size), np.ones(config.model.vocab_size, np.int32)))
+    results.append(evaluate(step, params, batches_of(rows, size), np.ones(config.model.vocab_size, np.int32), PLAN))
   for result in results[1:]:
     assert result.loss == pytest.approx(results[0].loss, rel=1e-6)
-    assert (result.tokens, result.bank) == (results[0].tokens, results[0].bank)
+    assert result.tokens == results[0].tokens
+    assert result.probes == pytest.approx(results[0].probes, rel=1e-6)
+    for health, first in zip(result.bank, results[0].bank, strict=True):
+      assert health.pop('head_overlap') is first.pop('head_overlap') is None
+      assert health == pytest.approx(first, rel=1e-6)
 
 
 def test_evaluation_is_traced_once(monkeypatch):
@@ -88,10 +94,10 @@ def test_evaluation_is_traced_once(monkeypatch):
     return lambda *inputs: traced.append(1) or loss(*inputs)
 
   monkeypatch.setattr('mmjax.training.evaluate.make_loss', counting)
-  config, _, params, step = setup('dense')
+  config, _, params, step = setup('gated_fusion')
   rows = rows_of_text(10, config.model.vocab_size)
-  for _ in range(2):
-    evaluate(step, params, batches_of(rows, 4), np.ones(config.model.vocab_size, np.int32))
+  for _ in range(2):  # with the bank as it is, zeroed and shuffled
+    evaluate(step, params, batches_of(rows, 4), np.ones(config.model.vocab_size, np.int32), PLAN)
   assert len(traced) == 1
 
 
@@ -100,4 +106,4 @@ def test_evaluation_without_tokens_is_refused():
   empty = {name: np.zeros((4, T), np.int32) for name in ('input', 'target', 'segment')}
   for batches in ([], [empty]):
     with pytest.raises(UserError, match='no token to predict'):
-      evaluate(step, params, batches, np.ones(config.model.vocab_size, np.int32))
+      evaluate(step, params, batches, np.ones(config.model.vocab_size, np.int32), PLAN)

@@ -107,7 +107,9 @@ def test_rule_equals_dense_float64_without_the_drift_of_momentum(monkeypatch):
     row_U[: len(rows)], sum_UP[: len(rows)] = rows, gradient[rows]
     sums = RowSums(sum_UP, row_U.astype(np.int32), np.zeros(M, np.int32), np.int32(len(rows)))
     before, before_moments = bank, moments
-    bank, moments = jax.device_get(step(bank, moments, sums, jnp.int32(count), jnp.bool_(finite)))
+    bank, moments, ratio = jax.device_get(step(bank, moments, sums, jnp.int32(count), jnp.bool_(finite)))
+    moved = np.linalg.norm(bank[rows] - before[rows]) / np.linalg.norm(before[rows])
+    np.testing.assert_allclose(ratio, moved, rtol=1e-4)
     untouched = np.setdiff1d(np.arange(M), rows) if finite else np.arange(M)
     for new, old in ((bank, before), *((moments[n], before_moments[n]) for n in lazy_bank.ROW_MOMENTS)):
       np.testing.assert_array_equal(new[untouched], old[untouched])

@@ -54,13 +54,18 @@ def test_log_is_strict_json_and_holds_what_was_written(tmp_path):
 def test_numbers_are_mirrored_to_tensorboard(tmp_path):
   log = MetricsLog(tmp_path)
   log.truncate_after(4)
-  log.write({'kind': 'train', 'step': 5, 'loss': 2.5, 'mfu': None, 'bank': [{'layer': 1, 'used_share': 0.25}]})
+  bank, probes = [{'layer': 1, 'used_share': 0.25, 'head_overlap': None}], {'loss_zeroed': 3.5}
+  log.write({'kind': 'train', 'step': 5, 'loss': 2.5, 'mfu': None, 'bank': bank, 'probes': probes})
   log.close()
   version, start, *scalars = read_events(tmp_path)
   assert version.file_version == 'brain.Event:2'
   assert (start.step, start.session_log.status) == (5, SessionLog.START)  # hides what an earlier start wrote beyond
   values = {(event.step, value.tag): value.simple_value for event in scalars for value in event.summary.value}
-  assert values == {(5, 'train/loss'): 2.5, (5, 'train/layer_1/used_share'): 0.25}
+  assert values == {
+    (5, 'train/loss'): 2.5,
+    (5, 'train/layer_1/used_share'): 0.25,
+    (5, 'train/probes/loss_zeroed'): 3.5,
+  }
 
 
 def test_two_logs_in_one_second_keep_their_events(tmp_path):

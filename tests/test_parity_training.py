@@ -164,6 +164,7 @@ def test_fifty_updates_equal_torch(sublayer):
 def rows_as_usage(monkeypatch):
   """Makes the train step report the rows it read instead of their counts (without accumulation, they pass as are)."""
   monkeypatch.setattr(step_module, 'count_rows', lambda row_LBTR, weight_BT, knowledge_num: row_LBTR)
+  monkeypatch.setattr(step_module, 'row_update_ratio', lambda *_: jnp.zeros(()))
 
 
 # Weights that drift apart by rounding make ever more selections differ, and each one moves the loss of its token: left

@@ -36,6 +36,18 @@ def eval_line(step: int, loss: float | None, layers: int = 2) -> dict:
   return {'kind': 'eval', 'step': step, **numbers, 'bank': train_line(step, layers)['bank']}
 
 
+def probed(line: dict, heads: int = 2) -> dict:
+  """A line with what mmjax.training.probes adds."""
+  bank = [health | {'gate_grad_norm': 0.5, 'key_grad_norm': 0.0} for health in line['bank']]
+  probes = {'row_update_ratio': 0.02}
+  if line['kind'] == 'eval':
+    overlap = 0.1 if heads > 1 else None
+    measured = {'kl_weighted': 2.5, 'head_overlap': overlap, 'row_agreement': 0.375, 'row_agreement_chance': 0.0625}
+    bank = [health | measured for health in bank]
+    probes |= {'positions': 1234, 'loss': 3.0, 'loss_zeroed': 3.25, 'loss_shuffled': None}
+  return line | {'bank': bank, 'probes': probes}
+
+
 def make_run(path: Path, records: list[dict], **overrides: object) -> Path:
   path.mkdir()
   RunDir(path).write_config(tiny_config(**overrides))
@@ -109,6 +121,18 @@ def test_dense_run_has_no_bank(tmp_path):
   assert not list((run / 'plots').glob('bank_*'))
 
 
+def test_probes_of_the_memory_are_shown(tmp_path):
+  run = make_run(tmp_path / 'run', [probed(train_line(2)), probed(eval_line(2, 3.0))])
+  text = write_report(run).read_text().partition('## Bank health')[2].partition('## Evaluation')[0]
+  assert '| 1 | 10.0% | 2.000 | 2.500 | 100 | 1.00% | 10.0% |' in text
+  assert '| 1 | 37.50% | 6.25% | 5.00e-01 | 0.00e+00 |' in text
+  assert 'on the first 1,234 positions' in text and '| all values zero | 3.2500 | +0.2500 |' in text
+  assert '| rows exchanged | - | - |' in text and 'by 2.0e-02 of their norm' in text
+  drawn = {'changed', 'row_agreement', 'kl_weighted', 'head_overlap', 'gate_grad_norm', 'key_grad_norm'}
+  for name in drawn | {'row_update_ratio'}:
+    assert f'](plots/bank_{name}.png)' in text
+
+
 def test_skipped_updates_and_lost_numbers_are_shown(tmp_path):
   skipped = {'kind': 'skipped', 'step': 3, 'row_ids': [1]}
   records = [train_line(2, loss=None, grad_norm=None), train_line(4, loss=None, grad_norm=None), skipped]
@@ -150,6 +174,11 @@ def test_plots_are_drawn_for_one_line_and_for_thousands(tmp_path):
   many = write_plots([train_line(i) for i in range(1, 2000)] + [eval_line(5, 3.0)], tmp_path / 'many')
   assert set(one) == set(many) == {path.name for path in (tmp_path / 'many').iterdir()}
   assert len(one) == 8
+  one_head = [probed(train_line(1)), probed(eval_line(1, 3.0), heads=1)]
+  assert set(write_plots(one_head, tmp_path / 'heads')) - set(one) == {
+    f'bank_{name}.png'
+    for name in ('changed', 'row_agreement', 'kl_weighted', 'gate_grad_norm', 'key_grad_norm', 'row_update_ratio')
+  }
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):

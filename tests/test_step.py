@@ -95,6 +95,18 @@ def test_padding_weighs_nothing():
   assert a['usage_LM'].sum(axis=1).tolist() == [reads] * config.model.n_layers
 
 
+def test_rows_that_were_read_move_by_the_ratio_that_is_reported():
+  config = tiny_config()
+  _, state = compiled(config)
+  after, metrics, _ = run(config, 1)
+  read = np.asarray(metrics['usage_LM']).any(axis=0)
+  assert 0 < read.sum() < len(read)
+  before, after = (np.asarray(s['params']['memory_bank'], np.float64)[read] for s in (state, after))
+  want = np.linalg.norm(after - before) / np.linalg.norm(before)
+  assert float(metrics['row_update_ratio']) == pytest.approx(want, rel=1e-4)
+  assert not np.any(metrics['gate_grad_norm_L']) and not np.any(metrics['key_grad_norm_L'])
+
+
 def test_loss_equals_log_softmax_over_all_logits():
   config = tiny_config()
   _, state = compiled(config)

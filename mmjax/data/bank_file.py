@@ -5,6 +5,7 @@ bank.safetensors.sha256   checked when it is there
 bank.jsonl                {"row": r, "text": ...} for each row, in order: what a row was before training
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,3 +46,19 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
   if not np.isfinite(bank_MP).all():
     raise UserError(f"'{path}' holds values that are not finite")
   return bank_MP
+
+
+def read_texts(path: Path) -> dict[int, str]:
+  """Returns the text that each row of a bank file was made from; {} where its .jsonl is gone.
+
+  Raises:
+    UserError: if the .jsonl is damaged.
+  """
+  texts = path.with_suffix('.jsonl')
+  if not texts.is_file():
+    return {}
+  try:
+    lines = [json.loads(line) for line in texts.read_bytes().splitlines()]
+    return {line['row']: line['text'] for line in lines}
+  except (ValueError, KeyError, TypeError) as error:
+    raise UserError(f"'{texts}' does not hold the texts of a bank: {error}") from None

@@ -18,6 +18,8 @@ from mmjax.inference.text_stats import distinct_share, repeated_share
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import model_graph
 from mmjax.training.evaluate import EvalResult, evaluate, make_eval_step
+from mmjax.training.metrics import read_metrics
+from mmjax.training.probes import LAYER_NORMS, plan_probe
 from mmjax.training.rundir import RunDir, read_json
 from mmjax.training.setup import open_inputs
 from mmjax.training.sharding import make_mesh
@@ -57,11 +59,42 @@ def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalR
   """
   runtime = dataclasses.replace(lm.config.runtime, data_devices=1, row_devices=1)
   config = dataclasses.replace(lm.config, runtime=runtime)
-  split = _other_text(config, run, valid_files) if valid_files else _validation_set(config, run)
+  split = open_text(config, run, valid_files)
   attention = attention_backend('auto', jnp.dtype(config.train.dtype), jax.default_backend(), 1)
   step = make_eval_step(model_graph(config), config, pad_id=split.pad_id, attention=attention, mesh=make_mesh(config))
   batches = eval_batches(split, config.train.batch_size)
-  return evaluate(step, lm.params, batches, lm.tokenizer.bytes_per_token())
+  return evaluate(step, lm.params, batches, lm.tokenizer.bytes_per_token(), plan_probe(config, split))
+
+
+def open_text(config: Config, run: RunDir, files: str = '') -> TokenSplit:
+  """Opens the run's validation set, or other files cut into rows with the run's tokenizer.
+
+  Args:
+    config: of the run.
+    run: its directory.
+    files: comma-separated paths or globs; '': the validation set of the run.
+
+  Raises:
+    UserError: if the text cannot be read, or is not the text that the run was trained with.
+  """
+  return _other_text(config, run, files) if files else _validation_set(config, run)
+
+
+def add_training_norms(found: EvalResult, run: RunDir, step: int) -> dict[str, Any]:
+  """Returns the numbers of an evaluation, with the norms that the training loop logged with its own at that step.
+
+  Only training knows gradients and updates; the norms are None where the log has no evaluation of this step.
+  """
+  records = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
+  logged = [r for r in records if r['kind'] == 'eval' and r['step'] == step]
+  norms = logged[-1] if logged else {'bank': [], 'probes': {}}
+  by_layer = {health['layer']: health for health in norms['bank']}
+  numbers = found.to_dict()
+  for health in numbers['bank']:
+    health |= {name: by_layer.get(health['layer'], {}).get(name) for name in LAYER_NORMS}
+  if numbers['probes']:
+    numbers['probes']['row_update_ratio'] = norms.get('probes', {}).get('row_update_ratio')
+  return numbers
 
 
 def _validation_set(config: Config, run: RunDir) -> TokenSplit:

@@ -30,12 +30,14 @@ class Output(NamedTuple):
 
   Attributes:
     hidden_BTD: final hidden states in the compute dtype.
-    row_LBTR: int32 rows that each layer with a memory read, head by head; None without a bank.
+    row_LBTR: int32 rows that each layer with a memory read, head by head, best first; None without a bank.
+    score_LBTR: their float32 scores, before any activation; None without a bank.
     aux_loss: sum of the layers' aux losses.
   """
 
   hidden_BTD: Array
   row_LBTR: Array | None
+  score_LBTR: Array | None
   aux_loss: Array
 
 
@@ -83,9 +85,10 @@ class Block(nnx.Module):
 
 
 class LayerOutput(NamedTuple):
-  """What a layer gives beside the residual stream: rows read, aux loss, keys and values of attention."""
+  """What a layer gives beside the residual stream: rows read, their scores, aux loss, attention's keys and values."""
 
   row_BTR: Array | None
+  score_BTR: Array | None
   aux_loss: Array
   kv: LayerCache
 
@@ -241,14 +244,15 @@ class LM(nnx.Module):
         call = jax.checkpoint(call)
       bank = bank_MP if bank_of_layer is None else bank_of_layer(number, bank_MP)
       x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, key)
-      return x_BTD, LayerOutput(sublayer.row_BTR, jnp.asarray(sublayer.aux_loss), kv)
+      return x_BTD, LayerOutput(sublayer.row_BTR, sublayer.score_BTR, jnp.asarray(sublayer.aux_loss), kv)
 
     assert not (scan_layers and bank_of_layer), 'a scan runs all layers on one bank'
     x_BTD, outs = (_scan_layers if scan_layers else _unroll_layers)(run, list(self.layers), x_BTD, keys[:-1])
-    rows = [out.row_BTR for out in outs if out.row_BTR is not None]
+    reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
+    row_LBTR, score_LBTR = (jnp.stack(x) for x in zip(*reads, strict=True)) if reads else (None, None)
     hidden_BTD = self.norm(x_BTD).astype(dtype)
     aux_loss = sum((out.aux_loss for out in outs), jnp.zeros(()))
-    return Output(hidden_BTD, jnp.stack(rows) if rows else None, aux_loss), [out.kv for out in outs]
+    return Output(hidden_BTD, row_LBTR, score_LBTR, aux_loss), [out.kv for out in outs]
 
 
 def init_params(config: Config) -> Params:

@@ -13,13 +13,26 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 Records = Sequence[dict[str, Any]]
 
 INK, TRAIN, VALID, GRID = '#333333', '#4c78a8', '#e45756', '#e6e6e6'
-# name of a bank_health number -> (title, unit on the axis, logarithmic)
+# A number of each layer's memory between two reports -> (title, unit on the axis, logarithmic).
 BANK_PLOTS = {
   'used_share': ('Rows of the bank that were read', 'share of all rows', False),
   'effective_rows': ('Effective number of rows read', 'rows, exp(entropy of usage)', True),
   'kl_to_uniform': ('Distance of row usage from uniform', 'KL divergence, nats', False),
   'hottest_share': ('Reads that went to the most read row', 'share of all reads', False),
+  'gate_grad_norm': ("Gradient norm of the gate's query projection", 'L2 norm before clipping', True),
+  'key_grad_norm': ('Gradient norm of the sub-keys', 'L2 norm before clipping', True),
 }
+# The same at evaluations -> (title, unit on the axis, a number to compare it with, drawn dashed, and what that is).
+EVAL_PLOTS = {
+  'kl_weighted': (
+    'Distance of row usage from uniform, weighted by scores', 'KL divergence, nats', 'kl_to_uniform', 'not weighted'
+  ),
+  'head_overlap': ('Rows that two heads of a token have in common', 'share of their rows', None, ''),
+  'row_agreement': (
+    'Positions with the same next token that have the same best row', 'share of positions', 'row_agreement_chance',
+    'any two',
+  ),
+}  # fmt: skip
 
 
 def write_plots(records: Records, folder: Path) -> dict[str, str]:
@@ -55,10 +68,33 @@ def write_plots(records: Records, folder: Path) -> dict[str, str]:
     ('tokens_per_second', 'Training speed', 'tokens per second', False, 'Tokens per second, padding not counted.'),
   ):
     save(f'{name}.png', caption, lambda axes, n=name, g=log: _draw_line(axes, train, n, g), title, unit)
-  if any(r.get('bank') for r in train):
-    for name, (title, unit, log) in BANK_PLOTS.items():
+  probed = [r for r in valid if r.get('probes', {}).get('loss') is not None]
+  if probed:
+    title = 'What the model loses without its bank'
+    caption = f'{title}: loss with the bank zeroed, and with its rows exchanged, over the loss as it is.'
+    save('bank_changed.png', caption, lambda axes: _draw_changed(axes, probed), title, 'nats per token more')
+  for name, (title, unit, *compared) in EVAL_PLOTS.items():
+    if lines := _with_bank(valid, name):
+      caption = f'{title}; on the validation set, by layer.'
+      save(
+        f'bank_{name}.png', caption, lambda axes, r=lines, n=name, c=compared: _draw_layers(axes, r, n, *c), title, unit
+      )
+  for name, (title, unit, log) in BANK_PLOTS.items():
+    if lines := _with_bank(train, name):
       caption = f'{title}, between two reports on the training batches, by layer.'
-      save(f'bank_{name}.png', caption, lambda axes, n=name, g=log: _draw_layers(axes, train, n, g), title, unit)
+      save(
+        f'bank_{name}.png', caption, lambda axes, r=lines, n=name, g=log: _draw_layers(axes, r, n, log=g), title, unit
+      )
+  moved = [{'step': r['step']} | r['probes'] for r in train if r.get('probes')]
+  if moved:
+    title = 'How far an update moves the rows that it reads'
+    save(
+      'bank_row_update_ratio.png',
+      f'{title}: norm of the update over norm of the rows.',
+      lambda axes: _draw_line(axes, moved, 'row_update_ratio', True),
+      title,
+      'update over weight',
+    )
   return captions
 
 
@@ -88,21 +124,43 @@ def _draw_line(axes: Axes, train: Records, name: str, log: bool) -> None:
     axes.set_ylim(bottom=0)
 
 
-def _draw_layers(axes: Axes, train: Records, name: str, log: bool) -> None:
-  with_bank = [r for r in train if r['bank']]
-  steps = [r['step'] for r in with_bank]
-  layers = [health['layer'] for health in with_bank[0]['bank']]
+def _draw_layers(
+  axes: Axes, records: Records, name: str, compared: str | None = None, what: str = '', log: bool = False
+) -> None:
+  steps = [r['step'] for r in records]
+  layers = [health['layer'] for health in records[0]['bank']]
   colours = matplotlib.colormaps['viridis'](np.linspace(0.0, 0.9, len(layers)))
+  marker = 'o' if records[0]['kind'] == 'eval' else None  # few and far between
+  lowest = np.inf
   for at, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
-    values = np.array([r['bank'][at][name] for r in with_bank], float)
-    axes.plot(steps, values, color=colour, linewidth=1.4, label=f'layer {layer}')
-  if log:
+    for number, style, label in ((name, '-', f'layer {layer}'), (compared, '--', None)):
+      if number is not None:
+        values = np.array([r['bank'][at][number] for r in records], float)
+        axes.plot(steps, values, style, color=colour, linewidth=1.4, marker=marker, markersize=3, label=label)
+        lowest = min(lowest, np.nanmin(values, initial=np.inf))
+  if compared is not None:
+    axes.plot([], [], '--', color=INK, linewidth=1.4, label=what)
+  if log and lowest > 0:
     axes.set_yscale('log')
   else:
     axes.set_ylim(bottom=0)
-  if name.endswith('share'):
+  if name.endswith(('share', 'overlap', 'agreement')):
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
   axes.legend(frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5))
+
+
+def _with_bank(records: Records, name: str) -> list[dict[str, Any]]:
+  """Returns the records that have a number of the bank: older logs, or a model with one head, may not."""
+  return [r for r in records if r.get('bank') and all(health.get(name) is not None for health in r['bank'])]
+
+
+def _draw_changed(axes: Axes, probed: Records) -> None:
+  steps = [r['step'] for r in probed]
+  axes.axhline(0, color=INK, linewidth=0.8)
+  for name, label, colour in (('loss_zeroed', 'bank zeroed', TRAIN), ('loss_shuffled', 'rows exchanged', VALID)):
+    more = [np.nan if r['probes'][name] is None else r['probes'][name] - r['probes']['loss'] for r in probed]
+    axes.plot(steps, more, color=colour, linewidth=1.6, marker='o', markersize=4, label=label)
+  axes.legend(frameon=False)
 
 
 def _series(records: Records, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,11 +10,11 @@ from typing import Any
 from mmjax.config import Config, flatten, load_config
 from mmjax.inference.terminal import printable
 from mmjax.model.lm import abstract_params, count_params
+from mmjax.tools.memory_tables import memory_tables, update_ratio_sentence
 from mmjax.training.cost import flops_per_token
 from mmjax.training.progress import format_seconds
 
 CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
-BANK_COLUMNS = ('used_share', 'kl_to_uniform', 'effective_rows', 'hottest_share')
 LAST_LINES = 10  # of the training log, over which the final training loss is averaged
 
 
@@ -122,13 +122,16 @@ def training(records: Sequence[dict], starts: Sequence[Mapping]) -> str:
 
 
 def bank_health(records: Sequence[dict]) -> str:
-  """How evenly the last evaluation read the bank, by layer; '' for a model without a bank."""
+  """What the last evaluation found out about the memory; '' for a model without a bank."""
   valid = [r for r in _of_kind(records, 'eval') if r['bank']]
   if not valid:
     return ''
-  rows = [(b['layer'], *(number(b[c]) for c in BANK_COLUMNS)) for b in valid[-1]['bank']]
-  names = ('layer', 'share of rows read', 'KL to uniform, nats', 'effective rows', 'share of the hottest row')
-  return f'On the whole validation set, update {valid[-1]["step"]:,}:\n\n' + table(names, rows)
+  bank, probes = valid[-1]['bank'], valid[-1].get('probes', {})
+  text = f'On the validation set, update {valid[-1]["step"]:,}; mmjax/training/probes.py defines each number.\n'
+  for title, header, rows in memory_tables(bank, probes):
+    text += f'\n{title}:\n\n' + table(header, rows)
+  sentence = update_ratio_sentence(probes)
+  return text + (f'\n{sentence}\n' if sentence else '')
 
 
 def evaluation(found: Mapping | None, workdir: str | Path) -> str:

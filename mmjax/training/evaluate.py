@@ -1,4 +1,4 @@
-"""Evaluation on held-out rows: loss, perplexity, bits per byte, accuracy and how the bank is used.
+"""Evaluation on held-out rows: loss, perplexity, bits per byte, accuracy, and whether the memory works.
 
 One compiled function of fixed shape serves every batch, in the training loop and in eval.py alike. It sums over
 tokens, so that every token weighs the same whatever row it is in; padding weighs nothing.
@@ -6,7 +6,7 @@ tokens, so that every token weighs the same whatever row it is in; padding weigh
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,14 @@ from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, memory_layers
 from mmjax.training.backend import compiler_options
-from mmjax.training.metrics import bank_health
+from mmjax.training.probes import (
+  PADDING,
+  ProbePlan,
+  losses_without_bank,
+  make_read_probe,
+  read_health,
+  row_agreement,
+)
 from mmjax.training.sharding import put_batch, replicated
 from mmjax.training.step import make_loss
 
@@ -39,7 +46,9 @@ class EvalResult:
     accuracy: share of tokens that were the most likely one.
     tokens: tokens predicted.
     text_bytes: UTF-8 bytes that they stand for; the end of a document stands for none.
-    bank: for each layer with a memory its number and `bank_health`; empty for a model without a bank.
+    bank: for each layer with a memory its number, `bank_health`, kl_weighted, head_overlap, row_agreement and
+      row_agreement_chance (see mmjax.training.probes); empty for a model without a bank.
+    probes: positions probed, loss, loss_zeroed and loss_shuffled on them; empty for a model without a bank.
   """
 
   loss: float
@@ -49,6 +58,7 @@ class EvalResult:
   tokens: int
   text_bytes: int
   bank: list[dict[str, Any]]
+  probes: dict[str, float]
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the fields as JSON can hold them."""
@@ -67,22 +77,25 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, pad_id: int, atten
 
   Returns:
     A function of params and a batch (`input`, `target`, `segment`, int32 (rows, T)) that returns the sums nll (nats)
-    and correct, both float32, tokens (int32) and, for a memory model, usage_LM (int32, reads of each row).
+    and correct, both float32, tokens (int32) and, for a memory model, usage_LM (int32, reads of each row) and what
+    `make_read_probe` finds.
   """
-  loss = make_loss(config, graphdef, pad_id, attention)
+  loss = make_loss(config, graphdef, pad_id, attention, make_read_probe(config))
 
   def sums(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
     rows = jax.tree.map(lambda x: x[0], batch)  # the axis of accumulation, of which there is one
     _, parts = loss(params, rows, jnp.float32(1), None)
-    found = {'nll': parts['loss'], 'correct': parts['accuracy'], 'tokens': jnp.sum(rows['target'] != pad_id)}
-    return found | {'usage_LM': parts['usage_LM']} if 'usage_LM' in parts else found
+    found = {'nll': parts.pop('loss'), 'correct': parts.pop('accuracy'), 'tokens': jnp.sum(rows['target'] != pad_id)}
+    return found | {name: x for name, x in parts.items() if name != 'aux_loss'}
 
   options = compiler_options(config, jax.devices()[0].platform)
   compiled = jax.jit(sums, out_shardings=replicated(mesh), compiler_options=options)
   return lambda params, batch: compiled(params, put_batch(mesh, batch, 1))
 
 
-def evaluate(eval_step: EvalStep, params: Params, batches: Iterable[Batch], bytes_per_token: np.ndarray) -> EvalResult:
+def evaluate(
+  eval_step: EvalStep, params: Params, batches: Iterable[Batch], bytes_per_token: np.ndarray, plan: ProbePlan
+) -> EvalResult:
   """Evaluates on all batches.
 
   Args:
@@ -90,24 +103,25 @@ def evaluate(eval_step: EvalStep, params: Params, batches: Iterable[Batch], byte
     params: of the model.
     batches: of equal shape; `target` is int32 (rows, T).
     bytes_per_token: int32[V], UTF-8 bytes of each piece, 0 for padding and other control tokens.
+    plan: which batches are probed; nothing is in a model without a memory.
 
   Raises:
     UserError: if there is no token to predict.
   """
-  sums, usage_LM, text_bytes = [], None, 0
+  sums, reads, probed, text_bytes = [], {}, [], 0
   for batch in batches:
     found = eval_step(params, batch)
-    used = found.pop('usage_LM', None)
-    if used is not None:
-      usage_LM = used if usage_LM is None else usage_LM + used
+    if 'usage_LM' in found:
+      reads = {name: found.pop(name) + reads.get(name, 0) for name in ('usage_LM', 'weight_LM')}
+      best_LhBT = found.pop('best_LhBT')
+      if len(probed) < plan.batches:
+        probed.append((batch, best_LhBT))
     sums.append(found)
     text_bytes += int(bytes_per_token[batch['target']].sum(dtype=np.int64))
-  # One transfer for all, and float64 from here on: thousands of float32 sums would lose the last digits.
-  sums = jax.device_get(sums)
-  nll, correct, tokens = (float(sum(np.float64(s[name]) for s in sums)) for name in ('nll', 'correct', 'tokens'))
+  sums = jax.device_get(sums)  # one transfer for all
+  nll, correct, tokens = (float(_total(sums, name)) for name in ('nll', 'correct', 'tokens'))
   if not tokens or not text_bytes:
     raise UserError('the validation text has no token to predict; give data.valid_files with text in them')
-  health = [] if usage_LM is None else [bank_health(counts_M) for counts_M in np.asarray(usage_LM)]
   return EvalResult(
     loss=nll / tokens,
     perplexity=math.exp(min(nll / tokens, 700.0)),  # e^710 is no float64 any more
@@ -115,5 +129,36 @@ def evaluate(eval_step: EvalStep, params: Params, batches: Iterable[Batch], byte
     accuracy=correct / tokens,
     tokens=int(tokens),
     text_bytes=text_bytes,
-    bank=[{'layer': layer, **found} for layer, found in zip(memory_layers(params), health, strict=False)],
+    bank=_bank(memory_layers(params), reads, sums, probed) if reads else [],
+    probes=_probes(eval_step, params, sums, probed, plan.seed) if reads else {},
   )
+
+
+def _total(sums: Sequence[dict[str, np.ndarray]], name: str) -> np.float64 | np.ndarray:
+  """Sums in float64: thousands of float32 sums would lose the last digits."""
+  return sum(np.float64(s[name]) for s in sums)
+
+
+def _bank(layers: list[int], reads: dict[str, Array], sums: list, probed: list) -> list[dict[str, Any]]:
+  """Returns what EvalResult.bank holds."""
+  overlap_L = [None] * len(layers)
+  if 'overlap_L' in sums[0]:
+    overlap_L = (_total(sums, 'overlap_L') / _total(sums, 'tokens')).tolist()
+  best_LhX = np.concatenate([np.reshape(best, (*best.shape[:2], -1)) for _, best in probed], axis=-1)
+  target_X = np.concatenate([np.ravel(batch['target']) for batch, _ in probed])
+  predicted_X = best_LhX[0, 0] != PADDING
+  agreement_L = row_agreement(best_LhX[..., predicted_X], target_X[predicted_X])
+  usage_LM, weight_LM = (np.asarray(reads[name]) for name in ('usage_LM', 'weight_LM'))
+  each = zip(layers, usage_LM, weight_LM, overlap_L, agreement_L, strict=True)
+  return [
+    {'layer': layer, **read_health(usage_M, weight_M), 'head_overlap': overlap, **agreement}
+    for layer, usage_M, weight_M, overlap, agreement in each
+  ]
+
+
+def _probes(eval_step: EvalStep, params: Params, sums: list, probed: list, seed: int) -> dict[str, float]:
+  """Returns what EvalResult.probes holds."""
+  nll, positions = (_total(sums[: len(probed)], name) for name in ('nll', 'tokens'))
+  found = {'positions': int(positions), 'loss': float(nll / positions)}
+  batches = [batch for batch, _ in probed]
+  return found | losses_without_bank(lambda *at: eval_step(*at)['nll'], params, batches, found['positions'], seed)

@@ -30,6 +30,7 @@ from mmjax.config import Config
 from mmjax.kernels.bank import Reads, add_reads
 from mmjax.model.lm import Params, no_taps
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.training.probes import ratio_of_norms
 
 CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
 
@@ -139,7 +140,7 @@ def init_moments(bank_MP: Array) -> Moments:
 @jax.named_scope('optimizer')
 def update_rows(
   config: Config, rate: optax.Schedule, bank_MP: Array, moments: Moments, sums: RowSums, count: Array, applied: Array
-) -> tuple[Array, Moments]:
+) -> tuple[Array, Moments, Array]:
   """Makes one update by the rule above, in place where the compiler may reuse the arrays.
 
   Args:
@@ -150,17 +151,21 @@ def update_rows(
     sums: clipped gradients.
     count: int32, updates made before.
     applied: False leaves everything as it is.
+
+  Returns:
+    The bank, the moments, and the row_update_ratio of mmjax.training.probes.
   """
   train, step_rate, t = config.train, rate(count), count + 1
   decay = train.weight_decay * config.memory.bank_decay_multiplier
   log_decay_after = moments['log_decay'] + jnp.where(applied, jnp.log1p(-step_rate * decay), 0)
   chunk = min(CHUNK_ROWS, len(sums.row_U))
 
-  def update_chunk(i: Array, arrays: tuple[Array, Moments]) -> tuple[Array, Moments]:
-    bank_MP, moments = arrays
+  def update_chunk(i: Array, carry: tuple) -> tuple:
+    bank_MP, moments, added, before = carry
     row_U, g_UP = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (sums.row_U, sums.sum_UP))
     row_UP, *of_rows = (x.at[row_U].get(mode='clip') for x in (bank_MP, *(moments[name] for name in ROW_MOMENTS)))
     mean_UP, square_UP, count_U, log_decay_U = of_rows
+    in_use_U1, old_UP = (row_U < len(bank_MP))[:, None], row_UP
     passed_U1 = (t - count_U)[:, None].astype(jnp.float32)
     mean_UP = (1 - train.beta1) * g_UP + train.beta1**passed_U1 * mean_UP
     square_UP = (1 - train.beta2) * g_UP**2 + train.beta2**passed_U1 * square_UP
@@ -172,8 +177,11 @@ def update_rows(
       return x.at[row_U].set(new, mode='drop', unique_indices=True)
 
     new = zip(ROW_MOMENTS, (mean_UP, square_UP, t, log_decay_after), strict=True)
-    return put(bank_MP, row_UP), moments | {name: put(moments[name], value) for name, value in new}
+    added += jnp.sum(jnp.where(in_use_U1, jnp.square(row_UP - old_UP), 0))
+    before += jnp.sum(jnp.where(in_use_U1, jnp.square(old_UP), 0))
+    return put(bank_MP, row_UP), moments | {name: put(moments[name], value) for name, value in new}, added, before
 
   chunks = jnp.where(applied, (sums.used + chunk - 1) // chunk, 0)
-  bank_MP, moments = jax.lax.fori_loop(0, chunks, update_chunk, (bank_MP, moments))
-  return bank_MP, moments | {'log_decay': log_decay_after}
+  carry = (bank_MP, moments, jnp.zeros(()), jnp.zeros(()))
+  bank_MP, moments, added, before = jax.lax.fori_loop(0, chunks, update_chunk, carry)
+  return bank_MP, moments | {'log_decay': log_decay_after}, ratio_of_norms(added, before)

@@ -26,6 +26,7 @@ from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
 from mmjax.training.metrics import MetricsLog, bank_health, peak_memory
 from mmjax.training.optimizer import make_optimizer, path_name
+from mmjax.training.probes import add_norms, plan_probe
 from mmjax.training.processes import is_main, joined
 from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import Progress
@@ -151,7 +152,7 @@ class Trainer:
         if saves:
           self.check(*unchecked, state)
           unchecked = None
-          metric = self.evaluate(step, state).loss if evaluates else None
+          metric = self.evaluate(step, state, metrics).loss if evaluates else None
           self.save(step, state, metric, final=stopping or step == total)
         if stopping:
           raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')
@@ -203,16 +204,18 @@ class Trainer:
       'peak_bytes_of': peak_of,
       'bank': self.window.bank(self.memory_layers),
     }
+    line = add_norms(line, self.window.steps)
     self.log.write(line)
     self.progress.update(line)
     self.window = Window()
 
-  def evaluate(self, step: int, state: TrainState) -> EvalResult:
-    """Evaluates on the whole validation set."""
+  def evaluate(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> EvalResult:
+    """Evaluates on the whole validation set; `metrics` are those of the step before."""
     with self.window.pause(), explain_out_of_memory(self.config):
       batches = eval_batches(self.inputs.valid, self.config.train.batch_size)
-      result = evaluate(self.program.evaluate, state['params'], batches, self.inputs.tokenizer.bytes_per_token())
-    self.log.write({'kind': 'eval', 'step': step, **result.to_dict()})
+      sizes, plan = self.inputs.tokenizer.bytes_per_token(), plan_probe(self.config, self.inputs.valid)
+      result = evaluate(self.program.evaluate, state['params'], batches, sizes, plan)
+    self.log.write(add_norms({'kind': 'eval', 'step': step, **result.to_dict()}, [metrics]))
     self.progress.message(
       f'Step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, '
       f'{result.bits_per_byte:.4f} bits per byte, accuracy {result.accuracy:.2%}'

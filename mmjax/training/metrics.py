@@ -183,10 +183,11 @@ def _parse(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
   """Yields the numbers of a record under TensorBoard names: 'train/loss', 'train/layer_3/used_share'."""
   kind = record['kind']
-  for name, value in record.items():
-    if name == 'bank':
-      for health in value:
-        layer = health['layer']
-        yield from ((f'{kind}/layer_{layer}/{key}', x) for key, x in health.items() if key != 'layer')
-    elif isinstance(value, int | float) and not isinstance(value, bool) and name != 'step':
-      yield f'{kind}/{name}', value
+  groups = [(kind, {name: x for name, x in record.items() if name != 'step'})]
+  groups += [(f'{kind}/probes', record.get('probes', {}))]
+  for health in record.get('bank', ()):
+    groups.append((f'{kind}/layer_{health["layer"]}', {name: x for name, x in health.items() if name != 'layer'}))
+  for group, values in groups:
+    for name, value in values.items():
+      if isinstance(value, int | float) and not isinstance(value, bool):
+        yield f'{group}/{name}', value

@@ -29,6 +29,7 @@ from mmjax.training.lazy_bank import (
   without_bank,
 )
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule
+from mmjax.training.probes import gate_norms, row_update_ratio
 from mmjax.training.revival import count_sub_keys, init_revival, revive, revives
 
 TrainState = dict[str, Any]
@@ -66,15 +67,19 @@ def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
   return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
 
 
-def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str) -> Callable:
+def make_loss(
+  config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str, probe: Callable | None = None
+) -> Callable:
   """Returns objective(params, rows, total_weight, key, taps=None) -> (what training minimises, parts).
 
   `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative
   log-likelihoods of the targets that are not padding, in nats, over `total_weight`; `accuracy`, their hits over
-  `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row.
-  Summed over an update's micro-batches they are those of one big batch. The objective is loss + aux_loss. With `taps`,
-  from `no_taps`, the bank gets no gradient, but they do, and the parts also hold the rows that were read, `row_LBTR`;
-  where rows are revived, how often each sub-key was taken, `count_LKC`.
+  `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row, and
+  what `probe(output, weight_BT)` gives. Summed over an update's micro-batches they are those of one big batch. The
+  objective is loss + aux_loss.
+
+  With `taps`, from `no_taps`, the bank gets no gradient, but they do, and the parts also hold the rows that were read,
+  `row_LBTR`; where rows are revived, how often each sub-key was taken, `count_LKC`.
   """
   dtype = jnp.dtype(config.train.dtype)
   isolate = config.data.isolate_documents
@@ -108,6 +113,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: st
     }
     if out.row_LBTR is not None:
       parts['usage_LM'] = count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
+      parts |= probe(out, weight_BT) if probe else {}
     if revives(config):
       parts['count_LKC'] = count_sub_keys(out.row_LBTR, weight_BT, config.memory.n_heads, config.model.n_sub_keys)
     if taps is not None:
@@ -184,8 +190,8 @@ def make_train_step(
   It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
   metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_N (of each parameter, in
   the order of the tree), learning_rate, tokens (targets that are not padding), finite, applied (finite, and no spike),
-  loss_average (what a spike is measured by), skipped, and usage_LM (int32 rows read, memory models only); with
-  memory.revive_after also revived_rows and revived_keys.
+  loss_average (what a spike is measured by), skipped; of memory models also usage_LM (int32 rows read) and norms (see
+  `probes`); with memory.revive_after revived_rows and revived_keys.
   """
   gradient = make_gradient(config, graphdef, pad_id, attention)
   schedule = learning_rate_schedule(config.train, total_steps)
@@ -209,21 +215,29 @@ def make_train_step(
       new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
       old = {'params': params, 'opt_state': state['opt_state']}
       kept = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
+      norms = gate_norms(grads) if 'usage_LM' in parts else {}
       if lazy:
-        kept['params']['memory_bank'], kept['bank_moments'] = update_rows(
+        kept['params']['memory_bank'], kept['bank_moments'], norms['row_update_ratio'] = update_rows(
           config, rate_of_bank, state['params']['memory_bank'], state['bank_moments'], row_sums, count, applied
         )
+      elif norms:
+        banks = params['memory_bank'], updates['memory_bank']
+        norms['row_update_ratio'] = row_update_ratio(*banks, parts['usage_LM'])
     skipped = jnp.where(applied, 0, state['skipped'] + 1)
-    metrics = parts | {
-      'grad_norm': grad_norm,
-      'grad_norm_N': jnp.stack([optax.global_norm(grad) for grad in jax.tree.leaves(grads)]),
-      'learning_rate': schedule(count),
-      'tokens': tokens,
-      'finite': finite,
-      'applied': applied,
-      'loss_average': state['loss_average'],
-      'skipped': skipped,
-    }
+    metrics = (
+      parts
+      | norms
+      | {
+        'grad_norm': grad_norm,
+        'grad_norm_N': jnp.stack([optax.global_norm(grad) for grad in jax.tree.leaves(grads)]),
+        'learning_rate': schedule(count),
+        'tokens': tokens,
+        'finite': finite,
+        'applied': applied,
+        'loss_average': state['loss_average'],
+        'skipped': skipped,
+      }
+    )
     after = kept | {
       'step': state['step'] + 1,
       'skipped': skipped,

@@ -1,6 +1,10 @@
 """The table of sublayers: a new experiment is one module, one row here and one config file."""
 
+import jax.numpy as jnp
+from jax import Array
+
 from mmjax.config import MemoryConfig, ModelConfig
+from mmjax.model.memory import score_weights
 from mmjax.model.sublayers.cross_attention import CrossAttentionMemory
 from mmjax.model.sublayers.dense import DenseFFN
 from mmjax.model.sublayers.gated_fusion import GatedMemoryFusion
@@ -22,3 +26,22 @@ def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:
     return (model.sublayer,) * model.n_layers
   chosen = memory.layer_numbers(model.n_layers)
   return tuple(model.sublayer if layer in chosen else 'dense' for layer in range(model.n_layers))
+
+
+def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Array:
+  """Returns how much each row that a token read counts, from the scores in `Output.score_LBTR`.
+
+  Where scores weigh rows: `score_weights` within each head, so with 'softmax' the weights of a head sum to 1.
+  Elsewhere: 1 / num_selected each.
+
+  Args:
+    model: a model with a memory.
+    memory: how its scores act.
+    score_XR: float32, any axes and the rows of all heads.
+  """
+  score_Xhr = score_XR.reshape(*score_XR.shape[:-1], memory.n_heads, model.num_selected)
+  if SUBLAYERS[model.sublayer].scores_weigh(memory):
+    weight_Xhr = score_weights(score_Xhr, memory.score_activation)
+  else:
+    weight_Xhr = jnp.full(score_Xhr.shape, 1 / model.num_selected)
+  return weight_Xhr.reshape(score_XR.shape)

@@ -6,8 +6,9 @@ as `sublayer(h_BTD, h_attn_BTD, bank_MP, dtype) -> SublayerOutput`, where
   h_attn_BTD  what attention added to it, in the compute dtype,
   bank_MP     the shared bank, float32, or None in a model without one,
   dtype       of the matrix products.
-Its class says what the rest of the code must know: `uses_bank`, and `without_gradient(memory)`, patterns of the
-parameters (paths below the sublayer) that no gradient reaches, so that weight decay leaves them alone.
+Its class says what the rest of the code must know: `uses_bank`; with a bank `scores_weigh(memory)`, whether rows count
+by their scores; and `without_gradient(memory)`, patterns of the parameters (paths below the sublayer) that no gradient
+reaches, so that weight decay leaves them alone.
 """
 
 from typing import NamedTuple
@@ -16,8 +17,12 @@ from jax import Array
 
 
 class SublayerOutput(NamedTuple):
-  """What a sublayer adds to the residual stream, the rows it read (int32), and what it adds to the training loss."""
+  """What a sublayer adds to the residual stream and to the training loss, and what it read.
+
+  Rows are int32, head by head and best first in each; their scores are float32, before any activation.
+  """
 
   delta_BTD: Array
   row_BTR: Array | None = None
+  score_BTR: Array | None = None
   aux_loss: Array | float = 0.0

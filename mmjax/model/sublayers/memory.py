@@ -33,9 +33,14 @@ class MemorySublayer(nnx.Module):
     self.input, self.scores, self.activation = memory.input, memory.scores, memory.score_activation
 
   @staticmethod
-  def without_gradient(memory: MemoryConfig) -> tuple[str, ...]:
+  def scores_weigh(memory: MemoryConfig) -> bool:
+    """Whether a row counts in the output by the weight that its score gives it."""
+    return memory.scores != 'none'
+
+  @classmethod
+  def without_gradient(cls, memory: MemoryConfig) -> tuple[str, ...]:
     """The gate's parameters, unless its scores reach the output or a loss of their own."""
-    learns = memory.scores != 'none' or memory.balance_loss_weight > 0
+    learns = cls.scores_weigh(memory) or memory.balance_loss_weight > 0
     return () if learns else (r'gate/keys$', r'gate/query/kernel$', r'gate/norm/scale$')
 
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
@@ -50,8 +55,8 @@ class MemorySublayer(nnx.Module):
     delta_BTD = self.read(m_BTD, selection, bank_MP, dtype)
     if self.ffn is not None:
       delta_BTD += self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD
-    row_BTR = selection.row_BThr.reshape(*m_BTD.shape[:-1], -1)
-    return SublayerOutput(delta_BTD, row_BTR, selection.balance_loss)
+    row_BTR, score_BTR = (x.reshape(*m_BTD.shape[:-1], -1) for x in selection[:2])
+    return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.balance_loss)
 
   def rows(self, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns the rows of all heads, (B, T, R, P) in `dtype`; scaled by their weights if the config says so."""

@@ -28,9 +28,9 @@ class MemoryBag(MemorySublayer):
     self.down = Linear(width, model.dim, rngs=rngs)
 
   @staticmethod
-  def without_gradient(memory: MemoryConfig) -> tuple[str, ...]:
-    """Every parameter learns: the scores are the weights of the sums."""
-    return ()
+  def scores_weigh(memory: MemoryConfig) -> bool:
+    """They are the weights of the sums, so that every parameter learns."""
+    return True
 
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns (y * silu(m @ up)) @ down, with the heads' sums concatenated to y."""

@@ -1,0 +1,293 @@
+"""What a model's memory does with text: the rows that tokens take, the contexts that take a row, and what it changes.
+
+The effect of a row in a layer is measured and not read off its weights, because between a row and the next token stand
+a fusion that is not linear, later layers and the final norm: the model runs twice over real contexts, as it is and with
+this row, in this layer alone, replaced by the mean of all rows of the bank. What changes in the next token's
+probability is the effect of this row's value over an average one, on every path through the model.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from mmjax.config import Config
+from mmjax.data.loader import TokenSplit, eval_batches
+from mmjax.data.tokenizer import Tokenizer
+from mmjax.errors import UserError
+from mmjax.inference.api import LanguageModel
+from mmjax.inference.generate import padded_length
+from mmjax.kernels.attention import attention_backend
+from mmjax.model.lm import LM, Output, Params, memory_layers, model_graph
+from mmjax.model.sublayers import SUBLAYERS, row_weights
+
+MOST_TOKENS = 4096  # of a text
+ROWS = 8  # of a corpus, read at a time
+KEPT_CONTEXTS = 64  # of a row and layer: those that it is measured on
+BEFORE, AFTER = 16, 8  # tokens of a context around the one that took the row
+
+
+class MemoryReader:
+  """Looks into the memory of one model.
+
+  Attributes:
+    layers: numbers of the layers that have a memory.
+    scores_weigh: whether rows count by their scores; weights are None where they do not.
+  """
+
+  def __init__(self, lm: LanguageModel):
+    """Takes a model; nothing is compiled before it is asked.
+
+    Raises:
+      UserError: if it has no memory.
+    """
+    config = lm.config
+    self.lm, self.layers = lm, memory_layers(lm.params)
+    if not self.layers:
+      raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
+    self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
+    attention = attention_backend('auto', jnp.dtype(jnp.float32), jax.default_backend(), 1)
+    forward = partial(_forward, model_graph(config), attention)
+    self._reads = jax.jit(partial(_reads, forward, config))
+    self._strength = jax.jit(partial(_strength, forward, config, self.scores_weigh))
+    self._log_probs = jax.jit(partial(_log_probs, forward))
+
+  def chosen_layers(self, layer: int | None) -> list[int]:
+    """Returns that layer, or all that have a memory for None.
+
+    Raises:
+      UserError: if it has no memory.
+    """
+    if layer is None:
+      return self.layers
+    if layer not in self.layers:
+      raise UserError(f'layer {layer} has no memory; layers that have one: {", ".join(map(str, self.layers))}')
+    return [layer]
+
+  def check_row(self, row: int) -> None:
+    """Raises UserError if the bank has no such row."""
+    last = self.lm.config.model.knowledge_num - 1
+    if not 0 <= row <= last:
+      raise UserError(f'row {row} is not in the bank, which has rows 0 to {last}')
+
+  def read_text(self, text: str, *, layer: int | None = None, top: int | None = None) -> list[dict[str, Any]]:
+    """Finds the rows that each token of a text takes.
+
+    The text stands after the token that rows begin with in training. Longer text than model.max_seq_len is cut into
+    rows as packed documents are; of more than MOST_TOKENS tokens the first are read.
+
+    Args:
+      text: not empty.
+      layer: one layer; None: all that have a memory.
+      top: rows for each token and layer, those of the largest absolute weight, or score where scores do not weigh;
+        None: all.
+
+    Returns:
+      For each token, the first one included: `id`, `token` (its text), and `layers`, a list of `layer` and `rows`, each
+      a `row`, its `head`, its `score` (before any activation) and its `weight` (None where scores do not weigh rows).
+
+    Raises:
+      UserError: if the text is empty or the layer has no memory.
+    """
+    layers, tokenizer = self.chosen_layers(layer), self.lm.tokenizer
+    if not text:
+      raise UserError('the text is empty: there is no token to look at')
+    start = tokenizer.start_id(self.lm.config.data.layout)
+    ids = itertools.chain([start], itertools.chain.from_iterable(tokenizer.encode_slices(text)))
+    ids = list(itertools.islice(ids, MOST_TOKENS))
+    found = []
+    for first in range(0, len(ids), self.lm.config.model.max_seq_len):
+      found += self._read_tokens(ids[first : first + self.lm.config.model.max_seq_len], layers, top)
+    return found
+
+  def _read_tokens(self, ids: Sequence[int], layers: list[int], top: int | None) -> list[dict[str, Any]]:
+    padding = padded_length(len(ids)) - len(ids)
+    arrays = self._reads(self.lm.params, np.pad(np.asarray(ids, np.int32), (0, padding))[None], None)
+    row_LTR, score_LTR, weight_LTR = (np.asarray(x)[:, 0] for x in arrays)
+    order_LTR = np.argsort(-(np.abs(weight_LTR) if self.scores_weigh else score_LTR), axis=-1, kind='stable')[..., :top]
+    head_R = np.repeat(np.arange(self.lm.config.memory.n_heads), self.lm.config.model.num_selected)
+
+    def rows_of(at: int, t: int) -> list[dict[str, Any]]:
+      return [
+        {
+          'row': int(row_LTR[at, t, slot]),
+          'head': int(head_R[slot]),
+          'score': float(score_LTR[at, t, slot]),
+          'weight': float(weight_LTR[at, t, slot]) if self.scores_weigh else None,
+        }
+        for slot in order_LTR[at, t]
+      ]
+
+    places = [(layer, self.layers.index(layer)) for layer in layers]
+    return [
+      {
+        'id': int(token),
+        'token': token_text(self.lm.tokenizer, token),
+        'layers': [{'layer': layer, 'rows': rows_of(at, t)} for layer, at in places],
+      }
+      for t, token in enumerate(ids)
+    ]
+
+  def read_row(
+    self, row: int, split: TokenSplit, *, layer: int | None = None, top: int = 10, positions: int = 0
+  ) -> dict[str, Any]:
+    """Finds the contexts of a corpus that take a row most, and what its value changes there.
+
+    A context takes the row the more, the larger its absolute weight is, or its score where scores do not weigh rows.
+    The effect (see the top of this file) is the mean over the up to KEPT_CONTEXTS contexts that take it most.
+
+    Args:
+      row: of the bank.
+      split: the corpus.
+      layer: one layer; None: all that have a memory.
+      top: contexts and tokens to return for each layer.
+      positions: read at most about so many positions of the corpus, its first; 0: all.
+
+    Returns:
+      `row`; `positions`, how many were read; and `layers`, for each its `layer`; `taken`, how many positions took the
+      row; `contexts`: `before`, `token`, `after` (texts; the token after which the model read the row), `strength`,
+      `corpus_row` and `position`; and `effect`, None where no position took it: `contexts` it is the mean over;
+      `next_token_gain`, change of the log-probability of the token that really follows, nats; `up` and `down`, tokens
+      with the largest rise and fall of their log-probability: `id`, `token`, `log_change` in nats, and
+      their mean `probability` and `probability_without`.
+
+    Raises:
+      UserError: if there is no such row, or the layer has no memory.
+    """
+    self.check_row(row)
+    layers = self.chosen_layers(layer)
+    best, taken, read = self._best_contexts(row, split, layers, positions)
+    found = []
+    for number in layers:
+      contexts = [self._context(split, *context) for context in best[number][:top]]
+      effect = self._effect(row, number, split, best[number], top) if best[number] else None
+      found.append({'layer': number, 'taken': taken[number], 'contexts': contexts, 'effect': effect})
+    return {'row': row, 'positions': read, 'layers': found}
+
+  def _best_contexts(
+    self, row: int, split: TokenSplit, layers: list[int], positions: int
+  ) -> tuple[dict[int, list[tuple[float, int, int]]], Counter, int]:
+    """Returns for each layer (strength, corpus row, position), strongest first; how many there were; positions read."""
+    best, taken, read = {layer: [] for layer in layers}, Counter(), 0
+    for batch in self._batches(split, positions):
+      strength_LBT = np.asarray(self._strength(self.lm.params, batch['input'], batch['segment'], row))
+      predicted_BT = batch['target'] != split.pad_id
+      read += int(predicted_BT.sum())
+      for layer in layers:
+        strength_BT = np.where(predicted_BT, strength_LBT[self.layers.index(layer)], -np.inf)
+        places = np.argwhere(strength_BT > -np.inf)
+        taken[layer] += len(places)
+        best[layer] += [(float(strength_BT[b, t]), int(batch['row_id'][b]), int(t)) for b, t in places]
+        best[layer] = sorted(best[layer], key=lambda c: -c[0])[:KEPT_CONTEXTS]
+    return best, taken, read
+
+  def _batches(self, split: TokenSplit, positions: int) -> Iterator[dict[str, Any]]:
+    most = -(-positions // (ROWS * split.max_seq_len)) if positions else None
+    for batch in itertools.islice(eval_batches(split, ROWS), most):
+      yield batch | {'segment': batch['segment'] if split.isolate_documents else None}
+
+  def _context(self, split: TokenSplit, strength: float, corpus_row: int, position: int) -> dict[str, Any]:
+    rows = split.rows(np.array([corpus_row]))
+    inputs, targets = rows['input'][0], rows['target'][0]
+    after = targets[position : position + AFTER]
+    return {
+      'before': self.lm.tokenizer.decode(inputs[max(0, position - BEFORE) : position].tolist()),
+      'token': token_text(self.lm.tokenizer, int(inputs[position])),
+      'after': self.lm.tokenizer.decode(after[after != split.pad_id].tolist()),
+      'strength': strength,
+      'corpus_row': corpus_row,
+      'position': position,
+    }
+
+  def _effect(
+    self, row: int, layer: int, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
+  ) -> dict[str, Any]:
+    mean_P = jnp.mean(self.lm.params['memory_bank'], axis=0)
+    log_with_XV, log_without_XV, next_X = [], [], []
+    for first in range(0, len(contexts), ROWS):
+      part = list(contexts[first : first + ROWS])
+      filled = part + part[:1] * (ROWS - len(part))  # one shape, one compilation
+      batch = split.rows(np.array([corpus_row for _, corpus_row, _ in filled]))
+      position_B = np.array([position for _, _, position in filled])
+      segment_BT = batch['segment'] if split.isolate_documents else None
+      for changed, logs in ((layer, log_without_XV), (-1, log_with_XV)):
+        log_BV = self._log_probs(self.lm.params, batch['input'], segment_BT, position_B, changed, row, mean_P)
+        logs.append(np.asarray(log_BV, np.float64)[: len(part)])
+      next_X.append(batch['target'][np.arange(len(part)), position_B[: len(part)]])
+    log_with_XV, log_without_XV, next_X = map(np.concatenate, (log_with_XV, log_without_XV, next_X))
+    change_XV = log_with_XV - log_without_XV
+    change_V, with_V, without_V = change_XV.mean(0), np.exp(log_with_XV).mean(0), np.exp(log_without_XV).mean(0)
+
+    def token(at: int) -> dict[str, Any]:
+      return {
+        'id': int(at),
+        'token': token_text(self.lm.tokenizer, int(at)),
+        'log_change': float(change_V[at]),
+        'probability': float(with_V[at]),
+        'probability_without': float(without_V[at]),
+      }
+
+    order = np.argsort(-change_V, kind='stable')
+    return {
+      'contexts': len(contexts),
+      'next_token_gain': float(change_XV[np.arange(len(next_X)), next_X].mean()),
+      'up': [token(at) for at in order[:top]],
+      'down': [token(at) for at in order[::-1][:top]],
+    }
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+  """Returns the text of one token; control tokens have a name in angle brackets, bytes of a character are U+FFFD."""
+  names = {tokenizer.pad_id: '<pad>', tokenizer.bos_id: '<bos>', tokenizer.eos_id: '<eos>'}
+  return tokenizer.decode([token]) or names.get(token, f'<{token}>')
+
+
+def _forward(
+  graphdef: nnx.GraphDef, attention: str, params: Params, tokens_BT: Array, segment_BT: Array | None, **settings: Any
+) -> tuple[LM, Output]:
+  model = nnx.merge(graphdef, params)
+  return model, model(tokens_BT, segment_BT, dtype=jnp.float32, attention=attention, **settings)
+
+
+def _reads(
+  forward: partial, config: Config, params: Params, tokens_BT: Array, segment_BT: Array | None
+) -> tuple[Array, Array, Array]:
+  """Returns rows, scores and weights, each (L, B, T, R)."""
+  _, out = forward(params, tokens_BT, segment_BT)
+  return out.row_LBTR, out.score_LBTR, row_weights(config.model, config.memory, out.score_LBTR)
+
+
+def _strength(
+  forward: partial, config: Config, weigh: bool, params: Params, tokens_BT: Array, segment_BT: Array | None, row: Array
+) -> Array:
+  """Returns how much each position takes a row, float32 (L, B, T); -inf where it does not."""
+  row_LBTR, score_LBTR, weight_LBTR = _reads(forward, config, params, tokens_BT, segment_BT)
+  strength_LBTR = jnp.abs(weight_LBTR) if weigh else score_LBTR
+  return jnp.max(jnp.where(row_LBTR == row, strength_LBTR, -jnp.inf), axis=-1)
+
+
+def _log_probs(
+  forward: partial,
+  params: Params,
+  tokens_BT: Array,
+  segment_BT: Array | None,
+  position_B: Array,
+  layer: Array,
+  row: Array,
+  value_P: Array,
+) -> Array:
+  """Returns log-probabilities (B, V) of the token after a position, the row's value replaced in a layer (-1: none)."""
+
+  def replace(number: int, bank_MP: Array) -> Array:
+    return bank_MP.at[row].set(jnp.where(number == layer, value_P, bank_MP[row]))
+
+  model, out = forward(params, tokens_BT, segment_BT, bank_of_layer=replace)
+  hidden_BD = out.hidden_BTD[jnp.arange(len(position_B)), position_B]
+  return jax.nn.log_softmax(model.logits(hidden_BD), axis=-1)

@@ -1,0 +1,255 @@
+"""Shows what a memory does:   python -m mmjax.tools.inspect --workdir RUN --text 'The capital of' [--row 1234]
+
+--text or --text_file: for each token and layer the rows that it took, with their scores; in brackets the weight, where
+scores weigh rows. Layers and rows are numbered from 0.
+--row N: the contexts of a corpus that take this row most, and the tokens that its value makes more and less likely. The
+latter is measured: the mean change of the log-probability of every next token, over these contexts, between the model
+as it is and the model with this row, in this layer alone, replaced by the mean of all rows. So it includes the fusion,
+all later layers and the head. Where the bank was built from text, the text that the row started from is shown.
+Both are written to --json FILE too, the text with all rows. Exit codes: 0 done, 2 user error, 4 storage.
+"""
+
+import argparse
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mmjax.errors import UserError, run_command
+from mmjax.inference.terminal import prepare_terminal, printable
+
+if TYPE_CHECKING:
+  from mmjax.inference.api import LanguageModel
+
+POSITIONS = 262144  # of the corpus
+EFFECT = (
+  'mean change of the log-probability of the next token, nats, in the contexts that take the row most, between the '
+  'model as it is and with this row, in this layer alone, replaced by the mean of all rows of the bank'
+)
+
+
+def main() -> None:
+  """Reads flags, looks, prints, writes JSON."""
+  parser = argparse.ArgumentParser(
+    prog='python -m mmjax.tools.inspect', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
+  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
+  parser.add_argument('--text', help='text to read')
+  parser.add_argument('--text_file', help='UTF-8 file with the text to read')
+  parser.add_argument('--row', type=int, help='a row of the bank to look up in a corpus')
+  parser.add_argument('--layer', type=int, help='one layer (default: all that have a memory)')
+  parser.add_argument('--top', type=int, default=5, help='rows of a token, contexts and tokens to show (default: 5)')
+  parser.add_argument(
+    '--corpus', default='', help="comma-separated files or globs (default: the run's validation text)"
+  )
+  parser.add_argument(
+    '--positions', type=int, default=POSITIONS, help=f'of the corpus to read, 0: all (default: the first {POSITIONS:,})'
+  )
+  parser.add_argument('--json', help='file to write what was found to')
+  arguments = parser.parse_args()
+  text = read_text(arguments)
+
+  from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
+  from mmjax.training.rundir import atomic_write_json
+
+  prepare_terminal()
+  found = look(load(arguments.workdir, arguments.checkpoint), text, arguments)
+  print_found(found, arguments.top)
+  if arguments.json:
+    atomic_write_json(Path(arguments.json), found)
+    print(f'Written: {arguments.json}')
+
+
+def read_text(arguments: argparse.Namespace) -> str | None:
+  """Returns the text to read, if there is one.
+
+  Raises:
+    UserError: if there is nothing to do, two texts, or a file that cannot be read.
+  """
+  for name, least in (('top', 1), ('positions', 0), ('row', 0)):
+    value = getattr(arguments, name)
+    if value is not None and value < least:
+      raise UserError(f'--{name} {value} must be at least {least}')
+  if arguments.text is not None and arguments.text_file is not None:
+    raise UserError('give --text or --text_file, not both')
+  if arguments.text_file is None:
+    if arguments.text is None and arguments.row is None:
+      raise UserError('nothing to look at: give --text, --text_file or --row')
+    return arguments.text
+  try:
+    return Path(arguments.text_file).read_text(encoding='utf-8-sig')
+  except UnicodeDecodeError as error:
+    raise UserError(f"--text_file '{arguments.text_file}' is not UTF-8 (byte {error.start})") from None
+  except OSError as error:
+    raise UserError(f"--text_file '{arguments.text_file}' cannot be read: {error.strerror}") from None
+
+
+def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -> dict[str, Any]:
+  """Returns what --json writes.
+
+  Returns:
+    checkpoint; scores_weigh; `text`: `tokens`, see `MemoryReader.read_text`, and `most_taken`; `row`: see
+    `MemoryReader.read_row`, with `snippet` and `effect_is`. None for what was not asked.
+
+  Raises:
+    UserError: if the model, the layer, the row or the text is not there.
+  """
+  from mmjax.inference.measure import open_text
+  from mmjax.inference.memory_reads import MemoryReader
+  from mmjax.training.rundir import open_run
+
+  reader = MemoryReader(lm)
+  reader.chosen_layers(arguments.layer)
+  if arguments.row is not None:
+    reader.check_row(arguments.row)
+  found = {'checkpoint': lm.step, 'scores_weigh': reader.scores_weigh, 'text': None, 'row': None}
+  snippets = read_snippets(lm)
+  if text is not None:
+    tokens = reader.read_text(text, layer=arguments.layer)
+    found['text'] = {'tokens': tokens, 'most_taken': most_taken(tokens, arguments.top, snippets)}
+  if arguments.row is not None:
+    split = open_text(lm.config, open_run(arguments.workdir), arguments.corpus)
+    row = reader.read_row(arguments.row, split, layer=arguments.layer, top=arguments.top, positions=arguments.positions)
+    found['row'] = row | {'snippet': snippets.get(arguments.row), 'effect_is': EFFECT}
+  return found
+
+
+def read_snippets(lm: 'LanguageModel') -> dict[int, str]:
+  """Returns the texts that the rows of the bank started from; {} where it did not start from text."""
+  from mmjax.data.bank_file import read_texts
+
+  memory = lm.config.memory
+  return read_texts(Path(memory.bank_file)) if memory.bank_init == 'file' else {}
+
+
+def most_taken(tokens: list[dict[str, Any]], top: int, snippets: dict[int, str]) -> list[dict[str, Any]]:
+  """Returns for each layer the rows that a text took most, by the sum of absolute weights or else by tokens.
+
+  Returns:
+    `layer`, `row`, `tokens` that took it, `weight` (sum over them, None where scores do not weigh) and `snippet`.
+  """
+  found = []
+  for at, number in enumerate([entry['layer'] for entry in tokens[0]['layers']]):
+    taken, weight = Counter(), Counter()
+    for token in tokens:
+      reads = token['layers'][at]['rows']
+      taken.update({read['row'] for read in reads})
+      for read in reads:
+        weight[read['row']] += 0.0 if read['weight'] is None else abs(read['weight'])
+    weighs = tokens[0]['layers'][at]['rows'][0]['weight'] is not None
+    for row in sorted(taken, key=lambda row: (-weight[row], -taken[row], row))[:top]:
+      found.append(
+        {
+          'layer': number,
+          'row': row,
+          'tokens': taken[row],
+          'weight': weight[row] if weighs else None,
+          'snippet': snippets.get(row),
+        }
+      )
+  return found
+
+
+def print_found(found: dict[str, Any], top: int) -> None:
+  """Prints what `look` found as tables."""
+  console = Console(highlight=False)
+  if found['text'] is not None:
+    for table in tokens_tables(found['text']['tokens'], top, console.width):
+      console.print(table)
+    console.print(most_taken_table(found['text']['most_taken'], len(found['text']['tokens'])))
+  row = found['row']
+  if row is None:
+    return
+  console.print(f'Row {row["row"]} over {row["positions"]:,} positions of the corpus', style='bold')
+  if row['snippet'] is not None:
+    console.print(Text('It started from the text: ') + Text(plain(row['snippet']), 'italic'))
+  for layer in row['layers']:
+    console.print(f'\nLayer {layer["layer"]}: taken at {layer["taken"]:,} ({layer["taken"] / row["positions"]:.3%})')
+    if layer['effect'] is not None:
+      console.print(contexts_table(layer['contexts'], found['scores_weigh']))
+      console.print(effect_table(layer['effect']))
+      gain = layer['effect']['next_token_gain']
+      console.print(f'The token that really follows: {gain:+.4f} nats.')
+  console.print(f'\nChange: {row["effect_is"]}.')
+
+
+def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Table]:
+  """One line for each token and one of its rows, one column for each layer, as many side by side as fit `width`."""
+  layers = [entry['layer'] for entry in tokens[0]['layers']]
+  cells = [[_reads_cell(entry['rows'][:top]) for entry in token['layers']] for token in tokens]
+  names = [Text(visible(token['token'])) for token in tokens]
+  cell_width = max(len(line) for row in cells for cell in row for line in cell.split('\n'))
+  beside = max(1, (width - 4 - min(16, max(name.cell_len for name in names))) // (cell_width + 3))
+  weighs = tokens[0]['layers'][0]['rows'][0]['weight'] is not None
+  title = 'Rows that each token took: row, score' + (', weight' if weighs else '')
+  tables = []
+  for first in range(0, len(layers), beside):
+    table = Table('token', title=title)
+    for layer in layers[first : first + beside]:
+      table.add_column(f'layer {layer}', no_wrap=True)
+    for name, row in zip(names, cells, strict=True):
+      table.add_row(name, *row[first : first + beside])
+    tables.append(table)
+  return tables
+
+
+def _reads_cell(reads: list[dict[str, Any]]) -> str:
+  lines = [
+    f'{read["row"]:>5} {read["score"]:5.1f}' + ('' if read['weight'] is None else f' {read["weight"]:.2f}')
+    for read in reads
+  ]
+  return '\n'.join(lines)
+
+
+def most_taken_table(rows: list[dict[str, Any]], n_tokens: int) -> Table:
+  """The rows that a text took most."""
+  columns = {'layer': 'layer', 'row': 'row', 'tokens': f'of {n_tokens} tokens', 'weight': 'sum of weights'}
+  columns |= {'snippet': 'text that the row started from'}
+  shown = [name for name in columns if any(row[name] is not None for row in rows)]
+  table = Table(*(columns[name] for name in shown), title='Rows that this text took most')
+  for row in rows:
+    cells = {name: str(row[name]) for name in ('layer', 'row', 'tokens')}
+    cells |= {'weight': f'{row["weight"] or 0:.2f}', 'snippet': Text(plain(row['snippet'] or ''))}
+    table.add_row(*(cells[name] for name in shown))
+  return table
+
+
+def contexts_table(contexts: list[dict[str, Any]], scores_weigh: bool) -> Table:
+  """Snippets of text with the token that took the row in quotes."""
+  table = Table('weight' if scores_weigh else 'score', 'contexts that take it most; the token that took it is in «»')
+  for context in contexts:
+    token = Text(f'«{plain(context["token"])}»', 'bold reverse')
+    table.add_row(f'{context["strength"]:.3f}', Text(plain(context['before'])) + token + Text(plain(context['after'])))
+  return table
+
+
+def effect_table(effect: dict[str, Any]) -> Table:
+  """The tokens that gain and lose most, side by side."""
+  table = Table(title=f'Next tokens that its value changes most, mean over {effect["contexts"]} contexts')
+  for heading in ('up', 'nats', 'probability', 'down', 'nats', 'probability'):
+    table.add_column(heading)
+  for pair in zip(effect['up'], effect['down'], strict=True):
+    cells = []
+    for token in pair:
+      change = f'{token["probability_without"]:.2e} -> {token["probability"]:.2e}'
+      cells += [Text(visible(token['token'])), f'{token["log_change"]:+.4f}', change]
+    table.add_row(*cells)
+  return table
+
+
+def plain(text: str) -> str:
+  """Returns text on one line that moves no cursor."""
+  return printable(text).replace('\n', '\\n').replace('\t', '\\t')
+
+
+def visible(token: str) -> str:
+  """Returns a token as `plain`, with its spaces marked."""
+  return plain(token).replace(' ', '␣')
+
+
+if __name__ == '__main__':
+  run_command(main)

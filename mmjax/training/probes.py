@@ -1,0 +1,227 @@
+"""Whether a memory works: what the model loses without its bank, what its rows stand for, and whether it learns.
+
+Three kinds of numbers, beside those of `metrics.bank_health`. Models without a memory have none and pay nothing.
+
+Of every evaluation, over all positions that are not padding, for each layer with a memory:
+  kl_weighted      KL(usage || uniform) in nats as `kl_to_uniform`, but a read counts with the absolute weight that its
+                   score gives the row (`row_weights`). Where scores do not weigh rows it equals kl_to_uniform.
+  head_overlap     of two heads of a token, the share of the r rows of one that the other took too; the mean over pairs
+                   of different heads, then over positions. None with one head.
+
+Of every evaluation, over the probed positions: those of its first batches, as many as `plan_probe` says:
+  loss             nats a token, of the model as it is; compare the next two with this one.
+  loss_zeroed      the same with every value of the bank 0.
+  loss_shuffled    the same with the rows of the bank exchanged by a permutation that config.seed gives: the same rows,
+                   but no longer where the gate looks for them.
+  row_agreement    for each layer, how often a row stands for what comes next. Take a position and, at random, another
+                   with the same next token: the chance that a head's best row is the same at both. The mean over heads
+                   and over all positions that have such another. Each position weighs the same, so that the most
+                   frequent token does not decide alone. None where no next token occurs twice.
+  row_agreement_chance  the same for another of these positions whatever its next token.
+
+Of a training step:
+  gate_grad_norm   for each layer, L2 norm of the gradient of the gate's query projection, before clipping.
+  key_grad_norm    the same of its sub-keys.
+  row_update_ratio L2 norm of what the update added to the rows that the step's batch read (in any layer), over the
+                   norm of these rows before it. All that moves them counts: learning rates, moments, decay.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from mmjax.config import Config
+from mmjax.data.loader import TokenSplit
+from mmjax.model.lm import Output, Params, memory_layers
+from mmjax.model.sublayers import row_weights
+from mmjax.training.metrics import bank_health
+
+PADDING = -1  # in place of a row, where there is nothing to predict
+PROBED_POSITIONS = 65536  # enough to tell losses that differ by 0.01 apart
+LAYER_NORMS = ('gate_grad_norm', 'key_grad_norm')
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbePlan:
+  """How many batches of an evaluation are probed, the first ones, and what the bank is shuffled with."""
+
+  batches: int
+  seed: int
+
+
+def plan_probe(config: Config, split: TokenSplit) -> ProbePlan:
+  """Probes up to PROBED_POSITIONS, in whole batches, but no more than half of them: each is evaluated twice again."""
+  rows = config.train.batch_size
+  batches = -(-split.n_rows // rows)
+  most = max(1, PROBED_POSITIONS // (rows * split.max_seq_len))
+  return ProbePlan(min(most, -(-batches // 2)), config.seed)
+
+
+def make_read_probe(config: Config) -> Callable[[Output, Array], dict[str, Array]]:
+  """Returns what an evaluation asks of each batch: a function of a memory model's output and weight_BT.
+
+  weight_BT is 0 at padding, else 1. It returns weight_LM, float32 sums of the absolute weights with which each layer
+  read each row; overlap_L, head overlaps summed over positions (with two heads or more); best_LhBT, int32 best rows,
+  PADDING at padding.
+  """
+  model, memory = config.model, config.memory
+
+  def probe(out: Output, weight_BT: Array) -> dict[str, Array]:
+    L, B, T, _ = out.row_LBTR.shape
+    row_LBThr = out.row_LBTR.reshape(L, B, T, memory.n_heads, -1)
+    read_LBTR = jnp.abs(row_weights(model, memory, out.score_LBTR)) * weight_BT[..., None]
+    zeros_LM = jnp.zeros((L, model.knowledge_num))
+    weight_LM = zeros_LM.at[jnp.arange(L)[:, None], out.row_LBTR.reshape(L, -1)].add(read_LBTR.reshape(L, -1))
+    best_LhBT = jnp.moveaxis(row_LBThr[..., 0], 3, 1)
+    found = {'weight_LM': weight_LM, 'best_LhBT': jnp.where(weight_BT > 0, best_LhBT, PADDING)}
+    if memory.n_heads > 1:
+      found['overlap_L'] = jnp.sum(head_overlap(row_LBThr) * weight_BT, axis=(1, 2))
+    return found
+
+  return probe
+
+
+def head_overlap(row_XThr: Array) -> Array:
+  """Returns the mean share of rows that two different heads have in common, float32, without the last two axes.
+
+  Args:
+    row_XThr: int32, at least two heads; no row twice within a head.
+  """
+  *_, heads, r = row_XThr.shape
+  flat_XTR = row_XThr.reshape(*row_XThr.shape[:-2], heads * r)
+  same_XT = jnp.sum(flat_XTR[..., :, None] == flat_XTR[..., None, :], axis=(-2, -1), dtype=jnp.int32)
+  # Every row equals itself once; what is left are the ordered pairs of different heads.
+  return (same_XT - heads * r) / (heads * (heads - 1) * r)
+
+
+def row_agreement(best_LhX: np.ndarray, target_X: np.ndarray) -> list[dict[str, float | None]]:
+  """Returns row_agreement and row_agreement_chance of each layer, see the top of this file.
+
+  With c_rv the positions of best row r and next token v, and n_v those of v, over the N positions with n_v > 1:
+  sum_rv c_rv (c_rv - 1) / (n_v - 1) / N, and by chance sum_r c_r (c_r - 1) / (N (N - 1)).
+
+  Args:
+    best_LhX: int, best row of each layer and head at each position.
+    target_X: int next tokens, without padding.
+  """
+  _, token_X, n_v = np.unique(target_X, return_inverse=True, return_counts=True)
+  shared_X = n_v[token_X] > 1
+  best_LhX, token_X, total = best_LhX[..., shared_X].astype(np.int64), token_X[shared_X], int(shared_X.sum())
+  if not total:
+    return [{'row_agreement': None, 'row_agreement_chance': None}] * len(best_LhX)
+  found_L2 = []
+  for best_hX in best_LhX:
+    found_h2 = []
+    for best_X in best_hX:
+      pair, c_rv = np.unique(best_X * len(n_v) + token_X, return_counts=True)
+      _, c_r = np.unique(best_X, return_counts=True)
+      same = np.sum(c_rv * (c_rv - 1) / (n_v[pair % len(n_v)] - 1)) / total
+      found_h2.append((same, np.sum(c_r * (c_r - 1.0)) / (total * (total - 1.0))))
+    found_L2.append(np.mean(found_h2, axis=0).tolist())
+  return [dict(zip(('row_agreement', 'row_agreement_chance'), found, strict=True)) for found in found_L2]
+
+
+def zeroed(bank_MP: Array, seed: int) -> Array:
+  """Returns zeros like the bank."""
+  return jnp.zeros_like(bank_MP)
+
+
+def shuffled(bank_MP: Array, seed: int) -> Array:
+  """Returns the bank with its rows in an order that `seed` gives."""
+  return bank_MP[jax.random.permutation(jax.random.key(seed), len(bank_MP))]
+
+
+INTERVENTIONS = {'loss_zeroed': zeroed, 'loss_shuffled': shuffled}
+
+
+def losses_without_bank(
+  nll: Callable[[Params, Any], Array], params: Params, batches: Sequence[Any], tokens: int, seed: int
+) -> dict[str, float]:
+  """Returns the loss after each of INTERVENTIONS, nats a token.
+
+  Args:
+    nll: compiled; sums the negative log-likelihood of a batch.
+    params: of a memory model.
+    batches: what to evaluate.
+    tokens: predicted in these batches.
+    seed: of the permutation.
+  """
+  bank_MP, losses = params['memory_bank'], {}
+  for name, change in INTERVENTIONS.items():
+    # One after the other: each needs the room of a bank. Where it lies must not change, or `nll` is compiled again.
+    place = jax.jit(change, static_argnums=1, out_shardings=bank_MP.sharding)
+    changed = params | {'memory_bank': place(bank_MP, seed)}
+    sums = [nll(changed, batch) for batch in batches]
+    losses[name] = float(sum(np.float64(x) for x in jax.device_get(sums))) / tokens
+  return losses
+
+
+def gate_norms(grads: Params) -> dict[str, Array]:
+  """Returns a training step's gate_grad_norm_L and key_grad_norm_L, see the top of this file.
+
+  Args:
+    grads: of a memory model, before clipping.
+  """
+  gates = [grads['layers'][layer]['sublayer']['gate'] for layer in memory_layers(grads)]
+  return {
+    'gate_grad_norm_L': jnp.stack([optax.global_norm(gate['query']) for gate in gates]),
+    'key_grad_norm_L': jnp.stack([optax.global_norm(gate['keys']) for gate in gates]),
+  }
+
+
+def row_update_ratio(bank_MP: Array, update_MP: Array, usage_LM: Array) -> Array:
+  """Returns a training step's row_update_ratio, see the top of this file.
+
+  Args:
+    bank_MP: before the update.
+    update_MP: what is added to it.
+    usage_LM: int32, how often each layer read each row.
+  """
+  touched_M1 = jnp.any(usage_LM > 0, axis=0)[:, None]
+  added, before = (jnp.sum(jnp.where(touched_M1, jnp.square(x), 0.0)) for x in (update_MP, bank_MP))
+  return ratio_of_norms(added, before)
+
+
+def ratio_of_norms(square: Array, of_square: Array) -> Array:
+  """Returns the ratio of two norms, given their squares; 0 where both are 0."""
+  return jnp.sqrt(square / jnp.maximum(of_square, jnp.finfo(jnp.float32).tiny))
+
+
+def add_norms(record: dict[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+  """Returns a line of metrics.jsonl with norms of training steps in its `bank` and `probes`: means over those applied.
+
+  Args:
+    record: its `bank` has an entry for each layer with a memory.
+    steps: what `make_train_step` reports, at least one; NaN is reported where none was applied.
+  """
+  if 'row_update_ratio' not in steps[0]:
+    return record | {'probes': {}}
+  names = ('applied', 'row_update_ratio', *(f'{name}_L' for name in LAYER_NORMS))
+  steps = jax.device_get([{name: step[name] for name in names} for step in steps])
+  applied = [step for step in steps if step['applied']]
+
+  def mean(name: str) -> Any:
+    values = np.array([step[name] for step in applied or steps], np.float64)
+    return (values.mean(axis=0) if applied else np.full(values.shape[1:], np.nan)).tolist()
+
+  norms_L = zip(*(mean(f'{name}_L') for name in LAYER_NORMS), strict=True)
+  each = zip(record['bank'], norms_L, strict=True)
+  bank = [health | dict(zip(LAYER_NORMS, norms, strict=True)) for health, norms in each]
+  probes = record.get('probes', {}) | {'row_update_ratio': mean('row_update_ratio')}
+  return record | {'bank': bank, 'probes': probes}
+
+
+def read_health(usage_M: np.ndarray, weight_M: np.ndarray) -> dict[str, float]:
+  """Returns `bank_health` of the reads of a layer, and their kl_weighted.
+
+  Args:
+    usage_M: int, reads of each row.
+    weight_M: float, their weights.
+  """
+  return bank_health(usage_M) | {'kl_weighted': bank_health(weight_M)['kl_to_uniform']}

@@ -1,0 +1,202 @@
+"""Looking into a memory: rows, contexts and effects against plain loops, the command, and what is refused."""
+
+import json
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mmjax
+from mmjax.errors import UserError, run_command
+from mmjax.inference.api import LanguageModel
+from mmjax.inference.measure import open_text
+from mmjax.inference.memory_reads import KEPT_CONTEXTS, MemoryReader, token_text
+from mmjax.model.layers import rope_angles
+from mmjax.model.lm import build_model
+from mmjax.tools import inspect
+from mmjax.training.rundir import open_run
+from tests.helpers import tiny_config
+
+BAG = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__layers': '1', 'memory__bank_std': 2.0}
+TEXT = 'the memory reads a row of its bank and writes what it learned'
+
+
+@pytest.fixture(scope='module')
+def reader(tiny_run):
+  """A bag memory with random weights, in the second layer alone, with the tokenizer of a run."""
+  config = tiny_config(**BAG)
+  return MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
+
+
+@pytest.fixture(scope='module')
+def forward(reader):
+  """Rows, scores and log-probabilities of whole rows of tokens, with any bank."""
+
+  @jax.jit
+  def run(bank_MP, tokens_BT):
+    model = nnx.merge(build_model(reader.lm.config)[0], reader.lm.params | {'memory_bank': bank_MP})
+    out = model(tokens_BT)
+    return out.row_LBTR[0], out.score_LBTR[0], jax.nn.log_softmax(model.logits(out.hidden_BTD))
+
+  return lambda tokens_BT, bank=None: jax.device_get(
+    run(reader.lm.params['memory_bank'] if bank is None else bank, jnp.asarray(tokens_BT, jnp.int32))
+  )
+
+
+@pytest.fixture(scope='module')
+def split(tiny_run):
+  return open_text(mmjax.load(tiny_run).config, open_run(tiny_run))
+
+
+def test_rows_of_a_text_are_those_that_the_model_read(reader, forward):
+  tokenizer, length = reader.lm.tokenizer, reader.lm.config.model.max_seq_len
+  ids = [tokenizer.eos_id, *tokenizer.encode(TEXT)]
+  assert length < len(ids)
+  found = reader.read_text(TEXT)
+  assert [token['id'] for token in found] == ids
+  assert ''.join(token['token'] for token in found) == '<eos>' + TEXT
+  padded = np.pad(ids, (0, -len(ids) % length)).reshape(-1, length)
+  row_BTR, score_BTR, _ = forward(padded)
+  for token, row_R, score_R in zip(found, row_BTR.reshape(-1, 6), score_BTR.reshape(-1, 6), strict=False):
+    [layer] = token['layers']
+    assert layer['layer'] == 1
+    weight_R = np.concatenate([np.exp(s) / np.exp(s).sum() for s in score_R.astype(np.float64).reshape(2, 3)])
+    order = np.argsort(-weight_R)
+    assert [(read['row'], read['head']) for read in layer['rows']] == [(row_R[i], i // 3) for i in order]
+    assert [read['weight'] for read in layer['rows']] == pytest.approx(weight_R[order], rel=1e-4)
+    assert [read['score'] for read in layer['rows']] == pytest.approx(score_R[order], abs=1e-4)
+  assert [len(t['layers'][0]['rows']) for t in reader.read_text(TEXT, layer=1, top=2)] == [2] * len(ids)
+
+
+def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
+  rows = split.rows(np.arange(split.n_rows))
+  row_BTR, score_BTR, log_BTV = forward(rows['input'])
+  predicted = rows['target'] != split.pad_id
+  row = int(np.bincount(row_BTR[predicted].ravel()).argsort()[-20])  # one that is taken, but not everywhere
+  weight_BTR = np.concatenate([np.exp(s) / np.exp(s).sum(-1, keepdims=True) for s in np.split(score_BTR, 2, -1)], -1)
+  taken = [
+    (float(weight_BTR[b, t][row_BTR[b, t] == row].max()), b, t)
+    for b, t in np.argwhere(predicted)
+    if row in row_BTR[b, t]
+  ]
+  best = sorted(taken, key=lambda c: -c[0])[:KEPT_CONTEXTS]
+  assert 8 < len(taken) < predicted.sum() / 2
+
+  found = reader.read_row(row, split, top=4)
+  [layer] = found['layers']
+  assert (found['positions'], layer['layer'], layer['taken']) == (predicted.sum(), 1, len(taken))
+  assert [context['strength'] for context in layer['contexts']] == pytest.approx([s for s, _, _ in best[:4]], rel=1e-4)
+  for context in layer['contexts']:
+    b, t = context['corpus_row'], context['position']
+    assert row in row_BTR[b, t]
+    assert context['token'] == token_text(reader.lm.tokenizer, rows['input'][b, t])
+    assert context['before'] == reader.lm.tokenizer.decode(rows['input'][b, :t].tolist())
+    assert context['after'] == reader.lm.tokenizer.decode([i for i in rows['target'][b, t : t + 8].tolist() if i])
+
+  bank = np.array(reader.lm.params['memory_bank'])
+  bank[row] = bank.mean(axis=0)  # the only layer with a memory reads it
+  changes = log_BTV.astype(np.float64) - forward(rows['input'], bank)[2]
+  change_V = np.mean([changes[b, t] for _, b, t in best], axis=0)
+  effect = layer['effect']
+  assert effect['contexts'] == len(best)
+  gain = np.mean([changes[b, t, rows['target'][b, t]] for _, b, t in best])
+  assert effect['next_token_gain'] == pytest.approx(gain, abs=1e-5)
+  assert [token['log_change'] for token in effect['up']] == pytest.approx(np.sort(change_V)[::-1][:4], abs=1e-5)
+  assert [token['log_change'] for token in effect['down']] == pytest.approx(np.sort(change_V)[:4], abs=1e-5)
+  for token in effect['up']:
+    assert token['log_change'] == pytest.approx(change_V[token['id']], abs=1e-5)
+    want = np.mean([np.exp(log_BTV[b, t, token['id']]) for _, b, t in best])
+    assert token['probability'] == pytest.approx(want, rel=1e-4)
+  assert np.abs(change_V).max() > 1e-3
+
+
+def test_a_row_is_replaced_in_its_own_layer_only(tiny_run, split):
+  reader = MemoryReader(mmjax.load(tiny_run))
+  row = reader.read_text('the memory')[-1]['layers'][0]['rows'][0]['row']
+  [found] = reader.read_row(row, split, layer=0, top=KEPT_CONTEXTS)['layers']
+  bank = reader.lm.params['memory_bank']
+
+  @jax.jit
+  def log_probabilities(tokens_BT, banks):
+    model = nnx.merge(build_model(reader.lm.config)[0], reader.lm.params)
+    angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], model.head_dim, model.rope_theta)
+    x_BTD = model.embedding[...][tokens_BT]
+    for layer, bank_MP in zip(model.layers, banks, strict=True):
+      x_BTD, _, _ = layer(x_BTD, bank_MP, angle_BTh, None, None, dtype=jnp.float32, attention='xla')
+    return jax.nn.log_softmax(model.logits(model.norm(x_BTD)))
+
+  rows, at = (np.array([context[name] for context in found['contexts']]) for name in ('corpus_row', 'position'))
+  tokens_BT = split.rows(rows)['input']
+  changed = bank.at[row].set(bank.mean(axis=0))
+  change_BTV = log_probabilities(tokens_BT, [bank, bank]) - log_probabilities(tokens_BT, [changed, bank])
+  change_V = np.asarray(change_BTV, np.float64)[np.arange(len(at)), at].mean(axis=0)
+  assert {token['id']: token['log_change'] for token in found['effect']['up']} == pytest.approx(
+    {int(i): change_V[i] for i in np.argsort(-change_V)[:KEPT_CONTEXTS]}, abs=1e-5
+  )
+  assert np.abs(change_V).max() > 1e-3
+
+
+def run_inspect(monkeypatch, capfd, *flags: str) -> tuple[int, str, str]:
+  """Runs the command in this process; returns exit code, stdout and stderr."""
+  monkeypatch.setattr(sys, 'argv', ['inspect', *flags])
+  monkeypatch.setattr('warnings.showwarning', None)  # the command sets it; this puts it back afterwards
+  code = 0
+  try:
+    run_command(inspect.main)
+  except SystemExit as stop:
+    code = stop.code
+  return code, *capfd.readouterr()
+
+
+def test_command_prints_tables_and_writes_json(tiny_run, tmp_path, monkeypatch, capfd):
+  run = shutil.copytree(tiny_run, tmp_path / 'run')
+  settings = json.loads((run / 'config.json').read_text())
+  settings['memory'] |= {'bank_init': 'file', 'bank_file': f'{tmp_path}/bank.safetensors'}
+  (run / 'config.json').write_text(json.dumps(settings))
+  lines = [json.dumps({'row': row, 'text': f'snippet\x1b {row}'}) for row in range(64)]
+  (tmp_path / 'bank.jsonl').write_text('\n'.join(lines))
+  reader = MemoryReader(mmjax.load(tiny_run))
+  row = reader.read_text('the memory')[-1]['layers'][1]['rows'][0]['row']
+
+  flags = ['--workdir', str(run), '--text', 'the\x1b[2J memory', '--row', str(row), '--json', f'{tmp_path}/found.json']
+  code, out, err = run_inspect(monkeypatch, capfd, *flags, '--top', '2')
+  assert code == 0, err
+  found = json.loads((tmp_path / 'found.json').read_text())
+  assert found['text']['tokens'] == json.loads(json.dumps(reader.read_text('the\x1b[2J memory')))
+  assert [entry['layer'] for entry in found['row']['layers']] == [0, 1]
+  assert found['row']['snippet'] == f'snippet\x1b {row}' and f'snippet\\x1b {row}' in out
+  assert '\x1b' not in out and 'layer 1' in out and f'Row {row} over' in out
+  assert max(entry['taken'] for entry in found['row']['layers']) > 0 and '«' in out
+  assert found['row']['effect_is'][:40] in out.replace('\n', ' ')
+  for line in found['text']['most_taken']:
+    took = [t for t in found['text']['tokens'] if line['row'] in [r['row'] for r in t['layers'][line['layer']]['rows']]]
+    assert line['tokens'] == len(took) and line['weight'] is None and line['snippet'] == f'snippet\x1b {line["row"]}'
+
+
+@pytest.mark.parametrize(
+  ('flags', 'said'),
+  [
+    (['--text', ''], 'the text is empty'),
+    (['--text', 'a', '--layer', '2'], 'layer 2 has no memory; layers that have one: 0, 1'),
+    (['--row', '64'], 'row 64 is not in the bank, which has rows 0 to 63'),
+    (['--row', '-1'], '--row -1 must be at least 0'),
+    (['--text', 'a', '--top', '0'], '--top 0 must be at least 1'),
+    ([], 'give --text, --text_file or --row'),
+    (['--text', 'a', '--text_file', 'b'], 'not both'),
+    (['--text_file', 'no/such/file'], "'no/such/file' cannot be read: No such file"),
+  ],
+)
+def test_bad_input_is_refused_in_one_sentence(tiny_run, monkeypatch, capfd, flags, said):
+  code, out, err = run_inspect(monkeypatch, capfd, '--workdir', str(tiny_run), *flags)
+  assert (code, out) == (2, '')
+  assert said in err and err.count('\n') == 1
+
+
+def test_a_model_without_memory_is_refused(tiny_run):
+  config = tiny_config(model__sublayer='dense')
+  with pytest.raises(UserError, match="no memory to look into: model.sublayer='dense'"):
+    MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
