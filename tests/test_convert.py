@@ -390,6 +390,7 @@ def test_a_changed_byte_is_noticed_by_the_hash_beside_it(suffix, tmp_path):
   digest = write_tensors(path, {'a': np.arange(50, dtype=np.float32)})
   beside = Path(f'{path}.sha256')
   assert beside.read_text() == f'{digest}  {path.name}\n'
+  assert path.stat().st_mode == beside.stat().st_mode
   assert subprocess.run(['sha256sum', '-c', beside.name], cwd=tmp_path, capture_output=True).returncode == 0
   content = bytearray(path.read_bytes())
   content[-100] ^= 1

@@ -1,6 +1,9 @@
 """From text to the rows of a bank: cutting, encoding, choosing, and the file that a run starts from."""
 
+import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,9 +90,16 @@ def test_standardize_and_reduce():
   rows = standardize(values, 0.5)
   assert rows.std() == pytest.approx(0.5, rel=1e-5) and abs(rows.mean(axis=0)).max() < 1e-6
   plane = np.random.default_rng(1).normal(size=(50, 2)) @ np.random.default_rng(2).normal(size=(2, 8))
-  reduced = reduce_dim(plane, 2)
+  reduced = reduce_dim([plane[:7], plane[7:]], 2)
   distance = lambda x: np.linalg.norm(x[:, None] - x, axis=-1)  # noqa: E731
   np.testing.assert_allclose(distance(reduced), distance(plane), atol=1e-4)
+
+
+def test_more_dimensions_than_there_are_are_refused():
+  with pytest.raises(UserError, match='knowledge_dim=9 must be at most 8'):
+    reduce_dim([np.zeros((50, 8))], 9)
+  with pytest.raises(UserError, match='knowledge_dim=8 must be at most 7'):
+    latent_semantic_vectors(np.zeros((50, 4), int), 8, 8)
 
 
 @pytest.fixture(scope='module')
@@ -142,9 +152,57 @@ def test_stopped_build_goes_on_after_the_last_stage(built, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     bank.build_bank(config, out, 'lsa')
   monkeypatch.undo()
-  monkeypatch.setattr(bank, 'encode', lambda *_: pytest.fail('the vectors were there already'))
+  monkeypatch.setattr(bank, 'latent_semantic_vectors', lambda *_: pytest.fail('the vectors were there already'))
   bank.build_bank(config, out, 'lsa')
   assert out.read_bytes() == (folder / 'bank.safetensors').read_bytes()
+
+
+@pytest.fixture
+def encoder(tmp_path, monkeypatch):
+  """The name of an encoder, which counts how often each letter occurs, and the list of how many texts it was given."""
+  given = []
+
+  class Counter:
+    def __init__(self, directory, local_files_only):
+      assert directory == str(tmp_path) and local_files_only
+
+    def encode(self, texts, **_):
+      given.append(len(texts))
+      return np.array([[text.count(letter) for letter in 'abcdefghijklmnop'] for text in texts])
+
+  monkeypatch.setitem(sys.modules, 'sentence_transformers', SimpleNamespace(SentenceTransformer=Counter))
+  monkeypatch.setattr(bank, 'SNIPPETS_A_PART', 100)
+  return f'sentence-transformers:{tmp_path}', given
+
+
+def test_rows_are_the_encoders_and_a_stopped_build_encodes_only_what_is_left(built, encoder, monkeypatch):
+  config, folder = built
+  name, given = encoder
+  out = folder / 'encoded.safetensors'
+  with monkeypatch.context() as stopped:
+    stopped.setattr(bank, 'reduce_dim', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      bank.build_bank(config, out, name)
+  parts = sorted((folder / 'encoded.safetensors.work').rglob('embedded-*.npy'))
+  assert len(parts) == len(given) > 2 and set(given[:-1]) == {100}
+  parts[1].unlink()
+  bank.build_bank(config, out, name)
+  assert given[len(parts) :] == [100]
+
+  rows = read_bank(out, (64, 8))
+  texts = [json.loads(line)['text'] for line in (folder / 'encoded.jsonl').read_text().splitlines()]
+  letters = np.array([[text.count(letter) for letter in 'abcdefghijklmnop'] for text in texts], float)
+  between = lambda x: np.linalg.norm(x[:, None] - x, axis=-1).ravel()  # noqa: E731
+  assert np.corrcoef(between(rows), between(letters))[0, 1] > 0.5  # rows are near where their texts' letters are
+
+
+def test_bank_that_is_there_already_is_refused_and_keeps_its_texts(built):
+  config, folder = built
+  files = [folder / 'bank.safetensors', folder / 'bank.jsonl']
+  before = [path.read_bytes() for path in files]
+  with pytest.raises(UserError, match='is there already'):
+    bank.build_bank(dataclasses.replace(config, seed=1), files[0], 'lsa')
+  assert [path.read_bytes() for path in files] == before
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
       save(tensors, whole)
       digest = _sha256(whole)
       _sha256_path(path).write_text(f'{digest}  {path.name}\n')
+      whole.chmod(_sha256_path(path).stat().st_mode)  # safetensors lets nobody else read it
       os.replace(whole, path)
   except OSError as error:
     raise StorageError(f'{str(path)!r} cannot be written: {error}') from error
