@@ -167,6 +167,13 @@ def test_nested_state_dict_is_found_and_neighbours_refused(key, tmp_path):
     read_tensors(save({key: state, 'epoch': 3}, tmp_path / 'more.pth'))
 
 
+@pytest.mark.parametrize('left_out', [names.TIED, 'tok_embeddings.weight'])
+def test_tied_weights_may_stand_under_one_name_alone(left_out):
+  tensors = {name: value.numpy() for name, value in make_state().items()}
+  one = {name: value for name, value in tensors.items() if name != left_out}
+  assert names.canonical(one, 'file').keys() == names.canonical(tensors, 'file').keys()
+
+
 def test_known_buffers_are_tolerated_in_any_dtype(tmp_path):
   state = make_state()
   buffers = {

@@ -18,7 +18,7 @@ from mmjax.errors import DivergedError, StoppedError, UserError
 from mmjax.training import loop
 from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
-from tests.helpers import TINY, rarely, tiny_config, xla_flags
+from tests.helpers import TINY, StopAfter, rarely, tiny_config, xla_flags
 
 WORDS = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
 REPOSITORY = Path(__file__).parent.parent
@@ -75,22 +75,6 @@ def assert_same_run(a: Path, b: Path) -> None:
   evals = [[line for line in log if line['kind'] == 'eval'] for log in logs]
   assert evals[0] == evals[1] and len(evals[0]) == 3
   assert [line['tokens'] for line in logs[0]][-1] == [line['tokens'] for line in logs[1]][-1]
-
-
-class StopAfter:
-  """Stands in for StopSignals: asks to stop after one given step."""
-
-  def __init__(self, step: int):
-    self.step = step
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    return None
-
-  def requested(self, step: int) -> bool:
-    return step == self.step
 
 
 @pytest.fixture(scope='module')

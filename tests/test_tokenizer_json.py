@@ -4,6 +4,7 @@ import json
 import math
 import random
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,7 @@ def bits_per_byte(lm: mmjax.LanguageModel, folder: Path) -> tuple[float, int]:
 def test_weights_and_tokenizer_json_go_through_every_command(folder, monkeypatch, capfd):
   def run(command, *flags: object) -> str:
     monkeypatch.setattr(sys, 'argv', ['command', *map(str, flags)])
-    monkeypatch.setattr('warnings.showwarning', None)  # the commands set it; this puts it back afterwards
+    monkeypatch.setattr('warnings.showwarning', warnings.showwarning)  # commands set it; this puts it back afterwards
     command.main()
     return capfd.readouterr().out
 

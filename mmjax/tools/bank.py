@@ -39,8 +39,7 @@ from mmjax.interop.files import write_tensors
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'exp_1_4_3.py'
 SNIPPETS_A_ROW = 8  # snippets considered for each row by default; bounds memory, whatever the text's size
 SENTENCE_TRANSFORMERS = 'sentence-transformers:'
-ENCODER_BATCH = 64  # snippets that an encoder sees at once
-SNIPPETS_A_PART = 8192  # of an encoder's work, saved one after the other
+SNIPPETS_A_PART = 2048  # of an encoder's work, saved one after the other
 
 
 def main() -> None:
@@ -132,7 +131,8 @@ def encode(
   for start in range(0, len(start_S), SNIPPETS_A_PART):
     token_SL = read_snippets(split, start_S[start : start + SNIPPETS_A_PART], length)
     parts.append(stages.run(f'embedded-{start}', lambda tokens=token_SL: embed([tokenizer.decode(t) for t in tokens])))
-    progress.update('encoding', start, len(start_S), f'{start + len(token_SL):,} snippets')
+    done = start + len(token_SL)
+    progress.update('encoding', done, len(start_S), f'{done:,} snippets')
   return stages.run('vectors', lambda: unit_rows(reduce_dim(parts, dim)))
 
 
@@ -149,7 +149,7 @@ def load_encoder(encoder: str) -> Callable[[list[str]], np.ndarray]:
     model = SentenceTransformer(directory, local_files_only=True)
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f"--encoder: '{directory}' is no sentence-transformers model: {error}") from None
-  return lambda texts: np.asarray(model.encode(texts, batch_size=ENCODER_BATCH, show_progress_bar=False), np.float32)
+  return lambda texts: np.asarray(model.encode(texts, show_progress_bar=False), np.float32)
 
 
 def write_texts(path: Path, split: TokenSplit, tokenizer: Tokenizer, start_M: np.ndarray, length: int) -> None:
