@@ -81,7 +81,7 @@ def test_rows_that_share_a_sub_key_are_more_alike_than_others():
 
 
 def test_too_few_snippets_are_refused_with_both_numbers():
-  with pytest.raises(UserError, match='gives 5 snippets.*knowledge_num=9'):
+  with pytest.raises(UserError, match='gives 5 snippets.*knowledge_num=9.*at most 4 rows'):
     choose_rows(np.zeros((5, 2), np.float32), 3, lambda done: None)
 
 

@@ -9,6 +9,7 @@ again and again: every leaf covers as many snippets as any other, and neighbouri
 with the same i share a branch, so the rows that one sub-key of a product-key gate leads to are alike.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -111,7 +112,7 @@ def choose_rows(vector_SP: np.ndarray, n_sub_keys: int, report: Callable[[int], 
   if len(vector_SP) < n_rows:
     raise UserError(
       f'the text gives {len(vector_SP)} snippets, the bank needs model.knowledge_num={n_rows}; use more text, a '
-      'smaller memory.knowledge_length or fewer rows'
+      f'smaller memory.knowledge_length or at most {math.isqrt(len(vector_SP)) ** 2} rows'
     )
   chosen = []
   everything = np.arange(len(vector_SP))
