@@ -20,6 +20,7 @@ from mmjax.data.snippets import (
 )
 from mmjax.errors import UserError
 from mmjax.tools import bank
+from mmjax.training.loop import fit
 from tests.helpers import TINY
 
 
@@ -226,6 +227,14 @@ def test_bank_of_another_shape_is_refused(built):
   _, folder = built
   with pytest.raises(UserError, match=r'\(64, 8\), the model needs \(81, 8\)'):
     read_bank(folder / 'bank.safetensors', (81, 8))
+
+
+def test_run_with_a_bank_that_does_not_fit_is_refused_before_anything_is_written(built, tmp_path):
+  config, _ = built
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, knowledge_num=81))
+  with pytest.raises(UserError, match=r'holds a bank of \(64, 8\)'):
+    fit(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def test_unknown_encoder_and_missing_model_are_refused(built):
