@@ -141,4 +141,6 @@ def report_first_token(config: Config, params: Params, decoder: Decoder, argumen
 
 
 if __name__ == '__main__':
-  main()
+  from mmjax.errors import run_command
+
+  run_command(main)

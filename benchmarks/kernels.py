@@ -209,4 +209,6 @@ CASES = {
 
 
 if __name__ == '__main__':
-  main()
+  from mmjax.errors import run_command
+
+  run_command(main)

@@ -3,8 +3,11 @@
 0 done, 2 user error, 3 diverged, 4 storage, 75 stopped and resumable (75 is EX_TEMPFAIL of sysexits.h).
 """
 
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class CommandError(Exception):
@@ -47,3 +50,18 @@ def run_command(main: Callable[[], None]) -> None:
   except KeyboardInterrupt:
     print('Interrupted.', file=sys.stderr)
     sys.exit(130)
+
+
+@contextmanager
+def interrupt_ends_at_once() -> Iterator[None]:
+  """Makes Ctrl-C end the process here and now; for imports, in which libraries swallow a KeyboardInterrupt."""
+
+  def end(*_: object) -> None:
+    os.write(2, b'Interrupted.\n')
+    os._exit(130)
+
+  previous = signal.signal(signal.SIGINT, end)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, previous)
