@@ -11,6 +11,7 @@ from typing import Any
 
 def main() -> None:
   """Flags -> model -> numbers and continuations -> table, eval.json, report."""
+  from mmjax.errors import interrupt_ends_at_once
   from mmjax.inference.settings import add_sampling_flags, sampling_from_flags
 
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -22,11 +23,12 @@ def main() -> None:
   arguments = parser.parse_args()
   sampling = sampling_from_flags(arguments)
 
-  from mmjax.inference.api import load
-  from mmjax.inference.measure import PROMPTS, add_training_norms, continue_prompts, measure_text, read_prompts
-  from mmjax.inference.terminal import prepare_terminal
-  from mmjax.tools.report import write_report
-  from mmjax.training.rundir import atomic_write_json, open_run
+  with interrupt_ends_at_once():
+    from mmjax.inference.api import load
+    from mmjax.inference.measure import PROMPTS, add_training_norms, continue_prompts, measure_text, read_prompts
+    from mmjax.inference.terminal import prepare_terminal
+    from mmjax.tools.report import write_report
+    from mmjax.training.rundir import atomic_write_json, open_run
 
   prepare_terminal()
   prompts = read_prompts(arguments.prompts or PROMPTS)

@@ -19,12 +19,14 @@ def main() -> None:
   args, overrides = parser.parse_known_args()
 
   from mmjax.config import load_config
+  from mmjax.errors import interrupt_ends_at_once
 
   config = load_config(args.config, overrides)
 
-  from mmjax.tools.report import write_report  # only now: bad settings need not wait for JAX
-  from mmjax.training.loop import fit
-  from mmjax.training.processes import is_main
+  with interrupt_ends_at_once():  # only now: bad settings need not wait for JAX
+    from mmjax.tools.report import write_report
+    from mmjax.training.loop import fit
+    from mmjax.training.processes import is_main
 
   workdir = Path(args.workdir or f'out/{config.experiment}')
   fit(config, workdir, allow_config_change=args.allow_config_change)

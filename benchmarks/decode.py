@@ -137,4 +137,6 @@ def first_token_row(found: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == '__main__':
-  main()
+  from mmjax.errors import run_command
+
+  run_command(main)

@@ -242,4 +242,6 @@ CASES = {
 
 
 if __name__ == '__main__':
-  main()
+  from mmjax.errors import run_command
+
+  run_command(main)

@@ -127,4 +127,6 @@ def row(entry: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == '__main__':
-  main()
+  from mmjax.errors import run_command
+
+  run_command(main)

@@ -76,4 +76,6 @@ def _family_bytes(parent: int) -> int:
 
 
 if __name__ == '__main__':
-  main()
+  from mmjax.errors import run_command
+
+  run_command(main)

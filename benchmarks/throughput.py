@@ -261,4 +261,6 @@ def resident_growth(config: Config, side: str) -> int:
 
 
 if __name__ == '__main__':
-  main()
+  from mmjax.errors import run_command
+
+  run_command(main)

@@ -6,8 +6,10 @@ runtime aborts because a process of the run was lost.
 
 import errno
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 # Of a disk that is full, broken or read-only: exit code 4. Any other OSError that nobody explained is the user's path.
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -71,3 +73,18 @@ def _stop(sentence: str, exit_code: int) -> None:
   shown = ''.join(char if char.isprintable() or char in ' \n\t' else ascii(char)[1:-1] for char in sentence)
   print(shown, file=sys.stderr)
   sys.exit(exit_code)
+
+
+@contextmanager
+def interrupt_ends_at_once() -> Iterator[None]:
+  """Makes Ctrl-C end the process here and now; for imports, in which libraries swallow a KeyboardInterrupt."""
+
+  def end(*_: object) -> None:
+    os.write(2, b'Interrupted.\n')
+    os._exit(130)
+
+  previous = signal.signal(signal.SIGINT, end)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, previous)

@@ -137,3 +137,21 @@ def test_workdir_that_is_a_file_is_refused(tmp_path, monkeypatch, capsys):
   assert code == 2
   assert 'is a file' in sentence_of(err)
   assert (tmp_path / 'run').read_text() == 'a file'
+
+
+@pytest.mark.parametrize('guarded', [True, False])
+def test_ctrl_c_during_imports_ends_the_command_though_a_library_swallows_it(guarded):
+  lines = [
+    'import contextlib, os, signal, time',
+    'from mmjax.errors import interrupt_ends_at_once',
+    f'with {"interrupt_ends_at_once" if guarded else "contextlib.nullcontext"}():',
+    '  try:',
+    '    os.kill(os.getpid(), signal.SIGINT)',
+    '    time.sleep(60)',
+    '  except:',
+    '    pass',
+    'print("goes on")',
+  ]
+  done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], cwd=REPOSITORY, capture_output=True, text=True)
+  got = (done.returncode, done.stdout, done.stderr)
+  assert got == ((130, '', 'Interrupted.\n') if guarded else (0, 'goes on\n', ''))

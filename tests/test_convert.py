@@ -1,13 +1,10 @@
-"""Weight conversion: exact both ways, every tensor accounted for, nothing in a file ever run."""
+"""Weight conversion: exact both ways, every tensor accounted for."""
 
 import dataclasses
 import json
-import os
 import random
-import struct
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import ml_dtypes
@@ -23,7 +20,7 @@ from mmjax.config import config_from_dict, load_config  # noqa: E402
 from mmjax.data.loader import open_split, train_batches  # noqa: E402
 from mmjax.data.tokenizer import train_tokenizer  # noqa: E402
 from mmjax.errors import StorageError, UserError  # noqa: E402
-from mmjax.interop import names, torch_files  # noqa: E402
+from mmjax.interop import names  # noqa: E402
 from mmjax.interop.files import read_tensors, write_tensors  # noqa: E402
 from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
 from mmjax.tools.convert import BASE_CONFIG, export_run, fitting_config, import_run  # noqa: E402
@@ -92,7 +89,6 @@ def model_settings(draw):
   n_heads = draw(st.sampled_from([1, 2, 4, 6]))
   n_sub_keys = draw(st.integers(2, 5))
   return {
-    'sublayer': draw(st.sampled_from(SUBLAYERS)),
     'vocab_size': draw(st.integers(300, 310)),
     'n_layers': draw(st.sampled_from([1, 2, 11])),  # two digits: 10 must not be taken for 1
     'n_heads': n_heads,
@@ -106,9 +102,11 @@ def model_settings(draw):
   }
 
 
-@settings(max_examples=8, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize('sublayer', SUBLAYERS)
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(model_settings(), st.integers(0, 2**32 - 1))
-def test_any_model_is_recognised_and_round_trips(sizes, seed):
+def test_any_model_is_recognised_and_round_trips(sublayer, sizes, seed):
+  sizes = {'sublayer': sublayer, **sizes}
   config = load_config(str(BASE_CONFIG), [f'--config.model.{name}={value}' for name, value in sizes.items()])
   with torch.device('meta'):
     names_and_shapes = {name: value.shape for name, value in TorchLM(Sizes.of(config.model)).state_dict().items()}
@@ -165,6 +163,13 @@ def test_nested_state_dict_is_found_and_neighbours_refused(key, tmp_path):
   assert_same_bits(read_tensors(save({key: state}, tmp_path / 'model.pth')), state)
   with pytest.raises(UserError, match=f"holds epoch beside '{key}'"):
     read_tensors(save({key: state, 'epoch': 3}, tmp_path / 'more.pth'))
+
+
+@pytest.mark.parametrize('left_out', [names.TIED, 'tok_embeddings.weight'])
+def test_tied_weights_may_stand_under_one_name_alone(left_out):
+  tensors = {name: value.numpy() for name, value in make_state().items()}
+  one = {name: value for name, value in tensors.items() if name != left_out}
+  assert names.canonical(one, 'file').keys() == names.canonical(tensors, 'file').keys()
 
 
 def test_known_buffers_are_tolerated_in_any_dtype(tmp_path):
@@ -297,111 +302,6 @@ def test_nothing_is_overwritten(tmp_path):
     take(path, tmp_path)
   with pytest.raises(UserError, match='is there already'):
     write_tensors(path, {'a': np.ones(3, np.float32)})
-
-
-class Malicious:
-  """Unpickling this runs a shell command."""
-
-  def __init__(self, target: Path):
-    self.target = target
-
-  def __reduce__(self):
-    return os.system, (f'touch {self.target}',)
-
-
-@pytest.mark.parametrize('wrap', [lambda x: x, lambda x: {'model': x}, lambda x: {**make_state(), 'norm.weight': x}])
-def test_a_pickle_that_runs_code_is_refused_by_name_and_not_run(wrap, tmp_path):
-  path, target = tmp_path / 'model.pth', tmp_path / 'was-run'
-  torch.save(wrap(Malicious(target)), path)
-  with pytest.raises(UserError, match=r'(posix|nt)\.system'):
-    take(path, tmp_path / 'run')
-  assert not target.exists() and not (tmp_path / 'run').exists()
-  torch.load(path, weights_only=False)  # the file is what it says: opened carelessly, it does run
-  assert target.exists()
-
-
-def test_restricted_unpickler_refuses_what_the_search_for_code_overlooks(tmp_path, monkeypatch):
-  monkeypatch.setattr(torch_files, '_unsafe_globals', lambda torch, path: [])
-  target = tmp_path / 'was-run'
-  torch.save({'norm.weight': Malicious(target)}, tmp_path / 'model.pth')
-  with pytest.raises(UserError, match='not a whole PyTorch file'):
-    read_tensors(tmp_path / 'model.pth')
-  assert not target.exists()
-
-
-def rewrite_zip(path: Path, compression: int = zipfile.ZIP_STORED, extra: str = '') -> None:
-  with zipfile.ZipFile(path) as archive:
-    records = [(name, archive.read(name)) for name in archive.namelist()]
-  with zipfile.ZipFile(path, 'w', compression) as archive:
-    for name, data in records + ([(extra, b'x')] if extra else []):
-      archive.writestr(name, data)
-
-
-def test_damaged_and_disguised_torch_files_are_refused(tmp_path):
-  def refused(name: str, message: str, damage) -> None:
-    path = tmp_path / f'{name}.pth'
-    torch.save({'norm.weight': torch.arange(64.0)}, path)
-    damage(path)
-    with pytest.raises(UserError, match=message):
-      read_tensors(path)
-
-  refused('cut', 'not a PyTorch zip file', lambda p: p.write_bytes(p.read_bytes()[:-200]))
-  refused('junk', 'not a PyTorch zip file', lambda p: p.write_bytes(b'junk'))
-  refused('bomb', 'is compressed', lambda p: rewrite_zip(p, zipfile.ZIP_DEFLATED))
-  refused('dots', 'leaves the archive', lambda p: rewrite_zip(p, extra='../outside'))
-  refused('old', 'not a PyTorch zip file', lambda p: torch.save({}, p, _use_new_zipfile_serialization=False))
-  refused(
-    'pickle', 'not a whole PyTorch file', lambda p: p.write_bytes(p.read_bytes().replace(b'\x80\x02}', b'\x80\x02('))
-  )
-  refused('vast', 'more than the file holds', lambda p: torch.save({'a': torch.zeros(1).expand(10**6, 10**6)}, p))
-  refused('sparse', 'not a tensor|must be dense', lambda p: torch.save({'a': torch.eye(3).to_sparse()}, p))
-  refused('list', 'holds a list', lambda p: torch.save([torch.ones(2)], p))
-  refused('number', "'a' is a int, not a tensor", lambda p: torch.save({'a': 1}, p))
-
-
-def safetensors_bytes(header: dict, data: bytes, length: int | None = None) -> bytes:
-  text = json.dumps(header).encode()
-  return struct.pack('<Q', len(text) if length is None else length) + text + data
-
-
-@pytest.mark.parametrize(
-  'content',
-  [
-    b'',
-    b'abc',
-    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [2**40, 2**40], 'data_offsets': [0, 8]}}, b'0' * 8),
-    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [4], 'data_offsets': [0, 16]}}, b'0' * 8),
-    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}}, b'0' * 80),
-    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [2], 'data_offsets': [0, 8]}}, b'0' * 8, length=2**60),
-    safetensors_bytes({'a': {'dtype': 'F32', 'shape': [-2], 'data_offsets': [0, 8]}}, b'0' * 8),
-    safetensors_bytes({'a': {'dtype': 'I64', 'shape': [1], 'data_offsets': [0, 8]}}, b'0' * 8),
-  ],
-)
-def test_lying_safetensors_are_refused(content, tmp_path):
-  path = tmp_path / 'model.safetensors'
-  path.write_bytes(content)
-  with pytest.raises(UserError, match='not a whole safetensors file|must be one of'):
-    read_tensors(path)
-
-
-@pytest.mark.parametrize('suffix', ['.safetensors', '.pth'])
-def test_a_changed_byte_is_noticed_by_the_hash_beside_it(suffix, tmp_path):
-  path = tmp_path / f'model{suffix}'
-  digest = write_tensors(path, {'a': np.arange(50, dtype=np.float32)})
-  beside = Path(f'{path}.sha256')
-  assert beside.read_text() == f'{digest}  {path.name}\n'
-  assert subprocess.run(['sha256sum', '-c', beside.name], cwd=tmp_path, capture_output=True).returncode == 0
-  content = bytearray(path.read_bytes())
-  content[-100] ^= 1
-  path.write_bytes(content)
-  with pytest.raises(UserError, match='sha256 is'):
-    read_tensors(path)
-
-
-def test_transposed_arrays_are_written_as_they_read(tmp_path):
-  value = np.arange(6, dtype=np.float32).reshape(2, 3).T
-  write_tensors(tmp_path / 'a.safetensors', {'a': value})
-  np.testing.assert_array_equal(read_tensors(tmp_path / 'a.safetensors')['a'], value)
 
 
 def test_run_without_the_asked_checkpoint_is_refused(tmp_path):

@@ -17,7 +17,17 @@ from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
 from mmjax.training.rundir import RunDir
 from mmjax.training.setup import explain_out_of_memory
-from tests.helpers import REPOSITORY, command, final_state, rarely, run_config, tiny_config, wait_for, xla_flags
+from tests.helpers import (
+  REPOSITORY,
+  StopAfter,
+  command,
+  final_state,
+  rarely,
+  run_config,
+  tiny_config,
+  wait_for,
+  xla_flags,
+)
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -32,22 +42,6 @@ def assert_same_run(a: Path, b: Path) -> None:
   evals = [[line for line in log if line['kind'] == 'eval'] for log in logs]
   assert evals[0] == evals[1] and len(evals[0]) == 3
   assert [line['tokens'] for line in logs[0]][-1] == [line['tokens'] for line in logs[1]][-1]
-
-
-class StopAfter:
-  """Stands in for StopSignals: asks to stop after one given step."""
-
-  def __init__(self, step: int):
-    self.step = step
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, *_):
-    return None
-
-  def requested(self, step: int) -> bool:
-    return step == self.step
 
 
 @pytest.fixture(scope='module')

@@ -1,6 +1,9 @@
 """From text to the rows of a bank: cutting, encoding, choosing, and the file that a run starts from."""
 
+import dataclasses
 import json
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from mmjax.data.snippets import (
 )
 from mmjax.errors import UserError
 from mmjax.tools import bank
+from mmjax.training.loop import fit
 from tests.helpers import TINY
 
 
@@ -78,7 +82,7 @@ def test_rows_that_share_a_sub_key_are_more_alike_than_others():
 
 
 def test_too_few_snippets_are_refused_with_both_numbers():
-  with pytest.raises(UserError, match='gives 5 snippets.*knowledge_num=9'):
+  with pytest.raises(UserError, match='gives 5 snippets.*knowledge_num=9.*at most 4 rows'):
     choose_rows(np.zeros((5, 2), np.float32), 3, lambda done: None)
 
 
@@ -87,9 +91,16 @@ def test_standardize_and_reduce():
   rows = standardize(values, 0.5)
   assert rows.std() == pytest.approx(0.5, rel=1e-5) and abs(rows.mean(axis=0)).max() < 1e-6
   plane = np.random.default_rng(1).normal(size=(50, 2)) @ np.random.default_rng(2).normal(size=(2, 8))
-  reduced = reduce_dim(plane, 2)
+  reduced = reduce_dim([plane[:7], plane[7:]], 2)
   distance = lambda x: np.linalg.norm(x[:, None] - x, axis=-1)  # noqa: E731
   np.testing.assert_allclose(distance(reduced), distance(plane), atol=1e-4)
+
+
+def test_more_dimensions_than_there_are_are_refused():
+  with pytest.raises(UserError, match='knowledge_dim=9 must be at most 8'):
+    reduce_dim([np.zeros((50, 8))], 9)
+  with pytest.raises(UserError, match='knowledge_dim=8 must be at most 7'):
+    latent_semantic_vectors(np.zeros((50, 4), int), 8, 8)
 
 
 @pytest.fixture(scope='module')
@@ -142,9 +153,57 @@ def test_stopped_build_goes_on_after_the_last_stage(built, monkeypatch):
   with pytest.raises(KeyboardInterrupt):
     bank.build_bank(config, out, 'lsa')
   monkeypatch.undo()
-  monkeypatch.setattr(bank, 'encode', lambda *_: pytest.fail('the vectors were there already'))
+  monkeypatch.setattr(bank, 'latent_semantic_vectors', lambda *_: pytest.fail('the vectors were there already'))
   bank.build_bank(config, out, 'lsa')
   assert out.read_bytes() == (folder / 'bank.safetensors').read_bytes()
+
+
+@pytest.fixture
+def encoder(tmp_path, monkeypatch):
+  """The name of an encoder, which counts how often each letter occurs, and the list of how many texts it was given."""
+  given = []
+
+  class Counter:
+    def __init__(self, directory, local_files_only):
+      assert directory == str(tmp_path) and local_files_only
+
+    def encode(self, texts, **_):
+      given.append(len(texts))
+      return np.array([[text.count(letter) for letter in 'abcdefghijklmnop'] for text in texts])
+
+  monkeypatch.setitem(sys.modules, 'sentence_transformers', SimpleNamespace(SentenceTransformer=Counter))
+  monkeypatch.setattr(bank, 'SNIPPETS_A_PART', 100)
+  return f'sentence-transformers:{tmp_path}', given
+
+
+def test_rows_are_the_encoders_and_a_stopped_build_encodes_only_what_is_left(built, encoder, monkeypatch):
+  config, folder = built
+  name, given = encoder
+  out = folder / 'encoded.safetensors'
+  with monkeypatch.context() as stopped:
+    stopped.setattr(bank, 'reduce_dim', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      bank.build_bank(config, out, name)
+  parts = sorted((folder / 'encoded.safetensors.work').rglob('embedded-*.npy'))
+  assert len(parts) == len(given) > 2 and set(given[:-1]) == {100}
+  parts[1].unlink()
+  bank.build_bank(config, out, name)
+  assert given[len(parts) :] == [100]
+
+  rows = read_bank(out, (64, 8))
+  texts = [json.loads(line)['text'] for line in (folder / 'encoded.jsonl').read_text().splitlines()]
+  letters = np.array([[text.count(letter) for letter in 'abcdefghijklmnop'] for text in texts], float)
+  between = lambda x: np.linalg.norm(x[:, None] - x, axis=-1).ravel()  # noqa: E731
+  assert np.corrcoef(between(rows), between(letters))[0, 1] > 0.5  # rows are near where their texts' letters are
+
+
+def test_bank_that_is_there_already_is_refused_and_keeps_its_texts(built):
+  config, folder = built
+  files = [folder / 'bank.safetensors', folder / 'bank.jsonl']
+  before = [path.read_bytes() for path in files]
+  with pytest.raises(UserError, match='is there already'):
+    bank.build_bank(dataclasses.replace(config, seed=1), files[0], 'lsa')
+  assert [path.read_bytes() for path in files] == before
 
 
 @pytest.mark.parametrize(
@@ -168,6 +227,14 @@ def test_bank_of_another_shape_is_refused(built):
   _, folder = built
   with pytest.raises(UserError, match=r'\(64, 8\), the model needs \(81, 8\)'):
     read_bank(folder / 'bank.safetensors', (81, 8))
+
+
+def test_run_with_a_bank_that_does_not_fit_is_refused_before_anything_is_written(built, tmp_path):
+  config, _ = built
+  config = dataclasses.replace(config, model=dataclasses.replace(config.model, knowledge_num=81))
+  with pytest.raises(UserError, match=r'holds a bank of \(64, 8\)'):
+    fit(config, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
 
 
 def test_unknown_encoder_and_missing_model_are_refused(built):

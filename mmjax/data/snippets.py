@@ -9,7 +9,8 @@ again and again: every leaf covers as many snippets as any other, and neighbouri
 with the same i share a branch, so the rows that one sub-key of a product-key gate leads to are alike.
 """
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import scipy.sparse
@@ -45,12 +46,20 @@ def latent_semantic_vectors(token_SL: np.ndarray, vocab_size: int, dim: int) -> 
   Args:
     token_SL: int tokens of S snippets.
     vocab_size: V.
-    dim: of the vectors; below min(S, V).
+    dim: of the vectors.
 
   Returns:
     float32 (S, dim), each of length 1 (or 0, for a snippet of which no token says anything).
+
+  Raises:
+    UserError: if dim is not below min(S, V).
   """
   n_snippets, length = token_SL.shape
+  most = min(n_snippets, vocab_size) - 1
+  if dim > most:
+    raise UserError(
+      f'model.knowledge_dim={dim} must be at most {most} with {n_snippets} snippets and model.vocab_size={vocab_size}'
+    )
   row = np.repeat(np.arange(n_snippets), length)
   ones = np.ones(token_SL.size, np.float32)
   counts = scipy.sparse.csr_matrix((ones, (row, token_SL.ravel())), shape=(n_snippets, vocab_size))
@@ -69,11 +78,20 @@ def unit_rows(vector_SP: np.ndarray) -> np.ndarray:
   return (vector_SP / np.maximum(length_S1, 1e-12)).astype(np.float32)
 
 
-def reduce_dim(vector_SQ: np.ndarray, dim: int) -> np.ndarray:
-  """Projects vectors on their `dim` leading principal components, float32 (S, dim)."""
-  centred = vector_SQ - vector_SQ.mean(axis=0)
-  _, direction_QQ = np.linalg.eigh(centred.T @ centred)
-  return (centred @ direction_QQ[:, ::-1][:, :dim]).astype(np.float32)
+def reduce_dim(parts_SQ: Sequence[np.ndarray], dim: int) -> np.ndarray:
+  """Projects vectors, given in parts, on their `dim` leading principal components, float32 (S, dim).
+
+  Raises:
+    UserError: if they have fewer than `dim` values.
+  """
+  size = parts_SQ[0].shape[1]
+  if dim > size:
+    raise UserError(f'model.knowledge_dim={dim} must be at most {size}, what the encoder gives')
+  n_vectors = sum(map(len, parts_SQ))
+  mean_Q = sum(part.sum(axis=0, dtype=np.float64) for part in parts_SQ) / n_vectors
+  products_QQ = sum(part.T.astype(np.float64) @ part for part in parts_SQ) - n_vectors * np.outer(mean_Q, mean_Q)
+  direction_QP = np.linalg.eigh(products_QQ)[1][:, ::-1][:, :dim]
+  return np.concatenate([(part - mean_Q) @ direction_QP for part in parts_SQ]).astype(np.float32)
 
 
 def choose_rows(vector_SP: np.ndarray, n_sub_keys: int, report: Callable[[int], None]) -> np.ndarray:
@@ -94,7 +112,7 @@ def choose_rows(vector_SP: np.ndarray, n_sub_keys: int, report: Callable[[int], 
   if len(vector_SP) < n_rows:
     raise UserError(
       f'the text gives {len(vector_SP)} snippets, the bank needs model.knowledge_num={n_rows}; use more text, a '
-      'smaller memory.knowledge_length or fewer rows'
+      f'smaller memory.knowledge_length or at most {math.isqrt(len(vector_SP)) ** 2} rows'
     )
   chosen = []
   everything = np.arange(len(vector_SP))

@@ -75,6 +75,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
       save(tensors, whole)
       digest = sha256_of(whole)
       sha256_path(whole).write_text(f'{digest}  {path.name}\n')
+      whole.chmod(sha256_path(whole).stat().st_mode)  # safetensors lets nobody else read it
       os.replace(sha256_path(whole), sha256_path(path))
       os.replace(whole, path)
   except OSError as error:

@@ -2,7 +2,8 @@
 
 Prepares the text (or finds it prepared), cuts it into snippets, encodes them, chooses model.knowledge_num diverse
 ones and writes them, scaled to memory.bank_std, with their texts beside them. A second start goes on after the last
-finished stage. Use it with memory.bank_init='file', as configs/exp_1_4_3.py does.
+finished stage, and after the last part of an encoder's work. Use it with memory.bank_init='file', as
+configs/exp_1_4_3.py does.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import Config, load_config
-from mmjax.data.files import check_room, write_file
+from mmjax.data.files import check_room, storage_errors, write_file
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, open_split
 from mmjax.data.prepare import prepare
@@ -36,8 +37,9 @@ from mmjax.errors import UserError, run_command
 from mmjax.interop.files import write_tensors
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'exp_1_4_3.py'
-SNIPPETS_A_ROW = 8  # snippets considered for each row: bounds memory, whatever the text's size
+SNIPPETS_A_ROW = 8  # snippets considered for each row by default; bounds memory, whatever the text's size
 SENTENCE_TRANSFORMERS = 'sentence-transformers:'
+SNIPPETS_A_PART = 2048  # of an encoder's work, saved one after the other
 
 
 def main() -> None:
@@ -50,40 +52,50 @@ def main() -> None:
   build.add_argument(
     '--encoder', default='lsa', help=f'lsa (built in), or {SENTENCE_TRANSFORMERS}DIR, a model in that directory'
   )
+  build.add_argument(
+    '--snippets_a_row', type=int, default=SNIPPETS_A_ROW, help='considered for each row (default: 8); less is faster'
+  )
   build.add_argument('--config', default=str(DEFAULT_CONFIG), help='config file that sizes come from')
   arguments, overrides = parser.parse_known_args()
   overrides += [f'--config.data.train_files={arguments.files}', '--config.data.valid_files=']
-  build_bank(load_config(arguments.config, overrides), Path(arguments.out), arguments.encoder)
+  config = load_config(arguments.config, overrides)
+  build_bank(config, Path(arguments.out), arguments.encoder, arguments.snippets_a_row)
 
 
-def build_bank(config: Config, out: Path, encoder: str) -> None:
+def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SNIPPETS_A_ROW) -> None:
   """Builds `out`, `out`.sha256 and a .jsonl of the rows' texts.
 
   Args:
     config: data.train_files and the sizes of model and memory.
     out: file to write.
     encoder: 'lsa' or 'sentence-transformers:DIR'.
+    snippets_a_row: of the text's snippets, that many for each row are encoded, evenly spread.
 
   Raises:
     UserError: if the text gives too few snippets, or the encoder is not to be had.
   """
   if out.suffix != '.safetensors':
     raise UserError(f"--out '{out}' must end in .safetensors")
+  if out.exists():
+    raise UserError(f"--out '{out}' is there already; remove it or choose another name")
   if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
     raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
+  if snippets_a_row < 1:
+    raise UserError(f'--snippets_a_row {snippets_a_row} must be at least 1')
+  embed = None if encoder == 'lsa' else load_encoder(encoder)
   model, length = config.model, config.memory.knowledge_length
   progress = ConsoleProgress()
   prepared = prepare(config.data, model.vocab_size)
   split = open_split(prepared, 'train', max_seq_len=length, layout='packed', isolate_documents=False)
   tokenizer = load_tokenizer(prepared / read_index(prepared)['tokenizer']['file'])
-  check_room(out, 8 * (SNIPPETS_A_ROW + 1) * model.knowledge_num * model.knowledge_dim)
+  check_room(out, 8 * (snippets_a_row + 1) * model.knowledge_num * model.knowledge_dim)
 
-  start_S = cut_snippets(split, length, SNIPPETS_A_ROW * model.knowledge_num)
+  start_S = cut_snippets(split, length, snippets_a_row * model.knowledge_num)
   if len(start_S) < model.knowledge_num:
     choose_rows(np.empty((len(start_S), 1)), model.n_sub_keys, lambda done: None)
-  stages = Stages(out, [prepared.name, encoder, length, model.knowledge_num, model.knowledge_dim])
+  stages = Stages(out, [prepared.name, encoder, length, snippets_a_row, model.knowledge_num, model.knowledge_dim])
   progress.say(f'{len(start_S):,} snippets of {length} tokens; encoding with {encoder}')
-  vector_SP = stages.run('vectors', lambda: encode(split, tokenizer, start_S, config, encoder))
+  vector_SP = encode(stages, progress, split, tokenizer, start_S, config, embed)
   progress.say(f'choosing {model.knowledge_num:,} rows')
 
   def report(done: int) -> None:
@@ -98,11 +110,34 @@ def build_bank(config: Config, out: Path, encoder: str) -> None:
   progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {out.with_suffix(".jsonl")}')
 
 
-def encode(split: TokenSplit, tokenizer: Tokenizer, start_S: np.ndarray, config: Config, encoder: str) -> np.ndarray:
-  """Returns float32 (S, P), one vector for each snippet."""
-  token_SL = read_snippets(split, start_S, config.memory.knowledge_length)
-  if encoder == 'lsa':
-    return latent_semantic_vectors(token_SL, config.model.vocab_size, config.model.knowledge_dim)
+def encode(
+  stages: 'Stages',
+  progress: ConsoleProgress,
+  split: TokenSplit,
+  tokenizer: Tokenizer,
+  start_S: np.ndarray,
+  config: Config,
+  embed: Callable[[list[str]], np.ndarray] | None,
+) -> np.ndarray:
+  """Returns float32 (S, P), one vector for each snippet that begins at start_S; `embed` is None for the built-in."""
+  length, dim = config.memory.knowledge_length, config.model.knowledge_dim
+
+  def semantic() -> np.ndarray:
+    return latent_semantic_vectors(read_snippets(split, start_S, length), config.model.vocab_size, dim)
+
+  if embed is None:
+    return stages.run('vectors', semantic)
+  parts = []
+  for start in range(0, len(start_S), SNIPPETS_A_PART):
+    token_SL = read_snippets(split, start_S[start : start + SNIPPETS_A_PART], length)
+    parts.append(stages.run(f'embedded-{start}', lambda tokens=token_SL: embed([tokenizer.decode(t) for t in tokens])))
+    done = start + len(token_SL)
+    progress.update('encoding', done, len(start_S), f'{done:,} snippets')
+  return stages.run('vectors', lambda: unit_rows(reduce_dim(parts, dim)))
+
+
+def load_encoder(encoder: str) -> Callable[[list[str]], np.ndarray]:
+  """Returns a function from texts to float32 vectors (S, Q): the model in the directory that `encoder` names."""
   try:
     from sentence_transformers import SentenceTransformer
   except ImportError:
@@ -110,9 +145,11 @@ def encode(split: TokenSplit, tokenizer: Tokenizer, start_S: np.ndarray, config:
   directory = encoder.removeprefix(SENTENCE_TRANSFORMERS)
   if not Path(directory).is_dir():
     raise UserError(f"--encoder: no model directory '{directory}'; models are read from disk, never downloaded")
-  texts = [tokenizer.decode(tokens.tolist()) for tokens in token_SL]
-  vectors = SentenceTransformer(directory, local_files_only=True).encode(texts, show_progress_bar=True)
-  return unit_rows(reduce_dim(np.asarray(vectors, np.float32), config.model.knowledge_dim))
+  try:
+    model = SentenceTransformer(directory, local_files_only=True)
+  except (OSError, ValueError, KeyError) as error:
+    raise UserError(f"--encoder: '{directory}' is no sentence-transformers model: {error}") from None
+  return lambda texts: np.asarray(model.encode(texts, show_progress_bar=False), np.float32)
 
 
 def write_texts(path: Path, split: TokenSplit, tokenizer: Tokenizer, start_M: np.ndarray, length: int) -> None:
@@ -134,10 +171,11 @@ class Stages:
     """Returns the array of a stage, made now or kept from before."""
     path = self.directory / f'{name}.npy'
     if not path.exists():
-      self.directory.mkdir(parents=True, exist_ok=True)
-      temporary = path.with_suffix('.tmp.npy')
-      np.save(temporary, make())
-      os.replace(temporary, path)
+      array, temporary = make(), path.with_suffix('.tmp.npy')
+      with storage_errors(path):
+        self.directory.mkdir(parents=True, exist_ok=True)
+        np.save(temporary, array)
+        os.replace(temporary, path)
     return np.load(path, mmap_mode='r', allow_pickle=False)
 
   def remove(self) -> None:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mmjax.errors import UserError, run_command
+from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import Sampling, add_sampling_flags, sampling_from_flags
 from mmjax.inference.terminal import prepare_terminal, printable
 
@@ -31,7 +31,8 @@ def main() -> None:
   arguments = parser.parse_args()
   sampling = sampling_from_flags(arguments)
 
-  from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
+  with interrupt_ends_at_once():
+    from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
 
   prepare_terminal()
   lm = load(arguments.workdir, arguments.checkpoint)

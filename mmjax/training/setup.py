@@ -27,6 +27,7 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import model_graph
+from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.backend import compiler_options
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
@@ -70,10 +71,13 @@ def settle_config(run: RunDir, config: Config, allow_config_change: bool) -> Con
     The settings to train with.
 
   Raises:
-    UserError: if the directory holds a run with other settings, or cannot hold one.
+    UserError: if the directory holds a run with other settings or cannot hold one, or the bank that a new run starts
+      from does not fit.
   """
   run.check_usable()
   if not (run.config_path.exists() or run.has_steps):  # with steps it must be there: reading it says so
+    if config.memory.bank_init == 'file' and SUBLAYERS[config.model.sublayer].uses_bank:
+      read_bank(Path(config.memory.bank_file), (config.model.knowledge_num, config.model.knowledge_dim))
     return config
   old = run.read_config()
   own = old.data.tokenizer
