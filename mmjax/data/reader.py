@@ -212,8 +212,9 @@ def _text_of(raw: bytes, text_key: str) -> str:
 
 
 def _parse_int(digits: str) -> int:
-  if len(digits) > MOST_DIGITS:
-    raise _Bad('number too long', f'a number of {len(digits)} digits is longer than the limit of {MOST_DIGITS}')
+  count = len(digits.lstrip('-'))
+  if count > MOST_DIGITS:
+    raise _Bad('number too long', f'a number of {count} digits is longer than the limit of {MOST_DIGITS}')
   return int(digits)
 
 

@@ -25,7 +25,6 @@ from mmjax.training.setup import open_inputs
 from mmjax.training.sharding import make_mesh
 
 PROMPTS = Path(__file__).with_name('prompts.txt')  # the three that the record of experiment 1.4.2 quotes
-
 SHOWN_CHARS = 2000  # of a prompt, on the terminal and in reports
 
 

@@ -7,6 +7,7 @@ into notes.md. That file is made once with open questions, never changed afterwa
 
 import argparse
 import datetime
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,16 @@ def write_report(workdir: str | Path) -> Path:
     The path of the report.
 
   Raises:
-    UserError: if the directory is not a run.
+    UserError: if the directory is not a run, or a record in it is damaged.
     StorageError: if the report cannot be written.
   """
+  try:
+    return _write_report(workdir)
+  except (KeyError, TypeError, AttributeError) as error:  # records that are JSON and not what was written
+    raise UserError(f'{workdir}: a record in metrics.jsonl or eval.json is damaged: {error!r}') from error
+
+
+def _write_report(workdir: str | Path) -> Path:
   run = RunDir(workdir)
   if not run.config_path.is_file():
     raise UserError(f'{workdir} is not a run directory: {run.config_path.name} is missing')
@@ -90,7 +98,8 @@ def _samples(run: RunDir, evaluation: dict[str, Any] | None) -> tuple[dict[str, 
 
   try:
     lm = load(run.path)
-    return continue_prompts(lm, read_prompts(PROMPTS), Sampling()), f'Best checkpoint so far, step {lm.step}.'
+    with warnings.catch_warnings(action='ignore'):  # rows may be shorter than a prompt: then its end is used
+      return continue_prompts(lm, read_prompts(PROMPTS), Sampling()), f'Best checkpoint so far, step {lm.step}.'
   except CommandError as error:
     return None, f'None: {error}.'
 

@@ -18,7 +18,7 @@ from mmjax.errors import CommandError, StorageError, UserError, run_command
 from mmjax.tools.report import write_report
 from mmjax.training.loop import fit
 from mmjax.training.rundir import RunDir
-from tests.helpers import rarely
+from tests.helpers import rarely, tiny_config
 
 
 @pytest.fixture
@@ -131,3 +131,11 @@ def test_directory_that_may_not_be_written_is_refused_before_data_are_prepared(t
   with pytest.raises(UserError, match=f'run cannot be a run directory: {tmp_path} may not be written'):
     fit(RunDir(tiny_run).read_config(), tmp_path / 'run')
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('line', ['{"kind": "train", "step": 1}', '{"kidn": "train", "step": 1}', '{"kind": "eval"}'])
+def test_report_of_damaged_records_is_one_sentence(tmp_path, line):
+  RunDir(tmp_path).write_config(tiny_config())
+  (tmp_path / 'metrics.jsonl').write_text(line + '\n')
+  with pytest.raises(UserError, match=f'{tmp_path}: a record in metrics.jsonl or eval.json is damaged'):
+    write_report(tmp_path)
