@@ -203,16 +203,6 @@ AT_LEAST = {
   'runtime.data_devices': 0, 'runtime.row_devices': 1, 'runtime.num_processes': 1, 'runtime.process_id': 0,
 }  # fmt: skip
 MAX_MEMORY_HEADS = 8
-# What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
-# configs/base.py alone states: they stay when a default changes.
-BEFORE = {
-  'train.max_loss_factor': 0.0,
-  'train.profile_steps': 0,
-  'runtime.triton_gemm': False,
-  'runtime.coordinator': '',
-  'runtime.num_processes': 1,
-  'runtime.process_id': 0,
-}
 BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
 
 
@@ -244,22 +234,6 @@ def config_from_dict(settings: Mapping[str, Any]) -> Config:
   config = _build(Config, settings, '')
   check_config(config)
   return config
-
-
-def config_from_saved(settings: Mapping[str, Any]) -> Config:
-  """Builds and checks a config from the content of a config.json, of this version or an earlier one.
-
-  Raises:
-    UserError: as `config_from_dict`.
-  """
-  if not isinstance(settings, Mapping):
-    raise UserError(f'{settings!r} must be sections of settings')
-  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-  for name, value in BEFORE.items():
-    section, _, field = name.partition('.')
-    if isinstance(settings.get(section), dict):
-      settings[section].setdefault(field, value)
-  return config_from_dict(settings)
 
 
 def check_config(config: Config) -> None:
