@@ -213,21 +213,6 @@ AT_LEAST = {
 MOST = 2**31 - 1  # of a whole number: sizes, steps and the seed are counted in 32 bits
 MAX_LAYERS = 10_000
 MAX_MEMORY_HEADS = 8
-# What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
-# configs/base.py alone states: they stay when a default changes.
-BEFORE = {
-  'memory.bank_update': 'dense',
-  'memory.revive_after': 0,
-  'memory.revive_noise': 0.1,
-  'memory.revive_keys': True,
-  'train.max_loss_factor': 0.0,
-  'train.profile_steps': 0,
-  'runtime.scan_layers': False,
-  'runtime.triton_gemm': False,
-  'runtime.coordinator': '',
-  'runtime.num_processes': 1,
-  'runtime.process_id': 0,
-}
 BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
 
 
@@ -259,22 +244,6 @@ def config_from_dict(settings: Mapping[str, Any]) -> Config:
   config = _build(Config, {name: value for name, value in settings.items() if name != 'sha256'}, '')
   check_config(config)
   return config
-
-
-def config_from_saved(settings: Mapping[str, Any]) -> Config:
-  """Builds and checks a config from the content of a config.json, of this version or an earlier one.
-
-  Raises:
-    UserError: as `config_from_dict`.
-  """
-  if not isinstance(settings, Mapping):
-    raise UserError(f'{settings!r} must be sections of settings')
-  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-  for name, value in BEFORE.items():
-    section, _, field = name.partition('.')
-    if isinstance(settings.get(section), dict):
-      settings[section].setdefault(field, value)
-  return config_from_dict(settings)
 
 
 def check_config(config: Config) -> None:

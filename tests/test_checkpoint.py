@@ -275,12 +275,14 @@ def test_lack_of_memory_is_not_taken_for_corruption(tmp_path, monkeypatch, error
 
 def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path):
   from mmjax.training.optimizer import make_optimizer
-  from mmjax.training.setup import new_state, restore_state
+  from mmjax.training.setup import restore_state
   from mmjax.training.sharding import make_mesh
+  from mmjax.training.step import init_state
 
   config = tiny_config()
   optimizer, mesh = make_optimizer(config, 10), make_mesh(config)
-  state = new_state(config, optimizer, mesh) | {'step': jnp.int32(3)}
+  shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+  state = jax.tree.map(lambda x: jnp.full(x.shape, 3, x.dtype), shapes) | {'loss_average': jnp.float32(0)}
   older = {name: entry for name, entry in state.items() if name != 'loss_average'}
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(3, older, {'tokens': 5})

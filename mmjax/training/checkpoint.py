@@ -225,9 +225,11 @@ class Checkpoints:
 
   def _remove_superseded(self) -> None:
     """Removes all steps but the last two, the best and those that cannot be read, each whole: by a rename first."""
+    if not is_main():
+      return
     metrics, unreadable = self._read_metrics()
     steps = self.steps()
-    for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, _best(metrics)} if is_main() else ():
+    for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, _best(metrics)}:
       doomed = self.directory / f'{step}{REMOVED}'
       with contextlib.suppress(OSError):  # it stays, and the next save tries again
         (self.directory / str(step)).rename(doomed)

@@ -25,7 +25,7 @@ from typing import Any, Self
 
 import jax
 
-from mmjax.config import Config, config_from_saved, flatten
+from mmjax.config import Config, config_from_dict, flatten
 from mmjax.data.files import sha256_path, write_file
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import StorageError, UserError
@@ -42,6 +42,21 @@ FREE_OF_IMPORTS = (
   'model.dropout', 'model.aux_loss_weight', 'memory.keys_init', 'memory.knowledge_length', 'memory.balance_loss_weight',
   'memory.revive_after', 'memory.revive_noise', 'memory.revive_keys',
 )  # fmt: skip
+# What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
+# configs/base.py alone states: they stay when a default changes.
+BEFORE = {
+  'memory.bank_update': 'dense',
+  'memory.revive_after': 0,
+  'memory.revive_noise': 0.1,
+  'memory.revive_keys': True,
+  'train.max_loss_factor': 0.0,
+  'train.profile_steps': 0,
+  'runtime.scan_layers': False,
+  'runtime.triton_gemm': False,
+  'runtime.coordinator': '',
+  'runtime.num_processes': 1,
+  'runtime.process_id': 0,
+}
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
 # A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it
 # lies beside checkpoints/, not in it.
@@ -158,7 +173,7 @@ class RunDir:
     """
     settings = read_json(self.config_path)
     try:
-      return config_from_saved(settings)
+      return config_from_dict(_with_settings_before(settings))
     except UserError as error:
       raise UserError(f'{self.config_path}: {error}') from error
 
@@ -322,6 +337,18 @@ def finite(value: Any) -> Any:
   if isinstance(value, list | tuple):
     return [finite(item) for item in value]
   return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _with_settings_before(settings: Any) -> Any:
+  """Returns the content of a config.json with the settings that did not exist when it was written."""
+  if not isinstance(settings, Mapping):
+    return settings
+  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+  for name, value in BEFORE.items():
+    section, _, field = name.partition('.')
+    if isinstance(settings.get(section), dict):
+      settings[section].setdefault(field, value)
+  return settings
 
 
 def _lock(path: Path, kind: int = fcntl.LOCK_EX) -> int:
