@@ -246,7 +246,7 @@ class Window:
 
   def add(self, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of one step without waiting for them."""
-    self.steps.append({name: value for name, value in metrics.items() if value.ndim == 0})
+    self.steps.append({name: value for name, value in metrics.items() if name not in ('usage_LM', 'grad_norm_N')})
     if 'usage_LM' in metrics:
       self.usage_LM = metrics['usage_LM'] if self.usage_LM is None else self.usage_LM + metrics['usage_LM']
 
