@@ -76,6 +76,7 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
     with locked_directory(plan.directory, lambda: progress.say(f'another process prepares {name}: waiting for it')):
       if (plan.directory / INDEX).is_file():
         index = verify(plan.directory)
+        _remove_others(plan.directory, index)  # if a kill came between writing the index and this
         progress.say(f'found prepared data in {name}: {_summary(index)}')
       else:
         _build(plan, data, progress)
@@ -266,7 +267,8 @@ def _remove_others(directory: Path, index: dict[str, Any] | None) -> None:
     keep |= {shard[key] for shard in shards for key in ('file', 'offsets_file')}
   for path in directory.iterdir():
     if path.name not in keep and path.is_file():
-      path.unlink()
+      with contextlib.suppress(OSError):  # a directory that may only be read
+        path.unlink()
 
 
 def _summary(index: dict[str, Any]) -> str:
