@@ -5,7 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.kernels.bank import BACKWARD, bank_bag, bank_bag_reference, bank_lookup, bank_lookup_reference
+from mmjax.kernels.bank import (
+  BACKWARD,
+  TappedBank,
+  add_reads,
+  bank_bag,
+  bank_bag_reference,
+  bank_lookup,
+  bank_lookup_reference,
+  no_reads,
+)
 
 
 def make_inputs(M, P, shape, seed=0):
@@ -111,6 +120,26 @@ def test_bag_keeps_no_rows_for_the_backward_pass():
   bank, row, weight = jnp.ones((9, 4)), jnp.zeros((3, 5, 2, 7), jnp.int32), jnp.ones((3, 5, 2, 7))
   kept = jax.eval_shape(lambda b, w: jax.vjp(lambda b, w: bank_bag(b, row, w), b, w)[1], bank, weight)
   assert max(leaf.size for leaf in jax.tree.leaves(kept)) == row.size
+
+
+@pytest.mark.parametrize('bag', (False, True))
+def test_reads_of_a_tapped_bank_add_up_to_its_gradient(bag):
+  bank, row, _ = make_inputs(9, 3, (2, 5, 2, 4))
+  weight = jnp.asarray(np.random.default_rng(1).standard_normal(row.shape), jnp.float32)
+
+  def loss(bank, weight):
+    return jnp.sum(jnp.sin(bank_bag(bank, row, weight) if bag else bank_lookup(bank, row, jnp.float32)))
+
+  def tapped_loss(tap, bank, weight):
+    return loss(TappedBank(bank, tap), weight)
+
+  value, (want, want_weight) = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(bank, weight)
+  tap = no_reads(row.shape, 3, jnp.float32, bag=bag)
+  run = jax.jit(jax.value_and_grad(tapped_loss, argnums=(0, 1, 2)))
+  tapped_value, (reads, none, got_weight) = run(tap, bank, weight)
+  assert value == tapped_value and not np.any(none)
+  np.testing.assert_allclose(add_reads(jnp.zeros((9, 3)), row, reads), want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(got_weight, want_weight, rtol=1e-5, atol=1e-6)
 
 
 def test_unknown_backward_of_a_bag_is_refused():

@@ -4,7 +4,7 @@ A sublayer is an nnx.Module built as `Sublayer(model, memory, rngs=rngs)`, from 
 as `sublayer(h_BTD, h_attn_BTD, bank_MP, dtype) -> SublayerOutput`, where
   h_BTD       float32 residual stream after attention was added,
   h_attn_BTD  what attention added to it, in the compute dtype,
-  bank_MP     the shared bank, float32, or None in a model without one,
+  bank_MP     the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one,
   dtype       of the matrix products.
 Its class says what the rest of the code must know: `uses_bank`; with a bank `scores_weigh(memory)`, whether rows count
 by their scores; and `without_gradient(memory)`, patterns of the parameters (paths below the sublayer) that no gradient
