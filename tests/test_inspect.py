@@ -156,6 +156,7 @@ def test_command_prints_tables_and_writes_json(tiny_run, tmp_path, monkeypatch, 
   run = shutil.copytree(tiny_run, tmp_path / 'run')
   settings = json.loads((run / 'config.json').read_text())
   settings['memory'] |= {'bank_init': 'file', 'bank_file': f'{tmp_path}/bank.safetensors'}
+  del settings['sha256']  # changed on purpose
   (run / 'config.json').write_text(json.dumps(settings))
   lines = [json.dumps({'row': row, 'text': f'snippet\x1b {row}'}) for row in range(64)]
   (tmp_path / 'bank.jsonl').write_text('\n'.join(lines))

@@ -170,7 +170,7 @@ def is_jaxpr(value: object) -> bool:
 
 
 def count_dot_flops(jaxpr) -> int:
-  """Counts 2 * m * n * k of every dot_general, following calls and multiplying by the lengths of scans."""
+  """Counts 2 * m * n * k of every dot_general, following calls, the dearest branch, and scans times their length."""
   total = 0
   for eqn in jaxpr.eqns:
     if eqn.primitive.name == 'dot_general':
@@ -179,7 +179,8 @@ def count_dot_flops(jaxpr) -> int:
       total += 2 * contracted * math.prod(eqn.outvars[0].aval.shape)
     times = eqn.params['length'] if eqn.primitive.name == 'scan' else 1
     inner = [value for value in jax.tree.leaves(eqn.params, is_leaf=is_jaxpr) if is_jaxpr(value)]
-    total += times * sum(count_dot_flops(getattr(value, 'jaxpr', value)) for value in inner)
+    counts = [count_dot_flops(getattr(value, 'jaxpr', value)) for value in inner]
+    total += times * (max(counts) if eqn.primitive.name == 'cond' else sum(counts))
   return total
 
 
