@@ -65,9 +65,10 @@ def test_probes_of_an_evaluation_equal_brute_force(form):
   real = [batch['target'] != PAD for batch in batches]
   heads = config.memory.n_heads
   for at, health in enumerate(result.bank):
-    usage, overlaps = np.zeros(config.model.knowledge_num), []
+    usage, overlaps, best = np.zeros(config.model.knowledge_num), [], []
     for out, keep in zip(outputs, real, strict=True):
       rows, scores = (np.asarray(x[at])[keep].reshape(keep.sum(), heads, -1) for x in (out.row_LBTR, out.score_LBTR))
+      best.append(rows[..., 0])
       for row_hr, score_hr in zip(rows, scores.astype(np.float64), strict=True):
         for row_r, score_r in zip(row_hr, score_hr, strict=True):
           usage[row_r] += numpy_weights(config, score_r)
@@ -77,6 +78,9 @@ def test_probes_of_an_evaluation_equal_brute_force(form):
     kl = sum(p * np.log(p * len(share)) for p in share if p)
     assert health['kl_weighted'] == pytest.approx(kl, rel=1e-5)
     assert health['head_overlap'] == (pytest.approx(np.mean(overlaps), rel=1e-6) if heads == 2 else None)
+    target = np.concatenate([batch['target'][keep] for batch, keep in zip(batches[:2], real, strict=False)])
+    agreement = np.mean([pairs_that_agree(best_X, target) for best_X in np.concatenate(best[:2]).T], axis=0)
+    assert [health['row_agreement'], health['row_agreement_chance']] == pytest.approx(list(agreement))
     assert (health['kl_weighted'] == pytest.approx(health['kl_to_uniform'], rel=1e-6)) == (form == 'faithful')
 
   def loss(bank_MP):
