@@ -13,9 +13,11 @@ from flax import nnx
 from mmjax.model.lm import model_graph
 from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, path_name
 from mmjax.training.step import chunk_tokens, count_rows, init_state, make_loss, make_train_step
-from tests.helpers import random_batch, tiny_config
+from tests import helpers
+from tests.helpers import random_batch
 
 STEPS = 10
+tiny_config = functools.partial(helpers.tiny_config, model__n_layers=1)  # half the compile time; layers are alike
 DECAYED = {'train__weight_decay': 0.1, 'train__grad_clip': 0.05}
 
 
