@@ -243,6 +243,6 @@ def test_chunk_of_the_loss_keeps_logits_small():
 
 def test_first_steps_give_the_golden_numbers():
   """Golden: python -m pytest tests/test_step.py -k golden. Change them only with what is meant to change numbers."""
-  _, metrics, losses = run(tiny_config(), 3)
+  _, metrics, losses = run(helpers.tiny_config(), 3)
   np.testing.assert_allclose(losses, [6.041910, 5.845805, 5.918069], rtol=1e-5)
   assert float(metrics['grad_norm']) == pytest.approx(1.344173, rel=1e-4)
