@@ -52,6 +52,7 @@ for step in range(start + 1, config.train.max_steps + 1):
       record = {'kind': kind, 'step': step, 'loss': 9 - step / 1000, 'tokens': 8 * step, 'bits_per_byte': 2.5}
       log.write(json.dumps(record) + '\\n')
   if stopped:
+    time.sleep(0.2)  # to save
     break
 code = int(config.data.text_key)
 if not code or stopped:

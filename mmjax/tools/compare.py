@@ -176,7 +176,7 @@ def notes(found: Sequence[Summary]) -> list[str]:
 def print_tables(found: Sequence[Summary]) -> None:
   """Prints the table, in two halves that fit a terminal."""
   console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-  for columns in (RESULT, {'model': RESULT['model']} | COST | (BANK if any(s['bank'] for s in found) else {})):
+  for columns in (RESULT, {'model': lambda s: s['name']} | COST | (BANK if any(s['bank'] for s in found) else {})):
     shown = Table()
     for name in columns:
       shown.add_column(name.format(found[0]['name']), justify='left' if name in ('model', 'taken') else 'right')

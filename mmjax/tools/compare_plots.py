@@ -24,6 +24,7 @@ AXES = {
 }
 START_SHARE = 0.15  # of the x-axis: losses higher than any beyond it are cut off, or the ends could not be told apart
 FAINT = 0.35
+GREY = 7  # of tab10: too near to the first row's ink
 
 
 class Curve(NamedTuple):
@@ -46,24 +47,24 @@ def write_plots(rows: Sequence[Row], folder: Path) -> dict[str, str]:
   curves = {kind: [[curve(run, kind) for run in row.runs] for row in rows] for kind in ('eval', 'train')}
   if not any(len(c.y) for row in curves['train'] for c in row):
     return {}
-  colours, captions = _colours(len(rows)), {}
+  styles, captions = _styles(len(rows)), {}
   for axis, (title, unit, formatter) in AXES.items():
     figure = Figure(figsize=(11.5, 4.6), dpi=140, layout='constrained')
     left, right = figure.subplots(1, 2)
-    _draw_losses(left, curves['eval'], axis, colours, marker='o')
-    _draw_losses(right, [[smooth(c) for c in row] for row in curves['train']], axis, colours, marker='')
+    _draw_losses(left, curves['eval'], axis, styles, marker='o')
+    _draw_losses(right, [[smooth(c) for c in row] for row in curves['train']], axis, styles, marker='')
     _finish(left, f'{title}: validation', unit, formatter, 'nats per token')
     _finish(right, f'{title}: training, smoothed', unit, formatter, '')
-    _legend(figure, rows, colours)
+    _legend(figure, rows, styles)
     figure.savefig(folder / f'loss_{axis}.png')
     captions[f'loss_{axis}.png'] = f'{title}, one line a run, one colour a row; the start is cut off.'
   if len(rows) > 1 and any(len(c.y) for c in curves['eval'][0]):
     figure = Figure(figsize=(8.6, 4.6), dpi=140, layout='constrained')
     axes = figure.subplots()
-    _draw_differences(axes, curves['eval'], rows, colours)
+    _draw_differences(axes, curves['eval'], rows, styles)
     title, (_, unit, formatter) = f'Validation loss minus that of {rows[0].name}', AXES['tokens']
     _finish(axes, title, unit, formatter, 'nats per token')
-    _legend(figure, rows, colours)
+    _legend(figure, rows, styles)
     figure.savefig(folder / 'difference.png')
     captions['difference.png'] = (
       f'Validation loss minus that of {rows[0].name} at equal tokens, below 0 is better: the mean over common seeds '
@@ -117,14 +118,14 @@ def differences(first: Sequence[Curve], others: Sequence[Curve]) -> tuple[np.nda
   return x, np.array([np.interp(x, b.x['tokens'], b.y) - np.interp(x, a.x['tokens'], a.y) for a, b in pairs])
 
 
-def _draw_losses(axes: Axes, rows: Sequence[Sequence[Curve]], axis: str, colours: Sequence, marker: str) -> None:
+def _draw_losses(axes: Axes, rows: Sequence[Sequence[Curve]], axis: str, styles: Sequence[dict], marker: str) -> None:
   top, bottom = [], []
-  for at, (row, colour) in enumerate(zip(rows, colours, strict=True)):
+  for at, (row, style) in enumerate(zip(rows, styles, strict=True)):
     for number, c in enumerate(row):
       if not len(c.y):
         continue
       axes.plot(
-        c.x[axis], c.y, color=colour, linewidth=2.2 if at == 0 else 1.5, alpha=1 if number == 0 else FAINT,
+        c.x[axis], c.y, **style, linewidth=2.2 if at == 0 else 1.5, alpha=1 if number == 0 else FAINT,
         marker=marker, markersize=3.5, zorder=3 if at == 0 else 2,
       )  # fmt: skip
       shown = c.y[c.x[axis] >= START_SHARE * c.x[axis][-1]]
@@ -135,14 +136,16 @@ def _draw_losses(axes: Axes, rows: Sequence[Sequence[Curve]], axis: str, colours
     axes.set_ylim(min(bottom) - room, max(top) + room)
 
 
-def _draw_differences(axes: Axes, curves: Sequence[Sequence[Curve]], rows: Sequence[Row], colours: Sequence) -> None:
-  axes.axhline(0, color=colours[0], linewidth=2.2, zorder=3)
+def _draw_differences(
+  axes: Axes, curves: Sequence[Sequence[Curve]], rows: Sequence[Row], styles: Sequence[dict]
+) -> None:
+  axes.axhline(0, **styles[0], linewidth=2.2, zorder=3)
   by_seed = [
     {run.config.seed: c for run, c in zip(row.runs, cs, strict=True) if len(c.y)}
     for row, cs in zip(rows, curves, strict=True)
   ]
   shown = []
-  for row, colour in list(zip(by_seed, colours, strict=True))[1:]:
+  for row, style in list(zip(by_seed, styles, strict=True))[1:]:
     common = [seed for seed in row if seed in by_seed[0]]
     pairs = [(by_seed[0][seed], row[seed]) for seed in common]
     if not common and row:  # any with any: their mean is the difference of the means
@@ -151,10 +154,10 @@ def _draw_differences(axes: Axes, curves: Sequence[Sequence[Curve]], rows: Seque
       continue
     x, found = differences(*zip(*pairs, strict=True))
     mean = found.mean(axis=0)
-    axes.plot(x, mean, color=colour, linewidth=1.5, marker='o', markersize=3.5)
+    axes.plot(x, mean, **style, linewidth=1.5, marker='o', markersize=3.5)
     if len(common) > 1:
       error = found.std(axis=0, ddof=1) / len(common) ** 0.5
-      axes.fill_between(x, mean - error, mean + error, color=colour, alpha=0.2, linewidth=0)
+      axes.fill_between(x, mean - error, mean + error, color=style['color'], alpha=0.2, linewidth=0)
     shown += [value for tokens, value in zip(x, mean, strict=True) if tokens >= START_SHARE * x[-1]]
   if shown:
     low, high = min(0, *shown), max(0, *shown)
@@ -162,18 +165,21 @@ def _draw_differences(axes: Axes, curves: Sequence[Sequence[Curve]], rows: Seque
     axes.set_ylim(low - room, high + room)
 
 
-def _colours(n: int) -> list:
-  """The first row's ink, and as many colours for the others as there are, apart from each other."""
-  map_name = 'tab10' if n <= 10 else 'tab20'
-  listed = matplotlib.colormaps[map_name].colors
-  return [INK] + [listed[at % len(listed)] for at in range(n - 1)]
+def _styles(n: int) -> list[dict]:
+  """Colour and dashes for each row: ink for the first, then the colours one after the other, then again, dashed."""
+  colours = [colour for at, colour in enumerate(matplotlib.colormaps['tab10'].colors) if at != GREY]
+  dashes = ('-', '--', ':', '-.')
+  others = [
+    {'color': colours[at % len(colours)], 'linestyle': dashes[at // len(colours) % len(dashes)]} for at in range(n - 1)
+  ]
+  return [{'color': INK, 'linestyle': '-'}, *others]
 
 
-def _legend(figure: Figure, rows: Sequence[Row], colours: Sequence) -> None:
+def _legend(figure: Figure, rows: Sequence[Row], styles: Sequence[dict]) -> None:
   """Names the rows beside the plots, the best first, with their loss."""
   losses = [np.mean(list(row.losses().values())) if row.losses() else np.inf for row in rows]
   order = np.argsort(losses, kind='stable')
-  lines = [Line2D([], [], color=colours[at], linewidth=2.2) for at in order]
+  lines = [Line2D([], [], **styles[at], linewidth=2.2) for at in order]
   names = [f'{rows[at].name}  {losses[at]:.3f}' if np.isfinite(losses[at]) else rows[at].name for at in order]
   figure.legend(lines, names, loc='outside right center', frameon=False, fontsize=9, labelcolor=INK)
 
