@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Fresh machine -> environment with the test extras, linter, whole fast suite. Arguments go to pytest.
+#   ./run_tests.sh -m campaign      processes killed 20 times; --faults=1000 for more
 #   ./run_tests.sh -m slow          the full-size parity tests (minutes)
 set -euo pipefail
 cd "$(dirname "$0")"

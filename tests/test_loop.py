@@ -74,6 +74,7 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   assert_same_run(undisturbed, tmp_path)
 
 
+@pytest.mark.slow
 def test_resumed_run_revives_and_updates_rows_as_an_undisturbed_one(text, tmp_path, monkeypatch):
   config = run_config(text, **ROW_BY_ROW)
   fit(config, tmp_path / 'whole')

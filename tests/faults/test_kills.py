@@ -1,6 +1,6 @@
 """kill -9 at random moments: whatever was killed and resumed ends as what was never disturbed, bit for bit.
 
-    python -m pytest tests/faults/test_kills.py --faults=1000 -s
+    python -m pytest -m campaign tests/faults/test_kills.py --faults=1000 -s
 
 A third of the kills hit `prepare`, the others training: its start, updates, evaluations and saves.
 """
@@ -20,6 +20,8 @@ import pytest
 from mmjax.config import Config
 from mmjax.training.metrics import read_metrics
 from tests.helpers import REPOSITORY, final_state, run_config
+
+pytestmark = pytest.mark.campaign
 
 KILLS_PER_RUN = 7  # then a run may finish, and is compared
 TIMING = ('seconds', 'tokens_per_second', 'peak_bytes')  # what no two runs have in common
