@@ -9,4 +9,4 @@ set_up_environment "test,torch"
 
 ruff check .
 ruff format --check .
-exec python -m pytest -q -n 2 "$@"
+exec python -m pytest -q -n 2 --dist worksteal "$@"

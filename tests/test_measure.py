@@ -59,6 +59,7 @@ def test_evaluation_repeats_the_numbers_of_training(run, monkeypatch, capfd):
   assert printable(texts[0]) in (run / 'report.md').read_text()
 
 
+@pytest.mark.slow
 def test_other_text_is_cut_with_the_tokenizer_of_the_run(run, tmp_path, monkeypatch, capfd):
   (tmp_path / 'other.txt').write_text('the bank reads the memory\n\nand writes it again')
   code, _, _ = run_eval(monkeypatch, capfd, '--workdir', str(run), '--valid_files', f'{tmp_path}/other.txt')

@@ -143,7 +143,7 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
     pytest.param({'memory__scores': 'scale'}, True, marks=SLOW),
     ({'memory__balance_loss_weight': 0.1}, True),
     pytest.param({'model__sublayer': 'cross_attention', 'memory__query_key_norm': 'l2'}, False, marks=SLOW),
-    (PLUS, True),
+    pytest.param(PLUS, True, marks=SLOW),
   ],
 )
 def test_gate_gets_a_gradient_where_the_optimizer_says_so(changes, learns):
