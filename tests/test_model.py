@@ -188,7 +188,9 @@ def test_cached_decoding_equals_whole_rows(sublayer, changes):
     np.testing.assert_allclose(hidden, want, atol=1e-5)
 
 
-@pytest.mark.parametrize('change', [{'remat': 'block'}, {'scan_layers': True}], ids=['remat', 'scan'])
+@pytest.mark.parametrize(
+  'change', [pytest.param({'remat': 'block'}, marks=pytest.mark.slow), {'scan_layers': True}], ids=['remat', 'scan']
+)
 def test_how_layers_are_run_changes_neither_rows_nor_loss_nor_gradient(change):
   # One dense layer and two with a memory; dropout, so that every layer must get the key that it had.
   config = tiny_config(model__n_layers=3, model__dropout=0.2, memory__layers='1,2', memory__balance_loss_weight=0.1)

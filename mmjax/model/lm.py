@@ -164,7 +164,7 @@ class LM(nnx.Module):
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
       scan_layers: compiles neighbours of the same kind once and scans over their stacked parameters.
       dropout_key: a PRNG key turns dropout on.
-      bank_of_layer: of a layer's number and the bank, what this layer reads instead; not while scanning over layers.
+      bank_of_layer: of the number of a layer with a memory and the bank, what it reads instead; not in a scan.
 
     Returns:
       Output.
@@ -242,7 +242,7 @@ class LM(nnx.Module):
       call = partial(layer, dtype=dtype, attention=attention)
       if remat == 'block':
         call = jax.checkpoint(call)
-      bank = bank_MP if bank_of_layer is None else bank_of_layer(number, bank_MP)
+      bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.sublayer.uses_bank else bank_MP
       x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, key)
       return x_BTD, LayerOutput(sublayer.row_BTR, sublayer.score_BTR, jnp.asarray(sublayer.aux_loss), kv)
 

@@ -78,6 +78,7 @@ def assert_same_end(run: Path, tiny_run: Path) -> None:
   jax.tree.map(np.testing.assert_array_equal, lm.params, mmjax.load(tiny_run, 'last').params)
 
 
+@pytest.mark.slow
 def test_too_little_room_is_survived_twice_and_ends_the_run_the_third_time(tiny_run, tmp_path, monkeypatch, capsys):
   real, free = shutil.disk_usage, {'bytes': 10**12}
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: real(path)._replace(free=free['bytes']))
