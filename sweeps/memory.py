@@ -5,7 +5,7 @@ python -m mmjax.tools.sweep sweeps/memory.py --config.data.train_files=... --con
 
 Without a learning rate: G0 at three of them. With one: every model at that rate. With winners: G0 and the winners with
 two more seeds, and the best winner at the other rates. The list only grows, so what is done is done.
---set scale=gpu takes the record's sizes, --set tokens=300e6 another length.
+--set scale=gpu takes the record's sizes, scale=small those of a first look; --set tokens=300e6 another length.
 """
 
 from pathlib import Path
@@ -20,9 +20,20 @@ SEEDS = (1, 2)  # beside 0, for G0 and the winners
 
 # Every size of a scale, once. P = dim / 4 and 4 query heads a key head, as in the record.
 SCALES = {
+  'small': {
+    'tokens': 3e6,
+    'learning_rates': (1e-3, 2e-3, 4e-3),
+    'evaluations': 1,  # one takes as long as an eighth of the training
+    'settings': {
+      'model.dim': 128, 'model.n_layers': 4, 'model.n_heads': 8, 'model.n_kv_heads': 2, 'model.max_seq_len': 256,
+      'model.knowledge_dim': 32, 'train.batch_size': 8, 'train.accumulation_steps': 1, 'train.dtype': 'float32',
+      'train.log_interval': 20,
+    },
+  },
   'cpu': {
     'tokens': 10.5e6,
     'learning_rates': (1e-3, 2e-3, 4e-3),
+    'evaluations': 5,
     'settings': {
       'model.dim': 192, 'model.n_layers': 4, 'model.n_heads': 12, 'model.n_kv_heads': 3, 'model.max_seq_len': 256,
       'model.knowledge_dim': 48, 'train.batch_size': 16, 'train.accumulation_steps': 1, 'train.dtype': 'float32',
@@ -32,6 +43,7 @@ SCALES = {
   'gpu': {
     'tokens': 100e6,
     'learning_rates': (5e-4, 1e-3, 2e-3),
+    'evaluations': 5,
     'settings': {
       'model.dim': 512, 'model.n_layers': 8, 'model.n_heads': 32, 'model.n_kv_heads': 8, 'model.max_seq_len': 512,
       'model.knowledge_dim': 128, 'train.batch_size': 64, 'train.accumulation_steps': 1, 'train.dtype': 'bfloat16',
@@ -41,6 +53,7 @@ SCALES = {
   'tiny': {  # to try the machinery: minutes for everything, numbers that say nothing
     'tokens': 2560,
     'learning_rates': (1e-3, 2e-3, 4e-3),
+    'evaluations': 5,
     'settings': {
       'model.vocab_size': 512, 'model.dim': 96, 'model.n_layers': 4, 'model.n_heads': 6, 'model.n_kv_heads': 2,
       'model.max_seq_len': 32, 'model.knowledge_dim': 24, 'train.batch_size': 4, 'train.accumulation_steps': 1,
@@ -49,7 +62,6 @@ SCALES = {
   },
 }  # fmt: skip
 WARMUP_SHARE = 0.04  # of the updates
-EVALUATIONS = 5
 CHECKPOINTS = 10
 
 # G1 to G4: the fusion of 1.4.2, each with what the one before has.
@@ -94,7 +106,7 @@ def get_runs(scale='cpu', learning_rate='', winners='', tokens=''):
   """Returns the runs that are due.
 
   Args:
-    scale: 'cpu', 'gpu', or 'tiny' to try the machinery.
+    scale: 'small' for a first look, 'cpu', 'gpu', or 'tiny' to try the machinery.
     learning_rate: the best for G0, one of the scale's; '' to find it.
     winners: the best models, best first, comma-separated: 'g5,g4'; '' until they are known.
     tokens: to train each model on; '': the scale's.
@@ -127,7 +139,7 @@ def make_run(name: str, scale: str, learning_rate: float, seed: int = 0, tokens:
     'train.max_steps': steps,
     'train.learning_rate': learning_rate,
     'train.warmup_steps': int(WARMUP_SHARE * steps),
-    'train.eval_interval': max(1, -(-steps // EVALUATIONS)),
+    'train.eval_interval': max(1, -(-steps // SCALES[scale]['evaluations'])),
     'train.checkpoint_interval': max(1, -(-steps // CHECKPOINTS)),
   }
   return Run(

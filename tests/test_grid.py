@@ -19,7 +19,7 @@ from mmjax.tools.sweep_file import read_sweep
 from mmjax.training.cost import flops_per_token, matching_width
 
 GRID = 'sweeps/memory.py'
-RATES = {'cpu': '0.002', 'gpu': '0.001', 'tiny': '0.002'}
+RATES = {'small': '0.002', 'cpu': '0.002', 'gpu': '0.001', 'tiny': '0.002'}
 
 
 @pytest.fixture(scope='module', params=RATES)
@@ -86,7 +86,7 @@ def test_list_grows_with_what_is_known():
 @pytest.mark.parametrize(
   ('settings', 'said'),
   [
-    (['scale=huge'], "scale='huge' must be one of cpu, gpu, tiny"),
+    (['scale=huge'], "scale='huge' must be one of small, cpu, gpu, tiny"),
     (['winners=g5'], "winners='g5' need a learning_rate beside them"),
     (['learning_rate=2e-3', 'winners=g55'], "winners='g55': no model 'g55'; there are g0, g1"),
   ],
