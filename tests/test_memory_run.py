@@ -15,6 +15,8 @@ from mmjax.training.metrics import read_metrics
 from mmjax.training.rundir import RunDir
 from tests.helpers import TINY
 
+pytestmark = pytest.mark.slow  # tests of the model, the optimizer and of generation cover the parts
+
 SMALLER = TINY | {
   'memory.layers': '1',
   'memory.ffn_dim': 16,
@@ -58,7 +60,6 @@ def test_metrics_name_the_layers_that_have_a_memory(run):
   assert len({probes['loss'], probes['loss_zeroed'], probes['loss_shuffled']}) == 3
 
 
-@pytest.mark.slow  # tests of the model and of generation cover the parts
 def test_trained_run_evaluates_generates_and_is_reported(run):
   lm, directory = mmjax.load(run), RunDir(run)
   assert len(lm.generate('the bank', max_new_tokens=5, temperature=0)) == 1
