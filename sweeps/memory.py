@@ -26,7 +26,7 @@ SCALES = {
     'evaluations': 1,  # one takes as long as an eighth of the training
     'settings': {
       'model.dim': 128, 'model.n_layers': 4, 'model.n_heads': 8, 'model.n_kv_heads': 2, 'model.max_seq_len': 256,
-      'model.knowledge_dim': 32, 'train.batch_size': 8, 'train.accumulation_steps': 1, 'train.dtype': 'float32',
+      'model.knowledge_dim': 32, 'train.batch_size': 8, 'train.accumulation_steps': 1, 'train.dtype': 'bfloat16',
       'train.log_interval': 20,
     },
   },
