@@ -35,8 +35,8 @@ TINY = {
 
 
 def rarely(values: Iterable, *always: object) -> list:
-  """Returns values as parameters of a test, all but `always` marked slow."""
-  return [value if value in always else pytest.param(value, marks=pytest.mark.slow) for value in values]
+  """Returns values as parameters of a test, all but `always` marked thorough."""
+  return [value if value in always else pytest.param(value, marks=pytest.mark.thorough) for value in values]
 
 
 def tiny_config(**overrides: object) -> Config:

@@ -81,7 +81,7 @@ def test_other_versions_give_no_warning(version):
   assert slow_scatter_warning('gpu', version) is None
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_run_tells_the_warning(monkeypatch, tmp_path, tiny_run, capsys):
   from mmjax.training.rundir import RunDir
 

@@ -327,7 +327,7 @@ def test_commands_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capfd)
   assert no_run.count('\n') == 1 and 'config.json' in no_run
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_imported_run_is_trained_on_from_its_weights(tmp_path):
   """Fine-tuning at learning rate 0 reports the loss that torch has on the same rows."""
   write_text(tmp_path)

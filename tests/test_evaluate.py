@@ -71,7 +71,7 @@ def test_evaluation_equals_float64_over_all_tokens(sublayer):
     assert {'layer': layer, **bank_health(counts)}.items() <= health.items()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_evaluation_does_not_depend_on_the_batch_size():
   results = []
   for size in (3, 10):

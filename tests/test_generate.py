@@ -97,7 +97,7 @@ def test_the_seed_decides_the_text(decoder):
   assert one != other
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_row_is_drawn_alike_alone_and_among_others(decoder, monkeypatch):
   sampling = Sampling(max_new_tokens=24, temperature=1)
   together = decoder.generate(PROMPTS, sampling)

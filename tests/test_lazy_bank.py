@@ -177,7 +177,7 @@ def test_rows_that_were_not_read_stay_bit_for_bit_and_skipped_updates_leave_all(
   np.testing.assert_array_equal(broken['params']['memory_bank'], after['params']['memory_bank'])
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_step_makes_no_array_of_the_size_of_the_bank():
   """A dense update of this bank needs its gradient beside it; XLA's own count of what a program needs."""
   bytes_of = []

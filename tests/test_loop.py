@@ -74,7 +74,7 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   assert_same_run(undisturbed, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_resumed_run_revives_and_updates_rows_as_an_undisturbed_one(text, tmp_path, monkeypatch):
   config = run_config(text, **ROW_BY_ROW)
   fit(config, tmp_path / 'whole')
@@ -110,7 +110,7 @@ def test_other_settings_in_a_used_workdir_are_refused(text, undisturbed, change,
     fit(run_config(text, **change), undisturbed)
 
 
-@pytest.mark.slow  # what may change is tested in test_rundir
+@pytest.mark.thorough  # what may change is tested in test_rundir
 def test_changed_schedule_is_accepted_when_asked_for(text, tmp_path):
   fit(run_config(text, train__max_steps=2), tmp_path)
   fit(run_config(text, train__max_steps=4), tmp_path, allow_config_change=True)
@@ -149,9 +149,8 @@ def test_non_finite_update_is_skipped_logged_and_survived(text, tmp_path, monkey
   assert all(np.isfinite(x).all() for x in final_state(tmp_path).values())
 
 
-@pytest.mark.parametrize(
-  ('reason', 'factor'), [('spike', 100.0), pytest.param('not finite', np.nan, marks=pytest.mark.slow)]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(('reason', 'factor'), [('spike', 100.0), ('not finite', np.nan)])
 def test_too_many_skipped_updates_end_the_run_with_a_dump(text, tmp_path, monkeypatch, reason, factor):
   from mmjax.training import setup
 
@@ -214,14 +213,8 @@ except StoppedError:
 """
 
 
-@pytest.mark.parametrize(
-  ('row_devices', 'first', 'more'),
-  [
-    pytest.param(1, 2, {}, marks=pytest.mark.slow),
-    (4, 0, {}),
-    pytest.param(4, 2, ROW_BY_ROW, marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize(('row_devices', 'first', 'more'), [(1, 2, {}), (4, 0, {}), (4, 2, ROW_BY_ROW)])
 def test_run_that_moves_between_one_device_and_eight_keeps_its_losses(
   text, tmp_path, monkeypatch, row_devices, first, more
 ):

@@ -59,7 +59,7 @@ def test_evaluation_repeats_the_numbers_of_training(run, monkeypatch, capfd):
   assert printable(texts[0]) in (run / 'report.md').read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_other_text_is_cut_with_the_tokenizer_of_the_run(run, tmp_path, monkeypatch, capfd):
   (tmp_path / 'other.txt').write_text('the bank reads the memory\n\nand writes it again')
   code, _, _ = run_eval(monkeypatch, capfd, '--workdir', str(run), '--valid_files', f'{tmp_path}/other.txt')
@@ -96,11 +96,11 @@ def test_bad_prompts_are_refused_before_anything_is_written(run, tmp_path, monke
   assert not (run / 'eval.json').exists()
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_hostile_prompts_are_answered_and_printed_plainly(run, tmp_path, monkeypatch, capfd):
   lines = ['\x1b[2J\x07 the memory \u202e', 'the bank reads ' * 700_000, 'the row', '```\t# title']
   (tmp_path / 'prompts.txt').write_text('\n'.join(lines))
-  monkeypatch.setattr('mmjax.inference.measure.measure_text', lambda *_: EvalResult(1.0, 2.7, 1.5, 0.1, 9, 9, []))
+  monkeypatch.setattr('mmjax.inference.measure.measure_text', lambda *_: EvalResult(1.0, 2.7, 1.5, 0.1, 9, 9, [], {}))
   code, out, err = run_eval(monkeypatch, capfd, '--workdir', str(run), '--prompts', f'{tmp_path}/prompts.txt')
   assert code == 0 and 'its end is used' in err
   found = json.loads((run / 'eval.json').read_text())

@@ -16,7 +16,7 @@ from mmjax.training.optimizer import gets_gradient, path_name
 from mmjax.training.step import make_loss
 from tests.helpers import random_batch, tiny_config
 
-SLOW = pytest.mark.slow
+THOROUGH = pytest.mark.thorough
 PLUS = {
   'model__sublayer': 'memory_bag',
   'model__n_layers': 4,
@@ -104,7 +104,7 @@ def build(name):
 
 
 @pytest.mark.parametrize(
-  'name', [pytest.param(name, marks=() if name in ('scale_relu', 'two_heads', 'bag') else SLOW) for name in CHOICES]
+  'name', [pytest.param(name, marks=() if name in ('scale_relu', 'two_heads', 'bag') else THOROUGH) for name in CHOICES]
 )
 def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   config, graphdef, params, h, h_attn, bank, direction = build(name)
@@ -139,11 +139,11 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
 @pytest.mark.parametrize(
   ('changes', 'learns'),
   [
-    pytest.param({}, False, marks=SLOW),  # tests/test_step.py has it
-    pytest.param({'memory__scores': 'scale'}, True, marks=SLOW),
+    pytest.param({}, False, marks=THOROUGH),  # tests/test_step.py has it
+    pytest.param({'memory__scores': 'scale'}, True, marks=THOROUGH),
     ({'memory__balance_loss_weight': 0.1}, True),
-    pytest.param({'model__sublayer': 'cross_attention', 'memory__query_key_norm': 'l2'}, False, marks=SLOW),
-    pytest.param(PLUS, True, marks=SLOW),
+    pytest.param({'model__sublayer': 'cross_attention', 'memory__query_key_norm': 'l2'}, False, marks=THOROUGH),
+    pytest.param(PLUS, True, marks=THOROUGH),
   ],
 )
 def test_gate_gets_a_gradient_where_the_optimizer_says_so(changes, learns):

@@ -15,7 +15,7 @@ from mmjax.training.metrics import read_metrics
 from mmjax.training.rundir import RunDir
 from tests.helpers import TINY
 
-pytestmark = pytest.mark.slow  # tests of the model, the optimizer and of generation cover the parts
+pytestmark = pytest.mark.thorough  # tests of the model, the optimizer and of generation cover the parts
 
 SMALLER = TINY | {
   'memory.layers': '1',

@@ -13,10 +13,10 @@ from flax import nnx
 from mmjax.config import load_config
 from mmjax.model.layers import RMSNorm, apply_rope, dropout, rope_angles
 from mmjax.model.lm import abstract_params, build_model, count_params, init_cache
-from tests.helpers import random_batch, tiny_config
+from tests.helpers import random_batch, rarely, tiny_config
 
-SLOW = pytest.mark.slow  # parity with torch covers them in the fast suite
-MAIN_FIRST = ['gated_fusion', 'dense', pytest.param('cross_attention', marks=SLOW), pytest.param('moe', marks=SLOW)]
+THOROUGH = pytest.mark.thorough  # parity with torch covers them in the fast suite
+MAIN_FIRST = rarely(['gated_fusion', 'dense', 'cross_attention', 'moe'], 'gated_fusion', 'dense')
 HEADS_AND_FFN = {
   'memory__n_heads': 2, 'memory__scores': 'scale', 'memory__layers': '1', 'memory__ffn_dim': 8,
   'memory__input': 'residual', 'memory__query_key_norm': 'l2',
@@ -165,7 +165,7 @@ def test_segments_are_computed_as_if_alone():
 @pytest.mark.parametrize(
   ('sublayer', 'changes'),
   [('gated_fusion', {}), ('memory_bag', HEADS_AND_FFN)]
-  + [pytest.param(name, changes, marks=SLOW) for name, changes in OTHER_DECODED],
+  + [pytest.param(name, changes, marks=THOROUGH) for name, changes in OTHER_DECODED],
 )
 def test_cached_decoding_equals_whole_rows(sublayer, changes):
   config = tiny_config(model__sublayer=sublayer, **changes)
@@ -188,9 +188,8 @@ def test_cached_decoding_equals_whole_rows(sublayer, changes):
     np.testing.assert_allclose(hidden, want, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  'change', [pytest.param({'remat': 'block'}, marks=pytest.mark.slow), {'scan_layers': True}], ids=['remat', 'scan']
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize('change', [{'remat': 'block'}, {'scan_layers': True}], ids=['remat', 'scan'])
 def test_how_layers_are_run_changes_neither_rows_nor_loss_nor_gradient(change):
   # One dense layer and two with a memory; dropout, so that every layer must get the key that it had.
   config = tiny_config(model__n_layers=3, model__dropout=0.2, memory__layers='1,2', memory__balance_loss_weight=0.1)

@@ -351,6 +351,7 @@ def finish(process):
   return process.returncode, out.strip(), err
 
 
+@pytest.mark.thorough
 def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_files(tmp_path, corpus):
   code, undisturbed, _ = finish(start(tmp_path / 'calm', corpus))
   assert code == 0

@@ -17,7 +17,7 @@ from mmjax.training.step import init_state, make_train_step
 from tests.helpers import random_batch, tiny_config
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_profiled_run_writes_a_trace_and_says_where_the_time_goes(tiny_run, tmp_path, capsys):
   config = RunDir(tiny_run).read_config()
   fit(dataclasses.replace(config, train=dataclasses.replace(config.train, profile_steps=2)), tmp_path)

@@ -169,7 +169,7 @@ def test_text_cannot_break_out_of_its_place():
   assert report_parts.table(('a',), [('x|y\nz',)]).splitlines()[-1] == '| x\\|y z |'
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_plots_are_drawn_for_one_line_and_for_thousands(tmp_path):
   one = write_plots([train_line(1)], tmp_path / 'one')
   many = write_plots([train_line(i) for i in range(1, 2000)] + [eval_line(5, 3.0)], tmp_path / 'many')

@@ -117,7 +117,7 @@ def test_counts_of_sub_keys_equal_bincount():
     np.testing.assert_array_equal(got[layer, 2 * head + half], np.bincount(np.divmod(rows, C)[half], minlength=C))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_revival_raises_the_share_of_rows_in_use():
   """Random tokens, a gate that learns, 1024 rows; the use of the last five updates."""
   shares = {}

@@ -232,7 +232,7 @@ def test_live_line_shows_steps_loss_and_time_left(tmp_path):
   assert line.text() == '[1/1] a  step 20/40  loss not finite  40 s left'
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_killed_sweep_leaves_a_saved_run_that_the_same_command_finishes(tmp_path):
   words = 'a sweep ends and its runs are saved and go on where they were'.split()
   documents = [json.dumps({'text': ' '.join(words[i % 7 :] * 3)}) for i in range(200)]

@@ -72,6 +72,7 @@ def bits_per_byte(lm: mmjax.LanguageModel, folder: Path) -> tuple[float, int]:
   return nats / math.log(2) / n_bytes, n_bytes
 
 
+@pytest.mark.thorough
 def test_weights_and_tokenizer_json_go_through_every_command(folder, monkeypatch, capfd):
   monkeypatch.setattr('mmjax.tools.report.write_report', lambda run: run)  # seconds of plots, whatever the tokenizer
 

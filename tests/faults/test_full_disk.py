@@ -78,7 +78,7 @@ def assert_same_end(run: Path, tiny_run: Path) -> None:
   jax.tree.map(np.testing.assert_array_equal, lm.params, mmjax.load(tiny_run, 'last').params)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_too_little_room_is_survived_twice_and_ends_the_run_the_third_time(tiny_run, tmp_path, monkeypatch, capsys):
   real, free = shutil.disk_usage, {'bytes': 10**12}
   monkeypatch.setattr(shutil, 'disk_usage', lambda path: real(path)._replace(free=free['bytes']))
@@ -97,7 +97,7 @@ def test_too_little_room_is_survived_twice_and_ends_the_run_the_third_time(tiny_
   assert Checkpoints(tmp_path / 'ends').steps() == [1, 2]  # the last good steps stay
 
 
-@pytest.mark.parametrize('checked', [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('checked', [True, pytest.param(False, marks=pytest.mark.thorough)])
 def test_disk_that_is_really_full_is_survived(tiny_run, small_disk, monkeypatch, capsys, checked):
   def give():
     (small_disk / 'ballast').unlink(missing_ok=True)
