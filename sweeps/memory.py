@@ -99,6 +99,8 @@ MODELS = {
   'g10': BAG | {'memory.balance_loss_weight': 0.01},
   'g11': BAG | {'memory.query_key_norm': 'layer_norm'},
   'g12': BAG | {'memory.n_heads': 2, 'model.num_selected': 32},
+  'g13': BAG | {'memory.layers': '0,1'},
+  'g14': BAG | {'memory.bank_lr_multiplier': 16.0},
 }
 
 
