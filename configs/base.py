@@ -42,6 +42,7 @@ def get_config() -> ConfigDict:
   memory.keys_init = 'normal'  # sub-keys start N(0, 1); 'uniform': U(-1, 1) / sqrt(knowledge_dim / 2)
   memory.ffn_dim = 0  # F of a dense sublayer that stands beside each memory; 0: none
   memory.balance_loss_weight = 0.0  # of a loss against uneven use of the sub-keys; 0: none
+  memory.selection_bias = False  # True: a bias on sub-scores, for the choice alone, learns to even out their use
   memory.bank_init = 'normal'  # how the bank starts; 'file': from bank_file
   memory.bank_file = ''  # made by python -m mmjax.tools.bank
   memory.knowledge_length = 32  # tokens in a snippet of text that becomes a row of such a file

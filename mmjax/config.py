@@ -71,6 +71,7 @@ class MemoryConfig:
   keys_init: str
   ffn_dim: int
   balance_loss_weight: float
+  selection_bias: bool
   bank_init: str
   bank_file: str
   knowledge_length: int
@@ -268,6 +269,8 @@ def check_config(config: Config) -> None:
     raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
   if config.memory.bank_update == 'lazy' and config.runtime.scan_layers:
     raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
+  if config.memory.selection_bias and config.memory.revive_after and config.memory.revive_keys:
+    raise UserError('memory.revive_keys=True would copy sub-keys without their bias: memory.selection_bias needs False')
   if config.memory.n_heads > MAX_MEMORY_HEADS:
     raise UserError(f'memory.n_heads={config.memory.n_heads} must be at most {MAX_MEMORY_HEADS}')
   if config.model.n_layers > MAX_LAYERS:

@@ -101,6 +101,7 @@ MODELS = {
   'g12': BAG | {'memory.n_heads': 2, 'model.num_selected': 32},
   'g13': BAG | {'memory.layers': '0,1'},
   'g14': BAG | {'memory.bank_lr_multiplier': 16.0},
+  'g15': BAG | {'memory.selection_bias': True},
 }
 
 

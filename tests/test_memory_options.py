@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -142,6 +143,7 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
     pytest.param({}, False, marks=THOROUGH),  # tests/test_step.py has it
     pytest.param({'memory__scores': 'scale'}, True, marks=THOROUGH),
     ({'memory__balance_loss_weight': 0.1}, True),
+    ({'memory__selection_bias': True}, False),
     pytest.param({'model__sublayer': 'cross_attention', 'memory__query_key_norm': 'l2'}, False, marks=THOROUGH),
     pytest.param(PLUS, True, marks=THOROUGH),
   ],
@@ -216,22 +218,47 @@ def test_balance_loss_equals_counting():
   assert float(even) == pytest.approx(1)
 
 
-def test_balance_loss_makes_the_use_of_sub_keys_more_even():
-  """Inputs that share a direction, as hidden states do, all take the sub-keys along it until the loss spreads them."""
-  config = tiny_config(memory__balance_loss_weight=1.0)
+def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_loss():
+  config = tiny_config(memory__selection_bias=True, memory__n_heads=2)
+  graphdef, gate = nnx.split(ProductKeyGate(config.model, config.memory, rngs=nnx.Rngs(0)))
+  m_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 32)), jnp.float32)
+  gate['bias'][...] = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8)), jnp.float32)
+
+  def loss(gate):
+    selection = nnx.merge(graphdef, gate)(m_BTD)
+    return selection.balance_loss, selection
+
+  (value, selection), slope = jax.value_and_grad(loss, has_aux=True)(gate)
+  assert value == 0 and not np.any(slope['keys'][...]) and not np.any(slope['query']['kernel'][...])
+  for K in range(4):
+    sub_key = np.divmod(np.asarray(selection.row_BThr)[:, :, K // 2], 8)[K % 2]
+    share = np.bincount(sub_key.ravel(), minlength=8) / sub_key.size
+    np.testing.assert_allclose(slope['bias'][K], 4**0.5 * (share - 1 / 8), atol=1e-6)  # 4: half of knowledge_dim
+
+
+@pytest.mark.parametrize('means', ['balance_loss_weight', 'selection_bias'])
+def test_use_of_sub_keys_becomes_more_even(means):
+  """Inputs that share a direction, as hidden states do, all take the sub-keys along it until something spreads them."""
+  config = tiny_config(**{f'memory__{means}': 1.0 if means == 'balance_loss_weight' else True})
   graphdef, gate = nnx.split(ProductKeyGate(config.model, config.memory, rngs=nnx.Rngs(0)))
   rng = np.random.default_rng(0)
   m_BTD = jnp.asarray(rng.standard_normal((8, 32, 32)) + 2 * rng.standard_normal(32), jnp.float32)
 
-  def descend(gate, _):
+  optimizer = optax.sgd(0.05) if means == 'balance_loss_weight' else optax.adam(0.05)
+
+  def descend(state, _):
+    gate, moments = state
+
     def loss(gate):
       selection = nnx.merge(graphdef, gate)(m_BTD)
       return selection.balance_loss, selection.row_BThr
 
     (_, row_BThr), slope = jax.value_and_grad(loss, has_aux=True)(gate)
-    return jax.tree.map(lambda p, g: p - 0.05 * g, gate, slope), row_BThr
+    update, moments = optimizer.update(slope, moments)
+    return (optax.apply_updates(gate, update), moments), row_BThr
 
-  _, rows = jax.jit(lambda gate: jax.lax.scan(descend, gate, length=100))(nnx.to_pure_dict(gate))
+  start = nnx.to_pure_dict(gate)
+  _, rows = jax.jit(lambda gate: jax.lax.scan(descend, (gate, optimizer.init(gate)), length=100))(start)
   first, last = (bank_health(np.bincount(np.ravel(r), minlength=64)) for r in (rows[0], rows[-1]))
   assert last['kl_to_uniform'] < 0.5 * first['kl_to_uniform'] and last['used_share'] > 1.5 * first['used_share']
 
@@ -243,8 +270,9 @@ def test_balance_loss_makes_the_use_of_sub_keys_more_even():
     ('memory.n_heads=0', 'memory.n_heads=0 must be a finite number of at least 1'),
     ('memory.scores=bag', 'memory.scores=.bag. must be one of none, scale'),
     ('memory.balance_loss_weight=-1', 'balance_loss_weight=-1.0 must be a finite number of at least 0'),
+    ('memory.selection_bias=True', 'memory.revive_keys=True would copy sub-keys without their bias'),
   ],
 )
 def test_memory_settings_against_a_rule_are_refused(override, said):
   with pytest.raises(UserError, match=said):
-    load_config('configs/base.py', [f'--config.{override}'])
+    load_config('configs/base.py', ['--config.memory.revive_after=9', f'--config.{override}'])

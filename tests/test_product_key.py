@@ -68,6 +68,28 @@ def test_equal_scores_come_in_row_order(first, second, R):
   np.testing.assert_array_equal(score, expected_score)
 
 
+def test_bias_takes_part_in_the_choice_and_in_nothing_else():
+  query, keys, bias = integers((2, 9, 12), 3, 0), integers((4, 11, 3), 3, 1), integers((4, 11), 5, 2)
+  halves = query.reshape(2, 9, 4, 3)
+  for function in (product_key_topk, product_key_topk_reference):
+    row, score = function(halves, keys, 8, bias)
+    for head in range(2):
+      # A bias is a sub-key's product with one more channel of the query, which is 1.
+      longer = np.concatenate([halves, np.ones((2, 9, 4, 1))], axis=-1)[:, :, 2 * head : 2 * head + 2]
+      longer_keys = np.concatenate([keys, bias[..., None]], axis=-1)[2 * head : 2 * head + 2]
+      expected_row, biased = brute_force(longer.reshape(2, 9, 8), longer_keys, 8)
+      np.testing.assert_array_equal(row[:, :, head], expected_row)
+      first, second = np.divmod(expected_row, 11)
+      np.testing.assert_array_equal(score[:, :, head], biased - bias[2 * head][first] - bias[2 * head + 1][second])
+  slopes = [
+    jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a[:2], 8, a[2])[1])), argnums=(0, 1, 2))(halves, keys, bias)
+    for f in (product_key_topk, product_key_topk_reference)
+  ]
+  for got, want in zip(*slopes, strict=True):
+    np.testing.assert_allclose(got, want, atol=1e-4)
+  assert np.abs(slopes[0][1]).max() > 1 and not np.any(slopes[0][2])
+
+
 @pytest.mark.parametrize('seed, high', itertools.product(range(3), (0, 1, 3)))
 def test_many_ties_match_brute_force_and_reference(seed, high):
   query, keys = integers((2, 9, 6), high, seed), integers((2, 11, 3), high, seed + 50)

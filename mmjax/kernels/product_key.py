@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 
 
-def product_key_topk(query_BTKp: Array, keys_KCp: Array, num_selected: int) -> tuple[Array, Array]:
+def product_key_topk(
+  query_BTKp: Array, keys_KCp: Array, num_selected: int, bias_KC: Array | None = None
+) -> tuple[Array, Array]:
   """Picks, for every head, the exact top `num_selected` of all C*C rows.
 
   Rows are ordered by their float32 score, best first, and equal scores by row, lowest first. Where two sums are equal
@@ -22,10 +24,11 @@ def product_key_topk(query_BTKp: Array, keys_KCp: Array, num_selected: int) -> t
     query_BTKp: float halves of queries. Scores are computed in float32 whatever its dtype: bf16 would pick other rows.
     keys_KCp: codebooks of C sub-keys, two a head.
     num_selected: r, at most C.
+    bias_KC: float32, added to the sub-scores while rows are chosen and ordered; it gets no gradient.
 
   Returns:
-    row_BThr: int32 in [0, C*C), i * C + j for sub-keys i and j. score_BThr: float32, before any softmax;
-    differentiable.
+    row_BThr: int32 in [0, C*C), i * C + j for sub-keys i and j. score_BThr: float32, before any softmax and without
+    the bias; differentiable.
 
   Raises:
     ValueError: if r > C.
@@ -34,7 +37,10 @@ def product_key_topk(query_BTKp: Array, keys_KCp: Array, num_selected: int) -> t
   C, R, heads = keys_KCp.shape[1], num_selected, K // 2
   if R > C:
     raise ValueError(f'num_selected={R} must be at most the {C} sub-keys of each half')
-  score_KXC = jnp.moveaxis(sub_key_scores(query_BTKp, keys_KCp).reshape(-1, K, C), 1, 0)
+  score_BTKC = sub_key_scores(query_BTKp, keys_KCp)
+  if bias_KC is not None:
+    score_BTKC += jax.lax.stop_gradient(bias_KC)
+  score_KXC = jnp.moveaxis(score_BTKC.reshape(-1, K, C), 1, 0)
   # Barriers, because only rank 2 gets XLA's fast top-k and reshapes move through it: 30 times slower on a CPU.
   flat_YC = jax.lax.optimization_barrier(score_KXC.reshape(-1, C))
   # One barrier an output: around both, XLA 0.10.2 aborts while it partitions over several devices.
@@ -50,16 +56,27 @@ def product_key_topk(query_BTKp: Array, keys_KCp: Array, num_selected: int) -> t
   # Row by row, because the gradient of one sum over (R, n, X) would be built at that size.
   score_RX = jnp.stack([jnp.sum(jnp.where(candidate_nX == row_X, sum_nX, 0), axis=0) for row_X in row_RX])
   row_BThr, score_BThr = (x.reshape(R, heads, B, T).transpose(2, 3, 1, 0) for x in (row_RX, score_RX))
+  if bias_KC is not None:
+    head_h1 = jnp.arange(heads)[:, None]
+    first_BThr, second_BThr = jnp.divmod(row_BThr, C)
+    score_BThr -= jax.lax.stop_gradient(bias_KC[2 * head_h1, first_BThr] + bias_KC[2 * head_h1 + 1, second_BThr])
   return row_BThr, score_BThr
 
 
-def product_key_topk_reference(query_BTKp: Array, keys_KCp: Array, num_selected: int) -> tuple[Array, Array]:
+def product_key_topk_reference(
+  query_BTKp: Array, keys_KCp: Array, num_selected: int, bias_KC: Array | None = None
+) -> tuple[Array, Array]:
   """The definition: all C*C sums, sorted."""
   score_BTKC = sub_key_scores(query_BTKp, keys_KCp)
-  first_BThC, second_BThC = score_BTKC[:, :, 0::2], score_BTKC[:, :, 1::2]
-  sums_BThM = (first_BThC[..., :, None] + second_BThC[..., None, :]).reshape(*first_BThC.shape[:3], -1)
-  score_BThr, row_BThr = jax.lax.top_k(sums_BThM, num_selected)
-  return row_BThr, score_BThr
+
+  def all_sums(score_xKC: Array) -> Array:
+    sums = score_xKC[..., 0::2, :, None] + score_xKC[..., 1::2, None, :]
+    return sums.reshape(*sums.shape[:-2], -1)
+
+  sums_BThM = all_sums(score_BTKC)
+  bias_hM = 0 if bias_KC is None else jax.lax.stop_gradient(all_sums(bias_KC))
+  row_BThr = jax.lax.top_k(sums_BThM + bias_hM, num_selected)[1]
+  return row_BThr, jnp.take_along_axis(sums_BThM, row_BThr, axis=-1)
 
 
 def sub_key_scores(query_BTKp: Array, keys_KCp: Array) -> Array:

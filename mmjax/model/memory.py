@@ -36,6 +36,7 @@ class ProductKeyGate(nnx.Module):
     self.norm = QUERY_KEY_NORMS[memory.query_key_norm](sets, half)
     self.num_selected = model.num_selected
     self.balance_loss_weight = memory.balance_loss_weight
+    self.bias = nnx.Param(jnp.zeros((sets, model.n_sub_keys))) if memory.selection_bias else None
 
   @jax.named_scope('gate')
   def __call__(self, m_BTD: Array) -> Selection:
@@ -49,10 +50,11 @@ class ProductKeyGate(nnx.Module):
     )  # HIGHEST: no TF32 on GPUs
     query_BTKp = query_BTQ.reshape(*m_BTD.shape[:-1], len(self.keys[...]), -1)
     query_BTKp, keys_KCp = self.norm(query_BTKp, self.keys[...])
-    row_BThr, score_BThr = product_key_topk(query_BTKp, keys_KCp, self.num_selected)
-    balance = 0.0
+    bias_KC = None if self.bias is None else keys_KCp.shape[-1] ** 0.5 * self.bias[...]  # at the size of scores
+    row_BThr, score_BThr = product_key_topk(query_BTKp, keys_KCp, self.num_selected, bias_KC)
+    balance = 0.0 if bias_KC is None else balancing_slope(bias_KC, row_BThr)
     if self.balance_loss_weight:
-      balance = self.balance_loss_weight * balance_loss(sub_key_scores(query_BTKp, keys_KCp), row_BThr)
+      balance += self.balance_loss_weight * balance_loss(sub_key_scores(query_BTKp, keys_KCp), row_BThr)
     return Selection(row_BThr, score_BThr, balance)
 
 
@@ -113,11 +115,30 @@ def balance_loss(score_BTKC: Array, row_BThr: Array) -> Array:
   """
   C = score_BTKC.shape[-1]
   probability_KC = jnp.mean(jax.nn.softmax(score_BTKC, axis=-1), axis=(0, 1))
-  sub_key_BTh2r = jnp.stack(jnp.divmod(row_BThr, C), axis=3)
-  sub_key_KX = jnp.moveaxis(sub_key_BTh2r, (2, 3), (0, 1)).reshape(len(probability_KC), -1)
-  set_K1 = jnp.arange(len(probability_KC))[:, None]
-  share_KC = jnp.zeros(probability_KC.shape).at[set_K1, sub_key_KX].add(1 / sub_key_KX.shape[1])
-  return C * jnp.mean(jnp.sum(share_KC * probability_KC, axis=-1))
+  return C * jnp.mean(jnp.sum(sub_key_shares(row_BThr, C) * probability_KC, axis=-1))
+
+
+def balancing_slope(bias_KC: Array, row_BThr: Array) -> Array:
+  """Returns 0, whose gradient with respect to the bias is how much more of the selected rows has each sub-key than 1/C.
+
+  Descending it, whatever the loss, lifts sub-keys that are taken too seldom. Adam, which steps by the sign and not by
+  the size, makes it the rule of Wang et al. 2024, arXiv:2408.15664, for experts.
+
+  Args:
+    bias_KC: float32, with which the rows were selected.
+    row_BThr: int32 in [0, C * C).
+  """
+  C = bias_KC.shape[-1]
+  balance = jnp.sum(bias_KC * (sub_key_shares(row_BThr, C) - 1 / C))
+  return balance - jax.lax.stop_gradient(balance)
+
+
+def sub_key_shares(row_BThr: Array, n_sub_keys: int) -> Array:
+  """Returns in each set the share of the selected rows that have each sub-key, float32 (K, C)."""
+  K = 2 * row_BThr.shape[2]
+  sub_key_BTh2r = jnp.stack(jnp.divmod(row_BThr, n_sub_keys), axis=3)
+  sub_key_KX = jnp.moveaxis(sub_key_BTh2r, (2, 3), (0, 1)).reshape(K, -1)
+  return jnp.zeros((K, n_sub_keys)).at[jnp.arange(K)[:, None], sub_key_KX].add(1 / sub_key_KX.shape[1])
 
 
 def init_bank(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> Array:

@@ -47,6 +47,7 @@ FREE_OF_IMPORTS = (
 BEFORE = {
   'memory.bank_update': 'dense',
   'memory.revive_after': 0,
+  'memory.selection_bias': False,
   'memory.revive_noise': 0.1,
   'memory.revive_keys': True,
   'train.max_loss_factor': 0.0,
