@@ -102,7 +102,8 @@ MODELS = {
   'g13': BAG | {'memory.layers': '0,1'},
   'g14': BAG | {'memory.bank_lr_multiplier': 16.0},
   'g15': BAG | {'memory.selection_bias': True},
-  'g16': GATE_LEARNS | {'model.sublayer': 'cross_attention', 'memory.layers': 'middle', 'memory.ffn_dim': 'what is left'},
+  'g16': GATE_LEARNS
+  | {'model.sublayer': 'cross_attention', 'memory.layers': 'middle', 'memory.ffn_dim': 'what is left'},
   'g17': {'model.sublayer': 'cross_attention'},
 }
 
