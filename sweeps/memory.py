@@ -100,11 +100,14 @@ MODELS = {
   'g11': BAG | {'memory.query_key_norm': 'layer_norm'},
   'g12': BAG | {'memory.n_heads': 2, 'model.num_selected': 32},
   'g13': BAG | {'memory.layers': '0,1'},
-  'g14': BAG | {'memory.bank_lr_multiplier': 16.0},
+  # Adam's step for a row that is read once in a while is up to (1 - beta2)^-0.5 = 32 learning rates.
+  'g14': BAG | {'memory.bank_lr_multiplier': 1.0},
   'g15': BAG | {'memory.selection_bias': True},
   'g16': GATE_LEARNS
   | {'model.sublayer': 'cross_attention', 'memory.layers': 'middle', 'memory.ffn_dim': 'what is left'},
   'g17': {'model.sublayer': 'cross_attention'},
+  'g18': BAG | {'memory.bank_lr_multiplier': 0.25, 'memory.bank_lr_final_multiplier': 0.25},
+  'g19': BAG | {'memory.layers': '2'},
 }
 
 

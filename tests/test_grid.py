@@ -64,7 +64,9 @@ def test_models_differ_as_the_experiment_says(models):
   assert changes('g5', 'g11') == {'memory.query_key_norm': 'layer_norm'}
   assert changes('g5', 'g12') == {'memory.n_heads': 2, 'model.num_selected': 32}
   assert changes('g5', 'g13') == {'memory.layers': '0,1'}
-  assert changes('g5', 'g14') == {'memory.bank_lr_multiplier': 16.0}
+  assert changes('g5', 'g14') == {'memory.bank_lr_multiplier': 1.0}
+  assert changes('g5', 'g18') == {'memory.bank_lr_multiplier': 0.25, 'memory.bank_lr_final_multiplier': 0.25}
+  assert changes('g5', 'g19') == {'memory.layers': '2'}
   assert changes('g5', 'g15') == {'memory.selection_bias': True}
   assert changes('g4', 'g16') == changes('g1', 'g17') == {'model.sublayer': 'cross_attention'}
   assert changes('g12', 'g9') == {'model.knowledge_num': 2**20}
@@ -79,7 +81,7 @@ def test_list_grows_with_what_is_known():
 
   tuning, all_models = names(), names('learning_rate=2e-3')
   assert tuning == ['g0-lr0.001-s0', 'g0-lr0.002-s0', 'g0-lr0.004-s0']
-  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 18)]
+  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 20)]
   seeds = [f'{name}-lr0.002-s{seed}' for name in ('g0', 'g5', 'g4') for seed in (1, 2)]
   checked = ['g5-lr0.001-s0', 'g5-lr0.004-s0']
   assert names('learning_rate=2e-3', 'winners=g5,g4') == all_models + seeds + checked
