@@ -83,6 +83,7 @@ BAG = INPUT_AND_BANK | {
   'memory.query_key_norm': 'l2',
   'memory.ffn_dim': 'what is left',
 }
+BALANCED = BAG | {'memory.selection_bias': True}
 MODELS = {
   'g0': {'model.sublayer': 'dense'},
   'g1': FAITHFUL,
@@ -100,14 +101,14 @@ MODELS = {
   'g11': BAG | {'memory.query_key_norm': 'layer_norm'},
   'g12': BAG | {'memory.n_heads': 2, 'model.num_selected': 32},
   'g13': BAG | {'memory.layers': '0,1'},
+  'g14': {'model.sublayer': 'cross_attention'},
+  'g15': BALANCED,
+  'g16': BALANCED | {'memory.n_heads': 2},
+  'g17': BALANCED | {'memory.layers': '2'},
   # Adam's step for a row that is read once in a while is up to (1 - beta2)^-0.5 = 32 learning rates.
-  'g14': BAG | {'memory.bank_lr_multiplier': 1.0},
-  'g15': BAG | {'memory.selection_bias': True},
-  'g16': GATE_LEARNS
-  | {'model.sublayer': 'cross_attention', 'memory.layers': 'middle', 'memory.ffn_dim': 'what is left'},
-  'g17': {'model.sublayer': 'cross_attention'},
-  'g18': BAG | {'memory.bank_lr_multiplier': 0.25, 'memory.bank_lr_final_multiplier': 0.25},
-  'g19': BAG | {'memory.layers': '2'},
+  'g18': BALANCED | {'memory.bank_lr_multiplier': 1.0},
+  'g19': GATE_LEARNS | {'memory.layers': 'middle', 'memory.selection_bias': True},
+  'g20': BALANCED | {'model.knowledge_num': 1048576, 'memory.n_heads': 2},
 }
 
 

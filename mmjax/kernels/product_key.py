@@ -37,10 +37,10 @@ def product_key_topk(
   C, R, heads = keys_KCp.shape[1], num_selected, K // 2
   if R > C:
     raise ValueError(f'num_selected={R} must be at most the {C} sub-keys of each half')
-  score_BTKC = sub_key_scores(query_BTKp, keys_KCp)
+  # K first, as the products come: turning their axes costs a CPU more than the products do.
+  score_KXC = _scores('XKp,KCp->KXC', query_BTKp.reshape(-1, *query_BTKp.shape[2:]), keys_KCp)
   if bias_KC is not None:
-    score_BTKC += jax.lax.stop_gradient(bias_KC)
-  score_KXC = jnp.moveaxis(score_BTKC.reshape(-1, K, C), 1, 0)
+    score_KXC += jax.lax.stop_gradient(bias_KC)[:, None]
   # Barriers, because only rank 2 gets XLA's fast top-k and reshapes move through it: 30 times slower on a CPU.
   flat_YC = jax.lax.optimization_barrier(score_KXC.reshape(-1, C))
   # One barrier an output: around both, XLA 0.10.2 aborts while it partitions over several devices.
@@ -81,8 +81,12 @@ def product_key_topk_reference(
 
 def sub_key_scores(query_BTKp: Array, keys_KCp: Array) -> Array:
   """Returns the float32 scores (B, T, K, C) of the sub-keys of each codebook."""
+  return _scores('BTKp,KCp->BTKC', query_BTKp, keys_KCp)
+
+
+def _scores(axes: str, query: Array, keys_KCp: Array) -> Array:
   # HIGHEST, because GPUs would multiply float32 as TF32, which picks other rows.
-  return jnp.einsum('BTKp,KCp->BTKC', query_BTKp.astype(jnp.float32), keys_KCp, precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum(axes, query.astype(jnp.float32), keys_KCp, precision=jax.lax.Precision.HIGHEST)
 
 
 def _best_candidates(sum_nX: Array, candidate_nX: Array, R: int, last_row: int) -> Array:
