@@ -100,7 +100,7 @@ MODELS = {
   'g10': BAG | {'memory.balance_loss_weight': 0.01},
   'g11': BAG | {'memory.query_key_norm': 'layer_norm'},
   'g12': BAG | {'memory.n_heads': 2, 'model.num_selected': 32},
-  'g13': BAG | {'memory.layers': '0,1'},
+  'g13': BALANCED | {'memory.layers': 'all'},
   'g14': {'model.sublayer': 'cross_attention'},
   'g15': BALANCED,
   'g16': BALANCED | {'memory.n_heads': 2},
@@ -109,6 +109,7 @@ MODELS = {
   'g18': BALANCED | {'memory.bank_lr_multiplier': 1.0},
   'g19': GATE_LEARNS | {'memory.layers': 'middle', 'memory.selection_bias': True},
   'g20': BALANCED | {'model.knowledge_num': 1048576, 'memory.n_heads': 2},
+  'g21': FAITHFUL | {'memory.selection_bias': True},
 }
 
 

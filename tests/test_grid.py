@@ -63,9 +63,9 @@ def test_models_differ_as_the_experiment_says(models):
   assert changes('g5', 'g10') == {'memory.balance_loss_weight': 0.01}
   assert changes('g5', 'g11') == {'memory.query_key_norm': 'layer_norm'}
   assert changes('g5', 'g12') == {'memory.n_heads': 2, 'model.num_selected': 32}
-  assert changes('g5', 'g13') == {'memory.layers': '0,1'}
+  assert changes('g15', 'g13') == {'memory.layers': 'all'}
   assert changes('g1', 'g14') == {'model.sublayer': 'cross_attention'}
-  assert changes('g5', 'g15') == changes('g4', 'g19') == {'memory.selection_bias': True}
+  assert changes('g5', 'g15') == changes('g4', 'g19') == changes('g1', 'g21') == {'memory.selection_bias': True}
   assert changes('g15', 'g16') == {'memory.n_heads': 2}
   assert changes('g15', 'g17') == {'memory.layers': '2'}
   assert changes('g15', 'g18') == {'memory.bank_lr_multiplier': 1.0}
@@ -82,7 +82,7 @@ def test_list_grows_with_what_is_known():
 
   tuning, all_models = names(), names('learning_rate=2e-3')
   assert tuning == ['g0-lr0.001-s0', 'g0-lr0.002-s0', 'g0-lr0.004-s0']
-  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 21)]
+  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 22)]
   seeds = [f'{name}-lr0.002-s{seed}' for name in ('g0', 'g5', 'g4') for seed in (1, 2)]
   checked = ['g5-lr0.001-s0', 'g5-lr0.004-s0']
   assert names('learning_rate=2e-3', 'winners=g5,g4') == all_models + seeds + checked
