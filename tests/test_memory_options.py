@@ -10,7 +10,7 @@ from flax import nnx
 from mmjax.config import load_config
 from mmjax.errors import UserError
 from mmjax.model.lm import abstract_params, build_model, memory_layers, model_graph
-from mmjax.model.memory import ProductKeyGate, balance_loss
+from mmjax.model.memory import BALANCING_SLOPE, ProductKeyGate, balance_loss
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.metrics import bank_health
 from mmjax.training.optimizer import gets_gradient, path_name
@@ -233,7 +233,9 @@ def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_los
   for K in range(4):
     sub_key = np.divmod(np.asarray(selection.row_BThr)[:, :, K // 2], 8)[K % 2]
     share = np.bincount(sub_key.ravel(), minlength=8) / sub_key.size
-    np.testing.assert_allclose(slope['bias'][K], 4**0.5 * (share - 1 / 8), atol=1e-6)  # 4: half of knowledge_dim
+    want = BALANCING_SLOPE * 4**0.5 * (share - 1 / 8)  # 4: half of knowledge_dim
+    np.testing.assert_allclose(slope['bias'][K], want, rtol=1e-5)
+    assert np.linalg.norm(want) < 1e-3  # takes no part in clipping
 
 
 @pytest.mark.parametrize('means', ['balance_loss_weight', 'selection_bias'])

@@ -93,6 +93,7 @@ class LayerNorm(nnx.Module):
 
 QUERY_KEY_NORMS = {'none': NoNorm, 'l2': L2Norm, 'layer_norm': LayerNorm}
 NORM_EPS = 1e-6
+BALANCING_SLOPE = 1e-4
 
 
 def score_weights(score_BThr: Array, activation: str) -> Array:
@@ -119,10 +120,11 @@ def balance_loss(score_BTKC: Array, row_BThr: Array) -> Array:
 
 
 def balancing_slope(bias_KC: Array, row_BThr: Array) -> Array:
-  """Returns 0, whose gradient with respect to the bias is how much more of the selected rows has each sub-key than 1/C.
+  """Returns 0, with a gradient for the bias: how much more often than one in C each sub-key is among the rows selected.
 
-  Descending it, whatever the loss, lifts sub-keys that are taken too seldom. Adam, which steps by the sign and not by
-  the size, makes it the rule of Wang et al. 2024, arXiv:2408.15664, for experts.
+  Descending it, whatever the loss, lifts sub-keys that are taken too seldom. Adam steps by the sign and hardly by the
+  size, which makes it the rule of Wang et al. 2024, arXiv:2408.15664, for experts. The size is therefore free, and so
+  small that it takes no part in the norm by which all gradients are clipped.
 
   Args:
     bias_KC: float32, with which the rows were selected.
@@ -130,7 +132,7 @@ def balancing_slope(bias_KC: Array, row_BThr: Array) -> Array:
   """
   C = bias_KC.shape[-1]
   balance = jnp.sum(bias_KC * (sub_key_shares(row_BThr, C) - 1 / C))
-  return balance - jax.lax.stop_gradient(balance)
+  return BALANCING_SLOPE * (balance - jax.lax.stop_gradient(balance))
 
 
 def sub_key_shares(row_BThr: Array, n_sub_keys: int) -> Array:
