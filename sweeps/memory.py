@@ -113,6 +113,7 @@ MODELS = {
   'g19': GATE_LEARNS | {'memory.layers': 'middle', 'memory.selection_bias': True},
   'g20': BALANCED | {'model.knowledge_num': 1048576, 'memory.n_heads': 2},
   'g21': FAITHFUL | {'memory.selection_bias': True},
+  'g22': BALANCED | {'memory.bank_update': 'lazy'},
 }
 
 
