@@ -1,4 +1,6 @@
-"""A memory that learns where to look: the candidate for the best memory at the cost of 1.4.0, until it is measured.
+"""A memory that learns where to look: the best found at the cost of 1.4.0, G13 of docs/memory.md.
+
+Measured small (128 x 4, 3 M tokens): 0.04 nats a token below 1.4.0, over 90 % of the rows used. At this size: not yet.
 
 python train.py --config configs/memory_plus.py
 
@@ -6,9 +8,10 @@ What differs from 1.4.2, and why (sources: Memory+, arXiv:2412.09764; Csordas et
   residual input        the gate sees the whole stream and not only what attention added
   'memory_bag', 4 x 16  scores weigh the rows, so that the gate learns; 4 heads read more different rows
   l2 query-key norm     scores stay in range while both sides learn
+  selection bias        evens out the use of sub-keys (Wang et al. 2024, arXiv:2408.15664): 92 % of rows used for 60 %
   bank                  starts at std P^-0.5; learns 4 times as fast at first and as fast as the rest at the end,
                         because a row is seldom read; no decay, which would shrink rows while nobody reads them
-  middle layers         a dense sublayer in the first and last quarter: memories in every layer lose to it
+  every layer           twice the gain of a memory in the middle half alone, though it leaves less to the FFN
   smaller FFN beside    its width is the widest that costs no more FLOPs a token than 1.4.0:
                         python -m mmjax.tools.cost --config configs/memory_plus.py --match configs/exp_1_4_0.py
 """
@@ -21,10 +24,10 @@ def get_config():
   config.experiment = 'memory_plus'
   config.model.sublayer = 'memory_bag'
   config.model.num_selected = 16
-  config.memory.layers = 'middle'
   config.memory.input = 'residual'
   config.memory.n_heads = 4
   config.memory.query_key_norm = 'l2'
+  config.memory.selection_bias = True
   config.memory.ffn_dim = 800
   config.memory.bank_std = config.model.knowledge_dim**-0.5
   config.memory.bank_lr_multiplier = 4.0

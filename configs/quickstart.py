@@ -20,11 +20,12 @@ def get_config():
   config.data.valid_fraction = 0.05
   config.train.batch_size = 8
   config.train.accumulation_steps = 1
-  config.train.max_steps = 2200
+  config.train.max_steps = 2000
   config.train.learning_rate = 4e-3
-  config.train.warmup_steps = 40
+  config.train.warmup_steps = 400
+  config.train.beta2 = 0.99
   config.train.dtype = 'float32'
   config.train.log_interval = 20
-  config.train.eval_interval = 550
-  config.train.checkpoint_interval = 550
+  config.train.eval_interval = 500
+  config.train.checkpoint_interval = 500
   return config

@@ -63,7 +63,7 @@ def test_bytes_are_those_of_rows_and_weights():
     'total': 4 * (8 * 8 * 128 + 23_994_880),
   }
   plus = load_config('configs/memory_plus.py')
-  assert bytes_per_token(plus)['bank'] == 4 * 4 * 16 * 128 * 4  # layers, heads, rows, values, bytes
+  assert bytes_per_token(plus)['bank'] == 8 * 4 * 16 * 128 * 4  # layers, heads, rows, values, bytes
   assert bytes_per_token(load_config(RECORD))['bank'] == 0
 
 
@@ -77,4 +77,4 @@ def test_tool_prints_the_costs_and_the_width_that_matches(monkeypatch, capsys):
   shown = [config, load_config('configs/memory_plus.py'), load_config(RECORD)]
   total = next(line for line in said.splitlines() if 'FLOPs a token, total' in line)
   assert [f'{flops_per_token(c)["total"]:,.0f}' in total for c in shown] == [True] * 3
-  assert '--config.memory.ffn_dim=800 costs 99.88% of the FLOPs a token of configs/exp_1_4_0.py' in said
+  assert '--config.memory.ffn_dim=800 costs 99.77% of the FLOPs a token of configs/exp_1_4_0.py' in said
