@@ -47,27 +47,30 @@ def write_plots(rows: Sequence[Row], folder: Path) -> dict[str, str]:
   curves = {kind: [[curve(run, kind) for run in row.runs] for row in rows] for kind in ('eval', 'train')}
   if not any(len(c.y) for row in curves['train'] for c in row):
     return {}
+  smoothed = [[smooth(c) for c in row] for row in curves['train']]
   styles, captions = _styles(len(rows)), {}
   for axis, (title, unit, formatter) in AXES.items():
     figure = Figure(figsize=(11.5, 4.6), dpi=140, layout='constrained')
     left, right = figure.subplots(1, 2)
     _draw_losses(left, curves['eval'], axis, styles, marker='o')
-    _draw_losses(right, [[smooth(c) for c in row] for row in curves['train']], axis, styles, marker='')
+    _draw_losses(right, smoothed, axis, styles, marker='')
     _finish(left, f'{title}: validation', unit, formatter, 'nats per token')
     _finish(right, f'{title}: training, smoothed', unit, formatter, '')
     _legend(figure, rows, styles)
     figure.savefig(folder / f'loss_{axis}.png')
     captions[f'loss_{axis}.png'] = f'{title}, one line a run, one colour a row; the start is cut off.'
   if len(rows) > 1 and any(len(c.y) for c in curves['eval'][0]):
-    figure = Figure(figsize=(8.6, 4.6), dpi=140, layout='constrained')
-    axes = figure.subplots()
-    _draw_differences(axes, curves['eval'], rows, styles)
-    title, (_, unit, formatter) = f'Validation loss minus that of {rows[0].name}', AXES['tokens']
-    _finish(axes, title, unit, formatter, 'nats per token')
+    figure = Figure(figsize=(11.5, 4.6), dpi=140, layout='constrained')
+    left, right = figure.subplots(1, 2)
+    _draw_differences(left, curves['eval'], rows, styles, marker='o')
+    _draw_differences(right, smoothed, rows, styles, marker='')
+    title, (_, unit, formatter) = f'Loss minus that of {rows[0].name}', AXES['tokens']
+    _finish(left, f'{title}: validation', unit, formatter, 'nats per token')
+    _finish(right, f'{title}: training, smoothed', unit, formatter, '')
     _legend(figure, rows, styles)
     figure.savefig(folder / 'difference.png')
     captions['difference.png'] = (
-      f'Validation loss minus that of {rows[0].name} at equal tokens, below 0 is better: the mean over common seeds '
+      f'Loss minus that of {rows[0].name} at equal tokens, below 0 is better: the mean over common seeds '
       '(else over all), with one standard error where several are common.'
     )
   return captions
@@ -137,7 +140,7 @@ def _draw_losses(axes: Axes, rows: Sequence[Sequence[Curve]], axis: str, styles:
 
 
 def _draw_differences(
-  axes: Axes, curves: Sequence[Sequence[Curve]], rows: Sequence[Row], styles: Sequence[dict]
+  axes: Axes, curves: Sequence[Sequence[Curve]], rows: Sequence[Row], styles: Sequence[dict], marker: str
 ) -> None:
   axes.axhline(0, **styles[0], linewidth=2.2, zorder=3)
   by_seed = [
@@ -154,7 +157,7 @@ def _draw_differences(
       continue
     x, found = differences(*zip(*pairs, strict=True))
     mean = found.mean(axis=0)
-    axes.plot(x, mean, **style, linewidth=1.5, marker='o', markersize=3.5)
+    axes.plot(x, mean, **style, linewidth=1.5, marker=marker, markersize=3.5)
     if len(common) > 1:
       error = found.std(axis=0, ddof=1) / len(common) ** 0.5
       axes.fill_between(x, mean - error, mean + error, color=style['color'], alpha=0.2, linewidth=0)
