@@ -114,6 +114,7 @@ MODELS = {
   'g20': BALANCED | {'model.knowledge_num': 1048576, 'memory.n_heads': 2},
   'g21': FAITHFUL | {'memory.selection_bias': True},
   'g22': BALANCED | {'memory.bank_update': 'lazy'},
+  'g23': BALANCED | {'memory.layers': 'all', 'memory.bank_lr_multiplier': 16.0},
 }
 
 

@@ -70,6 +70,7 @@ def test_models_differ_as_the_experiment_says(models):
   assert changes('g15', 'g17') == {'memory.layers': '2'}
   assert changes('g15', 'g18') == {'memory.bank_lr_multiplier': 1.0}
   assert changes('g15', 'g22') == {'memory.bank_update': 'lazy'}
+  assert changes('g13', 'g23') == {'memory.bank_lr_multiplier': 16.0}
   assert changes('g16', 'g20') == {'model.knowledge_num': 2**20}
   assert changes('g12', 'g9') == {'model.knowledge_num': 2**20}
   wide = models['g8']
@@ -83,7 +84,7 @@ def test_list_grows_with_what_is_known():
 
   tuning, all_models = names(), names('learning_rate=2e-3')
   assert tuning == ['g0-lr0.001-s0', 'g0-lr0.002-s0', 'g0-lr0.004-s0']
-  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 23)]
+  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 24)]
   seeds = [f'{name}-lr0.002-s{seed}' for name in ('g0', 'g5', 'g4') for seed in (1, 2)]
   checked = ['g5-lr0.001-s0', 'g5-lr0.004-s0']
   assert names('learning_rate=2e-3', 'winners=g5,g4') == all_models + seeds + checked
