@@ -32,11 +32,11 @@ SCALES = {
   },
   'cpu': {
     'tokens': 10.5e6,
-    'learning_rates': (1e-3, 2e-3, 4e-3),
-    'evaluations': 5,
+    'learning_rates': (2e-3, 4e-3, 8e-3),
+    'evaluations': 2,
     'settings': {
       'model.dim': 192, 'model.n_layers': 4, 'model.n_heads': 12, 'model.n_kv_heads': 3, 'model.max_seq_len': 256,
-      'model.knowledge_dim': 48, 'train.batch_size': 16, 'train.accumulation_steps': 1, 'train.dtype': 'float32',
+      'model.knowledge_dim': 48, 'train.batch_size': 16, 'train.accumulation_steps': 1, 'train.dtype': 'bfloat16',
       'train.log_interval': 20,
     },
   },
@@ -115,6 +115,7 @@ MODELS = {
   'g21': FAITHFUL | {'memory.selection_bias': True},
   'g22': BALANCED | {'memory.bank_update': 'lazy'},
   'g23': BALANCED | {'memory.layers': 'all', 'memory.bank_lr_multiplier': 16.0},
+  'g24': BALANCED | {'memory.layers': 'all', 'memory.n_heads': 6},
 }
 
 

@@ -19,7 +19,7 @@ from mmjax.tools.sweep_file import read_sweep
 from mmjax.training.cost import flops_per_token, matching_width
 
 GRID = 'sweeps/memory.py'
-RATES = {'small': '0.002', 'cpu': '0.002', 'gpu': '0.001', 'tiny': '0.002'}
+RATES = {'small': '0.004', 'cpu': '0.004', 'gpu': '0.001', 'tiny': '0.002'}
 
 
 @pytest.fixture(scope='module', params=RATES)
