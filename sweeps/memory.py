@@ -115,7 +115,7 @@ MODELS = {
   'g21': FAITHFUL | {'memory.selection_bias': True},
   'g22': BALANCED | {'memory.bank_update': 'lazy'},
   'g23': BALANCED | {'memory.layers': 'all', 'memory.bank_lr_multiplier': 16.0},
-  'g24': BALANCED | {'memory.layers': 'all', 'memory.n_heads': 6},
+  'g24': BALANCED | {'memory.layers': 'all', 'memory.n_heads': 5},
 }
 
 

@@ -1,0 +1,24 @@
+"""A run's settings: read a config file, apply overrides, check every value, explain what is wrong.
+
+Defaults live in configs/base.py and nowhere else; here are the types and the rules. The dataclasses are frozen: after
+`load_config` nothing changes a setting.
+"""
+
+from mmjax.config.reading import call_python_file, config_from_dict, load_config
+from mmjax.config.rules import BELOW_ONE, CHOICES
+from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig, flatten
+
+__all__ = [
+  'BELOW_ONE',
+  'CHOICES',
+  'Config',
+  'DataConfig',
+  'MemoryConfig',
+  'ModelConfig',
+  'RuntimeConfig',
+  'TrainConfig',
+  'call_python_file',
+  'config_from_dict',
+  'flatten',
+  'load_config',
+]
