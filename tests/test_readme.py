@@ -1,0 +1,24 @@
+"""The Python of the README that needs no trained run does what it says."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def test_memory_layer_of_the_readme_runs_and_learns():
+  section = Path('README.md').read_text().partition('## A memory layer')[2].partition('\n## ')[0]
+  names = {}
+  for block in re.findall(r'```python\n(.*?)```', section, re.DOTALL):
+    exec(block, names)  # noqa: S102 - the text of this repository
+  assert names['out'].row_BTR.shape == (2, 16, 64)
+  graphdef, params = nnx.split(names['memory'])
+
+  def loss(params, bank_MP):
+    out = nnx.merge(graphdef, params)(names['x_BTD'], names['x_BTD'], bank_MP, jnp.float32)
+    return jnp.mean(out.delta_BTD**2) + out.aux_loss
+
+  slopes = jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(params, names['bank_MP'][...]))
+  assert all(jnp.any(slope != 0) for slope in slopes)
