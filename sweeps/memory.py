@@ -55,9 +55,9 @@ SCALES = {
     'learning_rates': (1e-3, 2e-3, 4e-3),
     'evaluations': 5,
     'settings': {
-      'model.vocab_size': 512, 'model.dim': 96, 'model.n_layers': 4, 'model.n_heads': 6, 'model.n_kv_heads': 2,
-      'model.max_seq_len': 32, 'model.knowledge_dim': 24, 'train.batch_size': 4, 'train.accumulation_steps': 1,
-      'train.dtype': 'float32', 'train.log_interval': 2,
+      'model.vocab_size': 512, 'model.dim': 96, 'model.hidden_dim': 384, 'model.n_layers': 4, 'model.n_heads': 6,
+      'model.n_kv_heads': 2, 'model.max_seq_len': 32, 'model.knowledge_dim': 24, 'train.batch_size': 4,
+      'train.accumulation_steps': 1, 'train.dtype': 'float32', 'train.log_interval': 2,
     },
   },
 }  # fmt: skip
@@ -87,6 +87,7 @@ BAG = INPUT_AND_BANK | {
   'memory.ffn_dim': 'what is left',
 }
 BALANCED = BAG | {'memory.selection_bias': True}
+EVERYWHERE = BALANCED | {'memory.layers': 'all'}
 MODELS = {
   'g0': {'model.sublayer': 'dense'},
   'g1': FAITHFUL,
@@ -103,7 +104,7 @@ MODELS = {
   'g10': BAG | {'memory.balance_loss_weight': 0.01},
   'g11': BAG | {'memory.query_key_norm': 'layer_norm'},
   'g12': BAG | {'memory.n_heads': 2, 'model.num_selected': 32},
-  'g13': BALANCED | {'memory.layers': 'all'},
+  'g13': EVERYWHERE,
   'g14': {'model.sublayer': 'cross_attention'},
   'g15': BALANCED,
   'g16': BALANCED | {'memory.n_heads': 2},
@@ -114,8 +115,10 @@ MODELS = {
   'g20': BALANCED | {'model.knowledge_num': 1048576, 'memory.n_heads': 2},
   'g21': FAITHFUL | {'memory.selection_bias': True},
   'g22': BALANCED | {'memory.bank_update': 'lazy'},
-  'g23': BALANCED | {'memory.layers': 'all', 'memory.bank_lr_multiplier': 16.0},
-  'g24': BALANCED | {'memory.layers': 'all', 'memory.n_heads': 5},
+  'g23': EVERYWHERE | {'memory.bank_lr_multiplier': 16.0},
+  'g24': EVERYWHERE | {'memory.n_heads': 5},
+  'g25': EVERYWHERE | {'memory.bank_lr_multiplier': 64.0},
+  'g26': EVERYWHERE | {'memory.bank_lr_multiplier': 16.0, 'model.knowledge_num': 1048576, 'memory.n_heads': 3},
 }
 
 
