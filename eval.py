@@ -28,7 +28,8 @@ def main() -> None:
     from mmjax.inference.measure import PROMPTS, add_training_norms, continue_prompts, measure_text, read_prompts
     from mmjax.inference.terminal import prepare_terminal
     from mmjax.tools.report import write_report
-    from mmjax.training.rundir import atomic_write_json, open_run
+    from mmjax.training.run_json import atomic_write_json
+    from mmjax.training.rundir import open_run
 
   prepare_terminal()
   prompts = read_prompts(arguments.prompts or PROMPTS)

@@ -14,7 +14,9 @@ import pytest
 
 from mmjax.data.files import write_file
 from mmjax.errors import StorageError, UserError
-from mmjax.training.rundir import RunDir, atomic_write_json, compare_configs, open_run, read_json
+from mmjax.training.run_json import atomic_write_json, read_json
+from mmjax.training.run_settings import compare_configs
+from mmjax.training.rundir import RunDir, open_run
 from mmjax.training.setup import settle_config
 from tests.helpers import tiny_config
 

@@ -21,7 +21,8 @@ from mmjax.inference.settings import Sampling, make_sampling
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import Params, abstract_params, model_graph
 from mmjax.training.checkpoint import Checkpoints
-from mmjax.training.rundir import RunDir, open_run, read_json
+from mmjax.training.run_json import read_json
+from mmjax.training.rundir import RunDir, open_run
 
 
 class LanguageModel:

@@ -20,7 +20,8 @@ from mmjax.model.lm import model_graph
 from mmjax.training.evaluate import EvalResult, evaluate, make_eval_step
 from mmjax.training.metrics import read_metrics
 from mmjax.training.probes import LAYER_NORMS, plan_probe
-from mmjax.training.rundir import RunDir, read_json
+from mmjax.training.run_json import read_json
+from mmjax.training.rundir import RunDir
 from mmjax.training.setup import open_inputs
 from mmjax.training.sharding import make_mesh
 

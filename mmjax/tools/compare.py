@@ -32,7 +32,7 @@ from mmjax.tools.compare_runs import (
   summary,
 )
 from mmjax.tools.report_parts import number, table
-from mmjax.training.rundir import atomic_write_json, atomic_write_text
+from mmjax.training.run_json import atomic_write_json, atomic_write_text
 
 Summary = dict[str, Any]
 

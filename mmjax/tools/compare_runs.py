@@ -19,7 +19,9 @@ from mmjax.model.lm import abstract_params, count_params
 from mmjax.tools.run_state import RunState, run_state
 from mmjax.training.cost import flops_per_token
 from mmjax.training.metrics import read_metrics
-from mmjax.training.rundir import FREE, FREE_SECTIONS, RunDir, read_json
+from mmjax.training.run_json import read_json
+from mmjax.training.run_settings import FREE, FREE_SECTIONS
+from mmjax.training.rundir import RunDir
 
 # Where the data lie says nothing: which they are, their hashes say. These two decide how they are cut into rows.
 DATA_THAT_COUNTS = ('data.layout', 'data.isolate_documents')

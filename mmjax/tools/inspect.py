@@ -54,7 +54,7 @@ def main() -> None:
   text = read_text(arguments)
 
   from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
-  from mmjax.training.rundir import atomic_write_json
+  from mmjax.training.run_json import atomic_write_json
 
   prepare_terminal()
   found = look(load(arguments.workdir, arguments.checkpoint), text, arguments)

@@ -18,7 +18,8 @@ from mmjax.errors import CommandError, UserError, run_command
 from mmjax.tools import report_parts as parts
 from mmjax.tools.plots import write_plots
 from mmjax.training.metrics import read_metrics
-from mmjax.training.rundir import RunDir, atomic_write_text, read_json
+from mmjax.training.run_json import atomic_write_text, read_json
+from mmjax.training.rundir import RunDir
 
 NOTES = """\
 - Builds on:

@@ -28,7 +28,9 @@ from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, r
 from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
 from mmjax.tools.sweep_file import Planned, changed_settings, read_sweep
 from mmjax.training.progress import format_seconds
-from mmjax.training.rundir import RunDir, atomic_write_json, compare_configs, read_json
+from mmjax.training.run_json import atomic_write_json, read_json
+from mmjax.training.run_settings import compare_configs
+from mmjax.training.rundir import RunDir
 from mmjax.training.signals import StopSignals
 
 CHILD = (sys.executable, '-m', 'mmjax.tools.sweep_child')

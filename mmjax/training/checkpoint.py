@@ -23,7 +23,8 @@ from mmjax.errors import StorageError, UserError
 from mmjax.training.manifest import CorruptError, build_manifest, read_manifest
 from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, first_line, read_step, write_step
 from mmjax.training.processes import barrier, in_any_process, is_main
-from mmjax.training.rundir import NEWEST, atomic_write_text
+from mmjax.training.run_json import atomic_write_text
+from mmjax.training.rundir import NEWEST
 
 KEEP_LAST = 2
 REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN

@@ -30,7 +30,8 @@ from mmjax.training.probes import add_norms, plan_probe
 from mmjax.training.processes import is_main, joined
 from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import Progress
-from mmjax.training.rundir import RunDir, atomic_write_json
+from mmjax.training.run_json import atomic_write_json
+from mmjax.training.rundir import RunDir
 from mmjax.training.setup import (
   Inputs,
   Program,

@@ -20,7 +20,7 @@ from tensorboardX.summary import scalar
 
 from mmjax.data.files import write_file
 from mmjax.errors import UserError
-from mmjax.training.rundir import finite
+from mmjax.training.run_json import finite
 
 
 class MetricsLog:

@@ -1,4 +1,4 @@
-"""A run's directory: one process at a time, files written whole, settings that may not change under a resumed run.
+"""A run's directory: one process at a time, its files and where they lie, and a record of every start.
 
 Layout: config.json run.json tokenizer.model metrics.jsonl tensorboard/ checkpoints/<step>/ newest_checkpoint eval.json
 report.md plots/ lock. The lock is flock(2) on `lock`: the kernel drops it when its process dies, however it dies.
@@ -11,9 +11,7 @@ import datetime
 import difflib
 import errno
 import fcntl
-import hashlib
 import json
-import math
 import os
 import platform
 import socket
@@ -25,44 +23,17 @@ from typing import Any, Self
 
 import jax
 
-from mmjax.config import Config, config_from_dict, flatten
+from mmjax.config import Config, config_from_dict
 from mmjax.data.files import sha256_path, write_file
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import StorageError, UserError
 from mmjax.training.processes import is_main
+from mmjax.training.run_json import atomic_write_json, atomic_write_text, read_json, seal
+from mmjax.training.run_settings import list_differences, with_settings_before
 
-# On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
-FREE = (
-  'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir', 'train.log_interval', 'train.eval_interval',
-  'train.checkpoint_interval', 'train.max_skipped_updates', 'train.profile_steps',
-)  # fmt: skip
-FREE_SECTIONS = ('runtime.',)
-# What an imported model does not bind: how it started, and how it learns.
-FREE_OF_IMPORTS = (
-  'model.dropout', 'model.aux_loss_weight', 'memory.keys_init', 'memory.knowledge_length', 'memory.balance_loss_weight',
-  'memory.revive_after', 'memory.revive_noise', 'memory.revive_keys',
-)  # fmt: skip
-# What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
-# configs/base.py alone states: they stay when a default changes.
-BEFORE = {
-  'memory.bank_update': 'dense',
-  'memory.revive_after': 0,
-  'memory.selection_bias': False,
-  'memory.revive_noise': 0.1,
-  'memory.revive_keys': True,
-  'train.max_loss_factor': 0.0,
-  'train.profile_steps': 0,
-  'runtime.scan_layers': False,
-  'runtime.triton_gemm': False,
-  'runtime.coordinator': '',
-  'runtime.num_processes': 1,
-  'runtime.process_id': 0,
-}
-BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
 # A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it
 # lies beside checkpoints/, not in it.
 NEWEST = 'newest_checkpoint'
-SEAL = 'sha256'  # key of a JSON object's hash, taken without it
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -174,7 +145,7 @@ class RunDir:
     """
     settings = read_json(self.config_path)
     try:
-      return config_from_dict(_with_settings_before(settings))
+      return config_from_dict(with_settings_before(settings))
     except UserError as error:
       raise UserError(f'{self.config_path}: {error}') from error
 
@@ -192,7 +163,7 @@ class RunDir:
       run = read_json(self.run_path)
     else:
       run = {'identity': dict(identity), 'starts': []}
-    differences = _differences(run['identity'], identity)
+    differences = list_differences(run['identity'], identity)
     if differences:
       raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
     run['starts'].append({'step': step, **describe_environment()})
@@ -227,43 +198,6 @@ def open_run(path: Path | str) -> RunDir:
   return run
 
 
-def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None:
-  """Refuses to resume a run with settings that would make it another run.
-
-  Raises:
-    UserError: listing every difference as old -> new; those of the schedule only without `allow_config_change`.
-  """
-  fixed, schedule = [], []
-  before, after = flatten(old.to_dict()), flatten(new.to_dict())
-  for name in before:
-    if before[name] == after[name] or name in FREE or name.startswith(FREE_SECTIONS):
-      continue
-    is_schedule = name.startswith('train.') and name not in BATCH
-    (schedule if is_schedule else fixed).append(f'{name} {before[name]!r} -> {after[name]!r}')
-  if fixed:
-    raise UserError(
-      f'the run was started with other settings: {"; ".join(fixed)}; undo them or choose another --workdir'
-    )
-  if schedule and not allow_config_change:
-    raise UserError(
-      f'the run was started with another schedule: {"; ".join(schedule)}; --allow_config_change accepts that'
-    )
-
-
-def compare_models(old: Config, new: Config) -> None:
-  """Refuses to train an imported model under settings that describe another architecture.
-
-  Raises:
-    UserError: listing every difference as old -> new.
-  """
-  before, after = flatten(old.to_dict()), flatten(new.to_dict())
-  names = [n for n in before if n.startswith(('model.', 'memory.')) and not n.startswith('memory.bank_')]
-  names = [n for n in names if n not in FREE_OF_IMPORTS]
-  differences = _differences(*({name: settings[name] for name in names} for settings in (before, after)))
-  if differences:
-    raise UserError(f'the imported model has other settings: {"; ".join(differences)}; give it those that it has')
-
-
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
   """Copies a tokenizer's file, with its hash beside it, which `load_tokenizer` checks."""
   write_file(path, tokenizer.path.read_bytes())
@@ -284,44 +218,6 @@ def describe_environment() -> dict[str, Any]:
   }
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-  """Writes UTF-8 like `mmjax.data.files.write_file`."""
-  write_file(path, text.encode())
-
-
-def atomic_write_json(path: Path, value: Any) -> None:
-  """Writes indented JSON like `write_file`; NaN and infinities become null, which JSON has no number for."""
-  atomic_write_text(path, json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False) + '\n')
-
-
-def seal(value: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a JSON object with its own sha256 in it; `read_json` checks it and takes it off."""
-  return {**value, SEAL: _sha256(value)}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """Reads a JSON object that belongs to a run.
-
-  Raises:
-    UserError: if it is missing, no JSON object, or is sealed and was changed.
-  """
-  try:
-    value = json.loads(path.read_bytes())
-  except FileNotFoundError as error:
-    raise UserError(f'{path} is missing') from error
-  except (ValueError, RecursionError) as error:
-    raise UserError(f'{path} is not JSON: {error}') from error
-  if not isinstance(value, dict):
-    raise UserError(f'{path} must be a JSON object')
-  if SEAL in value and value.pop(SEAL) != _sha256(value):
-    raise UserError(f'{path} was changed after it was written; if that was on purpose, remove {SEAL!r} from it')
-  return value
-
-
-def _sha256(value: Mapping[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def refuse_links_out(directory: Path) -> None:
   """Raises UserError, naming it, if a link below a directory leads out of it: nothing is read or written there."""
   root = directory.resolve()
@@ -329,27 +225,6 @@ def refuse_links_out(directory: Path) -> None:
     for path in (Path(folder, name) for name in (*folders, *files)):
       if path.is_symlink() and not path.resolve().is_relative_to(root):
         raise UserError(f'{path} is a link out of the run directory, to {os.readlink(path)}; remove it')
-
-
-def finite(value: Any) -> Any:
-  """Returns nested dicts and lists with every NaN and infinity replaced by None."""
-  if isinstance(value, Mapping):
-    return {name: finite(item) for name, item in value.items()}
-  if isinstance(value, list | tuple):
-    return [finite(item) for item in value]
-  return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _with_settings_before(settings: Any) -> Any:
-  """Returns the content of a config.json with the settings that did not exist when it was written."""
-  if not isinstance(settings, Mapping):
-    return settings
-  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-  for name, value in BEFORE.items():
-    section, _, field = name.partition('.')
-    if isinstance(settings.get(section), dict):
-      settings[section].setdefault(field, value)
-  return settings
 
 
 def _lock(path: Path, kind: int = fcntl.LOCK_EX) -> int:
@@ -390,7 +265,3 @@ def _explain(error: OSError, what: str) -> StorageError | UserError:
   """Returns the exception for a failure at a path that the user chose."""
   kind = StorageError if error.errno in FULL else UserError
   return kind(f'{what}: {error.strerror}')
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  return [f'{name} {old.get(name)} -> {new.get(name)}' for name in {**old, **new} if old.get(name) != new.get(name)]

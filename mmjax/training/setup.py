@@ -32,7 +32,8 @@ from mmjax.training.backend import compiler_options
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
 from mmjax.training.processes import is_main
-from mmjax.training.rundir import RunDir, compare_configs, compare_models, write_tokenizer
+from mmjax.training.run_settings import compare_configs, compare_models
+from mmjax.training.rundir import RunDir, write_tokenizer
 from mmjax.training.sharding import batch_shapes, replicated, shardings
 from mmjax.training.step import TrainState, init_state, make_train_step
 
