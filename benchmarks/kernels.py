@@ -220,18 +220,18 @@ def bag_case(B: int, dtype: str, platform: str) -> Case:
 
 def sublayer_case(B: int, dtype: str, platform: str) -> Case:
   """All that follows attention, with its norm and the gradient of the bank; the reference is the SwiGLU of 1.4.0."""
-  config = load_config(str(common.ROOT / 'configs/exp_1_4_2.py'))
-  names = {'reference': 'dense', '1.4.1': 'cross_attention', '1.4.2': 'gated_fusion'}
+  files = {'reference': 'exp_1_4_0', '1.4.1': 'exp_1_4_1', '1.4.2': 'exp_1_4_2', 'memory_plus': 'memory_plus'}
   inputs = _normal('float32', B, T, D), _normal(dtype, B, T, D), _normal('float32', M, P)
   variants = {}
-  for name, kind in names.items():
-    graphdef, params = nnx.split(SUBLAYERS[kind](config.model, config.memory, rngs=nnx.Rngs(0)))
+  for name, file in files.items():
+    config = load_config(str(common.ROOT / f'configs/{file}.py'))
+    graphdef, params = nnx.split(SUBLAYERS[config.model.sublayer](config.model, config.memory, rngs=nnx.Rngs(0)))
 
     def run(params: Any, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array, graphdef: Any = graphdef) -> Array:
       return nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype)).delta_BTD
 
     variants[name] = _compile(run, (params, *inputs))
-  return Case('sublayer', dtype, f'B={B} T={T} D={D} R={R} M={M} P={P}', variants)
+  return Case('sublayer', dtype, f'B={B} T={T} D={D} M={M} P={P}', variants)
 
 
 CASES = {
