@@ -101,7 +101,8 @@ if compgen -G "$WORK/runs/*/metrics.jsonl" >/dev/null; then
   FIRST=("$WORK/runs/g0-lr$(best rate)-s0") # what all others are compared with
   [[ -d ${FIRST[0]} ]] || FIRST=()
   "$PYTHON" -m mmjax.tools.compare "${FIRST[@]}" "$WORK/runs" --out "$RESULTS" || CODE=$?
-  tar -czf "$RESULTS/runs.tar.gz" -C "$WORK/runs" --exclude=checkpoints --exclude=tensorboard --exclude=lock .
+  tar -czf "$RESULTS/runs.tar.gz" -C "$WORK/runs" --exclude=checkpoints --exclude=newest_checkpoint \
+    --exclude=tensorboard --exclude=lock .
 fi
 echo "After $SECONDS s, exit code $CODE; results in $RESULTS:"
 ls -l "$RESULTS"

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from scipy import stats
 
 from mmjax.errors import UserError
 from mmjax.tools import compare as compare_tool
 from mmjax.tools.compare import compare
-from mmjax.tools.compare_plots import curve, differences, write_plots
+from mmjax.tools.compare_plots import curve, differences, draw_differences, write_plots
 from mmjax.tools.compare_runs import find_runs, make_rows, read_run
 from mmjax.training.cost import flops_per_token
 from mmjax.training.rundir import RunDir
@@ -25,7 +26,7 @@ STEPS = 10
 @pytest.fixture(autouse=True)
 def without_plots(monkeypatch):
   """Drawing takes longer than everything else; one test does it."""
-  monkeypatch.setattr(compare_tool, 'write_plots', lambda rows, folder: {})
+  monkeypatch.setattr(compare_tool, 'write_plots', lambda rows, folder, other_data: {})
 
 
 def make_run(path: Path, losses, *, seed=0, done=STEPS, identity=IDENTITY, valid_tokens=1000, rate=500.0, **changes):
@@ -44,7 +45,8 @@ def make_run(path: Path, losses, *, seed=0, done=STEPS, identity=IDENTITY, valid
     train = {'kind': 'train', 'step': step, 'tokens': 128 * step, 'seconds': step / 2.0, 'loss': loss and loss + 1}
     records.append(train | {'tokens_per_second': rate, 'peak_bytes': 10**9 * (seed + 1), 'bank': bank})
     found = {'loss': loss, 'bits_per_byte': loss and loss / 3, 'accuracy': 0.5, 'tokens': valid_tokens}
-    probes = {'loss': 5.0, 'loss_zeroed': 5.25 + seed / 10, 'loss_shuffled': 5.5} if bank else {}
+    probes = {'positions': 640, 'loss': 5.0 if bank else 5.1}
+    probes |= {'loss_zeroed': 5.25 + seed / 10, 'loss_shuffled': 5.5} if bank else {}
     records.append({'kind': 'eval', 'step': step, **found, 'text_bytes': 3000, 'bank': bank, 'probes': probes})
   (path / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in records))
   return path
@@ -74,7 +76,8 @@ def test_paired_difference_and_error_are_those_of_scipy(tmp_path):
   assert row['bits_per_byte'] == pytest.approx(np.mean(second) / 3)
   assert (row['tokens'], row['tokens_per_second'], row['peak_bytes']) == (1280, 200, 3e9)
   assert row['probes']['loss_zeroed'] == pytest.approx(5.35)
-  assert '| +0.3500 | +0.5000 |' in (tmp_path / 'out' / 'compare.md').read_text()
+  assert row['zeroed_over_first'] == pytest.approx(5.35 - 5.1) and rows['g0']['zeroed_over_first'] is None
+  assert '| +0.3500 | +0.2500 | +0.5000 |' in (tmp_path / 'out' / 'compare.md').read_text()
   assert [h['used_share'] for h in row['bank']] == pytest.approx([0.35, 0.6])  # seeds 0.25, 0.35, 0.45 and a quarter
 
 
@@ -121,7 +124,29 @@ def test_runs_on_other_data_are_refused_or_marked(tmp_path, change, said):
   assert not (tmp_path / 'out').exists()
   rows = rows_of(paths, tmp_path / 'out', allow_other_data=True)
   assert rows['b']['marks'] == ['other data'] and rows['b']['difference'] is None
+  assert '--allow_other_data' in (tmp_path / 'out' / 'compare.md').read_text()
   assert '| b [other data] | 1 | 5.4000 | - | - |' in (tmp_path / 'out' / 'compare.md').read_text()
+
+
+def test_number_at_the_end_of_a_single_runs_name_is_no_seed(tmp_path):
+  paths = [
+    make_run(tmp_path / name, (6, 5), model__dim=16 * i) for i, name in enumerate(('exp_1_4_0', 'g10', 'g1-s0'), 1)
+  ]
+  assert list(rows_of(paths, tmp_path / 'out')) == ['exp_1_4_0', 'g10', 'g1']
+
+
+def test_seed_that_was_not_evaluated_yet_belongs_to_its_row(tmp_path):
+  paths = [make_run(tmp_path / 'a-s0', (6, 5.5)), make_run(tmp_path / 'a-s1', (), seed=1, done=2)]
+  [row] = rows_of(paths, tmp_path / 'out').values()
+  assert (row['name'], row['seeds'], row['marks']) == ('a', [0], ['seed 1 not finished, 2 of 10 updates'])
+
+
+def test_numbers_that_were_not_finite_are_left_out(tmp_path):
+  path = make_run(tmp_path / 'a', (6, 5.5))
+  text = (path / 'metrics.jsonl').read_text().replace('"loss_zeroed": 5.25', '"loss_zeroed": null')
+  (path / 'metrics.jsonl').write_text(text.replace('"hottest_share": 0.5', '"hottest_share": null'))
+  rows_of([path], tmp_path / 'out')
+  assert '| - | - | - | +0.5000 |' in (tmp_path / 'out' / 'compare.md').read_text()
 
 
 def test_unfinished_and_diverged_runs_are_marked_and_do_not_count(tmp_path):
@@ -172,8 +197,22 @@ def test_curves_count_flops_of_whole_rows_and_differences_are_at_equal_tokens(tm
 
 def test_plots_are_drawn_also_for_runs_that_only_began(tmp_path):
   runs = [make_run(tmp_path / 'a', (6,), done=5), make_run(tmp_path / 'b', (), done=0, **DENSE)]
-  captions = write_plots(make_rows([read_run(run) for run in runs]), tmp_path)
+  captions = write_plots(make_rows([read_run(run) for run in runs]), tmp_path, [False, False])
   assert list(captions) == ['loss_tokens.png', 'loss_flops.png', 'loss_seconds.png', 'difference.png']
   for name in captions:
     data = (tmp_path / name).read_bytes()
     assert data[:8] == b'\x89PNG\r\n\x1a\n' and struct.unpack('>I', data[16:20])[0] > 1000
+
+
+def test_difference_of_other_data_and_of_other_batches_is_not_drawn_as_one(tmp_path):
+  first = [make_run(tmp_path / f'a-s{i}', (6, 5 + i), seed=i) for i in range(2)]
+  other = [make_run(tmp_path / f'b-s{i}', (6, 4), seed=i, identity=IDENTITY | {'data_sha256': 'x'}) for i in range(2)]
+  batch = [make_run(tmp_path / f'c-s{i}', (6, 5.1 + i), seed=i, train__batch_size=2) for i in range(2)]
+  rows = make_rows([read_run(path) for path in (*first, *other, *batch)])
+  styles = [{'color': 'k', 'linestyle': '-'}] * 3
+  axes = Figure().subplots()
+  curves = [[curve(run, 'eval') for run in row.runs] for row in rows]
+  draw_differences(axes, curves, rows, styles, 'o', [False, True, False])
+  [line] = axes.lines
+  np.testing.assert_allclose(line.get_ydata()[-1], 0.1)
+  assert not axes.collections  # no band of an error: the seeds of other batches are no pairs

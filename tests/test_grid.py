@@ -71,11 +71,20 @@ def test_models_differ_as_the_experiment_says(models):
   assert changes('g15', 'g18') == {'memory.bank_lr_multiplier': 1.0}
   assert changes('g15', 'g22') == {'memory.bank_update': 'lazy'}
   assert changes('g13', 'g23') == {'memory.bank_lr_multiplier': 16.0}
+  assert changes('g13', 'g24') == {'memory.n_heads': 5}
+  assert changes('g13', 'g25') == {'memory.bank_lr_multiplier': 64.0}
+  assert changes('g23', 'g26') == {'model.knowledge_num': 2**20, 'memory.n_heads': 3}
   assert changes('g16', 'g20') == {'model.knowledge_num': 2**20}
   assert changes('g12', 'g9') == {'model.knowledge_num': 2**20}
   wide = models['g8']
   assert (wide.model.knowledge_num, wide.model.knowledge_dim, wide.memory.n_heads) == (2**14, 4 * width, 1)
   assert wide.memory.bank_std == pytest.approx((4 * width) ** -0.5)
+
+
+def test_memory_plus_is_the_best_of_the_grid_at_the_sizes_of_the_record():
+  [best] = [run.config for run in read_sweep(GRID, ['scale=gpu', 'learning_rate=1e-3']) if run.name == 'g23-lr0.001-s0']
+  plus = load_config('configs/memory_plus.py')
+  assert (plus.model, plus.memory) == (best.model, best.memory)
 
 
 def test_list_grows_with_what_is_known():

@@ -196,7 +196,7 @@ def test_sigterm_saves_and_exits_75_and_a_second_run_is_refused(text, tmp_path):
 
 ONE_BATCH = {'train__batch_size': 8, 'train__accumulation_steps': 1, 'train__max_steps': 6}
 ROW_BY_ROW = {
-  'memory__bank_update': 'lazy', 'memory__revive_after': 4, 'model__knowledge_num': 256, 'model__n_layers': 1,
+  'memory__bank_update': 'lazy', 'memory__revive_after': 3, 'model__knowledge_num': 256, 'model__n_layers': 1,
 }  # fmt: skip
 DEVICES = """
 import json, pathlib, sys

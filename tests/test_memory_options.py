@@ -37,6 +37,8 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'bag': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'input': 'residual', 'ffn_dim': 12},
   'bag_relu': {'sublayer': 'memory_bag', 'n_heads': 3, 'score_activation': 'relu'},
   'bag_plain': {'sublayer': 'memory_bag', 'score_activation': 'none', 'query_key_norm': 'layer_norm'},
+  'bag_bias': {'sublayer': 'memory_bag', 'n_heads': 2, 'selection_bias': True},
+  'cross_attention': {'sublayer': 'cross_attention', 'n_heads': 2, 'scores': 'scale', 'input': 'residual'},
   'eight_heads': {'scores': 'scale', 'n_heads': 8, 'query_key_norm': 'l2', 'ffn_dim': 12},
 }
 
@@ -51,6 +53,17 @@ def rms(x, params):
 
 def swiglu(x, params):
   return (silu(x @ params['gate']['kernel']) * (x @ params['up']['kernel'])) @ params['down']['kernel']
+
+
+def numpy_attention(config, params, m, rows):
+  """Attention of each token to its own rows (B, T, R, P)."""
+  query, key, value = (
+    (x @ params[name]['kernel']).reshape(*x.shape[:-1], config.model.n_heads, -1)
+    for name, x in (('wq', m), ('wk', rows), ('wv', rows))
+  )
+  score = np.einsum('btnh,btrnh->btnr', query, key) / np.sqrt(query.shape[-1])
+  weight = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
+  return np.einsum('btnr,btrnh->btnh', weight, value).reshape(m.shape) @ params['wo']['kernel']
 
 
 def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
@@ -69,7 +82,11 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
   for head in range(heads):
     first, second = (query[:, :, 2 * head + i] @ keys[2 * head + i].T for i in range(2))
     scores = (first[..., :, None] + second[..., None, :]).reshape(*m.shape[:2], -1)
-    row = np.argsort(-scores, axis=-1)[..., : config.model.num_selected]
+    order = scores
+    if memory.selection_bias:
+      one, two = (keys.shape[-1] ** 0.5 * params['gate']['bias'][2 * head + i] for i in range(2))
+      order = scores + (one[:, None] + two).ravel()
+    row = np.argsort(-order, axis=-1)[..., : config.model.num_selected]
     row = row if fixed_rows is None else fixed_rows[:, :, head]
     score = np.take_along_axis(scores, row, -1)
     softmax = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
@@ -83,8 +100,11 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
     if memory.scores == 'scale':
       times = config.model.num_selected if memory.score_activation == 'softmax' else 1
       weighted = [(None, times * w * rows) for w, rows in weighted]
-    flat = [rows.reshape(*m.shape[:2], -1) for _, rows in weighted]
-    out = swiglu(np.concatenate([m, *flat], -1), params['fusion'])
+    if config.model.sublayer == 'cross_attention':
+      out = numpy_attention(config, params['attention'], m, np.concatenate([rows for _, rows in weighted], -2))
+    else:
+      flat = [rows.reshape(*m.shape[:2], -1) for _, rows in weighted]
+      out = swiglu(np.concatenate([m, *flat], -1), params['fusion'])
   if memory.ffn_dim:
     out = out + swiglu(rms(h, params['ffn']['norm']), params['ffn'])
   return out, np.stack(taken, axis=2)
@@ -111,6 +131,8 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   config, graphdef, params, h, h_attn, bank, direction = build(name)
   # A learned scale of 1 or one value everywhere would hide that it is ignored.
   params = jax.tree.map(lambda x: x * np.random.default_rng(2).uniform(0.8, 1.2, x.shape).astype(np.float32), params)
+  if config.memory.selection_bias:  # it starts at 0
+    params['gate']['bias'] += np.random.default_rng(4).normal(size=params['gate']['bias'].shape).astype(np.float32)
 
   @jax.jit
   def run(params, bank):
@@ -212,9 +234,9 @@ def test_balance_loss_equals_counting():
     for half in range(2):
       sub_key = (row[:, :, head] // 5, row[:, :, head] % 5)[half]
       want += 5 * (np.bincount(sub_key.ravel(), minlength=5) / 36 * p[2 * head + half]).sum() / 4
-  got = balance_loss(jnp.asarray(score, jnp.float32), jnp.asarray(row))
+  got = balance_loss(jnp.asarray(score.reshape(6, 4, 5).transpose(1, 0, 2), jnp.float32), jnp.asarray(row))
   assert float(got) == pytest.approx(want, rel=1e-5)
-  even = balance_loss(jnp.zeros((1, 25, 2, 5)), jnp.arange(25).reshape(1, 25, 1, 1))
+  even = balance_loss(jnp.zeros((2, 25, 5)), jnp.arange(25).reshape(1, 25, 1, 1))
   assert float(even) == pytest.approx(1)
 
 

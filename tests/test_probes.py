@@ -25,7 +25,13 @@ from tests.helpers import rarely, tiny_config
 PAD, T, SEED = 0, 12, 5
 FORMS = {
   'faithful': {},
-  'bag': {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__layers': '1', 'memory__bank_std': 3.0},
+  'bag': {
+    'model__sublayer': 'memory_bag',
+    'memory__n_heads': 2,
+    'memory__layers': '1',
+    'memory__bank_std': 3.0,
+    'memory__selection_bias': True,
+  },
   'scale_relu': {'memory__scores': 'scale', 'memory__score_activation': 'relu'},
 }
 
@@ -51,6 +57,9 @@ def numpy_weights(config, score_X: np.ndarray) -> np.ndarray:
 def test_probes_of_an_evaluation_equal_brute_force(form):
   config = tiny_config(**FORMS[form], train__batch_size=3, model__max_seq_len=T)
   graphdef, params = build_model(config)
+  if config.memory.selection_bias:  # so large that the first row of a head is often not the one with the best score
+    gate = params['layers'][1]['sublayer']['gate']
+    gate['bias'] = np.random.default_rng(2).normal(size=gate['bias'].shape).astype(np.float32)
   step = make_eval_step(graphdef, config, pad_id=PAD, attention='xla', mesh=make_mesh(config))
   batches = batches_of_text(3, 3, config.model.vocab_size)
   result = evaluate(step, params, batches, np.ones(config.model.vocab_size, np.int32), ProbePlan(2, SEED))
@@ -68,7 +77,7 @@ def test_probes_of_an_evaluation_equal_brute_force(form):
     usage, overlaps, best = np.zeros(config.model.knowledge_num), [], []
     for out, keep in zip(outputs, real, strict=True):
       rows, scores = (np.asarray(x[at])[keep].reshape(keep.sum(), heads, -1) for x in (out.row_LBTR, out.score_LBTR))
-      best.append(rows[..., 0])
+      best.append(np.take_along_axis(rows, scores.argmax(-1)[..., None], axis=-1)[..., 0])
       for row_hr, score_hr in zip(rows, scores.astype(np.float64), strict=True):
         for row_r, score_r in zip(row_hr, score_hr, strict=True):
           usage[row_r] += numpy_weights(config, score_r)

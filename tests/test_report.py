@@ -137,7 +137,7 @@ def test_skipped_updates_and_lost_numbers_are_shown(tmp_path):
   skipped = {'kind': 'skipped', 'step': 3, 'row_ids': [1]}
   records = [train_line(2, loss=None, grad_norm=None), train_line(4, loss=None, grad_norm=None), skipped]
   text = write_report(make_run(tmp_path / 'run', records)).read_text()
-  assert 'not finite: 1 (updates 3).' in text
+  assert 'loss spikes: 1 (updates 3).' in text
   assert 'training loss' not in cells(text)
 
 

@@ -21,7 +21,7 @@ USED_ROWS, USED_KEYS = [3, 17, 40], [1, 4, 5]
 
 
 @functools.cache
-def after_windows(finite=(True, True), **changes):
+def after_windows(finite=(True, True), total_steps=10, **changes):
   """State before and after updates, in windows of two; the first reads USED_ROWS and takes USED_KEYS of each set."""
   config = tiny_config(memory__revive_after=2, memory__n_heads=2, **changes)
   shapes = jax.eval_shape(lambda: init_state(config, make_optimizer(config, 10)))
@@ -34,7 +34,7 @@ def after_windows(finite=(True, True), **changes):
   count_LKC[..., USED_KEYS] = (7, 2, 9)  # 5 is used most, then 1, then 4
   after, counts = state, []
   with mock.patch.object(revival, 'CHUNK_ROWS', 16):
-    run = jax.jit(lambda *inputs: revive(config, *inputs))
+    run = jax.jit(lambda *inputs: revive(config, *inputs, total_steps))
     for step, is_finite in enumerate(finite, 1):
       after, revived = jax.device_get(run(after | {'step': np.int32(step)}, usage_LM, count_LKC, is_finite))
       counts.append(revived)
@@ -106,6 +106,12 @@ def test_skipped_updates_do_not_count_as_reading_and_revive_nothing(finite, read
   if not any(rows):  # also where nothing was read: there is nothing to start from
     for part in ('params', 'opt_state'):
       jax.tree.map(np.testing.assert_array_equal, after[part], before[part])
+
+
+@pytest.mark.parametrize(('total_steps', 'rows'), [(3, 0), (4, M - 3)])
+def test_nothing_starts_again_with_less_than_a_window_left(total_steps, rows):
+  _, _, counts = after_windows(total_steps=total_steps)
+  assert [int(c['revived_rows']) for c in counts] == [0, rows]
 
 
 def test_counts_of_sub_keys_equal_bincount():

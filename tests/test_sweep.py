@@ -161,9 +161,7 @@ def test_run_without_its_checkpoints_is_finished_if_it_was_evaluated_at_the_end(
 def test_changed_setting_is_refused_before_any_run_starts(sweep, tmp_path):
   assert sweep('--only', 'b-*') is None
   error = sweep('--set', 'steps=5')
-  assert isinstance(error, UserError) and 'b-s0: the run was started with another schedule: train.max_steps' in str(
-    error
-  )
+  assert isinstance(error, UserError) and 'b-s0 was made with other settings: train.max_steps' in str(error)
   assert not (tmp_path / 'out' / 'a-s0').exists()
 
 

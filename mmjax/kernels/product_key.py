@@ -33,41 +33,46 @@ def product_key_topk(
   Raises:
     ValueError: if r > C.
   """
-  B, T, K, _ = query_BTKp.shape
-  C, R, heads = keys_KCp.shape[1], num_selected, K // 2
+  found = best_rows(sub_key_scores(query_BTKp, keys_KCp), num_selected, bias_KC)
+  return tuple(x.reshape(*query_BTKp.shape[:2], *x.shape[1:]) for x in found)
+
+
+def best_rows(score_KXC: Array, num_selected: int, bias_KC: Array | None = None) -> tuple[Array, Array]:
+  """Does what `product_key_topk` does, from scores of X tokens as `sub_key_scores` returns them: row_Xhr, score_Xhr."""
+  K, _, C = score_KXC.shape
+  R, heads = num_selected, K // 2
   if R > C:
     raise ValueError(f'num_selected={R} must be at most the {C} sub-keys of each half')
-  # K first, as the products come: turning their axes costs a CPU more than the products do.
-  score_KXC = _scores('XKp,KCp->KXC', query_BTKp.reshape(-1, *query_BTKp.shape[2:]), keys_KCp)
   if bias_KC is not None:
     score_KXC += jax.lax.stop_gradient(bias_KC)[:, None]
   # Barriers, because only rank 2 gets XLA's fast top-k and reshapes move through it: 30 times slower on a CPU.
   flat_YC = jax.lax.optimization_barrier(score_KXC.reshape(-1, C))
   # One barrier an output: around both, XLA 0.10.2 aborts while it partitions over several devices.
   best_YR, sub_key_YR = (jax.lax.optimization_barrier(x) for x in jax.lax.top_k(flat_YC, R))
-  # Heads and tokens X last: what follows is arithmetic on the few candidates n of all of them at a time.
-  best_2RX, sub_key_2RX = (
+  # Heads and tokens Z last: what follows is arithmetic on the few candidates n of all of them at a time.
+  best_2RZ, sub_key_2RZ = (
     x.reshape(heads, 2, -1, R).transpose(1, 3, 0, 2).reshape(2, R, -1) for x in (best_YR, sub_key_YR)
   )
   pairs = [(i, j) for i in range(R) for j in range(R) if (i + 1) * (j + 1) <= R]
-  sum_nX = jnp.stack([best_2RX[0, i] + best_2RX[1, j] for i, j in pairs])
-  candidate_nX = jnp.stack([sub_key_2RX[0, i] * C + sub_key_2RX[1, j] for i, j in pairs])
-  row_RX = _best_candidates(jax.lax.stop_gradient(sum_nX), candidate_nX, R, C * C - 1)
+  sum_nZ = jnp.stack([best_2RZ[0, i] + best_2RZ[1, j] for i, j in pairs])
+  candidate_nZ = jnp.stack([sub_key_2RZ[0, i] * C + sub_key_2RZ[1, j] for i, j in pairs])
+  row_RZ = _best_candidates(jax.lax.stop_gradient(sum_nZ), candidate_nZ, R, C * C - 1)
   # Row by row, because the gradient of one sum over (R, n, X) would be built at that size.
-  score_RX = jnp.stack([jnp.sum(jnp.where(candidate_nX == row_X, sum_nX, 0), axis=0) for row_X in row_RX])
-  row_BThr, score_BThr = (x.reshape(R, heads, B, T).transpose(2, 3, 1, 0) for x in (row_RX, score_RX))
+  score_RZ = jnp.stack([jnp.sum(jnp.where(candidate_nZ == row_Z, sum_nZ, 0), axis=0) for row_Z in row_RZ])
+  row_Xhr, score_Xhr = (x.reshape(R, heads, -1).transpose(2, 1, 0) for x in (row_RZ, score_RZ))
   if bias_KC is not None:
     head_h1 = jnp.arange(heads)[:, None]
-    first_BThr, second_BThr = jnp.divmod(row_BThr, C)
-    score_BThr -= jax.lax.stop_gradient(bias_KC[2 * head_h1, first_BThr] + bias_KC[2 * head_h1 + 1, second_BThr])
-  return row_BThr, score_BThr
+    first_Xhr, second_Xhr = jnp.divmod(row_Xhr, C)
+    score_Xhr -= jax.lax.stop_gradient(bias_KC[2 * head_h1, first_Xhr] + bias_KC[2 * head_h1 + 1, second_Xhr])
+  return row_Xhr, score_Xhr
 
 
 def product_key_topk_reference(
   query_BTKp: Array, keys_KCp: Array, num_selected: int, bias_KC: Array | None = None
 ) -> tuple[Array, Array]:
   """The definition: all C*C sums, sorted."""
-  score_BTKC = sub_key_scores(query_BTKp, keys_KCp)
+  score_KXC = sub_key_scores(query_BTKp, keys_KCp)
+  score_BTKC = jnp.moveaxis(score_KXC, 0, 1).reshape(*query_BTKp.shape[:3], -1)
 
   def all_sums(score_xKC: Array) -> Array:
     sums = score_xKC[..., 0::2, :, None] + score_xKC[..., 1::2, None, :]
@@ -80,13 +85,11 @@ def product_key_topk_reference(
 
 
 def sub_key_scores(query_BTKp: Array, keys_KCp: Array) -> Array:
-  """Returns the float32 scores (B, T, K, C) of the sub-keys of each codebook."""
-  return _scores('BTKp,KCp->BTKC', query_BTKp, keys_KCp)
-
-
-def _scores(axes: str, query: Array, keys_KCp: Array) -> Array:
+  """Returns the float32 scores (K, X, C) of the sub-keys of each codebook for the X = B * T tokens."""
+  query_XKp = query_BTKp.reshape(-1, *query_BTKp.shape[2:]).astype(jnp.float32)
+  # K first, as the products come: turning their axes costs a CPU more than the products do.
   # HIGHEST, because GPUs would multiply float32 as TF32, which picks other rows.
-  return jnp.einsum(axes, query.astype(jnp.float32), keys_KCp, precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum('XKp,KCp->KXC', query_XKp, keys_KCp, precision=jax.lax.Precision.HIGHEST)
 
 
 def _best_candidates(sum_nX: Array, candidate_nX: Array, R: int, last_row: int) -> Array:

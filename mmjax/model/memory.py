@@ -13,12 +13,15 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.kernels.product_key import product_key_topk, sub_key_scores
+from mmjax.kernels.product_key import best_rows, sub_key_scores
 from mmjax.model.layers import Linear, uniform_init
 
 
 class Selection(NamedTuple):
-  """Rows in [0, M), int32, best first; their float32 scores before any softmax; the weighted balance loss."""
+  """Rows in [0, M), int32, best first; their float32 scores before any softmax; the weighted balance loss.
+
+  With a selection bias, which the scores are without, the order is that of score plus bias.
+  """
 
   row_BThr: Array
   score_BThr: Array
@@ -51,10 +54,12 @@ class ProductKeyGate(nnx.Module):
     query_BTKp = query_BTQ.reshape(*m_BTD.shape[:-1], len(self.keys[...]), -1)
     query_BTKp, keys_KCp = self.norm(query_BTKp, self.keys[...])
     bias_KC = None if self.bias is None else keys_KCp.shape[-1] ** 0.5 * self.bias[...]  # at the size of scores
-    row_BThr, score_BThr = product_key_topk(query_BTKp, keys_KCp, self.num_selected, bias_KC)
+    score_KXC = sub_key_scores(query_BTKp, keys_KCp)
+    best = best_rows(score_KXC, self.num_selected, bias_KC)
+    row_BThr, score_BThr = (x.reshape(*m_BTD.shape[:-1], *x.shape[1:]) for x in best)
     balance = 0.0 if bias_KC is None else balancing_slope(bias_KC, row_BThr)
     if self.balance_loss_weight:
-      balance += self.balance_loss_weight * balance_loss(sub_key_scores(query_BTKp, keys_KCp), row_BThr)
+      balance += self.balance_loss_weight * balance_loss(score_KXC, row_BThr)
     return Selection(row_BThr, score_BThr, balance)
 
 
@@ -103,7 +108,7 @@ def score_weights(score_BThr: Array, activation: str) -> Array:
   return jax.nn.relu(score_BThr) if activation == 'relu' else score_BThr
 
 
-def balance_loss(score_BTKC: Array, row_BThr: Array) -> Array:
+def balance_loss(score_KXC: Array, row_BThr: Array) -> Array:
   """Measures how unevenly the sub-keys are used, over all positions, padding too.
 
   In each set: C * sum_c f_c p_c, with f the share of the selected rows that have sub-key c, and p the mean over tokens
@@ -111,20 +116,20 @@ def balance_loss(score_BTKC: Array, row_BThr: Array) -> Array:
   Source: Fedus et al. 2021, arXiv:2101.03961, equation 4, for experts.
 
   Args:
-    score_BTKC: float32 sub-scores.
+    score_KXC: float32 sub-scores of X = B * T tokens.
     row_BThr: int32 in [0, C * C).
   """
-  C = score_BTKC.shape[-1]
-  probability_KC = jnp.mean(jax.nn.softmax(score_BTKC, axis=-1), axis=(0, 1))
+  C = score_KXC.shape[-1]
+  probability_KC = jnp.mean(jax.nn.softmax(score_KXC, axis=-1), axis=1)
   return C * jnp.mean(jnp.sum(sub_key_shares(row_BThr, C) * probability_KC, axis=-1))
 
 
 def balancing_slope(bias_KC: Array, row_BThr: Array) -> Array:
   """Returns 0, with a gradient for the bias: how much more often than one in C each sub-key is among the rows selected.
 
-  Descending it, whatever the loss, lifts sub-keys that are taken too seldom. Adam steps by the sign and hardly by the
-  size, which makes it the rule of Wang et al. 2024, arXiv:2408.15664, for experts. The size is therefore free, and so
-  small that it takes no part in the norm by which all gradients are clipped.
+  Over all positions, padding too. Descending it, whatever the loss, lifts sub-keys that are taken too seldom. Adam
+  steps by the sign and hardly by the size, which makes it the rule of Wang et al. 2024, arXiv:2408.15664, for experts.
+  The size is therefore free, and so small that it takes no part in the norm by which all gradients are clipped.
 
   Args:
     bias_KC: float32, with which the rows were selected.

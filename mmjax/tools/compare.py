@@ -58,6 +58,7 @@ BANK: dict[str, Callable[[Summary], str]] = {
   'effective rows': lambda s: _by_layer(s['bank'], 'effective_rows', ',.0f'),
   'hottest row': lambda s: _by_layer(s['bank'], 'hottest_share', '.2%'),
   'bank zeroed': lambda s: _probe(s['probes'], 'loss_zeroed'),
+  'bank zeroed, over {}': lambda s: _signed(s['zeroed_over_first']),
   'rows shuffled': lambda s: _probe(s['probes'], 'loss_shuffled'),
 }
 
@@ -105,9 +106,9 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
     folder.mkdir(parents=True, exist_ok=True)
   except OSError as error:
     raise StorageError(f'{folder} cannot be created: {error.strerror}') from error
-  plots = write_plots(rows, folder)
+  plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
   atomic_write_json(folder / 'compare.json', {'rows': found})
-  atomic_write_text(folder / 'compare.md', _document(paths, out, rows, found, plots))
+  atomic_write_text(folder / 'compare.md', _document(paths, out, allow_other_data, rows, found, plots))
   print_tables(found)
   return folder / 'compare.md'
 
@@ -124,14 +125,25 @@ def _summary(first: Row, row: Row, others: dict[Path, str]) -> Summary:
     marks.append(f'seed {run.config.seed} {"diverged, " if diverged else "not finished, "}{how_far}')
   comparable = row is not first and first.finished and row.finished and 'other data' not in marks
   found = difference(first, row) if comparable else None
-  return summary(row) | {'difference': found and found._asdict(), 'changed': changed(first, row), 'marks': marks}
+  numbers, probes = summary(row), summary(first)['probes'] if comparable else {}
+  zeroed, whole = numbers['probes'].get('loss_zeroed'), probes.get('loss')
+  known = zeroed is not None and whole is not None and numbers['probes']['positions'] == probes['positions']
+  return numbers | {
+    'difference': found and found._asdict(),
+    'zeroed_over_first': zeroed - whole if known else None,
+    'changed': changed(first, row),
+    'marks': marks,
+  }
 
 
-def _document(paths: Sequence, out: str | Path, rows: Sequence[Row], found: list[Summary], plots: dict) -> str:
+def _document(
+  paths: Sequence, out: str | Path, allow_other_data: bool, rows: Sequence[Row], found: list[Summary], plots: dict
+) -> str:
   time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   columns = {**RESULT, **COST} | (BANK if any(s['bank'] for s in found) else {})
   header = [name.format(found[0]['name']) for name in columns]
-  command = shlex.join(['python', '-m', 'mmjax.tools.compare', *map(str, paths), '--out', str(out)])
+  flags = ['--out', str(out), *(['--allow_other_data'] if allow_other_data else [])]
+  command = shlex.join(['python', '-m', 'mmjax.tools.compare', *map(str, paths), *flags])
   text = f'# Comparison\n\nWritten {time} by mmjax {__version__}: `{command}`\n\n'
   text += table(header, [[cell(s) for cell in columns.values()] for s in found])
   text += '\n' + ''.join(f'- {note}\n' for note in notes(found))
@@ -163,12 +175,12 @@ def notes(found: Sequence[Summary]) -> list[str]:
     said.append('A run that is not finished counts only in a row where none is; such a row has no difference.')
   skipped = [f'{s["name"]}: {s["skipped_updates"]}' for s in found if s['skipped_updates']]
   if skipped:
-    said.append(f'Updates skipped because loss or gradient was not finite: {", ".join(skipped)}.')
+    said.append(f'Updates skipped, as not finite or as loss spikes: {", ".join(skipped)}.')
   if any(s['bank'] for s in found):
     said.append(
       'Rows used, effective rows (exp of the entropy of their use) and the hottest row\'s share of all reads: at the '
       'last evaluation, over the whole validation set, by layer. Bank zeroed, rows shuffled: how much that raises the '
-      'loss, nats a token.'
+      'loss, nats a token, on the positions that are probed; "over" another row: how far it is then above that.'
     )  # fmt: skip
   return said
 
@@ -202,12 +214,17 @@ def _taken(found: dict[str, Any] | None) -> str:
   return text if d.standard_error is not None else f'unpaired, {d.n} and {d.n_first} runs: no standard error'
 
 
-def _probe(probes: dict[str, float], name: str) -> str:
-  return f'{probes[name] - probes["loss"]:+.4f}' if name in probes else '-'
+def _probe(probes: dict[str, float | None], name: str) -> str:
+  return '-' if None in (probes.get(name), probes.get('loss')) else f'{probes[name] - probes["loss"]:+.4f}'
+
+
+def _signed(value: float | None) -> str:
+  return '-' if value is None else f'{value:+.4f}'
 
 
 def _by_layer(bank: Sequence[dict[str, Any]], name: str, spec: str) -> str:
-  return ', '.join(f'{health["layer"]}: {health[name]:{spec}}' for health in bank) or '-'
+  known = [(health['layer'], health[name]) for health in bank if health[name] is not None]
+  return ', '.join(f'{layer}: {value:{spec}}' for layer, value in known) or '-'
 
 
 if __name__ == '__main__':

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, StrMethodFormatter
 
-from mmjax.tools.compare_runs import FoundRun, Row
+from mmjax.tools.compare_runs import FoundRun, Row, same_batches
 from mmjax.tools.plots import GRID, INK
 from mmjax.training.cost import flops_per_token
 
@@ -34,12 +34,13 @@ class Curve(NamedTuple):
   y: np.ndarray
 
 
-def write_plots(rows: Sequence[Row], folder: Path) -> dict[str, str]:
+def write_plots(rows: Sequence[Row], folder: Path, other_data: Sequence[bool]) -> dict[str, str]:
   """Draws PNG files.
 
   Args:
     rows: in the order of the table; the first is what the others are compared with.
     folder: where to write; it exists.
+    other_data: of each row, whether it has no difference to the first because its text is another.
 
   Returns:
     File name -> caption; empty if no run reported anything.
@@ -62,8 +63,10 @@ def write_plots(rows: Sequence[Row], folder: Path) -> dict[str, str]:
   if len(rows) > 1 and any(len(c.y) for c in curves['eval'][0]):
     figure = Figure(figsize=(11.5, 4.6), dpi=140, layout='constrained')
     left, right = figure.subplots(1, 2)
-    _draw_differences(left, curves['eval'], rows, styles, marker='o')
-    _draw_differences(right, smoothed, rows, styles, marker='')
+    draw_differences(left, curves['eval'], rows, styles, 'o', other_data)
+    draw_differences(right, smoothed, rows, styles, '', other_data)
+    for axes in (left, right):
+      axes.axhline(0, **styles[0], linewidth=2.2, zorder=3)
     title, (_, unit, formatter) = f'Loss minus that of {rows[0].name}', AXES['tokens']
     _finish(left, f'{title}: validation', unit, formatter, 'nats per token')
     _finish(right, f'{title}: training, smoothed', unit, formatter, '')
@@ -139,17 +142,24 @@ def _draw_losses(axes: Axes, rows: Sequence[Sequence[Curve]], axis: str, styles:
     axes.set_ylim(min(bottom) - room, max(top) + room)
 
 
-def _draw_differences(
-  axes: Axes, curves: Sequence[Sequence[Curve]], rows: Sequence[Row], styles: Sequence[dict], marker: str
+def draw_differences(
+  axes: Axes,
+  curves: Sequence[Sequence[Curve]],
+  rows: Sequence[Row],
+  styles: Sequence[dict],
+  marker: str,
+  other_data: Sequence[bool],
 ) -> None:
-  axes.axhline(0, **styles[0], linewidth=2.2, zorder=3)
+  """Draws a line for each row but the first and those on other data, with a band of one standard error."""
   by_seed = [
     {run.config.seed: c for run, c in zip(row.runs, cs, strict=True) if len(c.y)}
     for row, cs in zip(rows, curves, strict=True)
   ]
   shown = []
-  for row, style in list(zip(by_seed, styles, strict=True))[1:]:
-    common = [seed for seed in row if seed in by_seed[0]]
+  for at, (row, style) in enumerate(zip(by_seed, styles, strict=True)):
+    if at == 0 or other_data[at]:
+      continue
+    common = [seed for seed in row if seed in by_seed[0]] if same_batches(rows[0], rows[at]) else []
     pairs = [(by_seed[0][seed], row[seed]) for seed in common]
     if not common and row:  # any with any: their mean is the difference of the means
       pairs = [(a, b) for a in by_seed[0].values() for b in row.values()]

@@ -5,7 +5,6 @@ runs with the same seeds, because these saw the same batches in the same order.
 """
 
 import dataclasses
-import json
 import math
 import re
 import statistics
@@ -127,21 +126,27 @@ def make_rows(runs: Sequence[FoundRun]) -> list[Row]:
   Raises:
     UserError: if two runs are the same, seed included.
   """
-  rows: dict[str, list[FoundRun]] = {}
+  rows: list[list[FoundRun]] = []
   for run in runs:
-    others = rows.setdefault(json.dumps([_what_counts(run.config), run.origin], sort_keys=True), [])
+    same = (row for row in rows if _what_counts(row[0].config) == _what_counts(run.config))
+    others = next((row for row in same if not other_origin(row[0], run)), None)
+    if others is None:
+      rows.append(others := [])
     twin = next((other for other in others if other.config.seed == run.config.seed), None)
     if twin:
       raise UserError(f'{twin.path} and {run.path} have the same settings and the same seed; leave one out')
     others.append(run)
-  names = [_common_name(row) for row in rows.values()]
-  full = [', '.join(run.path.name for run in row) for row in rows.values()]
+  names = [_common_name(row) for row in rows]
+  full = [', '.join(run.path.name for run in row) for row in rows]
   unique = [name if names.count(name) == 1 else whole for name, whole in zip(names, full, strict=True)]
-  return [Row(name, row) for name, row in zip(unique, rows.values(), strict=True)]
+  return [Row(name, row) for name, row in zip(unique, rows, strict=True)]
 
 
 def other_origin(first: FoundRun, run: FoundRun) -> str:
-  """Says in what the text that a run learned from or was evaluated on differs from the first's; '' if in nothing."""
+  """Says in what the text that a run learned from or was evaluated on differs from the first's; '' if in nothing.
+
+  A run that was not evaluated yet says nothing of the size of its validation text.
+  """
   different = [name for name in first.origin if first.origin[name] is not None and run.origin[name] is not None]
   different = [name for name in different if first.origin[name] != run.origin[name]]
   return ', '.join(f'{name} {_short(first.origin[name])} and {_short(run.origin[name])}' for name in different)
@@ -156,7 +161,7 @@ def difference(first: Row, row: Row) -> Difference | None:
   a, b = first.losses(), row.losses()
   if not a or not b:
     return None
-  common = [seed for seed in b if seed in a] if _batches(first) == _batches(row) else []
+  common = [seed for seed in b if seed in a] if same_batches(first, row) else []
   if len(common) > 1 or (common and min(len(a), len(b)) == 1):
     differences = [b[seed] - a[seed] for seed in common]
     error = statistics.stdev(differences) / math.sqrt(len(common)) if len(common) > 1 else None
@@ -215,11 +220,14 @@ def _what_counts(config: Config) -> dict[str, Any]:
   }
 
 
-def _batches(row: Row) -> tuple:
-  """What decides, beside the seed, which rows of text each update of a run sees."""
-  config = row.runs[0].config
-  rows = config.train.batch_size * config.train.accumulation_steps
-  return rows, config.model.max_seq_len, config.data.layout, config.data.isolate_documents
+def same_batches(first: Row, row: Row) -> bool:
+  """Whether runs of one seed saw the same rows of text at each update."""
+
+  def cut(config: Config) -> tuple:
+    rows = config.train.batch_size * config.train.accumulation_steps
+    return rows, config.model.max_seq_len, config.data.layout, config.data.isolate_documents
+
+  return cut(first.runs[0].config) == cut(row.runs[0].config)
 
 
 def _bank(by_run: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
@@ -241,8 +249,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _common_name(runs: Sequence[FoundRun]) -> str:
-  """Returns what the names of the directories have in common, without the seed at their end."""
-  names = {re.sub(rf'[-_.]?(s|seed)?[-_.]?{run.config.seed}$', '', run.path.name) or run.path.name for run in runs}
+  """Returns what the names of the directories have in common, without the seed at their end.
+
+  In the name of a single run a number without -s or -seed before it may be anything: exp_1_4_0.
+  """
+  mark = r'[-_.](s|seed)[-_.]?' if len(runs) == 1 else r'[-_.]?(s|seed)?[-_.]?'
+  names = {re.sub(f'{mark}{run.config.seed}$', '', run.path.name) or run.path.name for run in runs}
   return names.pop() if len(names) == 1 else ', '.join(run.path.name for run in runs)
 
 

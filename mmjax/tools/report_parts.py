@@ -116,7 +116,7 @@ def training(records: Sequence[dict], starts: Sequence[Mapping]) -> str:
     rows = [(number(r['step']), *(number(r[c]) for c in columns)) for r in shown]
     text += '\n' + table(('update', 'validation loss', 'perplexity', 'bits per byte', 'accuracy'), rows)
   skipped = _of_kind(records, 'skipped')
-  text += f'\nUpdates skipped because loss or gradient was not finite: {len(skipped)}'
+  text += f'\nUpdates skipped, as not finite or as loss spikes: {len(skipped)}'
   text += f' (updates {", ".join(str(r["step"]) for r in skipped[:20])}).\n' if skipped else '.\n'
   return text
 

@@ -29,7 +29,7 @@ from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
 from mmjax.tools.sweep_file import Planned, changed_settings, read_sweep
 from mmjax.training.progress import format_seconds
 from mmjax.training.run_json import atomic_write_json, read_json
-from mmjax.training.run_settings import compare_configs
+from mmjax.training.run_settings import settings_changed
 from mmjax.training.rundir import RunDir
 from mmjax.training.signals import StopSignals
 
@@ -48,6 +48,7 @@ def main() -> None:
     return
   deadline = time.monotonic() + 60 * arguments.max_minutes if arguments.max_minutes else float('inf')
   with locked_directory(sweep.folder, sweep.refuse), StopSignals() as stop:
+    sweep.ended = sweep.read_ended()  # again: another sweep may have worked until now
     stopped = sweep.make(stop, deadline, arguments.retry)
   sweep.print_summary()
   if stopped:
@@ -79,8 +80,12 @@ class Sweep:
   def __init__(self, folder: Path, runs: Sequence[Planned]):
     self.folder, self.runs = folder, runs
     self.path = folder / 'sweep.json'
-    self.ended: dict[str, dict[str, Any]] = read_json(self.path)['runs'] if self.path.exists() else {}
+    self.ended = self.read_ended()
     self.console = Console(highlight=False)
+
+  def read_ended(self) -> dict[str, dict[str, Any]]:
+    """Returns what sweep.json holds; {} where there is none."""
+    return read_json(self.path)['runs'] if self.path.exists() else {}
 
   def refuse(self) -> None:
     """Called where another process holds the folder."""
@@ -94,10 +99,10 @@ class Sweep:
     """
     directory = RunDir(self.folder / run.name)
     if directory.was_trained and directory.config_path.exists():
-      try:
-        compare_configs(directory.read_config(), run.config, False)
-      except UserError as error:
-        raise UserError(f'{directory.path}: {error}') from error
+      fixed, schedule = settings_changed(directory.read_config(), run.config)
+      if fixed or schedule:
+        different = '; '.join(fixed + schedule)
+        raise UserError(f'{directory.path} was made with other settings: {different}; choose another --out')
     return run_state(directory.path, run.config)
 
   def make(self, stop: StopSignals, deadline: float, retry: bool) -> str:

@@ -48,7 +48,7 @@ class EvalResult:
     text_bytes: UTF-8 bytes that they stand for; the end of a document stands for none.
     bank: for each layer with a memory its number, `bank_health`, kl_weighted, head_overlap, row_agreement and
       row_agreement_chance (see mmjax.training.probes); empty for a model without a bank.
-    probes: positions probed, loss, loss_zeroed and loss_shuffled on them; empty for a model without a bank.
+    probes: positions probed and the loss on them; with a bank also loss_zeroed and loss_shuffled.
   """
 
   loss: float
@@ -103,7 +103,7 @@ def evaluate(
     params: of the model.
     batches: of equal shape; `target` is int32 (rows, T).
     bytes_per_token: int32[V], UTF-8 bytes of each piece, 0 for padding and other control tokens.
-    plan: which batches are probed; nothing is in a model without a memory.
+    plan: which batches are probed.
 
   Raises:
     UserError: if there is no token to predict.
@@ -130,7 +130,7 @@ def evaluate(
     tokens=int(tokens),
     text_bytes=text_bytes,
     bank=_bank(memory_layers(params), reads, sums, probed) if reads else [],
-    probes=_probes(eval_step, params, sums, probed, plan.seed) if reads else {},
+    probes=_probes(eval_step, params, sums[: plan.batches], probed, plan.seed),
   )
 
 
@@ -156,9 +156,11 @@ def _bank(layers: list[int], reads: dict[str, Array], sums: list, probed: list) 
   ]
 
 
-def _probes(eval_step: EvalStep, params: Params, sums: list, probed: list, seed: int) -> dict[str, float]:
-  """Returns what EvalResult.probes holds."""
-  nll, positions = (_total(sums[: len(probed)], name) for name in ('nll', 'tokens'))
-  found = {'positions': int(positions), 'loss': float(nll / positions)}
+def _probes(eval_step: EvalStep, params: Params, sums: list, probed: list, seed: int) -> dict[str, float | None]:
+  """Returns what EvalResult.probes holds, from the sums of the probed batches and, of a memory model, these."""
+  nll, positions = (_total(sums, name) for name in ('nll', 'tokens'))
+  found = {'positions': int(positions), 'loss': float(nll / positions) if positions else None}
+  if not probed:
+    return found
   batches = [batch for batch, _ in probed]
   return found | losses_without_bank(lambda *at: eval_step(*at)['nll'], params, batches, found['positions'], seed)

@@ -1,6 +1,7 @@
 """Whether a memory works: what the model loses without its bank, what its rows stand for, and whether it learns.
 
-Three kinds of numbers, beside those of `metrics.bank_health`. Models without a memory have none and pay nothing.
+Three kinds of numbers, beside those of `metrics.bank_health`. Models without a memory have but the loss on the probed
+positions, to hold against that of others with their bank zeroed, and pay nothing.
 
 Of every evaluation, over all positions that are not padding, for each layer with a memory:
   kl_weighted      KL(usage || uniform) in nats as `kl_to_uniform`, but a read counts with the absolute weight that its
@@ -78,7 +79,9 @@ def make_read_probe(config: Config) -> Callable[[Output, Array], dict[str, Array
     read_LBTR = jnp.abs(row_weights(model, memory, out.score_LBTR)) * weight_BT[..., None]
     zeros_LM = jnp.zeros((L, model.knowledge_num))
     weight_LM = zeros_LM.at[jnp.arange(L)[:, None], out.row_LBTR.reshape(L, -1)].add(read_LBTR.reshape(L, -1))
-    best_LhBT = jnp.moveaxis(row_LBThr[..., 0], 3, 1)
+    # The first row of a head is its best but for a selection bias, which takes part in the order.
+    best_LBTh1 = jnp.argmax(out.score_LBTR.reshape(row_LBThr.shape), axis=-1, keepdims=True)
+    best_LhBT = jnp.moveaxis(jnp.take_along_axis(row_LBThr, best_LBTh1, axis=-1)[..., 0], 3, 1)
     found = {'weight_LM': weight_LM, 'best_LhBT': jnp.where(weight_BT > 0, best_LhBT, PADDING)}
     if memory.n_heads > 1:
       found['overlap_L'] = jnp.sum(head_overlap(row_LBThr) * weight_BT, axis=(1, 2))

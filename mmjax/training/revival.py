@@ -11,7 +11,7 @@ has learned to use, in place of initial noise. What brings queries is a sub-key:
 gets nearly the same scores, so that a line of sqrt(M) rows comes into reach, and where the gate learns the two copies
 part. Hence memory.revive_keys. Nothing helps rows whose two sub-keys are both in use, but never by one query. And it is
 a shock: tokens that took the source now take the copy too, in place of their last rows. So let a window be hundreds of
-updates long, and the last of them end well before the run.
+updates long. Nothing starts again where less than one window of the run is left to mend it.
 
 Padding does not count as reading. A window that ends in a skipped update grows by the next one. What starts again
 depends on the state, the seed and the step alone, so that a resumed run revives what an undisturbed one does.
@@ -58,7 +58,7 @@ def count_sub_keys(row_LBTR: Array, weight_BT: Array, heads: int, n_sub_keys: in
 
 @jax.named_scope('optimizer')
 def revive(
-  config: Config, state: dict[str, Any], usage_LM: Array, count_LKC: Array, applied: Array
+  config: Config, state: dict[str, Any], usage_LM: Array, count_LKC: Array, applied: Array, total_steps: int
 ) -> tuple[dict[str, Any], dict[str, Array]]:
   """Notes what an update read, and at the end of a window starts again what nobody read.
 
@@ -68,6 +68,7 @@ def revive(
     usage_LM: int32, reads of each row.
     count_LKC: from `count_sub_keys`.
     applied: False for a skipped update, whose reads do not count.
+    total_steps: of the run.
 
   Returns:
     The state, and how many started again: `revived_rows` and `revived_keys`, int32.
@@ -77,7 +78,8 @@ def revive(
   # Shares, because counts of a long window outgrow int32.
   taken_LK1 = jnp.maximum(jnp.sum(count_LKC, axis=-1, keepdims=True), 1)
   share_LKC = seen['share_LKC'] + jnp.where(applied, count_LKC / taken_LK1, 0)
-  due = applied & (state['step'] % memory.revive_after == 0)
+  window_left = state['step'] <= total_steps - memory.revive_after
+  due = applied & (state['step'] % memory.revive_after == 0) & window_left
   key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), state['step']), STREAM)
   row_key, sub_key_key = jax.random.split(key)
 

@@ -36,12 +36,8 @@ BEFORE = {
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
 
 
-def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None:
-  """Refuses to resume a run with settings that would make it another run.
-
-  Raises:
-    UserError: listing every difference as old -> new; those of the schedule only without `allow_config_change`.
-  """
+def settings_changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
+  """Lists as 'name old -> new' the differences that would make a run another run, and those of its schedule."""
   fixed, schedule = [], []
   before, after = flatten(old.to_dict()), flatten(new.to_dict())
   for name in before:
@@ -49,6 +45,16 @@ def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None
       continue
     is_schedule = name.startswith('train.') and name not in BATCH
     (schedule if is_schedule else fixed).append(f'{name} {before[name]!r} -> {after[name]!r}')
+  return fixed, schedule
+
+
+def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None:
+  """Refuses to resume a run with settings that would make it another run.
+
+  Raises:
+    UserError: listing every difference as old -> new; those of the schedule only without `allow_config_change`.
+  """
+  fixed, schedule = settings_changed(old, new)
   if fixed:
     raise UserError(
       f'the run was started with other settings: {"; ".join(fixed)}; undo them or choose another --workdir'

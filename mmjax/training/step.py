@@ -246,7 +246,7 @@ def make_train_step(
     }
     if revives(config):
       window = {'revival': state['revival']}
-      after, revived = revive(config, after | window, parts['usage_LM'], metrics.pop('count_LKC'), applied)
+      after, revived = revive(config, after | window, parts['usage_LM'], metrics.pop('count_LKC'), applied, total_steps)
       metrics |= revived
     return after, metrics
 
