@@ -30,7 +30,6 @@ Statistics = dict[str, float]
 
 def environment(device: str, threads: int) -> dict[str, Any]:
   """Returns what a table needs beside its numbers: time, commit, command, device, versions, load."""
-  commit = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
   versions = {}
   for name in ('jax', 'jaxlib', 'flax', 'optax', 'torch'):
     try:
@@ -39,13 +38,22 @@ def environment(device: str, threads: int) -> dict[str, Any]:
       continue
   return {
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'commit': commit.stdout.strip() or 'unknown',
+    'commit': os.environ.get('COMMIT') or commit(),
     'command': ' '.join(['python', *sys.argv]),
     'device': device,
     'threads': threads,
     'load_average': os.getloadavg()[0],
     'versions': {'python': platform.python_version(), **versions},
   }
+
+
+def commit() -> str:
+  """Returns the commit of this checkout; 'unknown' where there is no git, or no repository."""
+  try:
+    found = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
+  except OSError:
+    return 'unknown'
+  return found.stdout.strip() or 'unknown'
 
 
 def device_name() -> str:
@@ -141,7 +149,7 @@ class Step:
     from mmjax.training.setup import compile_step
 
     dtype, place = self.jnp.dtype(config.train.dtype), jax.devices()[0].platform
-    self.attention = attention_backend(config.runtime.attention, dtype, place, self.mesh.size)
+    self.attention = attention_backend(config.runtime.attention, dtype, place, self.mesh.size, config.model.head_dim)
     settings = {'attention': self.attention, 'pad_id': PAD_ID, 'total_steps': TOTAL_STEPS}
     return compile_step(config, self.mesh, self.optimizer, self.state, **settings)
 

@@ -1,14 +1,15 @@
 """Measures generation:   python benchmarks/decode.py --config configs/exp_1_4_2.py [--new_tokens 512] [--against torch]
 
 Greedy, batch 1. Prints table rows: tokens/s of the cached decoder and, with --against torch, of the PyTorch port, which
-like the code it ports runs the whole sequence for every token; both have the same weights and make the same tokens,
-which is checked. Then the time to the first token beside one forward pass over the same prompt. Compilation is not
+like the code it ports runs the whole sequence for every token; both have the same weights, and how many of their tokens
+are equal is told. Then the time to the first token beside one forward pass over the same prompt. Compilation is not
 counted; it is shown.
 """
 
 import argparse
 import os
 import time
+from functools import partial
 from typing import Any
 
 import common
@@ -22,6 +23,7 @@ from mmjax.inference.generate import Decoder
 from mmjax.inference.settings import Sampling
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import Params, build_model, count_params, model_graph
+from mmjax.training.backend import compiler_options
 
 NO_EOS = -1  # so that every run makes all its tokens
 PROMPT_TOKENS = 16
@@ -105,9 +107,9 @@ def measure_first_token(
 ) -> list[dict[str, Any]]:
   """Times the first token, and beside it one forward pass that computes the last position's logits."""
   graphdef, dtype = model_graph(config), jnp.dtype(arguments.dtype)
-  backend = attention_backend('auto', dtype, jax.default_backend(), 1)
+  backend = attention_backend('auto', dtype, jax.default_backend(), 1, config.model.head_dim)
 
-  @jax.jit
+  @partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
   def forward(params: Params, tokens_BT: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, params)
     return model.logits(model(tokens_BT, dtype=dtype, attention=backend).hidden_BTD[:, -1]).argmax(-1)

@@ -38,16 +38,7 @@ DATA=$(realpath "$1") WORK=$(realpath "$2") RESULTS=$(realpath "$3") EARLIER=${4
 cd "$ROOT" || exit 2
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} JAX_COMPILATION_CACHE_DIR=$WORK/cache
 
-# Name of the package, where it is not that of the module.
-"$PYTHON" - <<'CODE' || exit 2
-import importlib.util, sys
-needed = {'jax': 'jax', 'flax': 'flax', 'optax': 'optax', 'orbax': 'orbax-checkpoint', 'grain': 'grain', 'numpy': 'numpy',
-  'ml_collections': 'ml_collections', 'sentencepiece': 'sentencepiece', 'tensorboardX': 'tensorboardX', 'rich': 'rich',
-  'matplotlib': 'matplotlib', 'safetensors': 'safetensors'}
-missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-if missing:
-  sys.exit(f'{sys.executable} lacks {", ".join(missing)}: install them or put them on PYTHONPATH.')
-CODE
+"$PYTHON" benchmarks/dependencies.py || exit 2
 
 "$PYTHON" - "$DATA" "$WORK" "$EARLIER" <<'CODE' || exit 2
 import sys, tarfile

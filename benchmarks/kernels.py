@@ -9,6 +9,7 @@ installed (on a GPU, if it sees one). Runs on whatever device JAX sees.
 import argparse
 import functools
 import importlib.util
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ from jax import Array
 from mmjax.config import load_config
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
 from mmjax.model.sublayers import SUBLAYERS
+from mmjax.training.backend import compiler_options
 
 T, D, V, N, K, H = 512, 512, 6400, 32, 8, 16  # as in the axis legend
 M, P, R, C = 65536, 128, 8, 256
@@ -72,16 +74,24 @@ def measure(case: Case, repeats: int, calls: int) -> list[dict[str, Any]]:
   """Times the variants of a case in turns; prints and returns one line for each."""
   functions = {(name, i): function for name, pair in case.variants.items() for i, function in enumerate(pair)}
   for function in functions.values():  # compiles, and settles allocators
-    jax.block_until_ready((function(), function()))
+    wait_for((function(), function()))
   times_ms = {key: [] for key in functions}
   for _ in range(repeats):
     for key, function in functions.items():
       start = time.perf_counter()
       out = [function() for _ in range(calls)]
-      jax.block_until_ready(out)
+      wait_for(out)
       times_ms[key].append(1e3 * (time.perf_counter() - start) / calls)
   reference_ms = np.median(times_ms['reference', 1]) if 'reference' in case.variants else None
   return [_line(case, name, times_ms[name, 0], times_ms[name, 1], reference_ms) for name in case.variants]
+
+
+def wait_for(out: Any) -> None:
+  """Waits until arrays of JAX, or all that torch has begun on a GPU, are computed."""
+  jax.block_until_ready(out)
+  torch = sys.modules.get('torch')
+  if torch and torch.cuda.is_available():
+    torch.cuda.synchronize()
 
 
 def _line(
@@ -110,7 +120,10 @@ def _compile(function: Callable, differentiated: tuple[Array, ...], *rest: Array
     out, pullback = jax.vjp(lambda *first: function(*first, *rest), *first)
     return out, pullback(jax.tree.map(jnp.ones_like, out))
 
-  return tuple(functools.partial(jax.jit(f), *differentiated, *rest) for f in (function, both))
+  options = compiler_options(load_config(str(common.ROOT / 'configs/exp_1_4_2.py')), jax.default_backend())
+  return tuple(
+    functools.partial(jax.jit(f, compiler_options=options), *differentiated, *rest) for f in (function, both)
+  )
 
 
 def _normal(dtype: str, *shape: int) -> Array:
@@ -125,7 +138,7 @@ def attention_case(B: int, dtype: str, platform: str) -> Case:
   """Every backend that runs here, with segments where it is the fastest, and torch."""
   qkv = _normal(dtype, B, T, N, H), _normal(dtype, B, T, K, H), _normal(dtype, B, T, K, H)
   segment_BT = jnp.cumsum(_integers(100, B, T) == 0, axis=1)  # documents of 100 tokens
-  backend = attention.attention_backend('auto', jnp.dtype(dtype), platform, 1)
+  backend = attention.attention_backend('auto', jnp.dtype(dtype), platform, 1, H)
   variants = {'reference': _compile(attention.causal_attention_reference, qkv, jnp.zeros_like(segment_BT))}
   for name in dict.fromkeys(('xla', backend)):
     variants[name] = _compile(functools.partial(attention.causal_attention, backend=name), qkv)
@@ -149,14 +162,11 @@ def _torch_attention(B: int, dtype: str, platform: str) -> dict[str, tuple[Funct
     repeated = (x.repeat_interleave(N // K, dim=1) for x in (k, v))
     return torch.nn.functional.scaled_dot_product_attention(q, *repeated, is_causal=True)
 
-  def synchronized(run: Function) -> Function:
-    return run if platform == 'cpu' else lambda: (run(), torch.cuda.synchronize())[0]
-
   def forward_only() -> Any:
     with torch.no_grad():
       return forward()
 
-  return {'torch': (synchronized(forward_only), synchronized(lambda: torch.autograd.grad(forward(), (q, k, v), ones)))}
+  return {'torch': (forward_only, lambda: torch.autograd.grad(forward(), (q, k, v), ones))}
 
 
 def product_key_case(B: int, dtype: str, platform: str) -> Case:
@@ -227,8 +237,9 @@ def sublayer_case(B: int, dtype: str, platform: str) -> Case:
     config = load_config(str(common.ROOT / f'configs/{file}.py'))
     graphdef, params = nnx.split(SUBLAYERS[config.model.sublayer](config.model, config.memory, rngs=nnx.Rngs(0)))
 
-    def run(params: Any, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array, graphdef: Any = graphdef) -> Array:
-      return nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype)).delta_BTD
+    def run(params: Any, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array, graphdef: Any = graphdef) -> Any:
+      out = nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype))
+      return out.delta_BTD, jnp.asarray(out.aux_loss)
 
     variants[name] = _compile(run, (params, *inputs))
   return Case('sublayer', dtype, f'B={B} T={T} D={D} M={M} P={P}', variants)

@@ -12,6 +12,7 @@ in it. On a CPU make the model smaller with `--config.model.dim=256` and the lik
 """
 
 import dataclasses
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -47,8 +48,9 @@ def main() -> None:
     lines.append(measure(base, point_config, arguments.repeats))
     show = common.print_row if len(lines) > 1 else lambda first: common.print_table([first])
     show(row(lines[-1]))
-  found = common.environment(common.device_name(), common.thread_count())
-  common.write_json(arguments.json, found | {'config': base_config.to_dict(), 'points': lines})
+    found = common.environment(common.device_name(), common.thread_count())
+    common.write_json(arguments.json, found | {'config': base_config.to_dict(), 'points': lines})
+    gc.collect()  # a state of the size before may still be held by a cycle
 
 
 def with_model(config: Config, **fields: int) -> Config:

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# All benchmarks that concern a GPU, in less than 9 minutes:   benchmarks/run_gpu.sh [--quick] [--force] [OUT]
+# All benchmarks that concern a GPU, in less than 9 minutes a call:   benchmarks/run_gpu.sh [--quick] [--force] [OUT]
 #
-# From a bare checkout: nothing of mmjax needs to be installed, its dependencies do (PYTHON=... chooses the interpreter).
-# torch joins where it is installed. OUT (default out/gpu) gets a .md and a .json for each part, logs of what failed, and
-# summary.md. Each part has a time limit, and all together have one: a second run skips the parts that are done, does
-# those that failed or had no time left, and finds compiled programs in OUT/cache. --force does all parts again.
+# From a bare checkout: nothing of mmjax needs to be installed, its dependencies do (PYTHON=... chooses the interpreter,
+# COMMIT=... names the checkout where there is no git). torch and pytest join where they are installed. OUT (default
+# out/gpu) gets a .md and a .json for each part, logs of what failed, and summary.md. Each part has a time limit, and all
+# together have one: a second run skips the parts that are done, does those that failed or had no time left, and finds
+# compiled programs in CACHE (default OUT/cache). --force does all parts again.
 # --quick runs tiny sizes on any device: a test of this script, not a measurement.
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -23,14 +24,15 @@ mkdir -p "$OUT" || exit 2
 OUT=$(cd "$OUT" && pwd)
 cd "$ROOT" || exit 2
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
-export JAX_COMPILATION_CACHE_DIR=$OUT/cache XLA_PYTHON_CLIENT_PREALLOCATE=false
+export JAX_COMPILATION_CACHE_DIR=${CACHE:-$OUT/cache} XLA_PYTHON_CLIENT_PREALLOCATE=false
+"$PYTHON" benchmarks/dependencies.py || exit 2
 
 SIZES=() TURNS=(--repeats 5 --updates 3)
-KERNELS=() DECODE=(--new_tokens 512 --dtype bfloat16) ROWS=65536,262144,1048576,4194304 SELECTED=1,16,32,64 BATCHES=(64 256)
+KERNELS=() SUBLAYER=(--only sublayer) DECODE=(--new_tokens 512 --dtype bfloat16) ROWS=65536,1048576,4194304 SELECTED=1,64 BATCHES=(64 256)
 if ((QUICK)); then
   SIZES=(--config.model.dim=32 --config.model.n_layers=1 --config.model.n_heads=4 --config.model.n_kv_heads=2
     --config.model.max_seq_len=32 --config.model.knowledge_dim=16)
-  TURNS=(--repeats 1 --matmul_size 128) KERNELS=(--batch 1 --repeats 1 --only projection) BATCHES=(2 4)
+  TURNS=(--repeats 1 --matmul_size 128) KERNELS=(--batch 1 --repeats 1 --only projection) SUBLAYER=() BATCHES=(2 4)
   DECODE=(--new_tokens 4 --repeats 1) ROWS=4096,16384 SELECTED=2
 fi
 AGAINST=() COMPILED=()
@@ -76,14 +78,23 @@ throughput() { # name, limit in seconds, batch size, more arguments
 
 FAILED=0
 ENVIRONMENT=()
-throughput throughput_1_4_2 220 "${BATCHES[0]}" --config configs/exp_1_4_2.py "${AGAINST[@]}" "${COMPILED[@]}"
+# What has a target comes first.
+throughput throughput_1_4_2 220 "${BATCHES[0]}" --config configs/exp_1_4_2.py --one_program "${AGAINST[@]}" \
+  "${COMPILED[@]}"
+throughput throughput_1_4_0 120 "${BATCHES[0]}" --config configs/exp_1_4_0.py --one_program "${AGAINST[@]}"
 throughput remat_1_4_2 90 "${BATCHES[0]}" --config configs/exp_1_4_2.py --one_program --config.runtime.remat=block
 ENVIRONMENT=(XLA_PYTHON_CLIENT_MEM_FRACTION="$LIMIT_24GB")
-throughput limit_24gb_1_4_2 90 "${BATCHES[1]}" --config configs/exp_1_4_2.py --one_program
+throughput limit_24gb_1_4_2 90 "${BATCHES[1]}" --config configs/exp_1_4_2.py --one_program --config.runtime.remat=block
 ENVIRONMENT=()
+throughput triton_1_4_2 90 "${BATCHES[0]}" --config configs/exp_1_4_2.py
+part sublayer 90 "$PYTHON" benchmarks/kernels.py --json "$OUT/sublayer.json" "${KERNELS[@]}" "${SUBLAYER[@]}"
+# As a scan over layers, which compiles once instead of eight times.
 part memory_scaling 150 "$PYTHON" benchmarks/memory_scaling.py --rows "$ROWS" --selected "$SELECTED" \
-  --repeats "${TURNS[1]}" --json "$OUT/memory_scaling.json" --config.train.batch_size="${BATCHES[0]}" "${SIZES[@]}"
-throughput throughput_1_4_0 120 "${BATCHES[0]}" --config configs/exp_1_4_0.py --one_program "${AGAINST[@]}"
+  --repeats "${TURNS[1]}" --json "$OUT/memory_scaling.json" --config.train.batch_size="${BATCHES[0]}" \
+  --config.runtime.scan_layers=True "${SIZES[@]}"
+if "$PYTHON" -c 'import pytest' 2>/dev/null && "$PYTHON" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then
+  part tests 120 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
+fi
 part kernels 120 "$PYTHON" benchmarks/kernels.py --json "$OUT/kernels.json" "${KERNELS[@]}"
 part decode 90 "$PYTHON" benchmarks/decode.py --json "$OUT/decode.json" "${DECODE[@]}" "${SIZES[@]}"
 part cold_start 120 "$PYTHON" benchmarks/cold_start.py --repeats 1 --json "$OUT/cold_start.json" \

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import Config, load_config
-from mmjax.training.backend import TRITON, is_nvidia
+from mmjax.training.backend import count_triton, is_nvidia
 from mmjax.training.cost import device_peak_flops, flops_per_token
 
 RECORD_POSITIONS = 3.79e9
@@ -104,7 +104,7 @@ def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[dict[str, Upda
     memory, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
     facts[name] = {
       'attention': step.attention,
-      'triton_calls': len(TRITON.findall(compiled.as_text())),
+      'triton_calls': count_triton(compiled.as_text()),
       'analysis_bytes': common.program_bytes(memory),
       'peak_bytes': stats.get('peak_bytes_in_use') if variant is config else None,  # of all programs after the first
     }
@@ -121,9 +121,16 @@ def torch_sides(config: Config, compiled_too: bool) -> tuple[dict[str, Update], 
     if torch.cuda.is_available():
       torch.cuda.reset_peak_memory_stats()
       held = torch.cuda.memory_allocated()
-    updates[name] = torch_update(config, compile_model=name == 'torch.compile')
-    for _ in range(2):
-      updates[name]()
+    update = torch_update(config, compile_model=name == 'torch.compile')
+    try:
+      for _ in range(2):
+        update()
+    except Exception as error:  # noqa: BLE001 - torch.compile wants a C compiler and more; the rest is worth measuring
+      if name == 'torch':
+        raise
+      print(f'torch.compile failed, and is left out: {type(error).__name__}: {str(error).splitlines()[0]}\n')
+      continue
+    updates[name] = update
     memory[name] = torch.cuda.max_memory_allocated() - held if torch.cuda.is_available() else None
   return updates, memory
 

@@ -95,7 +95,7 @@ def get_config() -> ConfigDict:
   runtime.attention = 'auto'  # 'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU
   runtime.remat = 'none'  # 'block' recomputes each block in the backward pass: less memory, more time
   runtime.scan_layers = False  # True compiles layers of one kind once, as a scan: no faster on a CPU, not even to start
-  runtime.triton_gemm = False  # True lets XLA use its Triton kernels for matrix products on NVIDIA; False: cuBLAS
+  runtime.triton_gemm = False  # True lets XLA use its Triton kernels on NVIDIA; False: cuBLAS and XLA's own fusions
   runtime.coordinator = ''  # of several processes: host:port of the first; 'auto': as JAX detects; '': one process
   runtime.num_processes = 1  # processes of the run, where runtime.coordinator is a host:port
   runtime.process_id = 0  # number of this process, from 0

@@ -163,20 +163,25 @@ def test_cached_attention_equals_the_last_position_of_a_row():
 
 
 def test_auto_picks_by_platform_dtype_and_devices():
-  assert attention_backend('auto', jnp.float32, 'cpu', 1) == 'xla_blocked'
-  assert attention_backend('auto', jnp.bfloat16, 'cpu', 8) == 'xla'
-  assert attention_backend('auto', jnp.bfloat16, 'gpu', 8) == 'cudnn'
-  assert attention_backend('auto', jnp.float32, 'gpu', 1) == 'xla'
-  assert attention_backend('xla', jnp.float32, 'cpu', 1) == 'xla'
+  assert attention_backend('auto', jnp.float32, 'cpu', 1, 16) == 'xla_blocked'
+  assert attention_backend('auto', jnp.bfloat16, 'cpu', 8, 16) == 'xla'
+  assert attention_backend('auto', jnp.bfloat16, 'gpu', 8, 16) == 'cudnn'
+  assert attention_backend('auto', jnp.bfloat16, 'gpu', 1, 20) == 'xla'
+  assert attention_backend('auto', jnp.bfloat16, 'gpu', 1, 256) == 'xla'
+  assert attention_backend('auto', jnp.float32, 'gpu', 1, 16) == 'xla'
+  assert attention_backend('xla', jnp.float32, 'cpu', 1, 16) == 'xla'
 
 
 @pytest.mark.parametrize(
-  'name, dtype, platform, n_devices',
-  [('cudnn', jnp.bfloat16, 'cpu', 1), ('cudnn', jnp.float32, 'gpu', 1), ('xla_blocked', jnp.float32, 'cpu', 2)],
-)
-def test_backend_that_cannot_run_is_refused(name, dtype, platform, n_devices):
+  'name, dtype, platform, n_devices, head_dim',
+  [
+    ('cudnn', jnp.bfloat16, 'cpu', 1, 16), ('cudnn', jnp.float32, 'gpu', 1, 16), ('cudnn', jnp.bfloat16, 'gpu', 1, 20),
+    ('xla_blocked', jnp.float32, 'cpu', 2, 16),
+  ],
+)  # fmt: skip
+def test_backend_that_cannot_run_is_refused(name, dtype, platform, n_devices, head_dim):
   with pytest.raises(UserError, match=name):
-    attention_backend(name, dtype, platform, n_devices)
+    attention_backend(name, dtype, platform, n_devices, head_dim)
 
 
 def test_unknown_backend_is_refused():

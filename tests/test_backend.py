@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training import loop
-from mmjax.training.backend import TRITON, compiler_options, slow_scatter_warning
+from mmjax.training.backend import TRITON, compiler_options, count_triton, slow_scatter_warning
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step
 from tests.helpers import random_batch, rarely, tiny_config
@@ -54,12 +54,18 @@ def test_triton_call_is_found(line):
   assert TRITON.search(line)
 
 
+def test_calls_of_triton_are_counted_by_lines():
+  fusion = 'fusion(%p), calls=%triton_softmax, backend_config={"kind":"__triton"}'
+  assert count_triton(f'HloModule step\n  %f = f32[8] {fusion}\n  %g = f32[8] add(%f, %f)\n  %h = {fusion}') == 2
+
+
 @pytest.mark.parametrize('platform', ['gpu', 'cuda'])
 @pytest.mark.parametrize('wanted', [True, False])
 def test_triton_gemm_sets_the_compiler_option_on_nvidia(platform, wanted):
   config = tiny_config(runtime__triton_gemm=wanted)
   options = compiler_options(config, platform)
-  assert options == {'xla_gpu_enable_triton_gemm': wanted}
+  assert options['xla_gpu_enable_triton_gemm'] == wanted
+  assert ('triton' in options.get('xla_disable_hlo_passes', '')) != wanted
   # XLA refuses names that it does not know, on every platform.
   jax.jit(lambda x: x + 1).lower(1).compile(options)
 

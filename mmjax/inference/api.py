@@ -20,6 +20,7 @@ from mmjax.inference.generate import Decoder, padded_length
 from mmjax.inference.settings import Sampling, make_sampling
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import Params, abstract_params, model_graph
+from mmjax.training.backend import compiler_options
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.run_json import read_json
 from mmjax.training.rundir import RunDir, open_run
@@ -41,8 +42,9 @@ class LanguageModel:
     """Joins the parts; `load` reads them from a run directory."""
     self.config, self.tokenizer, self.params, self.step = config, tokenizer, params, step
     self._decoder = Decoder(config, params, eos_id=tokenizer.eos_id, dtype=dtype)
-    attention = attention_backend('auto', jnp.dtype(dtype), jax.default_backend(), 1)
-    self._logits = jax.jit(partial(_logits, model_graph(config), dtype, attention))
+    attention = attention_backend('auto', jnp.dtype(dtype), jax.default_backend(), 1, config.model.head_dim)
+    options = compiler_options(config, jax.default_backend())
+    self._logits = jax.jit(partial(_logits, model_graph(config), dtype, attention), compiler_options=options)
 
   def logits(self, tokens_BT: ArrayLike) -> Array:
     """Predicts the token after each position.

@@ -22,6 +22,7 @@ from mmjax.inference.settings import Sampling
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.layers import LayerCache
 from mmjax.model.lm import Params, init_cache, model_graph
+from mmjax.training.backend import compiler_options
 
 BLOCK_STEPS = 16  # tokens between two looks of the host: smooth to read, and the call costs 1/16 of its time a token
 MOST_ROWS = 32  # continued at the same time; more prompts wait, so that the caches stay small
@@ -43,7 +44,7 @@ class Decoder:
   """Continues prompts with one model; keeps the compiled functions between calls."""
 
   def __init__(self, config: Config, params: Params, *, eos_id: int, dtype: DTypeLike = jnp.float32):
-    """Takes a model; nothing is compiled before the first prompt.
+    """Takes a model; its functions are compiled when the first prompt comes.
 
     Args:
       config: of the run that made the parameters.
@@ -53,15 +54,16 @@ class Decoder:
     """
     self._params, self._eos_id, self._vocab_size = params, eos_id, config.model.vocab_size
     graphdef = model_graph(config)
-    attention = attention_backend('auto', jnp.dtype(dtype), jax.default_backend(), 1)
+    attention = attention_backend('auto', jnp.dtype(dtype), jax.default_backend(), 1, config.model.head_dim)
     modes = ('greedy', 'seed_sampling')
-    self._prefill = jax.jit(
+    compiled = partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
+    self._prefill = compiled(
       partial(_prefill, graphdef, config.model, dtype, attention, eos_id), static_argnames=('length', *modes)
     )
     # A CPU reads (out, in) matrices faster where a product has a single row: 1.16 times the tokens/s of 1.4.2.
     transposed = jax.default_backend() == 'cpu'
-    self._decode_params = jax.jit(_transpose_kernels)(params) if transposed else params
-    self._decode = jax.jit(
+    self._decode_params = _transpose_kernels(params) if transposed else params
+    self._decode = compiled(
       partial(_decode, graphdef, dtype, eos_id, transposed), static_argnames=modes, donate_argnames='state'
     )
 

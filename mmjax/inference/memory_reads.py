@@ -27,6 +27,7 @@ from mmjax.inference.generate import padded_length
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import LM, Output, Params, memory_layers, model_graph
 from mmjax.model.sublayers import SUBLAYERS, row_weights
+from mmjax.training.backend import compiler_options
 
 MOST_TOKENS = 4096  # of a text
 ROWS = 8  # of a corpus, read at a time
@@ -53,11 +54,12 @@ class MemoryReader:
     if not self.layers:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
     self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
-    attention = attention_backend('auto', jnp.dtype(jnp.float32), jax.default_backend(), 1)
+    attention = attention_backend('auto', jnp.dtype(jnp.float32), jax.default_backend(), 1, config.model.head_dim)
     forward = partial(_forward, model_graph(config), attention)
-    self._reads = jax.jit(partial(_reads, forward, config))
-    self._strength = jax.jit(partial(_strength, forward, config, self.scores_weigh))
-    self._log_probs = jax.jit(partial(_log_probs, forward))
+    compiled = partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
+    self._reads = compiled(partial(_reads, forward, config))
+    self._strength = compiled(partial(_strength, forward, config, self.scores_weigh))
+    self._log_probs = compiled(partial(_log_probs, forward))
 
   def chosen_layers(self, layer: int | None) -> list[int]:
     """Returns that layer, or all that have a memory for None.

@@ -1,11 +1,14 @@
 """What depends on the maker of the device: compiler options and known faults of its compiler.
 
-Without Triton is a promise of this package, and XLA has a Triton of its own for matrix products on NVIDIA: it is off
-unless `runtime.triton_gemm` asks for it. `TRITON` finds what is left of it, or of Pallas, in a lowered or compiled
-module.
+Without Triton is a promise of this package, and XLA has a Triton of its own for matrix products and normalisations on
+NVIDIA: it is off unless `runtime.triton_gemm` asks for it. `TRITON` finds what is left of it, or of Pallas, in a
+lowered or compiled module.
 """
 
 import re
+from pathlib import Path
+
+import jax
 
 from mmjax.config import Config
 
@@ -19,9 +22,24 @@ def is_nvidia(platform: str) -> bool:
   return platform in ('gpu', 'cuda')
 
 
-def compiler_options(config: Config, platform: str) -> dict[str, bool]:
-  """Returns XLA's options for a step on this platform, as `jax.jit` and `compile` take them."""
-  return {'xla_gpu_enable_triton_gemm': config.runtime.triton_gemm} if is_nvidia(platform) else {}
+def compiler_options(config: Config, platform: str) -> dict[str, bool | str]:
+  """Returns XLA's options for this platform, as `jax.jit` and `compile` take them."""
+  if not is_nvidia(platform):
+    return {}
+  if config.runtime.triton_gemm:
+    return {'xla_gpu_enable_triton_gemm': True}
+  return {'xla_gpu_enable_triton_gemm': False, 'xla_disable_hlo_passes': 'triton-softmax-rewriter'}
+
+
+def use_compilation_cache(config: Config) -> None:
+  """Keeps compiled programs in runtime.compilation_cache_dir; to be called before the first is compiled."""
+  if config.runtime.compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(Path(config.runtime.compilation_cache_dir).absolute()))
+
+
+def count_triton(module: str) -> int:
+  """Counts the lines of a compiled module in which Triton, Pallas or Mosaic is called."""
+  return sum(bool(TRITON.search(line)) for line in module.splitlines())
 
 
 def slow_scatter_warning(platform: str, jaxlib_version: str) -> str | None:

@@ -20,7 +20,7 @@ from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
 from mmjax.errors import DivergedError, StoppedError, StorageError
 from mmjax.model.lm import abstract_params, memory_layers
-from mmjax.training.backend import slow_scatter_warning
+from mmjax.training.backend import slow_scatter_warning, use_compilation_cache
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
@@ -70,6 +70,7 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> 
 
 
 def _fit(config: Config, workdir: Path, allow_config_change: bool) -> None:
+  use_compilation_cache(config)
   run = RunDir(workdir)
   config = settle_config(run, config, allow_config_change)
   mesh = make_mesh(config)

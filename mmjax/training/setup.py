@@ -156,10 +156,8 @@ def compile_program(config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, 
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
-  if config.runtime.compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(Path(config.runtime.compilation_cache_dir).absolute()))
   attention = attention_backend(
-    config.runtime.attention, jnp.dtype(config.train.dtype), jax.devices()[0].platform, mesh.size
+    config.runtime.attention, jnp.dtype(config.train.dtype), jax.devices()[0].platform, mesh.size, config.model.head_dim
   )
   pad_id = inputs.tokenizer.pad_id
   compiled = compile_step(
