@@ -121,6 +121,12 @@ def test_dense_run_has_no_bank(tmp_path):
   assert not list((run / 'plots').glob('bank_*'))
 
 
+def test_revived_rows_and_sub_keys_are_summed(tmp_path):
+  records = [train_line(2, revived_rows=1000, revived_keys=3), train_line(4, revived_rows=500, revived_keys=0)]
+  text = write_report(make_run(tmp_path / 'run', [*records, eval_line(4, 3.0)])).read_text()
+  assert 'nobody read them: 1,500 rows and 3 sub-keys' in text
+
+
 def test_probes_of_the_memory_are_shown(tmp_path):
   run = make_run(tmp_path / 'run', [probed(train_line(2)), probed(eval_line(2, 3.0))])
   text = write_report(run).read_text().partition('## Bank health')[2].partition('## Evaluation')[0]

@@ -52,6 +52,7 @@ class Decoder:
       eos_id: the token that ends a row.
       dtype: of the matrix products. float32 is also the fastest on a CPU; on a GPU bfloat16 is.
     """
+    params = jax.tree.map(jnp.asarray, params)  # once: arrays of NumPy would be copied at every call
     self._params, self._eos_id, self._vocab_size = params, eos_id, config.model.vocab_size
     graphdef = model_graph(config)
     attention = attention_backend('auto', jnp.dtype(dtype), jax.default_backend(), 1, config.model.head_dim)

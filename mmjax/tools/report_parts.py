@@ -131,7 +131,12 @@ def bank_health(records: Sequence[dict]) -> str:
   for title, header, rows in memory_tables(bank, probes):
     text += f'\n{title}:\n\n' + table(header, rows)
   sentence = update_ratio_sentence(probes)
-  return text + (f'\n{sentence}\n' if sentence else '')
+  text += f'\n{sentence}\n' if sentence else ''
+  revived = [r for r in _of_kind(records, 'train') if 'revived_rows' in r]
+  if revived:
+    rows, keys = (sum(r.get(name, 0) for r in revived) for name in ('revived_rows', 'revived_keys'))
+    text += f'\nStarted again because nobody read them: {number(rows)} rows and {number(keys)} sub-keys in all.\n'
+  return text
 
 
 def evaluation(found: Mapping | None, workdir: str | Path) -> str:
