@@ -56,7 +56,8 @@ def test_evaluation_equals_float64_over_all_tokens(sublayer):
   logits = np.asarray(model.logits(out.hidden_BTD), np.float64)
   log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   real = rows['target'] != PAD
-  nll = -np.take_along_axis(log_probability, rows['target'][..., None], -1)[..., 0][real].sum()
+  nll_BT = -np.take_along_axis(log_probability, rows['target'][..., None], -1)[..., 0]
+  nll = nll_BT[real].sum()
   assert result.tokens == real.sum() == 10 * T - 4 * (T // 2)
   assert result.loss == pytest.approx(nll / real.sum(), rel=1e-5)
   assert result.perplexity == pytest.approx(math.exp(nll / real.sum()), rel=1e-4)
@@ -64,7 +65,10 @@ def test_evaluation_equals_float64_over_all_tokens(sublayer):
   assert result.bits_per_byte == pytest.approx(nll / math.log(2) / result.text_bytes, rel=1e-5)
   assert result.accuracy == pytest.approx((logits.argmax(-1) == rows['target'])[real].mean())
   if sublayer == 'dense':
-    assert (result.bank, result.probes) == ([], {})
+    probed = real & (np.arange(10)[:, None] < 4 * PLAN.batches)
+    assert result.bank == [] and set(result.probes) == {'positions', 'loss'}
+    assert result.probes['positions'] == probed.sum()
+    assert result.probes['loss'] == pytest.approx(nll_BT[probed].mean(), rel=1e-5)
     return
   for layer, health in enumerate(result.bank):
     counts = np.bincount(np.asarray(out.row_LBTR[layer])[real].ravel(), minlength=config.model.knowledge_num)

@@ -58,7 +58,7 @@ def update_ratio_sentence(probes: Mapping[str, Any]) -> str:
   ratio = probes.get('row_update_ratio')
   if ratio is None:
     return ''
-  return f'The updates reported last before it moved the rows that they read by {ratio:.1e} of their norm, on average.'
+  return f'The last update before it moved the rows that it read by {ratio:.1e} of their norm, at its learning rate.'
 
 
 def _difference(probes: Mapping[str, Any], name: str) -> str:

@@ -122,7 +122,6 @@ class Trainer:
     self.tokens, self.seconds = counters['tokens'], counters['seconds']
     self.memory_layers = memory_layers(abstract_params(config))
     self.window = Window()
-    self.reported: list[dict[str, jax.Array]] = []  # metrics of the steps of the last report
     self.failed_saves = 0
     self.flops_per_token = flops_per_token(config)['total']
     peak = device_peak_flops(jax.devices()[0].device_kind, config.train.dtype)
@@ -155,7 +154,7 @@ class Trainer:
         if saves:
           self.check(*unchecked, state)
           unchecked = None
-          metric = self.evaluate(step, state).loss if evaluates else None
+          metric = self.evaluate(step, state, metrics).loss if evaluates else None
           self.save(step, state, metric, final=stopping or step == total)
         if stopping:
           raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')
@@ -210,15 +209,15 @@ class Trainer:
     line = add_norms(line, self.window.steps)
     self.log.write(line)
     self.progress.update(line)
-    self.reported, self.window = self.window.steps, Window()
+    self.window = Window()
 
-  def evaluate(self, step: int, state: TrainState) -> EvalResult:
-    """Evaluates on the whole validation set; norms of training steps are those of the last report."""
+  def evaluate(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> EvalResult:
+    """Evaluates on the whole validation set; `metrics` are those of the step before."""
     with self.window.pause(), explain_out_of_memory(self.config):
       batches = eval_batches(self.inputs.valid, self.config.train.batch_size)
       sizes, plan = self.inputs.tokenizer.bytes_per_token(), plan_probe(self.config, self.inputs.valid)
       result = evaluate(self.program.evaluate, state['params'], batches, sizes, plan)
-    self.log.write(add_norms({'kind': 'eval', 'step': step, **result.to_dict()}, self.reported))
+    self.log.write(add_norms({'kind': 'eval', 'step': step, **result.to_dict()}, [metrics]))
     self.progress.message(
       f'Step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, '
       f'{result.bits_per_byte:.4f} bits per byte, accuracy {result.accuracy:.2%}'
