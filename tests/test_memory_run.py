@@ -53,7 +53,7 @@ def test_metrics_name_the_layers_that_have_a_memory(run):
     assert all(0 < health['used_share'] <= 1 for health in record['bank'])
     assert np.isfinite(record['loss'])
     assert all(health['gate_grad_norm'] > 0 and health['key_grad_norm'] > 0 for health in record['bank'])
-    assert 0 < record['probes']['row_update_ratio'] < 1
+    assert 0 < record['probes']['row_update_ratio'] < 2  # the bank learns 16 times as fast as the rest
   trained = [record for record in records if record['kind'] == 'train']
   assert all(record['aux_loss'] > 0 for record in trained)
   [probes] = [record['probes'] for record in records if record['kind'] == 'eval']
