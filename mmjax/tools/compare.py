@@ -31,6 +31,7 @@ from mmjax.tools.compare_runs import (
   read_run,
   summary,
 )
+from mmjax.tools.memory_tables import probe_difference
 from mmjax.tools.report_parts import number, table
 from mmjax.training.run_json import atomic_write_json, atomic_write_text
 
@@ -57,9 +58,9 @@ BANK: dict[str, Callable[[Summary], str]] = {
   'rows used': lambda s: _by_layer(s['bank'], 'used_share', '.1%'),
   'effective rows': lambda s: _by_layer(s['bank'], 'effective_rows', ',.0f'),
   'hottest row': lambda s: _by_layer(s['bank'], 'hottest_share', '.2%'),
-  'bank zeroed': lambda s: _probe(s['probes'], 'loss_zeroed'),
+  'bank zeroed': lambda s: probe_difference(s['probes'], 'loss_zeroed'),
   'bank zeroed, over {}': lambda s: _signed(s['zeroed_over_first']),
-  'rows shuffled': lambda s: _probe(s['probes'], 'loss_shuffled'),
+  'rows shuffled': lambda s: probe_difference(s['probes'], 'loss_shuffled'),
 }
 
 
@@ -212,10 +213,6 @@ def _taken(found: dict[str, Any] | None) -> str:
     return f'paired, {d.n} seeds' if d.n > 1 else 'paired, 1 seed: no standard error'
   text = f'Welch, {d.n} and {d.n_first} runs'
   return text if d.standard_error is not None else f'unpaired, {d.n} and {d.n_first} runs: no standard error'
-
-
-def _probe(probes: dict[str, float | None], name: str) -> str:
-  return '-' if None in (probes.get(name), probes.get('loss')) else f'{probes[name] - probes["loss"]:+.4f}'
 
 
 def _signed(value: float | None) -> str:

@@ -47,7 +47,10 @@ def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) 
     for title, columns in (('What each layer reads of the bank', READS), ('What its rows stand for', MEANING))
   ]
   if 'positions' in probes:
-    rows = [(what, _text(probes[name], '.4f'), _difference(probes, name)) for name, what in BANKS.items()]
+    rows = [
+      (what, _text(probes[name], '.4f'), '-' if name == 'loss' else probe_difference(probes, name))
+      for name, what in BANKS.items()
+    ]
     title = f'Loss on the first {probes["positions"]:,} positions with the bank changed'
     tables.append(TextTable(title, ('bank', 'nats a token', 'difference'), rows))
   return tables
@@ -61,9 +64,9 @@ def update_ratio_sentence(probes: Mapping[str, Any]) -> str:
   return f'The last update before it moved the rows that it read by {ratio:.1e} of their norm, at its learning rate.'
 
 
-def _difference(probes: Mapping[str, Any], name: str) -> str:
-  known = probes[name] is not None and probes['loss'] is not None and name != 'loss'
-  return f'{probes[name] - probes["loss"]:+.4f}' if known else '-'
+def probe_difference(probes: Mapping[str, Any], name: str) -> str:
+  """Writes how far a probe's loss is above that with the bank as it is; '-' where one of them is not known."""
+  return '-' if None in (probes.get(name), probes.get('loss')) else f'{probes[name] - probes["loss"]:+.4f}'
 
 
 def _text(value: float | None, spec: str) -> str:
