@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
   model.sublayer = 'gated_fusion'  # what follows attention: also 'dense', 'cross_attention', 'memory_bag', 'moe'
   model.hidden_dim = 0  # F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)
   model.knowledge_num = 65536  # M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half
-  model.knowledge_dim = 128  # P: width of a row and of the gate's query; even
+  model.knowledge_dim = 128  # P: width of a row; even
   model.num_selected = 8  # rows retrieved for each token, layer and head of the memory
   model.n_experts = 4  # E: routed experts of the 'moe' sublayer
   model.experts_per_token = 2  # routed experts that a token uses; a shared one comes on top
@@ -39,7 +39,9 @@ def get_config() -> ConfigDict:
   memory.scores = 'none'  # 'scale': each row times its weight, so that the gate learns; 'memory_bag' always weighs
   memory.score_activation = 'softmax'  # scores to weights, within a head's rows: also 'relu', 'none' (as they are)
   memory.query_key_norm = 'none'  # of each half of a query and of each sub-key: 'l2' with a learned scale, 'layer_norm'
-  memory.keys_init = 'normal'  # sub-keys start N(0, 1); 'uniform': U(-1, 1) / sqrt(knowledge_dim / 2)
+  memory.key_dim = 0  # width of a query, two sub-keys wide; even; 0: that of a row
+  memory.keys_init = 'normal'  # sub-keys start N(0, 1); 'uniform': U(-1, 1) / sqrt(their width)
+  memory.bag_gate = True  # 'memory_bag' times silu(m W1), element by element; False: the sums alone are projected
   memory.ffn_dim = 0  # F of a dense sublayer that stands beside each memory; 0: none
   memory.balance_loss_weight = 0.0  # of a loss against uneven use of the sub-keys; 0: none
   memory.selection_bias = False  # True: a bias on sub-scores, for the choice alone, learns to even out their use

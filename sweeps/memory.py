@@ -88,6 +88,8 @@ BAG = INPUT_AND_BANK | {
 }
 BALANCED = BAG | {'memory.selection_bias': True}
 EVERYWHERE = BALANCED | {'memory.layers': 'all'}
+FAST_BANK = EVERYWHERE | {'memory.bank_lr_multiplier': 16.0}
+SHORT_KEYS = FAST_BANK | {'memory.key_dim': 'knowledge_dim / 2'}
 MODELS = {
   'g0': {'model.sublayer': 'dense'},
   'g1': FAITHFUL,
@@ -115,10 +117,14 @@ MODELS = {
   'g20': BALANCED | {'model.knowledge_num': 1048576, 'memory.n_heads': 2},
   'g21': FAITHFUL | {'memory.selection_bias': True},
   'g22': BALANCED | {'memory.bank_update': 'lazy'},
-  'g23': EVERYWHERE | {'memory.bank_lr_multiplier': 16.0},
+  'g23': FAST_BANK,
   'g24': EVERYWHERE | {'memory.n_heads': 5},
   'g25': EVERYWHERE | {'memory.bank_lr_multiplier': 64.0},
-  'g26': EVERYWHERE | {'memory.bank_lr_multiplier': 16.0, 'model.knowledge_num': 1048576, 'memory.n_heads': 3},
+  'g26': FAST_BANK | {'model.knowledge_num': 1048576, 'memory.n_heads': 3},
+  # Cheaper memories leave more to the feed-forward layer.
+  'g27': SHORT_KEYS,
+  'g28': SHORT_KEYS | {'memory.bag_gate': False},
+  'g29': FAST_BANK | {'memory.bag_gate': False},
 }
 
 
@@ -174,6 +180,8 @@ def sized(model: dict, settings: dict) -> dict:
   width = settings['model.knowledge_dim'] * (4 if 'model.knowledge_dim' in model else 1)
   if 'model.knowledge_dim' in model:
     model['model.knowledge_dim'] = width
+  if 'memory.key_dim' in model:
+    model['memory.key_dim'] = width // 4 * 2  # half of a row's width, and even
   if 'memory.bank_std' in model:
     model['memory.bank_std'] = width**-0.5
   if 'memory.ffn_dim' in model:

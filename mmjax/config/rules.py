@@ -25,7 +25,7 @@ AT_LEAST = {
   'seed': 0, 'model.vocab_size': 300, 'model.dim': 2, 'model.n_layers': 1, 'model.n_heads': 1, 'model.n_kv_heads': 1,
   'model.max_seq_len': 2, 'model.norm_eps': 0, 'model.rope_theta': 1, 'model.dropout': 0, 'model.hidden_dim': 0,
   'model.knowledge_num': 1, 'model.knowledge_dim': 2, 'model.num_selected': 1, 'model.n_experts': 1,
-  'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.n_heads': 1,
+  'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.n_heads': 1, 'memory.key_dim': 0,
   'memory.ffn_dim': 0, 'memory.balance_loss_weight': 0, 'memory.bank_std': 0, 'memory.bank_lr_multiplier': 0,
   'memory.bank_lr_final_multiplier': 0, 'memory.bank_decay_multiplier': 0, 'memory.bank_grad_clip': 0,
   'memory.revive_after': 0, 'memory.revive_noise': 0,
@@ -68,6 +68,10 @@ def check_config(config: Config) -> None:
     raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
   if config.memory.selection_bias and config.memory.revive_after and config.memory.revive_keys:
     raise UserError('memory.revive_keys=True would copy sub-keys without their bias: memory.selection_bias needs False')
+  if config.memory.key_dim % 2:
+    raise UserError(
+      f'memory.key_dim={config.memory.key_dim} must be even: it is two halves; nearest: {config.memory.key_dim + 1}'
+    )
   if config.memory.n_heads > MAX_MEMORY_HEADS:
     raise UserError(f'memory.n_heads={config.memory.n_heads} must be at most {MAX_MEMORY_HEADS}')
   if config.model.n_layers > MAX_LAYERS:

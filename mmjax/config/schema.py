@@ -57,7 +57,9 @@ class MemoryConfig:
   scores: str
   score_activation: str
   query_key_norm: str
+  key_dim: int
   keys_init: str
+  bag_gate: bool
   ffn_dim: int
   balance_loss_weight: float
   selection_bias: bool
@@ -73,6 +75,10 @@ class MemoryConfig:
   revive_after: int
   revive_noise: float
   revive_keys: bool
+
+  def query_dim(self, model: ModelConfig) -> int:
+    """Returns Q, the width of a query of the gate and of two sub-keys: that of a row where `key_dim` is 0."""
+    return self.key_dim or model.knowledge_dim
 
   def layer_numbers(self, n_layers: int) -> tuple[int, ...]:
     """Returns the layers, numbered from 0, that `layers` means in a model of so many.

@@ -32,8 +32,8 @@ class ProductKeyGate(nnx.Module):
   """Projects its input to a query for each head and finds the rows whose two sub-keys match it best."""
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
-    half, sets = model.knowledge_dim // 2, 2 * memory.n_heads
-    self.query = Linear(model.dim, memory.n_heads * model.knowledge_dim, rngs=rngs)
+    half, sets = memory.query_dim(model) // 2, 2 * memory.n_heads
+    self.query = Linear(model.dim, sets * half, rngs=rngs)
     init = jax.random.normal if memory.keys_init == 'normal' else uniform_init(half)
     self.keys = nnx.Param(init(rngs.params(), (sets, model.n_sub_keys, half)))
     self.norm = QUERY_KEY_NORMS[memory.query_key_norm](sets, half)
@@ -75,7 +75,7 @@ class NoNorm(nnx.Module):
 
 
 class L2Norm(nnx.Module):
-  """Scores are cosines times a learned scale for each set of sub-keys, which starts at sqrt(P / 2)."""
+  """Scores are cosines times a learned scale for each set of sub-keys, which starts at sqrt(p)."""
 
   def __init__(self, sets: int, half: int):
     self.scale = nnx.Param(jnp.full(sets, half**0.5))
@@ -92,7 +92,7 @@ class LayerNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones((sets, half)))  # one for both: a score only sees the product of two gains
 
   def __call__(self, query_BTKp: Array, keys_KCp: Array) -> tuple[Array, Array]:
-    """Returns normed queries, over sqrt(P / 2), and normed sub-keys."""
+    """Returns normed queries, over sqrt(p), and normed sub-keys."""
     return _standard(query_BTKp) * self.scale[...] * keys_KCp.shape[-1] ** -0.5, _standard(keys_KCp)
 
 

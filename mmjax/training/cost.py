@@ -36,14 +36,14 @@ BF16_PEAKS = {
 def flops_per_token(config: Config) -> dict[str, float]:
   """Counts the FLOPs of one training step for each token position of a full row.
 
-  With D, N, K, H, T, V, C, P, F as in the axis legend, h heads of the gate and R = h * num_selected rows in all, for
-  each layer that has the part, and in the forward pass:
+  With D, N, K, H, T, V, C, P, F as in the axis legend, h heads of the gate, queries Q wide and R = h * num_selected
+  rows in all, for each layer that has the part, and in the forward pass:
     attention projections  2 (D NH + 2 D KH + NH D)
     attention              2 * 2 NH (T + 1) / 2: scores and values over the (T + 1) / 2 positions seen on average
-    gate                   2 h (D P + 2 C P/2): the query, and scores against C sub-keys in each half
+    gate                   2 h (D Q + 2 C Q/2): the query, and scores against C sub-keys in each half
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
     cross attention        2 (2 D D + 2 D P + 2 N R P)
-    bag                    2 (2 D h P)
+    bag                    2 (2 D h P), or half of that without its gate
     bag reads              2 R P: the weighted sums
     dense                  2 * 3 D F, also where it stands beside a memory (F = memory.ffn_dim)
     experts                2 (3 D F (chosen + shared) + D E): those a token uses, not all that are computed
@@ -146,7 +146,7 @@ def _memory(config: Config) -> dict[str, int]:
   """What every memory sublayer has: the gate, and perhaps a dense sublayer beside it."""
   model, memory = config.model, config.memory
   frozen = SUBLAYERS[model.sublayer].without_gradient(memory)
-  query_and_scores = model.dim * model.knowledge_dim + model.n_sub_keys * model.knowledge_dim
+  query_and_scores = memory.query_dim(model) * (model.dim + model.n_sub_keys)
   gate = {'gate': (FORWARD_ONLY if frozen else TRAINED) * 2 * memory.n_heads * query_and_scores}
   return gate | ({'ffn': _swiglu(config, memory.ffn_dim)} if memory.ffn_dim else {})
 
@@ -167,7 +167,7 @@ def _cross_attention(config: Config) -> dict[str, int]:
 def _memory_bag(config: Config) -> dict[str, int]:
   model, width = config.model, config.memory.n_heads * config.model.knowledge_dim
   return _memory(config) | {
-    'bag': TRAINED * 2 * 2 * model.dim * width,
+    'bag': TRAINED * 2 * (2 if config.memory.bag_gate else 1) * model.dim * width,
     'bag_reads': TRAINED * 2 * model.num_selected * width,
   }
 

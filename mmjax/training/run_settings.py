@@ -21,6 +21,8 @@ FREE_OF_IMPORTS = (
 # configs/base.py alone states: they stay when a default changes.
 BEFORE = {
   'memory.bank_update': 'dense',
+  'memory.key_dim': 0,
+  'memory.bag_gate': True,
   'memory.revive_after': 0,
   'memory.selection_bias': False,
   'memory.revive_noise': 0.1,

@@ -17,14 +17,14 @@ from mmjax.model.sublayers.memory import MemorySublayer
 
 
 class MemoryBag(MemorySublayer):
-  """The whole sublayer: norm, gate, weighted sums, gated projection; `up` is (D, h * P), `down` (h * P, D)."""
+  """The whole sublayer: norm, gate, weighted sums, gated projection; `up`, if the sums are gated, is (D, h * P); `down` (h * P, D)."""
 
   sums_rows = True
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     super().__init__(model, memory, rngs=rngs)
     width = memory.n_heads * model.knowledge_dim
-    self.up = Linear(model.dim, width, rngs=rngs)
+    self.up = Linear(model.dim, width, rngs=rngs) if memory.bag_gate else None
     self.down = Linear(width, model.dim, rngs=rngs)
 
   @staticmethod
@@ -33,8 +33,10 @@ class MemoryBag(MemorySublayer):
     return True
 
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
-    """Returns (y * silu(m @ up)) @ down, with the heads' sums concatenated to y."""
+    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
     weight_BThr = score_weights(selection.score_BThr, self.activation)
     y_BThP = bank_bag(bank_MP, selection.row_BThr, weight_BThr)
     y_BTF = y_BThP.reshape(*m_BTD.shape[:-1], -1).astype(dtype)
-    return self.down(y_BTF * jax.nn.silu(self.up(m_BTD, dtype)), dtype)
+    if self.up is not None:
+      y_BTF *= jax.nn.silu(self.up(m_BTD, dtype))
+    return self.down(y_BTF, dtype)
