@@ -125,6 +125,7 @@ MODELS = {
   'g27': SHORT_KEYS,
   'g28': SHORT_KEYS | {'memory.bag_gate': False},
   'g29': FAST_BANK | {'memory.bag_gate': False},
+  'g30': {'model.sublayer': 'dense', 'model.hidden_dim': "g23's"},  # what is left of G23 without its memory
 }
 
 
@@ -187,6 +188,8 @@ def sized(model: dict, settings: dict) -> dict:
   if 'memory.ffn_dim' in model:
     budget = flops_per_token(as_config(settings | MODELS['g0']))['total']
     model['memory.ffn_dim'] = matching_width(as_config(settings | model | {'memory.ffn_dim': 0}), budget)
+  if 'model.hidden_dim' in model:
+    model['model.hidden_dim'] = sized(FAST_BANK, settings)['memory.ffn_dim']
   return model
 
 

@@ -38,6 +38,7 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'bag_relu': {'sublayer': 'memory_bag', 'n_heads': 3, 'score_activation': 'relu'},
   'bag_plain': {'sublayer': 'memory_bag', 'score_activation': 'none', 'query_key_norm': 'layer_norm'},
   'bag_bias': {'sublayer': 'memory_bag', 'n_heads': 2, 'selection_bias': True},
+  'bag_cheap': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'key_dim': 4, 'bag_gate': False},
   'cross_attention': {'sublayer': 'cross_attention', 'n_heads': 2, 'scores': 'scale', 'input': 'residual'},
   'eight_heads': {'scores': 'scale', 'n_heads': 8, 'query_key_norm': 'l2', 'ffn_dim': 12},
 }
@@ -95,7 +96,7 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
     weighted.append((weight[..., None], bank[row]))
   if config.model.sublayer == 'memory_bag':
     y = np.concatenate([(w * rows).sum(-2) for w, rows in weighted], -1)
-    out = (y * silu(m @ params['up']['kernel'])) @ params['down']['kernel']
+    out = (y * (silu(m @ params['up']['kernel']) if memory.bag_gate else 1)) @ params['down']['kernel']
   else:
     if memory.scores == 'scale':
       times = config.model.num_selected if memory.score_activation == 'softmax' else 1
@@ -125,7 +126,7 @@ def build(name):
 
 
 @pytest.mark.parametrize(
-  'name', [pytest.param(name, marks=() if name in ('scale_relu', 'two_heads', 'bag') else THOROUGH) for name in CHOICES]
+  'name', [pytest.param(name, marks=() if name in ('scale_relu', 'two_heads', 'bag', 'bag_cheap') else THOROUGH) for name in CHOICES]
 )
 def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   config, graphdef, params, h, h_attn, bank, direction = build(name)
@@ -225,6 +226,12 @@ def test_uniform_keys_are_bounded_by_the_half_query():
   assert keys.shape == (4, 8, 4) and 0.9 * bound < np.abs(keys).max() <= bound
 
 
+@pytest.mark.parametrize(('key_dim', 'half'), [(0, 4), (2, 1), (12, 6)])
+def test_width_of_sub_keys_is_that_of_half_a_row_or_the_one_asked_for(key_dim, half):
+  gate = build_model(tiny_config(memory__key_dim=key_dim, memory__n_heads=2))[1]['layers'][0]['sublayer']['gate']
+  assert gate['keys'].shape == (4, 8, half) and gate['query']['kernel'].shape == (32, 4 * half)
+
+
 def test_balance_loss_equals_counting():
   rng = np.random.default_rng(0)
   score, row = rng.standard_normal((2, 3, 4, 5)), rng.integers(0, 25, (2, 3, 2, 6))
@@ -293,6 +300,7 @@ def test_use_of_sub_keys_becomes_more_even(means):
     ('memory.n_heads=9', 'memory.n_heads=9 must be at most 8'),
     ('memory.n_heads=0', 'memory.n_heads=0 must be a finite number of at least 1'),
     ('memory.scores=bag', 'memory.scores=.bag. must be one of none, scale'),
+    ('memory.key_dim=5', 'memory.key_dim=5 must be even: it is two halves; nearest: 6'),
     ('memory.balance_loss_weight=-1', 'balance_loss_weight=-1.0 must be a finite number of at least 0'),
     ('memory.selection_bias=True', 'memory.revive_keys=True would copy sub-keys without their bias'),
   ],
