@@ -38,6 +38,7 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'bag_relu': {'sublayer': 'memory_bag', 'n_heads': 3, 'score_activation': 'relu'},
   'bag_plain': {'sublayer': 'memory_bag', 'score_activation': 'none', 'query_key_norm': 'layer_norm'},
   'bag_bias': {'sublayer': 'memory_bag', 'n_heads': 2, 'selection_bias': True},
+  'bag_sum': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'bag_heads': 'sum'},
   'bag_cheap': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'key_dim': 4, 'bag_gate': False},
   'cross_attention': {'sublayer': 'cross_attention', 'n_heads': 2, 'scores': 'scale', 'input': 'residual'},
   'eight_heads': {'scores': 'scale', 'n_heads': 8, 'query_key_norm': 'l2', 'ffn_dim': 12},
@@ -95,7 +96,8 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
     taken.append(row)
     weighted.append((weight[..., None], bank[row]))
   if config.model.sublayer == 'memory_bag':
-    y = np.concatenate([(w * rows).sum(-2) for w, rows in weighted], -1)
+    sums = [(w * rows).sum(-2) for w, rows in weighted]
+    y = sum(sums) if memory.bag_heads == 'sum' else np.concatenate(sums, -1)
     out = (y * (silu(m @ params['up']['kernel']) if memory.bag_gate else 1)) @ params['down']['kernel']
   else:
     if memory.scores == 'scale':

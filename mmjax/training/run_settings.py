@@ -22,6 +22,7 @@ FREE_OF_IMPORTS = (
 BEFORE = {
   'memory.bank_update': 'dense',
   'memory.key_dim': 0,
+  'memory.bag_heads': 'concat',
   'memory.bag_gate': True,
   'memory.revive_after': 0,
   'memory.selection_bias': False,

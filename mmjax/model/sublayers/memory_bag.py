@@ -5,6 +5,7 @@ et al. 2019, arXiv:1907.05242.
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -17,13 +18,14 @@ from mmjax.model.sublayers.memory import MemorySublayer
 
 
 class MemoryBag(MemorySublayer):
-  """The whole sublayer: norm, gate, weighted sums, gated projection; `up`, if the sums are gated, is (D, h * P); `down` (h * P, D)."""
+  """The whole sublayer: norm, gate, weighted sums, gated projection; `up`, if the sums are gated, is (D, F); `down` (F, D)."""
 
   sums_rows = True
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     super().__init__(model, memory, rngs=rngs)
-    width = memory.n_heads * model.knowledge_dim
+    width = memory.bag_dim(model)
+    self.sums_heads = memory.bag_heads == 'sum'
     self.up = Linear(model.dim, width, rngs=rngs) if memory.bag_gate else None
     self.down = Linear(width, model.dim, rngs=rngs)
 
@@ -33,10 +35,11 @@ class MemoryBag(MemorySublayer):
     return True
 
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
-    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
+    """Returns (y * silu(m @ up)) @ down, or y @ down, with y (B, T, F) the heads' sums, concatenated or added up."""
     weight_BThr = score_weights(selection.score_BThr, self.activation)
     y_BThP = bank_bag(bank_MP, selection.row_BThr, weight_BThr)
-    y_BTF = y_BThP.reshape(*m_BTD.shape[:-1], -1).astype(dtype)
+    y_BTF = jnp.sum(y_BThP, axis=-2) if self.sums_heads else y_BThP.reshape(*m_BTD.shape[:-1], -1)
+    y_BTF = y_BTF.astype(dtype)
     if self.up is not None:
       y_BTF *= jax.nn.silu(self.up(m_BTD, dtype))
     return self.down(y_BTF, dtype)
