@@ -23,7 +23,7 @@ def get_config() -> ConfigDict:
   model.norm_eps = 1e-5
   model.rope_theta = 1e6
   model.dropout = 0.0  # on the embedding and on what each sublayer adds; attention weights are never dropped
-  model.sublayer = 'gated_fusion'  # what follows attention: also 'dense', 'cross_attention', 'memory_bag', 'moe'
+  model.sublayer = 'gated_fusion'  # after attention: also dense, cross_attention, memory_bag, ngram_bag, moe
   model.hidden_dim = 0  # F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)
   model.knowledge_num = 65536  # M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half
   model.knowledge_dim = 128  # P: width of a row; even
@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
   memory.layers = 'all'  # layers that have a memory: also 'middle' (not the first and last quarter), '2,3'; 0 is first
   memory.input = 'attention'  # what gate and fusion read: what attention added, or the 'residual' stream after it
   memory.n_heads = 1  # heads of the gate, 1 to 8; each has its query and sub-keys, all read the one bank
+  memory.ngrams = '1'  # of 'ngram_bag': how many of the last tokens address a head's rows; '2,3': heads take turns
   memory.scores = 'none'  # 'scale': each row times its weight, so that the gate learns; 'memory_bag' always weighs
   memory.score_activation = 'softmax'  # scores to weights, within a head's rows: also 'relu', 'none' (as they are)
   memory.query_key_norm = 'none'  # of each half of a query and of each sub-key: 'l2' with a learned scale, 'layer_norm'

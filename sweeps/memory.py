@@ -90,6 +90,16 @@ BALANCED = BAG | {'memory.selection_bias': True}
 EVERYWHERE = BALANCED | {'memory.layers': 'all'}
 FAST_BANK = EVERYWHERE | {'memory.bank_lr_multiplier': 16.0}
 SHORT_KEYS = FAST_BANK | {'memory.key_dim': 'knowledge_dim / 2'}
+# Rows that the last tokens address. There is no gate to pay for, so the feed-forward layer stays almost as it is.
+NGRAMS = INPUT_AND_BANK | {
+  'model.sublayer': 'ngram_bag',
+  'model.num_selected': 1,
+  'memory.layers': 'middle',
+  'memory.n_heads': 4,
+  'memory.ngrams': '2,3',
+  'memory.bank_lr_multiplier': 16.0,
+  'memory.ffn_dim': 'what is left',
+}
 MODELS = {
   'g0': {'model.sublayer': 'dense'},
   'g1': FAITHFUL,
@@ -128,6 +138,12 @@ MODELS = {
   'g30': {'model.sublayer': 'dense', 'model.hidden_dim': "g23's"},  # what is left of G23 without its memory
   'g31': SHORT_KEYS | {'memory.bag_heads': 'sum'},
   'g32': SHORT_KEYS | {'memory.bag_heads': 'sum', 'memory.bag_gate': False},
+  'g33': NGRAMS | {'memory.bank_lr_multiplier': 4.0},
+  'g34': NGRAMS,
+  'g35': NGRAMS | {'memory.layers': 'all'},
+  'g36': NGRAMS | {'memory.layers': '1', 'memory.n_heads': 8},
+  'g37': NGRAMS | {'memory.ngrams': '1'},  # a second embedding: what is in reach without a context
+  'g38': NGRAMS | {'model.knowledge_num': 1048576},
 }
 
 

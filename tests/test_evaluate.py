@@ -18,7 +18,7 @@ from mmjax.training.step import make_loss
 from tests.helpers import tiny_config
 
 PAD, T = 0, 12
-PLAN = ProbePlan(batches=9, seed=0)  # all of them
+PLAN = ProbePlan(batches=9, seed=0, layers=(0, 1))  # all of them
 
 
 def rows_of_text(n_rows: int, vocab_size: int) -> dict[str, np.ndarray]:

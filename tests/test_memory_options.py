@@ -40,6 +40,7 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'bag_bias': {'sublayer': 'memory_bag', 'n_heads': 2, 'selection_bias': True},
   'bag_sum': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'bag_heads': 'sum'},
   'bag_cheap': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'key_dim': 4, 'bag_gate': False},
+  'ngram': {'sublayer': 'ngram_bag', 'n_heads': 2, 'ngrams': '2', 'ffn_dim': 12, 'bag_heads': 'sum'},
   'cross_attention': {'sublayer': 'cross_attention', 'n_heads': 2, 'scores': 'scale', 'input': 'residual'},
   'eight_heads': {'scores': 'scale', 'n_heads': 8, 'query_key_norm': 'l2', 'ffn_dim': 12},
 }
@@ -68,10 +69,23 @@ def numpy_attention(config, params, m, rows):
   return np.einsum('btnr,btrnh->btnh', weight, value).reshape(m.shape) @ params['wo']['kernel']
 
 
+def numpy_bag(memory, params, m, sums):
+  """The output of a bag from its heads' sums."""
+  y = sum(sums) if memory.bag_heads == 'sum' else np.concatenate(sums, -1)
+  return (y * (silu(m @ params['up']['kernel']) if memory.bag_gate else 1)) @ params['down']['kernel']
+
+
 def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
-  """What a memory sublayer adds and the rows it takes, (B, T, heads, rows), in float64 with all M scores built."""
+  """What a memory sublayer adds and the rows it takes, (B, T, heads, rows), in float64 with all M scores built.
+
+  `fixed_rows` are taken in place of those with the best scores; n-grams have no scores.
+  """
   memory, heads = config.memory, config.memory.n_heads
   m = rms(h if memory.input == 'residual' else h_attn, params['norm'])
+  if config.model.sublayer == 'ngram_bag':
+    sums = [bank[fixed_rows[:, :, head]].mean(-2) for head in range(heads)]
+    out = numpy_bag(memory, params, m, sums)
+    return out + (swiglu(rms(h, params['ffn']['norm']), params['ffn']) if memory.ffn_dim else 0), fixed_rows
   query = (m @ params['gate']['query']['kernel']).reshape(*m.shape[:2], 2 * heads, -1)
   keys = params['gate']['keys']
   if memory.query_key_norm == 'l2':
@@ -96,9 +110,7 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
     taken.append(row)
     weighted.append((weight[..., None], bank[row]))
   if config.model.sublayer == 'memory_bag':
-    sums = [(w * rows).sum(-2) for w, rows in weighted]
-    y = sum(sums) if memory.bag_heads == 'sum' else np.concatenate(sums, -1)
-    out = (y * (silu(m @ params['up']['kernel']) if memory.bag_gate else 1)) @ params['down']['kernel']
+    out = numpy_bag(memory, params, m, [(w * rows).sum(-2) for w, rows in weighted])
   else:
     if memory.scores == 'scale':
       times = config.model.num_selected if memory.score_activation == 'softmax' else 1
@@ -128,7 +140,11 @@ def build(name):
 
 
 @pytest.mark.parametrize(
-  'name', [pytest.param(name, marks=() if name in ('scale_relu', 'two_heads', 'bag', 'bag_cheap') else THOROUGH) for name in CHOICES]
+  'name',
+  [
+    pytest.param(name, marks=() if name in ('scale_relu', 'two_heads', 'bag', 'bag_cheap', 'ngram') else THOROUGH)
+    for name in CHOICES
+  ],
 )
 def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   config, graphdef, params, h, h_attn, bank, direction = build(name)
@@ -137,15 +153,20 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   if config.memory.selection_bias:  # it starts at 0
     params['gate']['bias'] += np.random.default_rng(4).normal(size=params['gate']['bias'].shape).astype(np.float32)
 
+  ngrams = None
+  if config.model.sublayer == 'ngram_bag':
+    shape = (2, 5, config.memory.n_heads, config.model.num_selected)
+    ngrams = np.random.default_rng(5).integers(0, len(bank), shape, np.int32)
+
   @jax.jit
   def run(params, bank):
     inputs = (jnp.asarray(x, jnp.float32) for x in (h, h_attn))
-    out = nnx.merge(graphdef, params)(*inputs, bank, jnp.float32)
+    out = nnx.merge(graphdef, params)(*inputs, bank, jnp.float32, ngrams)
     return jnp.sum(out.delta_BTD * direction), out
 
   (_, out), gradient = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(params, jnp.asarray(bank, jnp.float32))
   exact = (jax.tree.map(lambda x: np.asarray(x, np.float64), params), bank)
-  delta, rows = numpy_sublayer(config, exact[0], h, h_attn, bank)
+  delta, rows = numpy_sublayer(config, exact[0], h, h_attn, bank, ngrams)
   np.testing.assert_array_equal(out.row_BTR, rows.reshape(2, 5, -1))
   np.testing.assert_allclose(out.delta_BTD, delta, atol=1e-4 * np.abs(delta).max())
   rng = np.random.default_rng(3)
@@ -214,11 +235,11 @@ def test_layers_that_are_not_there_are_refused(layers):
 def test_layers_of_usage_are_those_with_a_memory():
   config = tiny_config(**PLUS)
   graphdef, params = model_graph(config), abstract_params(config)
-  assert memory_layers(params) == [1, 2]
+  assert memory_layers(config) == [1, 2]
   out = jax.eval_shape(lambda p: nnx.merge(graphdef, p)(jnp.ones((1, 3), jnp.int32)), params)
   assert out.row_LBTR.shape == (2, 1, 3, 2 * config.model.num_selected)
   dense = tiny_config(model__sublayer='dense', memory__layers='0')
-  assert memory_layers(abstract_params(dense)) == [] and set(layer_kinds(dense.model, dense.memory)) == {'dense'}
+  assert memory_layers(dense) == [] and set(layer_kinds(dense.model, dense.memory)) == {'dense'}
 
 
 def test_uniform_keys_are_bounded_by_the_half_query():

@@ -191,7 +191,13 @@ CHEAP = MANY_HEADS | {'memory__key_dim': 6, 'memory__bag_gate': False}
 
 @pytest.mark.parametrize(
   ('sublayer', 'changes'),
-  [*((name, {}) for name in CHOICES['model.sublayer']), ('gated_fusion', MANY_HEADS), ('memory_bag', MANY_HEADS), ('memory_bag', CHEAP), ('memory_bag', CHEAP | SUMMED)],
+  [
+    *((name, {}) for name in CHOICES['model.sublayer']),
+    ('gated_fusion', MANY_HEADS),
+    ('memory_bag', MANY_HEADS),
+    ('memory_bag', CHEAP),
+    ('memory_bag', CHEAP | SUMMED),
+  ],
 )
 def test_flops_are_those_of_the_models_matrix_products(sublayer, changes):
   config = tiny_config(model__sublayer=sublayer, **changes)

@@ -164,7 +164,7 @@ def test_segments_are_computed_as_if_alone():
 
 @pytest.mark.parametrize(
   ('sublayer', 'changes'),
-  [('gated_fusion', {}), ('memory_bag', HEADS_AND_FFN)]
+  [('gated_fusion', {}), ('memory_bag', HEADS_AND_FFN), ('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'})]
   + [pytest.param(name, changes, marks=THOROUGH) for name, changes in OTHER_DECODED],
 )
 def test_cached_decoding_equals_whole_rows(sublayer, changes):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.model.lm import build_model
+from mmjax.model.lm import build_model, memory_layers
 from mmjax.training.evaluate import evaluate, make_eval_step
 from mmjax.training.probes import (
   ProbePlan,
@@ -62,7 +62,9 @@ def test_probes_of_an_evaluation_equal_brute_force(form):
     gate['bias'] = np.random.default_rng(2).normal(size=gate['bias'].shape).astype(np.float32)
   step = make_eval_step(graphdef, config, pad_id=PAD, attention='xla', mesh=make_mesh(config))
   batches = batches_of_text(3, 3, config.model.vocab_size)
-  result = evaluate(step, params, batches, np.ones(config.model.vocab_size, np.int32), ProbePlan(2, SEED))
+  result = evaluate(
+    step, params, batches, np.ones(config.model.vocab_size, np.int32), ProbePlan(2, SEED, tuple(memory_layers(config)))
+  )
 
   @jax.jit
   def run(params, tokens_BT):
@@ -187,4 +189,4 @@ def test_norms_of_applied_steps_are_averaged_into_a_record():
 def test_at_most_half_of_the_text_and_so_many_positions_are_probed(rows, batch_size, length, batches):
   config = tiny_config(train__batch_size=batch_size, seed=3)
   split = types.SimpleNamespace(n_rows=rows, max_seq_len=length)
-  assert plan_probe(config, split) == ProbePlan(batches, 3)
+  assert plan_probe(config, split) == ProbePlan(batches, 3, (0, 1))

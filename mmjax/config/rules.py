@@ -7,7 +7,7 @@ from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
 CHOICES = {
-  'model.sublayer': ('dense', 'cross_attention', 'gated_fusion', 'memory_bag', 'moe'),
+  'model.sublayer': ('dense', 'cross_attention', 'gated_fusion', 'memory_bag', 'ngram_bag', 'moe'),
   'memory.input': ('attention', 'residual'),
   'memory.scores': ('none', 'scale'),
   'memory.score_activation': ('softmax', 'relu', 'none'),
@@ -69,6 +69,11 @@ def check_config(config: Config) -> None:
     raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
   if config.memory.selection_bias and config.memory.revive_after and config.memory.revive_keys:
     raise UserError('memory.revive_keys=True would copy sub-keys without their bias: memory.selection_bias needs False')
+  config.memory.ngram_of_heads()
+  if config.model.sublayer == 'ngram_bag' and config.memory.revive_after:
+    raise UserError(
+      f"memory.revive_after={config.memory.revive_after} must be 0 for model.sublayer='ngram_bag': hashes reach any row"
+    )
   if config.memory.key_dim % 2:
     raise UserError(
       f'memory.key_dim={config.memory.key_dim} must be even: it is two halves; nearest: {config.memory.key_dim + 1}'

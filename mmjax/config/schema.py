@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,7 @@ class MemoryConfig:
   n_heads: int
   scores: str
   score_activation: str
+  ngrams: str
   query_key_norm: str
   key_dim: int
   keys_init: str
@@ -77,12 +79,26 @@ class MemoryConfig:
   revive_noise: float
   revive_keys: bool
 
+  def ngram_of_heads(self) -> tuple[int, ...]:
+    """Returns how many tokens each head looks at where n-grams address rows: those of `ngrams`, in turns.
+
+    Raises:
+      UserError: if `ngrams` is not understood.
+    """
+    sizes = [int(part) for part in self.ngrams.split(',') if re.fullmatch(r' *[1-9] *', part)]
+    if len(sizes) != self.ngrams.count(',') + 1 or len(sizes) > self.n_heads:
+      raise UserError(
+        f"memory.ngrams={quote(self.ngrams)} must be numbers of tokens like '2,3', from 1 to 9 and no more than "
+        f'memory.n_heads={self.n_heads}'
+      )
+    return tuple(sizes[head % len(sizes)] for head in range(self.n_heads))
+
   def query_dim(self, model: ModelConfig) -> int:
     """Returns Q, the width of a query of the gate and of two sub-keys: that of a row where `key_dim` is 0."""
     return self.key_dim or model.knowledge_dim
 
   def bag_dim(self, model: ModelConfig) -> int:
-    """Returns F of 'memory_bag', the width of what it projects: a row's for each head, or in all where they are summed."""
+    """Returns F of a bag, the width of what it projects: a row's for each head, or in all where they are summed."""
     return model.knowledge_dim * (1 if self.bag_heads == 'sum' else self.n_heads)
 
   def layer_numbers(self, n_layers: int) -> tuple[int, ...]:

@@ -20,8 +20,7 @@ from mmjax.config import Config, ModelConfig
 from mmjax.inference.sampling import Knobs, choose_tokens, knobs_of
 from mmjax.inference.settings import Sampling
 from mmjax.kernels.attention import attention_backend
-from mmjax.model.layers import LayerCache
-from mmjax.model.lm import Params, init_cache, model_graph
+from mmjax.model.lm import Cache, Params, init_cache, model_graph
 from mmjax.training.backend import compiler_options
 
 BLOCK_STEPS = 16  # tokens between two looks of the host: smooth to read, and the call costs 1/16 of its time a token
@@ -37,7 +36,7 @@ class DecodeState(NamedTuple):
   seen_BV: Array
   done_B: Array
   step: Array
-  cache: list[LayerCache]
+  cache: Cache
 
 
 class Decoder:

@@ -50,7 +50,7 @@ class MemoryReader:
       UserError: if it has no memory.
     """
     config = lm.config
-    self.lm, self.layers = lm, memory_layers(lm.params)
+    self.lm, self.layers = lm, memory_layers(config)
     if not self.layers:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
     self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)

@@ -60,7 +60,9 @@ SUBLAYER = {  # what every model with this sublayer has; the routed experts are 
     **_swiglu('feed_forward.shared_experts', 'sublayer/shared_expert'),
   },
 }
-MEMORY = {'input': 'attention', 'n_heads': 1, 'scores': 'none', 'query_key_norm': 'none', 'ffn_dim': 0}  # its only one
+MEMORY = {  # its only one
+  'input': 'attention', 'n_heads': 1, 'scores': 'none', 'query_key_norm': 'none', 'key_dim': 0, 'ffn_dim': 0,
+}  # fmt: skip
 TIED = 'output.weight'  # the PyTorch code's second name of tok_embeddings.weight
 
 _BUFFER = re.compile(r'pos_cis|layers\.\d+\.attention\.mask')

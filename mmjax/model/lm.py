@@ -19,7 +19,8 @@ from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.kernels.bank import Reads, TappedBank, no_reads
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
 from mmjax.model.memory import init_bank
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.model.ngram import cached_last_tokens, last_tokens, ngram_rows
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds, reads_ngrams
 from mmjax.model.sublayers.base import SublayerOutput
 
 Params = dict[str, Any]
@@ -41,6 +42,18 @@ class Output(NamedTuple):
   aux_loss: Array
 
 
+class Cache(NamedTuple):
+  """What decoding remembers: slot s of every array holds position s.
+
+  Attributes:
+    token_BS: int32.
+    layers: their keys and values, (B, S, K, H).
+  """
+
+  token_BS: Array
+  layers: list[LayerCache]
+
+
 class Block(nnx.Module):
   """h = x + attention(norm(x)); out = h + sublayer."""
 
@@ -56,6 +69,7 @@ class Block(nnx.Module):
     bank_MP: Array | TappedBank | None,
     angle_BTh: Array,
     segment_BT: Array | None,
+    ngram_BThr: Array | None,
     key: Array | None,
     *,
     dtype: DTypeLike,
@@ -66,7 +80,7 @@ class Block(nnx.Module):
     h_attn_BTD, kv = self.attention(self.attention_norm(x_BTD), angle_BTh, segment_BT, dtype, attention)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = x_BTD + h_attn_BTD
-    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype)
+    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr)
     return h_BTD + dropout(out.delta_BTD, self.dropout, sublayer_key), out, kv
 
   def decode(
@@ -74,6 +88,7 @@ class Block(nnx.Module):
     x_BTD: Array,
     bank_MP: Array | None,
     angle_BTh: Array,
+    ngram_BThr: Array | None,
     cache: LayerCache,
     position_BT: Array,
     dtype: DTypeLike,
@@ -81,7 +96,7 @@ class Block(nnx.Module):
     """Returns the float32 residual stream of new tokens and the updated cache."""
     h_attn_BTD, cache = self.attention.decode(self.attention_norm(x_BTD), angle_BTh, cache, position_BT, dtype)
     h_BTD = x_BTD + h_attn_BTD
-    return h_BTD + self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD, cache
+    return h_BTD + self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr).delta_BTD, cache
 
 
 class LayerOutput(NamedTuple):
@@ -136,7 +151,10 @@ class LM(nnx.Module):
       self.memory_bank = nnx.Param(init_bank(model, memory, rngs=rngs))
     else:
       self.memory_bank = None
-    self.layers = nnx.List([Block(model, memory, kind, rngs=rngs) for kind in layer_kinds(model, memory)])
+    kinds = layer_kinds(model, memory)
+    self.layers = nnx.List([Block(model, memory, kind, rngs=rngs) for kind in kinds])
+    self.ngrams = memory.ngram_of_heads() if reads_ngrams(kinds) else ()
+    self.rows_of_bank = (model.num_selected, model.knowledge_num)
     self.norm = RMSNorm(model.dim, model.norm_eps)
     self.head_dim = model.head_dim
     self.rope_theta = model.rope_theta
@@ -177,9 +195,7 @@ class LM(nnx.Module):
     kernel_VD = self.embedding[...].astype(hidden.dtype)
     return jnp.einsum('...D,VD->...V', hidden, kernel_VD, preferred_element_type=jnp.float32)
 
-  def prefill(
-    self, tokens_BT: Array, cache: list[LayerCache], *, dtype: DTypeLike, attention: str
-  ) -> tuple[Array, list[LayerCache]]:
+  def prefill(self, tokens_BT: Array, cache: Cache, *, dtype: DTypeLike, attention: str) -> tuple[Array, Cache]:
     """Reads prompts from position 0 on.
 
     Args:
@@ -192,17 +208,18 @@ class LM(nnx.Module):
       hidden_BTD in `dtype`, and the filled cache.
     """
     out, kvs = self._run(tokens_BT, None, dtype, attention, 'none', False, None)
-    filled = jax.tree.map(lambda c, kv: jax.lax.dynamic_update_slice(c, kv.astype(c.dtype), (0,) * 4), cache, kvs)
-    return out.hidden_BTD, filled
 
-  def decode(
-    self, tokens_BT: Array, cache: list[LayerCache], position_B: Array, *, dtype: DTypeLike
-  ) -> tuple[Array, list[LayerCache]]:
+    def fill(slots: Array, found: Array) -> Array:
+      return jax.lax.dynamic_update_slice(slots, found.astype(slots.dtype), (0,) * slots.ndim)
+
+    return out.hidden_BTD, jax.tree.map(fill, cache, Cache(tokens_BT, kvs))
+
+  def decode(self, tokens_BT: Array, cache: Cache, position_B: Array, *, dtype: DTypeLike) -> tuple[Array, Cache]:
     """Continues rows by T tokens each, usually one.
 
     Args:
       tokens_BT: int32.
-      cache: one entry a layer, (B, S, K, H).
+      cache: of all positions before.
       position_B: int32 position of each row's first new token; position_B + T <= S.
       dtype: of the matrix products.
 
@@ -212,12 +229,18 @@ class LM(nnx.Module):
     position_BT = position_B[:, None] + jnp.arange(tokens_BT.shape[1])
     angle_BTh = rope_angles(position_BT, self.head_dim, self.rope_theta)
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
+    token_BS = cache.token_BS.at[jnp.arange(len(tokens_BT))[:, None], position_BT].set(tokens_BT)
+    ngram_BThr = self._ngram_rows(lambda n: cached_last_tokens(token_BS, position_BT, n))
     x_BTD = self.embedding[...][tokens_BT]
-    new_cache = []
-    for layer, layer_cache in zip(self.layers, cache, strict=True):
-      x_BTD, layer_cache = layer.decode(x_BTD, bank_MP, angle_BTh, layer_cache, position_BT, dtype)
-      new_cache.append(layer_cache)
-    return self.norm(x_BTD).astype(dtype), new_cache
+    layers = []
+    for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+      x_BTD, layer_cache = layer.decode(x_BTD, bank_MP, angle_BTh, ngram_BThr, layer_cache, position_BT, dtype)
+      layers.append(layer_cache)
+    return self.norm(x_BTD).astype(dtype), Cache(token_BS, layers)
+
+  def _ngram_rows(self, last_tokens: Callable[[int], Array]) -> Array | None:
+    """Returns what n-grams address, None in a model where they address nothing; `last_tokens` of n: as the function."""
+    return ngram_rows(last_tokens(max(self.ngrams)), self.ngrams, *self.rows_of_bank) if self.ngrams else None
 
   def _run(
     self,
@@ -231,6 +254,7 @@ class LM(nnx.Module):
     bank_of_layer: BankOfLayer | None = None,
   ) -> tuple[Output, list[LayerCache]]:
     angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
+    ngram_BThr = self._ngram_rows(lambda n: last_tokens(tokens_BT, n, segment_BT))
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
     keys = [None] * (len(self.layers) + 1)
     if dropout_key is not None:
@@ -243,7 +267,7 @@ class LM(nnx.Module):
       if remat == 'block':
         call = jax.checkpoint(call)
       bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.sublayer.uses_bank else bank_MP
-      x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, key)
+      x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, ngram_BThr, key)
       return x_BTD, LayerOutput(sublayer.row_BTR, sublayer.score_BTR, jnp.asarray(sublayer.aux_loss), kv)
 
     assert not (scan_layers and bank_of_layer), 'a scan runs all layers on one bank'
@@ -276,9 +300,10 @@ def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
   return model_graph(config), jax.jit(partial(init_params, config))()
 
 
-def memory_layers(params: Params) -> list[int]:
+def memory_layers(config: Config) -> list[int]:
   """Returns the numbers of the layers that have a memory, in the order of Output.row_LBTR."""
-  return [number for number, layer in params['layers'].items() if 'keys' in layer['sublayer'].get('gate', ())]
+  kinds = layer_kinds(config.model, config.memory)
+  return [number for number, kind in enumerate(kinds) if SUBLAYERS[kind].uses_bank]
 
 
 def no_taps(config: Config, batch: int, length: int) -> dict[int, Reads]:
@@ -293,10 +318,13 @@ def no_taps(config: Config, batch: int, length: int) -> dict[int, Reads]:
   }
 
 
-def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> list[LayerCache]:
-  """Returns an empty cache for `length` positions: (B, S, K, H) zeros for each layer."""
+def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
+  """Returns an empty cache for `length` positions, all zeros."""
   shape = (batch, length, model.n_kv_heads, model.head_dim)
-  return [{'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)} for _ in range(model.n_layers)]
+  layers: list[LayerCache] = [
+    {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)} for _ in range(model.n_layers)
+  ]
+  return Cache(jnp.zeros((batch, length), jnp.int32), layers)
 
 
 def count_params(params: Params) -> tuple[int, int]:

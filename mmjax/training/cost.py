@@ -143,12 +143,16 @@ def _dense(config: Config) -> dict[str, int]:
 
 
 def _memory(config: Config) -> dict[str, int]:
-  """What every memory sublayer has: the gate, and perhaps a dense sublayer beside it."""
+  """What every memory with a gate has: that, and perhaps a dense sublayer beside it."""
   model, memory = config.model, config.memory
   frozen = SUBLAYERS[model.sublayer].without_gradient(memory)
   query_and_scores = memory.query_dim(model) * (model.dim + model.n_sub_keys)
   gate = {'gate': (FORWARD_ONLY if frozen else TRAINED) * 2 * memory.n_heads * query_and_scores}
-  return gate | ({'ffn': _swiglu(config, memory.ffn_dim)} if memory.ffn_dim else {})
+  return gate | _beside(config)
+
+
+def _beside(config: Config) -> dict[str, int]:
+  return {'ffn': _swiglu(config, config.memory.ffn_dim)} if config.memory.ffn_dim else {}
 
 
 def _gated_fusion(config: Config) -> dict[str, int]:
@@ -165,8 +169,16 @@ def _cross_attention(config: Config) -> dict[str, int]:
 
 
 def _memory_bag(config: Config) -> dict[str, int]:
+  return _memory(config) | _bag(config)
+
+
+def _ngram_bag(config: Config) -> dict[str, int]:
+  return _beside(config) | _bag(config)
+
+
+def _bag(config: Config) -> dict[str, int]:
   model, memory = config.model, config.memory
-  return _memory(config) | {
+  return {
     'bag': TRAINED * 2 * (2 if memory.bag_gate else 1) * model.dim * memory.bag_dim(model),
     'bag_reads': TRAINED * 2 * memory.n_heads * model.num_selected * model.knowledge_dim,
   }
@@ -183,5 +195,6 @@ SUBLAYER_FLOPS: dict[str, Callable[[Config], dict[str, int]]] = {
   'cross_attention': _cross_attention,
   'gated_fusion': _gated_fusion,
   'memory_bag': _memory_bag,
+  'ngram_bag': _ngram_bag,
   'moe': _moe,
 }

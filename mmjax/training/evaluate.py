@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.errors import UserError
-from mmjax.model.lm import Params, memory_layers
+from mmjax.model.lm import Params
 from mmjax.training.backend import compiler_options
 from mmjax.training.probes import (
   PADDING,
@@ -129,7 +129,7 @@ def evaluate(
     accuracy=correct / tokens,
     tokens=int(tokens),
     text_bytes=text_bytes,
-    bank=_bank(memory_layers(params), reads, sums, probed) if reads else [],
+    bank=_bank(plan.layers, reads, sums, probed) if reads else [],
     probes=_probes(eval_step, params, sums[: plan.batches], probed, plan.seed),
   )
 
@@ -139,7 +139,7 @@ def _total(sums: Sequence[dict[str, np.ndarray]], name: str) -> np.float64 | np.
   return sum(np.float64(s[name]) for s in sums)
 
 
-def _bank(layers: list[int], reads: dict[str, Array], sums: list, probed: list) -> list[dict[str, Any]]:
+def _bank(layers: Sequence[int], reads: dict[str, Array], sums: list, probed: list) -> list[dict[str, Any]]:
   """Returns what EvalResult.bank holds."""
   overlap_L = [None] * len(layers)
   if 'overlap_L' in sums[0]:

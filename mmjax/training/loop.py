@@ -19,7 +19,7 @@ import numpy as np
 from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
 from mmjax.errors import DivergedError, StoppedError, StorageError
-from mmjax.model.lm import abstract_params, memory_layers
+from mmjax.model.lm import memory_layers
 from mmjax.training.backend import slow_scatter_warning, use_compilation_cache
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
@@ -120,7 +120,7 @@ class Trainer:
     self.config, self.run, self.inputs, self.program = config, run, inputs, program
     self.checkpoints, self.log, self.progress = checkpoints, log, progress
     self.tokens, self.seconds = counters['tokens'], counters['seconds']
-    self.memory_layers = memory_layers(abstract_params(config))
+    self.memory_layers = memory_layers(config)
     self.window = Window()
     self.failed_saves = 0
     self.flops_per_token = flops_per_token(config)['total']

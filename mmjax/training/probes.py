@@ -50,10 +50,11 @@ LAYER_NORMS = ('gate_grad_norm', 'key_grad_norm')
 
 @dataclasses.dataclass(frozen=True)
 class ProbePlan:
-  """How many batches of an evaluation are probed, the first ones, and what the bank is shuffled with."""
+  """How many batches of an evaluation are probed, the first ones; what the bank is shuffled with; which layers read."""
 
   batches: int
   seed: int
+  layers: tuple[int, ...]
 
 
 def plan_probe(config: Config, split: TokenSplit) -> ProbePlan:
@@ -61,7 +62,7 @@ def plan_probe(config: Config, split: TokenSplit) -> ProbePlan:
   rows = config.train.batch_size
   batches = -(-split.n_rows // rows)
   most = max(1, PROBED_POSITIONS // (rows * split.max_seq_len))
-  return ProbePlan(min(most, -(-batches // 2)), config.seed)
+  return ProbePlan(min(most, -(-batches // 2)), config.seed, tuple(memory_layers(config)))
 
 
 def make_read_probe(config: Config) -> Callable[[Output, Array], dict[str, Array]]:
@@ -166,16 +167,21 @@ def losses_without_bank(
 
 
 def gate_norms(grads: Params) -> dict[str, Array]:
-  """Returns a training step's gate_grad_norm_L and key_grad_norm_L, see the top of this file.
+  """Returns a training step's gate_grad_norm_L and key_grad_norm_L, see the top of this file; nothing without gates.
 
   Args:
     grads: of a memory model, before clipping.
   """
-  gates = [grads['layers'][layer]['sublayer']['gate'] for layer in memory_layers(grads)]
-  return {
-    'gate_grad_norm_L': jnp.stack([optax.global_norm(gate['query']) for gate in gates]),
-    'key_grad_norm_L': jnp.stack([optax.global_norm(gate['keys']) for gate in gates]),
-  }
+  sublayers = [layer['sublayer'] for layer in grads['layers'].values()]
+  gates = [sublayer['gate'] for sublayer in sublayers if 'keys' in sublayer.get('gate', ())]
+  return (
+    {}
+    if not gates
+    else {
+      'gate_grad_norm_L': jnp.stack([optax.global_norm(gate['query']) for gate in gates]),
+      'key_grad_norm_L': jnp.stack([optax.global_norm(gate['keys']) for gate in gates]),
+    }
+  )
 
 
 def row_update_ratio(bank_MP: Array, update_MP: Array, usage_LM: Array) -> Array:
@@ -205,7 +211,8 @@ def add_norms(record: dict[str, Any], steps: Sequence[Mapping[str, Any]]) -> dic
   """
   if 'row_update_ratio' not in steps[0]:
     return record | {'probes': {}}
-  names = ('applied', 'row_update_ratio', *(f'{name}_L' for name in LAYER_NORMS))
+  of_layers = [name for name in LAYER_NORMS if f'{name}_L' in steps[0]]
+  names = ('applied', 'row_update_ratio', *(f'{name}_L' for name in of_layers))
   steps = jax.device_get([{name: step[name] for name in names} for step in steps])
   applied = [step for step in steps if step['applied']]
 
@@ -213,9 +220,8 @@ def add_norms(record: dict[str, Any], steps: Sequence[Mapping[str, Any]]) -> dic
     values = np.array([step[name] for step in applied or steps], np.float64)
     return (values.mean(axis=0) if applied else np.full(values.shape[1:], np.nan)).tolist()
 
-  norms_L = zip(*(mean(f'{name}_L') for name in LAYER_NORMS), strict=True)
-  each = zip(record['bank'], norms_L, strict=True)
-  bank = [health | dict(zip(LAYER_NORMS, norms, strict=True)) for health, norms in each]
+  norms = {name: mean(f'{name}_L') for name in of_layers}
+  bank = [health | {name: norm_L[i] for name, norm_L in norms.items()} for i, health in enumerate(record['bank'])]
   probes = record.get('probes', {}) | {'row_update_ratio': mean('row_update_ratio')}
   return record | {'bank': bank, 'probes': probes}
 

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.model.lm import Params, memory_layers
+from mmjax.model.lm import memory_layers
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import path_name
 
@@ -39,9 +39,9 @@ def revives(config: Config) -> bool:
   return config.memory.revive_after > 0 and SUBLAYERS[config.model.sublayer].uses_bank
 
 
-def init_revival(config: Config, params: Params) -> dict[str, Array]:
+def init_revival(config: Config) -> dict[str, Array]:
   """Returns what is known of a window that begins: rows read so far, and each sub-key's share of its set's picks."""
-  sets = (len(memory_layers(params)), 2 * config.memory.n_heads, config.model.n_sub_keys)
+  sets = (len(memory_layers(config)), 2 * config.memory.n_heads, config.model.n_sub_keys)
   return {'read_M': jnp.zeros(config.model.knowledge_num, bool), 'share_LKC': jnp.zeros(sets)}
 
 

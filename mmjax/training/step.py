@@ -58,7 +58,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
   if is_lazy(config):
     state['bank_moments'] = init_moments(params['memory_bank'])
   if revives(config):
-    state['revival'] = init_revival(config, params)
+    state['revival'] = init_revival(config)
   return state
 
 

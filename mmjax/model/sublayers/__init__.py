@@ -1,5 +1,7 @@
 """The table of sublayers: a new experiment is one module, one row here and one config file."""
 
+from collections.abc import Iterable
+
 import jax.numpy as jnp
 from jax import Array
 
@@ -10,12 +12,14 @@ from mmjax.model.sublayers.dense import DenseFFN
 from mmjax.model.sublayers.gated_fusion import GatedMemoryFusion
 from mmjax.model.sublayers.memory_bag import MemoryBag
 from mmjax.model.sublayers.moe import MoEFFN
+from mmjax.model.sublayers.ngram_bag import NgramBag
 
 SUBLAYERS = {
   'dense': DenseFFN,
   'cross_attention': CrossAttentionMemory,
   'gated_fusion': GatedMemoryFusion,
   'memory_bag': MemoryBag,
+  'ngram_bag': NgramBag,
   'moe': MoEFFN,
 }
 
@@ -26,6 +30,11 @@ def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:
     return (model.sublayer,) * model.n_layers
   chosen = memory.layer_numbers(model.n_layers)
   return tuple(model.sublayer if layer in chosen else 'dense' for layer in range(model.n_layers))
+
+
+def reads_ngrams(kinds: Iterable[str]) -> bool:
+  """Tells whether a model with these sublayers has any that reads the rows at `ngram_BThr`."""
+  return any(SUBLAYERS[kind].uses_bank and SUBLAYERS[kind].reads_ngrams for kind in kinds)
 
 
 def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Array:

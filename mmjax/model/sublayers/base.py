@@ -1,14 +1,15 @@
 """What a sublayer is: the part of a block that follows attention, the one thing in which the experiments differ.
 
 A sublayer is an nnx.Module built as `Sublayer(model, memory, rngs=rngs)`, from these sections of a config, and called
-as `sublayer(h_BTD, h_attn_BTD, bank_MP, dtype) -> SublayerOutput`, where
+as `sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr) -> SublayerOutput`, where
   h_BTD       float32 residual stream after attention was added,
   h_attn_BTD  what attention added to it, in the compute dtype,
   bank_MP     the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one,
-  dtype       of the matrix products.
-Its class says what the rest of the code must know: `uses_bank`; with a bank `scores_weigh(memory)`, whether rows count
-by their scores; and `without_gradient(memory)`, patterns of the parameters (paths below the sublayer) that no gradient
-reaches, so that weight decay leaves them alone.
+  dtype       of the matrix products,
+  ngram_BThr  int32 rows that the last tokens address (mmjax.model.ngram); None in a model where none of these is read.
+Its class says what the rest of the code must know: `uses_bank`; with a bank `reads_ngrams`, whether it reads the rows
+at `ngram_BThr`, and `scores_weigh(memory)`, whether rows count by their scores; and `without_gradient(memory)`,
+patterns of the parameters (paths below the sublayer) that no gradient reaches, so that weight decay leaves them alone.
 """
 
 from typing import NamedTuple

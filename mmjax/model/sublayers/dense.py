@@ -38,6 +38,8 @@ class DenseFFN(SwiGLU):
     """Every parameter learns."""
     return ()
 
-  def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
+  def __call__(
+    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
+  ) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
     return SublayerOutput(self.transform(self.norm(h_BTD), dtype))

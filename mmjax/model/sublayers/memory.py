@@ -7,6 +7,7 @@ fixed random projection.
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -23,11 +24,12 @@ class MemorySublayer(nnx.Module):
   """Norm, gate, `read` of a subclass, and perhaps a dense sublayer beside it."""
 
   uses_bank = True
+  reads_ngrams = False  # rows at ngram_BThr in place of a gate's
   sums_rows = False  # whether the bank is read with `bank_bag`, or with `bank_lookup`
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     self.norm = RMSNorm(model.dim, model.norm_eps)
-    self.gate = ProductKeyGate(model, memory, rngs=rngs)
+    self.gate = None if self.reads_ngrams else ProductKeyGate(model, memory, rngs=rngs)
     beside = dataclasses.replace(model, hidden_dim=memory.ffn_dim)
     self.ffn = DenseFFN(beside, memory, rngs=rngs) if memory.ffn_dim else None
     self.input, self.scores, self.activation = memory.input, memory.scores, memory.score_activation
@@ -47,11 +49,21 @@ class MemorySublayer(nnx.Module):
     """Returns (B, T, D) in `dtype` from the normed input and the selected rows."""
     raise NotImplementedError
 
-  def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
+  def __call__(
+    self,
+    h_BTD: Array,
+    h_attn_BTD: Array,
+    bank_MP: Array | None,
+    dtype: DTypeLike,
+    ngram_BThr: Array | None = None,
+  ) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
     assert bank_MP is not None
     m_BTD = self.norm(h_BTD if self.input == 'residual' else h_attn_BTD)
-    selection = self.gate(m_BTD)
+    if self.gate is None:
+      selection = Selection(ngram_BThr, jnp.zeros(ngram_BThr.shape), 0.0)
+    else:
+      selection = self.gate(m_BTD)
     delta_BTD = self.read(m_BTD, selection, bank_MP, dtype)
     if self.ffn is not None:
       delta_BTD += self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD

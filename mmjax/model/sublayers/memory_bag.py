@@ -18,7 +18,7 @@ from mmjax.model.sublayers.memory import MemorySublayer
 
 
 class MemoryBag(MemorySublayer):
-  """The whole sublayer: norm, gate, weighted sums, gated projection; `up`, if the sums are gated, is (D, F); `down` (F, D)."""
+  """The whole sublayer: norm, gate, weighted sums, gated projection; `up`, or None, is (D, F), `down` (F, D)."""
 
   sums_rows = True
 
@@ -34,10 +34,13 @@ class MemoryBag(MemorySublayer):
     """They are the weights of the sums, so that every parameter learns."""
     return True
 
+  def weights(self, selection: Selection) -> Array:
+    """Returns how much each row counts in the sum of its head, float32 like its scores."""
+    return score_weights(selection.score_BThr, self.activation)
+
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns (y * silu(m @ up)) @ down, or y @ down, with y (B, T, F) the heads' sums, concatenated or added up."""
-    weight_BThr = score_weights(selection.score_BThr, self.activation)
-    y_BThP = bank_bag(bank_MP, selection.row_BThr, weight_BThr)
+    y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))
     y_BTF = jnp.sum(y_BThP, axis=-2) if self.sums_heads else y_BThP.reshape(*m_BTD.shape[:-1], -1)
     y_BTF = y_BTF.astype(dtype)
     if self.up is not None:

@@ -38,7 +38,9 @@ class MoEFFN(nnx.Module):
     """Every parameter learns."""
     return ()
 
-  def __call__(self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike) -> SublayerOutput:
+  def __call__(
+    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
+  ) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
     x_BTD = self.norm(h_BTD)
     logits_BTE = jnp.matmul(x_BTD, self.router.kernel[...], precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,104 @@
+"""Rows that n-grams address: against hashing with Python's integers, position by position."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from mmjax.config import load_config
+from mmjax.errors import UserError
+from mmjax.model.lm import build_model
+from mmjax.model.ngram import NO_TOKEN, cached_last_tokens, last_tokens, ngram_rows
+from tests.helpers import random_batch, tiny_config
+
+NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}
+
+
+def mix(x: int) -> int:
+  x = (x ^ (x >> 16)) * 0x85EBCA6B % 2**32
+  x = (x ^ (x >> 13)) * 0xC2B2AE35 % 2**32
+  return x ^ (x >> 16)
+
+
+def rows_by_hand(tokens: list[int], number: int, knowledge_num: int) -> int:
+  """The row that the tokens, the last one first, address for the `number`-th row of all heads."""
+  for token in tokens:
+    number = mix(number ^ mix(token % 2**32))
+  return number % knowledge_num
+
+
+def test_last_tokens_are_those_of_the_segment_and_of_the_cache():
+  tokens = np.random.default_rng(0).integers(0, 99, (2, 7), np.int32)
+  segment = np.array([[0, 0, 0, 1, 1, 1, 1], [4, 5, 5, 5, 5, 6, 6]], np.int32)
+  for segments in (None, segment):
+    found = last_tokens(jnp.asarray(tokens), 3, segments)
+    for b in range(2):
+      for t in range(7):
+        for back in range(3):
+          same = t >= back and (segments is None or segment[b, t - back] == segment[b, t])
+          assert found[b, t, back] == (tokens[b, t - back] if same else NO_TOKEN)
+  assert last_tokens(jnp.asarray(tokens[:, :2]), 9).shape == (2, 2, 9)
+  position = jnp.array([[4, 5], [0, 1]])
+  cached = cached_last_tokens(jnp.asarray(tokens), position, 3)
+  whole = last_tokens(jnp.asarray(tokens), 3)
+  np.testing.assert_array_equal(cached, np.stack([whole[0, 4:6], whole[1, :2]]))
+
+
+def test_rows_are_those_of_a_hash_of_as_many_tokens_as_the_head_looks_at():
+  token = np.random.default_rng(0).integers(-1, 6400, (2, 5, 3), np.int32)
+  found = ngram_rows(jnp.asarray(token), (2, 3, 1), 2, 65536)
+  assert found.shape == (2, 5, 3, 2) and found.dtype == jnp.int32
+  for b, t, head, r in np.ndindex(found.shape):
+    n = (2, 3, 1)[head]
+    assert found[b, t, head, r] == rows_by_hand(token[b, t, :n].tolist(), 2 * head + r, 65536)
+
+
+def test_rows_are_taken_as_evenly_as_at_random():
+  """Of 20,000 pairs of neighbouring numbers, as ids of frequent tokens are; chi-squared over 1,024 rows, both heads."""
+  token = np.stack(np.meshgrid(np.arange(100), np.arange(200)), -1).reshape(1, -1, 2).astype(np.int32)
+  rows = np.asarray(ngram_rows(jnp.asarray(token), (2, 2), 1, 1024))[0, :, :, 0]
+  for row in rows.T:
+    counts = np.bincount(row, minlength=1024)
+    chi_squared = np.sum((counts - counts.mean()) ** 2 / counts.mean())
+    assert abs(chi_squared - 1023) < 5 * (2 * 1023) ** 0.5
+  pairs = np.bincount(
+    rows[:, 0] // 32 * 32 + rows[:, 1] // 32, minlength=1024
+  )  # what one head mixes up, another does not
+  assert abs(np.sum((pairs - pairs.mean()) ** 2 / pairs.mean()) - 1023) < 5 * (2 * 1023) ** 0.5
+
+
+def test_model_reads_the_rows_of_its_last_tokens():
+  config = tiny_config(**NGRAM)
+  graphdef, params = build_model(config)
+  tokens = random_batch(config)['input'][0]
+  segment = np.zeros_like(tokens)
+  segment[:, 5:] = 1
+  run = jax.jit(lambda segment: nnx.merge(graphdef, params)(tokens, segment))
+  out = run(segment)
+  assert 'gate' not in params['layers'][0]['sublayer']
+  np.testing.assert_array_equal(out.row_LBTR[0], out.row_LBTR[1])
+  last = [int(tokens[1, 6]), int(tokens[1, 5]), NO_TOKEN]  # the third lies in another segment
+  by_hand = [rows_by_hand(last[:n], i, config.model.knowledge_num) for i, n in enumerate((2, 2, 3, 3, 2, 2))]
+  assert out.row_LBTR[0, 1, 6].tolist() == by_hand
+  # The bank is what makes the difference between two contexts of a token that attention sees alike.
+  assert not np.allclose(out.hidden_BTD, run(np.zeros_like(tokens)).hidden_BTD)
+
+
+@pytest.mark.parametrize(
+  ('overrides', 'said'),
+  [
+    (['memory.ngrams=2,x'], "memory.ngrams='2,x' must be numbers of tokens like '2,3', from 1 to 9"),
+    (['memory.ngrams='], "memory.ngrams='' must be numbers of tokens"),
+    (['memory.ngrams=0'], "memory.ngrams='0' must be"),
+    (['memory.ngrams=10'], "memory.ngrams='10' must be"),
+    (['memory.ngrams=2,3'], 'no more than memory.n_heads=1'),
+    (
+      ['model.sublayer=ngram_bag', 'memory.revive_after=9'],
+      "memory.revive_after=9 must be 0 for model.sublayer='ngram",
+    ),
+  ],
+)
+def test_settings_against_a_rule_are_refused(overrides, said):
+  with pytest.raises(UserError, match=said):
+    load_config('configs/base.py', [f'--config.{override}' for override in overrides])
