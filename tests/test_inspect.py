@@ -72,6 +72,23 @@ def test_rows_of_a_text_are_those_that_the_model_read(reader, forward):
   assert [len(t['layers'][0]['rows']) for t in reader.read_text(TEXT, layer=1, top=2)] == [2] * len(ids)
 
 
+def test_rows_that_ngrams_address_are_shown_with_these(tiny_run):
+  config = tiny_config(model__sublayer='ngram_bag', model__num_selected=1, memory__n_heads=2, memory__ngrams='1,2')
+  reader = MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
+  found = reader.read_text(TEXT)
+  texts = [token['token'] for token in found]
+  row_of = {}
+  for t, token in enumerate(found):
+    before = texts[t - 1] if t % config.model.max_seq_len else ''  # the model sees rows one by one
+    reads = token['layers'][1]['rows']
+    assert [read['ngram'] for read in reads] == [texts[t], before + texts[t]]
+    assert all(read['score'] is None and read['weight'] is None for read in reads)
+    assert reads[0]['row'] == row_of.setdefault(token['id'], reads[0]['row'])  # the same token, the same row
+  tables = inspect.tokens_tables(found, 5, 80)
+  assert tables[0].title == 'Rows that each token took: row, ngram'
+  assert inspect.contexts_table([], '').columns[0].header == 'contexts that take it; the token that took it is in «»'
+
+
 def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
   rows = split.rows(np.arange(split.n_rows))
   row_BTR, score_BTR, log_BTV = forward(rows['input'])
@@ -126,7 +143,7 @@ def test_a_row_is_replaced_in_its_own_layer_only(tiny_run, split):
     angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], model.head_dim, model.rope_theta)
     x_BTD = model.embedding[...][tokens_BT]
     for layer, bank_MP in zip(model.layers, banks, strict=True):
-      x_BTD, _, _ = layer(x_BTD, bank_MP, angle_BTh, None, None, dtype=jnp.float32, attention='xla')
+      x_BTD, _, _ = layer(x_BTD, bank_MP, angle_BTh, None, None, None, dtype=jnp.float32, attention='xla')
     return jax.nn.log_softmax(model.logits(model.norm(x_BTD)))
 
   rows, at = (np.array([context[name] for context in found['contexts']]) for name in ('corpus_row', 'position'))

@@ -41,6 +41,7 @@ class MemoryReader:
   Attributes:
     layers: numbers of the layers that have a memory.
     scores_weigh: whether rows count by their scores; weights are None where they do not.
+    ngrams: how many of the last tokens address the rows of each head; () where a gate with scores picks them.
   """
 
   def __init__(self, lm: LanguageModel):
@@ -53,7 +54,9 @@ class MemoryReader:
     self.lm, self.layers = lm, memory_layers(config)
     if not self.layers:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
-    self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
+    sublayer = SUBLAYERS[config.model.sublayer]
+    self.scores_weigh = sublayer.scores_weigh(config.memory)
+    self.ngrams = config.memory.ngram_of_heads() if sublayer.reads_ngrams else ()
     attention = attention_backend('auto', jnp.dtype(jnp.float32), jax.default_backend(), 1, config.model.head_dim)
     forward = partial(_forward, model_graph(config), attention)
     compiled = partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
@@ -93,7 +96,8 @@ class MemoryReader:
 
     Returns:
       For each token, the first one included: `id`, `token` (its text), and `layers`, a list of `layer` and `rows`, each
-      a `row`, its `head`, its `score` (before any activation) and its `weight` (None where scores do not weigh rows).
+      a `row`, its `head`, its `score` (before any activation; None where n-grams address rows), its `weight` (None
+      where scores do not weigh rows), and `ngram`, the text of the tokens that address it (None with a gate).
 
     Raises:
       UserError: if the text is empty or the layer has no memory.
@@ -116,13 +120,19 @@ class MemoryReader:
     order_LTR = np.argsort(-(np.abs(weight_LTR) if self.scores_weigh else score_LTR), axis=-1, kind='stable')[..., :top]
     head_R = np.repeat(np.arange(self.lm.config.memory.n_heads), self.lm.config.model.num_selected)
 
+    text = partial(token_text, self.lm.tokenizer)
+
+    def ngram(head: int, t: int) -> str | None:
+      return ''.join(map(text, ids[max(0, t + 1 - self.ngrams[head]) : t + 1])) if self.ngrams else None
+
     def rows_of(at: int, t: int) -> list[dict[str, Any]]:
       return [
         {
           'row': int(row_LTR[at, t, slot]),
           'head': int(head_R[slot]),
-          'score': float(score_LTR[at, t, slot]),
+          'score': None if self.ngrams else float(score_LTR[at, t, slot]),
           'weight': float(weight_LTR[at, t, slot]) if self.scores_weigh else None,
+          'ngram': ngram(head_R[slot], t),
         }
         for slot in order_LTR[at, t]
       ]
@@ -131,7 +141,7 @@ class MemoryReader:
     return [
       {
         'id': int(token),
-        'token': token_text(self.lm.tokenizer, token),
+        'token': text(token),
         'layers': [{'layer': layer, 'rows': rows_of(at, t)} for layer, at in places],
       }
       for t, token in enumerate(ids)

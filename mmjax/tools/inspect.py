@@ -92,8 +92,9 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
   """Returns what --json writes.
 
   Returns:
-    checkpoint; scores_weigh; `text`: `tokens`, see `MemoryReader.read_text`, and `most_taken`; `row`: see
-    `MemoryReader.read_row`, with `snippet` and `effect_is`. None for what was not asked.
+    checkpoint; strength_is, what the contexts of a row are ordered by, '' if by nothing; `text`: `tokens`, see
+    `MemoryReader.read_text`, and `most_taken`; `row`: see `MemoryReader.read_row`, with `snippet` and `effect_is`.
+    None for what was not asked.
 
   Raises:
     UserError: if the model, the layer, the row or the text is not there.
@@ -106,7 +107,8 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
   reader.chosen_layers(arguments.layer)
   if arguments.row is not None:
     reader.check_row(arguments.row)
-  found = {'checkpoint': lm.step, 'scores_weigh': reader.scores_weigh, 'text': None, 'row': None}
+  strength = '' if reader.ngrams else 'weight' if reader.scores_weigh else 'score'
+  found = {'checkpoint': lm.step, 'strength_is': strength, 'text': None, 'row': None}
   snippets = read_snippets(lm)
   if text is not None:
     tokens = reader.read_text(text, layer=arguments.layer)
@@ -170,11 +172,15 @@ def print_found(found: dict[str, Any], top: int) -> None:
   for layer in row['layers']:
     console.print(f'\nLayer {layer["layer"]}: taken at {layer["taken"]:,} ({layer["taken"] / row["positions"]:.3%})')
     if layer['effect'] is not None:
-      console.print(contexts_table(layer['contexts'], found['scores_weigh']))
+      console.print(contexts_table(layer['contexts'], found['strength_is']))
       console.print(effect_table(layer['effect']))
       gain = layer['effect']['next_token_gain']
       console.print(f'The token that really follows: {gain:+.4f} nats.')
   console.print(f'\nChange: {row["effect_is"]}.')
+
+
+# What is shown of a read beside its row, where it has it.
+READ_CELLS = {'score': '{:5.1f}'.format, 'weight': '{:.2f}'.format, 'ngram': lambda ngram: visible(ngram)}
 
 
 def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Table]:
@@ -184,8 +190,8 @@ def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Ta
   names = [Text(visible(token['token'])) for token in tokens]
   cell_width = max(len(line) for row in cells for cell in row for line in cell.split('\n'))
   beside = max(1, (width - 4 - min(16, max(name.cell_len for name in names))) // (cell_width + 3))
-  weighs = tokens[0]['layers'][0]['rows'][0]['weight'] is not None
-  title = 'Rows that each token took: row, score' + (', weight' if weighs else '')
+  read = tokens[0]['layers'][0]['rows'][0]
+  title = 'Rows that each token took: ' + ', '.join(['row', *(name for name in READ_CELLS if read[name] is not None)])
   tables = []
   for first in range(0, len(layers), beside):
     table = Table('token', title=title)
@@ -198,11 +204,10 @@ def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Ta
 
 
 def _reads_cell(reads: list[dict[str, Any]]) -> str:
-  lines = [
-    f'{read["row"]:>5} {read["score"]:5.1f}' + ('' if read['weight'] is None else f' {read["weight"]:.2f}')
-    for read in reads
+  cells = [
+    [f'{read["row"]:>5}', *(show(read[n]) for n, show in READ_CELLS.items() if read[n] is not None)] for read in reads
   ]
-  return '\n'.join(lines)
+  return '\n'.join(map(' '.join, cells))
 
 
 def most_taken_table(rows: list[dict[str, Any]], n_tokens: int) -> Table:
@@ -218,12 +223,14 @@ def most_taken_table(rows: list[dict[str, Any]], n_tokens: int) -> Table:
   return table
 
 
-def contexts_table(contexts: list[dict[str, Any]], scores_weigh: bool) -> Table:
+def contexts_table(contexts: list[dict[str, Any]], strength_is: str) -> Table:
   """Snippets of text with the token that took the row in quotes."""
-  table = Table('weight' if scores_weigh else 'score', 'contexts that take it most; the token that took it is in «»')
+  headings = [strength_is, 'contexts that take it most'] if strength_is else ['contexts that take it']
+  table = Table(*headings[:-1], f'{headings[-1]}; the token that took it is in «»')
   for context in contexts:
     token = Text(f'«{plain(context["token"])}»', 'bold reverse')
-    table.add_row(f'{context["strength"]:.3f}', Text(plain(context['before'])) + token + Text(plain(context['after'])))
+    strength = [f'{context["strength"]:.3f}'] if strength_is else []
+    table.add_row(*strength, Text(plain(context['before'])) + token + Text(plain(context['after'])))
   return table
 
 
