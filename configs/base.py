@@ -36,6 +36,7 @@ def get_config() -> ConfigDict:
   memory.layers = 'all'  # layers that have a memory: also 'middle' (not the first and last quarter), '2,3'; 0 is first
   memory.input = 'attention'  # what gate and fusion read: what attention added, or the 'residual' stream after it
   memory.n_heads = 1  # heads of the gate, 1 to 8; each has its query and sub-keys, all read the one bank
+  memory.ngram_layers = ''  # those of them that have an 'ngram_bag' in place of model.sublayer: '1', 'all'; '': none
   memory.ngrams = '1'  # of 'ngram_bag': how many of the last tokens address a head's rows; '2,3': heads take turns
   memory.scores = 'none'  # 'scale': each row times its weight, so that the gate learns; 'memory_bag' always weighs
   memory.score_activation = 'softmax'  # scores to weights, within a head's rows: also 'relu', 'none' (as they are)

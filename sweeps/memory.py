@@ -144,6 +144,9 @@ MODELS = {
   'g36': NGRAMS | {'memory.layers': '1', 'memory.n_heads': 8},
   'g37': NGRAMS | {'memory.ngrams': '1'},  # a second embedding: what is in reach without a context
   'g38': NGRAMS | {'model.knowledge_num': 1048576},
+  # Both in one bank: one layer that n-grams address, gates that learn in others.
+  'g39': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3'},
+  'g40': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3', 'memory.layers': '1,2'},
 }
 
 

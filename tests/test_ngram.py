@@ -8,8 +8,9 @@ from flax import nnx
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
-from mmjax.model.lm import build_model
+from mmjax.model.lm import build_model, memory_layers
 from mmjax.model.ngram import NO_TOKEN, cached_last_tokens, last_tokens, ngram_rows
+from mmjax.model.sublayers import layer_kinds
 from tests.helpers import random_batch, tiny_config
 
 NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}
@@ -85,6 +86,20 @@ def test_model_reads_the_rows_of_its_last_tokens():
   assert not np.allclose(out.hidden_BTD, run(np.zeros_like(tokens)).hidden_BTD)
 
 
+def test_layers_of_both_kinds_share_the_bank():
+  config = tiny_config(
+    model__sublayer='memory_bag', model__n_layers=4, memory__layers='1,2,3', memory__ngram_layers='2', memory__n_heads=2
+  )
+  assert layer_kinds(config.model, config.memory) == ('dense', 'memory_bag', 'ngram_bag', 'memory_bag')
+  assert memory_layers(config) == [1, 2, 3]
+  graphdef, params = build_model(config)
+  tokens = random_batch(config)['input'][0]
+  out = jax.jit(nnx.merge(graphdef, params))(tokens)
+  by_hand = [rows_by_hand([int(tokens[1, 6])], i, config.model.knowledge_num) for i in range(6)]
+  assert out.row_LBTR[1, 1, 6].tolist() == by_hand and not np.any(out.score_LBTR[1]) and np.any(out.score_LBTR[2])
+  assert ['gate' in params['layers'][i]['sublayer'] for i in (1, 2, 3)] == [True, False, True]
+
+
 @pytest.mark.parametrize(
   ('overrides', 'said'),
   [
@@ -93,10 +108,14 @@ def test_model_reads_the_rows_of_its_last_tokens():
     (['memory.ngrams=0'], "memory.ngrams='0' must be"),
     (['memory.ngrams=10'], "memory.ngrams='10' must be"),
     (['memory.ngrams=2,3'], 'no more than memory.n_heads=1'),
+    (['model.sublayer=ngram_bag', 'memory.revive_after=9'], "revive_after=9 must be 0 with model.sublayer='ngram_bag'"),
+    (['memory.ngram_layers=1', 'memory.revive_after=9'], "revive_after=9 must be 0 with memory.ngram_layers='1'"),
     (
-      ['model.sublayer=ngram_bag', 'memory.revive_after=9'],
-      "memory.revive_after=9 must be 0 for model.sublayer='ngram",
+      ['memory.ngram_layers=1', 'memory.score_activation=relu'],
+      "score_activation='relu' must be 'softmax' with memory",
     ),
+    (['memory.ngram_layers=9'], "memory.ngram_layers='9' must be 'all', 'middle' or different layers"),
+    (['memory.ngram_layers=0,1', 'memory.layers=1,2'], "memory.ngram_layers='0,1' has layer 0, which is not among"),
   ],
 )
 def test_settings_against_a_rule_are_refused(overrides, said):

@@ -158,10 +158,13 @@ def test_norms_of_a_step_equal_numpy():
   usage = np.zeros((1, 9), np.int32)
   usage[0, [2, 5]] = 3, 1
   params_32, grads_32, updates_32 = jax.tree.map(jnp.float32, (params, grads, updates))
-  found = gate_norms(grads_32)
+  found = gate_norms(grads_32, [1])
   gate = grads['layers'][1]['sublayer']['gate']
   np.testing.assert_allclose(found['gate_grad_norm_L'], [np.sqrt((gate['query']['kernel'] ** 2).sum())], rtol=1e-6)
   np.testing.assert_allclose(found['key_grad_norm_L'], [np.sqrt((gate['keys'] ** 2).sum())], rtol=1e-6)
+  grads_32['layers'][3] = {'sublayer': {'down': jnp.ones(3)}}  # n-grams address its rows
+  assert gate_norms(grads_32, [3]) == {}
+  np.testing.assert_array_equal(np.isnan(gate_norms(grads_32, [1, 3])['key_grad_norm_L']), [False, True])
   update, before = (np.sqrt((x['memory_bank'][[2, 5]] ** 2).sum()) for x in (updates, params))
   ratio = row_update_ratio(params_32['memory_bank'], updates_32['memory_bank'], usage)
   assert float(ratio) == pytest.approx(update / before, rel=1e-6)

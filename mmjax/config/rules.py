@@ -69,11 +69,6 @@ def check_config(config: Config) -> None:
     raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
   if config.memory.selection_bias and config.memory.revive_after and config.memory.revive_keys:
     raise UserError('memory.revive_keys=True would copy sub-keys without their bias: memory.selection_bias needs False')
-  config.memory.ngram_of_heads()
-  if config.model.sublayer == 'ngram_bag' and config.memory.revive_after:
-    raise UserError(
-      f"memory.revive_after={config.memory.revive_after} must be 0 for model.sublayer='ngram_bag': hashes reach any row"
-    )
   if config.memory.key_dim % 2:
     raise UserError(
       f'memory.key_dim={config.memory.key_dim} must be even: it is two halves; nearest: {config.memory.key_dim + 1}'
@@ -82,9 +77,21 @@ def check_config(config: Config) -> None:
     raise UserError(f'memory.n_heads={config.memory.n_heads} must be at most {MAX_MEMORY_HEADS}')
   if config.model.n_layers > MAX_LAYERS:
     raise UserError(f'model.n_layers={config.model.n_layers} must be at most {MAX_LAYERS}')
-  config.memory.layer_numbers(config.model.n_layers)
+  _check_ngrams(config)
   _check_model(config.model)
   _check_processes(config.runtime)
+
+
+def _check_ngrams(config: Config) -> None:
+  memory = config.memory
+  memory.ngram_of_heads()
+  hashed = memory.ngram_layer_numbers(config.model.n_layers) and f'memory.ngram_layers={quote(memory.ngram_layers)}'
+  if config.model.sublayer == 'ngram_bag':
+    hashed = "model.sublayer='ngram_bag'"
+  if hashed and memory.revive_after:
+    raise UserError(f'memory.revive_after={memory.revive_after} must be 0 with {hashed}: n-grams reach every row')
+  if memory.ngram_layers and memory.score_activation != 'softmax':
+    raise UserError(f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with {hashed}")
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -57,6 +57,7 @@ class MemoryConfig:
   n_heads: int
   scores: str
   score_activation: str
+  ngram_layers: str
   ngrams: str
   query_key_norm: str
   key_dim: int
@@ -107,18 +108,36 @@ class MemoryConfig:
     Raises:
       UserError: if it is not understood or names a layer that is not there.
     """
-    if self.layers == 'all':
-      return tuple(range(n_layers))
-    if self.layers == 'middle':
-      return tuple(range(n_layers // 4, n_layers - n_layers // 4))
-    parts = [part.strip() for part in self.layers.split(',')]
-    numbers = sorted({int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 10})
-    if len(numbers) != len(parts) or numbers[-1] >= n_layers:
+    return _layer_numbers('layers', self.layers, n_layers)
+
+  def ngram_layer_numbers(self, n_layers: int) -> tuple[int, ...]:
+    """Returns those of these layers that `ngram_layers` means.
+
+    Raises:
+      UserError: if it is not understood or names a layer that is not one of them.
+    """
+    numbers = _layer_numbers('ngram_layers', self.ngram_layers, n_layers) if self.ngram_layers else ()
+    if without := set(numbers) - set(self.layer_numbers(n_layers)):
       raise UserError(
-        f"memory.layers={quote(self.layers)} must be 'all', 'middle' or different layers like '0,2', "
-        f'numbered from 0 to {n_layers - 1}'
+        f'memory.ngram_layers={quote(self.ngram_layers)} has layer {min(without)}, '
+        f'which is not among memory.layers={quote(self.layers)}'
       )
-    return tuple(numbers)
+    return numbers
+
+
+def _layer_numbers(field: str, text: str, n_layers: int) -> tuple[int, ...]:
+  if text == 'all':
+    return tuple(range(n_layers))
+  if text == 'middle':
+    return tuple(range(n_layers // 4, n_layers - n_layers // 4))
+  parts = [part.strip() for part in text.split(',')]
+  numbers = sorted({int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 10})
+  if len(numbers) != len(parts) or numbers[-1] >= n_layers:
+    raise UserError(
+      f"memory.{field}={quote(text)} must be 'all', 'middle' or different layers like '0,2', "
+      f'numbered from 0 to {n_layers - 1}'
+    )
+  return tuple(numbers)
 
 
 @dataclasses.dataclass(frozen=True)

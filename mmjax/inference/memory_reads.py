@@ -26,7 +26,7 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import LM, Output, Params, memory_layers, model_graph
-from mmjax.model.sublayers import SUBLAYERS, row_weights
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds, reads_ngrams, row_weights
 from mmjax.training.backend import compiler_options
 
 MOST_TOKENS = 4096  # of a text
@@ -41,7 +41,7 @@ class MemoryReader:
   Attributes:
     layers: numbers of the layers that have a memory.
     scores_weigh: whether rows count by their scores; weights are None where they do not.
-    ngrams: how many of the last tokens address the rows of each head; () where a gate with scores picks them.
+    ngrams: by layer, how many of the last tokens address the rows of each head; () where a gate with scores picks them.
   """
 
   def __init__(self, lm: LanguageModel):
@@ -54,9 +54,9 @@ class MemoryReader:
     self.lm, self.layers = lm, memory_layers(config)
     if not self.layers:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
-    sublayer = SUBLAYERS[config.model.sublayer]
-    self.scores_weigh = sublayer.scores_weigh(config.memory)
-    self.ngrams = config.memory.ngram_of_heads() if sublayer.reads_ngrams else ()
+    self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
+    kinds, ngrams = layer_kinds(config.model, config.memory), config.memory.ngram_of_heads()
+    self.ngrams = {layer: ngrams if reads_ngrams([kinds[layer]]) else () for layer in self.layers}
     attention = attention_backend('auto', jnp.dtype(jnp.float32), jax.default_backend(), 1, config.model.head_dim)
     forward = partial(_forward, model_graph(config), attention)
     compiled = partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
@@ -122,27 +122,24 @@ class MemoryReader:
 
     text = partial(token_text, self.lm.tokenizer)
 
-    def ngram(head: int, t: int) -> str | None:
-      return ''.join(map(text, ids[max(0, t + 1 - self.ngrams[head]) : t + 1])) if self.ngrams else None
-
-    def rows_of(at: int, t: int) -> list[dict[str, Any]]:
+    def rows_of(layer: int, t: int) -> list[dict[str, Any]]:
+      at, ngrams = self.layers.index(layer), self.ngrams[layer]
       return [
         {
           'row': int(row_LTR[at, t, slot]),
           'head': int(head_R[slot]),
-          'score': None if self.ngrams else float(score_LTR[at, t, slot]),
-          'weight': float(weight_LTR[at, t, slot]) if self.scores_weigh else None,
-          'ngram': ngram(head_R[slot], t),
+          'score': None if ngrams else float(score_LTR[at, t, slot]),
+          'weight': float(weight_LTR[at, t, slot]) if self.scores_weigh and not ngrams else None,
+          'ngram': ''.join(map(text, ids[max(0, t + 1 - ngrams[head_R[slot]]) : t + 1])) if ngrams else None,
         }
         for slot in order_LTR[at, t]
       ]
 
-    places = [(layer, self.layers.index(layer)) for layer in layers]
     return [
       {
         'id': int(token),
         'token': text(token),
-        'layers': [{'layer': layer, 'rows': rows_of(at, t)} for layer, at in places],
+        'layers': [{'layer': layer, 'rows': rows_of(layer, t)} for layer in layers],
       }
       for t, token in enumerate(ids)
     ]
@@ -164,11 +161,11 @@ class MemoryReader:
 
     Returns:
       `row`; `positions`, how many were read; and `layers`, for each its `layer`; `taken`, how many positions took the
-      row; `contexts`: `before`, `token`, `after` (texts; the token after which the model read the row), `strength`,
-      `corpus_row` and `position`; and `effect`, None where no position took it: `contexts` it is the mean over;
-      `next_token_gain`, change of the log-probability of the token that really follows, nats; `up` and `down`, tokens
-      with the largest rise and fall of their log-probability: `id`, `token`, `log_change` in nats, and
-      their mean `probability` and `probability_without`.
+      row; `strength_is`: 'weight', 'score', or '' where n-grams address rows; `contexts`: `before`, `token`, `after`
+      (texts; the token after which the model read the row), `strength`, `corpus_row` and `position`; and `effect`, None
+      where no position took it: `contexts` it is the mean over; `next_token_gain`, change of the log-probability of the
+      token that really follows, nats; `up` and `down`, tokens with the largest rise and fall of their log-probability:
+      `id`, `token`, `log_change` in nats, and their mean `probability` and `probability_without`.
 
     Raises:
       UserError: if there is no such row, or the layer has no memory.
@@ -180,7 +177,16 @@ class MemoryReader:
     for number in layers:
       contexts = [self._context(split, *context) for context in best[number][:top]]
       effect = self._effect(row, number, split, best[number], top) if best[number] else None
-      found.append({'layer': number, 'taken': taken[number], 'contexts': contexts, 'effect': effect})
+      strength_is = '' if self.ngrams[number] else 'weight' if self.scores_weigh else 'score'
+      found.append(
+        {
+          'layer': number,
+          'taken': taken[number],
+          'strength_is': strength_is,
+          'contexts': contexts,
+          'effect': effect,
+        }
+      )
     return {'row': row, 'positions': read, 'layers': found}
 
   def _best_contexts(

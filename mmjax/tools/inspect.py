@@ -92,9 +92,8 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
   """Returns what --json writes.
 
   Returns:
-    checkpoint; strength_is, what the contexts of a row are ordered by, '' if by nothing; `text`: `tokens`, see
-    `MemoryReader.read_text`, and `most_taken`; `row`: see `MemoryReader.read_row`, with `snippet` and `effect_is`.
-    None for what was not asked.
+    checkpoint; `text`: `tokens`, see `MemoryReader.read_text`, and `most_taken`; `row`: see `MemoryReader.read_row`,
+    with `snippet` and `effect_is`. None for what was not asked.
 
   Raises:
     UserError: if the model, the layer, the row or the text is not there.
@@ -107,8 +106,7 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
   reader.chosen_layers(arguments.layer)
   if arguments.row is not None:
     reader.check_row(arguments.row)
-  strength = '' if reader.ngrams else 'weight' if reader.scores_weigh else 'score'
-  found = {'checkpoint': lm.step, 'strength_is': strength, 'text': None, 'row': None}
+  found = {'checkpoint': lm.step, 'text': None, 'row': None}
   snippets = read_snippets(lm)
   if text is not None:
     tokens = reader.read_text(text, layer=arguments.layer)
@@ -172,7 +170,7 @@ def print_found(found: dict[str, Any], top: int) -> None:
   for layer in row['layers']:
     console.print(f'\nLayer {layer["layer"]}: taken at {layer["taken"]:,} ({layer["taken"] / row["positions"]:.3%})')
     if layer['effect'] is not None:
-      console.print(contexts_table(layer['contexts'], found['strength_is']))
+      console.print(contexts_table(layer['contexts'], layer['strength_is']))
       console.print(effect_table(layer['effect']))
       gain = layer['effect']['next_token_gain']
       console.print(f'The token that really follows: {gain:+.4f} nats.')
@@ -190,8 +188,9 @@ def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Ta
   names = [Text(visible(token['token'])) for token in tokens]
   cell_width = max(len(line) for row in cells for cell in row for line in cell.split('\n'))
   beside = max(1, (width - 4 - min(16, max(name.cell_len for name in names))) // (cell_width + 3))
-  read = tokens[0]['layers'][0]['rows'][0]
-  title = 'Rows that each token took: ' + ', '.join(['row', *(name for name in READ_CELLS if read[name] is not None)])
+  reads = [layer['rows'][0] for layer in tokens[0]['layers']]
+  shown = [name for name in READ_CELLS if any(read[name] is not None for read in reads)]
+  title = 'Rows that each token took: ' + ', '.join(['row', *shown])
   tables = []
   for first in range(0, len(layers), beside):
     table = Table('token', title=title)

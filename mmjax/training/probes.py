@@ -21,7 +21,7 @@ Of every evaluation, over the probed positions: those of its first batches, as m
   row_agreement_chance  the same for another of these positions whatever its next token.
 
 Of a training step:
-  gate_grad_norm   for each layer, L2 norm of the gradient of the gate's query projection, before clipping.
+  gate_grad_norm   for each layer with a gate, L2 norm of the gradient of its query projection, before clipping.
   key_grad_norm    the same of its sub-keys.
   row_update_ratio L2 norm of what the update added to the rows that the step's batch read (in any layer), over the
                    norm of these rows before it. All that moves them counts: learning rates, moments, decay.
@@ -166,22 +166,21 @@ def losses_without_bank(
   return losses
 
 
-def gate_norms(grads: Params) -> dict[str, Array]:
-  """Returns a training step's gate_grad_norm_L and key_grad_norm_L, see the top of this file; nothing without gates.
+def gate_norms(grads: Params, layers: Sequence[int]) -> dict[str, Array]:
+  """Returns a training step's gate_grad_norm_L and key_grad_norm_L, see the top of this file; {} without gates.
 
   Args:
-    grads: of a memory model, before clipping.
+    grads: before clipping.
+    layers: those with a memory; NaN is returned for one without a gate.
   """
-  sublayers = [layer['sublayer'] for layer in grads['layers'].values()]
-  gates = [sublayer['gate'] for sublayer in sublayers if 'keys' in sublayer.get('gate', ())]
-  return (
-    {}
-    if not gates
-    else {
-      'gate_grad_norm_L': jnp.stack([optax.global_norm(gate['query']) for gate in gates]),
-      'key_grad_norm_L': jnp.stack([optax.global_norm(gate['keys']) for gate in gates]),
-    }
-  )
+  gates = [grads['layers'][layer]['sublayer'].get('gate') for layer in layers]
+  if not any(gates):
+    return {}
+
+  def norms(name: str) -> Array:
+    return jnp.stack([optax.global_norm(gate[name]) if gate else jnp.float32(jnp.nan) for gate in gates])
+
+  return {'gate_grad_norm_L': norms('query'), 'key_grad_norm_L': norms('keys')}
 
 
 def row_update_ratio(bank_MP: Array, update_MP: Array, usage_LM: Array) -> Array:

@@ -21,6 +21,7 @@ FREE_OF_IMPORTS = (
 # configs/base.py alone states: they stay when a default changes.
 BEFORE = {
   'memory.bank_update': 'dense',
+  'memory.ngram_layers': '',
   'memory.ngrams': '1',
   'memory.key_dim': 0,
   'memory.bag_heads': 'concat',

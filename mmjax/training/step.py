@@ -18,7 +18,7 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.kernels.bank import Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
-from mmjax.model.lm import Params, init_params
+from mmjax.model.lm import Params, init_params, memory_layers
 from mmjax.training.lazy_bank import (
   add_gradients,
   init_moments,
@@ -215,12 +215,12 @@ def make_train_step(
       new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
       old = {'params': params, 'opt_state': state['opt_state']}
       kept = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
-      norms = gate_norms(grads) if 'usage_LM' in parts else {}
+      norms = gate_norms(grads, memory_layers(config))
       if lazy:
         kept['params']['memory_bank'], kept['bank_moments'], norms['row_update_ratio'] = update_rows(
           config, rate_of_bank, state['params']['memory_bank'], state['bank_moments'], row_sums, count, applied
         )
-      elif norms:
+      elif 'usage_LM' in parts:
         banks = params['memory_bank'], updates['memory_bank']
         norms['row_update_ratio'] = row_update_ratio(*banks, parts['usage_LM'])
     skipped = jnp.where(applied, 0, state['skipped'] + 1)

@@ -25,11 +25,16 @@ SUBLAYERS = {
 
 
 def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:
-  """Names the sublayer of each layer: model.sublayer, or 'dense' in layers that memory.layers leaves without memory."""
+  """Names the sublayer of each layer: model.sublayer; where only some layers have a memory, 'dense' in the others.
+
+  Layers in memory.ngram_layers have an 'ngram_bag'.
+  """
   if not SUBLAYERS[model.sublayer].uses_bank:
     return (model.sublayer,) * model.n_layers
-  chosen = memory.layer_numbers(model.n_layers)
-  return tuple(model.sublayer if layer in chosen else 'dense' for layer in range(model.n_layers))
+  kinds = dict.fromkeys(range(model.n_layers), 'dense')
+  kinds |= dict.fromkeys(memory.layer_numbers(model.n_layers), model.sublayer)
+  kinds |= dict.fromkeys(memory.ngram_layer_numbers(model.n_layers), 'ngram_bag')
+  return tuple(kinds.values())
 
 
 def reads_ngrams(kinds: Iterable[str]) -> bool:
