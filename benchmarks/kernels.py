@@ -218,7 +218,7 @@ def cross_entropy_case(B: int, dtype: str, platform: str) -> Case:
 
 
 def bag_case(B: int, dtype: str, platform: str) -> Case:
-  """Weighted sums of 16 rows for each of 4 heads, as memory_plus reads them."""
+  """Weighted sums of 16 rows for each of 4 heads, as memory_bag reads them."""
   row_BThr = _integers(M, B, T, 4, 16)
   inputs = _normal('float32', M, P), _normal('float32', *row_BThr.shape)
   variants = {'reference': _compile(lambda b, w, r: bank.bank_bag_reference(b, r, w), inputs, row_BThr)}
@@ -230,7 +230,7 @@ def bag_case(B: int, dtype: str, platform: str) -> Case:
 
 def sublayer_case(B: int, dtype: str, platform: str) -> Case:
   """All that follows attention, with its norm and the gradient of the bank; the reference is the SwiGLU of 1.4.0."""
-  files = {'reference': 'exp_1_4_0', '1.4.1': 'exp_1_4_1', '1.4.2': 'exp_1_4_2', 'memory_plus': 'memory_plus'}
+  files = {'reference': 'exp_1_4_0', '1.4.1': 'exp_1_4_1', '1.4.2': 'exp_1_4_2', 'memory_bag': 'memory_bag'}
   inputs = _normal('float32', B, T, D), _normal(dtype, B, T, D), _normal('float32', M, P)
   variants = {}
   for name, file in files.items():

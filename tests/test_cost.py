@@ -48,8 +48,8 @@ def test_dense_model_needs_at_least_one_step_of_width():
     matching_width(config, least - 1)
 
 
-def test_memory_plus_costs_what_the_feed_forward_record_costs():
-  config, record = load_config('configs/memory_plus.py'), load_config(RECORD)
+def test_memory_bag_costs_what_the_feed_forward_record_costs():
+  config, record = load_config('configs/memory_bag.py'), load_config(RECORD)
   budget = flops_per_token(record)['total']
   assert matching_width(config, budget) == config.memory.ffn_dim
   assert 0.99 * budget < flops_per_token(config)['total'] <= budget
@@ -62,19 +62,19 @@ def test_bytes_are_those_of_rows_and_weights():
     'weights': 4 * 23_994_880,
     'total': 4 * (8 * 8 * 128 + 23_994_880),
   }
-  plus = load_config('configs/memory_plus.py')
+  plus = load_config('configs/memory_bag.py')
   assert bytes_per_token(plus)['bank'] == 8 * 4 * 16 * 128 * 4  # layers, heads, rows, values, bytes
   assert bytes_per_token(load_config(RECORD))['bank'] == 0
 
 
 def test_tool_prints_the_costs_and_the_width_that_matches(monkeypatch, capsys):
-  flags = ['--config', 'configs/memory_plus.py', '--match', RECORD, '--config.memory.ffn_dim=8']
+  flags = ['--config', 'configs/memory_bag.py', '--match', RECORD, '--config.memory.ffn_dim=8']
   monkeypatch.setattr(sys, 'argv', ['cost', *flags])
   monkeypatch.setenv('COLUMNS', '200')
   cost_tool.main()
   said = capsys.readouterr().out
-  config = load_config('configs/memory_plus.py', ['--config.memory.ffn_dim=8'])
-  shown = [config, load_config('configs/memory_plus.py'), load_config(RECORD)]
+  config = load_config('configs/memory_bag.py', ['--config.memory.ffn_dim=8'])
+  shown = [config, load_config('configs/memory_bag.py'), load_config(RECORD)]
   total = next(line for line in said.splitlines() if 'FLOPs a token, total' in line)
   assert [f'{flops_per_token(c)["total"]:,.0f}' in total for c in shown] == [True] * 3
   assert '--config.memory.ffn_dim=800 costs 99.77% of the FLOPs a token of configs/exp_1_4_0.py' in said

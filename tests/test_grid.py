@@ -81,9 +81,9 @@ def test_models_differ_as_the_experiment_says(models):
   assert wide.memory.bank_std == pytest.approx((4 * width) ** -0.5)
 
 
-def test_memory_plus_is_the_best_of_the_grid_at_the_sizes_of_the_record():
+def test_memory_bag_is_the_best_of_the_grid_at_the_sizes_of_the_record():
   [best] = [run.config for run in read_sweep(GRID, ['scale=gpu', 'learning_rate=1e-3']) if run.name == 'g23-lr0.001-s0']
-  plus = load_config('configs/memory_plus.py')
+  plus = load_config('configs/memory_bag.py')
   assert (plus.model, plus.memory) == (best.model, best.memory)
 
 

@@ -1,4 +1,4 @@
-"""A whole tiny run with every choice of configs/memory_plus.py: train, restore, evaluate, generate, report."""
+"""A whole tiny run with every choice of configs/memory_bag.py: train, restore, evaluate, generate, report."""
 
 import json
 import random
@@ -40,7 +40,7 @@ def run(tmp_path_factory):
   documents = [' '.join(draw.choices('the bank holds rows that a gate finds'.split(), k=40)) for _ in range(150)]
   (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': d}) for d in documents))
   settings = SMALLER | {'data.train_files': f'{folder}/text.jsonl', 'data.prepared_dir': f'{folder}/data'}
-  config = load_config('configs/memory_plus.py', [f'--config.{k}={v}' for k, v in settings.items()])
+  config = load_config('configs/memory_bag.py', [f'--config.{k}={v}' for k, v in settings.items()])
   fit(config, folder / 'run')
   return folder / 'run'
 

@@ -1,0 +1,45 @@
+"""The benchmark scripts at tiny sizes: that they run, what they write, and that a second call goes on. No timing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.thorough  # minutes
+
+PARTS = {
+  'throughput_1_4_2', 'throughput_1_4_0', 'remat_1_4_2', 'limit_24gb_1_4_2', 'triton_1_4_2', 'sublayer',
+  'memory_scaling', 'kernels', 'decode', 'cold_start',
+}  # fmt: skip
+
+
+def run_gpu(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+  command = ['benchmarks/run_gpu.sh', *map(str, arguments)]
+  variables = {'PATH': '/usr/bin:/bin', 'PYTHON': sys.executable, 'JAX_PLATFORMS': 'cpu', **environment}
+  return subprocess.run(command, capture_output=True, text=True, env=variables)
+
+
+def test_all_that_a_gpu_is_asked_runs_and_is_not_done_twice(tmp_path):
+  first = run_gpu('--quick', tmp_path, COMMIT='abc')
+  assert first.returncode == 0, first.stdout + first.stderr
+  assert {path.stem for path in tmp_path.glob('*.json')} == PARTS
+  assert {path.stem for path in tmp_path.glob('*.md')} == PARTS | {'summary'}
+  summary = (tmp_path / 'summary.md').read_text()
+  assert all(f'## {name}\n' in summary for name in PARTS)
+  speeds = json.loads((tmp_path / 'throughput_1_4_2.json').read_text())
+  assert speeds['commit'] == 'abc'
+  written = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*.json')}
+  again = run_gpu('--quick', tmp_path)
+  assert again.returncode == 0 and again.stdout.count('done before') == len(PARTS)
+  assert written == {path: path.stat().st_mtime_ns for path in tmp_path.glob('*.json')}
+
+
+def test_a_part_without_time_is_named_and_left_to_the_next_call(tmp_path):
+  late = run_gpu('--quick', tmp_path, LIMIT_SECONDS='0')
+  assert late.returncode == 1 and late.stdout.count('no time left; run again') == len(PARTS)
+  assert not list(tmp_path.glob('*.json'))
+  wrong = run_gpu('--fast', tmp_path)
+  assert wrong.returncode == 2 and 'argument --fast is not understood' in wrong.stderr
+  assert Path('benchmarks/run_gpu.sh').stat().st_mode & 0o111
