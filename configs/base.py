@@ -43,7 +43,6 @@ def get_config() -> ConfigDict:
   memory.query_key_norm = 'none'  # of each half of a query and of each sub-key: 'l2' with a learned scale, 'layer_norm'
   memory.key_dim = 0  # width of a query, two sub-keys wide; even; 0: that of a row
   memory.keys_init = 'normal'  # sub-keys start N(0, 1); 'uniform': U(-1, 1) / sqrt(their width)
-  memory.bag_heads = 'concat'  # 'memory_bag' concatenates its heads' sums of rows; 'sum' adds them up
   memory.bag_gate = True  # 'memory_bag' times silu(m W1), element by element; False: the sums alone are projected
   memory.ffn_dim = 0  # F of a dense sublayer that stands beside each memory; 0: none
   memory.balance_loss_weight = 0.0  # of a loss against uneven use of the sub-keys; 0: none

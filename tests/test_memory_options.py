@@ -38,9 +38,8 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'bag_relu': {'sublayer': 'memory_bag', 'n_heads': 3, 'score_activation': 'relu'},
   'bag_plain': {'sublayer': 'memory_bag', 'score_activation': 'none', 'query_key_norm': 'layer_norm'},
   'bag_bias': {'sublayer': 'memory_bag', 'n_heads': 2, 'selection_bias': True},
-  'bag_sum': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'bag_heads': 'sum'},
   'bag_cheap': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'key_dim': 4, 'bag_gate': False},
-  'ngram': {'sublayer': 'ngram_bag', 'n_heads': 2, 'ngrams': '2', 'ffn_dim': 12, 'bag_heads': 'sum'},
+  'ngram': {'sublayer': 'ngram_bag', 'n_heads': 2, 'ngrams': '2', 'ffn_dim': 12},
   'cross_attention': {'sublayer': 'cross_attention', 'n_heads': 2, 'scores': 'scale', 'input': 'residual'},
   'eight_heads': {'scores': 'scale', 'n_heads': 8, 'query_key_norm': 'l2', 'ffn_dim': 12},
 }
@@ -71,7 +70,7 @@ def numpy_attention(config, params, m, rows):
 
 def numpy_bag(memory, params, m, sums):
   """The output of a bag from its heads' sums."""
-  y = sum(sums) if memory.bag_heads == 'sum' else np.concatenate(sums, -1)
+  y = np.concatenate(sums, -1)
   return (y * (silu(m @ params['up']['kernel']) if memory.bag_gate else 1)) @ params['down']['kernel']
 
 

@@ -12,7 +12,6 @@ CHOICES = {
   'memory.scores': ('none', 'scale'),
   'memory.score_activation': ('softmax', 'relu', 'none'),
   'memory.query_key_norm': ('none', 'l2', 'layer_norm'),
-  'memory.bag_heads': ('concat', 'sum'),
   'memory.keys_init': ('normal', 'uniform'),
   'memory.bank_init': ('normal', 'file'),
   'memory.bank_update': ('dense', 'lazy'),

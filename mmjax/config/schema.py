@@ -62,7 +62,6 @@ class MemoryConfig:
   query_key_norm: str
   key_dim: int
   keys_init: str
-  bag_heads: str
   bag_gate: bool
   ffn_dim: int
   balance_loss_weight: float
@@ -97,10 +96,6 @@ class MemoryConfig:
   def query_dim(self, model: ModelConfig) -> int:
     """Returns Q, the width of a query of the gate and of two sub-keys: that of a row where `key_dim` is 0."""
     return self.key_dim or model.knowledge_dim
-
-  def bag_dim(self, model: ModelConfig) -> int:
-    """Returns F of a bag, the width of what it projects: a row's for each head, or in all where they are summed."""
-    return model.knowledge_dim * (1 if self.bag_heads == 'sum' else self.n_heads)
 
   def layer_numbers(self, n_layers: int) -> tuple[int, ...]:
     """Returns the layers, numbered from 0, that `layers` means in a model of so many.

@@ -43,7 +43,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
     gate                   2 h (D Q + 2 C Q/2): the query, and scores against C sub-keys in each half
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
     cross attention        2 (2 D D + 2 D P + 2 N R P)
-    bag                    2 (2 D h P), without h where heads are summed, or half of it without its gate
+    bag                    2 (2 D h P), half of that without its gate
     bag reads              2 R P: the weighted sums
     dense                  2 * 3 D F, also where it stands beside a memory (F = memory.ffn_dim)
     experts                2 (3 D F (chosen + shared) + D E): those a token uses, not all that are computed
@@ -177,10 +177,10 @@ def _ngram_bag(config: Config) -> dict[str, int]:
 
 
 def _bag(config: Config) -> dict[str, int]:
-  model, memory = config.model, config.memory
+  model, width = config.model, config.memory.n_heads * config.model.knowledge_dim
   return {
-    'bag': TRAINED * 2 * (2 if memory.bag_gate else 1) * model.dim * memory.bag_dim(model),
-    'bag_reads': TRAINED * 2 * memory.n_heads * model.num_selected * model.knowledge_dim,
+    'bag': TRAINED * 2 * (2 if config.memory.bag_gate else 1) * model.dim * width,
+    'bag_reads': TRAINED * 2 * model.num_selected * width,
   }
 
 

@@ -24,7 +24,6 @@ BEFORE = {
   'memory.ngram_layers': '',
   'memory.ngrams': '1',
   'memory.key_dim': 0,
-  'memory.bag_heads': 'concat',
   'memory.bag_gate': True,
   'memory.revive_after': 0,
   'memory.selection_bias': False,

@@ -5,7 +5,6 @@ et al. 2019, arXiv:1907.05242.
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -18,14 +17,13 @@ from mmjax.model.sublayers.memory import MemorySublayer
 
 
 class MemoryBag(MemorySublayer):
-  """The whole sublayer: norm, gate, weighted sums, gated projection; `up`, or None, is (D, F), `down` (F, D)."""
+  """The whole sublayer: norm, gate, weighted sums, projection; `up`, their gate, is (D, h * P), `down` (h * P, D)."""
 
   sums_rows = True
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     super().__init__(model, memory, rngs=rngs)
-    width = memory.bag_dim(model)
-    self.sums_heads = memory.bag_heads == 'sum'
+    width = memory.n_heads * model.knowledge_dim
     self.up = Linear(model.dim, width, rngs=rngs) if memory.bag_gate else None
     self.down = Linear(width, model.dim, rngs=rngs)
 
@@ -39,10 +37,9 @@ class MemoryBag(MemorySublayer):
     return score_weights(selection.score_BThr, self.activation)
 
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
-    """Returns (y * silu(m @ up)) @ down, or y @ down, with y (B, T, F) the heads' sums, concatenated or added up."""
+    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
     y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))
-    y_BTF = jnp.sum(y_BThP, axis=-2) if self.sums_heads else y_BThP.reshape(*m_BTD.shape[:-1], -1)
-    y_BTF = y_BTF.astype(dtype)
+    y_BTF = y_BThP.reshape(*m_BTD.shape[:-1], -1).astype(dtype)
     if self.up is not None:
       y_BTF *= jax.nn.silu(self.up(m_BTD, dtype))
     return self.down(y_BTF, dtype)
