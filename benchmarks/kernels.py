@@ -230,15 +230,17 @@ def bag_case(B: int, dtype: str, platform: str) -> Case:
 
 def sublayer_case(B: int, dtype: str, platform: str) -> Case:
   """All that follows attention, with its norm and the gradient of the bank; the reference is the SwiGLU of 1.4.0."""
-  files = {'reference': 'exp_1_4_0', '1.4.1': 'exp_1_4_1', '1.4.2': 'exp_1_4_2', 'memory_bag': 'memory_bag'}
+  files = {'reference': 'exp_1_4_0', '1.4.1': 'exp_1_4_1', '1.4.2': 'exp_1_4_2'}
+  files |= {name: name for name in ('memory_bag', 'memory_plus')}
   inputs = _normal('float32', B, T, D), _normal(dtype, B, T, D), _normal('float32', M, P)
+  row_BThr = _integers(M, B, T, 4, 1)  # what n-grams address in memory_plus
   variants = {}
   for name, file in files.items():
     config = load_config(str(common.ROOT / f'configs/{file}.py'))
     graphdef, params = nnx.split(SUBLAYERS[config.model.sublayer](config.model, config.memory, rngs=nnx.Rngs(0)))
 
     def run(params: Any, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array, graphdef: Any = graphdef) -> Any:
-      out = nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype))
+      out = nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype), row_BThr)
       return out.delta_BTD, jnp.asarray(out.aux_loss)
 
     variants[name] = _compile(run, (params, *inputs))

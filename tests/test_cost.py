@@ -48,8 +48,9 @@ def test_dense_model_needs_at_least_one_step_of_width():
     matching_width(config, least - 1)
 
 
-def test_memory_bag_costs_what_the_feed_forward_record_costs():
-  config, record = load_config('configs/memory_bag.py'), load_config(RECORD)
+@pytest.mark.parametrize('name', ['memory_bag', 'memory_plus'])
+def test_best_memories_cost_what_the_feed_forward_record_costs(name):
+  config, record = load_config(f'configs/{name}.py'), load_config(RECORD)
   budget = flops_per_token(record)['total']
   assert matching_width(config, budget) == config.memory.ffn_dim
   assert 0.99 * budget < flops_per_token(config)['total'] <= budget
@@ -62,8 +63,9 @@ def test_bytes_are_those_of_rows_and_weights():
     'weights': 4 * 23_994_880,
     'total': 4 * (8 * 8 * 128 + 23_994_880),
   }
-  plus = load_config('configs/memory_bag.py')
-  assert bytes_per_token(plus)['bank'] == 8 * 4 * 16 * 128 * 4  # layers, heads, rows, values, bytes
+  many, few = (bytes_per_token(load_config(f'configs/{name}.py')) for name in ('memory_bag', 'memory_plus'))
+  assert many['bank'] == 8 * 4 * 16 * 128 * 4  # layers, heads, rows, values, bytes
+  assert few['bank'] == 4 * 4 * 1 * 128 * 4
   assert bytes_per_token(load_config(RECORD))['bank'] == 0
 
 

@@ -81,10 +81,12 @@ def test_models_differ_as_the_experiment_says(models):
   assert wide.memory.bank_std == pytest.approx((4 * width) ** -0.5)
 
 
-def test_memory_bag_is_the_best_of_the_grid_at_the_sizes_of_the_record():
-  [best] = [run.config for run in read_sweep(GRID, ['scale=gpu', 'learning_rate=1e-3']) if run.name == 'g23-lr0.001-s0']
-  plus = load_config('configs/memory_bag.py')
-  assert (plus.model, plus.memory) == (best.model, best.memory)
+@pytest.mark.parametrize(('name', 'model'), [('memory_bag', 'g23'), ('memory_plus', 'g34')])
+def test_configs_are_the_best_of_the_grid_at_the_sizes_of_the_record(name, model):
+  runs = read_sweep(GRID, ['scale=gpu', 'learning_rate=1e-3'])
+  [best] = [run.config for run in runs if run.name == f'{model}-lr0.001-s0']
+  config = load_config(f'configs/{name}.py')
+  assert (config.model, config.memory) == (best.model, best.memory)
 
 
 def test_list_grows_with_what_is_known():

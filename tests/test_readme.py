@@ -14,11 +14,12 @@ def test_memory_layer_of_the_readme_runs_and_learns():
   for block in re.findall(r'```python\n(.*?)```', section, re.DOTALL):
     exec(block, names)  # noqa: S102 - the text of this repository
   assert names['out'].row_BTR.shape == (2, 16, 64)
-  graphdef, params = nnx.split(names['memory'])
+  for module, rows in (('memory', None), ('ngram_memory', names['row_BThr'])):
+    graphdef, params = nnx.split(names[module])
 
-  def loss(params, bank_MP):
-    out = nnx.merge(graphdef, params)(names['x_BTD'], names['x_BTD'], bank_MP, jnp.float32)
-    return jnp.mean(out.delta_BTD**2) + out.aux_loss
+    def loss(params, bank_MP, graphdef=graphdef, rows=rows):
+      out = nnx.merge(graphdef, params)(names['x_BTD'], names['x_BTD'], bank_MP, jnp.float32, rows)
+      return jnp.mean(out.delta_BTD**2) + out.aux_loss
 
-  slopes = jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(params, names['bank_MP'][...]))
-  assert all(jnp.any(slope != 0) for slope in slopes)
+    slopes = jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(params, names['bank_MP'][...]))
+    assert all(jnp.any(slope != 0) for slope in slopes)
