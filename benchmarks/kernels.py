@@ -24,6 +24,7 @@ from jax import Array
 
 from mmjax.config import load_config
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
+from mmjax.model.ngram import last_tokens, ngram_rows
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.backend import compiler_options
 
@@ -233,17 +234,22 @@ def sublayer_case(B: int, dtype: str, platform: str) -> Case:
   files = {'reference': 'exp_1_4_0', '1.4.1': 'exp_1_4_1', '1.4.2': 'exp_1_4_2'}
   files |= {name: name for name in ('memory_bag', 'memory_plus')}
   inputs = _normal('float32', B, T, D), _normal(dtype, B, T, D), _normal('float32', M, P)
-  row_BThr = _integers(M, B, T, 4, 1)  # what n-grams address in memory_plus
+  tokens_BT = _integers(V, B, T)
   variants = {}
   for name, file in files.items():
     config = load_config(str(common.ROOT / f'configs/{file}.py'))
     graphdef, params = nnx.split(SUBLAYERS[config.model.sublayer](config.model, config.memory, rngs=nnx.Rngs(0)))
 
-    def run(params: Any, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array, graphdef: Any = graphdef) -> Any:
+    def run(
+      params: Any, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array, tokens_BT: Array, made: Any = (config, graphdef)
+    ) -> Any:
+      config, graphdef = made
+      ngrams = config.memory.ngram_of_heads()
+      row_BThr = ngram_rows(last_tokens(tokens_BT, max(ngrams)), ngrams, config.model.num_selected, M)
       out = nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype), row_BThr)
       return out.delta_BTD, jnp.asarray(out.aux_loss)
 
-    variants[name] = _compile(run, (params, *inputs))
+    variants[name] = _compile(run, (params, *inputs), tokens_BT)
   return Case('sublayer', dtype, f'B={B} T={T} D={D} M={M} P={P}', variants)
 
 

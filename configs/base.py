@@ -34,16 +34,16 @@ def get_config() -> ConfigDict:
 
   memory = config.memory = ConfigDict()
   memory.layers = 'all'  # layers that have a memory: also 'middle' (not the first and last quarter), '2,3'; 0 is first
+  memory.ngram_layers = ''  # those of these layers that have an 'ngram_bag' and no gate: '1', 'all'; '': none
   memory.input = 'attention'  # what gate and fusion read: what attention added, or the 'residual' stream after it
-  memory.n_heads = 1  # heads of the gate, 1 to 8; each has its query and sub-keys, all read the one bank
-  memory.ngram_layers = ''  # those of them that have an 'ngram_bag' in place of model.sublayer: '1', 'all'; '': none
+  memory.n_heads = 1  # 1 to 8; each has its own query and sub-keys, or hashes; all read the one bank
   memory.ngrams = '1'  # of 'ngram_bag': how many of the last tokens address a head's rows; '2,3': heads take turns
-  memory.scores = 'none'  # 'scale': each row times its weight, so that the gate learns; 'memory_bag' always weighs
+  memory.scores = 'none'  # 'scale': each row times its weight, so that the gate learns; a 'memory_bag' always weighs
   memory.score_activation = 'softmax'  # scores to weights, within a head's rows: also 'relu', 'none' (as they are)
   memory.query_key_norm = 'none'  # of each half of a query and of each sub-key: 'l2' with a learned scale, 'layer_norm'
   memory.key_dim = 0  # width of a query, two sub-keys wide; even; 0: that of a row
   memory.keys_init = 'normal'  # sub-keys start N(0, 1); 'uniform': U(-1, 1) / sqrt(their width)
-  memory.bag_gate = True  # 'memory_bag' times silu(m W1), element by element; False: the sums alone are projected
+  memory.bag_gate = True  # a bag's sums times silu(m W1), element by element; False: the sums alone are projected
   memory.ffn_dim = 0  # F of a dense sublayer that stands beside each memory; 0: none
   memory.balance_loss_weight = 0.0  # of a loss against uneven use of the sub-keys; 0: none
   memory.selection_bias = False  # True: a bias on sub-scores, for the choice alone, learns to even out their use

@@ -136,6 +136,7 @@ MODELS = {
   'g28': SHORT_KEYS | {'memory.bag_gate': False},
   'g29': FAST_BANK | {'memory.bag_gate': False},
   'g30': {'model.sublayer': 'dense', 'model.hidden_dim': "g23's"},  # what is left of G23 without its memory
+  # 31 and 32 are free: what they were was dropped before it ran.
   'g33': NGRAMS | {'memory.bank_lr_multiplier': 4.0},
   'g34': NGRAMS,
   'g35': NGRAMS | {'memory.layers': 'all'},

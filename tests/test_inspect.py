@@ -1,5 +1,6 @@
 """Looking into a memory: rows, contexts and effects against plain loops, the command, and what is refused."""
 
+import io
 import json
 import shutil
 import sys
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rich.console import Console
 
 import mmjax
 from mmjax.errors import UserError, run_command
@@ -86,6 +88,9 @@ def test_rows_that_ngrams_address_are_shown_with_these(tiny_run):
     assert reads[0]['row'] == row_of.setdefault(token['id'], reads[0]['row'])  # the same token, the same row
   tables = inspect.tokens_tables(found, 5, 80)
   assert tables[0].title == 'Rows that each token took: row, ngram'
+  screen = Console(file=io.StringIO(), width=200)  # brackets in a text are no markup
+  screen.print(*inspect.tokens_tables(reader.read_text('x[/i]'), 5, 200))
+  assert '[' in screen.file.getvalue() and '/i]' in screen.file.getvalue()
   assert inspect.contexts_table([], '').columns[0].header == 'contexts that take it; the token that took it is in «»'
 
 

@@ -9,6 +9,8 @@ import pytest
 import mmjax
 from mmjax.config import load_config
 from mmjax.inference.measure import measure_text
+from mmjax.model.lm import memory_layers
+from mmjax.model.sublayers import layer_kinds
 from mmjax.tools.report import write_report
 from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
@@ -18,9 +20,7 @@ from tests.helpers import TINY
 pytestmark = pytest.mark.thorough  # tests of the model, the optimizer and of generation cover the parts
 
 SMALLER = TINY | {
-  'memory.layers': '1',
   'memory.ffn_dim': 16,
-  'memory.balance_loss_weight': 0.01,
   'memory.bank_grad_clip': 1.0,
   'data.valid_fraction': 0.1,
   'data.workers': 1,
@@ -32,34 +32,42 @@ SMALLER = TINY | {
 }
 
 
-@pytest.fixture(scope='module', params=['memory_bag', 'memory_plus'])
+RUNS = {  # config file, and what differs
+  'gate': ('memory_bag', {'memory.layers': '1', 'memory.balance_loss_weight': 0.01}),
+  'ngrams': ('memory_plus', {'memory.layers': '1'}),
+  'both': ('memory_bag', {'memory.ngram_layers': '0', 'memory.ngrams': '2'}),
+}
+
+
+@pytest.fixture(scope='module', params=RUNS)
 def run(request, tmp_path_factory):
   """A finished run directory of four updates."""
   folder = tmp_path_factory.mktemp('plus')
   draw = random.Random(0)
   documents = [' '.join(draw.choices('the bank holds rows that a gate finds'.split(), k=40)) for _ in range(150)]
   (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': d}) for d in documents))
-  settings = SMALLER | {'data.train_files': f'{folder}/text.jsonl', 'data.prepared_dir': f'{folder}/data'}
-  config = load_config(f'configs/{request.param}.py', [f'--config.{k}={v}' for k, v in settings.items()])
+  name, changes = RUNS[request.param]
+  settings = SMALLER | changes | {'data.train_files': f'{folder}/text.jsonl', 'data.prepared_dir': f'{folder}/data'}
+  config = load_config(f'configs/{name}.py', [f'--config.{k}={v}' for k, v in settings.items()])
   fit(config, folder / 'run')
   return folder / 'run'
 
 
 def test_metrics_name_the_layers_that_have_a_memory(run):
   records = read_metrics(run / 'metrics.jsonl')
-  has_gate = RunDir(run).read_config().model.sublayer == 'memory_bag'
+  config = RunDir(run).read_config()
+  kinds = layer_kinds(config.model, config.memory)
   assert {record['kind'] for record in records} == {'train', 'eval'}
   for record in records:
-    assert [health['layer'] for health in record['bank']] == [1]
+    assert [health['layer'] for health in record['bank']] == memory_layers(config)
     assert all(0 < health['used_share'] <= 1 for health in record['bank'])
     assert np.isfinite(record['loss'])
-    if has_gate:
-      assert all(health['gate_grad_norm'] > 0 and health['key_grad_norm'] > 0 for health in record['bank'])
-    else:
-      assert not any('gate_grad_norm' in health for health in record['bank'])
+    gated = [health for health in record['bank'] if kinds[health['layer']] == 'memory_bag']
+    assert all(health['gate_grad_norm'] > 0 and health['key_grad_norm'] > 0 for health in gated)
+    assert [health for health in record['bank'] if 'gate_grad_norm' in health] == gated
     assert 0 < record['probes']['row_update_ratio'] < 2  # the bank learns 16 times as fast as the rest
   trained = [record for record in records if record['kind'] == 'train']
-  assert all((record['aux_loss'] > 0) == has_gate for record in trained)
+  assert all((record['aux_loss'] > 0) == (config.memory.balance_loss_weight > 0) for record in trained)
   [probes] = [record['probes'] for record in records if record['kind'] == 'eval']
   assert len({probes['loss'], probes['loss_zeroed'], probes['loss_shuffled']}) == 3
 
@@ -70,9 +78,10 @@ def test_trained_run_evaluates_generates_and_is_reported(run):
   logged = read_metrics(run / 'metrics.jsonl')[-1]
   measured = measure_text(lm, directory)
   assert measured.loss == pytest.approx(logged['loss'], rel=1e-3)
-  assert [health['layer'] for health in measured.bank] == [1]
+  assert [health['layer'] for health in measured.bank] == memory_layers(lm.config)
   report = write_report(run).read_text()
   assert 'memory.n_heads' in report and 'bag reads' in report
+  assert ('plots/bank_gate_grad_norm.png' in report) == ('memory_bag' in layer_kinds(lm.config.model, lm.config.memory))
 
 
 def test_state_of_the_banks_own_optimizer_is_restored(run, capsys):

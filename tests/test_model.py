@@ -190,9 +190,13 @@ def test_cached_decoding_equals_whole_rows(sublayer, changes):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize('change', [{'remat': 'block'}, {'scan_layers': True}], ids=['remat', 'scan'])
-def test_how_layers_are_run_changes_neither_rows_nor_loss_nor_gradient(change):
+@pytest.mark.parametrize(
+  'memory', [{}, {'model__sublayer': 'memory_bag', 'memory__ngram_layers': '1'}], ids=['gate', 'both']
+)
+def test_how_layers_are_run_changes_neither_rows_nor_loss_nor_gradient(change, memory):
   # One dense layer and two with a memory; dropout, so that every layer must get the key that it had.
-  config = tiny_config(model__n_layers=3, model__dropout=0.2, memory__layers='1,2', memory__balance_loss_weight=0.1)
+  settings = {'model__n_layers': 3, 'model__dropout': 0.2, 'memory__layers': '1,2', 'memory__balance_loss_weight': 0.1}
+  config = tiny_config(**settings, **memory)
   graphdef, params = build_model(config)
   tokens = random_batch(config)['input'][0]
 

@@ -11,6 +11,7 @@ from mmjax.errors import UserError
 from mmjax.model.lm import build_model, memory_layers
 from mmjax.model.ngram import NO_TOKEN, cached_last_tokens, last_tokens, ngram_rows
 from mmjax.model.sublayers import layer_kinds
+from mmjax.model.sublayers.ngram_bag import NgramBag
 from tests.helpers import random_batch, tiny_config
 
 NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}
@@ -82,8 +83,29 @@ def test_model_reads_the_rows_of_its_last_tokens():
   last = [int(tokens[1, 6]), int(tokens[1, 5]), NO_TOKEN]  # the third lies in another segment
   by_hand = [rows_by_hand(last[:n], i, config.model.knowledge_num) for i, n in enumerate((2, 2, 3, 3, 2, 2))]
   assert out.row_LBTR[0, 1, 6].tolist() == by_hand
-  # The bank is what makes the difference between two contexts of a token that attention sees alike.
-  assert not np.allclose(out.hidden_BTD, run(np.zeros_like(tokens)).hidden_BTD)
+
+
+def test_earlier_tokens_count_through_the_bank_alone_where_attention_is_off():
+  config = tiny_config(**NGRAM, memory__input='residual')
+  graphdef, params = build_model(config)
+  for layer in params['layers'].values():
+    layer['attention']['wo']['kernel'] *= 0
+  tokens = jnp.asarray(random_batch(config)['input'][0][:1])
+  changed = tokens.at[0, 4].add(1)
+  run = jax.jit(lambda params, tokens: nnx.merge(graphdef, params)(tokens).hidden_BTD[0])
+  differs = np.abs(run(params, tokens) - run(params, changed)).max(axis=-1) > 1e-6
+  assert np.flatnonzero(differs).tolist() == [4, 5, 6]  # heads look at two or three tokens
+  zeroed = params | {'memory_bank': params['memory_bank'] * 0}
+  differs = np.abs(run(zeroed, tokens) - run(zeroed, changed)).max(axis=-1) > 1e-6
+  assert np.flatnonzero(differs).tolist() == [4]
+
+
+def test_a_memory_of_ngrams_asks_for_its_rows():
+  config = tiny_config(**NGRAM)
+  memory = NgramBag(config.model, config.memory, rngs=nnx.Rngs(0))
+  h_BTD = jnp.zeros((1, 2, config.model.dim))
+  with pytest.raises(ValueError, match='needs the rows that they address, from mmjax.model.ngram.ngram_rows'):
+    memory(h_BTD, h_BTD, jnp.zeros((64, 8)), jnp.float32)
 
 
 def test_layers_of_both_kinds_share_the_bank():
@@ -108,12 +130,18 @@ def test_layers_of_both_kinds_share_the_bank():
     (['memory.ngrams=0'], "memory.ngrams='0' must be"),
     (['memory.ngrams=10'], "memory.ngrams='10' must be"),
     (['memory.ngrams=2,3'], 'no more than memory.n_heads=1'),
-    (['model.sublayer=ngram_bag', 'memory.revive_after=9'], "revive_after=9 must be 0 with model.sublayer='ngram_bag'"),
-    (['memory.ngram_layers=1', 'memory.revive_after=9'], "revive_after=9 must be 0 with memory.ngram_layers='1'"),
+    (['model.sublayer=ngram_bag', 'memory.revive_after=9'], 'revive_after=9 must be 0 where n-grams address rows'),
+    (['memory.ngram_layers=1', 'memory.revive_after=9'], 'revive_after=9 must be 0 where n-grams address rows'),
     (
       ['memory.ngram_layers=1', 'memory.score_activation=relu'],
-      "score_activation='relu' must be 'softmax' with memory",
+      "activation='relu' must be 'softmax' with memory.ngram_l",
     ),
+    (
+      ['memory.ngram_layers=1', 'model.sublayer=moe'],
+      "ngram_layers='1' needs a model.sublayer that has a gate, one of",
+    ),
+    (['model.sublayer=ngram_bag', 'memory.selection_bias=True'], 'selection_bias=True needs a gate'),
+    (['model.sublayer=ngram_bag', 'memory.balance_loss_weight=0.1'], 'balance_loss_weight=0.1 needs a gate'),
     (['memory.ngram_layers=9'], "memory.ngram_layers='9' must be 'all', 'middle' or different layers"),
     (['memory.ngram_layers=0,1', 'memory.layers=1,2'], "memory.ngram_layers='0,1' has layer 0, which is not among"),
   ],

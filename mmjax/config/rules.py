@@ -40,6 +40,7 @@ AT_LEAST = {
 }  # fmt: skip
 MOST = 2**31 - 1  # of a whole number: sizes, steps and the seed are counted in 32 bits
 MAX_LAYERS = 10_000
+GATED = ('cross_attention', 'gated_fusion', 'memory_bag')
 MAX_MEMORY_HEADS = 8
 BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
 
@@ -82,15 +83,26 @@ def check_config(config: Config) -> None:
 
 
 def _check_ngrams(config: Config) -> None:
-  memory = config.memory
+  memory, sublayer = config.memory, config.model.sublayer
   memory.ngram_of_heads()
-  hashed = memory.ngram_layer_numbers(config.model.n_layers) and f'memory.ngram_layers={quote(memory.ngram_layers)}'
-  if config.model.sublayer == 'ngram_bag':
-    hashed = "model.sublayer='ngram_bag'"
-  if hashed and memory.revive_after:
-    raise UserError(f'memory.revive_after={memory.revive_after} must be 0 with {hashed}: n-grams reach every row')
-  if memory.ngram_layers and memory.score_activation != 'softmax':
-    raise UserError(f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with {hashed}")
+  if memory.ngram_layer_numbers(config.model.n_layers):
+    if sublayer not in GATED:
+      raise UserError(
+        f'memory.ngram_layers={quote(memory.ngram_layers)} needs a model.sublayer that has a gate, one of '
+        f"{', '.join(GATED)}; for n-grams alone: model.sublayer='ngram_bag' and memory.layers"
+      )
+    if memory.score_activation != 'softmax':
+      raise UserError(
+        f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers: "
+        'n-grams have no scores'
+      )
+  elif sublayer != 'ngram_bag':
+    return
+  if memory.revive_after:
+    raise UserError(f'memory.revive_after={memory.revive_after} must be 0 where n-grams address rows: they reach all')
+  for name in ('balance_loss_weight', 'selection_bias'):
+    if sublayer == 'ngram_bag' and getattr(memory, name):
+      raise UserError(f"memory.{name}={getattr(memory, name)} needs a gate, and model.sublayer='ngram_bag' has none")
 
 
 def _check_model(model: ModelConfig) -> None:

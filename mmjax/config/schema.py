@@ -53,11 +53,11 @@ class MemoryConfig:
   """Which memory there is, where it stands, how it starts and learns."""
 
   layers: str
+  ngram_layers: str
   input: str
   n_heads: int
   scores: str
   score_activation: str
-  ngram_layers: str
   ngrams: str
   query_key_norm: str
   key_dim: int

@@ -83,7 +83,8 @@ def open_text(config: Config, run: RunDir, files: str = '') -> TokenSplit:
 def add_training_norms(found: EvalResult, run: RunDir, step: int) -> dict[str, Any]:
   """Returns the numbers of an evaluation, with the norms that the training loop logged with its own at that step.
 
-  Only training knows gradients and updates; the norms are None where the log has no evaluation of this step.
+  Only training knows gradients and updates; the norms are None where the log has no evaluation of this step, and
+  those of a gate also where a layer has none.
   """
   records = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
   logged = [r for r in records if r['kind'] == 'eval' and r['step'] == step]

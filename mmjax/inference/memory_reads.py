@@ -26,7 +26,7 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
 from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import LM, Output, Params, memory_layers, model_graph
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds, reads_ngrams, row_weights
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds, row_weights
 from mmjax.training.backend import compiler_options
 
 MOST_TOKENS = 4096  # of a text
@@ -56,7 +56,7 @@ class MemoryReader:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
     self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
     kinds, ngrams = layer_kinds(config.model, config.memory), config.memory.ngram_of_heads()
-    self.ngrams = {layer: ngrams if reads_ngrams([kinds[layer]]) else () for layer in self.layers}
+    self.ngrams = {layer: ngrams if SUBLAYERS[kinds[layer]].reads_ngrams else () for layer in self.layers}
     attention = attention_backend('auto', jnp.dtype(jnp.float32), jax.default_backend(), 1, config.model.head_dim)
     forward = partial(_forward, model_graph(config), attention)
     compiled = partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
@@ -149,7 +149,8 @@ class MemoryReader:
   ) -> dict[str, Any]:
     """Finds the contexts of a corpus that take a row most, and what its value changes there.
 
-    A context takes the row the more, the larger its absolute weight is, or its score where scores do not weigh rows.
+    A context takes the row the more, the larger its absolute weight is, or its score where scores do not weigh rows;
+    where n-grams address rows, contexts are taken as the corpus has them.
     The effect (see the top of this file) is the mean over the up to KEPT_CONTEXTS contexts that take it most.
 
     Args:

@@ -61,8 +61,8 @@ SUBLAYER = {  # what every model with this sublayer has; the routed experts are 
   },
 }
 MEMORY = {  # its only one
-  'input': 'attention', 'n_heads': 1, 'scores': 'none', 'query_key_norm': 'none', 'key_dim': 0, 'ffn_dim': 0,
-  'ngram_layers': '',
+  'input': 'attention', 'n_heads': 1, 'scores': 'none', 'query_key_norm': 'none', 'key_dim': 0,
+  'selection_bias': False, 'ffn_dim': 0, 'ngram_layers': '',
 }  # fmt: skip
 TIED = 'output.weight'  # the PyTorch code's second name of tok_embeddings.weight
 

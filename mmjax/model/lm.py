@@ -20,7 +20,7 @@ from mmjax.kernels.bank import Reads, TappedBank, no_reads
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
 from mmjax.model.memory import init_bank
 from mmjax.model.ngram import cached_last_tokens, last_tokens, ngram_rows
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds, reads_ngrams
+from mmjax.model.sublayers import SUBLAYERS, any_reads_ngrams, layer_kinds
 from mmjax.model.sublayers.base import SublayerOutput
 
 Params = dict[str, Any]
@@ -31,8 +31,8 @@ class Output(NamedTuple):
 
   Attributes:
     hidden_BTD: final hidden states in the compute dtype.
-    row_LBTR: int32 rows that each layer with a memory read, head by head, best first; None without a bank.
-    score_LBTR: their float32 scores, before any activation; None without a bank.
+    row_LBTR: int32 rows that each layer with a memory read, as in SublayerOutput; None without a bank.
+    score_LBTR: their float32 scores; None without a bank.
     aux_loss: sum of the layers' aux losses.
   """
 
@@ -153,8 +153,8 @@ class LM(nnx.Module):
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, kind, rngs=rngs) for kind in kinds])
-    self.ngrams = memory.ngram_of_heads() if reads_ngrams(kinds) else ()
-    self.rows_of_bank = (model.num_selected, model.knowledge_num)
+    self.ngrams = memory.ngram_of_heads() if any_reads_ngrams(kinds) else ()
+    self.num_selected, self.knowledge_num = model.num_selected, model.knowledge_num
     self.norm = RMSNorm(model.dim, model.norm_eps)
     self.head_dim = model.head_dim
     self.rope_theta = model.rope_theta
@@ -238,9 +238,11 @@ class LM(nnx.Module):
       layers.append(layer_cache)
     return self.norm(x_BTD).astype(dtype), Cache(token_BS, layers)
 
-  def _ngram_rows(self, last_tokens: Callable[[int], Array]) -> Array | None:
-    """Returns what n-grams address, None in a model where they address nothing; `last_tokens` of n: as the function."""
-    return ngram_rows(last_tokens(max(self.ngrams)), self.ngrams, *self.rows_of_bank) if self.ngrams else None
+  def _ngram_rows(self, last: Callable[[int], Array]) -> Array | None:
+    """Returns the rows that n-grams address, None in a model where they address none; `last(n)`: the n last tokens."""
+    return (
+      ngram_rows(last(max(self.ngrams)), self.ngrams, self.num_selected, self.knowledge_num) if self.ngrams else None
+    )
 
   def _run(
     self,

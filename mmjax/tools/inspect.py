@@ -1,7 +1,7 @@
 """Shows what a memory does:   python -m mmjax.tools.inspect --workdir RUN --text 'The capital of' [--row 1234]
 
---text or --text_file: for each token and layer the rows that it took, with their scores; in brackets the weight, where
-scores weigh rows. Layers and rows are numbered from 0.
+--text or --text_file: for each token and layer the rows that it took, with their scores, and their weights where scores
+weigh rows; or with the n-gram that addresses them, where there is no gate. Layers and rows are numbered from 0.
 --row N: the contexts of a corpus that take this row most, and the tokens that its value makes more and less likely. The
 latter is measured: the mean change of the log-probability of every next token, over these contexts, between the model
 as it is and the model with this row, in this layer alone, replaced by the mean of all rows. So it includes the fusion,
@@ -186,7 +186,7 @@ def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Ta
   layers = [entry['layer'] for entry in tokens[0]['layers']]
   cells = [[_reads_cell(entry['rows'][:top]) for entry in token['layers']] for token in tokens]
   names = [Text(visible(token['token'])) for token in tokens]
-  cell_width = max(len(line) for row in cells for cell in row for line in cell.split('\n'))
+  cell_width = max(line.cell_len for row in cells for cell in row for line in cell.split())
   beside = max(1, (width - 4 - min(16, max(name.cell_len for name in names))) // (cell_width + 3))
   reads = [layer['rows'][0] for layer in tokens[0]['layers']]
   shown = [name for name in READ_CELLS if any(read[name] is not None for read in reads)]
@@ -202,11 +202,11 @@ def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Ta
   return tables
 
 
-def _reads_cell(reads: list[dict[str, Any]]) -> str:
+def _reads_cell(reads: list[dict[str, Any]]) -> Text:
   cells = [
     [f'{read["row"]:>5}', *(show(read[n]) for n, show in READ_CELLS.items() if read[n] is not None)] for read in reads
   ]
-  return '\n'.join(map(' '.join, cells))
+  return Text('\n'.join(map(' '.join, cells)))
 
 
 def most_taken_table(rows: list[dict[str, Any]], n_tokens: int) -> Table:
@@ -217,7 +217,10 @@ def most_taken_table(rows: list[dict[str, Any]], n_tokens: int) -> Table:
   table = Table(*(columns[name] for name in shown), title='Rows that this text took most')
   for row in rows:
     cells = {name: str(row[name]) for name in ('layer', 'row', 'tokens')}
-    cells |= {'weight': f'{row["weight"] or 0:.2f}', 'snippet': Text(plain(row['snippet'] or ''))}
+    cells |= {
+      'weight': '-' if row['weight'] is None else f'{row["weight"]:.2f}',
+      'snippet': Text(plain(row['snippet'] or '')),
+    }
     table.add_row(*(cells[name] for name in shown))
   return table
 

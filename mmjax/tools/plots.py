@@ -128,14 +128,15 @@ def _draw_layers(
   axes: Axes, records: Records, name: str, compared: str | None = None, what: str = '', log: bool = False
 ) -> None:
   steps = [r['step'] for r in records]
-  layers = [health['layer'] for health in records[0]['bank']]
+  layers = [health['layer'] for health in records[0]['bank'] if health.get(name) is not None]
   colours = matplotlib.colormaps['viridis'](np.linspace(0.0, 0.9, len(layers)))
   marker = 'o' if records[0]['kind'] == 'eval' else None  # few and far between
   lowest = np.inf
-  for at, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
+  for layer, colour in zip(layers, colours, strict=True):
+    of_layer = [next(health for health in r['bank'] if health['layer'] == layer) for r in records]
     for number, style, label in ((name, '-', f'layer {layer}'), (compared, '--', None)):
       if number is not None:
-        values = np.array([r['bank'][at][number] for r in records], float)
+        values = np.array([health.get(number) for health in of_layer], float)
         axes.plot(steps, values, style, color=colour, linewidth=1.4, marker=marker, markersize=3, label=label)
         lowest = min(lowest, np.nanmin(values, initial=np.inf))
   if compared is not None:
@@ -150,8 +151,8 @@ def _draw_layers(
 
 
 def _with_bank(records: Records, name: str) -> list[dict[str, Any]]:
-  """Returns the records that have a number of the bank: older logs, or a model with one head, may not."""
-  return [r for r in records if r.get('bank') and all(health.get(name) is not None for health in r['bank'])]
+  """Returns the records that have a number of the bank in some layer: older logs, or a model with one head, may not."""
+  return [r for r in records if r.get('bank') and any(health.get(name) is not None for health in r['bank'])]
 
 
 def _draw_changed(axes: Axes, probed: Records) -> None:

@@ -15,7 +15,8 @@ Of every evaluation, over the probed positions: those of its first batches, as m
   loss_shuffled    the same with the rows of the bank exchanged by a permutation that config.seed gives: the same rows,
                    but no longer where the gate looks for them.
   row_agreement    for each layer, how often a row stands for what comes next. Take a position and, at random, another
-                   with the same next token: the chance that a head's best row is the same at both. The mean over heads
+                   with the same next token: the chance that a head's best row (the first, where n-grams address
+                   rows) is the same at both. The mean over heads
                    and over all positions that have such another. Each position weighs the same, so that the most
                    frequent token does not decide alone. None where no next token occurs twice.
   row_agreement_chance  the same for another of these positions whatever its next token.
@@ -28,6 +29,7 @@ Of a training step:
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,7 +97,7 @@ def head_overlap(row_XThr: Array) -> Array:
   """Returns the mean share of rows that two different heads have in common, float32, without the last two axes.
 
   Args:
-    row_XThr: int32, at least two heads; no row twice within a head.
+    row_XThr: int32, at least two heads; a row twice within a head, as n-grams may hash, counts as in common.
   """
   *_, heads, r = row_XThr.shape
   flat_XTR = row_XThr.reshape(*row_XThr.shape[:-2], heads * r)
@@ -166,21 +168,18 @@ def losses_without_bank(
   return losses
 
 
-def gate_norms(grads: Params, layers: Sequence[int]) -> dict[str, Array]:
-  """Returns a training step's gate_grad_norm_L and key_grad_norm_L, see the top of this file; {} without gates.
+def gate_norms(grads: Params) -> dict[int, dict[str, Array]]:
+  """Returns a training step's gate_grad_norm and key_grad_norm, see the top of this file, of each layer with a gate.
 
   Args:
     grads: before clipping.
-    layers: those with a memory; NaN is returned for one without a gate.
   """
-  gates = [grads['layers'][layer]['sublayer'].get('gate') for layer in layers]
-  if not any(gates):
-    return {}
-
-  def norms(name: str) -> Array:
-    return jnp.stack([optax.global_norm(gate[name]) if gate else jnp.float32(jnp.nan) for gate in gates])
-
-  return {'gate_grad_norm_L': norms('query'), 'key_grad_norm_L': norms('keys')}
+  gates = {layer: block['sublayer'].get('gate', {}) for layer, block in grads['layers'].items()}
+  return {
+    layer: {'gate_grad_norm': optax.global_norm(gate['query']), 'key_grad_norm': optax.global_norm(gate['keys'])}
+    for layer, gate in gates.items()
+    if 'keys' in gate
+  }
 
 
 def row_update_ratio(bank_MP: Array, update_MP: Array, usage_LM: Array) -> Array:
@@ -210,18 +209,13 @@ def add_norms(record: dict[str, Any], steps: Sequence[Mapping[str, Any]]) -> dic
   """
   if 'row_update_ratio' not in steps[0]:
     return record | {'probes': {}}
-  of_layers = [name for name in LAYER_NORMS if f'{name}_L' in steps[0]]
-  names = ('applied', 'row_update_ratio', *(f'{name}_L' for name in of_layers))
-  steps = jax.device_get([{name: step[name] for name in names} for step in steps])
+  steps = jax.device_get(
+    [{name: step[name] for name in ('applied', 'row_update_ratio', 'gate_norms')} for step in steps]
+  )
   applied = [step for step in steps if step['applied']]
-
-  def mean(name: str) -> Any:
-    values = np.array([step[name] for step in applied or steps], np.float64)
-    return (values.mean(axis=0) if applied else np.full(values.shape[1:], np.nan)).tolist()
-
-  norms = {name: mean(f'{name}_L') for name in of_layers}
-  bank = [health | {name: norm_L[i] for name, norm_L in norms.items()} for i, health in enumerate(record['bank'])]
-  probes = record.get('probes', {}) | {'row_update_ratio': mean('row_update_ratio')}
+  means = jax.tree.map(lambda *values: float(np.mean(values)) if applied else math.nan, *(applied or steps))
+  bank = [health | means['gate_norms'].get(health['layer'], {}) for health in record['bank']]
+  probes = record.get('probes', {}) | {'row_update_ratio': means['row_update_ratio']}
   return record | {'bank': bank, 'probes': probes}
 
 

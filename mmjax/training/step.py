@@ -18,7 +18,7 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.kernels.bank import Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
-from mmjax.model.lm import Params, init_params, memory_layers
+from mmjax.model.lm import Params, init_params
 from mmjax.training.lazy_bank import (
   add_gradients,
   init_moments,
@@ -215,7 +215,7 @@ def make_train_step(
       new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
       old = {'params': params, 'opt_state': state['opt_state']}
       kept = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
-      norms = gate_norms(grads, memory_layers(config))
+      norms = {'gate_norms': gate_norms(grads)}
       if lazy:
         kept['params']['memory_bank'], kept['bank_moments'], norms['row_update_ratio'] = update_rows(
           config, rate_of_bank, state['params']['memory_bank'], state['bank_moments'], row_sums, count, applied

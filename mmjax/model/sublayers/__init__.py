@@ -37,7 +37,7 @@ def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:
   return tuple(kinds.values())
 
 
-def reads_ngrams(kinds: Iterable[str]) -> bool:
+def any_reads_ngrams(kinds: Iterable[str]) -> bool:
   """Tells whether a model with these sublayers has any that reads the rows at `ngram_BThr`."""
   return any(SUBLAYERS[kind].uses_bank and SUBLAYERS[kind].reads_ngrams for kind in kinds)
 
@@ -46,7 +46,7 @@ def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Ar
   """Returns how much each row that a token read counts, from the scores in `Output.score_LBTR`.
 
   Where scores weigh rows: `score_weights` within each head, so with 'softmax' the weights of a head sum to 1.
-  Elsewhere: 1 / num_selected each.
+  Elsewhere, and where n-grams address rows, because all scores are 0 there: 1 / num_selected each.
 
   Args:
     model: a model with a memory.

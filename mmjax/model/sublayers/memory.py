@@ -1,4 +1,4 @@
-"""What every memory sublayer does: norm, gate, rows of the bank; a subclass says what becomes of the rows.
+"""What every memory sublayer does: norm, rows of the bank that a gate or the last tokens pick; a subclass uses them.
 
 With memory.input='attention' and memory.scores='none', as in the record's code, the norm reads the attention output
 and not the residual stream, and the scores never reach the output, so that no gradient reaches the gate: it routes by a
@@ -21,7 +21,7 @@ from mmjax.model.sublayers.dense import DenseFFN
 
 
 class MemorySublayer(nnx.Module):
-  """Norm, gate, `read` of a subclass, and perhaps a dense sublayer beside it."""
+  """Norm, gate if there is one, `read` of a subclass, and perhaps a dense sublayer beside it."""
 
   uses_bank = True
   reads_ngrams = False  # rows at ngram_BThr in place of a gate's
@@ -57,13 +57,14 @@ class MemorySublayer(nnx.Module):
     dtype: DTypeLike,
     ngram_BThr: Array | None = None,
   ) -> SublayerOutput:
-    """See mmjax.model.sublayers.base."""
+    """See mmjax.model.sublayers.base.
+
+    Raises:
+      ValueError: if it reads n-grams and got no rows.
+    """
     assert bank_MP is not None
     m_BTD = self.norm(h_BTD if self.input == 'residual' else h_attn_BTD)
-    if self.gate is None:
-      selection = Selection(ngram_BThr, jnp.zeros(ngram_BThr.shape), 0.0)
-    else:
-      selection = self.gate(m_BTD)
+    selection = self.gate(m_BTD) if self.gate is not None else _at(ngram_BThr)
     delta_BTD = self.read(m_BTD, selection, bank_MP, dtype)
     if self.ffn is not None:
       delta_BTD += self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD
@@ -80,3 +81,9 @@ class MemorySublayer(nnx.Module):
       rows_BThrP *= weight_BThr[..., None].astype(dtype)
     B, T, h, r, P = rows_BThrP.shape
     return rows_BThrP.reshape(B, T, h * r, P)
+
+
+def _at(ngram_BThr: Array | None) -> Selection:
+  if ngram_BThr is None:
+    raise ValueError('a memory that reads n-grams needs the rows that they address, from mmjax.model.ngram.ngram_rows')
+  return Selection(ngram_BThr, jnp.zeros(ngram_BThr.shape), 0.0)

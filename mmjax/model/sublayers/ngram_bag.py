@@ -13,7 +13,7 @@ from mmjax.model.sublayers.memory_bag import MemoryBag
 
 
 class NgramBag(MemoryBag):
-  """The whole sublayer: norm, sums of the rows at `ngram_BThr`, gated projection."""
+  """The whole sublayer: norm, means of the rows at `ngram_BThr`, the projection of a bag."""
 
   reads_ngrams = True
 
