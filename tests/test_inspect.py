@@ -89,8 +89,9 @@ def test_rows_that_ngrams_address_are_shown_with_these(tiny_run):
   tables = inspect.tokens_tables(found, 5, 80)
   assert tables[0].title == 'Rows that each token took: row, ngram'
   screen = Console(file=io.StringIO(), width=200)  # brackets in a text are no markup
-  screen.print(*inspect.tokens_tables(reader.read_text('x[/i]'), 5, 200))
-  assert '[' in screen.file.getvalue() and '/i]' in screen.file.getvalue()
+  read = {'row': 1, 'score': None, 'weight': None, 'ngram': 'a[/i]'}
+  screen.print(*inspect.tokens_tables([{'token': 'x', 'layers': [{'layer': 0, 'rows': [read]}]}], 5, 200))
+  assert 'a[/i]' in screen.file.getvalue()
   assert inspect.contexts_table([], '').columns[0].header == 'contexts that take it; the token that took it is in «»'
 
 
