@@ -146,6 +146,7 @@ MODELS = {
   # Both in one bank: one layer that n-grams address, gates that learn in others.
   'g39': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3'},
   'g40': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3', 'memory.layers': '1,2'},
+  'g41': NGRAMS | {'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},  # what lazy updates cost in loss
 }
 
 

@@ -95,7 +95,7 @@ def test_list_grows_with_what_is_known():
 
   tuning, all_models = names(), names('learning_rate=2e-3')
   assert tuning == ['g0-lr0.001-s0', 'g0-lr0.002-s0', 'g0-lr0.004-s0']
-  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 41) if i not in (31, 32)]
+  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 42) if i not in (31, 32)]
   seeds = [f'{name}-lr0.002-s{seed}' for name in ('g0', 'g5', 'g4') for seed in (1, 2)]
   checked = ['g5-lr0.001-s0', 'g5-lr0.004-s0']
   assert names('learning_rate=2e-3', 'winners=g5,g4') == all_models + seeds + checked
