@@ -1,6 +1,8 @@
 """The best memory found at the cost of 1.4.0, G34 of docs/memory.md: rows that the last tokens address.
 
-@MEASURED@
+Measured small: 0.315 nats a token below 1.4.0 (128 x 4, 3 M tokens, three seeds, standard error 0.012) and 0.206
+(192 x 4, 10.5 M tokens, one seed); all rows used. With 1,048,576 rows 0.43 in the first
+setting: --config.model.knowledge_num=1048576 --config.memory.bank_update=lazy. At this size: not yet.
 
 python train.py --config configs/memory_plus.py
 
