@@ -63,7 +63,7 @@ def get_config() -> ConfigDict:
   data = config.data = ConfigDict()
   data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
   data.valid_files = ''  # the same, held out; '': a share of the training documents
-  data.valid_fraction = 0.01  # that share, chosen by a hash of each document's text; 0: nothing is held out
+  data.valid_fraction = 0.01  # that share, chosen by a hash of each document's text; 0 (prepare only): none
   data.text_key = 'text'  # key of the text in a jsonl line
   data.on_bad_line = 'fail'  # 'fail' names the first bad line; 'skip' counts and reports them
   data.tokenizer = ''  # a SentencePiece model or a tokenizer.json; '': train one on the training text

@@ -8,6 +8,7 @@ two more seeds, and the best winner at the other rates. The list only grows, so 
 --set scale=gpu takes the record's sizes, scale=small those of a first look; --set tokens=300e6 another length.
 """
 
+import contextlib
 from pathlib import Path
 
 from mmjax.config import load_config
@@ -162,7 +163,7 @@ def get_runs(scale='cpu', learning_rate='', winners='', tokens=''):
   if scale not in SCALES:
     raise UserError(f'scale={scale!r} must be one of {", ".join(SCALES)}')
   rates = SCALES[scale]['learning_rates']
-  tuned = float(learning_rate) if learning_rate else None
+  tuned = positive('learning_rate', learning_rate) if learning_rate else None
   best = [name.strip() for name in winners.split(',')] if winners else []
   unknown = [name for name in best if name not in MODELS]
   if unknown:
@@ -174,8 +175,16 @@ def get_runs(scale='cpu', learning_rate='', winners='', tokens=''):
     wanted += [(name, tuned, 0) for name in MODELS]
   wanted += [(name, tuned, seed) for name in (['g0', *best] if best else []) for seed in SEEDS]
   wanted += [(name, rate, 0) for name in best[:1] for rate in rates]
-  length = float(tokens) if tokens else SCALES[scale]['tokens']
+  length = positive('tokens', tokens) if tokens else SCALES[scale]['tokens']
   return [make_run(name, scale, rate, seed, length) for name, rate, seed in dict.fromkeys(wanted)]
+
+
+def positive(name: str, text: str) -> float:
+  """Reads a number of the command line."""
+  with contextlib.suppress(ValueError):
+    if 0 < float(text) < float('inf'):
+      return float(text)
+  raise UserError(f'{name}={text!r} must be a number above 0')
 
 
 def make_run(name: str, scale: str, learning_rate: float, seed: int = 0, tokens: float = 0.0) -> Run:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mmjax
-from mmjax.errors import StorageError, UserError
+from mmjax.errors import UserError
 from mmjax.model.lm import model_graph
 
 
@@ -40,6 +40,7 @@ def test_logits_equal_the_model(lm, shape):
     ([1, 2], r'shape \(2,\)'),
     ([[]], r'shape \(1, 0\)'),
     ([[1.0]], 'must be integers'),
+    ([[1, 2], [1]], 'rows of one length'),
   ],
 )
 def test_tokens_that_are_none_are_refused(lm, tokens, said):
@@ -120,7 +121,7 @@ def test_checkpoints_are_chosen_by_name_or_number(tiny_run):
   steps = sorted(int(p.name) for p in (tiny_run / 'checkpoints').iterdir() if p.name.isdigit())
   assert mmjax.load(tiny_run, 'last').step == steps[-1]
   assert mmjax.load(tiny_run, steps[0]).step == mmjax.load(tiny_run, str(steps[0])).step == steps[0]
-  with pytest.raises(StorageError, match='no whole checkpoint 77'):
+  with pytest.raises(UserError, match=r'no checkpoint 77 in .*; there are \['):
     mmjax.load(tiny_run, 77)
   with pytest.raises(UserError, match="checkpoint='newest' must be 'best', 'last' or"):
     mmjax.load(tiny_run, 'newest')

@@ -100,12 +100,24 @@ def test_earlier_tokens_count_through_the_bank_alone_where_attention_is_off():
   assert np.flatnonzero(differs).tolist() == [4]
 
 
-def test_a_memory_of_ngrams_asks_for_its_rows():
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({'ngram_BThr': None}, 'needs the rows that they address: mmjax.model.ngram.ngram_rows'),
+    ({'ngram_BThr': (1, 2, 2, 2)}, r'must have the shape .*=\(1, 2, 3, 2\), not \(1, 2, 2, 2\)'),
+    ({'bank_MP': (63, 8)}, r'=\(64, 8\), not \(63, 8\)'),
+    ({'bank_MP': (64, 16)}, r'=\(64, 8\), not \(64, 16\)'),
+    ({'h_BTD': (2, 32)}, r'shape \(B, T, model.dim=32\), not \(2, 32\)'),
+    ({'h_BTD': (1, 2, 48)}, r'shape \(B, T, model.dim=32\), not \(1, 2, 48\)'),
+  ],
+)
+def test_a_memory_refuses_arrays_of_other_shapes(changes, said):
   config = tiny_config(**NGRAM)
   memory = NgramBag(config.model, config.memory, rngs=nnx.Rngs(0))
-  h_BTD = jnp.zeros((1, 2, config.model.dim))
-  with pytest.raises(ValueError, match='needs the rows that they address, from mmjax.model.ngram.ngram_rows'):
-    memory(h_BTD, h_BTD, jnp.zeros((64, 8)), jnp.float32)
+  shapes = {'h_BTD': (1, 2, config.model.dim), 'bank_MP': (64, 8), 'ngram_BThr': (1, 2, 3, 2)} | changes
+  h_BTD, bank_MP, ngram_BThr = (shape and jnp.zeros(shape, jnp.int32) for shape in shapes.values())
+  with pytest.raises(ValueError, match=said):
+    memory(h_BTD, h_BTD, bank_MP, jnp.float32, ngram_BThr)
 
 
 def test_layers_of_both_kinds_share_the_bank():

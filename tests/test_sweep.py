@@ -165,8 +165,7 @@ def test_changed_setting_is_refused_before_any_run_starts(sweep, tmp_path):
   assert not (tmp_path / 'out' / 'a-s0').exists()
 
 
-def test_dry_run_lists_and_changes_nothing(sweep, tmp_path, capsys, monkeypatch):
-  monkeypatch.setenv('COLUMNS', '150')
+def test_dry_run_lists_and_changes_nothing(sweep, tmp_path, capsys):
   assert sweep('--dry_run', '--set', 'codes=0,0,7', '--config.model.dim=64') is None
   said = capsys.readouterr().out
   assert '3 runs, in' in said and 'data.text_key=7' in said
@@ -181,6 +180,7 @@ def test_dry_run_lists_and_changes_nothing(sweep, tmp_path, capsys, monkeypatch)
     (['--set', 'steps'], "--set 'steps' is not understood"),
     (['--set', 'steps=-1'], "run 'a': train.max_steps=-1 must be"),
     (['--only', 'c-*'], "no run matches 'c-*'; there are a-s0, a-s1, b-s0"),
+    (['--only', 'a-*,c-*'], "no run matches 'c-*'; there are a-s0, a-s1, b-s0"),
     (['--config.model.dimm=3'], "no setting 'model.dimm'; did you mean 'model.dim'?"),
     (['--config.seed=3'], 'experiment and seed belong to a run'),
   ],

@@ -72,7 +72,9 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-    called = getattr(module, function)
+    called = getattr(module, function, None)
+    if called is None:
+      raise UserError(f'it has no {function}()')
     known = inspect.signature(called).parameters
     for name in arguments:
       if name not in known:
@@ -81,7 +83,7 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   except UserError as error:
     raise UserError(f'{what} {path!r}: {error}') from error
   except Exception as error:  # noqa: BLE001 - a user's file may raise anything
-    raise UserError(f'{what} {path!r} cannot be read: {type(error).__name__}: {error}') from error
+    raise UserError(f'{what} {path!r} failed: {type(error).__name__}: {error}') from error
 
 
 def _read_config_file(path: str) -> ConfigDict:

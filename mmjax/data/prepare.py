@@ -251,10 +251,14 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
   fraction = plan.settings['valid_fraction']
   if 'valid' not in index['splits'] and (plan.valid or fraction):
     documents = index['splits']['train']['documents']
+    if not fraction:
+      raise UserError('data.valid_files hold no document')
+    if documents == 1:
+      raise UserError(
+        'nothing can be held out of a single document (a .txt of up to 64 KiB is one); give data.valid_files'
+      )
     raise UserError(
       f'data.valid_fraction={fraction} holds out none of the {documents} documents; raise it, or give data.valid_files'
-      if fraction
-      else 'data.valid_files hold no document'
     )
 
 

@@ -15,6 +15,8 @@ from mmjax.data.blocks import LONGEST_LINE_BYTES, Block, read_files
 from mmjax.errors import UserError
 
 MOST_DIGITS = 4300  # of an integer; CPython's own limit, whatever PYTHONINTMAXSTRDIGITS says
+BLANK_FILE = 'blank file'
+SKIP_HINT = '; to leave such lines out: --config.data.on_bad_line=skip (prepare: --on_bad_line skip)'
 MOST_SKIPPED = 0.001  # share of lines that on_bad_line='skip' may leave out
 
 
@@ -62,16 +64,14 @@ class Tally:
     counts['empty'] += empty
     for line in bad:
       if self.on_bad_line == 'fail':
-        raise UserError(
-          f'{line}; to leave such lines out: --on_bad_line=skip, in training --config.data.on_bad_line=skip'
-        )
+        raise UserError(f'{line}{SKIP_HINT if line.kind != BLANK_FILE else ""}')
       counts['skipped'][line.kind] = counts['skipped'].get(line.kind, 0) + 1
       self.examples.setdefault(line.kind, str(line))
 
   def end_file(self, file: str) -> None:
     """Counts a file without a single line that is not blank as one bad line."""
     if not self.files[file]['lines']:
-      self.add(file, 1, 0, [BadLine(file, 1, 0, 'blank file', 'the file is empty or blank')])
+      self.add(file, 1, 0, [BadLine(file, 1, 0, BLANK_FILE, 'the file is empty or blank')])
 
   def check(self) -> None:
     """Raises UserError if more than MOST_SKIPPED of all lines were skipped."""

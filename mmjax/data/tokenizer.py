@@ -216,6 +216,8 @@ def _why_no_vocabulary(error: str, vocab_size: int) -> str:
   if 'smaller than required_chars' in error:
     least = error.rpartition(' vs ')[2].split('.')[0]
     return f'model.vocab_size={vocab_size} cannot hold the characters of the training text; least possible: {least}'
+  if '!sentences_.empty()' in error:
+    return 'no training document is left: every line is empty, bad or held out (data.valid_fraction)'
   return f'no tokenizer of model.vocab_size={vocab_size} can be trained on this text: {error}'
 
 

@@ -59,7 +59,10 @@ class LanguageModel:
     Raises:
       UserError: if tokens_BT is not two-dimensional, has no token, or holds what is not a token id.
     """
-    tokens = np.asarray(tokens_BT)
+    try:
+      tokens = np.asarray(tokens_BT)
+    except ValueError as error:
+      raise UserError('tokens must be rows of one length') from error
     if tokens.ndim != 2 or not tokens.size:
       raise UserError(f'tokens of shape {tokens.shape} must be (rows, positions), with at least one of each')
     self._check_ids(tokens)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mmjax import __version__
-from mmjax.errors import StorageError, UserError, run_command
+from mmjax.errors import UserError, run_command
 from mmjax.tools.compare_plots import write_plots
 from mmjax.tools.compare_runs import (
   Difference,
@@ -103,10 +103,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   rows = make_rows(runs)
   found = [_summary(rows[0], row, others) for row in rows]
   folder = Path(out)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise StorageError(f'{folder} cannot be created: {error.strerror}') from error
+  folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
   atomic_write_json(folder / 'compare.json', {'rows': found})
   atomic_write_text(folder / 'compare.md', _document(paths, out, allow_other_data, rows, found, plots))

@@ -74,6 +74,8 @@ def read_text(arguments: argparse.Namespace) -> str | None:
     value = getattr(arguments, name)
     if value is not None and value < least:
       raise UserError(f'--{name} {value} must be at least {least}')
+  if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+    raise UserError(f"--json '{arguments.json}': there is no such folder")
   if arguments.text is not None and arguments.text_file is not None:
     raise UserError('give --text or --text_file, not both')
   if arguments.text_file is None:

@@ -11,6 +11,7 @@ that of the first run that is not done: 2 user error, 3 diverged, 4 storage, 1 c
 import argparse
 import contextlib
 import datetime
+import os
 import shlex
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mmjax.data.files import locked_directory
@@ -81,7 +82,7 @@ class Sweep:
     self.folder, self.runs = folder, runs
     self.path = folder / 'sweep.json'
     self.ended = self.read_ended()
-    self.console = Console(highlight=False)
+    self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 
   def read_ended(self) -> dict[str, dict[str, Any]]:
     """Returns what sweep.json holds; {} where there is none."""
@@ -195,7 +196,7 @@ class Sweep:
 
   def print_plan(self) -> None:
     """Prints every run, how far it is, and what it changes in its config file; what all change stands below."""
-    table = Table('run', 'so far', 'config', 'settings')
+    table = Table(*(Column(name, overflow='fold') for name in ('run', 'so far', 'config', 'settings')))
     changed = [{n: str(v) for n, v in changed_settings(run).items() if n != 'experiment'} for run in self.runs]
     common = dict(set.intersection(*(set(settings.items()) for settings in changed)))
     for run, settings in zip(self.runs, changed, strict=True):
@@ -204,7 +205,7 @@ class Sweep:
       step = f'{state.step:,} of {state.total:,}' if state.step and state.total else ''
       done = 'done' if state.finished else ' '.join((outcome, step)).strip() or 'new'
       own = ' '.join(f'{name}={value}' for name, value in settings.items() if name not in common)
-      table.add_row(run.name, done, run.arguments[1], own)
+      table.add_row(run.name, done, os.path.relpath(run.arguments[1]), own)
     self.console.print(table)
     everywhere = ' '.join(f'{name}={common[name]}' for name in sorted(common))
     print(f'{len(self.runs)} runs, in {self.folder}; all with {everywhere or "their own settings"}')

@@ -64,10 +64,10 @@ def read_sweep(
   if twice:
     raise UserError(f'sweep file {path!r}: two runs are called {twice!r}; give one another name or seed')
   patterns = [pattern.strip() for pattern in only.split(',')]
-  kept = [run for run in planned if any(fnmatch.fnmatchcase(run.name, pattern) for pattern in patterns)]
-  if not kept:
-    raise UserError(f'sweep file {path!r}: no run matches {only!r}; there are {", ".join(names) or "none"}')
-  return kept
+  for pattern in patterns:
+    if not fnmatch.filter(names, pattern):
+      raise UserError(f'sweep file {path!r}: no run matches {pattern!r}; there are {", ".join(names) or "none"}')
+  return [run for run in planned if any(fnmatch.fnmatchcase(run.name, pattern) for pattern in patterns)]
 
 
 def _plan(run: Run, overrides: Sequence[str]) -> Planned:

@@ -155,7 +155,9 @@ class Checkpoints:
     steps = self.steps()
     if isinstance(which, int):
       if which not in steps:
-        raise StorageError(f'no whole checkpoint {which} in {self.directory}; there are {steps}')
+        if which in self._rejected or self._set_aside_paths(which):
+          raise StorageError(f'no whole checkpoint {which} in {self.directory}; there are {steps}')
+        raise UserError(f'no checkpoint {which} in {self.directory}; there are {steps}')
       return which
     if not steps:
       if not (self.ever_saved or self._rejected):

@@ -181,9 +181,9 @@ def open_run(path: Path | str) -> RunDir:
   if not path.is_dir():
     if path.exists():
       raise UserError(f'{path} is a file; a run is a directory, as train.py makes it')
-    siblings = [str(p) for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
-    nearest = difflib.get_close_matches(str(path), siblings, n=1, cutoff=0.5)
-    raise UserError(f'no run directory {path}{f"; did you mean {nearest[0]}?" if nearest else ""}')
+    siblings = [config.parent.name for config in path.parent.glob('*/config.json')]
+    nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
+    raise UserError(f'no run directory {path}{f"; did you mean {path.parent / nearest[0]}?" if nearest else ""}')
   refuse_links_out(path)
   run = RunDir(path)
   missing = [p.name for p in (run.config_path, run.tokenizer_path, run.checkpoints_path) if not p.exists()]

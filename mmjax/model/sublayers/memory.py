@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.kernels.bank import bank_lookup
+from mmjax.kernels.bank import TappedBank, bank_lookup
 from mmjax.model.layers import RMSNorm
 from mmjax.model.memory import ProductKeyGate, Selection, score_weights
 from mmjax.model.sublayers.base import SublayerOutput
@@ -33,6 +33,8 @@ class MemorySublayer(nnx.Module):
     beside = dataclasses.replace(model, hidden_dim=memory.ffn_dim)
     self.ffn = DenseFFN(beside, memory, rngs=rngs) if memory.ffn_dim else None
     self.input, self.scores, self.activation = memory.input, memory.scores, memory.score_activation
+    self.dim, self.bank_shape = model.dim, (model.knowledge_num, model.knowledge_dim)
+    self.rows_shape = (memory.n_heads, model.num_selected)
 
   @staticmethod
   def scores_weigh(memory: MemoryConfig) -> bool:
@@ -53,23 +55,46 @@ class MemorySublayer(nnx.Module):
     self,
     h_BTD: Array,
     h_attn_BTD: Array,
-    bank_MP: Array | None,
+    bank_MP: Array | TappedBank | None,
     dtype: DTypeLike,
     ngram_BThr: Array | None = None,
   ) -> SublayerOutput:
     """See mmjax.model.sublayers.base.
 
     Raises:
-      ValueError: if it reads n-grams and got no rows.
+      ValueError: if an array has not the shape that the config says, or it reads n-grams and got no rows.
     """
-    assert bank_MP is not None
+    self._check(h_BTD, bank_MP, ngram_BThr)
     m_BTD = self.norm(h_BTD if self.input == 'residual' else h_attn_BTD)
-    selection = self.gate(m_BTD) if self.gate is not None else _at(ngram_BThr)
+    if self.reads_ngrams:
+      selection = Selection(ngram_BThr, jnp.zeros(ngram_BThr.shape), 0.0)
+    else:
+      selection = self.gate(m_BTD)
     delta_BTD = self.read(m_BTD, selection, bank_MP, dtype)
     if self.ffn is not None:
       delta_BTD += self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD
     row_BTR, score_BTR = (x.reshape(*m_BTD.shape[:-1], -1) for x in selection[:2])
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.balance_loss)
+
+  def _check(self, h_BTD: Array, bank_MP: Array | TappedBank | None, ngram_BThr: Array | None) -> None:
+    """Raises ValueError where a wrong shape would read other rows without a word, or fail far from here."""
+    if h_BTD.ndim != 3 or h_BTD.shape[-1] != self.dim:
+      raise ValueError(f'the input must have the shape (B, T, model.dim={self.dim}), not {h_BTD.shape}')
+    bank = bank_MP.bank_MP if isinstance(bank_MP, TappedBank) else bank_MP
+    if bank is None or bank.shape != self.bank_shape:
+      raise ValueError(
+        f'the bank must have the shape (model.knowledge_num, model.knowledge_dim)={self.bank_shape}, '
+        f'not {None if bank is None else bank.shape}'
+      )
+    if not self.reads_ngrams:
+      return
+    if ngram_BThr is None:
+      raise ValueError('a memory that reads n-grams needs the rows that they address: mmjax.model.ngram.ngram_rows')
+    if ngram_BThr.shape != (*h_BTD.shape[:2], *self.rows_shape):
+      raise ValueError(
+        f'the rows of n-grams must have the shape (B, T, memory.n_heads, model.num_selected)='
+        f'{(*h_BTD.shape[:2], *self.rows_shape)}, not {ngram_BThr.shape}'
+      )
 
   def rows(self, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns the rows of all heads, (B, T, R, P) in `dtype`; scaled by their weights if the config says so."""
@@ -81,9 +106,3 @@ class MemorySublayer(nnx.Module):
       rows_BThrP *= weight_BThr[..., None].astype(dtype)
     B, T, h, r, P = rows_BThrP.shape
     return rows_BThrP.reshape(B, T, h * r, P)
-
-
-def _at(ngram_BThr: Array | None) -> Selection:
-  if ngram_BThr is None:
-    raise ValueError('a memory that reads n-grams needs the rows that they address, from mmjax.model.ngram.ngram_rows')
-  return Selection(ngram_BThr, jnp.zeros(ngram_BThr.shape), 0.0)
