@@ -2,13 +2,14 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.config import BELOW_ONE, CHOICES, Config, config_from_dict, flatten, load_config
+from mmjax.config import BELOW_ONE, CHOICES, Config, config_from_dict, flatten, load_config, reading
 from mmjax.errors import UserError
 from tests.helpers import TINY, tiny_config
 
@@ -126,6 +127,19 @@ def test_bad_override_is_refused_by_name(override, said):
 def test_missing_config_file_suggests_the_nearest():
   with pytest.raises(UserError, match=r"no config file.*did you mean 'configs/exp_1_4_2.py'"):
     load_config('configs/exp_142.py')
+
+
+@pytest.mark.parametrize('installed', [True, False])
+def test_configs_are_found_from_any_folder(tmp_path, monkeypatch, installed):
+  there = tmp_path / 'share' / 'mmjax'
+  if installed:
+    shutil.copytree('configs', there / 'configs')
+    monkeypatch.setattr(reading, 'ROOTS', (tmp_path / 'nothing', there))
+  usual = load_config('configs/memory_plus.py')
+  monkeypatch.chdir(tmp_path)
+  assert load_config('configs/memory_plus.py') == usual
+  with pytest.raises(UserError, match='no config file'):
+    load_config('configs/nothing.py')
 
 
 def test_broken_config_file_is_explained(tmp_path):

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def test_memory_layer_of_the_readme_runs_and_learns():
+def test_memory_layer_of_the_readme_runs_and_learns(tmp_path, monkeypatch):
   section = Path('README.md').read_text().partition('## A memory layer')[2].partition('\n## ')[0]
+  monkeypatch.chdir(tmp_path)  # as in a project of one's own
   names = {}
   for block in re.findall(r'```python\n(.*?)```', section, re.DOTALL):
     exec(block, names)  # noqa: S102 - the text of this repository
@@ -23,3 +24,9 @@ def test_memory_layer_of_the_readme_runs_and_learns():
 
     slopes = jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(params, names['bank_MP'][...]))
     assert all(jnp.any(slope != 0) for slope in slopes)
+
+  slopes = jax.tree.map(jnp.ones_like, names['params'])
+  updates, _ = names['optimizer'].update(slopes, names['state'], names['params'])
+  assert jnp.allclose(updates['bank'], -16 * 2e-3, rtol=1e-3)  # no decay
+  kernel = names['params']['memory']['down']['kernel'][...]
+  assert jnp.allclose(updates['memory']['down']['kernel'][...], -2e-3 * (1 + 0.01 * kernel), rtol=1e-3)

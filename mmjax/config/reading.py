@@ -4,7 +4,9 @@ import ast
 import dataclasses
 import importlib.util
 import inspect
+import site
 import sys
+import sysconfig
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,19 @@ from mmjax.config.schema import Config, flatten
 from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
+# Where configs/ lies, for whoever is elsewhere: beside the package in a checkout, or where pip put it.
+ROOTS = (
+  Path(__file__).parents[2],
+  Path(sysconfig.get_path('data'), 'share', 'mmjax'),
+  Path(site.getuserbase(), 'share', 'mmjax'),
+)
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   """Reads a config file and applies command-line overrides.
 
   Args:
-    path: a Python file with `get_config() -> ConfigDict`, as in configs/.
+    path: a Python file with `get_config() -> ConfigDict`; those of configs/ are found from any folder.
     overrides: `--config.section.field=value` arguments; a value is read as the type of the field it replaces.
 
   Returns:
@@ -59,7 +68,7 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   Raises:
     UserError: if there is no such file, it or the function fails, or the function has no such argument.
   """
-  file = Path(path)
+  file = next((file for file in (Path(path), *(root / path for root in ROOTS)) if file.is_file()), Path(path))
   if not file.is_file():
     known = sorted(str(p) for p in file.parent.glob('*.py')) if file.parent.is_dir() else []
     raise UserError(f'no {what} {path!r}{nearest(path, known)}')
