@@ -1,7 +1,7 @@
 """Packs token shards, for a machine without the text.
 
   python benchmarks/grid_data.py --share 0.8 --out out/grid_data.tar.xz \\
-    --train_files '../shared/corpus/train-*.jsonl.xz' --valid_files ../shared/corpus/valid.jsonl.xz
+    --train_files 'corpus/train-*.jsonl.xz' --valid_files corpus/valid.jsonl.xz
 
 Keeps about --share of the training documents, chosen by a hash of their text, and all validation documents; tokenizes
 them as training does; and writes the prepared directory as one .tar.xz, which benchmarks/grid_gpu.sh unpacks. A token
