@@ -148,6 +148,8 @@ MODELS = {
   'g39': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3'},
   'g40': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3', 'memory.layers': '1,2'},
   'g41': NGRAMS | {'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},  # what lazy updates cost in loss
+  'g42': NGRAMS | {'memory.ngrams': '1,2'},
+  'g43': NGRAMS | {'memory.ngrams': '1,2,3', 'memory.n_heads': 6},
 }
 
 
