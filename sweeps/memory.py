@@ -150,6 +150,14 @@ MODELS = {
   'g41': NGRAMS | {'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},  # what lazy updates cost in loss
   'g42': NGRAMS | {'memory.ngrams': '1,2'},
   'g43': NGRAMS | {'memory.ngrams': '1,2,3', 'memory.n_heads': 6},
+  'g44': NGRAMS | {'memory.ngrams': '1,2', 'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},
+  'g45': NGRAMS
+  | {
+    'memory.ngrams': '1,2,3',
+    'memory.n_heads': 6,
+    'model.knowledge_num': 1048576,
+    'memory.bank_update': 'lazy',
+  },
 }
 
 
