@@ -78,6 +78,7 @@ def get_config() -> ConfigDict:
   train.epochs = 3.0  # passes over the training rows; ignored where max_steps is set
   train.max_steps = 0  # optimizer updates; 0: as many as the epochs give
   train.learning_rate = 2e-4  # peak
+  train.embedding_lr_multiplier = 1.0  # the learning rate of the embedding, which the output shares, over everyone's
   train.final_learning_rate = 0.0  # at the end of the cosine
   train.warmup_steps = 0  # linear, before the cosine
   train.beta1 = 0.9

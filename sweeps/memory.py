@@ -148,16 +148,16 @@ MODELS = {
   'g39': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3'},
   'g40': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3', 'memory.layers': '1,2'},
   'g41': NGRAMS | {'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},  # what lazy updates cost in loss
+  # With the token itself, which G37 has alone.
   'g42': NGRAMS | {'memory.ngrams': '1,2'},
   'g43': NGRAMS | {'memory.ngrams': '1,2,3', 'memory.n_heads': 6},
   'g44': NGRAMS | {'memory.ngrams': '1,2', 'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},
   'g45': NGRAMS
-  | {
-    'memory.ngrams': '1,2,3',
-    'memory.n_heads': 6,
-    'model.knowledge_num': 1048576,
-    'memory.bank_update': 'lazy',
-  },
+  | {'memory.ngrams': '1,2,3', 'memory.n_heads': 6, 'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},
+  # How much of that is an embedding that learns too slowly?
+  'g46': {'model.sublayer': 'dense', 'train.embedding_lr_multiplier': 4.0},
+  'g47': NGRAMS | {'memory.ngrams': '1,2', 'train.embedding_lr_multiplier': 4.0},
+  'g48': {'model.sublayer': 'dense', 'train.embedding_lr_multiplier': 16.0},
 }
 
 

@@ -1,4 +1,4 @@
-"""The bank's own learning rate, decay and clip against AdamW written out in numpy."""
+"""Own learning rates of the embedding and the bank, and the decay and clip of the bank, against AdamW in numpy."""
 
 import math
 
@@ -14,15 +14,17 @@ from tests.helpers import tiny_config
 STEPS = 5
 OPTIONS = {
   'as_the_rest': {},
-  'rate': {'bank_lr_multiplier': 4.0},
-  'rising_rate': {'bank_lr_multiplier': 0.0, 'bank_lr_final_multiplier': 2.0},
-  'no_decay': {'bank_decay_multiplier': 0.0},
-  'clip': {'bank_grad_clip': 0.3},
+  'rate': {'memory__bank_lr_multiplier': 4.0},
+  'rising_rate': {'memory__bank_lr_multiplier': 0.0, 'memory__bank_lr_final_multiplier': 2.0},
+  'no_decay': {'memory__bank_decay_multiplier': 0.0},
+  'clip': {'memory__bank_grad_clip': 0.3},
+  'embedding': {'train__embedding_lr_multiplier': 4.0},
   'all': {
-    'bank_lr_multiplier': 4.0,
-    'bank_lr_final_multiplier': 0.5,
-    'bank_decay_multiplier': 0.5,
-    'bank_grad_clip': 0.01,
+    'train__embedding_lr_multiplier': 0.5,
+    'memory__bank_lr_multiplier': 4.0,
+    'memory__bank_lr_final_multiplier': 0.5,
+    'memory__bank_decay_multiplier': 0.5,
+    'memory__bank_grad_clip': 0.01,
   },
 }
 
@@ -44,7 +46,7 @@ def adamw_numpy(config, params, gradients):
       is_bank = name == 'memory_bank'
       share = t / (STEPS - 1)
       multiplier = (1 - share) * memory.bank_lr_multiplier + share * memory.bank_lr_final_multiplier
-      own_rate = rate * (multiplier if is_bank else 1)
+      own_rate = rate * {'memory_bank': multiplier, 'embedding': train.embedding_lr_multiplier}.get(name, 1)
       decay = train.weight_decay * (memory.bank_decay_multiplier if is_bank else 1)
       clipped = gradient[name] * clips[name]
       mean[name] = train.beta1 * mean[name] + (1 - train.beta1) * clipped
@@ -57,8 +59,7 @@ def adamw_numpy(config, params, gradients):
 
 @pytest.mark.parametrize('option', OPTIONS)
 def test_updates_equal_numpy(option):
-  changes = {f'memory__{name}': value for name, value in OPTIONS[option].items()}
-  config = tiny_config(train__weight_decay=0.2, train__grad_clip=1.0, model__n_layers=1, **changes)
+  config = tiny_config(train__weight_decay=0.2, train__grad_clip=1.0, model__n_layers=1, **OPTIONS[option])
   leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
   names = [path_name(path) for path, _ in leaves]
   rng = np.random.default_rng(0)

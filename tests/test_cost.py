@@ -48,10 +48,12 @@ def test_dense_model_needs_at_least_one_step_of_width():
     matching_width(config, least - 1)
 
 
-@pytest.mark.parametrize('name', ['memory_bag', 'memory_plus'])
-def test_best_memories_cost_what_the_feed_forward_record_costs(name):
-  config, record = load_config(f'configs/{name}.py'), load_config(RECORD)
-  budget = flops_per_token(record)['total']
+@pytest.mark.parametrize(
+  ('name', 'baseline'), [('memory_bag', RECORD), ('memory_plus', RECORD), ('quickstart_plus', 'configs/quickstart.py')]
+)
+def test_best_memories_cost_what_the_feed_forward_baseline_costs(name, baseline):
+  config = load_config(f'configs/{name}.py')
+  budget = flops_per_token(load_config(baseline, ['--config.model.sublayer=dense']))['total']
   assert matching_width(config, budget) == config.memory.ffn_dim
   assert 0.99 * budget < flops_per_token(config)['total'] <= budget
 

@@ -160,6 +160,7 @@ class TrainConfig:
   epochs: float
   max_steps: int
   learning_rate: float
+  embedding_lr_multiplier: float
   final_learning_rate: float
   warmup_steps: int
   beta1: float

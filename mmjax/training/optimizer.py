@@ -1,6 +1,7 @@
 """AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient.
 
-The bank may have a learning rate, a decay and a clip of its own; mmjax/training/lazy_bank.py updates it row by row.
+The embedding may have a learning rate of its own, the bank also a decay and a clip; mmjax/training/lazy_bank.py updates
+the bank row by row.
 """
 
 import re
@@ -50,9 +51,9 @@ def gets_gradient(config: Config, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(learns, params)
 
 
-def is_bank(params: Params) -> Params:
-  """Returns a dict like `params` with True for the bank alone."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) == 'memory_bank', params)
+def named(params: Params, name: str) -> Params:
+  """Returns a dict like `params` with True for the parameter of this name alone."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) == name, params)
 
 
 def clip_bank_apart(largest: float, largest_of_bank: float) -> optax.GradientTransformation:
@@ -116,7 +117,7 @@ def apart_from_bank(others: optax.GradientTransformation) -> optax.GradientTrans
 
 def _adamw(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
   train, memory = config.train, config.memory
-  learns, bank = gets_gradient(config, params), is_bank(params)
+  learns, bank = gets_gradient(config, params), named(params, 'memory_bank')
   steps = [optax.scale_by_adam(train.beta1, train.beta2, train.eps)]
   if memory.bank_decay_multiplier == 1:
     steps.append(optax.add_decayed_weights(train.weight_decay, mask=learns))
@@ -126,5 +127,7 @@ def _adamw(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
     steps.append(optax.add_decayed_weights(train.weight_decay * memory.bank_decay_multiplier, mask=bank))
   if (memory.bank_lr_multiplier, memory.bank_lr_final_multiplier) != (1, 1):
     steps.append(optax.masked(optax.scale_by_schedule(bank_lr_multiplier(memory, total_steps)), bank))
+  if train.embedding_lr_multiplier != 1:
+    steps.append(optax.masked(optax.scale(train.embedding_lr_multiplier), named(params, 'embedding')))
   steps.append(optax.scale_by_learning_rate(learning_rate_schedule(train, total_steps)))
   return steps

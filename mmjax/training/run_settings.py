@@ -29,6 +29,7 @@ BEFORE = {
   'memory.selection_bias': False,
   'memory.revive_noise': 0.1,
   'memory.revive_keys': True,
+  'train.embedding_lr_multiplier': 1.0,
   'train.max_loss_factor': 0.0,
   'train.profile_steps': 0,
   'runtime.scan_layers': False,
