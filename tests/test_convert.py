@@ -18,7 +18,7 @@ torch = pytest.importorskip('torch')
 from mmjax.config import config_from_dict, load_config  # noqa: E402
 from mmjax.data.loader import open_split, train_batches  # noqa: E402
 from mmjax.data.tokenizer import train_tokenizer  # noqa: E402
-from mmjax.errors import StorageError, UserError, run_command  # noqa: E402
+from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.interop.files import read_tensors, write_tensors  # noqa: E402
 from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
@@ -306,7 +306,7 @@ def test_nothing_is_overwritten(tmp_path):
 
 def test_run_without_the_asked_checkpoint_is_refused(tmp_path):
   take(save(make_state(), tmp_path / 'model.safetensors'), tmp_path / 'run')
-  with pytest.raises(StorageError, match='checkpoint 7'):
+  with pytest.raises(UserError, match='no checkpoint 7'):
     export_run(tmp_path / 'run', tmp_path / 'back.pth', '7', None)
   with pytest.raises(UserError, match="'newest' must be"):
     export_run(tmp_path / 'run', tmp_path / 'back.pth', 'newest', None)
