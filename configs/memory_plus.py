@@ -3,7 +3,8 @@
 Measured small: 0.55 nats a token below 1.4.0 (128 x 4, 3 M tokens, two seeds) and 0.29 (192 x 4, 10.5 M tokens, one
 seed); all rows used. At this size: not yet.
 
-python train.py --config configs/memory_plus.py
+python train.py --config configs/memory_plus.py                               # text that is read once or twice
+python train.py --config configs/memory_plus.py --config.memory.ngrams=1      # more often: n-grams learn it by heart
 
 What differs from 1.4.2, and why (sources: Cheng et al. 2026, arXiv:2601.07372; Sadhukhan et al. 2026, arXiv:2601.10639;
 Memory+, arXiv:2412.09764):

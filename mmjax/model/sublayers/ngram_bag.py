@@ -1,7 +1,8 @@
 """A bag of rows that the last tokens address: no gate, and the bag's output as elsewhere.
 
 What the rows hold depends on the n-gram alone; what becomes of them, on everything before it, through the gate of the
-output, silu(m W1). Source: Cheng et al. 2026, arXiv:2601.07372.
+output, silu(m W1). Sources: Cheng et al. 2026, arXiv:2601.07372; for rows of the token alone, Sadhukhan et al. 2026,
+arXiv:2601.10639.
 """
 
 import jax.numpy as jnp
