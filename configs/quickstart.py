@@ -9,13 +9,19 @@ from configs import base
 def get_config():
   config = base.get_config()
   config.experiment = 'quickstart'
+  make_small(config)
+  config.model.knowledge_num = 4096
+  return config
+
+
+def make_small(config):
+  """Sets sizes and training to those of the quickstart."""
   config.model.vocab_size = 4096
   config.model.dim = 128
   config.model.n_layers = 4
   config.model.n_heads = 8
   config.model.n_kv_heads = 4
   config.model.max_seq_len = 128
-  config.model.knowledge_num = 4096
   config.model.knowledge_dim = 32
   config.data.valid_fraction = 0.05
   config.train.batch_size = 8
@@ -28,4 +34,3 @@ def get_config():
   config.train.log_interval = 20
   config.train.eval_interval = 500
   config.train.checkpoint_interval = 500
-  return config

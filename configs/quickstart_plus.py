@@ -6,21 +6,14 @@ memory (configs/quickstart.py --config.model.sublayer=dense), at as many FLOPs: 
 Rows for longer n-grams learn a text that is read three times, as here, by heart: docs/memory.md.
 """
 
-from configs import quickstart
+from configs import memory_plus, quickstart
 
 
 def get_config():
-  config = quickstart.get_config()
+  config = memory_plus.get_config()
   config.experiment = 'quickstart_plus'
-  config.model.sublayer = 'ngram_bag'
-  config.model.knowledge_num = 65536
-  config.model.num_selected = 1
-  config.memory.layers = 'middle'
-  config.memory.input = 'residual'
-  config.memory.n_heads = 4
+  quickstart.make_small(config)
   config.memory.ngrams = '1'
   config.memory.ffn_dim = 296
   config.memory.bank_std = config.model.knowledge_dim**-0.5
-  config.memory.bank_lr_multiplier = 16.0
-  config.memory.bank_decay_multiplier = 0.0
   return config

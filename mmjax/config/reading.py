@@ -60,7 +60,7 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   """Runs a Python file of settings and returns what a function in it returns; the folder above its own is importable.
 
   Args:
-    path: the file, as in configs/ and sweeps/.
+    path: the file, as in configs/ and sweeps/; where there is none it is looked for below ROOTS.
     what: 'config file', 'sweep file': for messages.
     function: its name.
     arguments: of the function, by name.

@@ -9,16 +9,15 @@ codes: 0 done, 2 user error, 4 storage.
 import argparse
 import datetime
 import shlex
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mmjax import __version__
 from mmjax.errors import UserError, run_command
+from mmjax.inference.terminal import table_console
 from mmjax.tools.compare_plots import write_plots
 from mmjax.tools.compare_runs import (
   Difference,
@@ -185,7 +184,7 @@ def notes(found: Sequence[Summary]) -> list[str]:
 
 def print_tables(found: Sequence[Summary]) -> None:
   """Prints the table, in two halves that fit a terminal."""
-  console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+  console = table_console()
   for columns in (RESULT, {'model': lambda s: s['name']} | COST | (BANK if any(s['bank'] for s in found) else {})):
     shown = Table()
     for name in columns:

@@ -20,12 +20,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
 from mmjax.data.files import locked_directory
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
+from mmjax.inference.terminal import table_console
 from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
 from mmjax.tools.sweep_file import Planned, changed_settings, read_sweep
 from mmjax.training.progress import format_seconds
@@ -82,7 +82,7 @@ class Sweep:
     self.folder, self.runs = folder, runs
     self.path = folder / 'sweep.json'
     self.ended = self.read_ended()
-    self.console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    self.console = table_console()
 
   def read_ended(self) -> dict[str, dict[str, Any]]:
     """Returns what sweep.json holds; {} where there is none."""
