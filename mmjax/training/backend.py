@@ -1,8 +1,8 @@
 """What depends on the maker of the device: compiler options and known faults of its compiler.
 
-Without Triton is a promise of this package, and XLA has a Triton of its own for matrix products and normalisations on
-NVIDIA: it is off unless `runtime.triton_gemm` asks for it. `TRITON` finds what is left of it, or of Pallas, in a
-lowered or compiled module.
+Without Triton is a promise of this package, and XLA has a Triton of its own for matrix products, normalisations and
+reductions on NVIDIA: it is off unless `runtime.triton_gemm` asks for it. `TRITON` finds what is left of it, or of
+Pallas, in a lowered or compiled module.
 """
 
 import re
@@ -14,6 +14,8 @@ from mmjax.config import Config
 
 # Custom calls of Triton, Pallas and Mosaic (what Pallas becomes on NVIDIA), and XLA's own Triton fusions.
 TRITON = re.compile(r'triton|pallas|mosaic', re.IGNORECASE)
+# The passes of XLA that make Triton fusions of what is no matrix product.
+TRITON_PASSES = 'triton-softmax-rewriter,fusion-block-level-rewriter'
 SLOW_SCATTER = (0, 10, 2), (0, 11, 0)  # first and last version of jaxlib
 
 
@@ -28,7 +30,7 @@ def compiler_options(config: Config, platform: str) -> dict[str, bool | str]:
     return {}
   if config.runtime.triton_gemm:
     return {'xla_gpu_enable_triton_gemm': True}
-  return {'xla_gpu_enable_triton_gemm': False, 'xla_disable_hlo_passes': 'triton-softmax-rewriter'}
+  return {'xla_gpu_enable_triton_gemm': False, 'xla_disable_hlo_passes': TRITON_PASSES}
 
 
 def use_compilation_cache(config: Config) -> None:
