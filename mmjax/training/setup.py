@@ -176,8 +176,11 @@ def compile_step(
   attention: str,
   pad_id: int,
   total_steps: int,
+  options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
-  """Compiles the train step, which takes over the state it is given.
+  """Compiles the train step for the mesh's devices; it takes over the state, or what has its shapes and places.
+
+  `options` are the compiler's, beside those of `compiler_options`.
 
   Raises:
     UserError: if the device has too little memory, with the settings to change.
@@ -188,7 +191,8 @@ def compile_step(
   batch = batch_shapes(mesh, config)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), replicated(mesh)))
   with explain_out_of_memory(config):
-    return jitted.lower(state, batch).compile(compiler_options(config, jax.devices()[0].platform))
+    platform = mesh.devices.flat[0].platform
+    return jitted.lower(state, batch).compile(compiler_options(config, platform) | (options or {}))
 
 
 class explain_out_of_memory:  # noqa: N801 - used as a `with` statement

@@ -5,6 +5,7 @@ a mesh of one. The model knows nothing of this: XLA inserts the communication.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,13 +27,14 @@ RULES = (
 BATCH = P(None, ('data', 'rows'), None)  # (accumulation step, row of the micro-batch, position)
 
 
-def make_mesh(config: Config) -> Mesh:
-  """Returns the mesh that runtime.data_devices and runtime.row_devices describe.
+def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """Returns the mesh that runtime.data_devices and runtime.row_devices describe, of `devices` or those of JAX.
 
   Raises:
     UserError: if there are not that many devices, or the batch or the bank cannot be divided by them.
   """
-  n_devices, rows = jax.device_count(), config.runtime.row_devices
+  devices = jax.devices() if devices is None else devices
+  n_devices, rows = len(devices), config.runtime.row_devices
   data = config.runtime.data_devices or max(n_devices // rows, 1)
   if data * rows > n_devices:
     raise UserError(
@@ -49,8 +51,8 @@ def make_mesh(config: Config) -> Mesh:
   _check_divides('train.batch_size', batch, data * rows, f'{data * rows} devices', other)
   if SUBLAYERS[config.model.sublayer].uses_bank:
     _check_divides('model.knowledge_num', config.model.knowledge_num, rows, f'runtime.row_devices={rows}')
-  devices = jax.devices()[: data * rows]
-  return jax.make_mesh((data, rows), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2, devices=devices)
+  shape, axes = (data, rows), ('data', 'rows')
+  return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * rows])
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

@@ -1,0 +1,150 @@
+"""NVIDIA cards, as the compiler needs them described and as time is counted by.
+
+Memory, bandwidth and rates are the makers' datasheets'; those of the H100 were measured on one (BENCHMARKS.md), and are
+10 and 19 % below its. Sizes of caches, registers and shared memory are those of the CUDA programming guide, table
+"technical specifications by compute capability".
+"""
+
+import dataclasses
+import re
+from pathlib import Path
+
+from mmjax.errors import UserError
+
+# By compute capability: shared memory of a multiprocessor in KiB, its threads, its float32 units.
+CORES = {
+  '7.5': (64, 1024, 64),
+  '8.0': (164, 2048, 64),
+  '8.6': (100, 1536, 128),
+  '8.9': (100, 1536, 128),
+  '9.0': (228, 2048, 128),
+  '10.0': (228, 2048, 128),
+  '12.0': (100, 1536, 128),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """What is known of a card.
+
+  Attributes:
+    name: what JAX calls it.
+    capability: compute capability, '8.9'.
+    cores: multiprocessors.
+    clock_ghz: of them, boosted.
+    memory_bytes: of the device.
+    bandwidth: of its memory, bytes a second.
+    bf16_rate: of bfloat16 products summed in float32, FLOP/s, dense.
+    l2_bytes: cache that all multiprocessors share.
+    link: what it can send to others like it, bytes a second, in one direction.
+    text: a description for the compiler that is used as it is; '': made from the other fields.
+  """
+
+  name: str
+  capability: str
+  cores: int
+  clock_ghz: float
+  memory_bytes: int
+  bandwidth: float
+  bf16_rate: float
+  l2_bytes: int
+  link: float
+  text: str = ''
+
+  def rate(self, dtype: str) -> float:
+    """Returns the rate of products in 'bf16', 'tf32' or 'f32', FLOP/s."""
+    if dtype == 'f32':
+      return 2e9 * self.cores * CORES[self.capability][2] * self.clock_ghz
+    return self.bf16_rate / (2 if dtype == 'tf32' else 1)
+
+  def description(self) -> str:
+    """Returns the GpuTargetConfigProto, in text form, that the compiler is told."""
+    if self.text:
+      return self.text
+    major, minor = self.capability.split('.')
+    shared_kib, threads, units = CORES[self.capability]
+    return f"""gpu_device_info {{
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: {48 << 10}
+  shared_memory_per_block_optin: {(shared_kib - (1 if major != '7' else 0)) << 10}
+  shared_memory_per_core: {shared_kib << 10}
+  threads_per_core_limit: {threads}
+  core_count: {self.cores}
+  fpus_per_core: {units}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  memory_bandwidth: {int(self.bandwidth)}
+  l2_cache_size: {self.l2_bytes}
+  clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory_bytes}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+runtime_version {{ major: 12 minor: 9 patch: 0 }}
+device_description_str: "{self.name}"
+"""
+
+
+MIB = 1 << 20
+CARDS = {
+  'rtx3060': Card('NVIDIA GeForce RTX 3060', '8.6', 28, 1.777, 12 * 1010 * MIB, 360e9, 25.5e12, 3 * MIB, 16e9),
+  'rtx3090': Card('NVIDIA GeForce RTX 3090', '8.6', 82, 1.695, 25438126080, 936e9, 71e12, 6 * MIB, 56e9),
+  'rtx4070': Card('NVIDIA GeForce RTX 4070', '8.9', 46, 2.475, 12 * 1010 * MIB, 504e9, 58.3e12, 36 * MIB, 32e9),
+  'rtx4090': Card('NVIDIA GeForce RTX 4090', '8.9', 128, 2.52, 25393692672, 1.008e12, 165.2e12, 72 * MIB, 32e9),
+  'rtx5090': Card('NVIDIA GeForce RTX 5090', '12.0', 170, 2.407, 33666564096, 1.792e12, 209.5e12, 96 * MIB, 64e9),
+  'a100_40': Card('NVIDIA A100-SXM4-40GB', '8.0', 108, 1.41, 42331013120, 1.555e12, 312e12, 40 * MIB, 300e9),
+  'a100_80': Card('NVIDIA A100-SXM4-80GB', '8.0', 108, 1.41, 85100068864, 2.039e12, 312e12, 40 * MIB, 300e9),
+  'l4': Card('NVIDIA L4', '8.9', 58, 2.04, 23609475072, 300e9, 121e12, 48 * MIB, 32e9),
+  't4': Card('Tesla T4', '7.5', 40, 1.59, 15642329088, 320e9, 0.0, 4 * MIB, 16e9),
+  'h100': Card('NVIDIA H100 80GB HBM3', '9.0', 132, 1.98, 84942979072, 3.0e12, 798e12, 50 * MIB, 450e9),
+  'h200': Card('NVIDIA H200', '9.0', 132, 1.98, 150754820096, 4.8e12, 989e12, 60 * MIB, 450e9),
+  'b200': Card('NVIDIA B200', '10.0', 148, 1.965, 191514411008, 7.672e12, 2250e12, 126 * MIB, 900e9),
+}
+
+
+def find_card(name: str) -> Card:
+  """Returns the card of this name, or the one that a file describes.
+
+  Raises:
+    UserError: if there is no such card or file, or the file does not say what is needed.
+  """
+  key = re.sub(r'[\s-]', '_', name.lower())
+  if key in CARDS:
+    return CARDS[key]
+  if not Path(name).is_file():
+    raise UserError(f'--gpu={name} must be one of {", ".join(CARDS)}, or a file that describes a card')
+  text = Path(name).read_text(encoding='utf-8')
+
+  def field(pattern: str) -> str:
+    found = re.search(pattern, text)
+    if not found:
+      raise UserError(f'--gpu={name}: the file does not say {pattern.split(":")[0]}')
+    return found[1]
+
+  major = field(r'major: *(\d+)')
+  minor = re.search(r'cuda_compute_capability *\{[^}]*minor: *(\d+)', text)
+  capability, cores = f'{major}.{minor[1] if minor else 0}', int(field(r'core_count: *(\d+)'))
+  clock = float(field(r'clock_rate_ghz: *([\d.]+)'))
+  like = next((card for card in CARDS.values() if card.capability == capability), None)
+  if not like:
+    raise UserError(f'--gpu={name}: compute capability {capability} is none of {", ".join(CORES)}')
+  return Card(
+    (re.search(r'device_description_str: *"([^"]*)"', text) or ['', Path(name).stem])[1],
+    capability,
+    cores,
+    clock,
+    int(field(r'device_memory_size: *(\d+)')),
+    float(field(r'memory_bandwidth: *(\d+)')),
+    like.bf16_rate * cores * clock / like.cores / like.clock_ghz,
+    int(field(r'l2_cache_size: *(\d+)')),
+    like.link,
+    text,
+  )

@@ -1,0 +1,407 @@
+"""Reads a compiled XLA module's text: which kernels it runs, how often, and what each must read, write and multiply.
+
+What is counted, for each kernel that the scheduled module starts (a fusion, a library call, a copy):
+
+  runs      once for each trip of the loops around it; a conditional counts its costliest branch
+  bytes     its operands and its results once each, as if nothing stayed in a cache between kernels. Of an operand that
+            a kernel only slices or gathers from, what it takes, and never more than there is. Of a table that a scatter
+            or an update of a slice changes in place, what is changed: read and written by a scatter, written by an
+            update. Scratch space (s8 and u8 results of library calls) is not counted
+  products  2 x multiplications of every dot, in a library call or in a fusion; cuDNN attention 4 B N T S H forward and
+            2.5 times that backward, half where causal. Sums and element-wise work are not products
+  sends     of a collective over n devices, what a device must send: (n - 1) / n of what is gathered, scattered or
+            exchanged, twice that of an all-reduce, all of a permutation
+
+Source of the format: openxla/xla, docs/operation_semantics and the text that `compiled.as_text()` gives on NVIDIA.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+
+BITS = {'pred': 8, 's4': 4, 'u4': 4, 'token': 0, 'opaque': 0}  # the others carry their width in their name
+FREE = {
+  'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'after-all', 'partition-id', 'replica-id',
+  'opt-barrier', 'optimization-barrier', 'add-dependency', 'domain',
+}  # fmt: skip
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all')
+TRITON = re.compile(r'__triton|triton|pallas|mosaic', re.IGNORECASE)
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
+_INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
+_LEAF = re.compile(r'\b(pred|token|opaque|[a-z]+\d+\w*)\[([\d,<=]*)\](?:\{([\d,]*)[^}]*\})?')
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """An array: its dtype as HLO names it, its sizes, and its layout, the fastest axis first."""
+
+  dtype: str
+  dims: tuple[int, ...]
+  layout: tuple[int, ...] = ()
+
+  @property
+  def size(self) -> int:
+    """Elements."""
+    return math.prod(self.dims)
+
+  @property
+  def bytes(self) -> float:
+    """Bytes, without padding."""
+    bits = BITS[self.dtype] if self.dtype in BITS else int(re.search(r'\d+', self.dtype)[0])
+    return self.size * bits / 8
+
+  def __str__(self) -> str:
+    return f'{self.dtype}[{",".join(map(str, self.dims))}]'
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """A line of a computation."""
+
+  name: str
+  opcode: str
+  shapes: tuple[Shape, ...]  # of a tuple, those of its leaves
+  operands: tuple[str, ...]
+  rest: str  # all that stands behind the operands
+  root: bool
+
+  def attribute(self, name: str) -> str | None:
+    """Returns `name=VALUE` where VALUE has no blanks, such as a computation's name."""
+    found = re.search(rf'\b{name}=%?([\w.\-$]+|"[^"]*"|\{{[^}}]*\}})', self.rest)
+    return found[1].strip('"') if found else None
+
+  def numbers(self, name: str) -> tuple[int, ...]:
+    """Returns `name={0,1}` as numbers."""
+    found = re.search(rf'\b{name}=\{{([\d,]*)\}}', self.rest)
+    return tuple(int(n) for n in found[1].split(',') if n) if found else ()
+
+  @property
+  def op_name(self) -> str:
+    """Where JAX says it comes from: 'jit(train_step)/while/body/transpose(jvp(gate))/dot_general'."""
+    return self.attribute('op_name') or ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+  """One thing that the device is told to do.
+
+  `kind` is one of product, attention, sort, scatter, gather, cast, copy, reduction, element-wise, collective, triton,
+  library; `loops` the op_names of the loops around it, outermost first; the counts are those of one run.
+  """
+
+  name: str
+  kind: str
+  target: str  # of a library call or a collective: which
+  runs: int
+  bytes: float
+  flops: dict[str, float]  # products by dtype: 'bf16', 'tf32', 'f32'
+  sends: float
+  shapes: tuple[Shape, ...]
+  op_name: str
+  source: str  # 'mmjax/kernels/bank.py:123'
+  loops: tuple[str, ...]
+
+
+class Module:
+  """A compiled module's computations and its table of source lines."""
+
+  def __init__(self, text: str, package: str = 'mmjax'):
+    """Reads the text.
+
+    Args:
+      text: as `compiled.as_text()` gives it.
+      package: folder of the source files whose lines are wanted; frames elsewhere give way to their callers.
+    """
+    self.computations: dict[str, dict[str, Instruction]] = {}
+    self.entry = ''
+    tables: dict[str, dict[int, str]] = defaultdict(dict)
+    current, table = None, ''
+    for line in text.splitlines():
+      if found := _COMPUTATION.match(line):
+        current = self.computations[found[2]] = {}
+        self.entry = found[2] if found[1] else self.entry
+      elif current is not None and (found := _INSTRUCTION.match(line)):
+        current[found[2]] = _instruction(found[2], found[3], bool(found[1]))
+      elif line in ('FileNames', 'FunctionNames', 'FileLocations', 'StackFrames'):
+        table = line
+      elif table and (found := re.match(r'(\d+) (.*)$', line)):
+        tables[table][int(found[1])] = found[2]
+    self._lines = _source_lines(tables, package)
+
+  def kernels(self) -> list[Kernel]:
+    """Returns every kernel of the module with what it costs, in the order in which they are started."""
+    return list(self._walk(self.entry, 1, ()))
+
+  def instructions(self) -> Iterator[tuple[str, Instruction]]:
+    """Yields every instruction with the name of its computation."""
+    for name, computation in self.computations.items():
+      yield from ((name, instruction) for instruction in computation.values())
+
+  def line_of(self, instruction: Instruction) -> str:
+    """Returns the source line that an instruction comes from, of a fusion without one that of most of its parts."""
+    frame = re.search(r'stack_frame_id=(\d+)', instruction.rest)
+    if frame and self._lines.get(int(frame[1])):
+      return self._lines[int(frame[1])]
+    return self._common(instruction, self.line_of)
+
+  def name_of(self, instruction: Instruction) -> str:
+    """Returns an instruction's op_name, of a fusion without one that of most of its parts."""
+    return instruction.op_name or self._common(instruction, lambda part: part.op_name)
+
+  def _common(self, instruction: Instruction, read) -> str:
+    inner = self.computations.get(instruction.attribute('calls') or '', {})
+    found = Counter(said for part in inner.values() if (said := read(part)))
+    return found.most_common(1)[0][0] if found else ''
+
+  def _walk(self, computation: str, runs: int, loops: tuple[str, ...]) -> Iterator[Kernel]:
+    for instruction in self.computations[computation].values():
+      opcode = instruction.opcode
+      if opcode == 'while':
+        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
+        around = (*loops, instruction.op_name or instruction.name)
+        yield from self._walk(instruction.attribute('body'), runs * (int(trips[1]) if trips else 1), around)
+      elif opcode in ('call', 'async-start'):
+        yield from self._walk(instruction.attribute('calls') or instruction.attribute('to_apply'), runs, loops)
+      elif opcode == 'conditional':
+        names = re.search(r'branch_computations=\{([^}]*)\}', instruction.rest)
+        branches = [name.strip().lstrip('%') for name in names[1].split(',')] if names else [
+          instruction.attribute('true_computation'), instruction.attribute('false_computation')
+        ]  # fmt: skip
+        costs = [list(self._walk(branch, runs, loops)) for branch in branches]
+        yield from max(costs, key=lambda kernels: sum(kernel.bytes * kernel.runs for kernel in kernels))
+      elif opcode not in FREE and not opcode.endswith(('-done', '-update')):
+        yield self._kernel(self.computations[computation], instruction, runs, loops)
+
+  def _kernel(self, around: dict, instruction: Instruction, runs: int, loops: tuple[str, ...]) -> Kernel:
+    opcode = instruction.opcode.removesuffix('-start')
+    inputs = [around[name] for name in instruction.operands if name in around]
+    flops, sends, target = {}, 0.0, ''
+    results = instruction.shapes
+    if instruction.opcode == 'fusion-start':  # operands, results, context
+      results = results[len([shape for operand in inputs for shape in operand.shapes]) : -1]
+    if opcode in COLLECTIVES:
+      kind, target = 'collective', opcode
+      size = sum(shape.bytes for operand in inputs for shape in operand.shapes)
+      sends, moved = _collective(opcode, size, _group_size(instruction))
+    elif opcode == 'fusion':
+      inner = self.computations[instruction.attribute('calls')]
+      kind, moved = _fusion_kind(inner, instruction), _fusion_bytes(inner, inputs, results)
+      flops = dict(sum((Counter(_dot_flops(inner, part)) for part in inner.values()), Counter()))
+      for part in inner.values():  # a library call may be wrapped together with the slice that it writes
+        if part.opcode == 'custom-call':
+          kind, target, found = _library_call(inner, part)
+          flops = dict(Counter(flops) + Counter(found))
+    elif opcode == 'custom-call':
+      kind, target, flops = _library_call(around, instruction)
+      moved = _sum_bytes(inputs) + sum(shape.bytes for shape in results if not _is_scratch(shape, results))
+    else:
+      lone = {operand.name: dataclasses.replace(operand, opcode='parameter', rest='') for operand in inputs}
+      lone[instruction.name] = dataclasses.replace(instruction, root=True)
+      kind, moved = _fusion_kind(lone, instruction), _fusion_bytes(lone, inputs, results)
+      flops = _dot_flops(around, instruction)
+    if TRITON.search(re.sub(r'metadata=\{[^}]*\}', '', instruction.rest)):
+      kind = 'triton'
+    return Kernel(
+      instruction.name, kind, target, runs, moved, flops, sends, results,
+      self.name_of(instruction), self.line_of(instruction), loops,
+    )  # fmt: skip
+
+
+def _instruction(name: str, text: str, root: bool) -> Instruction:
+  """Reads 'f32[8]{0} add(%a, %b), metadata=...'."""
+  end = _closing(text, 0) if text.startswith('(') else text.index(' ')
+  shapes, text = text[:end], text[end:].lstrip()
+  opening = text.index('(')
+  closing = _closing(text, opening)
+  operands = re.findall(r'%([\w.\-]+)', text[opening:closing])
+  leaves = tuple(
+    Shape(
+      dtype, tuple(int(n.lstrip('<=')) for n in dims.split(',') if n), tuple(int(n) for n in layout.split(',') if n)
+    )
+    for dtype, dims, layout in _LEAF.findall(shapes)
+  )
+  return Instruction(name, text[:opening], leaves, tuple(operands), text[closing:], root)
+
+
+def _closing(text: str, opening: int) -> int:
+  """Returns the index behind the parenthesis that closes the one at `opening`."""
+  depth = 0
+  for found in re.finditer(r'[()]', text[opening:]):
+    depth += 1 if found[0] == '(' else -1
+    if not depth:
+      return opening + found.end()
+  raise ValueError(f'no closing parenthesis in {text[:80]!r}')
+
+
+def _source_lines(tables: dict[str, dict[int, str]], package: str) -> dict[int, str]:
+  """Returns 'mmjax/model/lm.py:123' by stack frame: the innermost line of the package, '' where there is none."""
+  files = {n: name.strip('"') for n, name in tables['FileNames'].items()}
+
+  def numbers(text: str) -> dict[str, int]:
+    return {name: int(value) for name, value in re.findall(r'(\w+)=(\d+)', text)}
+
+  places = {n: numbers(text) for n, text in tables['FileLocations'].items()}
+  frames = {n: numbers(text) for n, text in tables['StackFrames'].items()}
+  shift = int(frames.get(1, {}).get('parent_frame_id') == 1)  # XLA writes the parent's number plus one
+
+  def find(frame: int) -> str:
+    while frame in frames:
+      place = places.get(frames[frame]['file_location_id'], {})
+      file = files.get(place.get('file_name_id', 0), '')
+      parts = file.split('/')
+      if package in parts and 'site-packages' not in parts:
+        cut = len(parts) - 1 - parts[::-1].index(package)
+        return f'{"/".join(parts[cut:])}:{place["line"]}'
+      frame = frames[frame].get('parent_frame_id', 0) - shift
+    return ''
+
+  return {frame: find(frame) for frame in frames}
+
+
+def _sum_bytes(instructions: list[Instruction]) -> float:
+  return sum(shape.bytes for instruction in instructions for shape in instruction.shapes)
+
+
+def _is_scratch(shape: Shape, results: tuple[Shape, ...]) -> bool:
+  return shape.dtype in ('s8', 'u8') and len(shape.dims) == 1 and len(results) > 1 and shape is results[-1]
+
+
+def _collective(opcode: str, size: float, devices: int) -> tuple[float, float]:
+  """Returns what a device sends, and what it reads and writes in its own memory, in bytes."""
+  share = (devices - 1) / devices if devices else 0
+  if opcode == 'all-reduce':
+    return 2 * share * size, 2 * size
+  if opcode == 'all-gather':
+    return share * size * devices, size + size * devices
+  if opcode == 'reduce-scatter':
+    return share * size, size + size / max(devices, 1)
+  return (size if opcode == 'collective-permute' else share * size), 2 * size
+
+
+def _group_size(instruction: Instruction) -> int:
+  """Returns how many devices take part in each group of a collective."""
+  if found := re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', instruction.rest):  # axes, and those it runs over
+    sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2]))
+  if found := re.search(r'replica_groups=\[(\d+),(\d+)\]', instruction.rest):
+    return int(found[2])
+  if found := re.search(r'replica_groups=\{\{([\d,]*)\}', instruction.rest):
+    return found[1].count(',') + 1
+  if found := re.search(r'source_target_pairs=\{(.*?)\}\}', instruction.rest):
+    return found[1].count('{')
+  return 1
+
+
+def _library_call(around: dict, instruction: Instruction) -> tuple[str, str, dict[str, float]]:
+  """Returns kind, target and products of a custom call."""
+  target = instruction.attribute('custom_call_target') or ''
+  config = re.search(r'backend_config=(\{.*\})', instruction.rest)
+  try:
+    config = json.loads(config[1]) if config else {}
+  except json.JSONDecodeError:
+    config = {}
+  if 'gemm_backend_config' in config:
+    gemm = config['gemm_backend_config']
+    lhs = around[instruction.operands[0]].shapes[0]
+    summed = math.prod(lhs.dims[int(n)] for n in gemm['dot_dimension_numbers']['lhs_contracting_dimensions'])
+    exact = 'HIGHEST' in gemm.get('precision_config', {}).get('operand_precision', [])
+    return 'product', target, {_rate(lhs.dtype, exact): 2.0 * summed * instruction.shapes[0].size}
+  if 'cudnn_fmha_backend_config' in config:
+    fmha = config['cudnn_fmha_backend_config']
+    B, N, T, S = (int(n) for n in fmha['intermediate_tensor_shape']['dimensions'])
+    H = around[instruction.operands[0]].shapes[0].dims[-1]
+    flops = 4.0 * B * N * T * S * H * (2.5 if 'Backward' in target else 1) / (2 if 'CAUSAL' in fmha['mask_type'] else 1)
+    return 'attention', target, {'bf16': flops}
+  return 'library', target, {}
+
+
+def _rate(dtype: str, exact: bool) -> str:
+  """Returns which of the device's rates a product runs at; float32 as TF32 unless it was asked to be exact."""
+  return ('f32' if exact else 'tf32') if dtype == 'f32' else 'bf16'
+
+
+def _dot_flops(around: dict, instruction: Instruction) -> dict[str, float]:
+  if instruction.opcode != 'dot':
+    return {}
+  lhs = around[instruction.operands[0]].shapes[0]
+  summed = math.prod(lhs.dims[n] for n in instruction.numbers('lhs_contracting_dims'))
+  exact = 'highest' in (instruction.attribute('operand_precision') or '')
+  return {_rate(lhs.dtype, exact): 2.0 * summed * instruction.shapes[0].size}
+
+
+def _fusion_kind(inner: dict, instruction: Instruction) -> str:
+  """Names what a fusion, or an instruction that stands alone, does by its most telling operation."""
+  opcodes = {part.opcode for part in inner.values()}
+  for kind in ('sort', 'scatter', 'gather'):
+    if kind in opcodes:
+      return kind
+  if 'dot' in opcodes:
+    return 'product'
+  if opcodes & {'reduce', 'reduce-window'}:
+    return 'reduction'
+  moves = opcodes - FREE - {'transpose', 'reshape', 'copy', 'broadcast', 'slice', 'dynamic-slice', 'concatenate'}
+  moves -= {'dynamic-update-slice', 'pad', 'iota'}
+  if not moves:
+    return 'copy'
+  return 'cast' if moves == {'convert'} else 'element-wise'
+
+
+def _fusion_bytes(inner: dict, inputs: list[Instruction], results: tuple[Shape, ...]) -> float:
+  """Returns what a fused computation reads of its parameters and writes of its results, by the rules at the top."""
+  need: Counter[str] = Counter()  # elements of each value that are used
+  written = 0.0
+  root = next(part for part in inner.values() if part.root)
+  outputs = [inner[name] for name in root.operands] if root.opcode == 'tuple' else [root]
+  for output in outputs:
+    source = _behind(inner, output)
+    if source.opcode in ('dynamic-update-slice', 'scatter'):
+      changed = _changed(inner, source)
+      need[output.name] = max(need[output.name], changed)
+      written += changed * output.shapes[0].bytes / max(output.shapes[0].size, 1)
+    else:
+      need[output.name] = sum(shape.size for shape in output.shapes)
+      written += _sum_bytes([output])
+  for part in reversed(list(inner.values())):
+    wanted = need[part.name]
+    for position, name in enumerate(part.operands):
+      if name in inner and wanted:
+        operand = inner[name]
+        size = sum(shape.size for shape in operand.shapes)
+        need[name] = min(size, need[name] + _used(inner, part, position, wanted, size))
+  read = sum(
+    need[part.name] / max(sum(shape.size for shape in part.shapes), 1) * _sum_bytes([part])
+    for part in inner.values()
+    if part.opcode == 'parameter'
+  )
+  return read + written
+
+
+def _behind(inner: dict, part: Instruction) -> Instruction:
+  """Returns what gives an output its values, behind casts and changes of shape."""
+  while part.opcode in ('bitcast', 'convert', 'copy', 'reshape', 'transpose') and part.operands[0] in inner:
+    part = inner[part.operands[0]]
+  return part
+
+
+def _changed(inner: dict, part: Instruction) -> float:
+  """Returns how many elements a scatter or an update of a slice writes, at most all."""
+  updates = part.operands[len(part.operands) // 2 + 1] if part.opcode == 'scatter' else part.operands[1]
+  return min(inner[updates].shapes[0].size, part.shapes[0].size)
+
+
+def _used(inner: dict, part: Instruction, position: int, wanted: float, size: float) -> float:
+  """Returns how many elements of its operand at `position` an instruction uses to give `wanted` elements."""
+  opcode = part.opcode
+  if opcode in ('slice', 'dynamic-slice', 'gather') and position == 0:
+    return wanted
+  if opcode == 'dynamic-update-slice' and position == 0:
+    return max(wanted - _changed(inner, part), 0)
+  if opcode == 'scatter' and position == 0:
+    return wanted
+  if opcode in ('dynamic-update-slice', 'scatter', 'reduce', 'dot', 'sort', 'broadcast', 'concatenate', 'gather'):
+    return size
+  total = sum(shape.size for shape in part.shapes)
+  return size * wanted / total if total else 0
