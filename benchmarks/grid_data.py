@@ -20,10 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a bare checkout
 
 from mmjax.config import load_config
-from mmjax.data.blocks import find_files
 from mmjax.data.index import INDEX, read_index
 from mmjax.data.prepare import prepare
-from mmjax.data.reader import Tally, read_documents
+from mmjax.data.reader import Tally, find_files, read_documents
 from mmjax.data.split import is_held_out
 from mmjax.errors import UserError, run_command
 

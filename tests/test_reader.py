@@ -5,14 +5,16 @@ import json
 import lzma
 import os
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.data import blocks
-from mmjax.data.blocks import LONGEST_LINE_BYTES, TEXT_DOCUMENT_BYTES, Block, Place, find_files, read_files
-from mmjax.data.reader import Tally, parse_block, read_documents
+from mmjax.data.blocks import LONGEST_LINE_BYTES, TEXT_DOCUMENT_BYTES, Block
+from mmjax.data.formats import parse_block
+from mmjax.data.reader import Place, Tally, find_files, read_documents, read_files
 from mmjax.errors import UserError
 
 GOOD = b'{"text": "one"}\n'
@@ -172,8 +174,33 @@ def test_txt_without_paragraphs_is_cut_between_characters(tmp_path, unit):
 def test_txt_that_is_no_text_is_named_with_line_and_byte(tmp_path):
   with pytest.raises(UserError, match=r'a.txt:2: a NUL byte: this is not a text file \(byte 5\)'):
     read(write(tmp_path, b'one\nt\0wo', 'a.txt'))
-  with pytest.raises(UserError, match=r'b.txt:1: not UTF-8: .* 0xff; it looks like UTF-16 \(byte 0\)'):
-    read(write(tmp_path, b'\xff\xfeo\xd8n', 'b.txt'))
+  with pytest.raises(UserError, match=r'b.txt:1: not UTF-8: .* 0xe9 \(byte 3\)'):
+    read(write(tmp_path, b'caf\xe9 au lait', 'b.txt'))
+
+
+WIDE_TEXTS = ('{"text": "one"}\n', 'Hello.\n', '一天，一个人去学习。\n', 'Он читает книгу.\n', 'Ça va\r\nbien\r\n')
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.txt.gz', 'a.jsonl.xz'])
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32'])
+@pytest.mark.parametrize('on_bad_line', ['fail', 'skip'])
+def test_utf16_is_named_with_what_to_type(tmp_path, name, encoding, on_bad_line):
+  for text in WIDE_TEXTS:
+    with pytest.raises(UserError) as caught:
+      text = text if '.txt' in name else json.dumps({'text': text}, ensure_ascii=False) + '\n'
+      read(write(tmp_path, (text * 3).encode(encoding), name), on_bad_line=on_bad_line)
+    shown = encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')
+    what = f'{name}:1: the text is {shown}, must be UTF-8 (iconv -f {shown} -t UTF-8 OLD > NEW)'
+    assert what in str(caught.value) and (on_bad_line == 'skip' or 'to leave such lines out' not in str(caught.value))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(min_size=1), st.integers(0))
+def test_utf8_text_with_a_nul_byte_is_not_taken_for_utf16(text, at):
+  data = f'the text "{text}" is here'.encode()
+  data = data[: at % len(data)] + b'\0' + data[at % len(data) :]
+  [bad] = parse_block(Block('a.txt', 1, 0, data), 'text').bad
+  assert bad.kind == 'NUL byte'
 
 
 def test_file_name_that_is_no_text_is_refused_before_anything_is_read(tmp_path):
@@ -195,6 +222,71 @@ def test_file_that_unpacks_to_a_thousand_times_its_size_is_read_in_bounded_memor
     read(path)
   assert tracemalloc.get_traced_memory()[1] < 4 * LONGEST_LINE_BYTES
   tracemalloc.stop()
+
+
+@pytest.mark.parametrize('name', ['A.JSONL', 'a.Jsonl.Gz', 'a.jsonl.XZ', '.jsonl', 'a.txt.jsonl', 'x.gz.jsonl'])
+def test_ending_of_a_name_decides_in_any_case(tmp_path, name):
+  path = tmp_path / name
+  packing = path.suffix.lower()
+  path.write_bytes({'.gz': gzip.compress, '.xz': lzma.compress}.get(packing, bytes)(GOOD * 2))
+  assert read(*find_files(str(path))) == ['one', 'one']
+
+
+@pytest.mark.parametrize('name', ['A.TXT', 'how.jsonl.works.txt', 'a.jsonl.TXT', '.txt'])
+def test_text_may_be_called_after_anything(tmp_path, name):
+  path = write(tmp_path, GOOD * 2, name)
+  assert read(*find_files(str(path))) == [(GOOD * 2).decode()]
+
+
+def test_name_that_is_given_decides_and_not_what_it_leads_to(tmp_path):
+  blob = write(tmp_path, GOOD * 2, 'blob.txt')
+  for name in ('a.jsonl', 'b.txt', 'c'):
+    (tmp_path / name).symlink_to(blob.name)
+  (tmp_path / 'twice.jsonl').symlink_to('a.jsonl')
+  assert find_files(f'{tmp_path}/a.jsonl') == [tmp_path / 'a.jsonl']
+  assert read(*find_files(f'{tmp_path}/twice.jsonl')) == ['one', 'one']
+  assert read(*find_files(f'{tmp_path}/b.txt')) == [(GOOD * 2).decode()]
+  with pytest.raises(UserError, match='/c. must end in .jsonl or .txt'):
+    find_files(f'{tmp_path}/c')
+  (tmp_path / 'gone.jsonl').symlink_to('nowhere/x')
+  (tmp_path / 'circle.jsonl').symlink_to('circle.jsonl')
+  with pytest.raises(UserError, match="gone.jsonl', a link to 'nowhere/x', leads nowhere"):
+    find_files(f'{tmp_path}/gone.jsonl')
+  with pytest.raises(UserError, match="circle.jsonl' cannot be read: Too many levels"):
+    find_files(f'{tmp_path}/circle.jsonl')
+
+
+def test_brackets_and_commas_that_are_in_names_are_meant_as_they_are(tmp_path):
+  (tmp_path / 'x[1]').mkdir()
+  (tmp_path / 'x1').mkdir()
+  (tmp_path / 'a').mkdir()
+  names = ('x[1]/a.jsonl', 'x[1]/b.jsonl', 'x1/c.jsonl', 'one,two.jsonl', 'a,b.jsonl', 'three, four.jsonl')
+  for name in names:
+    write(tmp_path, GOOD, name)
+
+  def found(*patterns):
+    return [str(path.relative_to(tmp_path)) for path in find_files(','.join(f'{tmp_path}/{p}' for p in patterns))]
+
+  assert found('x[1]/*.jsonl') == ['x[1]/a.jsonl', 'x[1]/b.jsonl']
+  assert found('x[12]/*.jsonl') == ['x1/c.jsonl']
+  assert found('*/?.jsonl') == ['x1/c.jsonl', 'x[1]/a.jsonl', 'x[1]/b.jsonl']
+  assert found('one,two.jsonl', 'x[1]/a.jsonl') == ['one,two.jsonl', 'x[1]/a.jsonl']
+  assert found('x1/c.jsonl', 'a,b.jsonl', 'three, four.jsonl') == ['x1/c.jsonl', 'a,b.jsonl', 'three, four.jsonl']
+  assert found('*,*.jsonl') == ['a,b.jsonl', 'one,two.jsonl', 'three, four.jsonl']
+  assert found('**/c.jsonl') == ['x1/c.jsonl'] and len(found('**/*.jsonl')) == len(names)
+  with pytest.raises(UserError, match="no file '.*none'"):
+    found('none', 'x1/c.jsonl')
+
+
+def test_home_is_meant_by_a_leading_tilde(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  paths = [write(tmp_path, GOOD, name) for name in ('a.jsonl', 'b.jsonl')]
+  assert find_files('~/a.jsonl, ~/b.jsonl') == find_files('~/*.jsonl') == paths
+  with pytest.raises(UserError, match="no home is known for '~nobody-here'"):
+    find_files('~nobody-here/a.jsonl')
+  monkeypatch.chdir(tmp_path)
+  write(tmp_path, GOOD, '~old.jsonl')
+  assert find_files('~old.jsonl') == [Path('~old.jsonl')]
 
 
 def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):

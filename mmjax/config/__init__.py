@@ -4,6 +4,7 @@ Defaults live in configs/base.py and nowhere else; here are the types and the ru
 `load_config` nothing changes a setting.
 """
 
+from mmjax.config.paths import expand_home, user_path
 from mmjax.config.reading import call_python_file, config_from_dict, load_config
 from mmjax.config.rules import BELOW_ONE, CHOICES
 from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig, flatten
@@ -19,6 +20,8 @@ __all__ = [
   'TrainConfig',
   'call_python_file',
   'config_from_dict',
+  'expand_home',
   'flatten',
   'load_config',
+  'user_path',
 ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mmjax.config.paths import PATHS, expand_home
 from mmjax.config.rules import check_config
 from mmjax.config.schema import Config, flatten
 from mmjax.config.wording import nearest, quote, short
@@ -68,6 +69,7 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   Raises:
     UserError: if there is no such file, it or the function fails, or the function has no such argument.
   """
+  path = expand_home(path)
   file = next((file for file in (Path(path), *(root / path for root in ROOTS)) if file.is_file()), Path(path))
   if not file.is_file():
     known = sorted(str(p) for p in file.parent.glob('*.py')) if file.parent.is_dir() else []
@@ -157,5 +159,5 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
       value = _convert(prefix + name, value, float)
     if type(value) is not kind:
       raise UserError(f'{prefix + name}={quote(value)} must be of type {kind.__name__}')
-    values[name] = value
+    values[name] = expand_home(value) if prefix + name in PATHS else value
   return cls(**values)

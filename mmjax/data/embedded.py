@@ -39,7 +39,7 @@ def build_embedded_corpus(directory: Path, progress: ProgressSink) -> Path:
     UserError: if this Python lacks its sources or its documentation topics.
     StorageError: if the files cannot be written.
   """
-  corpus, record = directory.resolve() / 'embedded.jsonl', directory.resolve() / 'embedded.json'
+  corpus, record = directory / 'embedded.jsonl', directory / 'embedded.json'
   with locked_directory(directory, lambda: progress.say(f'another process uses {directory}: waiting for it')):
     if not _is_whole(corpus, record):
       progress.say(f'building the embedded corpus {corpus}')

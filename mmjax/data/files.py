@@ -6,11 +6,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax.errors import StorageError, UserError
+from mmjax.errors import CommandError, StorageError, UserError
 
 SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go somewhere
 
@@ -49,12 +49,12 @@ def check_room(path: Path, needed_bytes: int) -> None:
 
 
 def write_file(path: Path, data: bytes) -> None:
-  """Writes a whole file or none: to the hidden name .NAME.PID.tmp, flushed to the disk, renamed.
+  """Writes a whole file or none: to a hidden name, .NAME.PID.tmp of the name's beginning, flushed to the disk, renamed.
 
   Raises:
     StorageError: if it cannot be written; the old file stays.
   """
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary = path.with_name(f'.{path.name[:40]}.{os.getpid()}.tmp')  # within 255 bytes, as the name itself is
   with storage_errors(path):
     try:
       temporary.unlink(missing_ok=True)  # and a new file, so that nothing is written through a link
@@ -88,6 +88,45 @@ def sha256_of(path: Path) -> str:
   """Returns the sha256 of a file's content, in hex."""
   with path.open('rb') as handle:
     return hashlib.file_digest(handle, 'sha256').hexdigest()
+
+
+def stamp_of(file: Path) -> list[int]:
+  """Returns size, times and place on the disk: a file in which they are as before was not changed."""
+  stat = file.stat()
+  return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+
+
+def known_sha256(files: Iterable[Path], notes: Iterable[Path]) -> dict[Path, str]:
+  """Returns the sha256 of files; one is hashed only if it is not as it was when `note_sha256` wrote into a note."""
+  read = [(path.parent, _read_notes(path)) for path in notes]
+  found = {}
+  for file in files:
+    stamp = stamp_of(file)
+    noted = (known.get(_note_key(file, folder)) for folder, known in read)
+    found[file] = next((note[-1] for note in noted if note and note[:-1] == stamp), None) or sha256_of(file)
+  return found
+
+
+def note_sha256(notes: Path, sha256: Mapping[Path, str]) -> None:
+  """Adds the hashes of files to a JSON file of such notes, where one may be written."""
+  old = _read_notes(notes)
+  new = old | {_note_key(file, notes.parent): [*stamp_of(file), found] for file, found in sha256.items()}
+  if new != old:
+    with contextlib.suppress(CommandError):  # a directory that may only be read is hashed at each start instead
+      write_json(notes, new)
+
+
+def _note_key(file: Path, folder: Path) -> str:
+  return file.name if file.parent == folder else str(file.absolute())
+
+
+def _read_notes(path: Path) -> dict[str, list]:
+  try:
+    notes = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError):
+    return {}
+  notes = notes if isinstance(notes, dict) else {}
+  return {key: note for key, note in notes.items() if isinstance(note, list) and note and isinstance(note[-1], str)}
 
 
 def sha256_path(path: Path) -> Path:

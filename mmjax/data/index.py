@@ -5,26 +5,27 @@ tokenizer.model | .json
 train-00000.bin         token ids, little-endian uint16 or uint32, documents one after the other, each ending in EOS
 train-00000.offsets.npy int64[documents + 1]: where each document begins, in tokens of its shard
 valid-00000...          the same for what is held out
-verified.json           sizes, times and hashes last found right, so that the next start need not hash again
+verified.json           stamps and hashes of these files and of the texts, so that the next start need not hash again
 """
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.files import sha256_of, write_json
-from mmjax.errors import StorageError, UserError
+from mmjax.data.files import known_sha256, note_sha256, sha256_of, write_json
+from mmjax.errors import UserError
 
 FORMAT = 1
 INDEX, VERIFIED = 'index.json', 'verified.json'
 
 
 def write_index(directory: Path, index: dict[str, Any]) -> None:
-  """Writes index.json, with its own hash, and notes the files as verified. They must be flushed to the disk already."""
+  """Writes index.json, with its own hash, and notes the files' hashes. They must be flushed to the disk already."""
   write_json(directory / INDEX, index | {'sha256': _hash(index)})
-  _note_verified(directory, index)
+  note_sha256(directory / VERIFIED, {directory / name: sha256 for name, sha256 in _files(index)})
 
 
 def read_index(directory: str | Path) -> dict[str, Any]:
@@ -63,22 +64,33 @@ def verify(directory: str | Path) -> dict[str, Any]:
   """
   directory = Path(directory)
   index = read_index(directory)
-  known = _read_verified(directory)
-  fresh = False
-  for name, sha256 in _files(index):
-    path = directory / name
+  stated = {directory / name: sha256 for name, sha256 in _files(index)}
+  for path in stated:
     if not path.is_file():
       raise UserError(f"'{path}' is missing; delete '{directory}' to prepare again")
-    if known.get(name) == _stamp(path, sha256):
-      continue
-    fresh = True
-    if sha256_of(path) != sha256:
+  for path, found in known_sha256(stated, [directory / VERIFIED]).items():
+    if found != stated[path] != sha256_of(path):  # looked at again: it may be the note of it that is damaged
       raise UserError(
         f"'{path}' is not what {INDEX} describes (cut, swapped or edited); delete '{directory}' to prepare again"
       )
-  if fresh:
-    _note_verified(directory, index)
+  note_sha256(directory / VERIFIED, stated)
   return index
+
+
+def find_prepared(place: str | Path, fits: Callable[[dict[str, Any]], bool]) -> Path | None:
+  """Returns the first finished prepared directory with an index that fits: `place` itself or one in it."""
+  place = Path(place)
+  for path in (place / INDEX, *sorted(place.glob(f'*/{INDEX}'))):
+    with contextlib.suppress(UserError, OSError, KeyError, TypeError):  # not there, damaged, of another format
+      if fits(read_index(path.parent)):
+        return path.parent
+  return None
+
+
+def data_sha256(index: dict[str, Any]) -> str:
+  """Returns the hash that says which data these are: of the hashes of all shards."""
+  shards = [shard['sha256'] for split in index['splits'].values() for shard in split['shards']]
+  return hashlib.sha256(''.join(shards).encode()).hexdigest()
 
 
 def _hash(index: dict[str, Any]) -> str:
@@ -92,23 +104,3 @@ def _files(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for shard in split['shards']:
       yield shard['file'], shard['sha256']
       yield shard['offsets_file'], shard['offsets_sha256']
-
-
-def _stamp(path: Path, sha256: str) -> list:
-  stat = path.stat()
-  return [stat.st_size, stat.st_mtime_ns, sha256]
-
-
-def _read_verified(directory: Path) -> dict[str, list]:
-  try:
-    known = json.loads((directory / VERIFIED).read_text(encoding='utf-8'))
-  except (OSError, ValueError, RecursionError):
-    return {}
-  return known if isinstance(known, dict) else {}
-
-
-def _note_verified(directory: Path, index: dict[str, Any]) -> None:
-  try:
-    write_json(directory / VERIFIED, {name: _stamp(directory / name, sha256) for name, sha256 in _files(index)})
-  except StorageError:
-    return  # a read-only directory is hashed at each start instead

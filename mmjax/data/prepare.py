@@ -1,8 +1,8 @@
 """Turns text files into a prepared directory: a tokenizer, token shards and an index; or finds the one made before.
 
-The directory's name carries a hash of everything that decides its content: the settings, the inputs (path, size,
-time) and the tokenizer. Its layout is described in mmjax.data.index. Rows are cut when they are loaded, so the row
-length and layout are not part of it.
+What decides its content are the settings, the tokenizer, and the bytes of the inputs with the endings of their names;
+where these lie, and under what names, is free. The directory's name carries a hash of all that. Its layout is described
+in mmjax.data.index. Rows are cut when they are loaded, so the row length and layout are not part of it.
 """
 
 import contextlib
@@ -12,6 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -20,34 +21,48 @@ import sentencepiece
 
 import mmjax
 from mmjax.config import DataConfig
-from mmjax.data.blocks import find_files
 from mmjax.data.embedded import build_embedded_corpus
-from mmjax.data.files import check_room, locked_directory, write_file
-from mmjax.data.index import FORMAT, INDEX, VERIFIED, verify, write_index
+from mmjax.data.files import check_room, known_sha256, locked_directory, note_sha256, write_file
+from mmjax.data.formats import format_of
+from mmjax.data.index import FORMAT, INDEX, VERIFIED, find_prepared, verify, write_index
+from mmjax.data.overlap import shared_documents
 from mmjax.data.progress import ConsoleProgress, Meter, ProgressSink
-from mmjax.data.reader import Tally, read_documents
+from mmjax.data.reader import Tally, find_files, read_documents
 from mmjax.data.shards import Pass, ShardBuilder
 from mmjax.data.split import is_held_out
-from mmjax.data.tokenizer import Tokenizer, load_tokenizer, sample_text, train_tokenizer
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer, sample_text, tokenizer_file_name, train_tokenizer
 from mmjax.data.worker import token_dtype
 from mmjax.errors import UserError
 
 SAMPLE_BYTES = 12 * 2**20  # of training text that a tokenizer is trained on
 MOST_WORKERS = 16  # that data.workers=0 starts: one reading process feeds no more, and memory stays within bounds
-COMPRESSED_TOKENS = 3.0  # bytes of token shards for a byte of .gz or .xz, for the check of free space
-PLAIN_TOKENS = 1.0  # the same for plain text
+LONGEST_NAME_BYTES = 80  # of what a directory is called after its text
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a prepared directory is made from. `identity` is the hash of all of it."""
+  """What a prepared directory is made from. `identity` is the hash of all of it, `sha256` that of each file."""
 
   directory: Path
   identity: str
   train: tuple[Path, ...]
   valid: tuple[Path, ...]
+  sha256: dict[Path, str]
   inputs: dict[str, list[dict[str, Any]]]
   settings: dict[str, Any]
+
+  def made(self, index: dict[str, Any]) -> bool:
+    """Whether a prepared directory with this index was made from what is planned, wherever that lay then.
+
+    A tokenizer that is given may be the one that was trained there.
+    """
+    own = self.settings['tokenizer_sha256']
+    if own not in (index['settings']['tokenizer_sha256'], index['tokenizer']['sha256']):
+      return False
+    if index['settings'] | {'tokenizer_sha256': own} != self.settings:
+      return False
+    pairs = [zip_longest(index['inputs'][split], files, fillvalue={}) for split, files in self.inputs.items()]
+    return all(_same_input(old, new) for files in pairs for old, new in files)
 
 
 def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = None) -> Path:
@@ -72,15 +87,16 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
       _check_brought(data, vocab_size, progress)
       return Path(data.prepared_dir)
     plan = _plan(data, vocab_size, progress)
-    name = str(plan.directory)
-    with locked_directory(plan.directory, lambda: progress.say(f'another process prepares {name}: waiting for it')):
-      if (plan.directory / INDEX).is_file():
-        index = verify(plan.directory)
-        _remove_others(plan.directory, index)  # if a kill came between writing the index and this
-        progress.say(f'found prepared data in {name}: {_summary(index)}')
+    directory = find_prepared(data.prepared_dir, plan.made) or plan.directory
+    with locked_directory(directory, lambda: progress.say(f'another process prepares {directory}: waiting for it')):
+      if (directory / INDEX).is_file():
+        index = verify(directory)
+        _remove_others(directory, index)  # if a kill came between writing the index and this
+        progress.say(f'found prepared data in {directory}: {_summary(index)}')
       else:
         _build(plan, data, progress)
-    return plan.directory
+      note_sha256(directory / VERIFIED, plan.sha256)
+    return directory
   finally:
     progress.close()
 
@@ -109,9 +125,11 @@ def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
   else:
     progress.say('no data.train_files are given: using the text that this Python carries (the embedded corpus)')
     train, valid, name = [build_embedded_corpus(Path(data.prepared_dir), progress)], [], 'embedded'
-  for file in train:
-    if file in valid:
-      raise UserError(f"'{file}' is in data.train_files and in data.valid_files; leave it out of one")
+  learned = {os.path.realpath(file): file for file in train}
+  for file in valid:
+    if twin := learned.get(os.path.realpath(file)):
+      which = f"'{file}'" if file == twin else f"'{file}' leads to the same file as '{twin}': it"
+      raise UserError(f'{which} is in data.train_files and in data.valid_files; leave it out of one')
   settings = {
     'vocab_size': vocab_size,
     'text_key': data.text_key if name != 'embedded' else 'text',
@@ -119,11 +137,16 @@ def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
     'valid_fraction': 0.0 if valid else data.valid_fraction,
     'tokenizer_sha256': _given_tokenizer(data.tokenizer, vocab_size).sha256 if data.tokenizer else '',
   }
-  inputs = {'train': [_identify(file) for file in train], 'valid': [_identify(file) for file in valid]}
-  hashed = json.dumps({'format': FORMAT, 'settings': settings, 'inputs': inputs}, sort_keys=True)
+  sha256 = known_sha256([*train, *valid], Path(data.prepared_dir).glob(f'*/{VERIFIED}'))
+  inputs = {
+    split: [_identify(file) | {'sha256': sha256[file]} for file in files]
+    for split, files in (('train', train), ('valid', valid))
+  }
+  bytes_of = {split: [(_content(file), file['sha256']) for file in files] for split, files in inputs.items()}
+  hashed = json.dumps({'format': FORMAT, 'settings': settings, 'inputs': bytes_of}, sort_keys=True)
   identity = hashlib.sha256(hashed.encode()).hexdigest()
   directory = Path(data.prepared_dir) / f'{name or _common_name(train)}-{identity[:12]}'
-  return Plan(directory, identity, tuple(train), tuple(valid), inputs, settings)
+  return Plan(directory, identity, tuple(train), tuple(valid), sha256, inputs, settings)
 
 
 def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
@@ -141,10 +164,27 @@ def _identify(file: Path) -> dict[str, Any]:
   return {'path': str(file), 'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
 
 
+def _content(file: dict[str, Any]) -> str | None:
+  """Returns what the name of an input says about how it is written; None of a link's target that an index may name."""
+  found = format_of(file['path'])
+  return found and found.content
+
+
+def _same_input(old: dict[str, Any], new: dict[str, Any]) -> bool:
+  """Whether two entries of an index are of one text; old ones have its path, links resolved, size and time, no hash."""
+  if not (old and new) or _content(old) != _content(new):
+    return False
+  if 'sha256' in old:
+    return old['sha256'] == new['sha256']
+  return old['path'] == os.path.realpath(new['path']) and all(old[key] == new[key] for key in ('size', 'mtime_ns'))
+
+
 def _common_name(files: Sequence[Path]) -> str:
   """Returns what the files' names begin with, as a folder name: 'train' for train-00000.jsonl.xz and its siblings."""
   stems = [file.name.split('.')[0] for file in files]
   name = re.sub(r'[^\w-]+', '-', os.path.commonprefix(stems)).rstrip('-_0123456789')
+  while len(name.encode()) > LONGEST_NAME_BYTES:
+    name = name[:-1]
   return name or 'text'
 
 
@@ -161,6 +201,8 @@ def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> None:
     builder.build(data.workers or _cores(), progress)
     index = _index(plan, tokenizer, builder.state)
     _check_splits(plan, index)
+    if 'valid' in index['splits']:
+      index['splits']['valid']['also_in_train'] = shared_documents(plan.directory, index)
     write_index(plan.directory, index)
     _remove_others(plan.directory, index)
   except UserError:
@@ -174,8 +216,7 @@ def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> None:
 
 
 def _expected_bytes(file: Path) -> int:
-  ratio = COMPRESSED_TOKENS if file.suffix in ('.gz', '.xz') else PLAIN_TOKENS
-  return int(file.stat().st_size * ratio)
+  return int(file.stat().st_size * format_of(file).token_bytes)
 
 
 def _cores() -> int:
@@ -186,9 +227,8 @@ def _cores() -> int:
 def _tokenizer(plan: Plan, data: DataConfig, progress: ProgressSink) -> Tokenizer:
   """Copies the given tokenizer into the directory, or trains one there, unless an earlier start did."""
   if data.tokenizer:
-    given = Path(data.tokenizer).expanduser()
-    path = plan.directory / ('tokenizer.json' if given.suffix == '.json' else 'tokenizer.model')
-    write_file(path, given.read_bytes())
+    path = plan.directory / tokenizer_file_name(data.tokenizer)
+    write_file(path, Path(data.tokenizer).read_bytes())
     return load_tokenizer(path)
   path = plan.directory / 'tokenizer.model'
   if not path.is_file():
@@ -242,10 +282,9 @@ def _index(plan: Plan, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str,
 
 def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
   """Raises UserError if a split is empty or an input changed while it was read."""
-  for files in plan.inputs.values():
-    for file in files:
-      if _identify(Path(file['path'])) != file:
-        raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
+  for file in (file for files in plan.inputs.values() for file in files):
+    if file | _identify(Path(file['path'])) != file:
+      raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
   if 'train' not in index['splits']:
     raise UserError('no training document is left: every line is empty, bad or held out')
   fraction = plan.settings['valid_fraction']

@@ -1,45 +1,155 @@
-"""Makes documents of text files and says what is wrong with a bad line: file, line, byte, reason.
+"""Finds text files, reads them in blocks, and counts what is in them: nothing is dropped without being counted."""
 
-.jsonl: one JSON object a line; the document is the string under the text key. Blank lines, CRLF and a UTF-8 byte order
-mark at the start of a file are accepted. .txt: see mmjax.data.blocks. Nothing is dropped without being counted.
-"""
-
-import codecs
 import copy
-import json
+import glob
+import os
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mmjax.data.blocks import LONGEST_LINE_BYTES, Block, read_files
+from mmjax.config import expand_home
+from mmjax.data.blocks import Block
+from mmjax.data.formats import CONTENTS, DAMAGED, PACKINGS, BadLine, format_of, parse_block
 from mmjax.errors import UserError
 
-MOST_DIGITS = 4300  # of an integer; CPython's own limit, whatever PYTHONINTMAXSTRDIGITS says
 BLANK_FILE = 'blank file'
 SKIP_HINT = '; to leave such lines out: --config.data.on_bad_line=skip (prepare: --on_bad_line skip)'
 MOST_SKIPPED = 0.001  # share of lines that on_bad_line='skip' may leave out
+LONGEST_PATH = 4096  # characters; Linux knows no longer one
 
 
-class BadLine(NamedTuple):
-  """A line that cannot be used. `byte` is an offset in the uncompressed file."""
+def find_files(patterns: str) -> list[Path]:
+  """Returns the files that comma-separated paths and globs name: a glob's sorted, each file once, in the order given.
 
-  file: str
-  line: int
-  byte: int
-  kind: str
-  what: str
+  Their names are those given: where they are links, what these lead to says nothing. A path that exists is meant as it
+  is, with whatever commas and brackets are in it.
 
-  def __str__(self) -> str:
-    return f'{self.file}:{self.line}: {self.what} (byte {self.byte})'
+  Raises:
+    UserError: if a path does not exist, is a directory or has another ending, or a pattern matches nothing.
+  """
+  files: dict[str, Path] = {}
+  parts = patterns.split(',')
+  while parts:
+    found, used = _first_named(parts)
+    parts = parts[used:]
+    for file in found:
+      if not _is_utf8(str(file)):
+        raise UserError(f'the file name {ascii(str(file))} is not UTF-8; rename the file')
+      _check_file(file)
+      files.setdefault(os.path.realpath(file), file)
+  if not files:
+    raise UserError(f'no file is named in {patterns!r}')
+  return list(files.values())
 
 
-class Parsed(NamedTuple):
-  """What a block holds. `empty` counts what is no document: a line whose text is '', a blank stretch of a .txt."""
+def _first_named(parts: Sequence[str]) -> tuple[list[Path], int]:
+  """Returns what the first of comma-separated parts names, and how many parts its name takes: it may hold commas."""
+  first = parts[0].strip()
+  if not first:
+    return [], 1
+  folder = None  # a/b,c.jsonl may lie beside a folder a/b
+  for used in range(1, len(parts) + 1):
+    text = ','.join(parts[:used]).strip()
+    if len(text) > LONGEST_PATH:
+      break
+    found = _matches(text)
+    if found and not any(path.is_dir() for path in found):
+      return found, used
+    folder = folder or (found and (found, used))
+  if folder:
+    return folder
+  if glob.has_magic(first):
+    raise UserError(f'no file matches the pattern {first!r}')
+  return [Path(expand_home(first))], 1  # which is missing: `_check_file` says in what way
 
-  documents: list[str]
-  bad: list[BadLine]
-  lines: int
-  empty: int
+
+def _matches(text: str) -> list[Path]:
+  """Returns what a path or glob names, sorted: each part of it names what is called just that, else what it matches."""
+  path = Path(expand_home(text))
+  found = {Path(path.anchor)}
+  for part in path.relative_to(path.anchor).parts:
+    found = {match for folder in found for match in _in_folder(folder, part)}
+  return sorted(found, key=str)
+
+
+def _in_folder(folder: Path, part: str) -> list[Path]:
+  if os.path.lexists(folder / part):
+    return [folder / part]
+  if part == '**':
+    return [folder, *(folder / name for name in glob.glob('**/', root_dir=folder, recursive=True))]
+  return [folder / name for name in glob.glob(part, root_dir=folder)] if glob.has_magic(part) else []
+
+
+def _is_utf8(name: str) -> bool:
+  try:
+    return bool(name.encode())
+  except UnicodeEncodeError:  # bytes that are no text reach Python as lone surrogates
+    return False
+
+
+def _check_file(path: Path) -> None:
+  try:
+    mode = path.stat().st_mode
+  except (FileNotFoundError, NotADirectoryError):
+    leads = f", a link to '{os.readlink(path)}', leads nowhere" if path.is_symlink() else ''
+    raise UserError(f"'{path}'{leads}" if leads else f"no file '{path}'") from None
+  except OSError as error:  # a name that is too long, a folder that may not be entered, links in a circle
+    raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
+  if stat.S_ISDIR(mode):
+    raise UserError(f"'{path}' is a directory; name its files, for example '{path}/*.jsonl'")
+  if not stat.S_ISREG(mode):
+    raise UserError(f"'{path}' is not a regular file")
+  if not format_of(path):
+    packings = ' or '.join(filter(None, PACKINGS))
+    raise UserError(f"'{path}' must end in {' or '.join(CONTENTS)}, alone or followed by {packings}")
+
+
+class Place(NamedTuple):
+  """Where in a list of files reading begins: number of the file from 0, of the line from 1, uncompressed offset."""
+
+  file: int = 0
+  line: int = 1
+  byte: int = 0
+
+
+START = Place()
+
+
+def read_files(
+  files: Sequence[Path], start: Place = START, on_read: Callable[[int], None] = lambda disk_bytes: None
+) -> Iterator[Block]:
+  """Yields the blocks of all files in order.
+
+  Args:
+    files: as `find_files` gives them.
+    start: where to begin; where a block ended.
+    on_read: called with the bytes read so far, as they lie on the disk, before each block.
+
+  Raises:
+    UserError: if a file cannot be opened, is damaged, or ends before its compressed data do.
+  """
+  before = sum(file.stat().st_size for file in files[: start.file])
+  line, byte = start.line, start.byte
+  for file in files[start.file :]:
+    yield from _read_file(file, line, byte, lambda disk_bytes, before=before: on_read(before + disk_bytes))
+    before += file.stat().st_size
+    line, byte = 1, 0
+
+
+def _read_file(file: Path, line: int, byte: int, on_read: Callable[[int], None]) -> Iterator[Block]:
+  at = byte
+  try:
+    with file.open('rb') as raw, format_of(file).unpack(raw) as handle:
+      handle.seek(byte)
+      for block in format_of(file).cut(str(file), handle, line, byte):
+        at = block.end[1]
+        on_read(raw.tell())
+        yield block
+  except DAMAGED as error:
+    raise UserError(f"'{file}' is damaged or cut short: {error} (after byte {at} of its uncompressed text)") from error
+  except OSError as error:
+    raise UserError(f"'{file}' cannot be read: {error.strerror or error}") from error
 
 
 class Tally:
@@ -64,7 +174,7 @@ class Tally:
     counts['empty'] += empty
     for line in bad:
       if self.on_bad_line == 'fail':
-        raise UserError(f'{line}{SKIP_HINT if line.kind != BLANK_FILE else ""}')
+        raise UserError(f'{line}{"" if line.kind.startswith((BLANK_FILE, "UTF-")) else SKIP_HINT}')
       counts['skipped'][line.kind] = counts['skipped'].get(line.kind, 0) + 1
       self.examples.setdefault(line.kind, str(line))
 
@@ -113,124 +223,3 @@ def read_documents(
     yield from parsed.documents
   tally.end_file(current)
   tally.check()
-
-
-def parse_block(block: Block, text_key: str) -> Parsed:
-  """Returns the documents and the bad lines of a block; raises nothing for bad content."""
-  if block.too_long:
-    what = f'a line of {block.too_long} bytes is longer than the limit of {LONGEST_LINE_BYTES}'
-    return Parsed([], [BadLine(block.file, block.line, block.byte, 'too long', what)], 1, 0)
-  if '.jsonl' in Path(block.file).suffixes:
-    return _parse_lines(block, text_key)
-  return _parse_text(block)
-
-
-def _parse_text(block: Block) -> Parsed:
-  data, start = _without_mark(block)
-  if not data.strip():
-    return Parsed([], [], 0, 1)
-  try:
-    if b'\0' in data:
-      raise _Bad('NUL byte', 'a NUL byte: this is not a text file', data.index(b'\0'))
-    return Parsed([_decode(data)], [], 1, 0)
-  except _Bad as bad:
-    line = block.line + data.count(b'\n', 0, bad.byte)
-    return Parsed([], [BadLine(block.file, line, block.byte + start + bad.byte, bad.kind, bad.what)], 1, 0)
-
-
-def _parse_lines(block: Block, text_key: str) -> Parsed:
-  documents, bad_lines, lines, empty = [], [], 0, 0
-  data, start = _without_mark(block)
-  byte = block.byte + start
-  for number, raw in enumerate(data.split(b'\n'), block.line):
-    if raw.strip():
-      lines += 1
-      try:
-        text = _text_of(raw, text_key)
-      except _Bad as bad:
-        bad_lines.append(BadLine(block.file, number, byte + bad.byte, bad.kind, bad.what))
-      else:
-        empty += not text
-        documents += [text] if text else []
-    byte += len(raw) + 1
-  return Parsed(documents, bad_lines, lines, empty)
-
-
-def _without_mark(block: Block) -> tuple[bytes, int]:
-  """Returns a block's data without the byte order mark that may open a file, and how many bytes were taken off."""
-  if not block.byte and block.data.startswith(codecs.BOM_UTF8):
-    return block.data[3:], 3
-  return block.data, 0
-
-
-class _Bad(Exception):
-  """What is wrong with a line, and at which of its bytes."""
-
-  def __init__(self, kind: str, what: str, byte: int = 0):
-    super().__init__(what)
-    self.kind, self.what, self.byte = kind, what, byte
-
-
-def _decode(data: bytes) -> str:
-  try:
-    return data.decode('utf-8')
-  except UnicodeDecodeError as error:
-    hint = '; it looks like UTF-16' if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else ''
-    what = f'not UTF-8: {error.reason} 0x{data[error.start]:02x}{hint}'
-    raise _Bad('not UTF-8', what, error.start) from None
-
-
-def _text_of(raw: bytes, text_key: str) -> str:
-  """Returns the document of one line of a .jsonl, or raises _Bad."""
-  if len(raw) > LONGEST_LINE_BYTES:
-    raise _Bad('too long', f'a line of {len(raw)} bytes is longer than the limit of {LONGEST_LINE_BYTES}')
-  if b'\0' in raw:
-    raise _Bad('NUL byte', 'a NUL byte', raw.index(b'\0'))
-  if raw.startswith(codecs.BOM_UTF8):
-    raise _Bad('byte order mark', 'a byte order mark that is not at the start of the file')
-  line = _decode(raw)
-  try:
-    record = json.loads(line, parse_int=_parse_int)
-  except json.JSONDecodeError as error:
-    byte = len(line[: error.pos].encode())
-    raise _Bad('not JSON', f'not JSON: {error.msg}, character {error.pos} of the line', byte) from None
-  except RecursionError:
-    raise _Bad('nested too deep', 'not usable JSON: nested too deep') from None
-  if not isinstance(record, dict):
-    raise _Bad('not an object', f'the line must be a JSON object with the key {text_key!r}, not {_kind(record)}')
-  if text_key not in record:
-    raise _Bad('no text key', f'no key {text_key!r}; keys present: {_names(record)}')
-  text = record[text_key]
-  if not isinstance(text, str):
-    raise _Bad('text is no string', f'the value of {text_key!r} must be a string, not {_kind(text)}')
-  try:
-    text.encode('utf-8')
-  except UnicodeEncodeError as error:
-    what = f'a lone surrogate \\u{ord(text[error.start]):04x} in {text_key!r}, character {error.start}, is no text'
-    raise _Bad('lone surrogate', what) from None
-  return text
-
-
-def _parse_int(digits: str) -> int:
-  count = len(digits.lstrip('-'))
-  if count > MOST_DIGITS:
-    raise _Bad('number too long', f'a number of {count} digits is longer than the limit of {MOST_DIGITS}')
-  return int(digits)
-
-
-def _kind(value: object) -> str:
-  names = {
-    dict: 'an object',
-    list: 'a list',
-    str: 'a string',
-    bool: 'a boolean',
-    int: 'a number',
-    float: 'a number',
-  }
-  return names.get(type(value), 'null')
-
-
-def _names(record: dict) -> str:
-  """Returns the first keys of a record, short and printable."""
-  names = [ascii(name[:40]) for name in list(record)[:10]]
-  return (', '.join(names) or 'none') + (', ...' if len(record) > 10 else '')

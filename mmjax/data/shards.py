@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.blocks import START, Place, read_files
 from mmjax.data.files import check_room, flush_directory, sha256_of, storage_errors, write_file, write_json
 from mmjax.data.progress import Meter, ProgressSink
-from mmjax.data.reader import Tally
+from mmjax.data.reader import START, Place, Tally, read_files
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.data.worker import TokenBlock, token_dtype, tokenize_blocks
 
@@ -95,6 +94,7 @@ class ShardBuilder:
     self._writers: dict[str, ShardWriter] = {}
     self.state = self._read_state() or {
       'tokenizer_sha256': tokenizer.sha256,
+      'files': self._names(),
       'shards': {'train': [], 'valid': []},
       'tallies': {step.split: {'files': {}, 'examples': {}} for step in passes},
       'inexact': 0,
@@ -107,8 +107,11 @@ class ShardBuilder:
     """Whether an earlier start left whole shards."""
     return any(self.state['shards'].values())
 
+  def _names(self) -> list[list[str]]:
+    return [[str(file) for file in step.files] for step in self._passes]
+
   def _read_state(self) -> dict[str, Any] | None:
-    """Returns what an earlier start left, if its shards are whole and its tokenizer is this one."""
+    """Returns what an earlier start left, if its shards are whole and its tokenizer and the files' names are these."""
     path = self._directory / STATE
     if not path.is_file():
       return None
@@ -120,7 +123,8 @@ class ShardBuilder:
         for shard in shards
         for file, sha256 in (('file', 'sha256'), ('offsets_file', 'offsets_sha256'))
       )
-      return state if whole and state['tokenizer_sha256'] == self._tokenizer.sha256 else None
+      same = (state['tokenizer_sha256'], state['files']) == (self._tokenizer.sha256, self._names())
+      return state if whole and same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
       return None  # damaged: everything is made again
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
+from mmjax.config import user_path
 from mmjax.data.files import check_sha256
 from mmjax.errors import UserError
 
@@ -112,15 +113,20 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     UserError: if there is no such file, it is not the one whose hash lies beside it, it is no tokenizer, or it has no
       token that can end a document.
   """
-  path = Path(path).expanduser()
+  path = user_path(path)
   if not path.is_file():
     raise UserError(f"no tokenizer file '{path}'")
   check_sha256(path)
-  if path.suffix == '.json':
+  if tokenizer_file_name(path) == 'tokenizer.json':
     from mmjax.data.hf_tokenizer import load_hf_tokenizer  # needs an optional dependency
 
     return load_hf_tokenizer(path)
   return _load_sentencepiece(path)
+
+
+def tokenizer_file_name(path: str | Path) -> str:
+  """Returns what a tokenizer's file is called where it is kept: its name says which kind it is."""
+  return 'tokenizer.json' if Path(path).suffix.lower() == '.json' else 'tokenizer.model'
 
 
 def _load_sentencepiece(path: Path) -> Tokenizer:

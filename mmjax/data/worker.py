@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from mmjax.data.blocks import Block
-from mmjax.data.reader import BadLine, parse_block
+from mmjax.data.formats import BadLine, parse_block
 from mmjax.data.split import is_held_out
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError

@@ -31,7 +31,8 @@ from mmjax.config import config_from_dict, flatten, load_config
 from mmjax.data import blocks
 from mmjax.data.bank_file import read_bank
 from mmjax.data.blocks import LONGEST_LINE_BYTES
-from mmjax.data.reader import MOST_DIGITS, Tally, read_documents
+from mmjax.data.formats import MOST_DIGITS
+from mmjax.data.reader import Tally, read_documents
 from mmjax.data.tokenizer import load_tokenizer, train_tokenizer
 from mmjax.errors import UserError
 from mmjax.interop.files import read_tensors

@@ -1,0 +1,27 @@
+"""From what a user typed to a path: a leading `~` means the home, in every flag and in every setting that is a path."""
+
+import os
+from pathlib import Path
+
+from mmjax.errors import UserError
+
+# Settings that are one path. Lists of files are taken apart, and their `~` read, where files are found.
+PATHS = ('data.tokenizer', 'data.prepared_dir', 'memory.bank_file', 'runtime.compilation_cache_dir')
+
+
+def expand_home(text: str) -> str:
+  """Returns a path with its leading `~` or `~user` replaced by that home.
+
+  Raises:
+    UserError: if there is no such home, and no file of that name either.
+  """
+  expanded = os.path.expanduser(text)
+  if expanded.startswith('~') and not os.path.lexists(expanded):
+    home = text.partition('/')[0]
+    raise UserError(f"'{text}': no home is known for {home!r}; write './{text}' for a name that begins with '~'")
+  return expanded
+
+
+def user_path(text: str | os.PathLike) -> Path:
+  """Returns the path that a user typed; see `expand_home`."""
+  return Path(expand_home(os.fspath(text)))

@@ -1,0 +1,235 @@
+"""The table of text formats: by the end of a file's name, how it is unpacked, cut into blocks and parsed.
+
+The name that was given decides, in any case of its letters, and never that of what a link leads to. A new format is a
+row of CONTENTS, a new packing a row of PACKINGS. .jsonl: one JSON object a line; the document is the string under the
+text key. Blank lines, CRLF and a UTF-8 byte order mark at the start of a file are accepted. .txt: see
+mmjax.data.blocks. What is wrong with a bad line is said with file, line, byte and reason.
+"""
+
+import codecs
+import gzip
+import json
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from typing import BinaryIO, NamedTuple
+
+from mmjax.data.blocks import LONGEST_LINE_BYTES, Block, cut_lines, cut_text
+
+WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that of UTF-16
+  codecs.BOM_UTF32_LE: 'UTF-32',
+  codecs.BOM_UTF32_BE: 'UTF-32',
+  codecs.BOM_UTF16_LE: 'UTF-16',
+  codecs.BOM_UTF16_BE: 'UTF-16',
+}
+MOST_DIGITS = 4300  # of an integer; CPython's own limit, whatever PYTHONINTMAXSTRDIGITS says
+
+
+class BadLine(NamedTuple):
+  """A line that cannot be used. `byte` is an offset in the uncompressed file."""
+
+  file: str
+  line: int
+  byte: int
+  kind: str
+  what: str
+
+  def __str__(self) -> str:
+    return f'{self.file}:{self.line}: {self.what} (byte {self.byte})'
+
+
+class Parsed(NamedTuple):
+  """What a block holds. `empty` counts what is no document: a line whose text is '', a blank stretch of a .txt."""
+
+  documents: list[str]
+  bad: list[BadLine]
+  lines: int
+  empty: int
+
+
+class Format(NamedTuple):
+  """What the end of a file's name says about it.
+
+  Attributes:
+    content: the name's ending that says how the text is written: of the same bytes, another is another text.
+    cut: (name, unpacked file, line, byte) -> its blocks, from where it stands, at `line` and `byte`.
+    parse: (block, text_key) -> its documents and bad lines.
+    unpack: packed file -> unpacked file.
+    token_bytes: bytes of token shards for a byte on the disk, about; for the check of free space.
+  """
+
+  content: str
+  cut: Callable[[str, BinaryIO, int, int], Iterator[Block]]
+  parse: Callable[[Block, str], Parsed]
+  unpack: Callable[[BinaryIO], BinaryIO]
+  token_bytes: float
+
+
+def format_of(file: str | os.PathLike) -> Format | None:
+  """Returns the format that a file's name ends in, or None where there is none: the last ending before the packing."""
+  name = os.path.basename(file).lower()
+  return next((found for ending, found in FORMATS.items() if name.endswith(ending)), None)
+
+
+def parse_block(block: Block, text_key: str) -> Parsed:
+  """Returns the documents and the bad lines of a block; raises nothing for bad content."""
+  if block.too_long:
+    what = f'a line of {block.too_long} bytes is longer than the limit of {LONGEST_LINE_BYTES}'
+    return Parsed([], [BadLine(block.file, block.line, block.byte, 'too long', what)], 1, 0)
+  return format_of(block.file).parse(block, text_key)
+
+
+def parse_text(block: Block, text_key: str) -> Parsed:
+  """Returns the one document of a block of plain text, which has no keys."""
+  data, start = _without_mark(block)
+  if not data.strip():
+    return Parsed([], [], 0, 1)
+  try:
+    return Parsed([decode(data)], [], 1, 0)
+  except NotText as bad:
+    line = block.line + data.count(b'\n', 0, bad.byte)
+    return Parsed([], [BadLine(block.file, line, block.byte + start + bad.byte, bad.kind, bad.what)], 1, 0)
+
+
+def parse_lines(block: Block, text_key: str) -> Parsed:
+  """Returns the documents of a block of JSON lines."""
+  documents, bad_lines, lines, empty = [], [], 0, 0
+  data, start = _without_mark(block)
+  byte = block.byte + start
+  for number, raw in enumerate(data.split(b'\n'), block.line):
+    if raw.strip():
+      lines += 1
+      try:
+        text = _text_of(raw, text_key)
+      except NotText as bad:
+        bad_lines.append(BadLine(block.file, number, byte + bad.byte, bad.kind, bad.what))
+      else:
+        empty += not text
+        documents += [text] if text else []
+    byte += len(raw) + 1
+  return Parsed(documents, bad_lines, lines, empty)
+
+
+def _without_mark(block: Block) -> tuple[bytes, int]:
+  """Returns a block's data without the byte order mark that may open a file, and how many bytes were taken off."""
+  if not block.byte and block.data.startswith(codecs.BOM_UTF8):
+    return block.data[3:], 3
+  return block.data, 0
+
+
+class NotText(Exception):
+  """What is wrong with a line or a text, and at which of its bytes."""
+
+  def __init__(self, kind: str, what: str, byte: int = 0):
+    super().__init__(what)
+    self.kind, self.what, self.byte = kind, what, byte
+
+
+def decode(data: bytes) -> str:
+  """Returns UTF-8 text.
+
+  Raises:
+    NotText: if it is none, or holds a NUL byte, which no text does; UTF-16 and UTF-32 are named, with what to type.
+  """
+  try:
+    if b'\0' not in data:
+      return data.decode('utf-8')
+    bad = NotText('NUL byte', 'a NUL byte: this is not a text file', data.index(b'\0'))
+  except UnicodeDecodeError as error:
+    bad = NotText('not UTF-8', f'not UTF-8: {error.reason} 0x{data[error.start]:02x}', error.start)
+  if encoding := _wide_encoding(data):
+    bad = NotText(encoding, f'the text is {encoding}, must be UTF-8 (iconv -f {encoding} -t UTF-8 OLD > NEW)')
+  raise bad from None
+
+
+def _wide_encoding(data: bytes) -> str:
+  """Returns the encoding of two or four bytes a character that bytes seem to have, else ''.
+
+  Without a byte order mark it is the one that makes most sense of them, if there are NUL bytes, as in all ASCII.
+  """
+  for mark, encoding in WIDE_MARKS.items():
+    if data.startswith(mark):
+      return encoding
+  if b'\0' not in data:
+    return ''
+  sense = {encoding: _sense(data[:4096].decode(encoding, 'replace')) for encoding in ('UTF-8', 'UTF-16LE', 'UTF-16BE')}
+  likely = max(sense, key=sense.get)
+  return likely if likely != 'UTF-8' and sense[likely] > 0.9 else ''
+
+
+def _sense(text: str) -> float:
+  """Returns the share of characters that are common in text, 0 where there is no ASCII: no text is without any."""
+  common = [
+    char in '\t\n\r' or (' ' <= char <= '\u06ff' and char.isprintable()) or '\u3000' <= char <= '\ud7a3'
+    for char in text
+  ]
+  return sum(common) / len(common) if any('\t' <= char <= '~' for char in text) else 0.0
+
+
+def _text_of(raw: bytes, text_key: str) -> str:
+  """Returns the document of one line of a .jsonl, or raises NotText."""
+  if len(raw) > LONGEST_LINE_BYTES:
+    raise NotText('too long', f'a line of {len(raw)} bytes is longer than the limit of {LONGEST_LINE_BYTES}')
+  if raw.startswith(codecs.BOM_UTF8):
+    raise NotText('byte order mark', 'a byte order mark that is not at the start of the file')
+  line = decode(raw)
+  try:
+    record = json.loads(line, parse_int=_parse_int)
+  except json.JSONDecodeError as error:
+    byte = len(line[: error.pos].encode())
+    raise NotText('not JSON', f'not JSON: {error.msg}, character {error.pos} of the line', byte) from None
+  except RecursionError:
+    raise NotText('nested too deep', 'not usable JSON: nested too deep') from None
+  if not isinstance(record, dict):
+    raise NotText('not an object', f'the line must be a JSON object with the key {text_key!r}, not {_kind(record)}')
+  if text_key not in record:
+    raise NotText('no text key', f'no key {text_key!r}; keys present: {_names(record)}')
+  text = record[text_key]
+  if not isinstance(text, str):
+    raise NotText('text is no string', f'the value of {text_key!r} must be a string, not {_kind(text)}')
+  try:
+    text.encode('utf-8')
+  except UnicodeEncodeError as error:
+    what = f'a lone surrogate \\u{ord(text[error.start]):04x} in {text_key!r}, character {error.start}, is no text'
+    raise NotText('lone surrogate', what) from None
+  return text
+
+
+def _parse_int(digits: str) -> int:
+  count = len(digits.lstrip('-'))
+  if count > MOST_DIGITS:
+    raise NotText('number too long', f'a number of {count} digits is longer than the limit of {MOST_DIGITS}')
+  return int(digits)
+
+
+def _kind(value: object) -> str:
+  names = {
+    dict: 'an object',
+    list: 'a list',
+    str: 'a string',
+    bool: 'a boolean',
+    int: 'a number',
+    float: 'a number',
+  }
+  return names.get(type(value), 'null')
+
+
+def _names(record: dict) -> str:
+  """Returns the first keys of a record, short and printable."""
+  names = [ascii(name[:40]) for name in list(record)[:10]]
+  return (', '.join(names) or 'none') + (', ...' if len(record) > 10 else '')
+
+
+CONTENTS = {'.jsonl': (cut_lines, parse_lines), '.txt': (cut_text, parse_text)}
+PACKINGS = {
+  '': (lambda file: file, 1.0),
+  '.gz': (lambda file: gzip.GzipFile(fileobj=file), 3.0),
+  '.xz': (lzma.LZMAFile, 3.0),
+}
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)  # what unpacking raises
+FORMATS = {
+  content + packing: Format(content, *steps, *unpacking)
+  for content, steps in CONTENTS.items()
+  for packing, unpacking in PACKINGS.items()
+}
