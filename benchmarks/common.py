@@ -21,7 +21,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for a bare checkout, and for the port in tests/
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # or nothing would be left for torch on a GPU
 
-PAD_ID = 0
 FIRST_TOKEN = 4  # after the special ones
 TOTAL_STEPS = 1000  # of the learning rate's schedule
 
@@ -150,7 +149,7 @@ class Step:
 
     dtype, place = self.jnp.dtype(config.train.dtype), jax.devices()[0].platform
     self.attention = attention_backend(config.runtime.attention, dtype, place, self.mesh.size, config.model.head_dim)
-    settings = {'attention': self.attention, 'pad_id': PAD_ID, 'total_steps': TOTAL_STEPS}
+    settings = {'attention': self.attention, 'total_steps': TOTAL_STEPS}
     return compile_step(config, self.mesh, self.optimizer, self.state, **settings)
 
   def run(self, compiled: Any, updates: int = 1) -> None:

@@ -69,7 +69,7 @@ class Point:
   def __init__(self, config: Config):
     self.config, self.step = config, common.Step(config)
     self.step.run(self.step.compiled)
-    gradient = make_gradient(config, model_graph(config), common.PAD_ID, self.step.attention)
+    gradient = make_gradient(config, model_graph(config), self.step.attention)
     total = jnp.float32(config.train.batch_size * config.model.max_seq_len)
     options = compiler_options(config, jax.devices()[0].platform)
     compiled = jax.jit(lambda params, batch: gradient(params, batch, total, 0), compiler_options=options)

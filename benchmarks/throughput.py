@@ -152,7 +152,7 @@ def torch_update(config: Config, compile_model: bool) -> Update:
 
   def loss_of(tokens_BT: Any, target_BT: Any) -> Any:
     out = model(tokens_BT)
-    loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), target_BT.flatten(), ignore_index=common.PAD_ID)
+    loss = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), target_BT.flatten())
     return loss + out.aux_loss
 
   objective = torch.compile(loss_of) if compile_model else loss_of

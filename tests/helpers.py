@@ -14,6 +14,7 @@ import pytest
 from jax import Array
 
 from mmjax.config import Config, load_config
+from mmjax.data.loader import PADDING
 
 REPOSITORY = Path(__file__).parent.parent
 TINY = {
@@ -51,13 +52,13 @@ def xla_flags(n_devices: int) -> str:
 
 
 def random_batch(config: Config, seed: int = 0) -> dict[str, Array]:
-  """Returns one batch of random tokens, (A, B, T), whose last row is half padding (token 0)."""
+  """Returns one batch of random tokens, (A, B, T), whose last row is half padding."""
   shape = (config.train.accumulation_steps, config.train.batch_size, config.model.max_seq_len + 1)
   tokens = jax.random.randint(jax.random.key(seed), shape, 4, config.model.vocab_size)
   tokens = tokens.at[-1, -1, shape[-1] // 2 :].set(0)
   return {
     'input': tokens[..., :-1],
-    'target': tokens[..., 1:],
+    'target': tokens.at[-1, -1, shape[-1] // 2 :].set(PADDING)[..., 1:],
     'segment': jnp.zeros_like(tokens[..., 1:]),
   }
 

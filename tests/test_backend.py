@@ -28,7 +28,7 @@ def test_step_lowered_for_cuda_has_no_triton_and_no_pallas(sublayer):
   config = tiny_config(model__sublayer=sublayer, model__n_layers=1, train__dtype='bfloat16')
   optimizer = make_optimizer(config, 10)
   # 'xla', because cuDNN cannot be lowered where there is none.
-  step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=10)
+  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=10)
   state = jax.eval_shape(lambda: init_state(config, optimizer))
   text = lowered_for_cuda(step, state, random_batch(config))
   assert 'stablehlo.dot_general' in text and not TRITON.search(text)

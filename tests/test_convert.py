@@ -16,7 +16,7 @@ from safetensors.numpy import save_file
 torch = pytest.importorskip('torch')
 
 from mmjax.config import config_from_dict, load_config  # noqa: E402
-from mmjax.data.loader import open_split, train_batches  # noqa: E402
+from mmjax.data.loader import PADDING, open_split, train_batches  # noqa: E402
 from mmjax.data.tokenizer import train_tokenizer  # noqa: E402
 from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
@@ -349,7 +349,7 @@ def test_imported_run_is_trained_on_from_its_weights(tmp_path):
   batch = next(iter(train_batches(split, global_batch_rows=4, seed=config.seed, start_step=0)))
   logits_BTV = torch.from_numpy(torch_logits(model, batch['input']))
   target = torch.from_numpy(batch['target']).long()
-  want = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), target.flatten(), ignore_index=split.pad_id)
+  want = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), target.flatten(), ignore_index=PADDING)
   first = next(line for line in read_metrics(run / 'metrics.jsonl') if line['kind'] == 'train')
   assert first['step'] == 1 and first['loss'] == pytest.approx(want.item(), rel=1e-5)
 

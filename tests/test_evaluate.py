@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.data.loader import PADDING
 from mmjax.errors import UserError
 from mmjax.model.lm import build_model
 from mmjax.training.evaluate import evaluate, make_eval_step
@@ -17,7 +18,7 @@ from mmjax.training.sharding import make_mesh
 from mmjax.training.step import make_loss
 from tests.helpers import tiny_config
 
-PAD, T = 0, 12
+T = 12
 PLAN = ProbePlan(batches=9, seed=0, layers=(0, 1))  # all of them
 
 
@@ -25,7 +26,7 @@ def rows_of_text(n_rows: int, vocab_size: int) -> dict[str, np.ndarray]:
   """Random rows; every third one ends in padding."""
   tokens = np.random.default_rng(0).integers(4, vocab_size, (n_rows, T + 1), np.int32)
   target = tokens[:, 1:].copy()
-  target[::3, T // 2 :] = PAD
+  target[::3, T // 2 :] = PADDING
   return {'input': tokens[:, :-1], 'target': target, 'segment': np.zeros((n_rows, T), np.int32)}
 
 
@@ -34,13 +35,13 @@ def batches_of(rows: dict[str, np.ndarray], size: int):
   for start in range(0, len(rows['input']), size):
     batch = {name: values[start : start + size] for name, values in rows.items()}
     fill = ((0, size - len(batch['input'])), (0, 0))
-    yield {name: np.pad(values, fill, constant_values=PAD) for name, values in batch.items()}
+    yield {name: np.pad(values, fill, constant_values=-(name == 'target')) for name, values in batch.items()}
 
 
 def setup(sublayer: str, batch_size: int = 4):
   config = tiny_config(model__sublayer=sublayer, train__batch_size=batch_size, model__max_seq_len=T)
   graphdef, params = build_model(config)
-  step = make_eval_step(graphdef, config, pad_id=PAD, attention='xla', mesh=make_mesh(config))
+  step = make_eval_step(graphdef, config, attention='xla', mesh=make_mesh(config))
   return config, nnx.merge(graphdef, params), params, step
 
 
@@ -48,21 +49,19 @@ def setup(sublayer: str, batch_size: int = 4):
 def test_evaluation_equals_float64_over_all_tokens(sublayer):
   config, model, params, step = setup(sublayer)
   rows = rows_of_text(10, config.model.vocab_size)
-  byte_counts = np.arange(config.model.vocab_size, dtype=np.int32) % 5
-  byte_counts[PAD] = 0
-  result = evaluate(step, params, batches_of(rows, 4), byte_counts, PLAN)
+  result = evaluate(step, params, batches_of(rows, 4), 777, PLAN)
 
   out = jax.jit(model)(jnp.asarray(rows['input']))
   logits = np.asarray(model.logits(out.hidden_BTD), np.float64)
   log_probability = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-  real = rows['target'] != PAD
+  real = rows['target'] != PADDING
   nll_BT = -np.take_along_axis(log_probability, rows['target'][..., None], -1)[..., 0]
   nll = nll_BT[real].sum()
   assert result.tokens == real.sum() == 10 * T - 4 * (T // 2)
   assert result.loss == pytest.approx(nll / real.sum(), rel=1e-5)
   assert result.perplexity == pytest.approx(math.exp(nll / real.sum()), rel=1e-4)
-  assert result.text_bytes == byte_counts[rows['target'][real]].sum()
-  assert result.bits_per_byte == pytest.approx(nll / math.log(2) / result.text_bytes, rel=1e-5)
+  assert result.text_bytes == 777
+  assert result.bits_per_byte == pytest.approx(nll / math.log(2) / 777, rel=1e-5)
   assert result.accuracy == pytest.approx((logits.argmax(-1) == rows['target'])[real].mean())
   if sublayer == 'dense':
     probed = real & (np.arange(10)[:, None] < 4 * PLAN.batches)
@@ -81,7 +80,7 @@ def test_evaluation_does_not_depend_on_the_batch_size():
   for size in (3, 10):
     config, _, params, step = setup('gated_fusion', size)
     rows = rows_of_text(10, config.model.vocab_size)
-    results.append(evaluate(step, params, batches_of(rows, size), np.ones(config.model.vocab_size, np.int32), PLAN))
+    results.append(evaluate(step, params, batches_of(rows, size), 1, PLAN))
   for result in results[1:]:
     assert result.loss == pytest.approx(results[0].loss, rel=1e-6)
     assert result.tokens == results[0].tokens
@@ -102,13 +101,13 @@ def test_evaluation_is_traced_once(monkeypatch):
   config, _, params, step = setup('gated_fusion')
   rows = rows_of_text(10, config.model.vocab_size)
   for _ in range(2):  # with the bank as it is, zeroed and shuffled
-    evaluate(step, params, batches_of(rows, 4), np.ones(config.model.vocab_size, np.int32), PLAN)
+    evaluate(step, params, batches_of(rows, 4), 1, PLAN)
   assert len(traced) == 1
 
 
 def test_evaluation_without_tokens_is_refused():
   config, _, params, step = setup('dense')
-  empty = {name: np.zeros((4, T), np.int32) for name in ('input', 'target', 'segment')}
+  empty = {name: np.full((4, T), -(name == 'target'), np.int32) for name in ('input', 'target', 'segment')}
   for batches in ([], [empty]):
     with pytest.raises(UserError, match='no token to predict'):
-      evaluate(step, params, batches, np.ones(config.model.vocab_size, np.int32), PLAN)
+      evaluate(step, params, batches, 1, PLAN)

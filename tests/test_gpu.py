@@ -69,7 +69,7 @@ def test_step_learns_as_on_a_cpu_and_calls_no_triton(sublayer):
   losses = {}
   for platform, attention in (('gpu', 'cudnn'), ('cpu', 'xla')):
     step = make_train_step(
-      config, model_graph(config), optimizer, pad_id=0, attention=attention, total_steps=20
+      config, model_graph(config), optimizer, attention=attention, total_steps=20
     )  # fmt: skip
     with jax.default_device(jax.devices(platform)[0]):
       state = jax.jit(lambda: init_state(config, optimizer))()

@@ -13,6 +13,7 @@ from flax import nnx
 from rich.console import Console
 
 import mmjax
+from mmjax.data.loader import PADDING
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.measure import open_text
@@ -98,7 +99,7 @@ def test_rows_that_ngrams_address_are_shown_with_these(tiny_run):
 def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
   rows = split.rows(np.arange(split.n_rows))
   row_BTR, score_BTR, log_BTV = forward(rows['input'])
-  predicted = rows['target'] != split.pad_id
+  predicted = rows['target'] != PADDING
   row = int(np.bincount(row_BTR[predicted].ravel()).argsort()[-20])  # one that is taken, but not everywhere
   weight_BTR = np.concatenate([np.exp(s) / np.exp(s).sum(-1, keepdims=True) for s in np.split(score_BTR, 2, -1)], -1)
   taken = [
@@ -118,7 +119,7 @@ def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
     assert row in row_BTR[b, t]
     assert context['token'] == token_text(reader.lm.tokenizer, rows['input'][b, t])
     assert context['before'] == reader.lm.tokenizer.decode(rows['input'][b, :t].tolist())
-    assert context['after'] == reader.lm.tokenizer.decode([i for i in rows['target'][b, t : t + 8].tolist() if i])
+    assert context['after'] == reader.lm.tokenizer.decode([i for i in rows['target'][b, t : t + 8].tolist() if i >= 0])
 
   bank = np.array(reader.lm.params['memory_bank'])
   bank[row] = bank.mean(axis=0)  # the only layer with a memory reads it

@@ -46,7 +46,7 @@ def test_gradients_equal_those_of_the_dense_route(model):
   params = jax.jit(lambda: init_state(dense, optax.identity()))()['params']
   found = []
   for config in (dense, lazy):
-    gradient = jax.jit(make_gradient(config, model_graph(config), 0, 'xla'))
+    gradient = jax.jit(make_gradient(config, model_graph(config), 'xla'))
     found.append(gradient(params, batch, jnp.float32(64), jnp.int32(0)))
   (parts, grads), (lazy_parts, lazy_grads) = found
   np.testing.assert_array_equal(parts['usage_LM'], lazy_parts['usage_LM'])
@@ -158,7 +158,7 @@ def test_rule_equals_float64_row_by_row(monkeypatch):
 @functools.cache
 def compiled(config):
   optimizer = make_optimizer(config, STEPS)
-  step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=STEPS)
+  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=STEPS)
   return jax.jit(step), jax.jit(lambda: init_state(config, optimizer))()
 
 
@@ -213,7 +213,7 @@ def test_step_makes_no_array_of_the_size_of_the_bank():
   bytes_of = []
   for config in pairs(**BAG, model__knowledge_num=2**16, model__knowledge_dim=32):
     optimizer = make_optimizer(config, STEPS)
-    step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=STEPS)
+    step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=STEPS)
     state = jax.eval_shape(lambda config=config, optimizer=optimizer: init_state(config, optimizer))
     memory = jax.jit(step, donate_argnums=0).lower(state, random_batch(config)).compile().memory_analysis()
     bytes_of.append(memory.temp_size_in_bytes)

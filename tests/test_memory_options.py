@@ -197,7 +197,7 @@ def test_gate_gets_a_gradient_where_the_optimizer_says_so(changes, learns):
   config = tiny_config(**changes)
   params = build_model(config)[1]
   rows = jax.tree.map(lambda x: x[0], random_batch(config))
-  loss = make_loss(config, model_graph(config), 0, 'xla')
+  loss = make_loss(config, model_graph(config), 'xla')
   gradient = jax.jit(jax.grad(loss, has_aux=True))(params, rows, 64.0, None)[0]
   expected = jax.tree.leaves(gets_gradient(config, params))
   for (path, slope), moves in zip(jax.tree_util.tree_leaves_with_path(gradient), expected, strict=True):

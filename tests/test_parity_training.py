@@ -15,6 +15,7 @@ torch = pytest.importorskip('torch')
 from torch.nn import functional as F  # noqa: E402
 
 from mmjax.config import Config, load_config  # noqa: E402
+from mmjax.data.loader import PADDING  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.kernels.cross_entropy import cross_entropy_sums  # noqa: E402
 from mmjax.training import step as step_module  # noqa: E402
@@ -25,21 +26,22 @@ from tests.parity import build_pair, random_tokens, relative_l2, same_selection 
 from tests.torch_reference import TorchLM  # noqa: E402
 
 SUBLAYERS = ('dense', 'cross_attention', 'gated_fusion', 'moe')
-PAD = 0
 
 
 def padded_rows(config: Config, batch: int, length: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """Returns input and target tokens, (B, T); the last quarter of the last row is padding."""
   tokens = random_tokens(config, batch, length + 1, seed)
-  tokens[-1, -(length // 4) :] = PAD
-  return tokens[:, :-1], tokens[:, 1:]
+  tokens[-1, -(length // 4) :] = 0
+  target = tokens[:, 1:].copy()
+  target[-1, -(length // 4) :] = PADDING
+  return tokens[:, :-1], target
 
 
 def torch_losses(model: TorchLM, input_BT: np.ndarray, target_BT: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
   """Returns the mean negative log-likelihood of the targets that are not padding, and the auxiliary loss."""
   logits, aux_loss = model(torch.tensor(input_BT).long())
   target = torch.tensor(target_BT).long().flatten()
-  return F.cross_entropy(logits.float().flatten(0, 1), target, ignore_index=PAD), aux_loss
+  return F.cross_entropy(logits.float().flatten(0, 1), target, ignore_index=PADDING), aux_loss
 
 
 def compare_gradients(config: Config, batch: int, length: int, attention: str) -> None:
@@ -50,7 +52,7 @@ def compare_gradients(config: Config, batch: int, length: int, attention: str) -
   def loss_and_rows(params: dict) -> tuple:
     lm = nnx.merge(graphdef, params)
     out = lm(jnp.array(input_BT), attention=attention)
-    weight_BT = jnp.array(target_BT != PAD, jnp.float32)
+    weight_BT = jnp.array(target_BT != PADDING, jnp.float32)
     nll, _ = cross_entropy_sums(out.hidden_BTD, lm.embedding[...], jnp.array(target_BT), weight_BT, max(length // 3, 1))
     return nll / weight_BT.sum() + out.aux_loss, out.row_LBTR
 
@@ -98,9 +100,9 @@ def torch_update(
   train, (input_BT, target_BT) = config.train, batch
   optimizer.param_groups[0]['lr'] = train.learning_rate * (1 + math.cos(math.pi * step / total)) / 2
   optimizer.zero_grad()
-  loss_sum, n_targets = 0.0, (target_BT != PAD).sum()
+  loss_sum, n_targets = 0.0, (target_BT != PADDING).sum()
   for rows in np.split(np.arange(len(input_BT)), train.accumulation_steps):
-    share = float((target_BT[rows] != PAD).sum() / n_targets)
+    share = float((target_BT[rows] != PADDING).sum() / n_targets)
     loss, aux_loss = torch_losses(model, input_BT[rows], target_BT[rows])
     (loss * share + aux_loss / train.accumulation_steps).backward()
     loss_sum += loss.item() * share
@@ -127,7 +129,7 @@ def compare_trajectories(config: Config, length: int, margin: float | None = Non
   torch_optimizer = torch.optim.AdamW(model.parameters(), train.learning_rate, betas, train.eps, train.weight_decay)
   optimizer = make_optimizer(config, steps)
   step = jax.jit(
-    make_train_step(config, graphdef, optimizer, pad_id=PAD, attention='xla_blocked', total_steps=steps),
+    make_train_step(config, graphdef, optimizer, attention='xla_blocked', total_steps=steps),
     donate_argnums=0,
   )
   state = jax.tree.map(jnp.array, init_state(config, optimizer) | {'params': params})  # copies: the step donates them

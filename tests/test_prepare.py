@@ -21,13 +21,15 @@ from mmjax.config import load_config
 from mmjax.data import blocks, files, index, progress, shards, tokenizer, worker
 from mmjax.data import prepare as prepare_module
 from mmjax.data.index import read_index, verify
+from mmjax.data.loader import PADDING, open_split
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.data.split import is_held_out
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import StorageError, UserError, run_command
 from mmjax.tools import prepare as prepare_command
-from tests.test_tokenizer import hugging_face
+from tests.helpers import rarely
+from tests.test_tokenizer import KINDS, MIXED, hugging_face, make_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS = 'the memory of a model holds rows that keys select and a gate mixes 知识 由 键 选择 \u2581'.split()
@@ -217,6 +219,72 @@ def test_given_tokenizer_is_used_and_must_have_the_size_of_the_model(tmp_path, c
   assert sorted(documents(directory, 'train') + documents(directory, 'valid')) == sorted(texts)
 
 
+@pytest.mark.parametrize('kind', rarely(KINDS, 'no_bytes', 'prepended', 'sentencepiece_defaults'))
+def test_every_token_is_a_target_and_every_byte_of_its_text_counts_once(tmp_path, kind, monkeypatch):
+  small_shards(monkeypatch)
+  folder, texts = tmp_path, [*MIXED, *(f'{text} {n}' for n in range(60) for text in MIXED)]
+  path = make_tokenizer(folder, kind)
+  pieces = load_tokenizer(path)
+  files = {'train_files': str(write(folder / 'train.jsonl', texts)), 'valid_fraction': 0.3, 'tokenizer': str(path)}
+  directory, _ = run(tmp_path, files.pop('train_files'), vocab_size=pieces.vocab_size + 7, **files)
+  for split in ('train', 'valid'):
+    own = [text for text in texts if is_held_out(text.encode(), 0.3) == (split == 'valid')]
+    for layout, isolate, length in (
+      ('packed', False, 7),
+      ('packed', True, 1000),
+      ('padded', False, 9),
+      ('padded', False, 99),
+    ):
+      cut = open_split(directory, split, max_seq_len=length, layout=layout, isolate_documents=isolate)
+      rows = cut.rows(np.arange(cut.n_rows))
+      n_tokens = [len(pieces.encode(text)) + 1 for text in own]
+      assert (rows['target'] != PADDING).sum() == sum(
+        n_tokens if layout == 'packed' else [min(n, length) for n in n_tokens]
+      )
+      n_bytes = 0
+      for text in own:
+        [part] = pieces.encode_slices(text)
+        whole = layout == 'packed' or len(part.ids) <= length
+        bytes_X = pieces.bytes_per_token()[part.ids] + part.more_bytes
+        n_bytes += len(text.encode()) if whole else int(bytes_X[:length].sum())
+      assert cut.scored_bytes == n_bytes
+
+
+def test_data_of_an_earlier_version_are_counted_where_they_can_be(tmp_path):
+  path, texts = make_tokenizer(tmp_path, 'prepended'), [f'{text} {n}' for n in range(30) for text in MIXED]
+  size, corpus = load_tokenizer(path).vocab_size, write(tmp_path / 'train.jsonl', texts)
+  settings = {'tokenizer': str(path), 'vocab_size': size, 'layout': 'padded'}
+  directory, _ = run(tmp_path, corpus, **settings)
+  before, old = read_index(directory), read_index(directory)
+  for split in old['splits'].values():
+    for shard in split['shards']:
+      (directory / shard.pop('bytes_file')).unlink()
+      del shard['bytes_sha256']
+  index.write_index(directory, old)
+  directory = directory.rename(directory.with_name('train-of-old'))
+  rows = {'split': 'train', 'max_seq_len': 5, 'isolate_documents': False}
+  assert open_split(directory, layout='packed', **rows).scored_bytes == before['splits']['train']['text_bytes']
+  with pytest.raises(UserError, match='did not count the bytes of documents that are cut .* prepare it again'):
+    open_split(directory, layout='padded', **rows).scored_bytes  # noqa: B018
+  assert run(tmp_path, corpus, **settings | {'layout': 'packed'})[0] == directory
+  again, _ = run(tmp_path, corpus, **settings)
+  assert again != directory and read_index(again)['splits'] == before['splits']
+
+
+def test_spare_rows_and_small_vocabularies_are_allowed_and_told(tmp_path, corpus):
+  path = hugging_face(tmp_path / 'small.json', vocab_size=259)
+  directory, said = run(tmp_path, corpus, vocab_size=320, tokenizer=str(path))
+  assert 'model.vocab_size=320: the tokenizer has 259 pieces, 61 rows are spare' in str(said)
+  again, _ = run(tmp_path, corpus, vocab_size=259, tokenizer=str(path))
+  assert again == directory and read_index(directory)['vocab_size'] == 259
+  with pytest.raises(UserError, match='model.vocab_size=260 must be above 260 for a tokenizer that is trained'):
+    run(tmp_path, corpus, vocab_size=260)
+  with pytest.raises(UserError, match=r'least possible: (\d+)') as caught:
+    run(tmp_path, corpus, vocab_size=261)
+  least = int(str(caught.value).rpartition(' ')[2])
+  assert read_index(run(tmp_path, corpus, vocab_size=least)[0])['vocab_size'] == least
+
+
 def test_tokenizer_that_loses_text_is_reported(tmp_path, corpus):
   path = hugging_face(tmp_path / 'lossy.json')
   stored = json.loads(path.read_text())
@@ -338,7 +406,7 @@ def test_verified_files_are_hashed_again_only_when_they_change(prepared, monkeyp
   assert hashed == ['train-00000.bin']
   (directory / 'verified.json').write_text('[' * 10**5)
   verify(directory)
-  assert len(hashed) == 6
+  assert len(hashed) == 8
 
 
 def lay_as_a_cache_does(folder, path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.data.loader import PADDING
 from mmjax.model.lm import build_model, memory_layers
 from mmjax.training.evaluate import evaluate, make_eval_step
 from mmjax.training.probes import (
@@ -22,7 +23,7 @@ from mmjax.training.probes import (
 from mmjax.training.sharding import make_mesh
 from tests.helpers import rarely, tiny_config
 
-PAD, T, SEED = 0, 12, 5
+T, SEED = 12, 5
 FORMS = {
   'faithful': {},
   'bag': {
@@ -40,7 +41,7 @@ def batches_of_text(n: int, rows: int, vocab_size: int) -> list[dict[str, np.nda
   """Random batches of few different tokens; every third row ends in padding."""
   tokens = np.random.default_rng(1).integers(4, 20, (n, rows, T + 1), np.int32)
   target = tokens[..., 1:].copy()
-  target[:, ::3, T // 2 :] = PAD
+  target[:, ::3, T // 2 :] = PADDING
   return [{'input': x[:, :-1], 'target': y, 'segment': np.zeros_like(y)} for x, y in zip(tokens, target, strict=True)]
 
 
@@ -60,11 +61,9 @@ def test_probes_of_an_evaluation_equal_brute_force(form):
   if config.memory.selection_bias:  # so large that the first row of a head is often not the one with the best score
     gate = params['layers'][1]['sublayer']['gate']
     gate['bias'] = np.random.default_rng(2).normal(size=gate['bias'].shape).astype(np.float32)
-  step = make_eval_step(graphdef, config, pad_id=PAD, attention='xla', mesh=make_mesh(config))
+  step = make_eval_step(graphdef, config, attention='xla', mesh=make_mesh(config))
   batches = batches_of_text(3, 3, config.model.vocab_size)
-  result = evaluate(
-    step, params, batches, np.ones(config.model.vocab_size, np.int32), ProbePlan(2, SEED, tuple(memory_layers(config)))
-  )
+  result = evaluate(step, params, batches, 1, ProbePlan(2, SEED, tuple(memory_layers(config))))
 
   @jax.jit
   def run(params, tokens_BT):
@@ -73,7 +72,7 @@ def test_probes_of_an_evaluation_equal_brute_force(form):
     return out, model.logits(out.hidden_BTD)
 
   outputs = [run(params, batch['input'])[0] for batch in batches]
-  real = [batch['target'] != PAD for batch in batches]
+  real = [batch['target'] != PADDING for batch in batches]
   heads = config.memory.n_heads
   for at, health in enumerate(result.bank):
     usage, overlaps, best = np.zeros(config.model.knowledge_num), [], []

@@ -85,7 +85,7 @@ def test_time_of_an_operation_leaves_out_what_ran_within_it():
 def test_scopes_change_nothing_but_names():
   config = tiny_config(model__n_layers=1)
   optimizer = make_optimizer(config, 10)
-  step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=10)
+  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=10)
   state = jax.eval_shape(lambda: init_state(config, optimizer))
   lowered = jax.jit(step).lower(state, random_batch(config))
   assert not any(f'"{scope}' in lowered.as_text() for scope in SCOPES)

@@ -133,7 +133,7 @@ def test_revival_raises_the_share_of_rows_in_use():
       model__num_selected=2, model__n_layers=1, train__learning_rate=3e-3,
     )  # fmt: skip
     optimizer = make_optimizer(config, 40)
-    step = jax.jit(make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=40))
+    step = jax.jit(make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=40))
     state, usage_M, rows = jax.jit(lambda c=config, o=optimizer: init_state(c, o))(), 0, 0
     for i in range(30):
       state, metrics = step(state, random_batch(config, seed=i))

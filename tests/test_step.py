@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.data.loader import PADDING
 from mmjax.model.lm import model_graph
 from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, path_name
 from mmjax.training.step import chunk_tokens, count_rows, init_state, make_loss, make_train_step
@@ -24,7 +25,7 @@ DECAYED = {'train__weight_decay': 0.1, 'train__grad_clip': 0.05}
 @functools.cache
 def compiled(config):
   optimizer = make_optimizer(config, STEPS)
-  step = make_train_step(config, model_graph(config), optimizer, pad_id=0, attention='xla', total_steps=STEPS)
+  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=STEPS)
   return jax.jit(step), jax.jit(lambda: init_state(config, optimizer))()
 
 
@@ -53,7 +54,7 @@ def test_gate_of_1_4_2_gets_no_gradient_and_never_moves():
   config = tiny_config(**DECAYED)
   step, state = compiled(config)
   rows = jax.tree.map(lambda x: x[0], random_batch(config))
-  loss = make_loss(config, model_graph(config), 0, 'xla')
+  loss = make_loss(config, model_graph(config), 'xla')
   gradients = named_leaves(jax.jit(jax.grad(loss, has_aux=True))(state['params'], rows, 1.0, None)[0])
   trained, _, _ = run(config, 3)
   before, after = named_leaves(state['params']), named_leaves(trained['params'])
@@ -86,7 +87,7 @@ def test_accumulated_micro_batches_equal_one_big_batch():
 def test_padding_weighs_nothing():
   config = tiny_config()
   batch = random_batch(config)
-  padded = batch['target'] == 0
+  padded = batch['target'] == PADDING
   assert 0 < padded.sum() < padded.size / 2
   other = batch | {'input': jnp.where(padded, 7, batch['input'])}  # what stands where the target is padding
   (_, a, _), (_, b, _) = run(config, 1, [batch]), run(config, 1, [other])
@@ -118,8 +119,8 @@ def test_loss_equals_log_softmax_over_all_logits():
   model = nnx.merge(model_graph(config), state['params'])
   logits = np.asarray(jax.jit(lambda tokens_BT: model.logits(model(tokens_BT).hidden_BTD))(rows['input']), np.float64)
   nll = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(rows['target'])[..., None], -1)[..., 0]
-  keep = np.asarray(rows['target']) != 0
-  loss_of = jax.jit(make_loss(config, model_graph(config), 0, 'xla'))
+  keep = np.asarray(rows['target']) != PADDING
+  loss_of = jax.jit(make_loss(config, model_graph(config), 'xla'))
   loss, _ = loss_of(state['params'], rows, jnp.float32(keep.sum()), None)
   assert float(loss) == pytest.approx(nll[keep].mean(), rel=1e-5)
 
@@ -128,7 +129,7 @@ def test_update_equals_torch_adamw_in_numpy():
   config = tiny_config(**DECAYED)
   train = config.train
   _, state = compiled(config)
-  loss = make_loss(config, model_graph(config), 0, 'xla')
+  loss = make_loss(config, model_graph(config), 'xla')
 
   def batch_loss(tree, batch):
     first, second = (jax.tree.map(operator.itemgetter(i), batch) for i in (0, 1))
@@ -138,7 +139,7 @@ def test_update_equals_torch_adamw_in_numpy():
   params = {k: v.astype(np.float64) for k, v in named_leaves(state['params']).items()}
   mean, square = ({k: np.zeros_like(v) for k, v in params.items()} for _ in range(2))
   batches = [random_batch(config, seed=i) for i in range(3)]
-  tokens = [float((b['target'] != 0).sum()) for b in batches]
+  tokens = [float((b['target'] != PADDING).sum()) for b in batches]
   tree = state['params']
   for t, batch in enumerate(batches):
     g = {k: v * 64.0 / tokens[t] for k, v in named_leaves(grad(tree, batch)).items()}

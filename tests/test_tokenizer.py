@@ -3,6 +3,7 @@
 import json
 import sys
 import tracemalloc
+import unicodedata
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.data import tokenizer as tokenizer_module
-from mmjax.data.tokenizer import SAMPLE_CHARS, load_tokenizer, sample_text, train_tokenizer
+from mmjax.data.tokenizer import SAMPLE_CHARS, load_tokenizer, sample_text, share_bytes, train_tokenizer
 from mmjax.errors import UserError
 
 ENGLISH = 'The quick brown fox jumps over the lazy dog, and 42 other foxes do not.\n\nA new paragraph begins here.'
@@ -30,7 +31,7 @@ def trained(tmp_path_factory):
   return load_tokenizer(path)
 
 
-def hugging_face(path, names=('<unk>', '<s>', '</s>'), decoder='byte_level'):
+def hugging_face(path, names=('<unk>', '<s>', '</s>'), decoder='byte_level', vocab_size=600):
   """Writes a tokenizer.json as such projects ship it; MiniMind's has these three control tokens first."""
   tokenizers = pytest.importorskip('tokenizers')
   backend = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=decoder == 'byte_fallback'))
@@ -44,7 +45,7 @@ def hugging_face(path, names=('<unk>', '<s>', '</s>'), decoder='byte_level'):
     backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     names = [*names, *(f'<0x{byte:02X}>' for byte in range(256))]
   trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=600, special_tokens=list(names), initial_alphabet=alphabet, show_progress=False
+    vocab_size=vocab_size, special_tokens=list(names), initial_alphabet=alphabet, show_progress=False
   )
   backend.train_from_iterator([ENGLISH, CHINESE] * 20, trainer)
   backend.save(str(path))
@@ -59,7 +60,7 @@ def check_round_trip(tokenizer, text):
   ids = tokenizer.encode(text)
   assert tokenizer.decode(ids) == text
   assert int(tokenizer.bytes_per_token()[ids].sum()) == len(text.encode())
-  assert not {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} & set(ids)
+  assert not {tokenizer.bos_id, tokenizer.eos_id} & set(ids)
 
 
 @pytest.mark.parametrize('text', [ENGLISH, CHINESE, *HOSTILE])
@@ -87,24 +88,25 @@ def test_hugging_face_tokenizer_reproduces_text(tmp_path, decoder):
     (('<unk>', '<s>', '</s>'), (0, 1, 2)),  # MiniMind
     (('<|endoftext|>', '<|im_start|>', '<|im_end|>'), (0, 1, 2)),  # Qwen
     (('<pad>', '<unk>', '<bos>', '<eos>'), (0, 2, 3)),
-    (('<|endoftext|>',), ('one more', 0, 0)),  # GPT-2
+    (('<|endoftext|>',), (0, 0, 0)),  # GPT-2
   ],
 )
 def test_control_tokens_of_hugging_face_tokenizers_are_found_by_name(tmp_path, names, expected):
   path = hugging_face(tmp_path / 'tokenizer.json', names)
   tokenizer = load_tokenizer(path)
   size = len(json.loads(path.read_text())['model']['vocab'])
-  pad_id = size if expected[0] == 'one more' else expected[0]
-  assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (pad_id, *expected[1:])
-  assert tokenizer.vocab_size == size + (expected[0] == 'one more')
+  assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == expected
+  assert tokenizer.vocab_size == size
   assert tokenizer.start_id('packed') == tokenizer.eos_id and tokenizer.start_id('padded') == tokenizer.bos_id
-  assert tokenizer.bytes_per_token()[[pad_id, *expected[1:]]].tolist() == [0, 0, 0]
+  assert tokenizer.bytes_per_token()[list(expected)].tolist() == [0, 0, 0]
 
 
 def test_hugging_face_tokenizer_without_a_use_is_refused(tmp_path):
   with pytest.raises(UserError, match='none of the tokens that end a document'):
     load_tokenizer(hugging_face(tmp_path / 'tokenizer.json', names=['<unk>']))
-  with pytest.raises(UserError, match='neither byte-level BPE nor BPE with byte fallback'):
+  with pytest.raises(
+    UserError, match='is BPE and cannot keep every text; byte-level BPE, or BPE or Unigram with byte fallback, can'
+  ):
     load_tokenizer(hugging_face(tmp_path / 'tokenizer.json', decoder='none'))
 
 
@@ -163,9 +165,9 @@ def test_long_text_is_encoded_in_slices_without_loss(trained, monkeypatch, text)
   monkeypatch.setattr(tokenizer_module, 'SLICE_CHARS', 100)
   slices = list(trained.encode_slices(text))
   assert len(slices) >= len(text) // 100
-  assert trained.decode([token for ids in slices for token in ids]) == text
+  assert trained.decode([token for part in slices for token in part.ids]) == text
   if text.startswith(ENGLISH):  # words end before a space anyway: the ids are the same
-    assert [token for ids in slices for token in ids] == whole
+    assert [token for part in slices for token in part.ids] == whole
 
 
 @pytest.mark.parametrize('name', ['tokenizer.model', 'tokenizer.json'])
@@ -192,8 +194,8 @@ def test_tokenizer_with_another_hash_beside_it_is_refused(trained, tmp_path):
     assert str(caught.value).isprintable()
 
 
-def test_sentencepiece_model_without_padding_uses_unknown_or_one_more_id(tmp_path):
-  for byte_fallback, expected in ((True, 0), (False, 340)):
+def test_sentencepiece_model_without_padding_has_no_further_id(tmp_path):
+  for byte_fallback in (True, False):
     path = tmp_path / 'tokenizer.model'
     sentencepiece.SentencePieceTrainer.train(
       sentence_iterator=iter([ENGLISH, CHINESE] * 9), model_prefix=str(path).removesuffix('.model'), vocab_size=340,
@@ -201,8 +203,8 @@ def test_sentencepiece_model_without_padding_uses_unknown_or_one_more_id(tmp_pat
     )  # fmt: skip
     tokenizer = load_tokenizer(path)
     size = sentencepiece.SentencePieceProcessor(model_file=str(path)).get_piece_size()
-    assert tokenizer.pad_id == (expected and size) and (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
-    assert tokenizer.vocab_size == size + (not byte_fallback)
+    assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+    assert tokenizer.vocab_size == size
 
 
 def test_sample_is_spread_evenly_over_documents_of_both_languages():
@@ -222,3 +224,157 @@ def test_sampling_holds_no_more_than_the_sample():
   sample_text((str(number) * 4000 for number in range(3000)), 500_000)
   assert tracemalloc.get_traced_memory()[1] < 2_000_000
   tracemalloc.stop()
+
+
+def no_bytes(backend, tokenizers):
+  """BPE that is to fall back to bytes and has none, as the library's own trainer makes it."""
+  backend.model = tokenizers.models.BPE(byte_fallback=True, unk_token='<unk>')
+  backend.normalizer = tokenizers.normalizers.Replace(' ', '\u2581')
+  backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+
+
+def prepended(backend, tokenizers):
+  no_bytes(backend, tokenizers)
+  replace = tokenizers.normalizers.Replace(' ', '\u2581')
+  backend.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.Prepend('\u2581'), replace])
+
+
+def byte_level(**parts):
+  def change(backend, tokenizers):
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=parts.get('space', False))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.post_processor = tokenizers.processors.ByteLevel(trim_offsets=True)  # which would leave out spaces
+    if 'normalizer' in parts:
+      backend.normalizer = getattr(tokenizers.normalizers, parts['normalizer'])()
+
+  return change
+
+
+KINDS = {
+  'no_bytes': no_bytes,
+  'prepended': prepended,
+  'prefix_space': byte_level(space=True),
+  'nfkc': byte_level(normalizer='NFKC'),
+  'lowercase': byte_level(normalizer='Lowercase'),
+  'strip_accents': byte_level(normalizer='StripAccents'),
+  'sentencepiece_defaults': {},
+  'llama': {
+    'model_type': 'bpe',
+    'byte_fallback': True,
+    'normalization_rule_name': 'identity',
+    'remove_extra_whitespaces': False,
+  },
+  'nmt_nfkc_bytes': {'model_type': 'bpe', 'byte_fallback': True},
+}
+MIXED = [
+  'The ﬁrst foxes ½ ① naïve café　wide １２３ 狐狸 jumped over lazy dogs', '🙂🙂 Ünïcödé ﬀ 漢字',
+  'İstanbul, the QUICK brown fox', '  two  spaces and a tab\tand\n\nlines ', ' ', 'x',
+]  # fmt: skip
+
+
+def make_tokenizer(folder, kind):
+  """Writes a tokenizer of one of KINDS, trained on a few sentences, and returns its path."""
+  change, path = KINDS[kind], folder / ('tokenizer.model' if isinstance(KINDS[kind], dict) else 'tokenizer.json')
+  if isinstance(change, dict):
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter([ENGLISH, *MIXED[2:3]] * 9), model_prefix=str(path).removesuffix('.model'),
+      vocab_size=330 if change else 60, hard_vocab_limit=False, minloglevel=2, **change,
+    )  # fmt: skip
+    return path
+  tokenizers = pytest.importorskip('tokenizers')
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  change(backend, tokenizers)
+  bytewise = backend.pre_tokenizer is not None
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=400, special_tokens=['<unk>', '</s>'], show_progress=False,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet() if bytewise else [],
+  )  # fmt: skip
+  backend.train_from_iterator([ENGLISH] * 9, trainer)
+  if kind == 'prepended':  # with its bytes, as Llama's
+    stored = json.loads(backend.to_str())
+    size = len(stored['model']['vocab'])
+    stored['model']['vocab'] |= {f'<0x{byte:02X}>': size + byte for byte in range(256)}
+    backend = tokenizers.Tokenizer.from_str(json.dumps(stored))
+  backend.save(str(path))
+  return path
+
+
+def normalized(kind, text):
+  """What the tokenizer makes of a text before it cuts it, by the standard library alone; None: not known."""
+  if kind in ('prepended', 'prefix_space', 'llama'):
+    return (' ' if kind != 'prefix_space' or text[:1].strip() else '') + text
+  ways = {
+    'nfkc': lambda: unicodedata.normalize('NFKC', text),
+    'lowercase': text.lower,
+    'strip_accents': lambda: ''.join(char for char in text if unicodedata.category(char) != 'Mn'),
+  }
+  return ways[kind]() if kind in ways else None
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_tokens_stand_for_the_bytes_of_the_text_before_it_was_changed(tmp_path, kind):
+  tokenizer, exact = load_tokenizer(make_tokenizer(tmp_path, kind)), 0
+  for text in MIXED:
+    [part] = tokenizer.encode_slices(text)
+    bytes_X = tokenizer.bytes_per_token()[part.ids] + part.more_bytes
+    if part.ids:
+      assert bytes_X.sum() == len(text.encode()) and bytes_X.min() >= 0, (text, bytes_X)
+    assert part.exact == (tokenizer.decode(part.ids) == text)
+    for cut in range(1, len(part.ids)):
+      decoded = tokenizer.decode_bytes(part.ids[:cut])
+      lengths = {len(text[:stop].encode()) for stop in range(len(text) + 1)
+                 if (new := normalized(kind, text[:stop])) is not None and new.encode() == decoded}  # fmt: skip
+      if lengths:  # the cut is between two characters
+        assert int(bytes_X[:cut].sum()) in lengths, (text, cut)
+        exact += 1
+  assert exact > 30 or normalized(kind, '') is None
+
+
+def test_a_character_that_is_spread_over_tokens_counts_byte_by_byte():
+  text, spans = (
+    'a漢ﬁ b',
+    [(0, 1), (1, 2), (1, 2), (1, 2), (2, 3), (2, 3), (4, 5)],
+  )  # the space is dropped
+  assert share_bytes(text, spans, np.ones(7, np.int32)).tolist() == [1, 1, 1, 1, 1, 2, 2]
+
+
+def test_a_byte_that_no_piece_stands_for_is_told(tmp_path):
+  missing = {kind: load_tokenizer(make_tokenizer(tmp_path, kind)).missing_bytes for kind in ('no_bytes', 'llama')}
+  assert missing['no_bytes'] > 200 and missing['llama'] == 0
+
+
+@pytest.mark.parametrize(
+  ('model', 'said'),
+  [('WordLevel', 'is WordLevel and cannot keep every text'), ('WordPiece', 'is WordPiece'), ('Unigram', 'is Unigram')],
+)
+def test_what_cannot_keep_every_text_is_refused_by_its_kind(tmp_path, model, said):
+  tokenizers = pytest.importorskip('tokenizers')
+  vocab = [('<unk>', 0.0), ('</s>', 0.0), ('a', -1.0)]
+  settings = {'unk_id': 0} if model == 'Unigram' else {'unk_token': '<unk>'}
+  vocab = vocab if model == 'Unigram' else {name: at for at, (name, _) in enumerate(vocab)}
+  tokenizers.Tokenizer(getattr(tokenizers.models, model)(vocab, **settings)).save(str(tmp_path / 'tokenizer.json'))
+  with pytest.raises(UserError, match=said):
+    load_tokenizer(tmp_path / 'tokenizer.json')
+
+
+@pytest.mark.parametrize('how', ['added', 'in the vocabulary'])
+def test_end_of_text_that_nothing_marks_is_found_and_out_of_reach_of_text(tmp_path, how):
+  path = hugging_face(tmp_path / 'tokenizer.json', names=['<|endoftext|>'])
+  stored = json.loads(path.read_text())
+  if how == 'added':
+    stored['added_tokens'][0]['special'] = False
+  else:
+    stored['added_tokens'] = []
+  path.write_text(json.dumps(stored))
+  tokenizer = load_tokenizer(path)
+  assert tokenizer.eos_id == tokenizer.bos_id == 0
+  check_round_trip(tokenizer, 'a<|endoftext|>b')
+
+
+def test_sentencepiece_model_whose_end_of_text_is_a_plain_piece_is_read(tmp_path):
+  sentencepiece.SentencePieceTrainer.train(
+    sentence_iterator=iter([ENGLISH] * 9), model_prefix=str(tmp_path / 'tokenizer'), vocab_size=340, model_type='bpe',
+    byte_fallback=True, eos_id=-1, bos_id=-1, user_defined_symbols=['<|endoftext|>'], minloglevel=2,
+  )  # fmt: skip
+  tokenizer = load_tokenizer(tmp_path / 'tokenizer.model')
+  assert tokenizer.eos_id == tokenizer.bos_id == 1

@@ -73,6 +73,6 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
     config.runtime.attention, jnp.dtype(config.train.dtype), 'cuda', devices, config.model.head_dim
   )
   return compile_step(
-    config, mesh, optimizer, state, attention=attention, pad_id=0, total_steps=total_steps,
+    config, mesh, optimizer, state, attention=attention, total_steps=total_steps,
     options={'xla_gpu_autotune_level': 0},  # which would run kernels
   )  # fmt: skip

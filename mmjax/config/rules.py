@@ -22,7 +22,7 @@ CHOICES = {
   'runtime.remat': ('none', 'block'),
 }
 AT_LEAST = {
-  'seed': 0, 'model.vocab_size': 300, 'model.dim': 2, 'model.n_layers': 1, 'model.n_heads': 1, 'model.n_kv_heads': 1,
+  'seed': 0, 'model.vocab_size': 2, 'model.dim': 2, 'model.n_layers': 1, 'model.n_heads': 1, 'model.n_kv_heads': 1,
   'model.max_seq_len': 2, 'model.norm_eps': 0, 'model.rope_theta': 1, 'model.dropout': 0, 'model.hidden_dim': 0,
   'model.knowledge_num': 1, 'model.knowledge_dim': 2, 'model.num_selected': 1, 'model.n_experts': 1,
   'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.n_heads': 1, 'memory.key_dim': 0,

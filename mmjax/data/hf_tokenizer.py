@@ -1,21 +1,21 @@
-"""Reads a Hugging Face tokenizer.json: byte-level BPE (GPT-2, Qwen, MiniMind), or BPE with byte fallback (Llama).
+"""Reads a Hugging Face tokenizer.json: byte-level BPE (GPT-2, Qwen), or BPE or Unigram with byte fallback (Llama).
 
 Control tokens are found by their usual names, as the file does not say which is which.
 """
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.tokenizer import SPACE, Tokenizer, choose_pad
+from mmjax.data.tokenizer import EOS_NAMES, SPACE, Spans, Tokenizer
 from mmjax.errors import UserError
 
-EOS_NAMES = ('</s>', '<|im_end|>', '<|end_of_text|>', '<|endoftext|>', '<eos>', '<|eos|>', '[EOS]')
 BOS_NAMES = ('<s>', '<|im_start|>', '<|begin_of_text|>', '<|startoftext|>', '<bos>', '<|bos|>', '[BOS]')
 MOST_PIECES = 2**22  # the largest vocabularies in use have 2**18; a lying id must not fill the memory
 PAD_NAMES = ('<pad>', '<|pad|>', '<|padding|>', '[PAD]', '<|finetune_right_pad_id|>', '<|endoftext|>', '<unk>')
+READ = 'byte-level BPE, or BPE or Unigram with byte fallback,'
 
 
 def load_hf_tokenizer(path: Path) -> Tokenizer:
@@ -27,46 +27,64 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   try:
     text = path.read_text(encoding='utf-8')
     settings, backend = json.loads(text), tokenizers.Tokenizer.from_str(text)
-    added = {token['id']: token for token in settings['added_tokens']}
-    decoder = settings['decoder'] or {}
-    kinds = {part['type'] for part in decoder.get('decoders', [decoder]) if 'type' in part}
-    special = {token['content']: token['id'] for token in added.values() if token['special']}
+    kinds = {kind for name in ('normalizer', 'pre_tokenizer', 'decoder') for kind in _kinds(settings[name])}
+    special = {token['content']: token['id'] for token in settings['added_tokens'] if token['special']}
+    byte_level, byte_fallback = 'ByteLevel' in kinds, bool(settings['model'].get('byte_fallback'))
   except Exception as error:  # noqa: BLE001 - the backend raises bare Exception for what it cannot read
     raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
   backend.no_truncation()
   backend.no_padding()
+  backend.post_processor = None  # adds control tokens, which nobody asks for, and may leave spaces out of the offsets
   backend.encode_special_tokens = True  # text that looks like a control token stays text
-  if kinds.isdisjoint(('ByteLevel', 'ByteFallback')):
-    raise UserError(f"'{path}' is neither byte-level BPE nor BPE with byte fallback: it cannot keep every text")
-  largest = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+  model = type(backend.model).__name__
+  if not (model == 'BPE' and byte_level) and not (model in ('BPE', 'Unigram') and byte_fallback):
+    raise UserError(f"'{path}' is {model} and cannot keep every text; {READ} can")
+  vocab = backend.get_vocab(with_added_tokens=True)
+  largest = max(vocab.values(), default=0)
   if largest >= MOST_PIECES:
     raise UserError(f"'{path}' has a token id {largest}; ids must be below {MOST_PIECES}")
-  pieces = _piece_bytes(backend, added, 'ByteLevel' in kinds)
   eos_id = _find(special, EOS_NAMES)
+  if eos_id is None and (name := next((name for name in EOS_NAMES if name in vocab), None)):
+    backend.add_special_tokens([name])  # it is there, but nothing marks it: now text cannot write it either
+    eos_id = vocab[name]
   if eos_id is None:
     raise UserError(f"'{path}' has none of the tokens that end a document: {', '.join(EOS_NAMES)}")
-  pads = [special[name] for name in PAD_NAMES if name in special]
-  pad_id = choose_pad(pieces, pads, eos_id)
-  bos_id = _find(special, BOS_NAMES)
+  pieces = _piece_bytes(backend, byte_level)
+  pad_id, bos_id = _find(special, PAD_NAMES), _find(special, BOS_NAMES)
 
   def encode_slice(text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
 
-  return Tokenizer(path, 'huggingface', pieces, encode_slice, pad_id, eos_id if bos_id is None else bos_id, eos_id)
+  def spans(text: str) -> Spans:
+    return backend.encode(text, add_special_tokens=False).offsets
+
+  pad_id, bos_id = (eos_id if token is None else token for token in (pad_id, bos_id))
+  return Tokenizer(path, 'huggingface', pieces, encode_slice, spans, pad_id, bos_id, eos_id)
+
+
+def _kinds(part: Any) -> Iterator[str]:
+  """Yields the types that a part of the file and the parts within it have."""
+  if isinstance(part, dict):
+    yield from filter(None, [part.get('type')])
+    for inner in part.values():
+      yield from _kinds(inner)
+  elif isinstance(part, list):
+    for inner in part:
+      yield from _kinds(inner)
 
 
 def _find(special: Mapping[str, int], names: Sequence[str]) -> int | None:
   return next((special[name] for name in names if name in special), None)
 
 
-def _piece_bytes(backend: Any, added: Mapping[int, Mapping[str, Any]], byte_level: bool) -> list[bytes]:
+def _piece_bytes(backend: Any, byte_level: bool) -> list[bytes]:
   """Returns the bytes of every piece, b'' for control tokens and for ids that no piece has."""
-  vocab = backend.get_vocab(with_added_tokens=True)
+  vocab, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
   pieces = [b''] * (max(vocab.values()) + 1)
   table = _byte_level_table()
   for piece, token in vocab.items():
     if token in added:
-      pieces[token] = b'' if added[token]['special'] else piece.encode()
+      pieces[token] = b'' if added[token].special else piece.encode()
     elif byte_level:
       pieces[token] = b''.join(table[char] if char in table else char.encode() for char in piece)
     elif re.fullmatch('<0x[0-9A-F]{2}>', piece):

@@ -4,6 +4,8 @@ index.json              written last: a directory without it is not finished
 tokenizer.model | .json
 train-00000.bin         token ids, little-endian uint16 or uint32, documents one after the other, each ending in EOS
 train-00000.offsets.npy int64[documents + 1]: where each document begins, in tokens of its shard
+train-00000.bytes.npy   int64[2, X]: tokens of the shard that stand for more bytes of the text than their piece has, as
+                        tokenizers change text (a space in front, NFKC): where, and how many more (mostly negative)
 valid-00000...          the same for what is held out
 verified.json           stamps and hashes of these files and of the texts, so that the next start need not hash again
 """
@@ -25,7 +27,7 @@ INDEX, VERIFIED = 'index.json', 'verified.json'
 def write_index(directory: Path, index: dict[str, Any]) -> None:
   """Writes index.json, with its own hash, and notes the files' hashes. They must be flushed to the disk already."""
   write_json(directory / INDEX, index | {'sha256': _hash(index)})
-  note_sha256(directory / VERIFIED, {directory / name: sha256 for name, sha256 in _files(index)})
+  note_sha256(directory / VERIFIED, {directory / name: sha256 for name, sha256 in described_files(index)})
 
 
 def read_index(directory: str | Path) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def read_index(directory: str | Path) -> dict[str, Any]:
     raise UserError(f"'{path}' was changed after it was written; delete '{directory}' to prepare again")
   if index['format'] != FORMAT:
     raise UserError(f"'{path}' has format {index['format']}, this version reads {FORMAT}; delete it to prepare again")
-  if any(Path(name).name != name for name, _ in _files(index)):
+  if any(Path(name).name != name for name, _ in described_files(index)):
     raise UserError(f"'{path}' names files outside '{directory}'; delete it to prepare again")
   return index
 
@@ -64,7 +66,7 @@ def verify(directory: str | Path) -> dict[str, Any]:
   """
   directory = Path(directory)
   index = read_index(directory)
-  stated = {directory / name: sha256 for name, sha256 in _files(index)}
+  stated = {directory / name: sha256 for name, sha256 in described_files(index)}
   for path in stated:
     if not path.is_file():
       raise UserError(f"'{path}' is missing; delete '{directory}' to prepare again")
@@ -93,14 +95,25 @@ def data_sha256(index: dict[str, Any]) -> str:
   return hashlib.sha256(''.join(shards).encode()).hexdigest()
 
 
+def counts_bytes(index: dict[str, Any]) -> bool:
+  """Whether it is known how many bytes of text each token stands for.
+
+  Earlier versions did not note where a tokenizer changed text: there, only whole documents can be counted.
+  """
+  shards = [shard for split in index['splits'].values() for shard in split['shards']]
+  return not index['inexact_documents'] or all('bytes_file' in shard for shard in shards)
+
+
 def _hash(index: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
-def _files(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def described_files(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
   """Yields name and sha256 of every file that an index describes."""
   yield index['tokenizer']['file'], index['tokenizer']['sha256']
   for split in index['splits'].values():
     for shard in split['shards']:
       yield shard['file'], shard['sha256']
       yield shard['offsets_file'], shard['offsets_sha256']
+      if 'bytes_file' in shard:  # which earlier versions did not write
+        yield shard['bytes_file'], shard['bytes_sha256']

@@ -5,6 +5,7 @@ stream shifted right by one, so every token is a target exactly once. Padded: ro
 document d from BOS and what precedes them; the rest of a long document is not used.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ from typing import Any
 import grain
 import numpy as np
 
-from mmjax.data.index import verify
+from mmjax.data.index import counts_bytes, verify
+from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 
+PADDING = -1  # the target where there is nothing to predict: no token, whatever the tokenizer
 PREFETCHED_BATCHES = 4  # made ahead in one background thread
 MOST_ROWS = 2**52  # that training may see: "without end", and exact as a float
 
@@ -25,8 +28,8 @@ class TokenSplit:
   Attributes:
     max_seq_len: T.
     layout: 'packed' or 'padded'.
-    n_rows, n_tokens, n_documents, text_bytes: sizes; tokens count an EOS for each document.
-    vocab_size, pad_id, bos_id, eos_id: those of the tokenizer.
+    n_rows, n_tokens, n_documents, text_bytes: sizes, whatever the layout; tokens count an EOS for each document.
+    vocab_size, bos_id, eos_id: those of the tokenizer. pad_id fills up inputs, where targets are PADDING.
     document_start: int64[documents + 1], where each document begins in the stream, and its end.
   """
 
@@ -45,6 +48,36 @@ class TokenSplit:
     starts = [o[:-1] + start for o, start in zip(offsets, self._shard_start[:-1], strict=True)]
     self.document_start = np.concatenate([*starts, self._shard_start[-1:]])
     self.n_rows = count_rows(entry, max_seq_len, layout)
+    self._index = index
+
+  @functools.cached_property
+  def scored_bytes(self) -> int:
+    """UTF-8 bytes of the text that the targets of all rows stand for: all of it but what padded rows cut off.
+
+    Raises:
+      UserError: if text was cut off, and an earlier version did not count the bytes that this tokenizer changes.
+    """
+    length = np.diff(self.document_start)
+    cut = np.flatnonzero(length > self.max_seq_len) if self.layout == 'padded' else ()
+    if not len(cut):
+      return self.text_bytes
+    if not counts_bytes(self._index):
+      raise UserError(
+        f"'{self.directory}' is of an earlier version, which did not count the bytes of documents that are cut "
+        f'({len(cut)} at model.max_seq_len={self.max_seq_len}) where the tokenizer changes text; prepare it again'
+      )
+    piece_bytes = load_tokenizer(self.directory / self._index['tokenizer']['file']).bytes_per_token()
+    parts = [np.zeros((2, 0), np.int64)]
+    for shard, start in zip(self._index['splits'][self.split]['shards'], self._shard_start[:-1], strict=True):
+      if 'bytes_file' in shard:
+        parts.append(np.load(self.directory / shard['bytes_file'], allow_pickle=False) + np.array([[start], [0]]))
+    position_X, more_X = np.concatenate(parts, axis=1)
+    sums_X = np.concatenate([[0], np.cumsum(more_X)])
+    left_out = 0
+    for start, stop in zip(self.document_start[cut] + self.max_seq_len, self.document_start[cut + 1] - 1, strict=True):
+      first, last = np.searchsorted(position_X, (start, stop))
+      left_out += int(piece_bytes[self.stream(start, stop)].sum(dtype=np.int64) + sums_X[last] - sums_X[first])
+    return self.text_bytes - left_out
 
   def stream(self, start: int, stop: int) -> np.ndarray:
     """Returns int32 tokens start..stop of the split's stream, whatever shards they lie in."""
@@ -72,19 +105,22 @@ class TokenSplit:
       row_ids: int[B]; -1 gives a row of padding.
 
     Returns:
-      input, target, segment: int32[B, T]; target is pad_id where there is nothing to predict. segment numbers the
+      input, target, segment: int32[B, T]; target is PADDING where there is nothing to predict. segment numbers the
       documents of a row where isolate_documents is set, else it is 0. row_id: int64[B].
     """
     shape = (len(row_ids), self.max_seq_len)
-    inputs, targets = np.full(shape, self.pad_id, np.int32), np.full(shape, self.pad_id, np.int32)
+    inputs, targets = np.full(shape, self.pad_id, np.int32), np.full(shape, PADDING, np.int32)
+    segment = np.zeros(shape, np.int32)
     for at, row_id in enumerate(row_ids):
       if row_id >= 0:
         target, first = self.row(int(row_id))
         targets[at, : len(target)] = target
         inputs[at, 0] = first
         inputs[at, 1 : len(target) + 1] = target[: self.max_seq_len - 1]
-    isolated = self.isolate_documents and self.layout == 'packed'  # an EOS opens the segment of what follows it
-    segment = np.cumsum(inputs == self.eos_id, axis=1, dtype=np.int32) if isolated else np.zeros(shape, np.int32)
+        if self.isolate_documents and self.layout == 'packed':  # the EOS before a document opens its segment
+          places = int(row_id) * self.max_seq_len + np.arange(self.max_seq_len)
+          segment[at] = np.searchsorted(self.document_start, places, 'right')
+          segment[at] -= np.searchsorted(self.document_start, places[0])
     return {'input': inputs, 'target': targets, 'segment': segment, 'row_id': np.asarray(row_ids, np.int64)}
 
 

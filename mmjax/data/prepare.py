@@ -24,13 +24,20 @@ from mmjax.config import DataConfig
 from mmjax.data.embedded import build_embedded_corpus
 from mmjax.data.files import check_room, known_sha256, locked_directory, note_sha256, write_file
 from mmjax.data.formats import format_of
-from mmjax.data.index import FORMAT, INDEX, VERIFIED, find_prepared, verify, write_index
+from mmjax.data.index import FORMAT, INDEX, VERIFIED, counts_bytes, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
 from mmjax.data.progress import ConsoleProgress, Meter, ProgressSink
 from mmjax.data.reader import Tally, find_files, read_documents
 from mmjax.data.shards import Pass, ShardBuilder
 from mmjax.data.split import is_held_out
-from mmjax.data.tokenizer import Tokenizer, load_tokenizer, sample_text, tokenizer_file_name, train_tokenizer
+from mmjax.data.tokenizer import (
+  LEAST_VOCABULARY,
+  Tokenizer,
+  load_tokenizer,
+  sample_text,
+  tokenizer_file_name,
+  train_tokenizer,
+)
 from mmjax.data.worker import token_dtype
 from mmjax.errors import UserError
 
@@ -50,6 +57,7 @@ class Plan:
   sha256: dict[Path, str]
   inputs: dict[str, list[dict[str, Any]]]
   settings: dict[str, Any]
+  may_cut: bool  # documents, as the padded layout does
 
   def made(self, index: dict[str, Any]) -> bool:
     """Whether a prepared directory with this index was made from what is planned, wherever that lay then.
@@ -61,6 +69,8 @@ class Plan:
       return False
     if index['settings'] | {'tokenizer_sha256': own} != self.settings:
       return False
+    if self.may_cut and not counts_bytes(index):
+      return False
     pairs = [zip_longest(index['inputs'][split], files, fillvalue={}) for split, files in self.inputs.items()]
     return all(_same_input(old, new) for files in pairs for old, new in files)
 
@@ -70,7 +80,7 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
 
   Args:
     data: where the text is and how to read it; without train_files the embedded corpus is built and used.
-    vocab_size: V of the model; a tokenizer that is trained gets as many pieces, a given one must have them.
+    vocab_size: V of the model; a tokenizer that is trained gets as many pieces, a given one has at most so many.
     progress: where to report; by default the terminal.
 
   Returns:
@@ -84,7 +94,8 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
   progress = progress or ConsoleProgress()
   try:
     if (Path(data.prepared_dir) / INDEX).is_file() and not (data.train_files or data.valid_files):
-      _check_brought(data, vocab_size, progress)
+      index = _check_brought(data, vocab_size, progress)
+      _say_spare(index, vocab_size, progress)
       return Path(data.prepared_dir)
     plan = _plan(data, vocab_size, progress)
     directory = find_prepared(data.prepared_dir, plan.made) or plan.directory
@@ -94,17 +105,29 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
         _remove_others(directory, index)  # if a kill came between writing the index and this
         progress.say(f'found prepared data in {directory}: {_summary(index)}')
       else:
-        _build(plan, data, progress)
+        index = _build(plan, data, progress)
+      _say_spare(index, vocab_size, progress)
       note_sha256(directory / VERIFIED, plan.sha256)
     return directory
   finally:
     progress.close()
 
 
-def _check_brought(data: DataConfig, vocab_size: int, progress: ProgressSink) -> None:
-  """Raises UserError if a prepared directory that is used as it is is not whole or does not fit the settings."""
+def _say_spare(index: dict[str, Any], vocab_size: int, progress: ProgressSink) -> None:
+  if spare := vocab_size - index['vocab_size']:
+    progress.say(
+      f'model.vocab_size={vocab_size}: the tokenizer has {index["vocab_size"]} pieces, {spare} rows are spare'
+    )
+
+
+def _check_brought(data: DataConfig, vocab_size: int, progress: ProgressSink) -> dict[str, Any]:
+  """Returns the index of a prepared directory that is used as it is.
+
+  Raises:
+    UserError: if it is not whole or does not fit the settings.
+  """
   index = verify(data.prepared_dir)
-  if index['vocab_size'] != vocab_size:
+  if index['vocab_size'] > vocab_size:
     raise UserError(
       f'model.vocab_size={vocab_size} does not fit data.prepared_dir={data.prepared_dir!r}, which was made with '
       f'{index["vocab_size"]} pieces; set --config.model.vocab_size={index["vocab_size"]}'
@@ -114,9 +137,16 @@ def _check_brought(data: DataConfig, vocab_size: int, progress: ProgressSink) ->
       f'data.tokenizer={data.tokenizer!r} did not make data.prepared_dir={data.prepared_dir!r}; leave it out'
     )
   progress.say(f'using prepared data in {data.prepared_dir}: {_summary(index)}')
+  return index
 
 
 def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
+  given = _given_tokenizer(data.tokenizer, vocab_size) if data.tokenizer else None
+  if not given and vocab_size <= LEAST_VOCABULARY:
+    raise UserError(
+      f'model.vocab_size={vocab_size} must be above {LEAST_VOCABULARY} for a tokenizer that is trained: it has 4 '
+      'control tokens, 256 bytes and the characters of the text; a data.tokenizer that is given may be smaller'
+    )
   if data.train_files:
     train, name = find_files(data.train_files), ''
     valid = find_files(data.valid_files) if data.valid_files else []
@@ -131,11 +161,11 @@ def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
       which = f"'{file}'" if file == twin else f"'{file}' leads to the same file as '{twin}': it"
       raise UserError(f'{which} is in data.train_files and in data.valid_files; leave it out of one')
   settings = {
-    'vocab_size': vocab_size,
+    'vocab_size': given.vocab_size if given else vocab_size,
     'text_key': data.text_key if name != 'embedded' else 'text',
     'on_bad_line': data.on_bad_line,
     'valid_fraction': 0.0 if valid else data.valid_fraction,
-    'tokenizer_sha256': _given_tokenizer(data.tokenizer, vocab_size).sha256 if data.tokenizer else '',
+    'tokenizer_sha256': given.sha256 if given else '',
   }
   sha256 = known_sha256([*train, *valid], Path(data.prepared_dir).glob(f'*/{VERIFIED}'))
   inputs = {
@@ -146,12 +176,12 @@ def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
   hashed = json.dumps({'format': FORMAT, 'settings': settings, 'inputs': bytes_of}, sort_keys=True)
   identity = hashlib.sha256(hashed.encode()).hexdigest()
   directory = Path(data.prepared_dir) / f'{name or _common_name(train)}-{identity[:12]}'
-  return Plan(directory, identity, tuple(train), tuple(valid), sha256, inputs, settings)
+  return Plan(directory, identity, tuple(train), tuple(valid), sha256, inputs, settings, data.layout == 'padded')
 
 
 def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
   tokenizer = load_tokenizer(path)
-  if tokenizer.vocab_size != vocab_size:
+  if tokenizer.vocab_size > vocab_size:
     raise UserError(
       f"model.vocab_size={vocab_size} does not fit the tokenizer '{path}', which has {tokenizer.vocab_size} pieces; "
       f'set --config.model.vocab_size={tokenizer.vocab_size} (prepare: --vocab_size {tokenizer.vocab_size})'
@@ -188,8 +218,11 @@ def _common_name(files: Sequence[Path]) -> str:
   return name or 'text'
 
 
-def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> None:
-  """Makes the directory whole. After a user's mistake it is removed again: the corrected input has another hash."""
+def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> dict[str, Any]:
+  """Makes the directory whole and returns its index.
+
+  After a user's mistake it is removed again: the corrected input has another hash.
+  """
   try:
     check_room(plan.directory, sum(_expected_bytes(file) for file in plan.train + plan.valid))
     tokenizer = _tokenizer(plan, data, progress)
@@ -211,8 +244,9 @@ def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> None:
       plan.directory.rmdir()
     raise
   progress.say(f'prepared {plan.directory}: {_summary(index)}')
-  for line in _remarks(index, builder.state['tallies']):
+  for line in _remarks(index, builder.state['tallies'], tokenizer):
     progress.say(line)
+  return index
 
 
 def _expected_bytes(file: Path) -> int:
@@ -305,9 +339,7 @@ def _remove_others(directory: Path, index: dict[str, Any] | None) -> None:
   """Removes what the index does not name: leftovers of earlier starts, or everything."""
   keep = set()
   if index is not None:
-    shards = [shard for split in index['splits'].values() for shard in split['shards']]
-    keep = {INDEX, VERIFIED, index['tokenizer']['file']}
-    keep |= {shard[key] for shard in shards for key in ('file', 'offsets_file')}
+    keep = {INDEX, VERIFIED, *(name for name, _ in described_files(index))}
   for path in directory.iterdir():
     if path.name not in keep and path.is_file():
       with contextlib.suppress(OSError):  # a directory that may only be read
@@ -321,11 +353,17 @@ def _summary(index: dict[str, Any]) -> str:
   )
 
 
-def _remarks(index: dict[str, Any], tallies: dict[str, Any]) -> Iterator[str]:
+def _remarks(index: dict[str, Any], tallies: dict[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
   """Yields what a user should know about lines left out and documents not kept exactly."""
   for split, tally in tallies.items():
     report = Tally('skip', **tally).report()
     if report:
       yield f'{split}: skipped lines: {report}'
   if index['inexact_documents']:
-    yield f'{index["inexact_documents"]} documents are not reproduced exactly by this tokenizer'
+    lost = (
+      f': it has no piece for {tokenizer.missing_bytes} of the 256 bytes, so characters that it does not know are lost'
+    )
+    yield (
+      f'{index["inexact_documents"]} documents are not reproduced exactly by this tokenizer'
+      + (lost if tokenizer.missing_bytes else '')
+    )

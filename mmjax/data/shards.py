@@ -34,10 +34,12 @@ class ShardWriter:
       self._handle = self._path.open('xb')
     self._sha256 = hashlib.sha256()
     self._lengths: list[np.ndarray] = []
+    self._more_bytes: list[np.ndarray] = []
     self.tokens = self._text_bytes = 0
 
-  def add(self, tokens: np.ndarray, length: np.ndarray, text_bytes: np.ndarray) -> None:
+  def add(self, tokens: np.ndarray, length: np.ndarray, text_bytes: np.ndarray, more_bytes: np.ndarray) -> None:
     """Appends whole documents, see TokenBlock."""
+    self._more_bytes.append(more_bytes + np.array([[self.tokens], [0]]))
     with storage_errors(self._path):
       self._handle.write(tokens)
     self._sha256.update(tokens)
@@ -52,19 +54,23 @@ class ShardWriter:
       os.fsync(self._handle.fileno())
       self._handle.close()
     offsets = np.concatenate([np.zeros(1, np.int64), *self._lengths]).cumsum()
-    buffer = io.BytesIO()
-    np.save(buffer, offsets, allow_pickle=False)
-    offsets_file = f'{self._name}.offsets.npy'
-    write_file(self._directory / offsets_file, buffer.getvalue())
     return {
       'file': self._path.name,
       'sha256': self._sha256.hexdigest(),
-      'offsets_file': offsets_file,
-      'offsets_sha256': hashlib.sha256(buffer.getvalue()).hexdigest(),
+      **self._write_array('offsets', offsets),
+      **self._write_array('bytes', np.concatenate(self._more_bytes, axis=1)),
       'tokens': self.tokens,
       'documents': len(offsets) - 1,
       'text_bytes': self._text_bytes,
     }
+
+  def _write_array(self, kind: str, array: np.ndarray) -> dict[str, str]:
+    """Writes an array beside the shard and returns what the index says of it."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    name = f'{self._name}.{kind}.npy'
+    write_file(self._directory / name, buffer.getvalue())
+    return {f'{kind}_file': name, f'{kind}_sha256': hashlib.sha256(buffer.getvalue()).hexdigest()}
 
   def abandon(self) -> None:
     """Closes an unfinished shard; the next start writes over it."""
@@ -121,7 +127,7 @@ class ShardBuilder:
       whole = all(
         sha256_of(self._directory / shard[file]) == shard[sha256]
         for shard in shards
-        for file, sha256 in (('file', 'sha256'), ('offsets_file', 'offsets_sha256'))
+        for file, sha256 in (('file', 'sha256'), ('offsets_file', 'offsets_sha256'), ('bytes_file', 'bytes_sha256'))
       )
       same = (state['tokenizer_sha256'], state['files']) == (self._tokenizer.sha256, self._names())
       return state if whole and same else None
@@ -168,19 +174,23 @@ class ShardBuilder:
 
   def _add(self, split: str, done: TokenBlock) -> None:
     if not done.held_out.any():
-      self._append(split, done.tokens, done.length, done.text_bytes)
+      self._append(split, done.tokens, done.length, done.text_bytes, done.more_bytes)
       return
     held_token = np.repeat(done.held_out, done.length)
     for name, document, token in ((split, ~done.held_out, ~held_token), ('valid', done.held_out, held_token)):
-      self._append(name, done.tokens[token], done.length[document], done.text_bytes[document])
+      at_X, more_X = done.more_bytes[:, token[done.more_bytes[0]]]
+      more_bytes = np.stack([np.cumsum(token)[at_X] - 1, more_X])
+      self._append(name, done.tokens[token], done.length[document], done.text_bytes[document], more_bytes)
 
-  def _append(self, split: str, tokens: np.ndarray, length: np.ndarray, text_bytes: np.ndarray) -> None:
+  def _append(
+    self, split: str, tokens: np.ndarray, length: np.ndarray, text_bytes: np.ndarray, more_bytes: np.ndarray
+  ) -> None:
     if not len(length):
       return
     if split not in self._writers:
       name = f'{split}-{len(self.state["shards"][split]):05d}'
       self._writers[split] = ShardWriter(self._directory, name, self._dtype)
-    self._writers[split].add(tokens, length, text_bytes)
+    self._writers[split].add(tokens, length, text_bytes, more_bytes)
 
   def _finish_shards(self, position: dict[str, Any]) -> None:
     """Makes the open shards whole, then notes them and the position in the input that they reach."""

@@ -1,8 +1,9 @@
 """Text to token ids and back, exactly: SentencePiece BPE with byte fallback, or a Hugging Face tokenizer.json.
 
 A piece is the bytes it stands for. Decoding joins them, so `decode(encode(text)) == text` for every string where the
-tokenizer covers all bytes. The one character that SentencePiece itself cannot tell from a space, U+2581, is encoded as
-its three bytes. Text that only looks like a control token ('</s>') is encoded as text.
+tokenizer covers all bytes and changes none before it cuts. The one character that SentencePiece itself cannot tell from
+a space, U+2581, is encoded as its three bytes. Text that only looks like a control token ('</s>') is encoded as text.
+No token means padding: which targets count is told by their place in a row (mmjax.data.loader).
 
 Source: Sennrich et al. 2016, arXiv:1508.07909; Kudo and Richardson 2018, arXiv:1808.06226.
 """
@@ -11,6 +12,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import sentencepiece
@@ -22,7 +24,27 @@ from mmjax.errors import UserError
 SPACE = '\u2581'  # how a SentencePiece piece writes a space
 SLICE_CHARS = 2**18  # longer text is encoded in slices, cut before a space where there is one: memory stays bounded
 SAMPLE_CHARS = 4096  # training text is taken in slices of this many characters
+LEAST_VOCABULARY = 4 + 256  # control tokens and bytes of a tokenizer that is trained; the text's characters come on top
 CHARACTER_COVERAGE = 0.998  # of the training text; rarer characters become bytes and leave pieces to frequent strings
+
+
+EOS_NAMES = (
+  '</s>', '<|im_end|>', '<|end_of_text|>', '<|endoftext|>', '<eos>', '<|eos|>', '[EOS]', '<|eot_id|>', '<|end|>',
+  '<end_of_turn>', '<｜end▁of▁sentence｜>', '<|end▁of▁sentence|>', '<EOS>', '<|eod|>', '<eod>',
+)  # fmt: skip
+
+Spans = list[tuple[int, int]]  # for each token the characters of the text that it comes from: first, and one after last
+
+
+class Slice(NamedTuple):
+  """The ids of a slice of text; `exact`: whether they decode to it.
+
+  more_bytes: int64[len(ids)], UTF-8 bytes of the text that each token stands for, less those of its piece.
+  """
+
+  ids: list[int]
+  more_bytes: np.ndarray
+  exact: bool
 
 
 class Tokenizer:
@@ -33,7 +55,8 @@ class Tokenizer:
     sha256: of that file.
     kind: 'sentencepiece' or 'huggingface'.
     vocab_size: V.
-    pad_id, bos_id, eos_id: control tokens; pad_id never occurs in encoded text.
+    bos_id, eos_id: control tokens.
+    pad_id: what fills up a row's input behind its last token; any id would do.
   """
 
   def __init__(
@@ -42,6 +65,7 @@ class Tokenizer:
     kind: str,
     piece_bytes: Sequence[bytes],
     encode_slice: Callable[[str], list[int]],
+    spans: Callable[[str], Spans],
     pad_id: int,
     bos_id: int,
     eos_id: int,
@@ -51,18 +75,21 @@ class Tokenizer:
     self.vocab_size = len(piece_bytes)
     self.pad_id, self.bos_id, self.eos_id = pad_id, bos_id, eos_id
     self._piece_bytes = list(piece_bytes)
-    self._encode_slice = encode_slice
+    self._bytes_per_token = np.array([len(piece) for piece in piece_bytes], np.int32)
+    self._encode_slice, self._spans = encode_slice, spans
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without control tokens.
 
     Raises:
-      UserError: if the text holds a lone surrogate, which is no character.
+      UserError: if it is no str, or holds a lone surrogate, which is no character.
     """
-    return [token for ids in self.encode_slices(text) for token in ids]
+    return [token for part in self.encode_slices(text) for token in part.ids]
 
-  def encode_slices(self, text: str) -> Iterator[list[int]]:
-    """Yields the ids of a text of any length, a bounded part at a time."""
+  def encode_slices(self, text: str) -> Iterator[Slice]:
+    """Yields the ids of a text of any length, a bounded part at a time, with the bytes that they stand for."""
+    if not isinstance(text, str):
+      raise UserError(f'a text must be a str, not {type(text).__name__}')
     try:
       text.encode('utf-8')
     except UnicodeEncodeError as error:
@@ -70,8 +97,17 @@ class Tokenizer:
     start = 0
     while start < len(text):
       stop = _slice_end(text, start)
-      yield self._encode_slice(text[start:stop])
+      yield self._encode(text[start:stop])
       start = stop
+
+  def _encode(self, text: str) -> Slice:
+    ids, raw = self._encode_slice(text), text.encode()
+    decoded, more_bytes = self.decode_bytes(ids), np.zeros(len(ids), np.int64)
+    if decoded == b' ' + raw:  # by far the most frequent change
+      more_bytes[0] = -1
+    elif decoded != raw and ids:
+      more_bytes += share_bytes(text, self._spans(text), piece := self._bytes_per_token[ids]) - piece
+    return Slice(ids, more_bytes, decoded == raw)
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; control tokens are nothing, bytes that form no character become U+FFFD.
@@ -90,11 +126,39 @@ class Tokenizer:
 
   def bytes_per_token(self) -> np.ndarray:
     """Returns int32[V]: the UTF-8 bytes that each piece stands for, 0 for control tokens."""
-    return np.array([len(piece) for piece in self._piece_bytes], np.int32)
+    return self._bytes_per_token
+
+  @property
+  def missing_bytes(self) -> int:
+    """How many of the 256 bytes no piece stands for: text that only they could write is lost, or unknown."""
+    return 256 - len({piece for piece in self._piece_bytes if len(piece) == 1})
 
   def start_id(self, layout: str) -> int:
     """Returns the token that a prompt begins with: what stands before a document in rows of that layout."""
     return {'packed': self.eos_id, 'padded': self.bos_id}[layout]
+
+
+def share_bytes(text: str, spans: Spans, piece_bytes: np.ndarray) -> np.ndarray:
+  """Returns how many UTF-8 bytes of a text each of its tokens stands for: int64, whose sum is the text's.
+
+  A token's bytes end where its span does. Where the next one begins before that, both are parts of one character, and
+  the first has as many bytes as its piece. What was left out between two tokens counts with the second, at the end
+  with the last.
+
+  Args:
+    text: what was encoded, perhaps into other characters than its own.
+    spans: of its tokens, at least one.
+    piece_bytes: int[len(spans)], of each token's piece.
+  """
+  points = np.frombuffer(text.encode('utf-32-le'), np.uint32)
+  byte_of_char = np.cumsum([0, *(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))]).tolist()
+  ends, end = [], 0
+  for (_, stop), (next_start, _), size in zip(spans, [*spans[1:], (len(text), 0)], piece_bytes.tolist(), strict=True):
+    stop, next_start = byte_of_char[stop], byte_of_char[next_start]
+    end = max(end, stop if next_start >= stop else min(max(end + size, next_start), stop))
+    ends.append(end)
+  ends[-1] = byte_of_char[-1]
+  return np.diff(ends, prepend=0)
 
 
 def _slice_end(text: str, start: int) -> int:
@@ -138,8 +202,11 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
   if not pieces:
     raise UserError(f"'{path}' is not a SentencePiece model: it is empty")
   eos_id = model.eos_id()
+  if eos_id < 0:  # none is marked
+    named = (model.piece_to_id(name) for name in EOS_NAMES)
+    eos_id = next((token for token in named if not model.is_unknown(token)), -1)
   if eos_id < 0:
-    raise UserError(f"'{path}' has no end-of-sequence token; train it with one (eos_id)")
+    raise UserError(f"'{path}' has no end-of-sequence token (eos_id) and none of {', '.join(EOS_NAMES)}")
   space_ids = [model.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
   byte_fallback = all(model.is_byte(token) for token in space_ids)
 
@@ -149,10 +216,25 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     parts = model.encode(text.split(SPACE))
     return parts[0] + [token for part in parts[1:] for token in space_ids + part]
 
-  unk_id = model.unk_id() if byte_fallback else -1  # never encoded where bytes stand in for the unknown
-  pad_id = choose_pad(pieces, [model.pad_id(), unk_id], eos_id)
+  def spans(text: str) -> Spans:
+    found, at = [], 0
+    for number, part in enumerate(text.split(SPACE) if byte_fallback else [text]):
+      if number:
+        found += [(at, at + 1)] * len(space_ids)
+        at += 1
+      mapping = model.encode(part, return_type='offset_mapping')
+      last, of_part = None, []
+      for token, (start, stop) in zip(reversed(mapping['ids']), reversed(mapping['offsets']), strict=True):
+        if not (model.is_byte(token) and start == stop):  # of a character's bytes only the last has its span
+          last = (at + start, at + stop)
+        of_part.append(last)
+      found += reversed(of_part)
+      at += len(part)
+    return found
+
+  pad_id = next((token for token in (model.pad_id(), model.unk_id()) if token >= 0), eos_id)
   bos_id = model.bos_id() if model.bos_id() >= 0 else eos_id
-  return Tokenizer(path, 'sentencepiece', pieces, encode_slice, pad_id, bos_id, eos_id)
+  return Tokenizer(path, 'sentencepiece', pieces, encode_slice, spans, pad_id, bos_id, eos_id)
 
 
 def _sentencepiece_bytes(model: sentencepiece.SentencePieceProcessor, token: int) -> bytes:
@@ -161,15 +243,6 @@ def _sentencepiece_bytes(model: sentencepiece.SentencePieceProcessor, token: int
   if model.is_byte(token):
     return bytes([int(model.id_to_piece(token)[3:5], 16)])
   return model.id_to_piece(token).replace(SPACE, ' ').encode()
-
-
-def choose_pad(pieces: list[bytes], candidates: Sequence[int], eos_id: int) -> int:
-  """Returns the first candidate that is a token other than EOS; where there is none, adds a piece for padding."""
-  for token in candidates:
-    if token >= 0 and token != eos_id:
-      return token
-  pieces.append(b'')
-  return len(pieces) - 1
 
 
 def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:

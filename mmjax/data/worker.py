@@ -34,13 +34,15 @@ class TokenBlock(NamedTuple):
   """A tokenized block: its documents one after the other, each ending in EOS.
 
   tokens: uint16 or uint32[sum(length)].   length: int64[documents], tokens with EOS.   text_bytes: int64[documents],
-  UTF-8.   held_out: bool[documents].   inexact: documents that do not decode to themselves.
+  UTF-8.   held_out: bool[documents].   more_bytes: int64[2, X], which tokens stand for more bytes of the text than
+  their piece has, and how many more.   inexact: documents that do not decode to themselves.
   """
 
   tokens: np.ndarray
   length: np.ndarray
   text_bytes: np.ndarray
   held_out: np.ndarray
+  more_bytes: np.ndarray
   lines: int
   empty: int
   inexact: int
@@ -63,23 +65,28 @@ def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out_s
   """
   parsed = parse_block(block, text_key)
   dtype = token_dtype(tokenizer.vocab_size)
-  parts, length, text_bytes, held_out, inexact = [np.empty(0, dtype)], [], [], [], 0
+  parts, length, text_bytes, held_out, more_bytes = [np.empty(0, dtype)], [], [], [], [np.empty((2, 0), np.int64)]
+  inexact = end = 0
   for text in parsed.documents:
-    raw, decoded, count = text.encode(), [], 1
-    for ids in tokenizer.encode_slices(text):
-      parts.append(np.array(ids, dtype))
-      decoded.append(tokenizer.decode_bytes(ids))
-      count += len(ids)
+    raw, start, exact = text.encode(), end, True
+    for part in tokenizer.encode_slices(text):
+      parts.append(np.array(part.ids, dtype))
+      at_X = np.flatnonzero(part.more_bytes)
+      more_bytes.append(np.stack([end + at_X, part.more_bytes[at_X]]))
+      end += len(part.ids)
+      exact &= part.exact
     parts.append(np.array([tokenizer.eos_id], dtype))
-    length.append(count)
+    end += 1
+    length.append(end - start)
     text_bytes.append(len(raw))
     held_out.append(is_held_out(raw, held_out_share))
-    inexact += b''.join(decoded) != raw
+    inexact += not exact
   return TokenBlock(
     np.concatenate(parts),
     np.array(length, np.int64),
     np.array(text_bytes, np.int64),
     np.array(held_out, bool),
+    np.concatenate(more_bytes, axis=1),
     parsed.lines,
     parsed.empty,
     inexact,
@@ -158,7 +165,7 @@ def _start_worker(settings: dict[str, Any]) -> subprocess.Popen:
 def _ask_worker(process: subprocess.Popen, block: Block, dtype: np.dtype) -> TokenBlock:
   try:
     _write_frames(process.stdin, json.dumps([block.file, block.line, block.byte, block.too_long]).encode(), block.data)
-    counts, tokens, length, text_bytes, held_out = (_read_frame(process.stdout) for _ in range(5))
+    counts, tokens, length, text_bytes, held_out, more_bytes = (_read_frame(process.stdout) for _ in range(6))
   except (OSError, EOFError):
     raise UserError(
       f'a tokenizer process ended with code {process.wait()} in {block.file}, line {block.line} and following '
@@ -170,6 +177,7 @@ def _ask_worker(process: subprocess.Popen, block: Block, dtype: np.dtype) -> Tok
     np.frombuffer(length, np.int64),
     np.frombuffer(text_bytes, np.int64),
     np.frombuffer(held_out, bool),
+    np.frombuffer(more_bytes, np.int64).reshape(2, -1),
     lines,
     empty,
     inexact,
@@ -214,7 +222,7 @@ def main() -> None:
     block = Block(file, line, byte, _read_frame(source), too_long)
     done = tokenize_block(block, tokenizer, settings['text_key'], settings['held_out_share'])
     counts = json.dumps([done.lines, done.empty, done.inexact, done.bad]).encode()
-    _write_frames(sink, counts, *(array.tobytes() for array in done[:4]))
+    _write_frames(sink, counts, *(array.tobytes() for array in done[:5]))
 
 
 if __name__ == '__main__':

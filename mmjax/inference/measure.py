@@ -61,9 +61,9 @@ def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalR
   config = dataclasses.replace(lm.config, runtime=runtime)
   split = open_text(config, run, valid_files)
   attention = attention_backend('auto', jnp.dtype(config.train.dtype), jax.default_backend(), 1, config.model.head_dim)
-  step = make_eval_step(model_graph(config), config, pad_id=split.pad_id, attention=attention, mesh=make_mesh(config))
+  step = make_eval_step(model_graph(config), config, attention=attention, mesh=make_mesh(config))
   batches = eval_batches(split, config.train.batch_size)
-  return evaluate(step, lm.params, batches, lm.tokenizer.bytes_per_token(), plan_probe(config, split))
+  return evaluate(step, lm.params, batches, split.scored_bytes, plan_probe(config, split))
 
 
 def open_text(config: Config, run: RunDir, files: str = '') -> TokenSplit:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.data.loader import TokenSplit, eval_batches
+from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
@@ -106,7 +106,7 @@ class MemoryReader:
     if not text:
       raise UserError('the text is empty: there is no token to look at')
     start = tokenizer.start_id(self.lm.config.data.layout)
-    ids = itertools.chain([start], itertools.chain.from_iterable(tokenizer.encode_slices(text)))
+    ids = itertools.chain([start], (token for part in tokenizer.encode_slices(text) for token in part.ids))
     ids = list(itertools.islice(ids, MOST_TOKENS))
     found = []
     for first in range(0, len(ids), self.lm.config.model.max_seq_len):
@@ -197,7 +197,7 @@ class MemoryReader:
     best, taken, read = {layer: [] for layer in layers}, Counter(), 0
     for batch in self._batches(split, positions):
       strength_LBT = np.asarray(self._strength(self.lm.params, batch['input'], batch['segment'], row))
-      predicted_BT = batch['target'] != split.pad_id
+      predicted_BT = batch['target'] != PADDING
       read += int(predicted_BT.sum())
       for layer in layers:
         strength_BT = np.where(predicted_BT, strength_LBT[self.layers.index(layer)], -np.inf)
@@ -219,7 +219,7 @@ class MemoryReader:
     return {
       'before': self.lm.tokenizer.decode(inputs[max(0, position - BEFORE) : position].tolist()),
       'token': token_text(self.lm.tokenizer, int(inputs[position])),
-      'after': self.lm.tokenizer.decode(after[after != split.pad_id].tolist()),
+      'after': self.lm.tokenizer.decode(after[after != PADDING].tolist()),
       'strength': strength,
       'corpus_row': corpus_row,
       'position': position,

@@ -88,7 +88,7 @@ def import_run(
     if vocabulary:
       write_tokenizer(copy, vocabulary)
     run.write_config(config)
-  _say_imported(config, params, out, config_file, tokenizer)
+  _say_imported(config, params, out, config_file, vocabulary)
 
 
 def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> None:
@@ -172,7 +172,7 @@ def _as_overrides(sizes: Mapping[str, int | str]) -> list[str]:
 
 def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
   tokenizer = load_tokenizer(path)
-  if tokenizer.vocab_size != vocab_size:
+  if tokenizer.vocab_size > vocab_size:
     raise UserError(
       f'tokenizer {path!r} has {tokenizer.vocab_size} pieces, the embedding {vocab_size} rows: '
       'they do not belong together'
@@ -180,16 +180,18 @@ def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
   return tokenizer
 
 
-def _say_imported(config: Config, params: Params, out: Path, config_file: str, tokenizer: str | None) -> None:
+def _say_imported(config: Config, params: Params, out: Path, config_file: str, tokenizer: Tokenizer | None) -> None:
   total, without_bank = count_params(params)
   print(f'{out}: {total:,} parameters ({without_bank:,} without the bank), step 0, fresh optimizer')
   usual = flatten(load_config(config_file).to_dict())
   changed = {name: value for name, value in flatten(config.to_dict()).items() if value != usual[name]}
   flags = ''.join(' ' + shlex.quote(f'--config.{name}={value}') for name, value in changed.items())
   if tokenizer:
+    if spare := config.model.vocab_size - tokenizer.vocab_size:
+      print(f'The tokenizer has {tokenizer.vocab_size} pieces: {spare} rows of the embedding are spare')
     print(f'Evaluate: python eval.py --workdir {out}\nSample:   python -m mmjax.tools.sample --workdir {out}')
   else:
-    print('No --tokenizer was given: this run cannot read or write text until it has the one it was trained with')
+    print('No --tokenizer was given: this run takes and gives token ids, no text')
   print(f'Train on: python train.py --config {config_file} --workdir {out}{flags}')
 
 

@@ -45,7 +45,7 @@ class EvalResult:
     bits_per_byte: all nats over log(2) and over the UTF-8 bytes of the text; comparable between tokenizers.
     accuracy: share of tokens that were the most likely one.
     tokens: tokens predicted.
-    text_bytes: UTF-8 bytes that they stand for; the end of a document stands for none.
+    text_bytes: UTF-8 bytes of the documents that they stand for, before a tokenizer changes anything.
     bank: for each layer with a memory its number, `bank_health`, kl_weighted, head_overlap, row_agreement and
       row_agreement_chance (see mmjax.training.probes); empty for a model without a bank.
     probes: positions probed and the loss on them; with a bank also loss_zeroed and loss_shuffled.
@@ -65,13 +65,12 @@ class EvalResult:
     return dataclasses.asdict(self)
 
 
-def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, pad_id: int, attention: str, mesh: Mesh) -> EvalStep:
+def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, attention: str, mesh: Mesh) -> EvalStep:
   """Compiles (at its first call) the evaluation of one batch.
 
   Args:
     graphdef: of the model.
     config: gives the compute dtype and whether documents are isolated.
-    pad_id: targets of this value weigh nothing.
     attention: backend.
     mesh: where the batch goes; its rows must divide the batch.
 
@@ -80,12 +79,12 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, pad_id: int, atten
     and correct, both float32, tokens (int32) and, for a memory model, usage_LM (int32, reads of each row) and what
     `make_read_probe` finds.
   """
-  loss = make_loss(config, graphdef, pad_id, attention, make_read_probe(config))
+  loss = make_loss(config, graphdef, attention, make_read_probe(config))
 
   def sums(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
     rows = jax.tree.map(lambda x: x[0], batch)  # the axis of accumulation, of which there is one
     _, parts = loss(params, rows, jnp.float32(1), None)
-    found = {'nll': parts.pop('loss'), 'correct': parts.pop('accuracy'), 'tokens': jnp.sum(rows['target'] != pad_id)}
+    found = {'nll': parts.pop('loss'), 'correct': parts.pop('accuracy'), 'tokens': jnp.sum(rows['target'] != PADDING)}
     return found | {name: x for name, x in parts.items() if name != 'aux_loss'}
 
   options = compiler_options(config, jax.devices()[0].platform)
@@ -94,7 +93,7 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, pad_id: int, atten
 
 
 def evaluate(
-  eval_step: EvalStep, params: Params, batches: Iterable[Batch], bytes_per_token: np.ndarray, plan: ProbePlan
+  eval_step: EvalStep, params: Params, batches: Iterable[Batch], text_bytes: int, plan: ProbePlan
 ) -> EvalResult:
   """Evaluates on all batches.
 
@@ -102,13 +101,13 @@ def evaluate(
     eval_step: from `make_eval_step`.
     params: of the model.
     batches: of equal shape; `target` is int32 (rows, T).
-    bytes_per_token: int32[V], UTF-8 bytes of each piece, 0 for padding and other control tokens.
+    text_bytes: UTF-8 bytes of the text that their targets stand for, `TokenSplit.scored_bytes` where they are all rows.
     plan: which batches are probed.
 
   Raises:
     UserError: if there is no token to predict.
   """
-  sums, reads, probed, text_bytes = [], {}, [], 0
+  sums, reads, probed = [], {}, []
   for batch in batches:
     found = eval_step(params, batch)
     if 'usage_LM' in found:
@@ -117,7 +116,6 @@ def evaluate(
       if len(probed) < plan.batches:
         probed.append((batch, best_LhBT))
     sums.append(found)
-    text_bytes += int(bytes_per_token[batch['target']].sum(dtype=np.int64))
   sums = jax.device_get(sums)  # one transfer for all
   nll, correct, tokens = (float(_total(sums, name)) for name in ('nll', 'correct', 'tokens'))
   if not tokens or not text_bytes:

@@ -214,9 +214,9 @@ class Trainer:
   def evaluate(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> EvalResult:
     """Evaluates on the whole validation set; `metrics` are those of the step before."""
     with self.window.pause(), explain_out_of_memory(self.config):
-      batches = eval_batches(self.inputs.valid, self.config.train.batch_size)
-      sizes, plan = self.inputs.tokenizer.bytes_per_token(), plan_probe(self.config, self.inputs.valid)
-      result = evaluate(self.program.evaluate, state['params'], batches, sizes, plan)
+      split = self.inputs.valid
+      batches, plan = eval_batches(split, self.config.train.batch_size), plan_probe(self.config, split)
+      result = evaluate(self.program.evaluate, state['params'], batches, split.scored_bytes, plan)
     self.log.write(add_norms({'kind': 'eval', 'step': step, **result.to_dict()}, [metrics]))
     self.progress.message(
       f'Step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, '

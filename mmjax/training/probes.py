@@ -40,12 +40,11 @@ import optax
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.data.loader import TokenSplit
+from mmjax.data.loader import PADDING, TokenSplit
 from mmjax.model.lm import Output, Params, memory_layers
 from mmjax.model.sublayers import row_weights
 from mmjax.training.metrics import bank_health
 
-PADDING = -1  # in place of a row, where there is nothing to predict
 PROBED_POSITIONS = 65536  # enough to tell losses that differ by 0.01 apart
 LAYER_NORMS = ('gate_grad_norm', 'key_grad_norm')
 

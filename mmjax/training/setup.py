@@ -159,11 +159,8 @@ def compile_program(config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, 
   attention = attention_backend(
     config.runtime.attention, jnp.dtype(config.train.dtype), jax.devices()[0].platform, mesh.size, config.model.head_dim
   )
-  pad_id = inputs.tokenizer.pad_id
-  compiled = compile_step(
-    config, mesh, optimizer, state, attention=attention, pad_id=pad_id, total_steps=inputs.total_steps
-  )
-  evaluate = make_eval_step(model_graph(config), config, pad_id=pad_id, attention=attention, mesh=mesh)
+  compiled = compile_step(config, mesh, optimizer, state, attention=attention, total_steps=inputs.total_steps)
+  evaluate = make_eval_step(model_graph(config), config, attention=attention, mesh=mesh)
   return Program(mesh, compiled, evaluate, attention, compiled.memory_analysis())
 
 
@@ -174,7 +171,6 @@ def compile_step(
   state: TrainState,
   *,
   attention: str,
-  pad_id: int,
   total_steps: int,
   options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
@@ -185,9 +181,7 @@ def compile_step(
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
-  step = make_train_step(
-    config, model_graph(config), optimizer, pad_id=pad_id, attention=attention, total_steps=total_steps
-  )
+  step = make_train_step(config, model_graph(config), optimizer, attention=attention, total_steps=total_steps)
   batch = batch_shapes(mesh, config)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), replicated(mesh)))
   with explain_out_of_memory(config):

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import Config
+from mmjax.data.loader import PADDING
 from mmjax.kernels.bank import Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
 from mmjax.model.lm import Params, init_params
@@ -67,13 +68,11 @@ def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
   return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
 
 
-def make_loss(
-  config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str, probe: Callable | None = None
-) -> Callable:
+def make_loss(config: Config, graphdef: nnx.GraphDef, attention: str, probe: Callable | None = None) -> Callable:
   """Returns objective(params, rows, total_weight, key, taps=None) -> (what training minimises, parts).
 
   `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative
-  log-likelihoods of the targets that are not padding, in nats, over `total_weight`; `accuracy`, their hits over
+  log-likelihoods of the targets that are not PADDING, in nats, over `total_weight`; `accuracy`, their hits over
   `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row, and
   what `probe(output, weight_BT)` gives. Summed over an update's micro-batches they are those of one big batch. The
   objective is loss + aux_loss.
@@ -102,7 +101,7 @@ def make_loss(
       dropout_key=key,
       bank_of_layer=None if taps is None else lambda number, bank_MP: TappedBank(bank_MP, taps[number]),
     )
-    weight_BT = (rows['target'] != pad_id).astype(jnp.float32)
+    weight_BT = (rows['target'] != PADDING).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
     with jax.named_scope('loss'):
       nll, correct = cross_entropy_sums(out.hidden_BTD, model.embedding[...], rows['target'], weight_BT, chunk)
@@ -143,12 +142,12 @@ def next_average(average: Array, loss: Array) -> Array:
   return jnp.where(average > 0, LOSS_AVERAGE_DECAY * average + (1 - LOSS_AVERAGE_DECAY) * loss, loss)
 
 
-def make_gradient(config: Config, graphdef: nnx.GraphDef, pad_id: int, attention: str) -> Callable:
+def make_gradient(config: Config, graphdef: nnx.GraphDef, attention: str) -> Callable:
   """Returns gradient(params, batch, tokens, step) -> (parts of the loss, gradients), summed over the micro-batches.
 
   Where the bank is updated lazily, its gradient is `RowSums`.
   """
-  objective = make_loss(config, graphdef, pad_id, attention)
+  objective = make_loss(config, graphdef, attention)
   lazy = is_lazy(config)
   grad = lazy_gradient(config, objective) if lazy else jax.value_and_grad(objective, has_aux=True)
   add_up = add_gradients if lazy else partial(jax.tree.map, jnp.add)
@@ -181,7 +180,6 @@ def make_train_step(
   graphdef: nnx.GraphDef,
   optimizer: optax.GradientTransformation,
   *,
-  pad_id: int,
   attention: str,
   total_steps: int,
 ) -> TrainStep:
@@ -189,17 +187,17 @@ def make_train_step(
 
   It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
   metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_N (of each parameter, in
-  the order of the tree), learning_rate, tokens (targets that are not padding), finite, applied (finite, and no spike),
+  the order of the tree), learning_rate, tokens (targets that are not PADDING), finite, applied (finite, and no spike),
   loss_average (what a spike is measured by), skipped; of memory models also usage_LM (int32 rows read) and norms (see
   `probes`); with memory.revive_after revived_rows and revived_keys.
   """
-  gradient = make_gradient(config, graphdef, pad_id, attention)
+  gradient = make_gradient(config, graphdef, attention)
   schedule = learning_rate_schedule(config.train, total_steps)
   lazy, rate_of_bank = is_lazy(config), bank_rate(config, total_steps)
 
   def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
     params, count = state['params'], state['step'] - state['skipped_total']
-    tokens = jnp.sum(batch['target'] != pad_id)
+    tokens = jnp.sum(batch['target'] != PADDING)
     parts, grads = gradient(params, batch, jnp.maximum(tokens, 1).astype(jnp.float32), state['step'])
     if lazy:
       row_sums = grads['memory_bank']
