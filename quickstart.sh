@@ -3,7 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")"
 . scripts/environment.sh
-set_up_environment ""
+set_up_environment gpu
 workdir=${1:-out/quickstart}
 
 python train.py --config configs/quickstart.py --workdir "$workdir"

@@ -1,0 +1,77 @@
+"""Which NVIDIA driver this machine has, and which of JAX's CUDA builds it runs.
+
+It needs the standard library alone: scripts/environment.sh runs this file before anything is installed, and prints the
+extra of pyproject.toml to install. Source of the limits: https://docs.jax.dev/en/latest/installation.html
+"""
+
+import ctypes
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+PROC = Path('/proc/driver/nvidia/version')
+OLDEST_PYTHON = (3, 12)  # of the builds that the extras cuda12 and cuda13 name
+CUDA13_CAPABILITY = 7.5  # of the oldest GPU that CUDA 13 knows
+
+
+@dataclasses.dataclass(frozen=True)
+class Driver:
+  """What a driver says of itself: `cuda` is the newest CUDA that it runs, `capability` that of its oldest GPU."""
+
+  name: str
+  cuda: int
+  capability: float = CUDA13_CAPABILITY
+
+
+def find_driver() -> Driver | None:
+  """Asks nvidia-smi, the kernel, libcuda; None where no driver runs or the environment keeps JAX from the GPUs."""
+  hidden = os.environ.get('CUDA_VISIBLE_DEVICES', '0').strip() in ('', '-1')
+  unwanted = os.environ.get('JAX_PLATFORMS', '').split(',')[0] not in ('', 'cuda', 'gpu')
+  if hidden or unwanted or not sys.platform.startswith('linux'):
+    return None
+  query = ['nvidia-smi', '--query-gpu=driver_version,compute_cap', '--format=csv,noheader']
+  try:
+    found = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout
+  except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+    found = ''
+  if rows := re.findall(r'^\s*(\d+)([\d.]*)(?:\s*,\s*(\d+\.\d+))?', found, re.MULTILINE):
+    capabilities = [float(capability) for _, _, capability in rows if capability]
+    return _numbered(rows[0][0] + rows[0][1], min(capabilities, default=CUDA13_CAPABILITY))
+  try:
+    if row := re.search(r'\s(\d{3,}\.[\d.]+)\s', PROC.read_text()):
+      return _numbered(row[1])
+  except OSError:
+    pass
+  try:
+    libcuda, version = ctypes.CDLL('libcuda.so.1'), ctypes.c_int()
+    if libcuda.cuInit(0) == 0 and libcuda.cuDriverGetVersion(ctypes.byref(version)) == 0:
+      return Driver(f'for CUDA {version.value // 1000}', version.value // 1000)
+  except (OSError, AttributeError):
+    pass
+  return None
+
+
+def _numbered(version: str, capability: float = CUDA13_CAPABILITY) -> Driver:
+  major = int(version.split('.')[0])
+  return Driver(version, 13 if major >= 580 else 12 if major >= 525 else 11, capability)
+
+
+def cuda_extra(driver: Driver, python: tuple[int, ...] = sys.version_info) -> tuple[str, str]:
+  """Returns the extra that makes JAX use the GPU, or '' and one sentence that says why there is none."""
+  if driver.cuda < 12:
+    return '', f'NVIDIA driver {driver.name} is too old for JAX, which needs 525 or later: the CPU is used.'
+  if tuple(python[:2]) < OLDEST_PYTHON:
+    return '', (
+      f'NVIDIA driver {driver.name} is here, but JAX for its GPU needs Python 3.12 or newer and this is '
+      f'{python[0]}.{python[1]}: the CPU is used; install one, or set PYTHON to it, and run ./quickstart.sh again.'
+    )
+  return ('cuda13' if driver.cuda >= 13 and driver.capability >= CUDA13_CAPABILITY else 'cuda12'), ''
+
+
+if __name__ == '__main__' and (seen := find_driver()):
+  extra, why_not = cuda_extra(seen)
+  print(extra)
+  print(why_not, end='\n' if why_not else '', file=sys.stderr)
