@@ -238,7 +238,7 @@ def sublayer_case(B: int, dtype: str, platform: str) -> Case:
   variants = {}
   for name, file in files.items():
     config = load_config(str(common.ROOT / f'configs/{file}.py'))
-    graphdef, params = nnx.split(SUBLAYERS[config.model.sublayer](config.model, config.memory, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(SUBLAYERS[config.model.sublayer].build(config.model, config.memory, rngs=nnx.Rngs(0)))
 
     def run(
       params: Any, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array, tokens_BT: Array, made: Any = (config, graphdef)

@@ -11,7 +11,7 @@ two more seeds, and the best winner at the other rates. The list only grows, so 
 import contextlib
 from pathlib import Path
 
-from mmjax.config import load_config
+from mmjax.config import idle_settings, load_config
 from mmjax.errors import UserError
 from mmjax.tools.sweep_file import Run
 from mmjax.training.cost import flops_per_token, matching_width
@@ -210,9 +210,8 @@ def make_run(name: str, scale: str, learning_rate: float, seed: int = 0, tokens:
     'train.eval_interval': max(1, -(-steps // SCALES[scale]['evaluations'])),
     'train.checkpoint_interval': max(1, -(-steps // CHECKPOINTS)),
   }
-  return Run(
-    f'{name}-lr{learning_rate:g}', str(CONFIGS / 'exp_1_4_2.py'), settings | sized(MODELS[name], settings), seed
-  )
+  settings = without_idle_sizes(settings | sized(MODELS[name], settings))
+  return Run(f'{name}-lr{learning_rate:g}', str(CONFIGS / 'exp_1_4_2.py'), settings, seed)
 
 
 def sized(model: dict, settings: dict) -> dict:
@@ -233,6 +232,18 @@ def sized(model: dict, settings: dict) -> dict:
   return model
 
 
+def without_idle_sizes(settings: dict) -> dict:
+  """Leaves out sizes of a scale, which has those of every model, that mean nothing in this one: it has no bank, say."""
+  kinds = {name: settings[name] for name in ('model.sublayer', 'model.n_layers', 'memory.layers') if name in settings}
+  idle = idle_settings(load(kinds)).keys() & SCALES['tiny']['settings']
+  return {name: value for name, value in settings.items() if name not in idle}
+
+
 def as_config(settings: dict):
+  """Returns the config of a model at a scale."""
+  return load(without_idle_sizes(settings))
+
+
+def load(settings: dict):
   """Returns the config that has these settings."""
   return load_config(str(CONFIGS / 'exp_1_4_2.py'), [f'--config.{name}={value}' for name, value in settings.items()])

@@ -13,26 +13,12 @@ import numpy as np
 import pytest
 from jax import Array
 
-from mmjax.config import Config, load_config
+from mmjax.config import Config, idle_settings, load_config
 from mmjax.data.loader import PADDING
+from tests.tiny import TINY as TINY
 
 REPOSITORY = Path(__file__).parent.parent
-TINY = {
-  'model.vocab_size': 300,
-  'model.dim': 32,
-  'model.n_layers': 2,
-  'model.n_heads': 4,
-  'model.n_kv_heads': 2,
-  'model.max_seq_len': 16,
-  'model.knowledge_num': 64,
-  'model.knowledge_dim': 8,
-  'model.num_selected': 3,
-  'train.batch_size': 4,
-  'train.accumulation_steps': 2,
-  'train.max_steps': 10,
-  'train.dtype': 'float32',
-  'train.learning_rate': 1e-2,
-}
+TINY_CONFIG = 'tests/tiny.py'
 
 
 def rarely(values: Iterable, *always: object) -> list:
@@ -42,8 +28,14 @@ def rarely(values: Iterable, *always: object) -> list:
 
 def tiny_config(**overrides: object) -> Config:
   """Returns a config of a model of a few thousand parameters; `section__field=value` overrides it."""
-  settings = TINY | {name.replace('__', '.'): value for name, value in overrides.items()}
-  return load_config('configs/base.py', [f'--config.{name}={value}' for name, value in settings.items()])
+  flags = [f'--config.{name.replace("__", ".")}={value}' for name, value in overrides.items()]
+  return load_config(str(REPOSITORY / TINY_CONFIG), flags)
+
+
+def flags_for(config_file: str, settings: dict[str, object]) -> list[str]:
+  """Returns overrides of a config file, without those that do nothing in its model."""
+  idle = idle_settings(load_config(config_file))
+  return [f'--config.{name}={value}' for name, value in settings.items() if name not in idle]
 
 
 def xla_flags(n_devices: int) -> str:
@@ -84,9 +76,8 @@ def run_config(text: Path, **more: object) -> Config:
 
 def command(text: Path, workdir: Path, **more: object) -> list[str]:
   """Returns the command line of a short run on the fixture `text`; run it in REPOSITORY."""
-  settings = TINY | {name.replace('__', '.'): value for name, value in overrides(text, **more).items()}
-  flags = [f'--config.{name}={value}' for name, value in settings.items()]
-  return [sys.executable, 'train.py', '--config', 'configs/base.py', '--workdir', str(workdir), *flags]
+  flags = [f'--config.{name.replace("__", ".")}={value}' for name, value in overrides(text, **more).items()]
+  return [sys.executable, 'train.py', '--config', TINY_CONFIG, '--workdir', str(workdir), *flags]
 
 
 def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 90) -> None:

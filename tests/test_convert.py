@@ -22,7 +22,7 @@ from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.interop.files import read_tensors, write_tensors  # noqa: E402
 from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
-from mmjax.tools.convert import BASE_CONFIG, export_run, fitting_config, import_run, main  # noqa: E402
+from mmjax.tools.convert import export_run, fitting_config, import_run, main  # noqa: E402
 from mmjax.training.checkpoint import Checkpoints  # noqa: E402
 from mmjax.training.loop import fit  # noqa: E402
 from mmjax.training.metrics import read_metrics  # noqa: E402
@@ -31,6 +31,7 @@ from tests.parity import build_pair, jax_forward, random_tokens, torch_logits  #
 from tests.torch_reference import Sizes, TorchLM  # noqa: E402
 
 SUBLAYERS = ('dense', 'cross_attention', 'gated_fusion', 'moe')
+BASE_CONFIG = 'configs/base.py'
 HEADS = ['--config.model.n_heads=4', '--config.model.max_seq_len=16']
 
 
@@ -51,7 +52,7 @@ def save(state: dict, path: Path) -> Path:
 
 
 def take(source: Path, out: Path, *overrides: str, tokenizer: str | None = None, dtype: str | None = None) -> None:
-  import_run(source, out, str(BASE_CONFIG), [*HEADS, *overrides], tokenizer, dtype)
+  import_run(source, out, BASE_CONFIG, [*HEADS, *overrides], tokenizer, dtype)
 
 
 def write_text(folder: Path) -> None:
@@ -107,7 +108,7 @@ def model_settings(draw, layers):
 def test_any_model_is_recognised_and_round_trips(sublayer, data, seed):
   # Two digits: 10 must not be taken for 1. Experts have them, too; so many in so many layers take seconds to build.
   sizes = {'sublayer': sublayer, **data.draw(model_settings([1, 2] if sublayer == 'moe' else [1, 2, 11]))}
-  config = load_config(str(BASE_CONFIG), [f'--config.model.{name}={value}' for name, value in sizes.items()])
+  config = load_config(BASE_CONFIG, [f'--config.model.{name}={value}' for name, value in sizes.items()])
   with torch.device('meta'):
     names_and_shapes = {name: value.shape for name, value in TorchLM(Sizes.of(config.model)).state_dict().items()}
   rng = np.random.default_rng(seed)
@@ -121,7 +122,7 @@ def test_any_model_is_recognised_and_round_trips(sublayer, data, seed):
 
   untold = ['n_heads'] + (['num_selected'] if sizes['sublayer'] == 'cross_attention' else [])
   overrides = [f'--config.model.{name}={sizes[name]}' for name in untold]
-  read = fitting_config(found, 'file', str(BASE_CONFIG), overrides)
+  read = fitting_config(found, 'file', BASE_CONFIG, overrides)
   told = {'dense': (), 'moe': ('n_experts',)}.get(sizes['sublayer'], ('knowledge_num', 'knowledge_dim', 'num_selected'))
   for name in ('sublayer', 'vocab_size', 'n_layers', 'n_heads', 'n_kv_heads', 'dim', *told):
     assert getattr(read.model, name) == sizes[name], name
@@ -281,11 +282,11 @@ def test_hidden_width_may_be_given_as_number_or_as_usual(width, tmp_path):
   state = make_state('dense', hidden_dim=width)
   shapes = {name: tuple(value.shape) for name, value in state.items()}
   right, wrong = width or 128, 60
-  config = fitting_config(shapes, 'file', str(BASE_CONFIG), [*HEADS, f'--config.model.hidden_dim={right}'])
+  config = fitting_config(shapes, 'file', BASE_CONFIG, [*HEADS, f'--config.model.hidden_dim={right}'])
   assert config.model.dense_hidden_dim == right
-  assert fitting_config(shapes, 'file', str(BASE_CONFIG), HEADS).model.hidden_dim == width
+  assert fitting_config(shapes, 'file', BASE_CONFIG, HEADS).model.hidden_dim == width
   with pytest.raises(UserError, match=f'model.hidden_dim={wrong} contradicts'):
-    fitting_config(shapes, 'file', str(BASE_CONFIG), [*HEADS, f'--config.model.hidden_dim={wrong}'])
+    fitting_config(shapes, 'file', BASE_CONFIG, [*HEADS, f'--config.model.hidden_dim={wrong}'])
 
 
 def test_values_too_large_for_the_asked_dtype_are_refused(tmp_path):

@@ -18,7 +18,7 @@ from mmjax.tools.report import write_report
 from mmjax.training import loop
 from mmjax.training.metrics import read_metrics
 from mmjax.training.rundir import RunDir
-from tests.helpers import TINY, StopAfter
+from tests.helpers import TINY, StopAfter, flags_for
 
 WORDS = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
 EXPERIMENTS = ('exp_1_4_0', 'exp_1_4_1', 'exp_1_4_2', 'exp_1_4_3', 'exp_moe')
@@ -34,7 +34,7 @@ def tiny_experiment(name: str, folder: Path) -> Config:
     'data.workers': 1, 'memory.knowledge_length': 8, 'train.max_steps': 4, 'train.log_interval': 1,
     'train.eval_interval': 2,
   }  # fmt: skip
-  return load_config(f'configs/{name}.py', [f'--config.{key}={value}' for key, value in settings.items()])
+  return load_config(f'configs/{name}.py', flags_for(f'configs/{name}.py', settings))
 
 
 @pytest.mark.slow  # other tests cover the parts, for one or two of the experiments

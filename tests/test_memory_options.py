@@ -129,7 +129,7 @@ def build(name):
   config = tiny_config(
     model__sublayer=choice.pop('sublayer', 'gated_fusion'), **{f'memory__{k}': v for k, v in choice.items()}
   )
-  sublayer = SUBLAYERS[config.model.sublayer](config.model, config.memory, rngs=nnx.Rngs(0))
+  sublayer = SUBLAYERS[config.model.sublayer].build(config.model, config.memory, rngs=nnx.Rngs(0))
   graphdef, state = nnx.split(sublayer)
   rng = np.random.default_rng(1)
   shape = (2, 5, config.model.dim)
@@ -237,7 +237,7 @@ def test_layers_of_usage_are_those_with_a_memory():
   assert memory_layers(config) == [1, 2]
   out = jax.eval_shape(lambda p: nnx.merge(graphdef, p)(jnp.ones((1, 3), jnp.int32)), params)
   assert out.row_LBTR.shape == (2, 1, 3, 2 * config.model.num_selected)
-  dense = tiny_config(model__sublayer='dense', memory__layers='0')
+  dense = tiny_config(model__sublayer='dense')
   assert memory_layers(dense) == [] and set(layer_kinds(dense.model, dense.memory)) == {'dense'}
 
 

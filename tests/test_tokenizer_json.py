@@ -95,7 +95,7 @@ def test_weights_and_tokenizer_json_go_through_every_command(folder, monkeypatch
   }  # fmt: skip
   flags = [f'--config.{name}={value}' for name, value in settings.items()]
   source = ('--from', 'model.safetensors', '--tokenizer', 'tokenizer.json')
-  said = run(convert, 'import', *source, '--out', 'run', '--config', convert.BASE_CONFIG, *flags)
+  said = run(convert, 'import', *source, '--out', 'run', '--config', 'configs/base.py', *flags)
   assert f'vocab_size {VOCAB}' in said
 
   shown = run(sample, '--workdir', 'run', '--prompt', '记忆', '--max_new_tokens', 8)

@@ -4,8 +4,9 @@ Defaults live in configs/base.py and nowhere else; here are the types and the ru
 `load_config` nothing changes a setting.
 """
 
+from mmjax.config.idle import idle_settings
 from mmjax.config.paths import expand_home, user_path
-from mmjax.config.reading import call_python_file, config_from_dict, load_config
+from mmjax.config.reading import call_python_file, config_from_dict, load_config, overrides_of, own_config
 from mmjax.config.rules import BELOW_ONE, CHOICES
 from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig, flatten
 
@@ -22,6 +23,9 @@ __all__ = [
   'config_from_dict',
   'expand_home',
   'flatten',
+  'idle_settings',
   'load_config',
+  'overrides_of',
+  'own_config',
   'user_path',
 ]

@@ -1,34 +1,34 @@
 """From a config file and overrides of the command line, or from config.json, to a checked Config."""
 
 import ast
+import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
-import site
 import sys
-import sysconfig
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from mmjax.config.idle import idle_settings
 from mmjax.config.paths import PATHS, expand_home
-from mmjax.config.rules import check_config
+from mmjax.config.rules import check_fields, check_together
 from mmjax.config.schema import Config, flatten
 from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
-# Where configs/ lies, for whoever is elsewhere: beside the package in a checkout, or where pip put it.
-ROOTS = (
-  Path(__file__).parents[2],
-  Path(sysconfig.get_path('data'), 'share', 'mmjax'),
-  Path(site.getuserbase(), 'share', 'mmjax'),
-)
+PACKAGE = 'configs'  # what a config file imports others from: `from configs import base`
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   """Reads a config file and applies command-line overrides.
+
+  A setting that does nothing beside the others is refused, unless it is at its default. Where an override takes away
+  what a setting of the file belongs to, as model.sublayer=dense does with a memory, the setting goes with it.
 
   Args:
     path: a Python file with `get_config() -> ConfigDict`; those of configs/ are found from any folder.
@@ -38,30 +38,98 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     The checked config.
 
   Raises:
-    UserError: if there is no such file, it has no get_config, or a setting is unknown or breaks a rule.
+    UserError: if there is no such file, it has no get_config, or a setting is unknown, breaks a rule or does nothing.
   """
   settings = _read_config_file(path)
-  for override in overrides:
-    _apply_override(settings, override)
-  return config_from_dict(settings.to_dict())
+  of_file = settings.to_dict()
+  given = [_apply_override(settings, override) for override in overrides]
+  config = _build(Config, settings.to_dict(), '')
+  check_fields(config)
+  config, dropped = _without_idle(config)
+  if dropped:
+    at_fault = {*given, *_dropped_without_overrides(of_file)}
+    for name, (value, why) in dropped.items():
+      if name in at_fault:
+        where = '' if name in given else f'config file {path!r}: '
+        raise UserError(f'{where}{name}={quote(value)} does nothing {why}')
+  check_together(config)
+  return config
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
   """Builds and checks a config from nested dicts, as read from config.json.
 
+  Settings that do nothing are put at their defaults: what they were does not tell one run from another.
+
   Raises:
     UserError: if a field is missing, unknown, of the wrong type or against a rule.
   """
   config = _build(Config, {name: value for name, value in settings.items() if name != 'sha256'}, '')
-  check_config(config)
+  check_fields(config)
+  config, _ = _without_idle(config)
+  check_together(config)
   return config
 
 
+def own_config(name: str) -> Path:
+  """Returns where a file of mmjax's own configs/ lies: in the checkout, or where pip put it.
+
+  Raises:
+    UserError: if it is not there.
+  """
+  found = [folder / name for folder in own_configs() if (folder / name).is_file()]
+  if not found:
+    raise UserError(f'configs/{name} is not where pip puts it, in share/mmjax below a folder above {__file__}')
+  return found[0]
+
+
+def own_configs() -> tuple[Path, ...]:
+  """Returns where mmjax's own configs/ may lie. pip puts data under the prefix that the package itself lies under."""
+  checkout = Path(__file__).parents[2]
+  if (checkout / 'pyproject.toml').is_file():
+    return (checkout / PACKAGE,)
+  shares = (parent / 'share' / 'mmjax' / PACKAGE for parent in Path(__file__).resolve().parents)
+  return tuple(share for share in shares if share.is_dir())
+
+
+def overrides_of(config: Config, path: str) -> dict[str, Any]:
+  """Returns the settings that turn a config file into a config, by name."""
+  usual, idle = flatten(load_config(path).to_dict()), idle_settings(config)
+  flat = flatten(config.to_dict())
+  return {name: value for name, value in flat.items() if value != usual[name] and name not in idle}
+
+
+@functools.cache
+def default_settings() -> dict[str, Any]:
+  """Returns what configs/base.py says, by name."""
+  return flatten(_read_config_file(str(own_config('base.py'))).to_dict())
+
+
+def _without_idle(config: Config) -> tuple[Config, dict[str, tuple[Any, str]]]:
+  """Returns the config with settings that do nothing at their defaults, and what those that were not were, and why."""
+  flat, usual = flatten(config.to_dict()), default_settings()
+  idle = {name: why for name, why in idle_settings(config).items() if flat[name] != usual[name]}
+  for name in idle:
+    section, _, field = name.partition('.')
+    changed = dataclasses.replace(getattr(config, section), **{field: usual[name]})
+    config = dataclasses.replace(config, **{section: changed})
+  return config, {name: (flat[name], why) for name, why in idle.items()}
+
+
+def _dropped_without_overrides(settings: Mapping[str, Any]) -> Collection[str]:
+  try:
+    config = _build(Config, settings, '')
+    check_fields(config)
+    return _without_idle(config)[1]
+  except UserError:  # a file that is no config without overrides
+    return ()
+
+
 def call_python_file(path: str, what: str, function: str, arguments: Mapping[str, Any]) -> Any:
-  """Runs a Python file of settings and returns what a function in it returns; the folder above its own is importable.
+  """Runs a Python file of settings and returns what a function in it returns.
 
   Args:
-    path: the file, as in configs/ and sweeps/; where there is none it is looked for below ROOTS.
+    path: the file, as in configs/ and sweeps/; 'configs/NAME' that is not there is looked for among mmjax's own.
     what: 'config file', 'sweep file': for messages.
     function: its name.
     arguments: of the function, by name.
@@ -70,31 +138,58 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
     UserError: if there is no such file, it or the function fails, or the function has no such argument.
   """
   path = expand_home(path)
-  file = next((file for file in (Path(path), *(root / path for root in ROOTS)) if file.is_file()), Path(path))
-  if not file.is_file():
-    known = sorted(str(p) for p in file.parent.glob('*.py')) if file.parent.is_dir() else []
-    raise UserError(f'no {what} {path!r}{nearest(path, known)}')
-  root = str(file.resolve().parent.parent)
-  if root not in sys.path:  # so that a config can say `from configs import base`
-    sys.path.insert(0, root)
+  places = [Path(path), *(folder.parent / path for folder in own_configs())]
+  file = next((place for place in places if place.is_file()), None)
+  if file is None:
+    known = {str(Path(path).with_name(near.name)) for place in places for near in place.parent.glob('*.py')}
+    raise UserError(f'no {what} {path!r}{nearest(path, sorted(known))}')
   spec = importlib.util.spec_from_file_location(f'settings_{file.stem}', file)
   if spec is None or spec.loader is None:
     raise UserError(f'{what} {path!r} must be a Python file (.py)')
   module = importlib.util.module_from_spec(spec)
   try:
-    spec.loader.exec_module(module)
-    called = getattr(module, function, None)
-    if called is None:
-      raise UserError(f'it has no {function}()')
-    known = inspect.signature(called).parameters
-    for name in arguments:
-      if name not in known:
-        raise UserError(f'{function}() has no argument {name!r}{nearest(name, known)}')
-    return called(**arguments)
+    with _importing_from(file.resolve().parent):
+      spec.loader.exec_module(module)
+      called = getattr(module, function, None)
+      if called is None:
+        raise UserError(f'it has no {function}()')
+      known = inspect.signature(called).parameters
+      for name in arguments:
+        if name not in known:
+          raise UserError(f'{function}() has no argument {name!r}{nearest(name, known)}')
+      return called(**arguments)
   except UserError as error:
     raise UserError(f'{what} {path!r}: {error}') from error
   except Exception as error:  # noqa: BLE001 - a user's file may raise anything
     raise UserError(f'{what} {path!r} failed: {type(error).__name__}: {error}') from error
+
+
+@contextlib.contextmanager
+def _importing_from(folder: Path) -> Iterator[None]:
+  """Lets a file in a folder say `from configs import base`, and import what lies beside that folder.
+
+  `configs` is for it what lies in its own folder of that name, then what mmjax has, whatever was imported as `configs`
+  before; and nothing of it stays imported for the next file.
+  """
+  spec = ModuleSpec(PACKAGE, None, is_package=True)
+  nearby = (folder,) if folder.name == PACKAGE else (folder / PACKAGE, folder.parent / PACKAGE)
+  spec.submodule_search_locations = [str(place) for place in (*nearby, *own_configs()) if place.is_dir()]
+  others = _imported_configs()
+  for name in others:
+    del sys.modules[name]
+  sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
+  sys.path.insert(0, str(folder.parent))
+  try:
+    yield
+  finally:
+    sys.path.remove(str(folder.parent))
+    for name in _imported_configs():
+      del sys.modules[name]
+    sys.modules.update(others)
+
+
+def _imported_configs() -> dict[str, Any]:
+  return {name: module for name, module in sys.modules.items() if name.partition('.')[0] == PACKAGE}
 
 
 def _read_config_file(path: str) -> ConfigDict:
@@ -104,7 +199,8 @@ def _read_config_file(path: str) -> ConfigDict:
   return settings
 
 
-def _apply_override(settings: ConfigDict, override: str) -> None:
+def _apply_override(settings: ConfigDict, override: str) -> str:
+  """Sets what an override says and returns the name of the setting."""
   name, equals, text = override.removeprefix('--config.').partition('=')
   if not override.startswith('--config.') or not equals:
     raise UserError(f'argument {quote(override)} is not understood; overrides look like --config.train.batch_size=32')
@@ -115,6 +211,7 @@ def _apply_override(settings: ConfigDict, override: str) -> None:
   owner = settings[section] if section else settings
   with owner.ignore_type():
     owner[field] = _parse_value(name, text, type(flat[name]))
+  return name
 
 
 def _parse_value(name: str, text: str, kind: type) -> Any:

@@ -3,11 +3,12 @@
 import math
 
 from mmjax.config.schema import Config, ModelConfig, RuntimeConfig, flatten
+from mmjax.config.sublayers import SUBLAYERS
 from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
 CHOICES = {
-  'model.sublayer': ('dense', 'cross_attention', 'gated_fusion', 'memory_bag', 'ngram_bag', 'moe'),
+  'model.sublayer': SUBLAYERS,
   'memory.input': ('attention', 'residual'),
   'memory.scores': ('none', 'scale'),
   'memory.score_activation': ('softmax', 'relu', 'none'),
@@ -41,13 +42,12 @@ AT_LEAST = {
 }  # fmt: skip
 MOST = 2**31 - 1  # of a whole number: sizes, steps and the seed are counted in 32 bits
 MAX_LAYERS = 10_000
-GATED = ('cross_attention', 'gated_fusion', 'memory_bag')
 MAX_MEMORY_HEADS = 8
 BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
 
 
-def check_config(config: Config) -> None:
-  """Raises UserError with field, value, rule and nearest fix if a setting breaks a rule."""
+def check_fields(config: Config) -> None:
+  """Raises UserError with field, value, rule and nearest fix if a setting by itself breaks a rule."""
   flat = flatten(config.to_dict())
   for name, choices in CHOICES.items():
     if flat[name] not in choices:
@@ -62,14 +62,6 @@ def check_config(config: Config) -> None:
       raise UserError(f'{name}={flat[name]} must be at least 0 and below 1')
   if 0 < config.train.max_loss_factor <= 1:
     raise UserError(f'train.max_loss_factor={config.train.max_loss_factor} must be above 1, or 0 to skip no spikes')
-  if not config.experiment or set(config.experiment) & set('/\\\0') or config.experiment.startswith('.'):
-    raise UserError(f'experiment={quote(config.experiment)} must be a plain folder name')
-  if config.memory.bank_init == 'file' and not config.memory.bank_file:
-    raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
-  if config.memory.bank_update == 'lazy' and config.runtime.scan_layers:
-    raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
-  if config.memory.selection_bias and config.memory.revive_after and config.memory.revive_keys:
-    raise UserError('memory.revive_keys=True would copy sub-keys without their bias: memory.selection_bias needs False')
   if config.memory.key_dim % 2:
     raise UserError(
       f'memory.key_dim={config.memory.key_dim} must be even: it is two halves; nearest: {config.memory.key_dim + 1}'
@@ -78,32 +70,35 @@ def check_config(config: Config) -> None:
     raise UserError(f'memory.n_heads={config.memory.n_heads} must be at most {MAX_MEMORY_HEADS}')
   if config.model.n_layers > MAX_LAYERS:
     raise UserError(f'model.n_layers={config.model.n_layers} must be at most {MAX_LAYERS}')
+  if not config.experiment or set(config.experiment) & set('/\\\0') or config.experiment.startswith('.'):
+    raise UserError(f'experiment={quote(config.experiment)} must be a plain folder name')
+
+
+def check_together(config: Config) -> None:
+  """Raises UserError with field, value, rule and nearest fix if settings break a rule together."""
+  if config.memory.bank_init == 'file' and not config.memory.bank_file:
+    raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
+  if config.memory.bank_update == 'lazy' and config.runtime.scan_layers:
+    raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
+  if config.memory.selection_bias and config.memory.revive_after and config.memory.revive_keys:
+    raise UserError('memory.revive_keys=True would copy sub-keys without their bias: memory.selection_bias needs False')
   _check_ngrams(config)
   _check_model(config.model)
   _check_processes(config.runtime)
 
 
 def _check_ngrams(config: Config) -> None:
-  memory, sublayer = config.memory, config.model.sublayer
+  memory = config.memory
   memory.ngram_of_heads()
-  if memory.ngram_layer_numbers(config.model.n_layers):
-    if sublayer not in GATED:
-      raise UserError(
-        f'memory.ngram_layers={quote(memory.ngram_layers)} needs a model.sublayer that has a gate, one of '
-        f"{', '.join(GATED)}; for n-grams alone: model.sublayer='ngram_bag' and memory.layers"
-      )
-    if memory.score_activation != 'softmax':
-      raise UserError(
-        f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers: "
-        'n-grams have no scores'
-      )
-  elif sublayer != 'ngram_bag':
+  if not memory.ngram_layer_numbers(config.model.n_layers):
     return
+  if memory.score_activation != 'softmax':
+    raise UserError(
+      f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers: "
+      'n-grams have no scores'
+    )
   if memory.revive_after:
     raise UserError(f'memory.revive_after={memory.revive_after} must be 0 where n-grams address rows: they reach all')
-  for name in ('balance_loss_weight', 'selection_bias'):
-    if sublayer == 'ngram_bag' and getattr(memory, name):
-      raise UserError(f"memory.{name}={getattr(memory, name)} needs a gate, and model.sublayer='ngram_bag' has none")
 
 
 def _check_model(model: ModelConfig) -> None:

@@ -60,7 +60,8 @@ class Block(nnx.Module):
   def __init__(self, model: ModelConfig, memory: MemoryConfig, kind: str, *, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(model.dim, model.norm_eps)
     self.attention = Attention(model, rngs=rngs)
-    self.sublayer = SUBLAYERS[kind](model, memory, rngs=rngs)
+    self.sublayer = SUBLAYERS[kind].build(model, memory, rngs=rngs)
+    self.uses_bank = SUBLAYERS[kind].uses_bank
     self.dropout = model.dropout
 
   def __call__(
@@ -268,7 +269,7 @@ class LM(nnx.Module):
       call = partial(layer, dtype=dtype, attention=attention)
       if remat == 'block':
         call = jax.checkpoint(call)
-      bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.sublayer.uses_bank else bank_MP
+      bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.uses_bank else bank_MP
       x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, ngram_BThr, key)
       return x_BTD, LayerOutput(sublayer.row_BTR, sublayer.score_BTR, jnp.asarray(sublayer.aux_loss), kv)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.config import Config, load_config
+from mmjax.config import Config, load_config, own_config
 from mmjax.data.files import check_room, storage_errors, write_file
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, open_split
@@ -36,7 +36,6 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.interop.files import write_tensors
 
-DEFAULT_CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'exp_1_4_3.py'
 SNIPPETS_A_ROW = 8  # snippets considered for each row by default; bounds memory, whatever the text's size
 SENTENCE_TRANSFORMERS = 'sentence-transformers:'
 SNIPPETS_A_PART = 2048  # of an encoder's work, saved one after the other
@@ -55,9 +54,10 @@ def main() -> None:
   build.add_argument(
     '--snippets_a_row', type=int, default=SNIPPETS_A_ROW, help='considered for each row (default: 8); less is faster'
   )
-  build.add_argument('--config', default=str(DEFAULT_CONFIG), help='config file that sizes come from')
+  build.add_argument('--config', default=str(own_config('exp_1_4_3.py')), help='config file that sizes come from')
   arguments, overrides = parser.parse_known_args()
   overrides += [f'--config.data.train_files={arguments.files}', '--config.data.valid_files=']
+  overrides += ['--config.memory.bank_init=file', f'--config.memory.bank_file={arguments.out}']  # what it is for
   config = load_config(arguments.config, overrides)
   build_bank(config, Path(arguments.out), arguments.encoder, arguments.snippets_a_row)
 

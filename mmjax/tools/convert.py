@@ -16,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mmjax.config import Config, flatten, load_config
+from mmjax.config import Config, load_config, overrides_of, own_config
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import checkpoint_name
@@ -32,7 +32,6 @@ from mmjax.interop.names import (
 )
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
-from mmjax.tools.prepare import BASE_CONFIG
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.rundir import RunDir, write_tokenizer
@@ -183,8 +182,7 @@ def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
 def _say_imported(config: Config, params: Params, out: Path, config_file: str, tokenizer: Tokenizer | None) -> None:
   total, without_bank = count_params(params)
   print(f'{out}: {total:,} parameters ({without_bank:,} without the bank), step 0, fresh optimizer')
-  usual = flatten(load_config(config_file).to_dict())
-  changed = {name: value for name, value in flatten(config.to_dict()).items() if value != usual[name]}
+  changed = overrides_of(config, config_file)
   flags = ''.join(' ' + shlex.quote(f'--config.{name}={value}') for name, value in changed.items())
   if tokenizer:
     if spare := config.model.vocab_size - tokenizer.vocab_size:
@@ -203,7 +201,7 @@ def _parser() -> argparse.ArgumentParser:
   take = commands.add_parser('import', help='state dict -> run directory')
   take.add_argument('--from', dest='source', required=True, help='.pth, .pt or .safetensors')
   take.add_argument('--out', required=True, help='new run directory')
-  take.add_argument('--config', default=str(BASE_CONFIG), help='config file for what the tensors do not tell')
+  take.add_argument('--config', default=str(own_config('base.py')), help='config file for what the tensors do not tell')
   take.add_argument('--tokenizer', help='SentencePiece model or tokenizer.json that the weights were trained with')
   take.add_argument('--dtype', choices=['float32'], help='cast tensors of other dtypes')
   give = commands.add_parser('export', help='run directory -> state dict')

@@ -5,14 +5,12 @@ does it ahead. Without --train_files it prepares the text that Python itself car
 """
 
 import argparse
-from pathlib import Path
 
-from mmjax.config import load_config
+from mmjax.config import load_config, own_config
 from mmjax.data.prepare import prepare
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import run_command
 
-BASE_CONFIG = Path(__file__).resolve().parents[2] / 'configs' / 'base.py'
 FLAGS = {
   'train_files': 'train_files', 'valid_files': 'valid_files', 'out': 'prepared_dir', 'tokenizer': 'tokenizer',
   'text_key': 'text_key', 'on_bad_line': 'on_bad_line', 'workers': 'workers', 'valid_fraction': 'valid_fraction',
@@ -35,7 +33,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog='python -m mmjax.tools.prepare', description=__doc__.partition('\n')[0])
-  parser.add_argument('--config', default=str(BASE_CONFIG), help='config file that the defaults come from')
+  parser.add_argument('--config', default=str(own_config('base.py')), help='config file that the defaults come from')
   parser.add_argument('--train_files', help='comma-separated paths or globs: .jsonl or .txt, plain, .gz or .xz')
   parser.add_argument('--valid_files', help='the same, held out')
   parser.add_argument('--valid_fraction', help='share of training documents held out where there are no valid_files')

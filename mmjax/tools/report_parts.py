@@ -7,14 +7,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.config import Config, flatten, load_config
+from mmjax.config import Config, flatten, load_config, overrides_of, own_config
 from mmjax.inference.terminal import printable
 from mmjax.model.lm import abstract_params, count_params
 from mmjax.tools.memory_tables import memory_tables, update_ratio_sentence
 from mmjax.training.cost import flops_per_token
 from mmjax.training.progress import format_seconds
 
-CONFIGS = Path(__file__).resolve().parents[2] / 'configs'
 LAST_LINES = 10  # of the training log, over which the final training loss is averaged
 
 
@@ -95,7 +94,7 @@ def parameters(config: Config) -> str:
 
 def settings(config: Config) -> str:
   """Every setting; those that are not at their default are marked with it."""
-  default = flatten(load_config(str(CONFIGS / 'base.py')).to_dict())
+  default = flatten(load_config(str(own_config('base.py'))).to_dict())
   rows = [
     (name, f'`{value!r}`', '' if value == default[name] else f'`{default[name]!r}`')
     for name, value in flatten(config.to_dict()).items()
@@ -204,11 +203,9 @@ def environment(starts: Sequence[Mapping]) -> str:
 
 def commands(config: Config, workdir: str | Path) -> str:
   """Commands that make this run again from a checkout: its config file and what was overridden."""
-  file = CONFIGS / f'{config.experiment}.py'
-  file = file if file.is_file() else CONFIGS / 'base.py'
-  usual = flatten(load_config(str(file)).to_dict())
-  different = {name: value for name, value in flatten(config.to_dict()).items() if value != usual[name]}
-  flags = [shlex.quote(f'--config.{name}={value}') for name, value in different.items()]
+  file = own_config('base.py')
+  file = file.with_name(f'{config.experiment}.py') if file.with_name(f'{config.experiment}.py').is_file() else file
+  flags = [shlex.quote(f'--config.{name}={value}') for name, value in overrides_of(config, str(file)).items()]
   directory = shlex.quote(str(workdir))
   train = ' \\\n  '.join([f'python train.py --config configs/{file.name}', *flags, f'--workdir {directory}'])
   return _fenced(f'{train}\npython eval.py --workdir {directory}\npython -m mmjax.tools.sample --workdir {directory}')

@@ -8,7 +8,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmjax.config import Config, call_python_file, flatten, load_config
+from mmjax.config import Config, call_python_file, load_config, overrides_of
 from mmjax.errors import UserError
 
 
@@ -84,5 +84,4 @@ def _plan(run: Run, overrides: Sequence[str]) -> Planned:
 
 def changed_settings(run: Planned) -> dict[str, Any]:
   """Returns the settings that differ from those of the run's config file alone."""
-  usual = flatten(load_config(run.arguments[1]).to_dict())
-  return {name: value for name, value in flatten(run.config.to_dict()).items() if value != usual[name]}
+  return overrides_of(run.config, run.arguments[1])

@@ -10,18 +10,15 @@ useful work.
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mmjax.config import Config
+from mmjax.config.sublayers import SUBLAYERS, TRAINED, layer_kinds
 from mmjax.errors import UserError
 from mmjax.model.lm import abstract_params, count_params
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 
-TRAINED = 3  # forward, gradient with respect to the input, gradient with respect to the weight
-FORWARD_ONLY = 1
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
 
 # Dense (not sparse) bf16 peaks with float32 accumulation, FLOP/s, from the makers' datasheets.
@@ -65,7 +62,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
   counts = Counter()
   for kind in layer_kinds(model, config.memory):
     counts.update(attention)
-    counts.update(SUBLAYER_FLOPS[kind](config))
+    counts.update(SUBLAYERS[kind].flops(config))
   parts = {name: float(flops) for name, flops in counts.items()}
   parts['head'] = float(TRAINED * 2 * model.dim * model.vocab_size)
   return {**parts, 'total': sum(parts.values())}
@@ -132,69 +129,3 @@ def device_peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
     return None
   names = [name for name in BF16_PEAKS if re.search(rf'\b{name}\b', device_kind)]
   return BF16_PEAKS[max(names, key=len)] if names else None
-
-
-def _swiglu(config: Config, hidden_dim: int) -> int:
-  return TRAINED * 2 * 3 * config.model.dim * hidden_dim
-
-
-def _dense(config: Config) -> dict[str, int]:
-  return {'ffn': _swiglu(config, config.model.dense_hidden_dim)}
-
-
-def _memory(config: Config) -> dict[str, int]:
-  """What every memory with a gate has: that, and perhaps a dense sublayer beside it."""
-  model, memory = config.model, config.memory
-  frozen = SUBLAYERS[model.sublayer].without_gradient(memory)
-  query_and_scores = memory.query_dim(model) * (model.dim + model.n_sub_keys)
-  gate = {'gate': (FORWARD_ONLY if frozen else TRAINED) * 2 * memory.n_heads * query_and_scores}
-  return gate | _beside(config)
-
-
-def _beside(config: Config) -> dict[str, int]:
-  return {'ffn': _swiglu(config, config.memory.ffn_dim)} if config.memory.ffn_dim else {}
-
-
-def _gated_fusion(config: Config) -> dict[str, int]:
-  model = config.model
-  fused = model.dim + config.memory.n_heads * model.num_selected * model.knowledge_dim
-  return _memory(config) | {'fusion': TRAINED * 2 * (2 * fused * model.dim + model.dim * model.dim)}
-
-
-def _cross_attention(config: Config) -> dict[str, int]:
-  model = config.model
-  projections = 2 * model.dim * model.dim + 2 * model.dim * model.knowledge_dim  # wq, wo; wk, wv on the query's side
-  reads = 2 * model.n_heads * config.memory.n_heads * model.num_selected * model.knowledge_dim  # scores, weighted sum
-  return _memory(config) | {'cross_attention': TRAINED * 2 * (projections + reads)}
-
-
-def _memory_bag(config: Config) -> dict[str, int]:
-  return _memory(config) | _bag(config)
-
-
-def _ngram_bag(config: Config) -> dict[str, int]:
-  return _beside(config) | _bag(config)
-
-
-def _bag(config: Config) -> dict[str, int]:
-  model, width = config.model, config.memory.n_heads * config.model.knowledge_dim
-  return {
-    'bag': TRAINED * 2 * (2 if config.memory.bag_gate else 1) * model.dim * width,
-    'bag_reads': TRAINED * 2 * model.num_selected * width,
-  }
-
-
-def _moe(config: Config) -> dict[str, int]:
-  model = config.model
-  experts = (model.experts_per_token + 1) * _swiglu(config, model.dense_hidden_dim)
-  return {'moe': experts + TRAINED * 2 * model.dim * model.n_experts}
-
-
-SUBLAYER_FLOPS: dict[str, Callable[[Config], dict[str, int]]] = {
-  'dense': _dense,
-  'cross_attention': _cross_attention,
-  'gated_fusion': _gated_fusion,
-  'memory_bag': _memory_bag,
-  'ngram_bag': _ngram_bag,
-  'moe': _moe,
-}

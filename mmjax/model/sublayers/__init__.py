@@ -1,4 +1,4 @@
-"""The table of sublayers: a new experiment is one module, one row here and one config file."""
+"""What sublayers compute, a module for each; mmjax/config/sublayers.py is their table."""
 
 from collections.abc import Iterable
 
@@ -6,40 +6,15 @@ import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import MemoryConfig, ModelConfig
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds
 from mmjax.model.memory import score_weights
-from mmjax.model.sublayers.cross_attention import CrossAttentionMemory
-from mmjax.model.sublayers.dense import DenseFFN
-from mmjax.model.sublayers.gated_fusion import GatedMemoryFusion
-from mmjax.model.sublayers.memory_bag import MemoryBag
-from mmjax.model.sublayers.moe import MoEFFN
-from mmjax.model.sublayers.ngram_bag import NgramBag
 
-SUBLAYERS = {
-  'dense': DenseFFN,
-  'cross_attention': CrossAttentionMemory,
-  'gated_fusion': GatedMemoryFusion,
-  'memory_bag': MemoryBag,
-  'ngram_bag': NgramBag,
-  'moe': MoEFFN,
-}
-
-
-def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:
-  """Names the sublayer of each layer: model.sublayer; where only some layers have a memory, 'dense' in the others.
-
-  Layers in memory.ngram_layers have an 'ngram_bag'.
-  """
-  if not SUBLAYERS[model.sublayer].uses_bank:
-    return (model.sublayer,) * model.n_layers
-  kinds = dict.fromkeys(range(model.n_layers), 'dense')
-  kinds |= dict.fromkeys(memory.layer_numbers(model.n_layers), model.sublayer)
-  kinds |= dict.fromkeys(memory.ngram_layer_numbers(model.n_layers), 'ngram_bag')
-  return tuple(kinds.values())
+__all__ = ['SUBLAYERS', 'any_reads_ngrams', 'layer_kinds', 'row_weights']
 
 
 def any_reads_ngrams(kinds: Iterable[str]) -> bool:
   """Tells whether a model with these sublayers has any that reads the rows at `ngram_BThr`."""
-  return any(SUBLAYERS[kind].uses_bank and SUBLAYERS[kind].reads_ngrams for kind in kinds)
+  return any(SUBLAYERS[kind].reads_ngrams for kind in kinds)
 
 
 def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Array:

@@ -7,9 +7,7 @@ as `sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr) -> SublayerOutput`, 
   bank_MP     the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one,
   dtype       of the matrix products,
   ngram_BThr  int32 rows that the last tokens address (mmjax.model.ngram); None in a model where none of these is read.
-Its class says what the rest of the code must know: `uses_bank`; with a bank `reads_ngrams`, whether it reads the rows
-at `ngram_BThr`, and `scores_weigh(memory)`, whether rows count by their scores; and `without_gradient(memory)`,
-patterns of the parameters (paths below the sublayer) that no gradient reaches, so that weight decay leaves them alone.
+What else the code must know of it stands in its row of mmjax/config/sublayers.py.
 """
 
 from typing import NamedTuple

@@ -27,16 +27,9 @@ class SwiGLU(nnx.Module):
 class DenseFFN(SwiGLU):
   """The whole sublayer: norm, then SwiGLU."""
 
-  uses_bank = False
-
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     super().__init__(model.dim, model.dense_hidden_dim, rngs=rngs)
     self.norm = RMSNorm(model.dim, model.norm_eps)
-
-  @staticmethod
-  def without_gradient(memory: MemoryConfig) -> tuple[str, ...]:
-    """Every parameter learns."""
-    return ()
 
   def __call__(
     self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None

@@ -7,7 +7,6 @@ fixed random projection.
 
 import dataclasses
 
-import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -23,13 +22,9 @@ from mmjax.model.sublayers.dense import DenseFFN
 class MemorySublayer(nnx.Module):
   """Norm, gate if there is one, `read` of a subclass, and perhaps a dense sublayer beside it."""
 
-  uses_bank = True
-  reads_ngrams = False  # rows at ngram_BThr in place of a gate's
-  sums_rows = False  # whether the bank is read with `bank_bag`, or with `bank_lookup`
-
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     self.norm = RMSNorm(model.dim, model.norm_eps)
-    self.gate = None if self.reads_ngrams else ProductKeyGate(model, memory, rngs=rngs)
+    self.gate = self.make_gate(model, memory, rngs=rngs)
     beside = dataclasses.replace(model, hidden_dim=memory.ffn_dim)
     self.ffn = DenseFFN(beside, memory, rngs=rngs) if memory.ffn_dim else None
     self.input, self.scores, self.activation = memory.input, memory.scores, memory.score_activation
@@ -37,15 +32,13 @@ class MemorySublayer(nnx.Module):
     self.rows_shape = (memory.n_heads, model.num_selected)
 
   @staticmethod
-  def scores_weigh(memory: MemoryConfig) -> bool:
-    """Whether a row counts in the output by the weight that its score gives it."""
-    return memory.scores != 'none'
+  def make_gate(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> ProductKeyGate | None:
+    """Returns what picks the rows."""
+    return ProductKeyGate(model, memory, rngs=rngs)
 
-  @classmethod
-  def without_gradient(cls, memory: MemoryConfig) -> tuple[str, ...]:
-    """The gate's parameters, unless its scores reach the output or a loss of their own."""
-    learns = cls.scores_weigh(memory) or memory.balance_loss_weight > 0
-    return () if learns else (r'gate/keys$', r'gate/query/kernel$', r'gate/norm/scale$')
+  def select(self, m_BTD: Array, ngram_BThr: Array | None) -> Selection:
+    """Returns the rows to read, here those of the gate."""
+    return self.gate(m_BTD)
 
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns (B, T, D) in `dtype` from the normed input and the selected rows."""
@@ -64,19 +57,16 @@ class MemorySublayer(nnx.Module):
     Raises:
       ValueError: if an array has not the shape that the config says, or it reads n-grams and got no rows.
     """
-    self._check(h_BTD, bank_MP, ngram_BThr)
+    self._check(h_BTD, bank_MP)
     m_BTD = self.norm(h_BTD if self.input == 'residual' else h_attn_BTD)
-    if self.reads_ngrams:
-      selection = Selection(ngram_BThr, jnp.zeros(ngram_BThr.shape), 0.0)
-    else:
-      selection = self.gate(m_BTD)
+    selection = self.select(m_BTD, ngram_BThr)
     delta_BTD = self.read(m_BTD, selection, bank_MP, dtype)
     if self.ffn is not None:
       delta_BTD += self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD
     row_BTR, score_BTR = (x.reshape(*m_BTD.shape[:-1], -1) for x in selection[:2])
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.balance_loss)
 
-  def _check(self, h_BTD: Array, bank_MP: Array | TappedBank | None, ngram_BThr: Array | None) -> None:
+  def _check(self, h_BTD: Array, bank_MP: Array | TappedBank | None) -> None:
     """Raises ValueError where a wrong shape would read other rows without a word, or fail far from here."""
     if h_BTD.ndim != 3 or h_BTD.shape[-1] != self.dim:
       raise ValueError(f'the input must have the shape (B, T, model.dim={self.dim}), not {h_BTD.shape}')
@@ -85,15 +75,6 @@ class MemorySublayer(nnx.Module):
       raise ValueError(
         f'the bank must have the shape (model.knowledge_num, model.knowledge_dim)={self.bank_shape}, '
         f'not {None if bank is None else bank.shape}'
-      )
-    if not self.reads_ngrams:
-      return
-    if ngram_BThr is None:
-      raise ValueError('a memory that reads n-grams needs the rows that they address: mmjax.model.ngram.ngram_rows')
-    if ngram_BThr.shape != (*h_BTD.shape[:2], *self.rows_shape):
-      raise ValueError(
-        f'the rows of n-grams must have the shape (B, T, memory.n_heads, model.num_selected)='
-        f'{(*h_BTD.shape[:2], *self.rows_shape)}, not {ngram_BThr.shape}'
       )
 
   def rows(self, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:

@@ -19,18 +19,11 @@ from mmjax.model.sublayers.memory import MemorySublayer
 class MemoryBag(MemorySublayer):
   """The whole sublayer: norm, gate, weighted sums, projection; `up`, their gate, is (D, h * P), `down` (h * P, D)."""
 
-  sums_rows = True
-
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     super().__init__(model, memory, rngs=rngs)
     width = memory.n_heads * model.knowledge_dim
     self.up = Linear(model.dim, width, rngs=rngs) if memory.bag_gate else None
     self.down = Linear(width, model.dim, rngs=rngs)
-
-  @staticmethod
-  def scores_weigh(memory: MemoryConfig) -> bool:
-    """They are the weights of the sums, so that every parameter learns."""
-    return True
 
   def weights(self, selection: Selection) -> Array:
     """Returns how much each row counts in the sum of its head, float32 like its scores."""

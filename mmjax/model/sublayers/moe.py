@@ -22,8 +22,6 @@ class MoEFFN(nnx.Module):
   of a dispatch, and none of its sorting.
   """
 
-  uses_bank = False
-
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     hidden = model.dense_hidden_dim
     self.norm = RMSNorm(model.dim, model.norm_eps)
@@ -32,11 +30,6 @@ class MoEFFN(nnx.Module):
     self.shared_expert = SwiGLU(model.dim, hidden, rngs=rngs)
     self.experts_per_token = model.experts_per_token
     self.aux_loss_weight = model.aux_loss_weight
-
-  @staticmethod
-  def without_gradient(memory: MemoryConfig) -> tuple[str, ...]:
-    """Every parameter learns."""
-    return ()
 
   def __call__(
     self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None

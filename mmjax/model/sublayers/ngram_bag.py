@@ -6,9 +6,10 @@ arXiv:2601.10639.
 """
 
 import jax.numpy as jnp
+from flax import nnx
 from jax import Array
 
-from mmjax.config import MemoryConfig
+from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.model.memory import Selection
 from mmjax.model.sublayers.memory_bag import MemoryBag
 
@@ -16,17 +17,25 @@ from mmjax.model.sublayers.memory_bag import MemoryBag
 class NgramBag(MemoryBag):
   """The whole sublayer: norm, means of the rows at `ngram_BThr`, the projection of a bag."""
 
-  reads_ngrams = True
-
   @staticmethod
-  def scores_weigh(memory: MemoryConfig) -> bool:
-    """There are none."""
-    return False
+  def make_gate(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> None:
+    """There is none."""
 
-  @classmethod
-  def without_gradient(cls, memory: MemoryConfig) -> tuple[str, ...]:
-    """Every parameter learns."""
-    return ()
+  def select(self, m_BTD: Array, ngram_BThr: Array | None) -> Selection:
+    """Returns the rows that the last tokens address, with scores of 0.
+
+    Raises:
+      ValueError: if there are none, or of another shape than the config says.
+    """
+    shape = (*m_BTD.shape[:2], *self.rows_shape)
+    if ngram_BThr is None:
+      raise ValueError('a memory that reads n-grams needs the rows that they address: mmjax.model.ngram.ngram_rows')
+    if ngram_BThr.shape != shape:
+      raise ValueError(
+        f'the rows of n-grams must have the shape (B, T, memory.n_heads, model.num_selected)={shape}, '
+        f'not {ngram_BThr.shape}'
+      )
+    return Selection(ngram_BThr, jnp.zeros(shape), 0.0)
 
   def weights(self, selection: Selection) -> Array:
     """Returns 1 / r for each row."""

@@ -1,0 +1,188 @@
+"""The table of sublayers: what follows attention, the one thing in which the experiments differ.
+
+A new one is a module in mmjax/model/sublayers, a row here and a config file. The row says all that others must know of
+it: what it reads, which settings are its own (set in a model that has no such layer they are refused), what a token
+costs, what no gradient reaches. It names its class and does not import it, so that the table can be read without JAX.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from mmjax.config.schema import Config, MemoryConfig, ModelConfig
+
+TRAINED = 3  # forward, gradient with respect to the input, gradient with respect to the weight
+FORWARD_ONLY = 1
+
+BANK = (
+  'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.layers', 'memory.input', 'memory.n_heads',
+  'memory.ffn_dim', 'memory.bank_init', 'memory.bank_file', 'memory.knowledge_length', 'memory.bank_std',
+  'memory.bank_lr_multiplier', 'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier',
+  'memory.bank_grad_clip', 'memory.bank_update',
+)  # fmt: skip
+GATE = (
+  'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.keys_init', 'memory.balance_loss_weight',
+  'memory.selection_bias', 'memory.revive_after', 'memory.revive_noise', 'memory.revive_keys',
+)  # fmt: skip
+SCORES = ('memory.scores', 'memory.score_activation')
+
+
+@dataclasses.dataclass(frozen=True)
+class Sublayer:
+  """A row of the table.
+
+  Attributes:
+    path: module and class, 'package.module:Class'; mmjax.model.sublayers.base says how it is built and called.
+    settings: those of model and memory that mean nothing unless some layer is of this or another kind that names them.
+    flops: of a config, the FLOPs of one training step for a token and layer, by part: see mmjax.training.cost.
+    uses_bank: whether it reads the bank.
+    has_gate: whether queries pick the rows.
+    reads_ngrams: whether the last tokens do.
+    sums_rows: whether it reads the bank with `bank_bag`, or with `bank_lookup`.
+    scores_weigh: of the memory section, whether rows count by their scores.
+    without_gradient: of the memory section, patterns of the parameters (paths below the sublayer) that no gradient
+      reaches, so that weight decay leaves them alone.
+  """
+
+  path: str
+  settings: tuple[str, ...]
+  flops: Callable[[Config], dict[str, int]]
+  uses_bank: bool = False
+  has_gate: bool = False
+  reads_ngrams: bool = False
+  sums_rows: bool = False
+  scores_weigh: Callable[[MemoryConfig], bool] = lambda memory: False
+  without_gradient: Callable[[MemoryConfig], tuple[str, ...]] = lambda memory: ()
+
+  def build(self, model: ModelConfig, memory: MemoryConfig, *, rngs: Any) -> Any:
+    """Returns a new module of the class."""
+    module, _, name = self.path.partition(':')
+    return getattr(importlib.import_module(module), name)(model, memory, rngs=rngs)
+
+
+def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:
+  """Names the sublayer of each layer: model.sublayer; where only some layers have a memory, 'dense' in the others.
+
+  Layers in memory.ngram_layers have an 'ngram_bag'.
+  """
+  row = SUBLAYERS[model.sublayer]
+  if not row.uses_bank:
+    return (model.sublayer,) * model.n_layers
+  kinds = dict.fromkeys(range(model.n_layers), 'dense')
+  kinds |= dict.fromkeys(memory.layer_numbers(model.n_layers), model.sublayer)
+  kinds |= dict.fromkeys(memory.ngram_layer_numbers(model.n_layers) if row.has_gate else (), 'ngram_bag')
+  return tuple(kinds.values())
+
+
+def _scaled(memory: MemoryConfig) -> bool:
+  return memory.scores != 'none'
+
+
+def _frozen_gate(memory: MemoryConfig) -> tuple[str, ...]:
+  """The gate's parameters, unless its scores reach the output or a loss of their own."""
+  learns = _scaled(memory) or memory.balance_loss_weight > 0
+  return () if learns else (r'gate/keys$', r'gate/query/kernel$', r'gate/norm/scale$')
+
+
+def _swiglu(config: Config, hidden_dim: int) -> int:
+  return TRAINED * 2 * 3 * config.model.dim * hidden_dim
+
+
+def _dense(config: Config) -> dict[str, int]:
+  return {'ffn': _swiglu(config, config.model.dense_hidden_dim)}
+
+
+def _moe(config: Config) -> dict[str, int]:
+  model = config.model
+  experts = (model.experts_per_token + 1) * _swiglu(config, model.dense_hidden_dim)
+  return {'moe': experts + TRAINED * 2 * model.dim * model.n_experts}
+
+
+def _beside(config: Config) -> dict[str, int]:
+  """A dense sublayer that stands beside a memory."""
+  return {'ffn': _swiglu(config, config.memory.ffn_dim)} if config.memory.ffn_dim else {}
+
+
+def _gate(config: Config, times: int) -> dict[str, int]:
+  model, memory = config.model, config.memory
+  query_and_scores = memory.query_dim(model) * (model.dim + model.n_sub_keys)
+  return {'gate': times * 2 * memory.n_heads * query_and_scores} | _beside(config)
+
+
+def _gate_perhaps_frozen(config: Config) -> dict[str, int]:
+  return _gate(config, FORWARD_ONLY if _frozen_gate(config.memory) else TRAINED)
+
+
+def _gated_fusion(config: Config) -> dict[str, int]:
+  model = config.model
+  fused = model.dim + config.memory.n_heads * model.num_selected * model.knowledge_dim
+  return _gate_perhaps_frozen(config) | {'fusion': TRAINED * 2 * (2 * fused * model.dim + model.dim * model.dim)}
+
+
+def _cross_attention(config: Config) -> dict[str, int]:
+  model = config.model
+  projections = 2 * model.dim * model.dim + 2 * model.dim * model.knowledge_dim  # wq, wo; wk, wv on the query's side
+  reads = 2 * model.n_heads * config.memory.n_heads * model.num_selected * model.knowledge_dim  # scores, weighted sum
+  return _gate_perhaps_frozen(config) | {'cross_attention': TRAINED * 2 * (projections + reads)}
+
+
+def _memory_bag(config: Config) -> dict[str, int]:
+  return _gate(config, TRAINED) | _bag(config)
+
+
+def _ngram_bag(config: Config) -> dict[str, int]:
+  return _beside(config) | _bag(config)
+
+
+def _bag(config: Config) -> dict[str, int]:
+  model, width = config.model, config.memory.n_heads * config.model.knowledge_dim
+  return {
+    'bag': TRAINED * 2 * (2 if config.memory.bag_gate else 1) * model.dim * width,
+    'bag_reads': TRAINED * 2 * model.num_selected * width,
+  }
+
+
+SUBLAYERS = {
+  'dense': Sublayer('mmjax.model.sublayers.dense:DenseFFN', ('model.hidden_dim',), _dense),
+  'cross_attention': Sublayer(
+    'mmjax.model.sublayers.cross_attention:CrossAttentionMemory',
+    (*BANK, *GATE, *SCORES),
+    _cross_attention,
+    uses_bank=True,
+    has_gate=True,
+    scores_weigh=_scaled,
+    without_gradient=_frozen_gate,
+  ),
+  'gated_fusion': Sublayer(
+    'mmjax.model.sublayers.gated_fusion:GatedMemoryFusion',
+    (*BANK, *GATE, *SCORES),
+    _gated_fusion,
+    uses_bank=True,
+    has_gate=True,
+    scores_weigh=_scaled,
+    without_gradient=_frozen_gate,
+  ),
+  'memory_bag': Sublayer(
+    'mmjax.model.sublayers.memory_bag:MemoryBag',
+    (*BANK, *GATE, 'memory.score_activation', 'memory.bag_gate'),
+    _memory_bag,
+    uses_bank=True,
+    has_gate=True,
+    sums_rows=True,
+    scores_weigh=lambda memory: True,
+  ),
+  'ngram_bag': Sublayer(
+    'mmjax.model.sublayers.ngram_bag:NgramBag',
+    (*BANK, 'memory.ngrams', 'memory.bag_gate'),
+    _ngram_bag,
+    uses_bank=True,
+    reads_ngrams=True,
+    sums_rows=True,
+  ),
+  'moe': Sublayer(
+    'mmjax.model.sublayers.moe:MoEFFN',
+    ('model.hidden_dim', 'model.n_experts', 'model.experts_per_token', 'model.aux_loss_weight'),
+    _moe,
+  ),
+}
