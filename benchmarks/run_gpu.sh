@@ -31,7 +31,7 @@ SIZES=() TURNS=(--repeats 5 --updates 3)
 KERNELS=() SUBLAYER=(--only sublayer) DECODE=(--new_tokens 512 --dtype bfloat16) ROWS=65536,1048576,4194304 SELECTED=1,64 BATCHES=(64 256)
 if ((QUICK)); then
   SIZES=(--config.model.dim=32 --config.model.n_layers=1 --config.model.n_heads=4 --config.model.n_kv_heads=2
-    --config.model.max_seq_len=32 --config.model.knowledge_dim=16)
+    --config.model.max_seq_len=32)
   TURNS=(--repeats 1 --matmul_size 128) KERNELS=(--batch 1 --repeats 1 --only projection) SUBLAYER=() BATCHES=(2 4)
   DECODE=(--new_tokens 4 --repeats 1) ROWS=4096,16384 SELECTED=2
 fi

@@ -149,6 +149,12 @@ def fitting_config(
     UserError: if an override contradicts the tensors, or the result breaks a rule.
   """
   sizes = read_sizes(shapes, source)
+  for override in overrides:  # before the others, which mean nothing in another model
+    name, _, kind = override.partition('=')
+    if name == '--config.model.sublayer' and kind != sizes['sublayer']:
+      raise UserError(
+        f'model.sublayer={kind!r} contradicts {source}, whose tensors say {sizes["sublayer"]!r}; leave it out'
+      )
   first = load_config(config_file, [*_as_overrides(sizes), *overrides, '--config.model.n_kv_heads=1']).model
   sizes['n_kv_heads'] = read_kv_heads(shapes, first.dim, first.n_heads, source)
   hidden_dim = sizes.get('hidden_dim')
