@@ -7,6 +7,7 @@ The gradient of a bank is as large as the bank, whatever was read. Through a `Ta
 backward pass hands out what it would have been the sum of, and `add_reads` sums that where the caller wants it.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -28,6 +29,27 @@ class Reads(NamedTuple):
   weight_BThr: Array | None
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=['part_MP'], meta_fields=['axis'])
+@dataclasses.dataclass(frozen=True)
+class BankShard:
+  """A device's part of a bank that is divided by rows, inside `jax.shard_map`; reading it reads the whole bank.
+
+  What travels are row numbers, and in return the rows that were read, or their sums, never the bank.
+
+  Attributes:
+    part_MP: float32, this device's M rows; the devices of the axis hold all of them, in order.
+    axis: name of the mesh axis.
+  """
+
+  part_MP: Array
+  axis: str
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of the whole bank."""
+    return len(self.part_MP) * jax.lax.axis_size(self.axis), self.part_MP.shape[1]
+
+
 class TappedBank(NamedTuple):
   """A bank that gets no gradient: instead the 'gradient' with respect to `tap` is the `Reads` of the one layer.
 
@@ -38,6 +60,11 @@ class TappedBank(NamedTuple):
 
   bank_MP: Array
   tap: Reads
+
+  @property
+  def shape(self) -> tuple[int, int]:
+    """Of the bank."""
+    return self.bank_MP.shape
 
 
 def no_reads(row_shape: tuple[int, ...], row_dim: int, dtype: DTypeLike, *, bag: bool) -> Reads:
@@ -75,11 +102,13 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
 
 
 @jax.named_scope('lookup')
-def bank_lookup(bank_MP: Array | TappedBank, row_BTR: Array, dtype: DTypeLike, *, backward: str = 'scatter') -> Array:
+def bank_lookup(
+  bank_MP: Array | BankShard | TappedBank, row_BTR: Array, dtype: DTypeLike, *, backward: str = 'scatter'
+) -> Array:
   """Gathers rows of the bank.
 
   Args:
-    bank_MP: float32; may be sharded by rows under jit; may be tapped.
+    bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped.
     row_BTR: int32 in [0, M), in any order and number, any number of axes.
     dtype: of the result.
     backward: how gradients are added up: 'scatter' as they come, 'sorted' after sorting them by row.
@@ -91,6 +120,10 @@ def bank_lookup(bank_MP: Array | TappedBank, row_BTR: Array, dtype: DTypeLike, *
     ValueError: if there is no such backward.
   """
   _check_backward(backward)
+  if isinstance(bank_MP, BankShard):
+    row_BTR, own_BTR = _gather_rows(bank_MP, row_BTR)
+    rows_BTRP = _lookup(bank_MP.part_MP, row_BTR, dtype, backward)
+    return _hand_back(bank_MP, jnp.where(own_BTR[..., None], rows_BTRP, 0))
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
     return _tapped(jax.lax.stop_gradient(bank_MP)[row_BTR].astype(dtype), tap.grad)
@@ -102,13 +135,15 @@ def bank_lookup_reference(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> A
   return jnp.take(bank_MP, row_BTR, axis=0).astype(dtype)
 
 
-def bank_bag(bank_MP: Array | TappedBank, row_BThr: Array, weight_BThr: Array, *, backward: str = 'scatter') -> Array:
+def bank_bag(
+  bank_MP: Array | BankShard | TappedBank, row_BThr: Array, weight_BThr: Array, *, backward: str = 'scatter'
+) -> Array:
   """Sums rows of the bank, weighted: an embedding bag for each head.
 
   The rows are read again in the backward pass instead of kept: r times the memory of the sums.
 
   Args:
-    bank_MP: float32; may be sharded by rows under jit; may be tapped.
+    bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped.
     row_BThr: int32 in [0, M), in any order and number, any number of axes; the last is summed over.
     weight_BThr: float32, like `row_BThr`.
     backward: how the bank's gradients are added up, see `bank_lookup`.
@@ -120,6 +155,10 @@ def bank_bag(bank_MP: Array | TappedBank, row_BThr: Array, weight_BThr: Array, *
     ValueError: if there is no such backward.
   """
   _check_backward(backward)
+  if isinstance(bank_MP, BankShard):
+    row_BThr, own_BThr = _gather_rows(bank_MP, row_BThr)
+    weight_BThr = jnp.where(own_BThr, jax.lax.all_gather(weight_BThr, bank_MP.axis, tiled=True), 0)
+    return _hand_back(bank_MP, _bag(bank_MP.part_MP, row_BThr, weight_BThr, backward))
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
     sum_BThP = _bag(bank_MP, row_BThr, _tapped_weights(weight_BThr, tap.weight_BThr), None)
@@ -130,6 +169,22 @@ def bank_bag(bank_MP: Array | TappedBank, row_BThr: Array, weight_BThr: Array, *
 def bank_bag_reference(bank_MP: Array, row_BThr: Array, weight_BThr: Array) -> Array:
   """The definition; autodiff gives its gradients."""
   return jnp.einsum('...r,...rP->...P', weight_BThr, jnp.take(bank_MP, row_BThr, axis=0))
+
+
+def _gather_rows(bank: BankShard, row: Array) -> tuple[Array, Array]:
+  """Returns the rows that all devices of the axis ask for, numbered within this part, and which of them lie in it.
+
+  The others get a number past the end: gathers clip it, and scatters drop what they would have added there.
+  """
+  n_rows = len(bank.part_MP)
+  local = jax.lax.all_gather(row, bank.axis, tiled=True) - jax.lax.axis_index(bank.axis) * n_rows
+  own = (local >= 0) & (local < n_rows)
+  return jnp.where(own, local, n_rows), own
+
+
+def _hand_back(bank: BankShard, found: Array) -> Array:
+  """Adds up what the parts hold of each answer and gives every device the answers that it asked for."""
+  return jax.lax.psum_scatter(found, bank.axis, tiled=True)
 
 
 def _add_scatter(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
-from mmjax.kernels.bank import Reads, TappedBank, no_reads
+from mmjax.kernels.bank import BankShard, Reads, TappedBank, no_reads
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
 from mmjax.model.memory import init_bank
 from mmjax.model.ngram import cached_last_tokens, last_tokens, ngram_rows
@@ -67,7 +67,7 @@ class Block(nnx.Module):
   def __call__(
     self,
     x_BTD: Array,
-    bank_MP: Array | TappedBank | None,
+    bank_MP: Array | BankShard | TappedBank | None,
     angle_BTh: Array,
     segment_BT: Array | None,
     ngram_BThr: Array | None,
@@ -110,7 +110,7 @@ class LayerOutput(NamedTuple):
 
 
 RunLayer = Callable[[int, Block, Array, Array | None], tuple[Array, LayerOutput]]
-BankOfLayer = Callable[[int, Array], Array | TappedBank]
+BankOfLayer = Callable[[int, Array], BankShard | TappedBank]
 
 
 def _unroll_layers(
@@ -183,7 +183,8 @@ class LM(nnx.Module):
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
       scan_layers: compiles neighbours of the same kind once and scans over their stacked parameters.
       dropout_key: a PRNG key turns dropout on.
-      bank_of_layer: of the number of a layer with a memory and the bank, what it reads instead; not in a scan.
+      bank_of_layer: of the number of a layer with a memory and the bank, what it reads instead; a scan asks
+        for the first of its layers only.
 
     Returns:
       Output.
@@ -273,7 +274,6 @@ class LM(nnx.Module):
       x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, ngram_BThr, key)
       return x_BTD, LayerOutput(sublayer.row_BTR, sublayer.score_BTR, jnp.asarray(sublayer.aux_loss), kv)
 
-    assert not (scan_layers and bank_of_layer), 'a scan runs all layers on one bank'
     x_BTD, outs = (_scan_layers if scan_layers else _unroll_layers)(run, list(self.layers), x_BTD, keys[:-1])
     reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
     row_LBTR, score_LBTR = (jnp.stack(x) for x in zip(*reads, strict=True)) if reads else (None, None)

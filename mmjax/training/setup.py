@@ -181,7 +181,9 @@ def compile_step(
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
-  step = make_train_step(config, model_graph(config), optimizer, attention=attention, total_steps=total_steps)
+  step = make_train_step(
+    config, model_graph(config), optimizer, attention=attention, total_steps=total_steps, mesh=mesh
+  )
   batch = batch_shapes(mesh, config)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), replicated(mesh)))
   with explain_out_of_memory(config):

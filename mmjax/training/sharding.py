@@ -1,11 +1,12 @@
 """Where arrays live: a mesh of devices and rules that map parameter names to partitions of it.
 
 The mesh has two axes: `data` divides the batch; `rows` divides the bank by rows, and the batch as well. One device is
-a mesh of one. The model knows nothing of this: XLA inserts the communication.
+a mesh of one. Training divides its own work (`spread`), so that devices meet once an update; in everything else XLA
+inserts the communication.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +18,8 @@ from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import path_name
+
+ROWS = 'rows'  # the axis that divides the bank
 
 # (pattern of the parameter's name, partition); the first match wins. Adam's moments carry their parameter's name.
 RULES = (
@@ -69,6 +72,35 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of what every device holds whole."""
   return NamedSharding(mesh, P())
+
+
+def spread(gradient: Callable, mesh: Mesh) -> Callable:
+  """Runs a gradient on every device for its own rows of the batch, and adds up what they found, once.
+
+  Left to itself XLA adds up the gradients of every micro-batch.
+
+  Args:
+    gradient: of (params, batch, *scalars), which returns sums over the batch and gradients that are like the params.
+    mesh: of its devices each sees whole parameters, but its own part of what the rules divide.
+  """
+
+  def spread_gradient(params: Any, batch: dict[str, jax.Array], *scalars: jax.Array) -> tuple[Any, Any]:
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings(mesh, params))
+
+    def on_device(params: Any, batch: dict[str, jax.Array], *scalars: jax.Array) -> tuple[Any, Any]:
+      sums, grads = gradient(params, batch, *scalars)
+
+      def add_up(grad: jax.Array, spec: P) -> jax.Array:
+        return jax.lax.psum(grad, [axis for axis in mesh.axis_names if axis not in spec])
+
+      return jax.lax.psum(sums, mesh.axis_names), jax.tree.map(add_up, grads, specs)
+
+    in_specs = (specs, BATCH, *(P() for _ in scalars))
+    # Without the check of what varies over devices: it would add up the gradients wherever a parameter is used.
+    run = jax.shard_map(on_device, mesh=mesh, in_specs=in_specs, out_specs=(P(), specs), check_vma=False)
+    return run(params, batch, *scalars)
+
+  return spread_gradient
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulation_steps: int) -> dict[str, jax.Array]:

@@ -14,12 +14,13 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.data.loader import PADDING
-from mmjax.kernels.bank import Reads, TappedBank
+from mmjax.kernels.bank import BankShard, Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
-from mmjax.model.lm import Params, init_params
+from mmjax.model.lm import BankOfLayer, Params, init_params
 from mmjax.training.lazy_bank import (
   add_gradients,
   init_moments,
@@ -32,6 +33,7 @@ from mmjax.training.lazy_bank import (
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule
 from mmjax.training.probes import gate_norms, row_update_ratio
 from mmjax.training.revival import count_sub_keys, init_revival, revive, revives
+from mmjax.training.sharding import ROWS, spread
 
 TrainState = dict[str, Any]
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -68,7 +70,9 @@ def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
   return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
 
 
-def make_loss(config: Config, graphdef: nnx.GraphDef, attention: str, probe: Callable | None = None) -> Callable:
+def make_loss(
+  config: Config, graphdef: nnx.GraphDef, attention: str, probe: Callable | None = None, mesh: Mesh | None = None
+) -> Callable:
   """Returns objective(params, rows, total_weight, key, taps=None) -> (what training minimises, parts).
 
   `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative
@@ -79,9 +83,17 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, attention: str, probe: Cal
 
   With `taps`, from `no_taps`, the bank gets no gradient, but they do, and the parts also hold the rows that were read,
   `row_LBTR`; where rows are revived, how often each sub-key was taken, `count_LKC`.
+
+  With `mesh` it runs inside `jax.shard_map` on the rows of one device, and the sum over devices is that of all rows.
   """
   dtype = jnp.dtype(config.train.dtype)
   isolate = config.data.isolate_documents
+  shares = config.train.accumulation_steps * (mesh.size if mesh else 1)
+
+  def bank_of_layer(taps: dict[int, Reads] | None) -> BankOfLayer | None:
+    if taps is not None:
+      return lambda number, bank_MP: TappedBank(bank_MP, taps[number])
+    return (lambda _, part_MP: BankShard(part_MP, ROWS)) if mesh and mesh.shape[ROWS] > 1 else None
 
   def objective(
     params: Params,
@@ -99,7 +111,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, attention: str, probe: Cal
       remat=config.runtime.remat,
       scan_layers=config.runtime.scan_layers,
       dropout_key=key,
-      bank_of_layer=None if taps is None else lambda number, bank_MP: TappedBank(bank_MP, taps[number]),
+      bank_of_layer=bank_of_layer(taps),
     )
     weight_BT = (rows['target'] != PADDING).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
@@ -108,7 +120,7 @@ def make_loss(config: Config, graphdef: nnx.GraphDef, attention: str, probe: Cal
     parts = {
       'loss': nll / total_weight,
       'accuracy': correct / total_weight,
-      'aux_loss': out.aux_loss / config.train.accumulation_steps,
+      'aux_loss': out.aux_loss / shares,
     }
     if out.row_LBTR is not None:
       parts['usage_LM'] = count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
@@ -142,19 +154,23 @@ def next_average(average: Array, loss: Array) -> Array:
   return jnp.where(average > 0, LOSS_AVERAGE_DECAY * average + (1 - LOSS_AVERAGE_DECAY) * loss, loss)
 
 
-def make_gradient(config: Config, graphdef: nnx.GraphDef, attention: str) -> Callable:
+def make_gradient(config: Config, graphdef: nnx.GraphDef, attention: str, mesh: Mesh | None = None) -> Callable:
   """Returns gradient(params, batch, tokens, step) -> (parts of the loss, gradients), summed over the micro-batches.
 
-  Where the bank is updated lazily, its gradient is `RowSums`.
+  On a mesh of several devices each sums up its own rows of all micro-batches, and what they found is added up once.
+  Where the bank is updated lazily, its gradient is `RowSums`, and XLA divides the work.
   """
-  objective = make_loss(config, graphdef, attention)
   lazy = is_lazy(config)
+  mesh = None if lazy or mesh is None or mesh.size == 1 else mesh
+  objective = make_loss(config, graphdef, attention, mesh=mesh)
   grad = lazy_gradient(config, objective) if lazy else jax.value_and_grad(objective, has_aux=True)
   add_up = add_gradients if lazy else partial(jax.tree.map, jnp.add)
   use_dropout = config.model.dropout > 0
 
   def gradient(params: Params, batch: dict[str, Array], tokens: Array, step: Array) -> tuple[dict[str, Array], Params]:
     key = jax.random.fold_in(jax.random.key(config.seed), step)
+    if mesh and use_dropout:
+      key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
 
     def add(sums: tuple, micro: tuple) -> tuple[tuple, None]:
       index, rows = micro
@@ -172,7 +188,7 @@ def make_gradient(config: Config, graphdef: nnx.GraphDef, attention: str) -> Cal
       grads['memory_bank'] = no_rows(config)
     return jax.lax.scan(add, (parts, grads), micros)[0]
 
-  return gradient
+  return spread(gradient, mesh) if mesh else gradient
 
 
 def make_train_step(
@@ -182,8 +198,9 @@ def make_train_step(
   *,
   attention: str,
   total_steps: int,
+  mesh: Mesh | None = None,
 ) -> TrainStep:
-  """Returns the update, not yet compiled.
+  """Returns the update, not yet compiled, for a mesh or one device.
 
   It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
   metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_N (of each parameter, in
@@ -191,7 +208,7 @@ def make_train_step(
   loss_average (what a spike is measured by), skipped; of memory models also usage_LM (int32 rows read) and norms (see
   `probes`); with memory.revive_after revived_rows and revived_keys.
   """
-  gradient = make_gradient(config, graphdef, attention)
+  gradient = make_gradient(config, graphdef, attention, mesh)
   schedule = learning_rate_schedule(config.train, total_steps)
   lazy, rate_of_bank = is_lazy(config), bank_rate(config, total_steps)
 

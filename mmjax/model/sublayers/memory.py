@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.kernels.bank import TappedBank, bank_lookup
+from mmjax.kernels.bank import BankShard, TappedBank, bank_lookup
 from mmjax.model.layers import RMSNorm
 from mmjax.model.memory import ProductKeyGate, Selection, score_weights
 from mmjax.model.sublayers.base import SublayerOutput
@@ -48,7 +48,7 @@ class MemorySublayer(nnx.Module):
     self,
     h_BTD: Array,
     h_attn_BTD: Array,
-    bank_MP: Array | TappedBank | None,
+    bank_MP: Array | BankShard | TappedBank | None,
     dtype: DTypeLike,
     ngram_BThr: Array | None = None,
   ) -> SublayerOutput:
@@ -66,15 +66,14 @@ class MemorySublayer(nnx.Module):
     row_BTR, score_BTR = (x.reshape(*m_BTD.shape[:-1], -1) for x in selection[:2])
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.balance_loss)
 
-  def _check(self, h_BTD: Array, bank_MP: Array | TappedBank | None) -> None:
+  def _check(self, h_BTD: Array, bank_MP: Array | BankShard | TappedBank | None) -> None:
     """Raises ValueError where a wrong shape would read other rows without a word, or fail far from here."""
     if h_BTD.ndim != 3 or h_BTD.shape[-1] != self.dim:
       raise ValueError(f'the input must have the shape (B, T, model.dim={self.dim}), not {h_BTD.shape}')
-    bank = bank_MP.bank_MP if isinstance(bank_MP, TappedBank) else bank_MP
-    if bank is None or bank.shape != self.bank_shape:
+    if bank_MP is None or bank_MP.shape != self.bank_shape:
       raise ValueError(
         f'the bank must have the shape (model.knowledge_num, model.knowledge_dim)={self.bank_shape}, '
-        f'not {None if bank is None else bank.shape}'
+        f'not {None if bank_MP is None else bank_MP.shape}'
       )
 
   def rows(self, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
