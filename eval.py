@@ -2,7 +2,8 @@
 
 Measures loss, perplexity, bits per byte, token accuracy and what the memory does on the whole validation set (defined
 in mmjax/training/probes.py), continues prompts, prints both, writes them into eval.json in the work directory and
-updates its report.md. Exit codes: 0 done, 2 user error, 4 storage.
+updates its report.md. --config.data.prepared_dir=DIR or --config.data.train_files=... say where the run's own text is
+now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
 import argparse
@@ -20,12 +21,20 @@ def main() -> None:
   parser.add_argument('--prompts', help='text file, one prompt a line (default: the three of the record)')
   parser.add_argument('--valid_files', default='', help='other text to evaluate on: comma-separated paths or globs')
   add_sampling_flags(parser)
-  arguments = parser.parse_args()
+  arguments, overrides = parser.parse_known_args()
   sampling = sampling_from_flags(arguments)
 
   with interrupt_ends_at_once():
+    from mmjax.config import override_config
     from mmjax.inference.api import load
-    from mmjax.inference.measure import PROMPTS, add_training_norms, continue_prompts, measure_text, read_prompts
+    from mmjax.inference.measure import (
+      PROMPTS,
+      WHERE,
+      add_training_norms,
+      continue_prompts,
+      measure_text,
+      read_prompts,
+    )
     from mmjax.inference.terminal import prepare_terminal
     from mmjax.tools.report import write_report
     from mmjax.training.run_json import atomic_write_json
@@ -34,7 +43,9 @@ def main() -> None:
   prepare_terminal()
   prompts = read_prompts(arguments.prompts or PROMPTS)
   run = open_run(arguments.workdir)
+  config = override_config(run.read_config(), overrides, WHERE)
   lm = load(run.path, arguments.checkpoint)
+  lm.config = config
   found = {
     'checkpoint': lm.step,
     'valid_files': arguments.valid_files,

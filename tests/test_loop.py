@@ -1,7 +1,9 @@
 """Whole runs, tiny: resume is exact, signals save, broken updates are survived, several devices agree with one."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -72,6 +74,27 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   monkeypatch.undo()
   fit(run_config(text), tmp_path)
   assert_same_run(undisturbed, tmp_path)
+
+
+def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypatch):
+  def go_on(stop, **data):
+    monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(stop))
+    with pytest.raises(StoppedError) if stop < 10 else contextlib.nullcontext():
+      fit(run_config(text, **{f'data__{name}': value for name, value in data.items()}), tmp_path / 'run')
+
+  go_on(1)
+  (tmp_path / 'here').mkdir()
+  shutil.copy(text / 'text.jsonl', tmp_path / 'here' / 'same.jsonl')
+  monkeypatch.chdir(tmp_path / 'here')
+  go_on(3, train_files=f'{tmp_path}/here/same.jsonl', prepared_dir=tmp_path / 'new')  # made again, with its tokenizer
+  go_on(5, train_files='same.jsonl', prepared_dir='../new')
+  with pytest.raises(UserError, match="was started on the text of data.train_files='same.jsonl': name it"):
+    (tmp_path / 'new').rename(tmp_path / 'copy')
+    go_on(7, train_files='', prepared_dir='new')
+  go_on(7, train_files='', prepared_dir=next((tmp_path / 'copy').glob('same-*')))  # on a machine without the text
+  go_on(10, train_files='', prepared_dir='nowhere')  # where it was at the last start
+  assert_same_run(undisturbed, tmp_path / 'run')
+  assert [path.name for path in (tmp_path / 'here').iterdir()] == ['same.jsonl']
 
 
 @pytest.mark.thorough

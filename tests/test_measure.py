@@ -72,15 +72,85 @@ def test_other_text_is_cut_with_the_tokenizer_of_the_run(run, tmp_path, monkeypa
   assert found['valid_files'] == f'{tmp_path}/other.txt'
 
 
-def test_other_validation_text_than_in_training_is_refused(run, monkeypatch, capfd):
-  settings = json.loads((run / 'config.json').read_text())
-  del settings['sha256']  # changed on purpose
-  settings['data']['valid_fraction'] = 0.3  # now part of the training text would be held out
-  (run / 'config.json').write_text(json.dumps(settings))
-  code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run))
+@pytest.fixture
+def moved(tiny_run, tmp_path):
+  """A folder as it comes to another machine: run, text, prepared directory, and nothing where these were before."""
+  for name in ('run', 'text.jsonl', 'prepared'):
+    (shutil.copytree if (tiny_run.parent / name).is_dir() else shutil.copy)(tiny_run.parent / name, tmp_path / name)
+  for name, change in (('config.json', change_config), ('run.json', change_record)):
+    stored = json.loads((tmp_path / 'run' / name).read_text())
+    del stored['sha256']  # changed on purpose
+    change(stored)
+    (tmp_path / 'run' / name).write_text(json.dumps(stored))
+  return tmp_path
+
+
+def change_config(stored):
+  stored['data'] |= {'train_files': '/nowhere/text.jsonl', 'prepared_dir': '/nowhere/prepared'}
+
+
+def change_record(stored):
+  stored['starts'][-1]['prepared_dir'] = '/nowhere/prepared/text-0123456789ab'
+
+
+def measured(folder):
+  found = json.loads((folder / 'run' / 'eval.json').read_text())
+  return {name: found[name] for name in ('loss', 'tokens', 'text_bytes', 'accuracy')}
+
+
+def test_validation_text_is_known_by_its_hash_wherever_it_is(moved, tiny_run, tmp_path, monkeypatch, capfd):
+  run = ('--workdir', str(moved / 'run'), '--checkpoint', 'last')
+  code, _, err = run_eval(monkeypatch, capfd, *run)
+  assert code == 2 and "no file '/nowhere/text.jsonl'" in err
+  records = [json.loads(line) for line in (tiny_run / 'metrics.jsonl').read_text().splitlines()]
+  logged = [record for record in records if record['kind'] == 'eval'][-1]
+  [finished] = (moved / 'prepared').glob('text-*')
+  (moved / 'elsewhere').mkdir()
+  monkeypatch.chdir(moved / 'elsewhere')
+  finished.rename(moved / 'shards')
+  for given in (f'prepared_dir={moved}/shards', 'prepared_dir=..', f'train_files={moved}/text.jsonl'):
+    flags = [f'--config.data.prepared_dir={moved}/new', f'--config.data.{given}', '--config.data.workers=1']
+    code, _, err = run_eval(monkeypatch, capfd, *run, *flags)
+    assert code == 0, err
+    assert measured(moved) == pytest.approx({name: logged[name] for name in measured(moved)}, rel=1e-6)
+  code, _, err = run_eval(monkeypatch, capfd, *run, '--config.model.dim=8')
+  assert code == 2 and 'model.dim belongs to the run' in err
+
+
+def test_other_validation_text_than_in_training_is_refused(moved, monkeypatch, capfd):
+  with (moved / 'text.jsonl').open('a') as handle:
+    handle.write('\n{"text": "the bank of the stream"}\n')
+  shutil.rmtree(moved / 'prepared')
+  code, _, err = run_eval(
+    monkeypatch, capfd, '--workdir', str(moved / 'run'), f'--config.data.train_files={moved}/text.jsonl',
+    f'--config.data.prepared_dir={moved}/new', '--config.data.workers=1',
+  )  # fmt: skip
   assert code == 2
-  assert 'is not what the run was trained with' in err
-  assert not (run / 'eval.json').exists()
+  assert 'was started with other data' in err and 'data.train_files /nowhere/text.jsonl -> ' in err
+  assert not (moved / 'run' / 'eval.json').exists()
+
+
+def test_evaluation_makes_nothing_where_it_is_called(tiny_run, tmp_path, monkeypatch, capfd):
+  run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+  stored = json.loads((run / 'config.json').read_text())
+  del stored['sha256']
+  stored['data'] |= {'train_files': '', 'prepared_dir': 'out/data'}  # as of a run on the embedded corpus
+  (run / 'config.json').write_text(json.dumps(stored))
+  (tmp_path / 'here').mkdir()
+  monkeypatch.chdir(tmp_path / 'here')
+  (tmp_path / 'other.txt').write_text('the bank reads the memory')
+  for more in ([], ['--valid_files', f'{tmp_path}/other.txt']):
+    code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run), *more)
+    assert code == 0 and not list((tmp_path / 'here').iterdir()), err
+  stored = json.loads((run / 'run.json').read_text())
+  del stored['sha256'], stored['starts'][-1]['prepared_dir']  # as of an earlier version
+  (run / 'run.json').write_text(json.dumps(stored))
+  code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run))
+  assert code == 2 and 'is not to be found; give --config.data.prepared_dir=DIR' in err
+  assert not list((tmp_path / 'here').iterdir())
+  shutil.copytree(tiny_run.parent / 'prepared', tmp_path / 'out' / 'data')  # as `out` is copied from a machine
+  code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run))
+  assert code == 0 and not list((tmp_path / 'here').iterdir()), err
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,6 @@ def test_schedule_may_change_only_on_request():
     ({'model__dim': 64}, 'model.dim 32 -> 64'),
     ({'memory__bank_std': 0.5}, 'memory.bank_std 1.0 -> 0.5'),
     ({'data__layout': 'padded'}, "data.layout 'packed' -> 'padded'"),
-    ({'data__train_files': 'x.txt'}, "data.train_files '' -> 'x.txt'"),
     ({'train__batch_size': 8}, 'train.batch_size 4 -> 8'),
     ({'train__accumulation_steps': 1}, 'train.accumulation_steps 2 -> 1'),
     ({'train__dtype': 'bfloat16'}, "train.dtype 'float32' -> 'bfloat16'"),

@@ -6,7 +6,14 @@ Defaults live in configs/base.py and nowhere else; here are the types and the ru
 
 from mmjax.config.idle import idle_settings
 from mmjax.config.paths import expand_home, user_path
-from mmjax.config.reading import call_python_file, config_from_dict, load_config, overrides_of, own_config
+from mmjax.config.reading import (
+  call_python_file,
+  config_from_dict,
+  load_config,
+  override_config,
+  overrides_of,
+  own_config,
+)
 from mmjax.config.rules import BELOW_ONE, CHOICES
 from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig, flatten
 
@@ -25,6 +32,7 @@ __all__ = [
   'flatten',
   'idle_settings',
   'load_config',
+  'override_config',
   'overrides_of',
   'own_config',
   'user_path',

@@ -56,6 +56,26 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   return config
 
 
+def override_config(config: Config, overrides: Sequence[str], free: Sequence[str]) -> Config:
+  """Applies command-line overrides to the settings of a run, where the run leaves them free.
+
+  Args:
+    config: as the run has it.
+    overrides: `--config.section.field=value` arguments.
+    free: names of the settings that may be given.
+
+  Raises:
+    UserError: if another one is, or the result breaks a rule.
+  """
+  settings = ConfigDict(config.to_dict())
+  for override in overrides:
+    _apply_override(settings, override)
+    name = override.removeprefix('--config.').partition('=')[0]
+    if name not in free:
+      raise UserError(f'{name} belongs to the run and cannot be given here; these can: {", ".join(free)}')
+  return config_from_dict(settings.to_dict())
+
+
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
   """Builds and checks a config from nested dicts, as read from config.json.
 

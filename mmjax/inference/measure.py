@@ -20,11 +20,19 @@ from mmjax.model.lm import model_graph
 from mmjax.training.evaluate import EvalResult, evaluate, make_eval_step
 from mmjax.training.metrics import read_metrics
 from mmjax.training.probes import LAYER_NORMS, plan_probe
-from mmjax.training.run_json import read_json
+from mmjax.training.run_data import evaluation_data, place_for_shards
 from mmjax.training.rundir import RunDir
-from mmjax.training.setup import open_inputs
 from mmjax.training.sharding import make_mesh
 
+# Settings of a run that may be others when it is looked at: where its text is now, or how other text is to be read.
+WHERE = (
+  'data.train_files',
+  'data.valid_files',
+  'data.prepared_dir',
+  'data.text_key',
+  'data.on_bad_line',
+  'data.workers',
+)
 PROMPTS = Path(__file__).with_name('prompts.txt')  # the three that the record of experiment 1.4.2 quotes
 SHOWN_CHARS = 2000  # of a prompt, on the terminal and in reports
 
@@ -77,7 +85,7 @@ def open_text(config: Config, run: RunDir, files: str = '') -> TokenSplit:
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
-  return _other_text(config, run, files) if files else _validation_set(config, run)
+  return _other_text(config, run, files) if files else _open(config, evaluation_data(run, config), 'valid')
 
 
 def add_training_norms(found: EvalResult, run: RunDir, step: int) -> dict[str, Any]:
@@ -98,27 +106,15 @@ def add_training_norms(found: EvalResult, run: RunDir, step: int) -> dict[str, A
   return numbers
 
 
-def _validation_set(config: Config, run: RunDir) -> TokenSplit:
-  inputs = open_inputs(config)
-  if run.run_path.exists() and read_json(run.run_path)['identity']['data_sha256'] != inputs.data_sha256:
-    raise UserError(
-      'the text that the settings name is not what the run was trained with: it may have been trained on part of '
-      'this validation set; give --valid_files'
-    )
-  return inputs.valid
+def _open(config: Config, prepared: Path, split: str) -> TokenSplit:
+  data, length = config.data, config.model.max_seq_len
+  return open_split(prepared, split, max_seq_len=length, layout=data.layout, isolate_documents=data.isolate_documents)
 
 
 def _other_text(config: Config, run: RunDir, files: str) -> TokenSplit:
-  data = dataclasses.replace(
-    config.data, train_files=files, valid_files='', valid_fraction=0.0, tokenizer=str(run.tokenizer_path)
-  )
-  return open_split(
-    prepare(data, config.model.vocab_size),
-    'train',  # the name of the only split there is
-    max_seq_len=config.model.max_seq_len,
-    layout=data.layout,
-    isolate_documents=data.isolate_documents,
-  )
+  own = {'tokenizer': str(run.tokenizer_path), 'prepared_dir': place_for_shards(run, config)}
+  data = dataclasses.replace(config.data, train_files=files, valid_files='', valid_fraction=0.0, **own)
+  return _open(config, prepare(data, config.model.vocab_size), 'train')  # the name of the only split there is
 
 
 def _end_of(prompt: str) -> str:

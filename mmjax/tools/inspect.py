@@ -6,7 +6,8 @@ weigh rows; or with the n-gram that addresses them, where there is no gate. Laye
 latter is measured: the mean change of the log-probability of every next token, over these contexts, between the model
 as it is and the model with this row, in this layer alone, replaced by the mean of all rows. So it includes the fusion,
 all later layers and the head. Where the bank was built from text, the text that the row started from is shown.
-Both are written to --json FILE too, the text with all rows. Exit codes: 0 done, 2 user error, 4 storage.
+Both are written to --json FILE too, the text with all rows. --config.data.prepared_dir=DIR says where the run's own
+text is now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
 import argparse
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mmjax.config import override_config
 from mmjax.errors import UserError, run_command
 from mmjax.inference.terminal import prepare_terminal, printable
 
@@ -50,14 +52,17 @@ def main() -> None:
     '--positions', type=int, default=POSITIONS, help=f'of the corpus to read, 0: all (default: the first {POSITIONS:,})'
   )
   parser.add_argument('--json', help='file to write what was found to')
-  arguments = parser.parse_args()
+  arguments, overrides = parser.parse_known_args()
   text = read_text(arguments)
 
   from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
+  from mmjax.inference.measure import WHERE
   from mmjax.training.run_json import atomic_write_json
 
   prepare_terminal()
-  found = look(load(arguments.workdir, arguments.checkpoint), text, arguments)
+  lm = load(arguments.workdir, arguments.checkpoint)
+  lm.config = override_config(lm.config, overrides, WHERE)
+  found = look(lm, text, arguments)
   print_found(found, arguments.top)
   if arguments.json:
     atomic_write_json(Path(arguments.json), found)

@@ -30,7 +30,7 @@ from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
 from mmjax.tools.sweep_file import Planned, changed_settings, read_sweep
 from mmjax.training.progress import format_seconds
 from mmjax.training.run_json import atomic_write_json, read_json
-from mmjax.training.run_settings import settings_changed
+from mmjax.training.run_settings import names_other_text, settings_changed
 from mmjax.training.rundir import RunDir
 from mmjax.training.signals import StopSignals
 
@@ -106,6 +106,11 @@ class Sweep:
         raise UserError(f'{directory.path} was made with other settings: {different}; choose another --out')
     return run_state(directory.path, run.config)
 
+  def names_other_text(self, run: Planned) -> bool:
+    """Whether the settings of a run may mean another text than those that it was made with."""
+    directory = RunDir(self.folder / run.name)
+    return directory.config_path.exists() and names_other_text(directory.read_config(), run.config)
+
   def make(self, stop: StopSignals, deadline: float, retry: bool) -> str:
     """Makes every run that is not done; returns where it was stopped, '' if it was not.
 
@@ -118,7 +123,7 @@ class Sweep:
     for number, (run, state) in enumerate(zip(self.runs, states, strict=True), 1):
       label = f'[{number}/{len(self.runs)}] {run.name}'
       outcome = self.ended[run.name]['state'] if run.name in self.ended else ''
-      if state.finished:
+      if state.finished and not self.names_other_text(run):  # else the run itself looks whether it is
         if outcome != 'done':
           self.note(run, 0, 0.0)
         self.console.print(f'{label}  was done before', markup=False)

@@ -30,6 +30,7 @@ from mmjax.training.probes import add_norms, plan_probe
 from mmjax.training.processes import is_main, joined
 from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import Progress
+from mmjax.training.run_data import training_data
 from mmjax.training.run_json import atomic_write_json
 from mmjax.training.rundir import RunDir
 from mmjax.training.setup import (
@@ -74,7 +75,7 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool) -> None:
   run = RunDir(workdir)
   config = settle_config(run, config, allow_config_change)
   mesh = make_mesh(config)
-  inputs = open_inputs(config)
+  inputs = open_inputs(config, training_data(run, config))
   total = inputs.total_steps
   with (
     run,

@@ -6,10 +6,12 @@ from typing import Any
 from mmjax.config import Config, flatten
 from mmjax.errors import UserError
 
+# Which text it is: on resume its hash must be that of the first start, under whatever names.
+TEXT = ('data.train_files', 'data.valid_files', 'data.valid_fraction', 'data.text_key', 'data.tokenizer')
 # On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
 FREE = (
-  'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir', 'train.log_interval', 'train.eval_interval',
-  'train.checkpoint_interval', 'train.max_skipped_updates', 'train.profile_steps',
+  *TEXT, 'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir', 'train.log_interval',
+  'train.eval_interval', 'train.checkpoint_interval', 'train.max_skipped_updates', 'train.profile_steps',
 )  # fmt: skip
 FREE_SECTIONS = ('runtime.',)
 # What an imported model does not bind: how it started, and how it learns.
@@ -51,6 +53,12 @@ def settings_changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
     is_schedule = name.startswith('train.') and name not in BATCH
     (schedule if is_schedule else fixed).append(f'{name} {before[name]!r} -> {after[name]!r}')
   return fixed, schedule
+
+
+def names_other_text(old: Config, new: Config) -> bool:
+  """Whether settings may mean another text, which only its hash tells."""
+  before, after = flatten(old.to_dict()), flatten(new.to_dict())
+  return any(before[name] != after[name] for name in TEXT)
 
 
 def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None:

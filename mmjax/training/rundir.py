@@ -149,12 +149,13 @@ class RunDir:
     except UserError as error:
       raise UserError(f'{self.config_path}: {error}') from error
 
-  def record_start(self, identity: Mapping[str, str], step: int) -> None:
+  def record_start(self, identity: Mapping[str, str], step: int, **facts: Any) -> None:
     """Writes run.json, or adds this start to it.
 
     Args:
       identity: what the run is made of, for instance {'data_index_sha256': ..., 'tokenizer_sha256': ...}.
       step: the step that this start continues from.
+      **facts: what else is to be known of this start.
 
     Raises:
       UserError: if run.json names another identity, with the differences, or is missing where a run has been.
@@ -166,7 +167,7 @@ class RunDir:
     differences = list_differences(run['identity'], identity)
     if differences:
       raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
-    run['starts'].append({'step': step, **describe_environment()})
+    run['starts'].append({'step': step, **facts, **describe_environment()})
     atomic_write_json(self.run_path, seal(run))
 
 

@@ -5,7 +5,6 @@ against those of an earlier start, devices, text, then the directory's lock, the
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,8 @@ from jax.sharding import Mesh
 from mmjax.config import Config
 from mmjax.data.bank_file import read_bank
 from mmjax.data.files import write_file
-from mmjax.data.index import INDEX, read_index
+from mmjax.data.index import INDEX, data_sha256, read_index
 from mmjax.data.loader import TokenSplit, check_fills_batch, open_split, steps_of_epochs
-from mmjax.data.prepare import prepare
-from mmjax.data.progress import SilentProgress
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.kernels.attention import attention_backend
@@ -91,24 +88,21 @@ def settle_config(run: RunDir, config: Config, allow_config_change: bool) -> Con
   return config
 
 
-def open_inputs(config: Config) -> Inputs:
-  """Prepares the text, or finds it prepared, and opens both splits.
+def open_inputs(config: Config, prepared: Path) -> Inputs:
+  """Opens both splits of a prepared directory.
 
   Raises:
-    UserError: if the text, the tokenizer or the shards are not what they must be, or give less than one batch.
+    UserError: if the shards are not what they must be, or give less than one batch.
   """
   data, train = config.data, config.train
-  prepared = prepare(data, config.model.vocab_size, None if is_main() else SilentProgress())
   rows = {'max_seq_len': config.model.max_seq_len, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
   train_split, valid_split = (open_split(prepared, name, **rows) for name in ('train', 'valid'))
   batch_rows = train.batch_size * train.accumulation_steps
   check_fills_batch(train_split, batch_rows)
   steps = train.max_steps or steps_of_epochs(train_split.n_rows, batch_rows, train.epochs)
   index = read_index(prepared)
-  shards = [shard['sha256'] for split in index['splits'].values() for shard in split['shards']]
-  data_sha256 = hashlib.sha256(''.join(shards).encode()).hexdigest()
   tokenizer = load_tokenizer(prepared / index['tokenizer']['file'])
-  return Inputs(tokenizer, train_split, valid_split, data_sha256, steps)
+  return Inputs(tokenizer, train_split, valid_split, data_sha256(index), steps)
 
 
 def new_state(config: Config, optimizer: Any, mesh: Mesh) -> TrainState:
@@ -144,7 +138,10 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int) -> None:
   if not is_main():
     return
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
-  run.record_start(identity, step)  # first: it refuses other data, before anything is replaced
+  prepared_dir = str(inputs.train.directory.absolute())
+  run.record_start(
+    identity, step, prepared_dir=prepared_dir
+  )  # first: it refuses other data, before anything is replaced
   write_tokenizer(run.path / inputs.tokenizer.path.name, inputs.tokenizer)
   write_file(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
   run.write_config(config)

@@ -1,0 +1,107 @@
+"""Where the text of a run is: its shards are known by their hash, so they and what they are made of may lie anywhere.
+
+They are looked for where data.prepared_dir says, from here and from the folders above the run, and where they were at
+the run's last start.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mmjax.config import Config, DataConfig
+from mmjax.data.index import data_sha256, find_prepared, read_index
+from mmjax.data.prepare import prepare
+from mmjax.data.progress import SilentProgress
+from mmjax.errors import UserError
+from mmjax.training.processes import is_main
+from mmjax.training.run_json import read_json
+from mmjax.training.run_settings import list_differences
+from mmjax.training.rundir import RunDir
+
+
+def training_data(run: RunDir, config: Config) -> Path:
+  """Returns the prepared directory of a run that starts or goes on, made now or found.
+
+  Raises:
+    UserError: if the text is not what it must be, or not that of the run's earlier starts.
+  """
+  if not run.run_path.exists():
+    return _prepare(config.data, config)
+  if not (config.data.train_files or config.data.valid_files):
+    if found := find_run_data(run, config):
+      return found
+    if named := run.read_config().data.train_files:
+      raise UserError(
+        f'{run.path} was started on the text of data.train_files={named!r}: name it, wherever it is now, '
+        'or with --config.data.prepared_dir=DIR its prepared directory'
+      )
+  return _prepare_again(run, config)
+
+
+def evaluation_data(run: RunDir, config: Config) -> Path:
+  """Returns the prepared directory with a run's validation text; made again only of text that the settings name.
+
+  Raises:
+    UserError: if it is not to be found, or the text is not what the run was trained with.
+  """
+  if found := find_run_data(run, config):
+    return found
+  if config.data.train_files:
+    return _prepare_again(run, config)
+  raise UserError(
+    f'the validation text of {run.path} is not to be found; give --config.data.prepared_dir=DIR, the directory '
+    'that was prepared for it, or other text to look at'
+  )
+
+
+def find_run_data(run: RunDir, config: Config) -> Path | None:
+  """Returns the prepared directory that holds what a run was trained with, or None where it is nowhere to be found."""
+  record = _record(run)
+  if record is None:
+    return None
+  wanted = record['identity']['data_sha256']
+  found = (find_prepared(place, lambda index: data_sha256(index) == wanted) for place in _places(run, config))
+  return next(filter(None, found), None)
+
+
+def place_for_shards(run: RunDir, config: Config) -> str:
+  """Returns the folder for shards of other text: beside those of the run, where these are and may be written."""
+  folders = [place.parent for place in _recorded(run)]
+  return next((str(folder) for folder in folders if os.access(folder, os.W_OK | os.X_OK)), config.data.prepared_dir)
+
+
+def _places(run: RunDir, config: Config) -> Iterator[Path]:
+  place = Path(config.data.prepared_dir)
+  yield from (place, *_recorded(run), *(folder / place for folder in run.path.absolute().parents))
+
+
+def _recorded(run: RunDir) -> Iterator[Path]:
+  """Yields where the shards were at the last start that noted it."""
+  starts = (_record(run) or {'starts': []})['starts']
+  yield from (Path(start['prepared_dir']) for start in starts[:-2:-1] if 'prepared_dir' in start)
+
+
+def _record(run: RunDir) -> dict[str, Any] | None:
+  return read_json(run.run_path) if run.run_path.exists() else None
+
+
+def _prepare(data: DataConfig, config: Config) -> Path:
+  return prepare(data, config.model.vocab_size, None if is_main() else SilentProgress())
+
+
+def _prepare_again(run: RunDir, config: Config) -> Path:
+  """Prepares the text of a run, with the run's own tokenizer, and compares it with what the run was trained with."""
+  own = str(run.tokenizer_path) if run.tokenizer_path.exists() else ''
+  prepared = _prepare(dataclasses.replace(config.data, tokenizer=config.data.tokenizer or own), config)
+  record = _record(run)
+  if record and data_sha256(read_index(prepared)) != record['identity']['data_sha256']:
+    before, now = (dataclasses.asdict(c.data) for c in (run.read_config(), config))
+    different = '; '.join(f'data.{difference}' for difference in list_differences(before, now))
+    raise UserError(
+      f'{run.path} was started with other data: the text that the settings name gives other shards '
+      f'({different or "the text itself has changed"}); name the text that it was started with, or choose other '
+      'text to evaluate on or another --workdir'
+    )
+  return prepared
