@@ -34,7 +34,7 @@ class Card:
     clock_ghz: of them, boosted.
     memory_bytes: of the device.
     bandwidth: of its memory, bytes a second.
-    bf16_rate: of bfloat16 products summed in float32, FLOP/s, dense.
+    bf16_rate: of bfloat16 products summed in float32, FLOP/s, dense; 0: it has none.
     l2_bytes: cache that all multiprocessors share.
     link: what it can send to others like it, bytes a second, in one direction.
     text: a description for the compiler that is used as it is; '': made from the other fields.
@@ -51,9 +51,14 @@ class Card:
   link: float
   text: str = ''
 
+  @property
+  def peak_rate(self) -> float:
+    """The rate that shares of peak are of: that of bfloat16 products, where there is none of float32's."""
+    return self.bf16_rate or self.rate('f32')
+
   def rate(self, dtype: str) -> float:
-    """Returns the rate of products in 'bf16', 'tf32' or 'f32', FLOP/s."""
-    if dtype == 'f32':
+    """Returns the rate of products in 'bf16', 'tf32' (half of it) or 'f32' (without tensor cores), FLOP/s."""
+    if dtype == 'f32' or not self.bf16_rate:
       return 2e9 * self.cores * CORES[self.capability][2] * self.clock_ghz
     return self.bf16_rate / (2 if dtype == 'tf32' else 1)
 

@@ -31,6 +31,7 @@ def prepare_environment() -> None:
     raise UserError(f"JAX's CUDA plugin is not installed (3 GB, no GPU or driver needed): {WHEELS}")
   os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
   os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # warnings that nothing can be timed here
 
 
 def _has(module: str) -> bool:

@@ -27,6 +27,7 @@ FREE = {
   'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'after-all', 'partition-id', 'replica-id',
   'opt-barrier', 'optimization-barrier', 'add-dependency', 'domain',
 }  # fmt: skip
+HELPER = 'matmul.py'  # multiplies for everybody: its callers say more
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all')
 TRITON = re.compile(r'__triton|triton|pallas|mosaic', re.IGNORECASE)
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
@@ -64,7 +65,7 @@ class Instruction:
   name: str
   opcode: str
   shapes: tuple[Shape, ...]  # of a tuple, those of its leaves
-  operands: tuple[str, ...]
+  operands: tuple[str, ...]  # their names; of a parameter, its number
   rest: str  # all that stands behind the operands
   root: bool
 
@@ -216,14 +217,15 @@ def _instruction(name: str, text: str, root: bool) -> Instruction:
   shapes, text = text[:end], text[end:].lstrip()
   opening = text.index('(')
   closing = _closing(text, opening)
-  operands = re.findall(r'%([\w.\-]+)', text[opening:closing])
+  opcode, inside = text[:opening], text[opening:closing]
+  operands = [inside[1:-1]] if opcode == 'parameter' else re.findall(r'%([\w.\-]+)', inside)
   leaves = tuple(
     Shape(
       dtype, tuple(int(n.lstrip('<=')) for n in dims.split(',') if n), tuple(int(n) for n in layout.split(',') if n)
     )
     for dtype, dims, layout in _LEAF.findall(shapes)
   )
-  return Instruction(name, text[:opening], leaves, tuple(operands), text[closing:], root)
+  return Instruction(name, opcode, leaves, tuple(operands), text[closing:], root)
 
 
 def _closing(text: str, opening: int) -> int:
@@ -252,8 +254,8 @@ def _source_lines(tables: dict[str, dict[int, str]], package: str) -> dict[int, 
       place = places.get(frames[frame]['file_location_id'], {})
       file = files.get(place.get('file_name_id', 0), '')
       parts = file.split('/')
-      if package in parts and 'site-packages' not in parts:
-        cut = len(parts) - 1 - parts[::-1].index(package)
+      cut = len(parts) - 1 - parts[::-1].index(package) if package in parts else 0
+      if cut and 'site-packages' not in parts and parts[-1] != HELPER:
         return f'{"/".join(parts[cut:])}:{place["line"]}'
       frame = frames[frame].get('parent_frame_id', 0) - shift
     return ''
@@ -377,6 +379,24 @@ def _fusion_bytes(inner: dict, inputs: list[Instruction], results: tuple[Shape, 
     if part.opcode == 'parameter'
   )
   return read + written
+
+
+def base_of_update(module: 'Module', instruction: Instruction) -> dict[int, int]:
+  """Returns, for results that are an operand changed in place, the numbers of the result and of that operand."""
+  inner = module.computations.get(instruction.attribute('calls') or '', {})
+  if not instruction.opcode.startswith('fusion') or not inner:
+    return {0: 0} if instruction.opcode in ('dynamic-update-slice', 'scatter') else {}
+  root = next(part for part in inner.values() if part.root)
+  outputs = [inner[name] for name in root.operands] if root.opcode == 'tuple' else [root]
+  numbers = {part.name: int(part.operands[0]) for part in inner.values() if part.opcode == 'parameter'}
+  bases = {}
+  for leaf, output in enumerate(outputs):
+    source = _behind(inner, output)
+    if source.opcode in ('dynamic-update-slice', 'scatter'):
+      base = _behind(inner, inner[source.operands[0]])
+      if base.name in numbers and base.shapes == output.shapes:
+        bases[leaf] = numbers[base.name]
+  return bases
 
 
 def _behind(inner: dict, part: Instruction) -> Instruction:

@@ -1,19 +1,38 @@
-"""Says whether a config fits on a GPU and the least time it takes there, without one.
+"""Says whether a config fits on an NVIDIA GPU, and the least time that it takes there; needs no GPU, driver or network.
 
 python -m mmjax.tools.fit --config configs/exp_1_4_2.py --gpu rtx4090 [--devices 8] [--config.section.field=value ...]
 
-The whole train step is compiled for the card (10 to 30 s); nothing runs. Times are a bound by counted bytes and
-products (mmjax/ahead/count.py), not a measurement. Exit codes: 0 done, 2 user error.
+The whole train step is compiled for the card, and again to find the largest micro-batch that fits, without and with
+rematerialisation: about a minute in all, a few seconds with --no_search. Times are a bound from counted bytes and
+products (mmjax/ahead/count.py), not a measurement. On a machine with an NVIDIA GPU the same command also measures.
+--markdown prints rows as in BENCHMARKS.md, for several cards with commas between them.
+Exit codes: 0 done, 2 user error.
 """
 
 import argparse
+import json
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from rich.table import Table
 
 from mmjax.ahead.cards import CARDS, find_card
 from mmjax.ahead.compiler import compile_for, prepare_environment
-from mmjax.ahead.count import bound_seconds, costliest, seconds_by_kind
-from mmjax.ahead.hlo import Module
+from mmjax.ahead.count import costliest, seconds_by_kind
+from mmjax.ahead.estimate import (
+  Estimate,
+  check_card,
+  estimate,
+  largest_batch,
+  memory_share,
+  peak_bytes,
+  same_update,
+  with_batch,
+)
+from mmjax.ahead.measure import measured_here
 from mmjax.config import load_config
-from mmjax.errors import run_command
+from mmjax.errors import UserError, run_command
+from mmjax.inference.terminal import table_console
 
 GB = 1e9
 
@@ -27,41 +46,194 @@ def main() -> None:
   parser.add_argument('--gpu', required=True, help=f'{", ".join(CARDS)}, or a file that describes a card')
   parser.add_argument('--devices', type=int, default=1, help='how many of them, in one machine')
   parser.add_argument('--top', type=int, default=10, help='how many operations to show')
+  parser.add_argument('--no_search', action='store_true', help='do not look for the largest micro-batch')
+  parser.add_argument('--json', action='store_true', help='print everything as JSON')
+  parser.add_argument('--markdown', action='store_true', help='print a row of a table for each card')
   arguments, overrides = parser.parse_known_args()
-  config, card = load_config(arguments.config, overrides), find_card(arguments.gpu)
+  config = load_config(arguments.config, overrides)
+  names = arguments.gpu.split(',') if arguments.markdown else [arguments.gpu]
+  cards = [find_card(name) for name in names]
+  if arguments.devices < 1:
+    raise UserError(f'--devices={arguments.devices} must be at least 1')
+  for card in cards:
+    check_card(config, card)
   prepare_environment()
-  compiled = compile_for(config, card, arguments.devices)
-  kernels = Module(compiled.as_text()).kernels()
-  memory = compiled.memory_analysis()
-  seconds = bound_seconds(kernels, card)
-  train = config.train
-  tokens = train.batch_size * train.accumulation_steps * config.model.max_seq_len
-  flops = {d: sum(k.runs * k.flops.get(d, 0) for k in kernels) / 1e12 for d in ('bf16', 'tf32', 'f32')}
+  for number, card in enumerate(cards):
+    found = estimate(config, card, arguments.devices)
+    batches = {} if arguments.no_search else search(found)
+    if arguments.markdown:
+      print_markdown(found, batches, header=number == 0)
+      continue
+    measured = measured_here(arguments.config, overrides, arguments.devices)
+    content = as_dict(found, batches, arguments.top) | {'measured': measured}
+    if arguments.json:
+      print(json.dumps(content, indent=2))
+    else:
+      print_report(found, content)
+
+
+def search(found: Estimate) -> dict[str, dict[str, Any]]:
+  """Finds the largest micro-batch by `runtime.remat`; what it is, its peak, and settings for the same update."""
+  config, train = found.config, found.config.train
+  rows = train.batch_size * train.accumulation_steps
+  room = (found.usable_bytes - found.fixed_bytes) / (found.peak_bytes - found.fixed_bytes) * train.batch_size
+  step = found.devices * (1 if room < 64 * found.devices else 8)
+
+  def largest(remat: str) -> dict[str, Any]:
+    def peak_of(batch: int) -> int:
+      return peak_bytes(compile_for(with_batch(config, batch, remat), found.card, found.devices))
+
+    known: dict[int, float] = {0: found.fixed_bytes}
+    if remat == config.runtime.remat:
+      known[train.batch_size] = found.peak_bytes
+    else:  # blocks keep about a third
+      start = int(max(room * (3 if remat == 'block' else 1 / 3) // step * step, step))
+      known[start] = peak_of(start)
+    batch, peaks = largest_batch(peak_of, known, found.usable_bytes, step)
+    same = same_update(rows, batch, found.devices)
+    sizes = same and f'--config.train.batch_size={same[0]} --config.train.accumulation_steps={same[1]}'
+    settings = sizes and f'{sizes} --config.runtime.remat={remat}'
+    return {'batch_size': batch, 'peak_bytes': peaks[batch], 'settings': settings}
+
+  with ThreadPoolExecutor(2) as pool:  # a compilation keeps little more than one core busy
+    return dict(zip(('none', 'block'), pool.map(largest, ('none', 'block')), strict=True))
+
+
+def as_dict(found: Estimate, batches: dict[str, dict[str, Any]], top: int) -> dict[str, Any]:
+  """Returns everything that there is to say, as --json prints it; times in seconds."""
+  kernels = found.kernels
+  train = found.config.train
+  return {
+    'experiment': found.config.experiment,
+    'card': found.card.name,
+    'devices': found.devices,
+    'micro_batch': [train.batch_size, found.config.model.max_seq_len, train.accumulation_steps],
+    'remat': found.config.runtime.remat,
+    'fits': found.fits,
+    'peak_bytes': found.peak_bytes,
+    'usable_bytes': found.usable_bytes,
+    'memory_bytes': found.card.memory_bytes,
+    'peak_parts': found.parts,
+    'largest_micro_batch': batches,
+    'bound': {
+      'seconds_an_update': found.seconds,
+      'tokens_per_second': found.tokens / found.seconds,
+      'share_of_peak': found.share_of_peak,
+      'positions': found.positions,
+      'hours': found.hours,
+    },
+    'products': found.products(),
+    'model_flops': found.model_flops,
+    'bytes': found.bytes_moved(),
+    'sends': found.bytes_sent(),
+    'kernels': sum(kernel.runs for kernel in kernels),
+    'different_kernels': len(kernels),
+    'triton': sum(kernel.kind == 'triton' for kernel in kernels),
+    'kinds': [
+      {'kind': kind, 'seconds': spent, 'runs': sum(k.runs for k in kernels if k.kind == kind)}
+      for kind, spent in seconds_by_kind(kernels, found.card).most_common()
+    ],
+    'costliest': [
+      dict(zip(('seconds', 'bytes', 'runs', 'kind', 'operation', 'line'), entry, strict=True))
+      for entry in costliest(kernels, found.card)[:top]
+    ],
+    'collectives': [
+      {
+        'kind': k.target,
+        'runs': k.runs,
+        'sends': k.sends,
+        'arrays': [str(shape) for shape in k.shapes],
+        'line': k.source,
+      }
+      for k in kernels
+      if k.kind == 'collective'
+    ],
+  }
+
+
+def print_report(found: Estimate, content: dict[str, Any]) -> None:
+  """Prints what `as_dict` holds for people."""
+  console, bound = table_console(), content['bound']
+  devices = f'{found.devices} x ' if found.devices > 1 else ''
+  shape = ' x '.join(map(str, content['micro_batch']))
+  share, limit = memory_share(), found.usable_bytes / GB
+  print(f'{found.config.experiment} on {devices}{found.card.name}, {shape} tokens an update, remat {content["remat"]}')
   print(
-    f'{config.experiment} on {arguments.devices} x {card.name}: {train.batch_size} x {config.model.max_seq_len} x '
-    f'{train.accumulation_steps}, remat {config.runtime.remat}'
+    f'\n{"Fits" if found.fits else "Does not fit"}: {found.peak_bytes / GB:.2f} GB at the peak, of {limit:.1f} GB that '
+    f'JAX takes ({share:.0%} of the card; XLA_CLIENT_MEM_FRACTION changes it)'
   )
-  print(f'peak memory {memory.peak_memory_in_bytes / GB:.2f} GB of {card.memory_bytes / GB:.1f}')
+  parts = Table('at the peak', 'GB', box=None)
+  names = {'state': 'state and batch', 'gradients': 'gradients, summed up', 'loss': 'loss'}
+  for name, size in found.parts.items():
+    if size >= found.peak_bytes / 200:
+      parts.add_row(names.get(name, f'activations: {name}'), f'{size / GB:.2f}')
+  console.print(parts)
+  for remat, batch in content['largest_micro_batch'].items():
+    what = f'Largest micro-batch, remat {remat}: '
+    if not batch['batch_size']:
+      print(f'{what}none fits')
+      continue
+    same = batch['settings']
+    print(f'{what}{batch["batch_size"]} rows ({batch["peak_bytes"] / GB:.2f} GB)', end='')
+    print(f'; the same update: {same}' if same else '')
+  products = ', '.join(f'{flops / 1e12:.2f} TFLOP {dtype}' for dtype, flops in content['products'].items() if flops)
   print(
-    f'bound {1e3 * seconds:.1f} ms an update, {tokens / seconds:,.0f} tokens/s, '
-    f'share of peak {sum(flops.values()) * 1e12 / seconds / card.bf16_rate:.1%}, '
-    f'record in {3.788e9 / tokens * seconds / 3600:.2f} h'
+    f'\nAn update{" on each device" if devices else ""}: {products} in products, {content["bytes"] / GB:.1f} GB', end=''
   )
+  print(f' moved, {content["sends"] / GB:.2f} GB sent' if devices else ' moved', end='')
+  print(f', {content["kernels"]:,} kernels; Triton or Pallas: {content["triton"]}')
+  run = 'the configured run' if found.config.train.max_steps else "as many tokens as the record's"
   print(
-    f'products {flops} TFLOP; {sum(k.runs * k.bytes for k in kernels) / GB:.1f} GB; '
-    f'{sum(k.runs for k in kernels)} kernels, {len(kernels)} different; '
-    f'triton or pallas: {sum(k.kind == "triton" for k in kernels)}'
+    f'Bound, not measured: at least {1e3 * bound["seconds_an_update"]:.1f} ms an update, at most '
+    f'{bound["tokens_per_second"]:,.0f} tokens/s, {bound["share_of_peak"]:.0%} of {found.devices} x '
+    f'{found.card.peak_rate / 1e12:.0f} TFLOP/s; {bound["hours"]:.3g} h for {run} ({bound["positions"]:,.0f})'
   )
-  for kind, spent in seconds_by_kind(kernels, card).most_common():
-    print(f'  {kind:14} {1e3 * spent:8.2f} ms  {sum(k.runs for k in kernels if k.kind == kind):6} runs')
-  for spent, moved, runs, kind, name, source in costliest(kernels, card)[: arguments.top]:
-    print(f'  {1e3 * spent:8.2f} ms {moved / GB:8.2f} GB {runs:6} x {kind:12} {name:50} {source}')
-  for k in kernels:
-    if k.kind == 'collective':
-      print(
-        f'  {k.target:18} {k.runs:3} x sends {k.sends / 1e6:8.2f} MB, in {len(k.loops)} loops, '
-        f'{", ".join(map(str, k.shapes))[:60]:60} {k.source}'
-      )
+  if measured := content['measured']:
+    seconds = measured['seconds_an_update']
+    rate = found.tokens / seconds
+    print(
+      f'Measured here, on {measured["device"]}: {1e3 * seconds:.1f} ms an update, {rate:,.0f} tokens/s'
+      + (f', {measured["peak_bytes"] / GB:.2f} GB at the peak' if measured['peak_bytes'] else '')
+    )
+  kinds = Table('kernels', 'ms', 'runs', box=None)
+  for kind in content['kinds']:
+    kinds.add_row(kind['kind'], f'{1e3 * kind["seconds"]:.2f}', f'{kind["runs"]:,}')
+  costly = Table('ms', 'GB', 'runs', 'kind', 'operation', 'line', box=None)
+  for entry in content['costliest']:
+    row = f'{1e3 * entry["seconds"]:.2f}', f'{entry["bytes"] / GB:.2f}', f'{entry["runs"]:,}'
+    costly.add_row(*row, entry['kind'], entry['operation'], entry['line'])
+  tables = [kinds, costly]
+  if content['collectives']:
+    sent = Table('collective', 'runs', 'MB sent', 'array', 'line', box=None)
+    for entry in content['collectives']:
+      row = entry['kind'], str(entry['runs']), f'{entry["sends"] / 1e6:.1f}'
+      sent.add_row(*row, ', '.join(entry['arrays'][:3]), entry['line'])
+    tables.append(sent)
+  for table in tables:
+    print()
+    console.print(table)
+
+
+def print_markdown(found: Estimate, batches: dict[str, dict[str, Any]], *, header: bool) -> None:
+  """Prints a row for BENCHMARKS.md."""
+  content = as_dict(found, batches, 0)
+  bound = content['bound']
+  row = {
+    'config': found.config.experiment + (', remat' if content['remat'] == 'block' else ''),
+    'card': f'{found.devices} x {found.card.name}' if found.devices > 1 else found.card.name,
+    'peak, GB': f'{found.peak_bytes / GB:.2f}',
+    'bound, ms': f'{1e3 * found.seconds:.1f}',
+    'tokens/s': f'{bound["tokens_per_second"]:,.0f}',
+    'of peak': f'{found.share_of_peak:.0%}',
+    'hours': f'{found.hours:.2f}',
+    'largest micro-batch': batches['none']['batch_size'] if batches else '-',
+    'the same with remat': batches['block']['batch_size'] if batches else '-',
+    'kernels': f'{content["kernels"]:,}',
+    'sent, MB': f'{content["sends"] / 1e6:.0f}',
+  }
+  if header:
+    print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
+  print('| ' + ' | '.join(map(str, row.values())) + ' |', flush=True)
 
 
 if __name__ == '__main__':

@@ -1,0 +1,87 @@
+"""Measures an update on the GPU of this machine, in a process of its own: this one has JAX on the CPU.
+
+python -m mmjax.ahead.measure --config configs/exp_1_4_2.py [--devices 8] [--config.section.field=value ...]
+
+It prints one line of JSON: device, seconds_an_update (median), peak_bytes.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from mmjax.config import Config, load_config
+from mmjax.errors import run_command
+
+WARM_UPDATES, UPDATES = 2, 5
+
+
+def has_driver() -> bool:
+  """Says whether this machine has an NVIDIA driver and a GPU."""
+  return Path('/dev/nvidia0').exists() or Path('/dev/dxg').exists()  # the second is Windows' Linux
+
+
+def measured_here(config: str, overrides: list[str], devices: int) -> dict[str, Any] | None:
+  """Returns what `main` prints, from a process that may use the GPU; None where there is none or it cannot."""
+  if not has_driver():
+    return None
+  hidden = ('JAX_PLATFORMS', 'JAX_SKIP_CUDA_CONSTRAINTS_CHECK')
+  environment = {name: value for name, value in os.environ.items() if name not in hidden}
+  command = [sys.executable, '-m', 'mmjax.ahead.measure', '--config', config, f'--devices={devices}', *overrides]
+  done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+  return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+
+
+def main() -> None:
+  """Flags -> config -> updates -> JSON."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--config', required=True)
+  parser.add_argument('--devices', type=int, default=1)
+  arguments, overrides = parser.parse_known_args()
+  print(json.dumps(measure(load_config(arguments.config, overrides), arguments.devices)))
+
+
+def measure(config: Config, devices: int) -> dict[str, Any]:
+  """Makes some updates on random tokens with JAX's first devices and returns what they took."""
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+
+  from mmjax.kernels.attention import attention_backend
+  from mmjax.training.optimizer import make_optimizer
+  from mmjax.training.setup import compile_step, new_state
+  from mmjax.training.sharding import make_mesh, put_batch
+
+  config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal'))
+  mesh = make_mesh(config, jax.devices()[:devices])
+  optimizer = make_optimizer(config, 1000)
+  state, device = new_state(config, optimizer, mesh), mesh.devices.flat[0]
+  dtype = jnp.dtype(config.train.dtype)
+  attention = attention_backend(config.runtime.attention, dtype, device.platform, mesh.size, config.model.head_dim)
+  step = compile_step(config, mesh, optimizer, state, attention=attention, pad_id=0, total_steps=1000)
+  train, model = config.train, config.model
+  shape = train.batch_size * train.accumulation_steps, model.max_seq_len + 1
+  tokens = np.random.default_rng(0).integers(1, model.vocab_size, shape, dtype=np.int32)
+  rows = {'input': tokens[:, :-1], 'target': tokens[:, 1:], 'segment': np.zeros_like(tokens[:, 1:])}
+  batch, seconds = put_batch(mesh, rows, train.accumulation_steps), []
+  for _ in range(WARM_UPDATES + UPDATES):
+    start = time.perf_counter()
+    state, metrics = step(state, batch)
+    jax.block_until_ready((state, metrics))
+    seconds.append(time.perf_counter() - start)
+  peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
+  return {
+    'device': device.device_kind,
+    'seconds_an_update': statistics.median(seconds[WARM_UPDATES:]),
+    'peak_bytes': peak,
+  }
+
+
+if __name__ == '__main__':
+  run_command(main)
