@@ -1,0 +1,80 @@
+"""The table of sublayers: it needs no JAX, and one module, one row and one config make a new kind of model."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+import mmjax
+from mmjax.config import flatten, load_config
+from mmjax.config.sublayers import SUBLAYERS, Sublayer
+from mmjax.errors import UserError
+from mmjax.tools.report import write_report
+from mmjax.training.cost import flops_per_token
+from mmjax.training.loop import fit
+from tests.helpers import TINY_CONFIG, overrides, tiny_config
+
+MODULE = """
+from flax import nnx
+
+from mmjax.model.layers import Linear, RMSNorm
+from mmjax.model.sublayers.base import SublayerOutput
+
+
+class Toy(nnx.Module):
+  def __init__(self, model, memory, *, rngs):
+    self.norm, self.kernel = RMSNorm(model.dim, model.norm_eps), Linear(model.dim, model.dim, rngs=rngs)
+
+  def __call__(self, h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr=None):
+    return SublayerOutput(self.kernel(self.norm(h_BTD), dtype))
+"""
+ROW = Sublayer('a_toy_sublayer:Toy', (), lambda config: {'toy': 3 * 2 * config.model.dim**2})
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+  """Puts a toy into the table."""
+  (tmp_path / 'a_toy_sublayer.py').write_text(MODULE)
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setitem(SUBLAYERS, 'toy', ROW)
+  yield
+  sys.modules.pop('a_toy_sublayer', None)
+
+
+def test_new_sublayer_is_one_module_one_row_and_one_config(toy, text, tmp_path):
+  config = tiny_config(model__sublayer='toy', **overrides(text, train__max_steps=4))
+  fit(config, tmp_path / 'run')
+  write_report(tmp_path / 'run')
+  lm = mmjax.load(tmp_path / 'run')
+  assert lm.step == 4 and 'kernel' in lm.params['layers'][0]['sublayer']
+  assert lm.generate('the memory', max_new_tokens=3)
+  dense = tiny_config(model__sublayer='dense', model__hidden_dim=32)
+  ffn = 2 * 3 * 2 * 3 * 32 * 32  # layers, trained, a product, of three
+  assert flops_per_token(config)['toy'] == ffn / 3
+  assert flops_per_token(config)['total'] == flops_per_token(dense)['total'] - ffn * 2 / 3
+  for setting in ('memory.ffn_dim=8', 'memory.scores=scale', 'model.hidden_dim=8', 'model.n_experts=3'):
+    with pytest.raises(UserError, match=f'{setting.partition("=")[0]}=.* does nothing in a model of toy layers'):
+      load_config(TINY_CONFIG, ['--config.model.sublayer=toy', f'--config.{setting}'])
+
+
+def test_row_without_a_cost_is_none():
+  with pytest.raises(TypeError, match='flops'):
+    Sublayer('a_toy_sublayer:Toy', ())
+
+
+def test_own_settings_are_settings():
+  names = set(flatten(tiny_config().to_dict()))
+  for kind, row in SUBLAYERS.items():
+    assert set(row.settings) <= names and all(name.startswith(('model.', 'memory.')) for name in row.settings), kind
+  memory = {f'memory.{field.name}' for field in dataclasses.fields(tiny_config().memory)}
+  assert memory == {name for row in SUBLAYERS.values() for name in row.settings if name.startswith('memory.')}
+
+
+def test_table_and_refusals_need_no_jax():
+  code = (
+    'import sys; from mmjax.config import load_config; from mmjax.config.sublayers import SUBLAYERS as S; '
+    'load_config("configs/memory_bag.py"); print(S["ngram_bag"].reads_ngrams, "jax" in sys.modules)'
+  )
+  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+  assert out.split() == ['True', 'False']
