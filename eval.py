@@ -13,13 +13,19 @@ from typing import Any
 def main() -> None:
   """Flags -> model -> numbers and continuations -> table, eval.json, report."""
   from mmjax.errors import interrupt_ends_at_once
-  from mmjax.inference.settings import add_sampling_flags, sampling_from_flags
+  from mmjax.inference.settings import (
+    add_placement_flags,
+    add_sampling_flags,
+    placement_from_flags,
+    sampling_from_flags,
+  )
 
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
   parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--prompts', help='text file, one prompt a line (default: the three of the record)')
   parser.add_argument('--valid_files', default='', help='other text to evaluate on: comma-separated paths or globs')
+  add_placement_flags(parser)
   add_sampling_flags(parser)
   arguments, overrides = parser.parse_known_args()
   sampling = sampling_from_flags(arguments)
@@ -32,6 +38,7 @@ def main() -> None:
       WHERE,
       add_training_norms,
       continue_prompts,
+      evaluation_placement,
       measure_text,
       read_prompts,
     )
@@ -44,11 +51,14 @@ def main() -> None:
   prompts = read_prompts(arguments.prompts or PROMPTS)
   run = open_run(arguments.workdir)
   config = override_config(run.read_config(), overrides, WHERE)
-  lm = load(run.path, arguments.checkpoint)
+  lm = load(run.path, arguments.checkpoint, **placement_from_flags(arguments))
   lm.config = config
+  placement = evaluation_placement(lm)
   found = {
     'checkpoint': lm.step,
     'valid_files': arguments.valid_files,
+    'attention': placement.attention,
+    'dtype': placement.dtype.name,
     **add_training_norms(measure_text(lm, run, arguments.valid_files), run, lm.step),
     **continue_prompts(lm, prompts, sampling),
   }
@@ -75,6 +85,7 @@ def print_evaluation(found: dict[str, Any]) -> None:
     ('perplexity', f'{found["perplexity"]:.2f}'),
     ('bits per byte', f'{found["bits_per_byte"]:.4f}'),
     ('accuracy', f'{found["accuracy"]:.2%}'),
+    ('computed with', f'{found["attention"]} attention in {found["dtype"]}'),
   ):
     numbers.add_row(name, text)
   console.print(numbers)

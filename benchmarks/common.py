@@ -142,13 +142,11 @@ class Step:
 
   def compile(self, config: Any) -> Any:
     """Compiles the update with other runtime settings."""
-    import jax
 
-    from mmjax.kernels.attention import attention_backend
+    from mmjax.run.placement import place
     from mmjax.training.setup import compile_step
 
-    dtype, place = self.jnp.dtype(config.train.dtype), jax.devices()[0].platform
-    self.attention = attention_backend(config.runtime.attention, dtype, place, self.mesh.size, config.model.head_dim)
+    self.attention = place(config, devices=self.mesh.size).attention
     settings = {'attention': self.attention, 'total_steps': TOTAL_STEPS}
     return compile_step(config, self.mesh, self.optimizer, self.state, **settings)
 

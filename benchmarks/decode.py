@@ -9,7 +9,6 @@ counted; it is shown.
 import argparse
 import os
 import time
-from functools import partial
 from typing import Any
 
 import common
@@ -21,9 +20,8 @@ from flax import nnx
 from mmjax.config import Config, load_config
 from mmjax.inference.generate import Decoder
 from mmjax.inference.settings import Sampling
-from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import Params, build_model, count_params, model_graph
-from mmjax.training.backend import compiler_options
+from mmjax.run.placement import place_reader
 
 NO_EOS = -1  # so that every run makes all its tokens
 PROMPT_TOKENS = 16
@@ -38,7 +36,7 @@ def main() -> None:
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, overrides)
   port, params = torch_pair(config) if arguments.against else (None, build_model(config)[1])
-  decoder = Decoder(config, params, eos_id=NO_EOS, dtype=jnp.dtype(arguments.dtype))
+  decoder = Decoder(config, params, eos_id=NO_EOS, placement=place_reader(config, dtype=arguments.dtype))
   decoding = measure_decoding(decoder, port, config, arguments)
   weights_bytes = count_params(params)[1] * jnp.dtype(arguments.dtype).itemsize
   common.print_table([decoding_row(decoding, weights_bytes, arguments)])
@@ -106,13 +104,14 @@ def measure_first_token(
   config: Config, params: Params, decoder: Decoder, arguments: argparse.Namespace
 ) -> list[dict[str, Any]]:
   """Times the first token, and beside it one forward pass that computes the last position's logits."""
-  graphdef, dtype = model_graph(config), jnp.dtype(arguments.dtype)
-  backend = attention_backend('auto', dtype, jax.default_backend(), 1, config.model.head_dim)
+  graphdef, placement = model_graph(config), place_reader(config, dtype=arguments.dtype)
 
-  @partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
+  @placement.jit
   def forward(params: Params, tokens_BT: jax.Array) -> jax.Array:
     model = nnx.merge(graphdef, params)
-    return model.logits(model(tokens_BT, dtype=dtype, attention=backend).hidden_BTD[:, -1]).argmax(-1)
+    return model.logits(
+      model(tokens_BT, dtype=placement.dtype, attention=placement.attention).hidden_BTD[:, -1]
+    ).argmax(-1)
 
   found = []
   sampling = Sampling(max_new_tokens=128, temperature=0)

@@ -26,7 +26,7 @@ from mmjax.config import load_config
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
 from mmjax.model.ngram import last_tokens, ngram_rows
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.training.backend import compiler_options
+from mmjax.run.placement import compiler_options
 
 T, D, V, N, K, H = 512, 512, 6400, 32, 8, 16  # as in the axis legend
 M, P, R, C = 65536, 128, 8, 256

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from mmjax.config import Config, load_config
 from mmjax.model.lm import model_graph
-from mmjax.training.backend import compiler_options
+from mmjax.run.placement import compiler_options
 from mmjax.training.step import make_gradient
 
 GIB = 1 << 30

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import Config, load_config
-from mmjax.training.backend import count_triton, is_nvidia
+from mmjax.run.placement import count_triton, is_nvidia
 from mmjax.training.cost import device_peak_flops, flops_per_token
 
 RECORD_POSITIONS = 3.79e9

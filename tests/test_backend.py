@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
+from mmjax.run.placement import TRITON, compiler_options, count_triton, slow_scatter_warning
 from mmjax.training import loop
-from mmjax.training.backend import TRITON, compiler_options, count_triton, slow_scatter_warning
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step
 from tests.helpers import random_batch, rarely, tiny_config

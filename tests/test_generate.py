@@ -13,6 +13,7 @@ from mmjax.inference.generate import Decoder, padded_length
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import build_model
 from mmjax.model.sublayers import SUBLAYERS
+from mmjax.run.placement import place_reader
 from tests.helpers import rarely, tiny_config
 
 EOS = 2
@@ -61,7 +62,8 @@ def test_greedy_cached_decoding_equals_recomputing_everything(sublayer):
 def test_bfloat16_decoding_follows_float32():
   config = tiny_config()
   _, params = build_model(config)
-  half = Decoder(config, params, eos_id=EOS, dtype=jnp.bfloat16).generate(PROMPTS, Sampling(8, temperature=0))
+  placement = place_reader(config, dtype='bfloat16')
+  half = Decoder(config, params, eos_id=EOS, placement=placement).generate(PROMPTS, Sampling(8, temperature=0))
   assert [len(row) for row in half] == [8, 8, 8]
   # Rounding may turn the choice between close logits; the first tokens of this seed are not close.
   exact = Decoder(config, params, eos_id=EOS).generate(PROMPTS, Sampling(8, temperature=0))

@@ -9,7 +9,7 @@ from mmjax.kernels.attention import attention_backend, causal_attention, causal_
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.product_key import product_key_topk, product_key_topk_reference
 from mmjax.model.lm import model_graph
-from mmjax.training.backend import compiler_options, count_triton
+from mmjax.run.placement import compiler_options, count_triton
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step
 from tests.helpers import random_batch, tiny_config

@@ -54,10 +54,9 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
     UserError: if the settings do not divide by the devices, or attention does not run there.
   """
   import jax
-  import jax.numpy as jnp
   from jax.experimental import topologies
 
-  from mmjax.kernels.attention import attention_backend
+  from mmjax.run.placement import place
   from mmjax.training.optimizer import make_optimizer
   from mmjax.training.setup import compile_step
   from mmjax.training.sharding import make_mesh, shardings
@@ -70,9 +69,7 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
   state = jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings(mesh, shapes)
   )
-  attention = attention_backend(
-    config.runtime.attention, jnp.dtype(config.train.dtype), 'cuda', devices, config.model.head_dim
-  )
+  attention = place(config, platform='cuda', devices=devices).attention
   return compile_step(
     config, mesh, optimizer, state, attention=attention, total_steps=total_steps,
     options={'xla_gpu_autotune_level': 0},  # which would run kernels

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -18,9 +17,8 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.inference.generate import Decoder, padded_length
 from mmjax.inference.settings import Sampling, make_sampling
-from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import Params, abstract_params, model_graph
-from mmjax.training.backend import compiler_options
+from mmjax.run.placement import place_reader
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.run_json import read_json
 from mmjax.training.rundir import RunDir, open_run
@@ -34,17 +32,27 @@ class LanguageModel:
     tokenizer: text to token ids and back.
     params: nested dict of float32 arrays.
     step: optimizer updates that the parameters have seen.
+    attention, dtype: how it was asked to run instead of as it does by itself, or None.
+    placement: how it runs.
   """
 
   def __init__(
-    self, config: Config, tokenizer: Tokenizer, params: Params, *, step: int = 0, dtype: DTypeLike = jnp.float32
+    self,
+    config: Config,
+    tokenizer: Tokenizer,
+    params: Params,
+    *,
+    step: int = 0,
+    dtype: DTypeLike | None = None,
+    attention: str | None = None,
   ):
     """Joins the parts; `load` reads them from a run directory."""
     self.config, self.tokenizer, self.params, self.step = config, tokenizer, params, step
-    self._decoder = Decoder(config, params, eos_id=tokenizer.eos_id, dtype=dtype)
-    attention = attention_backend('auto', jnp.dtype(dtype), jax.default_backend(), 1, config.model.head_dim)
-    options = compiler_options(config, jax.default_backend())
-    self._logits = jax.jit(partial(_logits, model_graph(config), dtype, attention), compiler_options=options)
+    self.attention, self.dtype = attention, dtype
+    self.placement = place_reader(config, dtype=dtype or jnp.float32, attention=attention)
+    self._decoder = Decoder(config, params, eos_id=tokenizer.eos_id, placement=self.placement)
+    forward = partial(_logits, model_graph(config), self.placement.dtype, self.placement.attention)
+    self._logits = self.placement.jit(forward)
 
   def logits(self, tokens_BT: ArrayLike) -> Array:
     """Predicts the token after each position.
@@ -143,13 +151,20 @@ class LanguageModel:
       raise UserError(f'token id {wrong.flat[0]} is not in the vocabulary, which is 0..{size - 1}')
 
 
-def load(workdir: str | Path, checkpoint: str | int = 'best', *, dtype: DTypeLike = jnp.float32) -> LanguageModel:
+def load(
+  workdir: str | Path,
+  checkpoint: str | int = 'best',
+  *,
+  dtype: DTypeLike | None = None,
+  attention: str | None = None,
+) -> LanguageModel:
   """Loads a model from a run directory, which may be in use by a training process.
 
   Args:
     workdir: as train.py makes it.
     checkpoint: 'best' (lowest validation loss), 'last', or the number of a step.
-    dtype: of the matrix products; on a CPU float32 is the fastest.
+    dtype: of the matrix products, 'float32' or 'bfloat16'; None: float32, on a CPU also the fastest.
+    attention: a value of runtime.attention; None: the run's, or 'auto' where that cannot run here.
 
   Raises:
     UserError: if there is no such run, it has no checkpoint yet, or the tokenizer is not the one it was trained with.
@@ -161,7 +176,7 @@ def load(workdir: str | Path, checkpoint: str | int = 'best', *, dtype: DTypeLik
   _check_tokenizer(run, tokenizer, config)
   checkpoints = Checkpoints(workdir, read_only=True)
   params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(checkpoint))
-  return LanguageModel(config, tokenizer, params, step=step, dtype=dtype)
+  return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)
 
 
 def _check_tokenizer(run: RunDir, tokenizer: Tokenizer, config: Config) -> None:

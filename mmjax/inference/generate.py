@@ -19,9 +19,8 @@ from jax.typing import DTypeLike
 from mmjax.config import Config, ModelConfig
 from mmjax.inference.sampling import Knobs, choose_tokens, knobs_of
 from mmjax.inference.settings import Sampling
-from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import Cache, Params, init_cache, model_graph
-from mmjax.training.backend import compiler_options
+from mmjax.run.placement import Placement, place_reader
 
 BLOCK_STEPS = 16  # tokens between two looks of the host: smooth to read, and the call costs 1/16 of its time a token
 MOST_ROWS = 32  # continued at the same time; more prompts wait, so that the caches stay small
@@ -42,28 +41,28 @@ class DecodeState(NamedTuple):
 class Decoder:
   """Continues prompts with one model; keeps the compiled functions between calls."""
 
-  def __init__(self, config: Config, params: Params, *, eos_id: int, dtype: DTypeLike = jnp.float32):
+  def __init__(self, config: Config, params: Params, *, eos_id: int, placement: Placement | None = None):
     """Takes a model; its functions are compiled when the first prompt comes.
 
     Args:
       config: of the run that made the parameters.
       params: the nested dict.
       eos_id: the token that ends a row.
-      dtype: of the matrix products. float32 is also the fastest on a CPU; on a GPU bfloat16 is.
+      placement: how to run it; None: in float32, which is also the fastest on a CPU, and with the run's attention.
     """
     params = jax.tree.map(jnp.asarray, params)  # once: arrays of NumPy would be copied at every call
     self._params, self._eos_id, self._vocab_size = params, eos_id, config.model.vocab_size
     graphdef = model_graph(config)
-    attention = attention_backend('auto', jnp.dtype(dtype), jax.default_backend(), 1, config.model.head_dim)
+    placement = placement or place_reader(config, dtype='float32')
+    dtype = placement.dtype
     modes = ('greedy', 'seed_sampling')
-    compiled = partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
-    self._prefill = compiled(
-      partial(_prefill, graphdef, config.model, dtype, attention, eos_id), static_argnames=('length', *modes)
+    self._prefill = placement.jit(
+      partial(_prefill, graphdef, config.model, dtype, placement.attention, eos_id), static_argnames=('length', *modes)
     )
     # A CPU reads (out, in) matrices faster where a product has a single row: 1.16 times the tokens/s of 1.4.2.
     transposed = jax.default_backend() == 'cpu'
     self._decode_params = _transpose_kernels(params) if transposed else params
-    self._decode = compiled(
+    self._decode = placement.jit(
       partial(_decode, graphdef, dtype, eos_id, transposed), static_argnames=modes, donate_argnames='state'
     )
 

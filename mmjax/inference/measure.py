@@ -5,9 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from mmjax.config import Config
 from mmjax.data.loader import TokenSplit, eval_batches, open_split
 from mmjax.data.prepare import prepare
@@ -15,8 +12,8 @@ from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
 from mmjax.inference.text_stats import distinct_share, repeated_share
-from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import model_graph
+from mmjax.run.placement import Placement, place_reader
 from mmjax.training.evaluate import EvalResult, evaluate, make_eval_step
 from mmjax.training.metrics import read_metrics
 from mmjax.training.probes import LAYER_NORMS, plan_probe
@@ -57,6 +54,8 @@ def read_prompts(path: str | Path) -> list[str]:
 def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalResult:
   """Evaluates on the run's validation set, or on other files, as the training loop does but on one device.
 
+  The run's dtype and attention are used, unless the model was loaded with others.
+
   Args:
     lm: the model.
     run: the directory that it comes from.
@@ -65,13 +64,19 @@ def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalR
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
+  placement = evaluation_placement(lm)
   runtime = dataclasses.replace(lm.config.runtime, data_devices=1, row_devices=1)
-  config = dataclasses.replace(lm.config, runtime=runtime)
+  train = dataclasses.replace(lm.config.train, dtype=placement.dtype.name)
+  config = dataclasses.replace(lm.config, runtime=runtime, train=train)
   split = open_text(config, run, valid_files)
-  attention = attention_backend('auto', jnp.dtype(config.train.dtype), jax.default_backend(), 1, config.model.head_dim)
-  step = make_eval_step(model_graph(config), config, attention=attention, mesh=make_mesh(config))
+  step = make_eval_step(model_graph(config), config, attention=placement.attention, mesh=make_mesh(config))
   batches = eval_batches(split, config.train.batch_size)
   return evaluate(step, lm.params, batches, split.scored_bytes, plan_probe(config, split))
+
+
+def evaluation_placement(lm: LanguageModel) -> Placement:
+  """Returns how a model is evaluated: in the dtype of training, unless it was loaded with another."""
+  return place_reader(lm.config, dtype=lm.dtype or lm.config.train.dtype, attention=lm.attention)
 
 
 def open_text(config: Config, run: RunDir, files: str = '') -> TokenSplit:

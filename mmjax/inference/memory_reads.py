@@ -24,10 +24,9 @@ from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
-from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import LM, Output, Params, memory_layers, model_graph
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds, row_weights
-from mmjax.training.backend import compiler_options
+from mmjax.run.placement import Placement
 
 MOST_TOKENS = 4096  # of a text
 ROWS = 8  # of a corpus, read at a time
@@ -57,9 +56,8 @@ class MemoryReader:
     self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
     kinds, ngrams = layer_kinds(config.model, config.memory), config.memory.ngram_of_heads()
     self.ngrams = {layer: ngrams if SUBLAYERS[kinds[layer]].reads_ngrams else () for layer in self.layers}
-    attention = attention_backend('auto', jnp.dtype(jnp.float32), jax.default_backend(), 1, config.model.head_dim)
-    forward = partial(_forward, model_graph(config), attention)
-    compiled = partial(jax.jit, compiler_options=compiler_options(config, jax.default_backend()))
+    forward = partial(_forward, model_graph(config), lm.placement)
+    compiled = lm.placement.jit
     self._reads = compiled(partial(_reads, forward, config))
     self._strength = compiled(partial(_strength, forward, config, self.scores_weigh))
     self._log_probs = compiled(partial(_log_probs, forward))
@@ -269,10 +267,15 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def _forward(
-  graphdef: nnx.GraphDef, attention: str, params: Params, tokens_BT: Array, segment_BT: Array | None, **settings: Any
+  graphdef: nnx.GraphDef,
+  placement: Placement,
+  params: Params,
+  tokens_BT: Array,
+  segment_BT: Array | None,
+  **settings: Any,
 ) -> tuple[LM, Output]:
   model = nnx.merge(graphdef, params)
-  return model, model(tokens_BT, segment_BT, dtype=jnp.float32, attention=attention, **settings)
+  return model, model(tokens_BT, segment_BT, dtype=placement.dtype, attention=placement.attention, **settings)
 
 
 def _reads(

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
+from mmjax.config import CHOICES
 from mmjax.errors import UserError
 
 MOST_NEW_TOKENS = 32768  # the positions that the PyTorch code has rotations for
@@ -68,6 +69,23 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
       parser.add_argument(f'--{field.name}', action='store_true', help=field.metadata['help'])
     else:
       parser.add_argument(f'--{field.name}', type=field.type, default=field.default, help=text)
+
+
+def add_placement_flags(parser: argparse.ArgumentParser) -> None:
+  """Gives a command that reads a trained model --attention and --dtype."""
+  parser.add_argument(
+    '--attention', choices=CHOICES['runtime.attention'], help="attention backend (default: the run's, where it can run)"
+  )
+  parser.add_argument(
+    '--dtype',
+    choices=CHOICES['train.dtype'],
+    help="of products (default: losses in the run's, all else in float32)",
+  )
+
+
+def placement_from_flags(arguments: argparse.Namespace) -> dict[str, str | None]:
+  """Returns what the flags of `add_placement_flags` say, as `mmjax.load` takes it."""
+  return {'attention': arguments.attention, 'dtype': arguments.dtype}
 
 
 def sampling_from_flags(arguments: argparse.Namespace) -> Sampling:

@@ -42,16 +42,18 @@ def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int
     return 'xla_blocked' if platform == 'cpu' and n_devices == 1 else 'xla'
   if name == 'cudnn' and not (on_nvidia and is_half):
     raise UserError(
-      f"runtime.attention='cudnn' needs an NVIDIA GPU and train.dtype='bfloat16', not {platform} and "
+      f"attention 'cudnn' (runtime.attention) needs an NVIDIA GPU and bfloat16 (train.dtype), not {platform} and "
       f"{jnp.dtype(dtype).name}; 'auto' picks what runs here"
     )
   if name == 'cudnn' and not fits_cudnn:
     raise UserError(
-      f"runtime.attention='cudnn' needs heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, not {head_dim} "
-      "(model.dim / model.n_heads); 'auto' picks what runs here"
+      f"attention 'cudnn' (runtime.attention) needs heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, "
+      f"not {head_dim} (model.dim / model.n_heads); 'auto' picks what runs here"
     )
   if name == 'xla_blocked' and n_devices > 1:
-    raise UserError(f"runtime.attention='xla_blocked' is for one device, not {n_devices}; use 'xla' or 'auto'")
+    raise UserError(
+      f"attention 'xla_blocked' (runtime.attention) is for one device, not {n_devices}; use 'xla' or 'auto'"
+    )
   return name
 
 

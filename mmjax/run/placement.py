@@ -1,22 +1,99 @@
-"""What depends on the maker of the device: compiler options and known faults of its compiler.
+"""How a model runs on a machine: attention, dtype, compiler options; decided here for everything that runs one.
+
+A run states it in `runtime` and `train.dtype`. Training takes it as it stands, or is refused. What reads a trained
+model (evaluation, generation, inspection) may be elsewhere: it takes the run's attention where that can run, else
+'auto'; what a user asks for instead, as it stands. Evaluation has the run's dtype, so that its losses are those of
+training; generation and inspection have float32, so that what they show does not hang on the machine.
 
 Without Triton is a promise of this package, and XLA has a Triton of its own for matrix products, normalisations and
 reductions on NVIDIA: it is off unless `runtime.triton_gemm` asks for it. `TRITON` finds what is left of it, or of
 Pallas, in a lowered or compiled module.
 """
 
+import contextlib
+import dataclasses
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from mmjax.config import Config
+from mmjax.config import CHOICES, Config
+from mmjax.errors import UserError
+from mmjax.kernels.attention import attention_backend
 
 # Custom calls of Triton, Pallas and Mosaic (what Pallas becomes on NVIDIA), and XLA's own Triton fusions.
 TRITON = re.compile(r'triton|pallas|mosaic', re.IGNORECASE)
 # The passes of XLA that make Triton fusions of what is no matrix product.
 TRITON_PASSES = 'triton-softmax-rewriter,fusion-block-level-rewriter'
 SLOW_SCATTER = (0, 10, 2), (0, 11, 0)  # first and last version of jaxlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """How a model runs.
+
+  Attributes:
+    attention: backend, as `mmjax.kernels.attention.causal_attention` knows it.
+    dtype: of the matrix products.
+    options: XLA's.
+  """
+
+  attention: str
+  dtype: Any
+  options: dict[str, bool | str]
+
+  def jit(self, function: Callable, **settings: Any) -> Callable:
+    """Returns `jax.jit(function, **settings)` with these compiler options."""
+    return jax.jit(function, compiler_options=self.options, **settings)
+
+
+def place(config: Config, *, platform: str = '', devices: int = 1, dtype: DTypeLike | None = None) -> Placement:
+  """Returns what the settings say.
+
+  Args:
+    config: of the run.
+    platform: of the devices; '': of JAX's here.
+    devices: in the mesh.
+    dtype: of the matrix products; None: that of training.
+
+  Raises:
+    UserError: if the attention backend cannot run there.
+  """
+  platform, dtype = platform or jax.default_backend(), jnp.dtype(dtype or config.train.dtype)
+  attention = attention_backend(config.runtime.attention, dtype, platform, devices, config.model.head_dim)
+  return Placement(attention, dtype, compiler_options(config, platform))
+
+
+def place_reader(config: Config, *, dtype: DTypeLike, attention: str | None = None) -> Placement:
+  """Returns how a trained model is read on one device of this machine.
+
+  Args:
+    config: of the run.
+    dtype: of the matrix products.
+    attention: backend to use instead of the run's; None: the run's, or 'auto' where that cannot run here.
+
+  Raises:
+    UserError: if there is no such backend or dtype, or the backend cannot run here.
+  """
+  with contextlib.suppress(TypeError):  # of what is no dtype at all
+    dtype = jnp.dtype(dtype).name
+  for name, value in {'train.dtype': dtype, 'runtime.attention': attention or config.runtime.attention}.items():
+    if value not in CHOICES[name]:
+      raise UserError(f'{name.partition(".")[2]}={value!r} must be one of {", ".join(CHOICES[name])}')
+  try:
+    return place(_with_attention(config, attention or config.runtime.attention), dtype=dtype)
+  except UserError:
+    if attention is not None:
+      raise
+    return place(_with_attention(config, 'auto'), dtype=dtype)
+
+
+def _with_attention(config: Config, attention: str) -> Config:
+  return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, attention=attention))
 
 
 def is_nvidia(platform: str) -> bool:

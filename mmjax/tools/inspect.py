@@ -21,6 +21,7 @@ from rich.text import Text
 
 from mmjax.config import override_config
 from mmjax.errors import UserError, run_command
+from mmjax.inference.settings import add_placement_flags, placement_from_flags
 from mmjax.inference.terminal import prepare_terminal, printable
 
 if TYPE_CHECKING:
@@ -52,6 +53,7 @@ def main() -> None:
     '--positions', type=int, default=POSITIONS, help=f'of the corpus to read, 0: all (default: the first {POSITIONS:,})'
   )
   parser.add_argument('--json', help='file to write what was found to')
+  add_placement_flags(parser)
   arguments, overrides = parser.parse_known_args()
   text = read_text(arguments)
 
@@ -60,7 +62,7 @@ def main() -> None:
   from mmjax.training.run_json import atomic_write_json
 
   prepare_terminal()
-  lm = load(arguments.workdir, arguments.checkpoint)
+  lm = load(arguments.workdir, arguments.checkpoint, **placement_from_flags(arguments))
   lm.config = override_config(lm.config, overrides, WHERE)
   found = look(lm, text, arguments)
   print_found(found, arguments.top)

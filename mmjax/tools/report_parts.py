@@ -152,6 +152,8 @@ def evaluation(found: Mapping | None, workdir: str | Path) -> str:
     ('bits per byte', number(found['bits_per_byte'])),
     ('accuracy', f'{found["accuracy"]:.2%}'),
   ]
+  if 'dtype' in found:  # eval.json of an earlier version does not say
+    rows.append(('computed with', f'{found["attention"]} attention in {found["dtype"]}'))
   return table(('', ''), rows)
 
 

@@ -12,7 +12,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
-from mmjax.inference.settings import Sampling, add_sampling_flags, sampling_from_flags
+from mmjax.inference.settings import (
+  Sampling,
+  add_placement_flags,
+  add_sampling_flags,
+  placement_from_flags,
+  sampling_from_flags,
+)
 from mmjax.inference.terminal import prepare_terminal, printable
 
 if TYPE_CHECKING:
@@ -27,6 +33,7 @@ def main() -> None:
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
   parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--prompt', help='text to continue; without it you are asked')
+  add_placement_flags(parser)
   add_sampling_flags(parser)
   arguments = parser.parse_args()
   sampling = sampling_from_flags(arguments)
@@ -35,7 +42,7 @@ def main() -> None:
     from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
 
   prepare_terminal()
-  lm = load(arguments.workdir, arguments.checkpoint)
+  lm = load(arguments.workdir, arguments.checkpoint, **placement_from_flags(arguments))
   if arguments.prompt is not None:
     write_continuation(lm, arguments.prompt, sampling)
     return

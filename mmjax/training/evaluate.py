@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.model.lm import Params
-from mmjax.training.backend import compiler_options
+from mmjax.run.placement import compiler_options
 from mmjax.training.probes import (
   PADDING,
   ProbePlan,

@@ -20,7 +20,7 @@ from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
 from mmjax.errors import DivergedError, StoppedError, StorageError
 from mmjax.model.lm import memory_layers
-from mmjax.training.backend import slow_scatter_warning, use_compilation_cache
+from mmjax.run.placement import slow_scatter_warning, use_compilation_cache
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate

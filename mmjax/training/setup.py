@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -22,10 +21,9 @@ from mmjax.data.index import INDEX, data_sha256, read_index
 from mmjax.data.loader import TokenSplit, check_fills_batch, open_split, steps_of_epochs
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
-from mmjax.kernels.attention import attention_backend
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.training.backend import compiler_options
+from mmjax.run.placement import compiler_options, place
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
 from mmjax.training.processes import is_main
@@ -153,9 +151,7 @@ def compile_program(config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, 
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
-  attention = attention_backend(
-    config.runtime.attention, jnp.dtype(config.train.dtype), jax.devices()[0].platform, mesh.size, config.model.head_dim
-  )
+  attention = place(config, devices=mesh.size).attention
   compiled = compile_step(config, mesh, optimizer, state, attention=attention, total_steps=inputs.total_steps)
   evaluate = make_eval_step(model_graph(config), config, attention=attention, mesh=mesh)
   return Program(mesh, compiled, evaluate, attention, compiled.memory_analysis())
