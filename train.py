@@ -5,7 +5,6 @@ The same command on the same work directory goes on where it stopped. Exit codes
 """
 
 import argparse
-from pathlib import Path
 
 
 def main() -> None:
@@ -18,7 +17,7 @@ def main() -> None:
   )
   args, overrides = parser.parse_known_args()
 
-  from mmjax.config import load_config
+  from mmjax.config import load_config, user_path
   from mmjax.errors import interrupt_ends_at_once
 
   config = load_config(args.config, overrides)
@@ -28,7 +27,7 @@ def main() -> None:
     from mmjax.training.loop import fit
     from mmjax.training.processes import is_main
 
-  workdir = Path(args.workdir or f'out/{config.experiment}')
+  workdir = user_path(args.workdir or f'out/{config.experiment}')
   fit(config, workdir, allow_config_change=args.allow_config_change)
   if is_main():
     print(f'Report: {write_report(workdir)}')

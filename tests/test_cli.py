@@ -1,6 +1,7 @@
 """Commands as a person types them: bad input gives exit code 2, one clear sentence, and leaves nothing behind."""
 
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -10,7 +11,9 @@ from pathlib import Path
 import pytest
 
 import train
+from mmjax.config import load_config
 from mmjax.errors import StorageError, UserError, run_command
+from mmjax.training.rundir import RunDir
 from tests.helpers import TINY
 
 REPOSITORY = Path(__file__).parent.parent
@@ -50,6 +53,50 @@ BAD_TEXT = {
   'without the key': (f'{GOOD}\n{json.dumps({"body": "x", "title": "y"})}\n'.encode(), "'body', 'title'"),
   'no string': (f'{GOOD}\n{json.dumps({"text": 3})}\n'.encode(), 'text.jsonl:2'),
 }
+
+
+@pytest.mark.parametrize(
+  ('module', 'flags'),
+  [
+    ('eval', ['--workdir', '~/r']),
+    ('mmjax.tools.sample', ['--workdir', '~/r']),
+    ('mmjax.tools.report', ['--workdir', '~/r']),
+    ('mmjax.tools.inspect', ['--workdir', '~/r', '--row', '1']),
+    ('mmjax.tools.inspect', ['--workdir', 'x', '--text_file', '~/r']),
+    ('mmjax.tools.inspect', ['--workdir', 'x', '--row', '1', '--json', '~/r/x.json']),
+    ('mmjax.tools.compare', ['~/r']),
+    ('mmjax.tools.cost', ['--config', '~/r.py']),
+    ('mmjax.tools.sweep', ['~/r.py']),
+    ('mmjax.tools.prepare', ['--train_files', '~/r.jsonl']),
+    ('mmjax.tools.prepare', ['--tokenizer', '~/r.model']),
+    ('mmjax.tools.bank', ['build', '--files', '~/r.txt', '--out', 'x.safetensors']),
+    ('mmjax.tools.convert', ['import', '--from', '~/r.pth', '--out', 'x']),
+    ('mmjax.tools.convert', ['export', '--workdir', '~/r', '--to', 'x.safetensors']),
+    ('train', ['--config', '~/r.py']),
+    ('train', ['--config', 'configs/base.py', '--config.data.train_files=~/r.jsonl']),
+  ],
+)
+def test_home_is_meant_by_a_leading_tilde_in_every_path(module, flags, tmp_path, monkeypatch, capfd):
+  monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+  monkeypatch.setattr(sys, 'argv', [module, *flags])
+  with pytest.raises(SystemExit) as stopped:
+    run_command(importlib.import_module(module).main)
+  err = capfd.readouterr().err
+  assert stopped.value.code == 2 and ('~' not in err or 'there is no such folder' in err), err
+
+
+def test_home_is_where_what_is_written_goes(text, tmp_path, monkeypatch, capfd):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  monkeypatch.chdir(tmp_path)
+  flags = ['--config.data.prepared_dir=~/d', '--config.runtime.compilation_cache_dir=~/c']
+  config = load_config('configs/base.py', flags)
+  assert (config.data.prepared_dir, config.runtime.compilation_cache_dir) == (f'{tmp_path}/d', f'{tmp_path}/c')
+  prepare = ['--train_files', f'{text}/text.jsonl', '--out', '~/p', '--vocab_size', '300', '--workers', '1']
+  monkeypatch.setattr(sys, 'argv', ['prepare', *prepare])
+  importlib.import_module('mmjax.tools.prepare').main()
+  assert capfd.readouterr().out.startswith(f'{tmp_path}/p/text-')
+  assert RunDir('~/r').path == tmp_path / 'r'
+  assert [path.name for path in tmp_path.iterdir()] == ['p']
 
 
 @pytest.mark.parametrize('case', BAD_TEXT)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mmjax.errors import DivergedError, StoppedError, UserError
+from mmjax.tools.report import write_report
 from mmjax.training import loop
 from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
@@ -95,6 +96,23 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
   go_on(10, train_files='', prepared_dir='nowhere')  # where it was at the last start
   assert_same_run(undisturbed, tmp_path / 'run')
   assert [path.name for path in (tmp_path / 'here').iterdir()] == ['same.jsonl']
+
+
+def test_text_that_is_cut_or_in_both_splits_is_said_once_and_in_the_report(text, tmp_path, capsys):
+  lines = (text / 'text.jsonl').read_text().splitlines()
+  (tmp_path / 'valid.jsonl').write_text('\n'.join([*lines[:30], json.dumps({'text': 'new'})]))
+  data = {'valid_files': f'{tmp_path}/valid.jsonl', 'valid_fraction': 0.01, 'layout': 'padded'}
+  fit(
+    run_config(text, train__max_steps=2, **{f'data__{name}': value for name, value in data.items()}), tmp_path / 'run'
+  )
+  out = capsys.readouterr().out
+  splits = json.loads((tmp_path / 'run' / 'data.json').read_text())['splits']
+  for said in (
+    'of 300 training documents are cut',
+    f'{splits["train"]["tokens"]:,} tokens',
+    '30 of 31 validation documents',
+  ):
+    assert out.count(said) == 1 and write_report(tmp_path / 'run').read_text().count(said) == 1
 
 
 @pytest.mark.thorough

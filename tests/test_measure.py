@@ -155,7 +155,12 @@ def test_evaluation_makes_nothing_where_it_is_called(tiny_run, tmp_path, monkeyp
 
 @pytest.mark.parametrize(
   ('content', 'said'),
-  [(None, 'No such file'), (b'\n  \n', 'has no prompt'), (b'good\n\xff\n', 'is not UTF-8 (byte 5)')],
+  [
+    (None, 'No such file'),
+    (b'\n  \n', 'has no prompt'),
+    (b'good\n\xff\n', 'not UTF-8: invalid start byte 0xff (byte 5)'),
+    (b'\xff\xfea\0', 'is UTF-16'),
+  ],
 )
 def test_bad_prompts_are_refused_before_anything_is_written(run, tmp_path, monkeypatch, capfd, content, said):
   if content is not None:
@@ -164,6 +169,11 @@ def test_bad_prompts_are_refused_before_anything_is_written(run, tmp_path, monke
   assert (code, out) == (2, '')
   assert said in err and err.count('\n') == 1
   assert not (run / 'eval.json').exists()
+
+
+def test_only_the_end_of_a_line_ends_a_prompt(tmp_path):
+  (tmp_path / 'prompts.txt').write_bytes('\ufeffa\u2028b\x85c\x0cd\re\x1cf\r\n\n \nsecond'.encode())
+  assert read_prompts(tmp_path / 'prompts.txt') == ['a\u2028b\x85c\x0cd\re\x1cf', 'second']
 
 
 @pytest.mark.thorough

@@ -45,6 +45,14 @@ def test_lines_of_stdin_are_prompts_and_a_bad_one_does_not_end_it(tiny_run, monk
   assert wants[0] != wants[1]
 
 
+def test_only_the_end_of_a_line_ends_a_prompt(tiny_run, monkeypatch, capfd):
+  prompts = []
+  monkeypatch.setattr(sample, 'write_continuation', lambda lm, prompt, sampling: prompts.append(prompt))
+  stdin = 'a\u2028b\x85c\x0cd\re\x1cf\r\nsecond\n'.encode()
+  assert run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), stdin=stdin)[0] == 0
+  assert prompts == ['a\u2028b\x85c\x0cd\re\x1cf', 'second']
+
+
 def test_ten_megabytes_are_answered(tiny_run, monkeypatch, capfd):
   stdin = b'the memory reads ' * 600_000 + b'\n'
   code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, stdin=stdin)

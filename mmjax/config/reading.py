@@ -69,9 +69,7 @@ def override_config(config: Config, overrides: Sequence[str], free: Sequence[str
   """
   settings = ConfigDict(config.to_dict())
   for override in overrides:
-    _apply_override(settings, override)
-    name = override.removeprefix('--config.').partition('=')[0]
-    if name not in free:
+    if (name := _apply_override(settings, override)) not in free:
       raise UserError(f'{name} belongs to the run and cannot be given here; these can: {", ".join(free)}')
   return config_from_dict(settings.to_dict())
 

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from mmjax.data.index import counts_bytes, verify
+from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 
@@ -48,7 +49,7 @@ class TokenSplit:
     starts = [o[:-1] + start for o, start in zip(offsets, self._shard_start[:-1], strict=True)]
     self.document_start = np.concatenate([*starts, self._shard_start[-1:]])
     self.n_rows = count_rows(entry, max_seq_len, layout)
-    self._index = index
+    self.index = index
 
   @functools.cached_property
   def scored_bytes(self) -> int:
@@ -61,14 +62,14 @@ class TokenSplit:
     cut = np.flatnonzero(length > self.max_seq_len) if self.layout == 'padded' else ()
     if not len(cut):
       return self.text_bytes
-    if not counts_bytes(self._index):
+    if not counts_bytes(self.index):
       raise UserError(
         f"'{self.directory}' is of an earlier version, which did not count the bytes of documents that are cut "
         f'({len(cut)} at model.max_seq_len={self.max_seq_len}) where the tokenizer changes text; prepare it again'
       )
-    piece_bytes = load_tokenizer(self.directory / self._index['tokenizer']['file']).bytes_per_token()
+    piece_bytes = load_tokenizer(self.directory / self.index['tokenizer']['file']).bytes_per_token()
     parts = [np.zeros((2, 0), np.int64)]
-    for shard, start in zip(self._index['splits'][self.split]['shards'], self._shard_start[:-1], strict=True):
+    for shard, start in zip(self.index['splits'][self.split]['shards'], self._shard_start[:-1], strict=True):
       if 'bytes_file' in shard:
         parts.append(np.load(self.directory / shard['bytes_file'], allow_pickle=False) + np.array([[start], [0]]))
     position_X, more_X = np.concatenate(parts, axis=1)
@@ -78,6 +79,11 @@ class TokenSplit:
       first, last = np.searchsorted(position_X, (start, stop))
       left_out += int(piece_bytes[self.stream(start, stop)].sum(dtype=np.int64) + sums_X[last] - sums_X[first])
     return self.text_bytes - left_out
+
+  def cut_off(self) -> tuple[int, int]:
+    """Returns how many documents the layout cuts, and how many of their tokens are therefore never read."""
+    over = np.maximum(np.diff(self.document_start) - self.max_seq_len, 0) if self.layout == 'padded' else np.zeros(1)
+    return int(np.count_nonzero(over)), int(over.sum())
 
   def stream(self, start: int, stop: int) -> np.ndarray:
     """Returns int32 tokens start..stop of the split's stream, whatever shards they lie in."""
@@ -145,6 +151,23 @@ def open_split(
       f"'{prepared_dir}' has no {split!r} documents; set --config.data.valid_files or a valid_fraction > 0"
     )
   return TokenSplit(Path(prepared_dir), index, split, max_seq_len, layout, isolate_documents)
+
+
+def text_remarks(train: TokenSplit, valid: TokenSplit) -> list[str]:
+  """Returns what a user should know of the text that will be read: what is cut off, and what is in both splits."""
+  cuts = []
+  for name, split in (('training', train), ('validation', valid)):
+    documents, tokens = split.cut_off()
+    cuts.append(
+      f'{documents:,} of {split.n_documents:,} {name} documents are cut, {tokens:,} of {split.n_tokens:,} tokens '
+      f'({tokens / split.n_tokens:.1%}) never read'
+    )
+  cut = any(split.cut_off()[0] for split in (train, valid))
+  layout = (
+    f"data.layout='padded' takes the first model.max_seq_len={train.max_seq_len} tokens of each document: "
+    f"{'; '.join(cuts)}; data.layout='packed' reads all"
+  )
+  return [*([layout] if cut else []), *filter(None, [overlap_remark(train.index)])]
 
 
 def train_batches(

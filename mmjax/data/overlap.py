@@ -47,3 +47,16 @@ def _keys(tokens: np.ndarray, start: np.ndarray) -> np.ndarray:
 
 def _digest(tokens: np.ndarray, start: int, stop: int) -> bytes:
   return hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=16).digest()
+
+
+def overlap_remark(index: Mapping[str, Any]) -> str:
+  """Says how much of the validation text is training text too; '' for none, and where an old index does not tell."""
+  valid = index['splits'].get('valid', {})
+  found = valid.get('also_in_train')
+  if not found or not found['documents']:
+    return ''
+  return (
+    f'{found["documents"]:,} of {valid["documents"]:,} validation documents ({found["tokens"]:,} of '
+    f'{valid["tokens"]:,} tokens, {found["tokens"] / valid["tokens"]:.1%}) are training documents too: the loss on '
+    'them says what the model remembers, not what it has learned'
+  )

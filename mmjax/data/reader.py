@@ -1,5 +1,6 @@
 """Finds text files, reads them in blocks, and counts what is in them: nothing is dropped without being counted."""
 
+import codecs
 import copy
 import glob
 import os
@@ -8,9 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from mmjax.config import expand_home
+from mmjax.config import expand_home, user_path
 from mmjax.data.blocks import Block
-from mmjax.data.formats import CONTENTS, DAMAGED, PACKINGS, BadLine, format_of, parse_block
+from mmjax.data.formats import CONTENTS, DAMAGED, PACKINGS, BadLine, NotText, decode, format_of, parse_block
 from mmjax.errors import UserError
 
 BLANK_FILE = 'blank file'
@@ -223,3 +224,18 @@ def read_documents(
     yield from parsed.documents
   tally.end_file(current)
   tally.check()
+
+
+def read_text(path: str | Path, what: str) -> str:
+  """Returns the text of a small UTF-8 file, without the byte order mark that may open it; `what` is for messages.
+
+  Raises:
+    UserError: if it cannot be read or is no text.
+  """
+  path = user_path(path)
+  try:
+    return decode(path.read_bytes().removeprefix(codecs.BOM_UTF8))
+  except NotText as bad:
+    raise UserError(f"{what} '{path}': {bad.what} (byte {bad.byte})") from None
+  except OSError as error:
+    raise UserError(f"{what} '{path}' cannot be read: {error.strerror or error}") from None

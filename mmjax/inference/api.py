@@ -174,7 +174,7 @@ def load(
   config = run.read_config()
   tokenizer = load_tokenizer(run.tokenizer_path)
   _check_tokenizer(run, tokenizer, config)
-  checkpoints = Checkpoints(workdir, read_only=True)
+  checkpoints = Checkpoints(run.path, read_only=True)
   params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(checkpoint))
   return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)
 

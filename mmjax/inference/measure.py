@@ -8,6 +8,7 @@ from typing import Any
 from mmjax.config import Config
 from mmjax.data.loader import TokenSplit, eval_batches, open_split
 from mmjax.data.prepare import prepare
+from mmjax.data.reader import read_text
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
@@ -40,12 +41,8 @@ def read_prompts(path: str | Path) -> list[str]:
   Raises:
     UserError: if there is no such file, it is not UTF-8, or it has no prompt.
   """
-  try:
-    prompts = [line for line in Path(path).read_text(encoding='utf-8-sig').splitlines() if line.strip()]
-  except UnicodeDecodeError as error:
-    raise UserError(f"prompts file '{path}' is not UTF-8 (byte {error.start})") from None
-  except OSError as error:
-    raise UserError(f"prompts file '{path}' cannot be read: {error.strerror}") from None
+  text = read_text(path, 'prompts file')
+  prompts = [line.removesuffix('\r') for line in text.split('\n') if line.strip()]  # a line may hold U+2028 or \f
   if not prompts:
     raise UserError(f"prompts file '{path}' has no prompt; write one a line")
   return prompts

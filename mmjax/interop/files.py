@@ -25,7 +25,7 @@ _SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', '
 
 def check_suffix(path: Path) -> None:
   """Raises UserError if the name does not say which format the file has."""
-  if path.suffix not in SUFFIXES:
+  if path.suffix.lower() not in SUFFIXES:
     raise UserError(f'{str(path)!r} must end in one of {", ".join(SUFFIXES)}')
 
 
@@ -45,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
   if not path.is_file():
     raise UserError(f'no file {str(path)!r}')
   check_sha256(path)
-  tensors = read_torch(path) if path.suffix in TORCH_SUFFIXES else _read_safetensors(path)
+  tensors = read_torch(path) if path.suffix.lower() in TORCH_SUFFIXES else _read_safetensors(path)
   if not tensors:
     raise UserError(f'{path}: no tensors in this file')
   return tensors
@@ -67,7 +67,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
   check_suffix(path)
   if path.exists():
     raise UserError(f'{str(path)!r} is there already; remove it or choose another name')
-  save = save_torch if path.suffix in TORCH_SUFFIXES else _save_safetensors
+  save = save_torch if path.suffix.lower() in TORCH_SUFFIXES else _save_safetensors
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.writing-') as scratch:

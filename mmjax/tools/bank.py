@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.config import Config, load_config, own_config
+from mmjax.config import Config, expand_home, load_config, own_config, user_path
 from mmjax.data.files import check_room, storage_errors, write_file
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, open_split
@@ -59,7 +59,7 @@ def main() -> None:
   overrides += [f'--config.data.train_files={arguments.files}', '--config.data.valid_files=']
   overrides += ['--config.memory.bank_init=file', f'--config.memory.bank_file={arguments.out}']  # what it is for
   config = load_config(arguments.config, overrides)
-  build_bank(config, Path(arguments.out), arguments.encoder, arguments.snippets_a_row)
+  build_bank(config, user_path(arguments.out), arguments.encoder, arguments.snippets_a_row)
 
 
 def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SNIPPETS_A_ROW) -> None:
@@ -74,7 +74,7 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   Raises:
     UserError: if the text gives too few snippets, or the encoder is not to be had.
   """
-  if out.suffix != '.safetensors':
+  if out.suffix.lower() != '.safetensors':
     raise UserError(f"--out '{out}' must end in .safetensors")
   if out.exists():
     raise UserError(f"--out '{out}' is there already; remove it or choose another name")
@@ -142,7 +142,7 @@ def load_encoder(encoder: str) -> Callable[[list[str]], np.ndarray]:
     from sentence_transformers import SentenceTransformer
   except ImportError:
     raise UserError(f"--encoder {encoder} needs: pip install 'mmjax[encoder]'") from None
-  directory = encoder.removeprefix(SENTENCE_TRANSFORMERS)
+  directory = expand_home(encoder.removeprefix(SENTENCE_TRANSFORMERS))
   if not Path(directory).is_dir():
     raise UserError(f"--encoder: no model directory '{directory}'; models are read from disk, never downloaded")
   try:

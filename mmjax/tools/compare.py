@@ -16,6 +16,7 @@ from typing import Any
 from rich.table import Table
 
 from mmjax import __version__
+from mmjax.config import user_path
 from mmjax.errors import UserError, run_command
 from mmjax.inference.terminal import table_console
 from mmjax.tools.compare_plots import write_plots
@@ -101,7 +102,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
       )
   rows = make_rows(runs)
   found = [_summary(rows[0], row, others) for row in rows]
-  folder = Path(out)
+  folder = user_path(out)
   folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
   atomic_write_json(folder / 'compare.json', {'rows': found})

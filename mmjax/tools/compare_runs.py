@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmjax.config import Config, flatten
+from mmjax.config import Config, flatten, user_path
 from mmjax.errors import UserError
 from mmjax.model.lm import abstract_params, count_params
 from mmjax.tools.run_state import RunState, run_state
@@ -89,7 +89,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[Path]:
     UserError: if a path is neither.
   """
   found: list[Path] = []
-  for path in map(Path, paths):
+  for path in map(user_path, paths):
     inside = [path]
     if not (path / 'config.json').is_file():
       inside = [config.parent for config in path.glob('*/config.json')]

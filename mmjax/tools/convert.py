@@ -16,8 +16,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from mmjax.config import Config, load_config, overrides_of, own_config
-from mmjax.data.tokenizer import Tokenizer, load_tokenizer
+from mmjax.config import Config, load_config, overrides_of, own_config, user_path
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import checkpoint_name
 from mmjax.interop.files import check_suffix, read_tensors, write_tensors
@@ -45,13 +45,12 @@ def main() -> None:
   """Reads flags and converts."""
   arguments, overrides = _parser().parse_known_args()
   if arguments.command == 'import':
-    import_run(
-      Path(arguments.source), Path(arguments.out), arguments.config, overrides, arguments.tokenizer, arguments.dtype
-    )
+    source, out = user_path(arguments.source), user_path(arguments.out)
+    import_run(source, out, arguments.config, overrides, arguments.tokenizer, arguments.dtype)
     return
   if overrides:
     raise UserError(f'argument {overrides[0]!r} is not understood; export takes the settings of the run')
-  export_run(Path(arguments.workdir), Path(arguments.to), arguments.checkpoint, arguments.dtype)
+  export_run(user_path(arguments.workdir), user_path(arguments.to), arguments.checkpoint, arguments.dtype)
 
 
 def import_run(
@@ -75,7 +74,7 @@ def import_run(
   tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
   shapes = {name: value.shape for name, value in tensors.items()}
   if tokenizer:
-    copy = out / ('tokenizer.json' if tokenizer.endswith('.json') else 'tokenizer.model')
+    copy = out / tokenizer_file_name(tokenizer)
     overrides = [*overrides, f'--config.data.tokenizer={copy}']
   config = fitting_config(shapes, str(source), config_file, overrides)
   check_accounted(shapes, torch_shapes(abstract_params(config), config.model), str(source))

@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mmjax.config import override_config
+from mmjax.config import override_config, user_path
+from mmjax.data.reader import read_text
 from mmjax.errors import UserError, run_command
 from mmjax.inference.settings import add_placement_flags, placement_from_flags
 from mmjax.inference.terminal import prepare_terminal, printable
@@ -55,7 +56,7 @@ def main() -> None:
   parser.add_argument('--json', help='file to write what was found to')
   add_placement_flags(parser)
   arguments, overrides = parser.parse_known_args()
-  text = read_text(arguments)
+  text = text_of(arguments)
 
   from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
   from mmjax.inference.measure import WHERE
@@ -67,11 +68,11 @@ def main() -> None:
   found = look(lm, text, arguments)
   print_found(found, arguments.top)
   if arguments.json:
-    atomic_write_json(Path(arguments.json), found)
+    atomic_write_json(user_path(arguments.json), found)
     print(f'Written: {arguments.json}')
 
 
-def read_text(arguments: argparse.Namespace) -> str | None:
+def text_of(arguments: argparse.Namespace) -> str | None:
   """Returns the text to read, if there is one.
 
   Raises:
@@ -81,7 +82,7 @@ def read_text(arguments: argparse.Namespace) -> str | None:
     value = getattr(arguments, name)
     if value is not None and value < least:
       raise UserError(f'--{name} {value} must be at least {least}')
-  if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+  if arguments.json and not user_path(arguments.json).absolute().parent.is_dir():
     raise UserError(f"--json '{arguments.json}': there is no such folder")
   if arguments.text is not None and arguments.text_file is not None:
     raise UserError('give --text or --text_file, not both')
@@ -89,12 +90,7 @@ def read_text(arguments: argparse.Namespace) -> str | None:
     if arguments.text is None and arguments.row is None:
       raise UserError('nothing to look at: give --text, --text_file or --row')
     return arguments.text
-  try:
-    return Path(arguments.text_file).read_text(encoding='utf-8-sig')
-  except UnicodeDecodeError as error:
-    raise UserError(f"--text_file '{arguments.text_file}' is not UTF-8 (byte {error.start})") from None
-  except OSError as error:
-    raise UserError(f"--text_file '{arguments.text_file}' cannot be read: {error.strerror}") from None
+  return read_text(arguments.text_file, '--text_file')
 
 
 def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -> dict[str, Any]:

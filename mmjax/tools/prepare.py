@@ -5,8 +5,11 @@ does it ahead. Without --train_files it prepares the text that Python itself car
 """
 
 import argparse
+import sys
 
 from mmjax.config import load_config, own_config
+from mmjax.data.index import read_index
+from mmjax.data.overlap import overlap_remark
 from mmjax.data.prepare import prepare
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import run_command
@@ -28,7 +31,10 @@ def main() -> None:
   if vocab_size is not None:
     overrides.append(f'--config.model.vocab_size={vocab_size}')
   config = load_config(arguments.config, overrides)
-  print(prepare(config.data, config.model.vocab_size))
+  directory = prepare(config.data, config.model.vocab_size)
+  if remark := overlap_remark(read_index(directory)):
+    print(remark, file=sys.stderr)
+  print(directory)
 
 
 def _parser() -> argparse.ArgumentParser:

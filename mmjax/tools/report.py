@@ -52,7 +52,7 @@ def write_report(workdir: str | Path) -> Path:
 def _write_report(workdir: str | Path) -> Path:
   run = RunDir(workdir)
   if not run.config_path.is_file():
-    raise UserError(f'{workdir} is not a run directory: {run.config_path.name} is missing')
+    raise UserError(f'{run.path} is not a run directory: {run.config_path.name} is missing')
   config = run.read_config()
   records = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
   history = read_json(run.run_path) if run.run_path.exists() else {'identity': {}, 'starts': []}
@@ -63,7 +63,7 @@ def _write_report(workdir: str | Path) -> Path:
   health = {name: text for name, text in plots.items() if name.startswith('bank_')}
   sections = {
     'Result': parts.result(config, records, index),
-    'Data': parts.data(index, history['identity']),
+    'Data': parts.data(index, history['identity'], history['starts']),
     'Parameters': parts.parameters(config),
     'Settings': parts.settings(config),
     'Training': parts.training(records, history['starts']) + parts.images(curves),

@@ -57,9 +57,9 @@ def result(config: Config, records: Sequence[dict], index: Mapping | None) -> st
   return table(('', ''), rows)
 
 
-def data(index: Mapping | None, identity: Mapping[str, str]) -> str:
-  """The text, counted, with its hashes."""
-  text = ''
+def data(index: Mapping | None, identity: Mapping[str, str], starts: Sequence[Mapping]) -> str:
+  """The text, counted, with its hashes and what was said of it at the last start; earlier versions said nothing."""
+  text = ''.join(f'{remark}.\n\n' for start in starts[-1:] if 'remarks' in start for remark in start['remarks'])
   if index is not None:
     rows = [
       (

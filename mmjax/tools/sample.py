@@ -67,11 +67,12 @@ def write_continuation(lm: 'LanguageModel', prompt: str, sampling: Sampling) -> 
 def ask_prompts() -> Iterator[str]:
   """Yields lines of stdin until it ends or Ctrl-C is pressed; asks for them where somebody sits in front of it."""
   if hasattr(sys.stdin, 'reconfigure'):
-    sys.stdin.reconfigure(errors='surrogateescape')  # bytes that are no text are refused with a sentence, later
+    # Bytes that are no text are refused with a sentence, later; only \n ends a line, and \r before it.
+    sys.stdin.reconfigure(errors='surrogateescape', newline='\n')
   asks = sys.stdin.isatty()
   with contextlib.suppress(EOFError, KeyboardInterrupt):
     while True:
-      yield input('Prompt: ' if asks else '')
+      yield input('Prompt: ' if asks else '').removesuffix('\r')
   if asks:
     print()
 

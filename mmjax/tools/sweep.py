@@ -23,6 +23,7 @@ from typing import Any
 from rich.table import Column, Table
 from rich.text import Text
 
+from mmjax.config import user_path
 from mmjax.data.files import locked_directory
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
 from mmjax.inference.terminal import table_console
@@ -43,7 +44,7 @@ def main() -> None:
   """Reads flags and the file, and makes the runs or says what it would make."""
   arguments, overrides = _parser().parse_known_args()
   runs = read_sweep(arguments.file, arguments.set, overrides, arguments.only)
-  sweep = Sweep(Path(arguments.out or Path('out') / Path(arguments.file).stem), runs)
+  sweep = Sweep(user_path(arguments.out or Path('out') / Path(arguments.file).stem), runs)
   if arguments.dry_run:
     sweep.print_plan()
     return
@@ -256,7 +257,7 @@ def one_line(ended: dict[str, Any]) -> str:
 
 def last_line(path: Path) -> str:
   """Returns the last line of a log that says something."""
-  lines = path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else []
+  lines = path.read_text(encoding='utf-8', errors='replace').split('\n') if path.exists() else []
   return next((line.strip() for line in reversed(lines) if line.strip()), '')
 
 

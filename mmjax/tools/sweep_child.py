@@ -7,10 +7,9 @@ import argparse
 import ctypes
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 
-from mmjax.config import load_config
+from mmjax.config import load_config, user_path
 from mmjax.errors import run_command
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
@@ -23,13 +22,13 @@ def main() -> None:
     prog='python -m mmjax.tools.sweep_child', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   parser.add_argument('--config', required=True, help='config file')
-  parser.add_argument('--workdir', required=True, type=Path, help='where the run lives')
+  parser.add_argument('--workdir', required=True, help='where the run lives')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, overrides)
 
   from mmjax.training.loop import fit  # only now: bad settings need not wait for JAX
 
-  fit(config, arguments.workdir)
+  fit(config, user_path(arguments.workdir))
 
 
 def die_with_parent() -> None:

@@ -73,6 +73,7 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> 
 def _fit(config: Config, workdir: Path, allow_config_change: bool) -> None:
   use_compilation_cache(config)
   run = RunDir(workdir)
+  workdir = run.path
   config = settle_config(run, config, allow_config_change)
   mesh = make_mesh(config)
   inputs = open_inputs(config, training_data(run, config))
@@ -96,6 +97,8 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool) -> None:
     if start >= total:
       progress.message(f'{workdir} is finished: all {total} steps are done')
       return
+    for remark in inputs.remarks:
+      progress.message(remark)
     warning = slow_scatter_warning(jax.devices()[0].platform, metadata.version('jaxlib'))
     if warning:
       progress.message(warning)

@@ -23,7 +23,7 @@ from typing import Any, Self
 
 import jax
 
-from mmjax.config import Config, config_from_dict
+from mmjax.config import Config, config_from_dict, user_path
 from mmjax.data.files import sha256_path, write_file
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import StorageError, UserError
@@ -43,7 +43,7 @@ class RunDir:
 
   def __init__(self, path: Path | str):
     """Names a run directory; nothing is touched before `with`."""
-    self.path = Path(path)
+    self.path = user_path(path)
     self._lock_fd: int | None = None
 
   @property
@@ -178,7 +178,7 @@ def open_run(path: Path | str) -> RunDir:
     UserError: if there is no such directory, it is not a run, or it has no checkpoint yet.
     StorageError: if all its checkpoints were set aside as corrupt.
   """
-  path = Path(path)
+  path = user_path(path)
   if not path.is_dir():
     if path.exists():
       raise UserError(f'{path} is a file; a run is a directory, as train.py makes it')

@@ -18,7 +18,7 @@ from mmjax.config import Config
 from mmjax.data.bank_file import read_bank
 from mmjax.data.files import write_file
 from mmjax.data.index import INDEX, data_sha256, read_index
-from mmjax.data.loader import TokenSplit, check_fills_batch, open_split, steps_of_epochs
+from mmjax.data.loader import TokenSplit, check_fills_batch, open_split, steps_of_epochs, text_remarks
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import model_graph
@@ -44,6 +44,7 @@ class Inputs:
   valid: TokenSplit
   data_sha256: str  # of the shards' hashes
   total_steps: int
+  remarks: list[str]  # what a user should know of the text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
   steps = train.max_steps or steps_of_epochs(train_split.n_rows, batch_rows, train.epochs)
   index = read_index(prepared)
   tokenizer = load_tokenizer(prepared / index['tokenizer']['file'])
-  return Inputs(tokenizer, train_split, valid_split, data_sha256(index), steps)
+  return Inputs(tokenizer, train_split, valid_split, data_sha256(index), steps, text_remarks(train_split, valid_split))
 
 
 def new_state(config: Config, optimizer: Any, mesh: Mesh) -> TrainState:
@@ -136,10 +137,8 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int) -> None:
   if not is_main():
     return
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
-  prepared_dir = str(inputs.train.directory.absolute())
-  run.record_start(
-    identity, step, prepared_dir=prepared_dir
-  )  # first: it refuses other data, before anything is replaced
+  facts = {'prepared_dir': str(inputs.train.directory.absolute()), 'remarks': inputs.remarks}
+  run.record_start(identity, step, **facts)  # first: it refuses other data, before anything is replaced
   write_tokenizer(run.path / inputs.tokenizer.path.name, inputs.tokenizer)
   write_file(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
   run.write_config(config)
