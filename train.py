@@ -15,6 +15,10 @@ def main() -> None:
   parser.add_argument(
     '--allow_config_change', action='store_true', help='resume with other schedule settings (train.*)'
   )
+  parser.add_argument(
+    '--init_from', default='', metavar='RUN[@CHECKPOINT]',
+    help='start from the weights and the tokenizer of another run: of its best checkpoint, @last or @STEP',
+  )  # fmt: skip
   args, overrides = parser.parse_known_args()
 
   from mmjax.config import load_config, user_path
@@ -28,7 +32,7 @@ def main() -> None:
     from mmjax.training.processes import is_main
 
   workdir = user_path(args.workdir or f'out/{config.experiment}')
-  fit(config, workdir, allow_config_change=args.allow_config_change)
+  fit(config, workdir, allow_config_change=args.allow_config_change, init_from=args.init_from)
   if is_main():
     print(f'Report: {write_report(workdir)}')
 

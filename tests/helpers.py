@@ -90,14 +90,16 @@ def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 
 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
   """Every array of the last checkpoint, by name, read without mmjax."""
+  last = max(int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit())
+  return {name: array for item in ('params', 'rest') for name, array in arrays_of(workdir, last, item).items()}
+
+
+def arrays_of(workdir: Path, step: int, item: str = 'params') -> dict[str, np.ndarray]:
+  """Every array of one item of a checkpoint, by name, read without mmjax."""
   import orbax.checkpoint as ocp
 
-  last = max((p for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
-  arrays = {}
-  for item in ('params', 'rest'):
-    tree = ocp.StandardCheckpointer().restore(last / item)
-    arrays |= {f'{item}{jax.tree_util.keystr(p)}': np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
-  return arrays
+  tree = ocp.StandardCheckpointer().restore(workdir.absolute() / 'checkpoints' / str(step) / item)
+  return {f'{item}{jax.tree_util.keystr(p)}': np.asarray(x) for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 class StopAfter:

@@ -375,7 +375,7 @@ def test_imported_run_trains_under_other_data_and_training_settings(tmp_path):
     'data__prepared_dir': tmp_path / 'prepared', 'train__max_steps': 2, 'train__grad_clip': 0.0,
     'train__learning_rate': 0.0, 'seed': 3, 'memory__bank_std': 0.5,
   }  # fmt: skip
-  with pytest.raises(UserError, match='num_selected 3 -> 4'):
+  with pytest.raises(UserError, match='model.num_selected 3 -> 4; type --config.model.num_selected=3'):
     fit(tiny_config(**settings, model__num_selected=4), tmp_path / 'run')
   assert not (tmp_path / 'run' / 'run.json').exists()
   fit(tiny_config(**settings), tmp_path / 'run')

@@ -61,6 +61,18 @@ def cells(text: str) -> dict[str, str]:
   return {row[0].strip(): row[1].strip() for row in rows}
 
 
+def test_report_says_whose_weights_a_run_started_from():
+  first = {'run': '/runs/a', 'step': 500, 'tokens': 4096000, 'params_sha256': 'abc', 'init_from': None}
+  second = {'run': '/runs/b c', 'step': 7, 'tokens': 9, 'params_sha256': 'def', 'init_from': first}
+  assert report_parts.origin(None) == ''
+  text = report_parts.origin(second)
+  assert 'from the weights of `/runs/b c` at update 7, after 9 tokens (parameters sha256 `def`)' in text
+  assert text.endswith('which started from the weights of `/runs/a` at update 500, after 4,096,000 tokens '
+                       '(parameters sha256 `abc`).\n\n')  # fmt: skip
+  shown = report_parts.commands(tiny_config(data__tokenizer='/runs/x/tokenizer.model'), 'out/x', second)
+  assert "--init_from '/runs/b c@7' " in shown and 'data.tokenizer' not in shown
+
+
 def png_size(path: Path) -> tuple[int, int]:
   data = path.read_bytes()
   assert data[:8] == b'\x89PNG\r\n\x1a\n'

@@ -13,6 +13,7 @@ from mmjax.config.reading import (
   override_config,
   overrides_of,
   own_config,
+  with_settings_before,
 )
 from mmjax.config.rules import BELOW_ONE, CHOICES
 from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig, flatten
@@ -36,4 +37,5 @@ __all__ = [
   'overrides_of',
   'own_config',
   'user_path',
+  'with_settings_before',
 ]

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import importlib.util
 import inspect
+import json
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec
@@ -23,6 +24,28 @@ from mmjax.errors import UserError
 
 PACKAGE = 'configs'  # what a config file imports others from: `from configs import base`
 
+# What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
+# configs/base.py alone states: they stay when a default changes.
+BEFORE = {
+  'memory.bank_update': 'dense',
+  'memory.ngram_layers': '',
+  'memory.ngrams': '1',
+  'memory.key_dim': 0,
+  'memory.bag_gate': True,
+  'memory.revive_after': 0,
+  'memory.selection_bias': False,
+  'memory.revive_noise': 0.1,
+  'memory.revive_keys': True,
+  'train.embedding_lr_multiplier': 1.0,
+  'train.max_loss_factor': 0.0,
+  'train.profile_steps': 0,
+  'runtime.scan_layers': False,
+  'runtime.triton_gemm': False,
+  'runtime.coordinator': '',
+  'runtime.num_processes': 1,
+  'runtime.process_id': 0,
+}
+
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   """Reads a config file and applies command-line overrides.
@@ -31,7 +54,8 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   what a setting of the file belongs to, as model.sublayer=dense does with a memory, the setting goes with it.
 
   Args:
-    path: a Python file with `get_config() -> ConfigDict`; those of configs/ are found from any folder.
+    path: a Python file with `get_config() -> ConfigDict`, those of configs/ are found from any folder; or the
+      config.json of a run.
     overrides: `--config.section.field=value` arguments; a value is read as the type of the field it replaces.
 
   Returns:
@@ -143,6 +167,18 @@ def _dropped_without_overrides(settings: Mapping[str, Any]) -> Collection[str]:
     return ()
 
 
+def with_settings_before(settings: Any) -> Any:
+  """Returns the content of a config.json with the settings that did not exist when it was written."""
+  if not isinstance(settings, Mapping):
+    return settings
+  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+  for name, value in BEFORE.items():
+    section, _, field = name.partition('.')
+    if isinstance(settings.get(section), dict):
+      settings[section].setdefault(field, value)
+  return settings
+
+
 def call_python_file(path: str, what: str, function: str, arguments: Mapping[str, Any]) -> Any:
   """Runs a Python file of settings and returns what a function in it returns.
 
@@ -211,10 +247,24 @@ def _imported_configs() -> dict[str, Any]:
 
 
 def _read_config_file(path: str) -> ConfigDict:
+  if path.endswith('.json'):
+    return ConfigDict(config_from_dict(_read_json(Path(path).expanduser())).to_dict())
   settings = call_python_file(path, 'config file', 'get_config', {})
   if not isinstance(settings, ConfigDict):
     raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict')
   return settings
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+  try:
+    settings = json.loads(path.read_bytes())
+  except FileNotFoundError:
+    raise UserError(f"no config file '{path}'") from None
+  except (ValueError, RecursionError) as error:
+    raise UserError(f"config file '{path}' is not JSON: {error}") from None
+  if not isinstance(settings, dict):
+    raise UserError(f"config file '{path}' must hold a JSON object of settings")
+  return with_settings_before(settings)
 
 
 def _apply_override(settings: ConfigDict, override: str) -> str:

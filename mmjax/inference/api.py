@@ -13,15 +13,14 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from mmjax.config import Config
-from mmjax.data.tokenizer import Tokenizer, load_tokenizer
+from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
 from mmjax.inference.generate import Decoder, padded_length
 from mmjax.inference.settings import Sampling, make_sampling
 from mmjax.model.lm import Params, abstract_params, model_graph
 from mmjax.run.placement import place_reader
-from mmjax.training.checkpoint import Checkpoints
-from mmjax.training.run_json import read_json
-from mmjax.training.rundir import RunDir, open_run
+from mmjax.training.checkpoint import Checkpoints, checkpoint_name
+from mmjax.training.rundir import open_run
 
 
 class LanguageModel:
@@ -172,42 +171,10 @@ def load(
   """
   run = open_run(workdir)
   config = run.read_config()
-  tokenizer = load_tokenizer(run.tokenizer_path)
-  _check_tokenizer(run, tokenizer, config)
+  tokenizer = run.load_tokenizer(config.model.vocab_size)
   checkpoints = Checkpoints(run.path, read_only=True)
   params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(checkpoint))
   return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)
-
-
-def _check_tokenizer(run: RunDir, tokenizer: Tokenizer, config: Config) -> None:
-  """Raises UserError if the tokenizer in a run directory is not the one that belongs to the model."""
-  if tokenizer.vocab_size != config.model.vocab_size:
-    raise UserError(
-      f'{run.tokenizer_path} has {tokenizer.vocab_size} pieces, the model {config.model.vocab_size}: they do not '
-      'belong together'
-    )
-  if not run.run_path.exists():  # weights that were imported: nobody has noted a hash
-    return
-  trained_with = read_json(run.run_path)['identity']['tokenizer_sha256']
-  if tokenizer.sha256 != trained_with:
-    raise UserError(
-      f'{run.tokenizer_path} is not the tokenizer that the run was trained with (sha256 {tokenizer.sha256[:12]}..., '
-      f'not {trained_with[:12]}...); copy that one back'
-    )
-
-
-def checkpoint_name(checkpoint: str | int) -> str | int:
-  """Returns 'best', 'last' or the number of a step, from what a user typed.
-
-  Raises:
-    UserError: if it is none of these.
-  """
-  text = str(checkpoint)
-  if text in ('best', 'last'):
-    return text
-  if text.isascii() and text.isdigit():
-    return int(text)
-  raise UserError(f"checkpoint={checkpoint!r} must be 'best', 'last' or the number of a step")
 
 
 def _logits(graphdef: nnx.GraphDef, dtype: DTypeLike, attention: str, params: Params, tokens_BT: Array) -> Array:

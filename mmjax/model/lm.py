@@ -155,7 +155,8 @@ class LM(nnx.Module):
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, kind, rngs=rngs) for kind in kinds])
     self.ngrams = memory.ngram_of_heads() if any_reads_ngrams(kinds) else ()
-    self.num_selected, self.knowledge_num = model.num_selected, model.knowledge_num
+    if self.ngrams:
+      self.num_selected, self.knowledge_num = model.num_selected, model.knowledge_num
     self.norm = RMSNorm(model.dim, model.norm_eps)
     self.head_dim = model.head_dim
     self.rope_theta = model.rope_theta
@@ -290,7 +291,13 @@ def init_params(config: Config) -> Params:
 
 def model_graph(config: Config) -> nnx.GraphDef:
   """Returns the graph definition that `nnx.merge` joins with parameters; computes nothing."""
-  return nnx.split(nnx.eval_shape(lambda: LM(config.model, config.memory, rngs=nnx.Rngs(0))))[0]
+  return build_abstract(config)[0]
+
+
+def build_abstract(config: Config) -> tuple[nnx.GraphDef, Params]:
+  """Returns the graph definition and the shapes of the parameters: all that decides what a model computes from them."""
+  graphdef, state = nnx.split(nnx.eval_shape(lambda: LM(config.model, config.memory, rngs=nnx.Rngs(0))))
+  return graphdef, nnx.to_pure_dict(state)
 
 
 def abstract_params(config: Config) -> Params:

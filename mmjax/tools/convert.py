@@ -19,7 +19,6 @@ import numpy as np
 from mmjax.config import Config, load_config, overrides_of, own_config, user_path
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.errors import UserError, run_command
-from mmjax.inference.api import checkpoint_name
 from mmjax.interop.files import check_suffix, read_tensors, write_tensors
 from mmjax.interop.names import (
   TIED,
@@ -32,7 +31,7 @@ from mmjax.interop.names import (
 )
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
-from mmjax.training.checkpoint import Checkpoints
+from mmjax.training.checkpoint import Checkpoints, checkpoint_name
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.rundir import RunDir, write_tokenizer
 from mmjax.training.step import init_state

@@ -66,13 +66,15 @@ def _write_report(workdir: str | Path) -> Path:
     'Data': parts.data(index, history['identity'], history['starts']),
     'Parameters': parts.parameters(config),
     'Settings': parts.settings(config),
-    'Training': parts.training(records, history['starts']) + parts.images(curves),
+    'Training': parts.origin(history.get('init_from'))
+    + parts.training(records, history['starts'])
+    + parts.images(curves),
     'Bank health': parts.bank_health(records) + parts.images(health),
     'Evaluation': parts.evaluation(evaluation, workdir),
     'Samples': parts.samples(*_samples(run, evaluation)),
     'Speed and memory': parts.speed(records),
     'Machine and versions': parts.environment(history['starts']),
-    'Commands to repeat it': parts.commands(config, workdir),
+    'Commands to repeat it': parts.commands(config, workdir, history.get('init_from')),
     'Notes of a person': _notes(run.path / 'notes.md'),
   }
   time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')

@@ -102,6 +102,18 @@ def settings(config: Config) -> str:
   return table(('setting', 'value', 'default, where it differs'), rows)
 
 
+def origin(init_from: Mapping | None) -> str:
+  """Whose weights the run started from, and whose those; '' for one that started from its seed."""
+  text, found = '', init_from
+  while found:
+    text += f'{"which" if text else "The run"} started from the weights of `{found["run"]}` at update '
+    text += f'{number(found["step"])}, after {number(found["tokens"])} tokens (parameters sha256 '
+    text += f'`{found["params_sha256"]}`)'
+    found = found['init_from']
+    text += ', ' if found else '.\n\n'
+  return text
+
+
 def training(records: Sequence[dict], starts: Sequence[Mapping]) -> str:
   """When the run was started and resumed, its evaluations, and updates that were skipped."""
   text = table(
@@ -203,12 +215,17 @@ def environment(starts: Sequence[Mapping]) -> str:
   return table(('', ''), rows + list(last['versions'].items()))
 
 
-def commands(config: Config, workdir: str | Path) -> str:
-  """Commands that make this run again from a checkout: its config file and what was overridden."""
+def commands(config: Config, workdir: str | Path, init_from: Mapping | None = None) -> str:
+  """Commands that make this run again from a checkout: its config file, what was overridden, whose weights it had."""
   file = own_config('base.py')
   file = file.with_name(f'{config.experiment}.py') if file.with_name(f'{config.experiment}.py').is_file() else file
-  flags = [shlex.quote(f'--config.{name}={value}') for name, value in overrides_of(config, str(file)).items()]
+  different = overrides_of(config, str(file))
+  if init_from:  # it brings its tokenizer
+    different.pop('data.tokenizer', None)
+  flags = [shlex.quote(f'--config.{name}={value}') for name, value in different.items()]
   directory = shlex.quote(str(workdir))
+  if init_from:
+    flags.append('--init_from ' + shlex.quote(f'{init_from["run"]}@{init_from["step"]}'))
   train = ' \\\n  '.join([f'python train.py --config configs/{file.name}', *flags, f'--workdir {directory}'])
   return _fenced(f'{train}\npython eval.py --workdir {directory}\npython -m mmjax.tools.sample --workdir {directory}')
 

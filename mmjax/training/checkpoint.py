@@ -30,6 +30,20 @@ KEEP_LAST = 2
 REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN
 
 
+def checkpoint_name(checkpoint: str | int) -> str | int:
+  """Returns 'best', 'last' or the number of a step, from what a user typed.
+
+  Raises:
+    UserError: if it is none of these.
+  """
+  text = str(checkpoint)
+  if text in ('best', 'last'):
+    return text
+  if text.isascii() and text.isdigit():
+    return int(text)
+  raise UserError(f"checkpoint={checkpoint!r} must be 'best', 'last' or the number of a step")
+
+
 class Checkpoints:
   """The steps saved under `workdir`/checkpoints: the last two and the one with the lowest metric."""
 

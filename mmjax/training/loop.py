@@ -26,6 +26,7 @@ from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
 from mmjax.training.metrics import MetricsLog, bank_health, peak_memory
 from mmjax.training.optimizer import make_optimizer, path_name
+from mmjax.training.origin import load_origin
 from mmjax.training.probes import add_norms, plan_probe
 from mmjax.training.processes import is_main, joined
 from mmjax.training.profile import StepProfiler
@@ -52,13 +53,14 @@ from mmjax.training.step import TrainState
 MAX_FAILED_SAVES = 3
 
 
-def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> None:
+def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, init_from: str = '') -> None:
   """Trains a model in `workdir`, or goes on with the one that is there.
 
   Args:
     config: the run's settings.
     workdir: run directory, created if it does not exist.
     allow_config_change: resume although settings of the schedule differ.
+    init_from: RUN[@best|last|STEP], a run whose weights and tokenizer a new run starts from.
 
   Raises:
     UserError: if the input or the directory is not usable.
@@ -67,15 +69,18 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False) -> 
     StoppedError: if a signal ended the run; its state is saved.
   """
   with joined(config):
-    _fit(config, workdir, allow_config_change)
+    _fit(config, workdir, allow_config_change, init_from)
 
 
-def _fit(config: Config, workdir: Path, allow_config_change: bool) -> None:
+def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: str) -> None:
   use_compilation_cache(config)
   run = RunDir(workdir)
   workdir = run.path
-  config = settle_config(run, config, allow_config_change)
+  config, origin = settle_config(run, config, allow_config_change, init_from)
   mesh = make_mesh(config)
+  params = read_from = None
+  if origin and not Checkpoints(workdir, read_only=True).ever_saved:
+    params, read_from = load_origin(origin, config, mesh)
   inputs = open_inputs(config, training_data(run, config))
   total = inputs.total_steps
   with (
@@ -90,9 +95,12 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool) -> None:
       state, counters = restore_state(config, optimizer, mesh, checkpoints)
       progress.message(f'Resuming {workdir} at step {int(state["step"])} of {total}')
     else:
-      state, counters = new_state(config, optimizer, mesh), {'tokens': 0, 'seconds': 0.0}
+      state, counters = new_state(config, optimizer, mesh, params), {'tokens': 0, 'seconds': 0.0}
     start = int(state['step'])
-    record_run(run, config, inputs, start)
+    record_run(run, config, inputs, start, read_from)
+    if read_from:
+      checkpoints.save(0, state, counters)  # and not from the other run again, if this one is stopped before it saves
+      progress.message(f'Starting from {read_from["run"]}, step {read_from["step"]} ({origin.checkpoint})')
     log.truncate_after(start if checkpoints.ever_saved else -1)
     if start >= total:
       progress.message(f'{workdir} is finished: all {total} steps are done')

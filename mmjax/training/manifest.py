@@ -5,6 +5,7 @@ taken over the values a program would use, not over files: whatever lies between
 system) is covered, and it does not depend on how a leaf is sharded.
 """
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping
@@ -26,12 +27,18 @@ class CorruptError(Exception):
 
 def build_manifest(items: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
   """Describes a step: `fields` and every leaf of the pytrees `items`, sealed with a checksum. JSON can hold it."""
-  leaves = {
-    item: {name: [*_type_of(leaf), leaf_crc32(leaf)] for name, leaf in named_leaves(tree)}
-    for item, tree in items.items()
-  }
+  leaves = {item: _describe(tree) for item, tree in items.items()}
   body = {'format': FORMAT, **fields, 'leaves': leaves}
   return {**body, 'crc32': _body_crc32(body)}
+
+
+def leaves_sha256(tree: Any) -> str:
+  """Returns a hash of name, dtype, shape and CRC-32 of every leaf of a pytree."""
+  return hashlib.sha256(json.dumps(_describe(tree), sort_keys=True).encode()).hexdigest()
+
+
+def _describe(tree: Any) -> dict[str, list]:
+  return {name: [*_type_of(leaf), leaf_crc32(leaf)] for name, leaf in named_leaves(tree)}
 
 
 def read_manifest(path: Path, step: int) -> dict[str, Any]:

@@ -1,10 +1,13 @@
-"""Which settings of a run may change when it goes on, and what config.json of an earlier version left unsaid."""
+"""Which settings of a run may change when it goes on, and which when its weights are trained on."""
 
+import dataclasses
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
 from mmjax.config import Config, flatten
 from mmjax.errors import UserError
+from mmjax.model.lm import build_abstract
 
 # Which text it is: on resume its hash must be that of the first start, under whatever names.
 TEXT = ('data.train_files', 'data.valid_files', 'data.valid_fraction', 'data.text_key', 'data.tokenizer')
@@ -14,32 +17,8 @@ FREE = (
   'train.eval_interval', 'train.checkpoint_interval', 'train.max_skipped_updates', 'train.profile_steps',
 )  # fmt: skip
 FREE_SECTIONS = ('runtime.',)
-# What an imported model does not bind: how it started, and how it learns.
-FREE_OF_IMPORTS = (
-  'model.dropout', 'model.aux_loss_weight', 'memory.keys_init', 'memory.knowledge_length', 'memory.balance_loss_weight',
-  'memory.revive_after', 'memory.revive_noise', 'memory.revive_keys',
-)  # fmt: skip
-# What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
-# configs/base.py alone states: they stay when a default changes.
-BEFORE = {
-  'memory.bank_update': 'dense',
-  'memory.ngram_layers': '',
-  'memory.ngrams': '1',
-  'memory.key_dim': 0,
-  'memory.bag_gate': True,
-  'memory.revive_after': 0,
-  'memory.selection_bias': False,
-  'memory.revive_noise': 0.1,
-  'memory.revive_keys': True,
-  'train.embedding_lr_multiplier': 1.0,
-  'train.max_loss_factor': 0.0,
-  'train.profile_steps': 0,
-  'runtime.scan_layers': False,
-  'runtime.triton_gemm': False,
-  'runtime.coordinator': '',
-  'runtime.num_processes': 1,
-  'runtime.process_id': 0,
-}
+# How a model learns, which does not change what its parameters mean.
+LEARNING = ('model.dropout', 'model.aux_loss_weight', 'memory.balance_loss_weight')
 BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
 
 
@@ -78,30 +57,41 @@ def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None
     )
 
 
-def compare_models(old: Config, new: Config) -> None:
-  """Refuses to train an imported model under settings that describe another architecture.
+def compare_models(old: Config, new: Config, source: str) -> None:
+  """Refuses to read the parameters of a model under settings that give them another shape or another meaning.
+
+  Whether a setting does is not looked up: the model is built with it, for its shapes alone.
+
+  Args:
+    old: settings that the parameters were made with.
+    new: settings to train them on with.
+    source: the run directory that holds them, for the message.
 
   Raises:
-    UserError: listing every difference as old -> new.
+    UserError: listing every such setting as old -> new, and what to type.
   """
   before, after = flatten(old.to_dict()), flatten(new.to_dict())
-  names = [n for n in before if n.startswith(('model.', 'memory.')) and not n.startswith('memory.bank_')]
-  names = [n for n in names if n not in FREE_OF_IMPORTS]
-  differences = list_differences(*({name: settings[name] for name in names} for settings in (before, after)))
+  built, differences = build_abstract(old), {}
+  for name, value in before.items():
+    if name.startswith(('model.', 'memory.')) and after[name] != value and name not in LEARNING:
+      try:
+        same = build_abstract(_with(old, name, after[name])) == built
+      except ValueError:  # a setting that does not go with the others at all
+        same = False
+      if not same:
+        differences[name] = value
   if differences:
-    raise UserError(f'the imported model has other settings: {"; ".join(differences)}; give it those that it has')
+    said = '; '.join(list_differences(differences, {name: after[name] for name in differences}))
+    flags = ' '.join(shlex.quote(f'--config.{name}={value}') for name, value in differences.items())
+    raise UserError(
+      f'the model in {source} has other settings than the config: {said}; type {flags}, '
+      f'or begin with --config {shlex.quote(f"{source}/config.json")}'
+    )
 
 
-def with_settings_before(settings: Any) -> Any:
-  """Returns the content of a config.json with the settings that did not exist when it was written."""
-  if not isinstance(settings, Mapping):
-    return settings
-  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-  for name, value in BEFORE.items():
-    section, _, field = name.partition('.')
-    if isinstance(settings.get(section), dict):
-      settings[section].setdefault(field, value)
-  return settings
+def _with(config: Config, name: str, value: Any) -> Config:
+  section, _, field = name.partition('.')
+  return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
 
 
 def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -23,13 +23,13 @@ from typing import Any, Self
 
 import jax
 
-from mmjax.config import Config, config_from_dict, user_path
+from mmjax.config import Config, config_from_dict, user_path, with_settings_before
 from mmjax.data.files import sha256_path, write_file
-from mmjax.data.tokenizer import Tokenizer
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import StorageError, UserError
 from mmjax.training.processes import is_main
 from mmjax.training.run_json import atomic_write_json, atomic_write_text, read_json, seal
-from mmjax.training.run_settings import list_differences, with_settings_before
+from mmjax.training.run_settings import list_differences
 
 # A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it
 # lies beside checkpoints/, not in it.
@@ -149,12 +149,39 @@ class RunDir:
     except UserError as error:
       raise UserError(f'{self.config_path}: {error}') from error
 
-  def record_start(self, identity: Mapping[str, str], step: int, **facts: Any) -> None:
+  def load_tokenizer(self, vocab_size: int) -> Tokenizer:
+    """Reads the run's tokenizer.
+
+    Raises:
+      UserError: if it is not the one that belongs to the model.
+    """
+    tokenizer = load_tokenizer(self.tokenizer_path)
+    if tokenizer.vocab_size != vocab_size:
+      raise UserError(
+        f'{self.tokenizer_path} has {tokenizer.vocab_size} pieces, the model {vocab_size}: they do not belong together'
+      )
+    if self.run_path.exists():  # else the weights were imported: nobody has noted a hash
+      trained_with = read_json(self.run_path)['identity']['tokenizer_sha256']
+      if tokenizer.sha256 != trained_with:
+        raise UserError(
+          f'{self.tokenizer_path} is not the tokenizer that the run was trained with (sha256 '
+          f'{tokenizer.sha256[:12]}..., not {trained_with[:12]}...); copy that one back'
+        )
+    return tokenizer
+
+  def read_origin(self) -> dict[str, Any] | None:
+    """Returns what run.json says of the weights that the run started from; None if they were not another run's."""
+    return read_json(self.run_path).get('init_from') if self.run_path.exists() else None
+
+  def record_start(
+    self, identity: Mapping[str, str], step: int, origin: Mapping[str, Any] | None = None, **facts: Any
+  ) -> None:
     """Writes run.json, or adds this start to it.
 
     Args:
       identity: what the run is made of, for instance {'data_index_sha256': ..., 'tokenizer_sha256': ...}.
       step: the step that this start continues from.
+      origin: where its weights come from, if this start read them from another run.
       **facts: what else is to be known of this start.
 
     Raises:
@@ -163,16 +190,22 @@ class RunDir:
     if self.was_trained:
       run = read_json(self.run_path)
     else:
-      run = {'identity': dict(identity), 'starts': []}
+      run = {'identity': dict(identity), **({'init_from': dict(origin)} if origin else {}), 'starts': []}
     differences = list_differences(run['identity'], identity)
     if differences:
       raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
+    if origin and run['init_from']['params_sha256'] != origin['params_sha256']:  # a kill came before they were saved
+      raise UserError(f'{origin["run"]} changed since {self.path} was started from it; choose another --workdir')
     run['starts'].append({'step': step, **facts, **describe_environment()})
     atomic_write_json(self.run_path, seal(run))
 
 
-def open_run(path: Path | str) -> RunDir:
+def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
   """Opens an existing run for reading, without locking it.
+
+  Args:
+    path: its directory.
+    needs_tokenizer: whether it is refused without one, which an import may lack.
 
   Raises:
     UserError: if there is no such directory, it is not a run, or it has no checkpoint yet.
@@ -187,7 +220,8 @@ def open_run(path: Path | str) -> RunDir:
     raise UserError(f'no run directory {path}{f"; did you mean {path.parent / nearest[0]}?" if nearest else ""}')
   refuse_links_out(path)
   run = RunDir(path)
-  missing = [p.name for p in (run.config_path, run.tokenizer_path, run.checkpoints_path) if not p.exists()]
+  tokenizer = [run.tokenizer_path] if needs_tokenizer else []
+  missing = [p.name for p in (run.config_path, *tokenizer, run.checkpoints_path) if not p.exists()]
   if missing:
     raise UserError(f'{path} is not a run directory: {", ".join(missing)} is missing')
   steps = [p.name for p in run.checkpoints_path.iterdir() if p.is_dir()]

@@ -5,7 +5,7 @@ against those of an earlier start, devices, text, then the directory's lock, the
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,12 @@ from mmjax.data.index import INDEX, data_sha256, read_index
 from mmjax.data.loader import TokenSplit, check_fills_batch, open_split, steps_of_epochs, text_remarks
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
-from mmjax.model.lm import model_graph
+from mmjax.model.lm import Params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import compiler_options, place
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
+from mmjax.training.origin import Origin, check_origin, parse_origin, settle_origin, settle_own_origin
 from mmjax.training.processes import is_main
 from mmjax.training.run_settings import compare_configs, compare_models
 from mmjax.training.rundir import RunDir, write_tokenizer
@@ -58,33 +59,45 @@ class Program:
   memory: Any  # compiled.memory_analysis() of the step
 
 
-def settle_config(run: RunDir, config: Config, allow_config_change: bool) -> Config:
+def settle_config(
+  run: RunDir, config: Config, allow_config_change: bool, init_from: str = ''
+) -> tuple[Config, Origin | None]:
   """Compares the settings with those of an earlier start in the directory; looks only, writes nothing.
 
   An imported model that was never trained binds the architecture alone: data, batches and schedule are free. Its
   tokenizer lies in the directory and is used where the settings name none.
 
   Returns:
-    The settings to train with.
+    The settings to train with, and the other run whose weights a run that has none of its own yet starts from.
 
   Raises:
-    UserError: if the directory holds a run with other settings or cannot hold one, or the bank that a new run starts
-      from does not fit.
+    UserError: if the directory holds a run with other settings or cannot hold one, or the bank or the other run that a
+      new run starts from does not fit.
   """
   run.check_usable()
+  recorded = run.read_origin()
+  origin = parse_origin(init_from) if init_from else None
+  if origin and (run.was_trained or run.config_path.exists()):
+    check_origin(origin, run)
+  if recorded:
+    origin = Origin(Path(recorded['run']), recorded['step'])
   if not (run.config_path.exists() or run.has_steps):  # with steps it must be there: reading it says so
+    if origin:
+      return settle_origin(origin, config), origin
     if config.memory.bank_init == 'file' and SUBLAYERS[config.model.sublayer].uses_bank:
       read_bank(Path(config.memory.bank_file), (config.model.knowledge_num, config.model.knowledge_dim))
-    return config
+    return config, None
   old = run.read_config()
+  if recorded:
+    config = settle_own_origin(old, config)
   own = old.data.tokenizer
   if own and not config.data.tokenizer and Path(own).parent.absolute() == run.path.absolute():
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
   if run.was_trained:
     compare_configs(old, config, allow_config_change)
   else:
-    compare_models(old, config)
-  return config
+    compare_models(old, config, str(run.path))
+  return config, origin
 
 
 def open_inputs(config: Config, prepared: Path) -> Inputs:
@@ -104,10 +117,12 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
   return Inputs(tokenizer, train_split, valid_split, data_sha256(index), steps, text_remarks(train_split, valid_split))
 
 
-def new_state(config: Config, optimizer: Any, mesh: Mesh) -> TrainState:
-  """Returns the state before the first update, every array where the rules put it."""
+def new_state(config: Config, optimizer: Any, mesh: Mesh, params: Params | None = None) -> TrainState:
+  """Returns the state before the first update, of new parameters or of those given, all where the rules put it."""
   init = partial(init_state, config, optimizer)
   places = shardings(mesh, jax.eval_shape(init))
+  if params is not None:
+    return jax.jit(init, out_shardings=places)(params)
   state = jax.jit(init, out_shardings=places)()
   if config.memory.bank_init == 'file' and 'memory_bank' in state['params']:
     bank_MP = read_bank(Path(config.memory.bank_file), state['params']['memory_bank'].shape)
@@ -124,22 +139,24 @@ def restore_state(
   target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
   if checkpoints.steps() == [0]:
     params, metadata, _ = checkpoints.restore_params(target['params'], 'last')
-    fresh = jax.jit(lambda params: init_state(config, optimizer, params), out_shardings=places)
-    return fresh(params), metadata
+    return new_state(config, optimizer, mesh, params), metadata
   state, metadata, _ = checkpoints.restore(target, 'last', newer=('loss_average',))
   if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
     state['loss_average'] = jax.device_put(np.float32(0), places['loss_average'])
   return state, metadata
 
 
-def record_run(run: RunDir, config: Config, inputs: Inputs, step: int) -> None:
-  """Writes what the run is made of into its directory: settings, tokenizer, identity of the data, this start."""
+def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: Mapping[str, Any] | None = None) -> None:
+  """Writes what the run is made of into its directory: settings, tokenizer, what data and weights are, this start."""
   if not is_main():
     return
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
   facts = {'prepared_dir': str(inputs.train.directory.absolute()), 'remarks': inputs.remarks}
-  run.record_start(identity, step, **facts)  # first: it refuses other data, before anything is replaced
-  write_tokenizer(run.path / inputs.tokenizer.path.name, inputs.tokenizer)
+  run.record_start(identity, step, origin, **facts)  # first: it refuses other data, before anything is replaced
+  tokenizer = run.path.absolute() / inputs.tokenizer.path.name
+  write_tokenizer(tokenizer, inputs.tokenizer)
+  if origin:  # whose tokenizer may be gone when this run goes on
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
   write_file(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
   run.write_config(config)
 

@@ -1,0 +1,118 @@
+"""The run whose weights a new run starts from:   train.py --init_from RUN[@best|last|STEP]
+
+All parameters come along, so also a selection bias and the bank, whatever it started from, and the tokenizer. The
+optimizer, the counters and the windows of revival begin anew. Data and schedule are the config's, and so are model and
+memory; but of these each setting that decides the shape or the meaning of a parameter must equal the other run's.
+
+Before its first update the new run saves what it starts from as its own step 0, and run.json notes where that came
+from. From then on the other run is not needed.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mmjax.config import Config
+from mmjax.data.tokenizer import load_tokenizer
+from mmjax.errors import UserError
+from mmjax.model.lm import Params, abstract_params
+from mmjax.training.checkpoint import Checkpoints, checkpoint_name
+from mmjax.training.manifest import leaves_sha256
+from mmjax.training.run_settings import compare_models
+from mmjax.training.rundir import RunDir, open_run
+from mmjax.training.sharding import shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+  """A checkpoint of another run.
+
+  Attributes:
+    path: its directory, absolute.
+    checkpoint: 'best', 'last' or the number of a step.
+  """
+
+  path: Path
+  checkpoint: str | int
+
+  def __str__(self) -> str:
+    return f'{self.path}@{self.checkpoint}'
+
+
+def parse_origin(text: str) -> Origin:
+  """Reads RUN[@best|last|STEP]; the best checkpoint where nothing is said. A directory may have an @ in its name.
+
+  Raises:
+    UserError: if what follows the @ is none of these.
+  """
+  path, at, checkpoint = text.rpartition('@')
+  if not at or '/' in checkpoint or Path(text).expanduser().is_dir():
+    path, checkpoint = text, 'best'
+  return Origin(Path(path).expanduser().resolve(), checkpoint_name(checkpoint))
+
+
+def check_origin(asked: Origin, run: RunDir) -> None:
+  """Raises UserError if a directory that is in use was not started from the checkpoint that is asked for."""
+  found = run.read_origin()
+  if found and str(asked.path) == found['run'] and asked.checkpoint in (found['checkpoint'], found['step']):
+    return
+  if asked.path == run.path.resolve():
+    raise UserError(f'--init_from names {run.path}, the work directory itself; give the new run another --workdir')
+  began = f'from {found["run"]}, step {found["step"]}' if found else 'without --init_from'
+  raise UserError(
+    f'{run.path} was started {began}, not from {asked}; leave --init_from out to go on, or choose another --workdir'
+  )
+
+
+def settle_origin(origin: Origin, config: Config) -> Config:
+  """Returns the settings of a new run with what the other run decides: the tokenizer, and how the bank once started.
+
+  Raises:
+    UserError: if there is no such run, or the config contradicts its model or its tokenizer.
+  """
+  source = open_run(origin.path, needs_tokenizer=not config.data.tokenizer)
+  old = source.read_config()
+  compare_models(old, config, str(source.path))
+  if not source.tokenizer_path.exists():  # an import without one: the config's it is
+    return _with_bank_of(old, config, config.data.tokenizer)
+  own = source.load_tokenizer(old.model.vocab_size)
+  if config.data.tokenizer and load_tokenizer(config.data.tokenizer).sha256 != own.sha256:
+    raise UserError(
+      f'data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {source.path}, whose model reads no other; '
+      'leave it out'
+    )
+  return _with_bank_of(old, config, str(own.path))
+
+
+def settle_own_origin(old: Config, config: Config) -> Config:
+  """The same where the new run goes on, from its own config.json."""
+  return _with_bank_of(old, config, config.data.tokenizer)
+
+
+def _with_bank_of(old: Config, config: Config, tokenizer: str) -> Config:
+  memory = dataclasses.replace(config.memory, bank_init=old.memory.bank_init, bank_file=old.memory.bank_file)
+  return dataclasses.replace(config, memory=memory, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+
+
+def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dict[str, Any]]:
+  """Reads the parameters onto a mesh, and what run.json says of them.
+
+  Raises:
+    UserError: if there is no such checkpoint. StorageError: if it is not whole.
+  """
+  shapes = abstract_params(config)
+  target = jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings(mesh, shapes)
+  )
+  params, counters, step = Checkpoints(origin.path, read_only=True).restore_params(target, origin.checkpoint)
+  return params, {
+    'run': str(origin.path),
+    'checkpoint': origin.checkpoint,
+    'step': step,
+    'tokens': counters['tokens'],
+    'params_sha256': leaves_sha256(params),
+    'init_from': RunDir(origin.path).read_origin(),
+  }
