@@ -40,7 +40,7 @@ def build_pair(config: Config, seed: int = 0) -> tuple[TorchLM, nnx.GraphDef, di
 def to_params(model: TorchLM, config: Config) -> dict[str, Any]:
   """Returns a copy of the torch model's weights as mmjax parameters."""
   tensors = {name: value.detach().numpy().copy() for name, value in model.state_dict().items()}
-  return names.to_params(names.canonical(tensors, 'torch'), config.model)
+  return names.to_params(names.canonical(tensors, 'torch'), config)
 
 
 def random_tokens(config: Config, batch: int, length: int, seed: int = 0) -> np.ndarray:

@@ -6,30 +6,38 @@ import random
 import sys
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 torch = pytest.importorskip('torch')
 
-from mmjax.config import config_from_dict, idle_settings, load_config  # noqa: E402
+import mmjax  # noqa: E402
+from mmjax.config import Config, config_from_dict, idle_settings, load_config  # noqa: E402
 from mmjax.data.loader import PADDING, open_split, train_batches  # noqa: E402
 from mmjax.data.tokenizer import train_tokenizer  # noqa: E402
 from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
-from mmjax.interop.files import read_tensors, write_tensors  # noqa: E402
+from mmjax.interop.files import read_metadata, read_tensors, write_tensors  # noqa: E402
 from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
 from mmjax.tools.convert import export_run, fitting_config, import_run, main  # noqa: E402
 from mmjax.training.checkpoint import Checkpoints  # noqa: E402
 from mmjax.training.loop import fit  # noqa: E402
 from mmjax.training.metrics import read_metrics  # noqa: E402
-from tests.helpers import tiny_config  # noqa: E402
+from mmjax.training.optimizer import make_optimizer  # noqa: E402
+from mmjax.training.rundir import RunDir  # noqa: E402
+from mmjax.training.step import init_state  # noqa: E402
+from tests.helpers import TINY, arrays_of, flags_for, rarely, tiny_config  # noqa: E402
 from tests.parity import build_pair, jax_forward, random_tokens, torch_logits  # noqa: E402
 from tests.torch_reference import Sizes, TorchLM  # noqa: E402
 
+CONFIGS = sorted(Path('configs').glob('*.py'))
+OWN_NAMES = ('memory_bag', 'memory_plus', 'quickstart_plus', 'mixed')
 SUBLAYERS = ('dense', 'cross_attention', 'gated_fusion', 'moe')
 BASE_CONFIG = 'configs/base.py'
 HEADS = ['--config.model.n_heads=4', '--config.model.max_seq_len=16']
@@ -129,9 +137,9 @@ def test_any_model_is_recognised_and_round_trips(sublayer, data, seed):
   told = {'dense': (), 'moe': ('n_experts',)}.get(sizes['sublayer'], ('knowledge_num', 'knowledge_dim', 'num_selected'))
   for name in ('sublayer', 'vocab_size', 'n_layers', 'n_heads', 'n_kv_heads', 'dim', *told):
     assert getattr(read.model, name) == sizes[name], name
-  names.check_accounted(found, names.torch_shapes(abstract_params(read), read.model), 'file')
+  names.check_accounted(found, names.tensor_shapes(read), 'file')
 
-  back = names.to_tensors(names.to_params(tensors, read.model), read.model)
+  back = names.to_tensors(names.to_params(tensors, read), read)
   assert back.keys() == tensors.keys()
   assert all(back[name].tobytes() == value.tobytes() for name, value in tensors.items())
 
@@ -258,25 +266,100 @@ def test_overrides_that_contradict_the_tensors_are_refused(override, message, tm
   assert not (tmp_path / 'run').exists()
 
 
-def test_model_without_counterpart_is_refused():
-  model = dataclasses.replace(tiny_config().model, sublayer='something_new')
-  with pytest.raises(UserError, match="model.sublayer='something_new' is not in the PyTorch code"):
-    names.paths(model)
-
-
 @pytest.mark.parametrize(
   'setting', ['input=residual', 'n_heads=2', 'scores=scale', 'query_key_norm=l2', 'ffn_dim=8', 'layers=1']
 )
 def test_memory_that_the_pytorch_code_does_not_have_is_refused(setting, tmp_path):
   source = save(make_state(), tmp_path / 'model.safetensors')
   name, _, value = setting.partition('=')
-  with pytest.raises(UserError, match=f"memory.{name}='?{value}'? is not in the PyTorch code"):
+  with pytest.raises(UserError, match=f"memory.{name}='?{value}'? is not in the PyTorch code, whose names .* has"):
     take(source, tmp_path / 'run', f'--config.memory.{setting}')
   assert not (tmp_path / 'run').exists()
   config = tiny_config(**{f'memory__{name}': value})
-  with pytest.raises(UserError, match=f'memory.{name}'):
-    names.check_has_counterpart(config)
-  names.check_has_counterpart(dataclasses.replace(config, model=dataclasses.replace(config.model, sublayer='dense')))
+  assert names.not_in_pytorch(config).startswith(f'memory.{name}=')
+  assert not names.not_in_pytorch(dataclasses.replace(config, model=tiny_config(model__sublayer='dense').model))
+
+
+def run_of(config: Config, path: Path) -> dict[str, np.ndarray]:
+  """Makes a run of random bits, NaNs and denormals too, in every parameter, and returns them by name."""
+  rng, abstract = np.random.default_rng(0), abstract_params(config)
+  params = jax.tree.map(lambda x: np.frombuffer(rng.bytes(4 * x.size), np.float32).reshape(x.shape), abstract)
+  with RunDir(path) as run:
+    Checkpoints(path).save(7, init_state(config, make_optimizer(config, 1), params), {'tokens': 1, 'seconds': 1.0})
+    run.write_config(config)
+  return arrays_of(path, 7)
+
+
+MIXED = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__ngram_layers': '1', 'memory__ffn_dim': 8}
+MIXED |= {'memory__query_key_norm': 'layer_norm', 'memory__selection_bias': True, 'data__layout': 'padded'}
+SMALL = {**TINY, 'model.num_selected': 1}  # what is left makes it this experiment
+
+
+@pytest.mark.parametrize('name', rarely([*(path.stem for path in CONFIGS), 'mixed'], 'memory_bag', 'memory_plus'))
+def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_config(name, tmp_path, capsys):
+  if name == 'mixed':
+    config = tiny_config(**MIXED)
+  else:
+    config = load_config(f'configs/{name}.py', flags_for(f'configs/{name}.py', SMALL))
+  before, file = run_of(config, tmp_path / 'run'), tmp_path / 'model.safetensors'
+  export_run(tmp_path / 'run', file, 'best', None)
+  import_run(file, tmp_path / 'back', BASE_CONFIG, [], None, None)
+  after = arrays_of(tmp_path / 'back', 0)
+  assert before.keys() == after.keys() and all(before[key].tobytes() == after[key].tobytes() for key in before)
+  back = RunDir(tmp_path / 'back').read_config()
+  memory = dataclasses.replace(config.memory, bank_init='normal', bank_file='')
+  assert (back.model, back.memory, back.data.layout) == (config.model, memory, config.data.layout)
+  with safe_open(file, 'numpy') as opened:
+    header, found = json.loads(opened.metadata()['mmjax']), set(opened.keys())
+  assert header['step'] == 7 and header['names'] == ('mmjax' if name in OWN_NAMES else 'pytorch')
+  assert ('layers/0/attention/wq/kernel' in found, 'layers.0.attention.wq.weight' in found) == (
+    (True, False) if name in OWN_NAMES else (False, True)
+  )
+  if name in OWN_NAMES:
+    with pytest.raises(UserError, match='is not in the PyTorch code, which could not read .*; use .safetensors'):
+      export_run(tmp_path / 'run', tmp_path / 'model.pth', 'best', None)
+
+
+def test_header_binds_what_it_says_and_no_more(tmp_path):
+  run_of(tiny_config(**MIXED), tmp_path / 'run')
+  file = tmp_path / 'model.safetensors'
+  export_run(tmp_path / 'run', file, 'last', None)
+
+  def bring(*overrides: str, tokenizer: str | None = None) -> None:
+    import_run(file, tmp_path / 'back', BASE_CONFIG, overrides, tokenizer, None)
+
+  said = 'the model in .*model.safetensors has other settings than the config: memory.ngrams 1 -> 2; type'
+  with pytest.raises(UserError, match=said):
+    bring('--config.memory.ngrams=2')
+  bring('--config.model.dropout=0.1', '--config.train.batch_size=3')
+  assert RunDir(tmp_path / 'back').read_config().model.dropout == 0.1
+
+  tensors, metadata = read_tensors(file), json.loads(read_metadata(file)['mmjax'])
+  file.with_name(f'{file.name}.sha256').unlink()
+  for changed, match in (
+    ({**metadata, 'settings': {'runtime': {'coordinator': 'x:1'}}}, "sets 'runtime.coordinator', which is not of a"),
+    ({**metadata, 'settings': metadata['settings'] | {'model': {'dimm': 3}}}, "no setting 'model.dimm'"),
+    ({**metadata, 'settings': metadata['settings'] | {'model': {'dim': [3]}}}, 'model.dim=.*must be a whole number'),
+    ({**metadata, 'settings': metadata['settings'] | {'model': {'n_layers': 3}}}, 'tensors do not fit the model'),
+    ({'settings': 3}, 'is damaged'),
+    ([], 'is damaged'),
+  ):
+    save_file(tensors, file, {'mmjax': json.dumps(changed)})
+    with pytest.raises(UserError, match=match):
+      import_run(file, tmp_path / 'other', BASE_CONFIG, [], None, None)
+  save_file(tensors, file)  # a tool that drops the header
+  import_run(file, tmp_path / 'other', f'{tmp_path}/run/config.json', [], None, None)
+  assert arrays_of(tmp_path / 'other', 0).keys() == arrays_of(tmp_path / 'run', 7).keys()
+
+
+def test_another_tokenizer_than_the_one_in_the_header_is_refused(tiny_run, tmp_path):
+  file, other = tmp_path / 'model.safetensors', tmp_path / 'other.model'
+  export_run(tiny_run, file, 'best', 'bfloat16')
+  other.write_bytes(train_tokenizer(['some other text of a few words'] * 9, 300))
+  with pytest.raises(UserError, match='other.model. is not the one that .* was trained with'):
+    import_run(file, tmp_path / 'back', BASE_CONFIG, [], str(other), 'float32')
+  import_run(file, tmp_path / 'back', BASE_CONFIG, [], f'{tiny_run}/tokenizer.model', 'float32')
+  assert mmjax.load(tmp_path / 'back').generate('the memory', max_new_tokens=3)
 
 
 @pytest.mark.parametrize('width', [24, 0])

@@ -64,7 +64,7 @@ def compare_gradients(config: Config, batch: int, length: int, attention: str) -
   assert float(loss) == pytest.approx(want.item(), rel=1e-5)
   wanted = dict(model.named_parameters())
   difference = {}
-  for name, value in names.to_tensors(gradients, config.model).items():
+  for name, value in names.to_tensors(gradients, config).items():
     if wanted[name].grad is None:
       assert 'memory_gate' in name and (value == 0).all()  # never learns, there and here
     else:
@@ -151,7 +151,7 @@ def compare_trajectories(config: Config, length: int, margin: float | None = Non
   )
   assert want[-1] < want[0] - 0.2  # it did learn, so the trajectory means something
   assert distance.max() <= 1e-3
-  trained = names.to_tensors(state['params'], config.model)
+  trained = names.to_tensors(state['params'], config)
   for name, value in model.named_parameters():
     if 'memory_gate' in name:
       np.testing.assert_array_equal(trained[name], value.detach().numpy())

@@ -51,7 +51,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     (tmp_path / name).write_text('\n'.join(json.dumps({'text': text}) for text in part))
   write_tokenizer(tmp_path / 'tokenizer.json', documents)
   config = tiny_config(model__vocab_size=VOCAB, model__n_layers=1)
-  tensors = to_tensors(build_model(config)[1], config.model)
+  tensors = to_tensors(build_model(config)[1], config)
   write_tensors(tmp_path / 'model.safetensors', tensors | {TIED: tensors['tok_embeddings.weight']})
   monkeypatch.chdir(tmp_path)
   return tmp_path

@@ -7,6 +7,7 @@ a safetensors file is checked by its library.
 import os
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,12 +52,28 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
   return tensors
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
+def read_metadata(path: Path) -> dict[str, str]:
+  """Returns the texts that the header of a safetensors file holds beside the tensors; {} for other files.
+
+  Raises:
+    UserError: if the file is damaged.
+  """
+  if path.suffix.lower() in TORCH_SUFFIXES:
+    return {}
+  try:
+    with safe_open(path, framework='numpy') as file:
+      return file.metadata() or {}
+  except (SafetensorError, OSError, ValueError) as error:
+    raise UserError(f'{path}: not a whole safetensors file: {error}') from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
   """Writes a file of tensors and `<path>.sha256` beside it; the file appears whole or not at all.
 
   Args:
     path: ends in .safetensors, .pth or .pt.
     tensors: name -> floating array.
+    metadata: texts for the header of a .safetensors.
 
   Returns:
     The sha256, as hexadecimal digits.
@@ -67,7 +84,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> str:
   check_suffix(path)
   if path.exists():
     raise UserError(f'{str(path)!r} is there already; remove it or choose another name')
-  save = save_torch if path.suffix.lower() in TORCH_SUFFIXES else _save_safetensors
+  save = save_torch if path.suffix.lower() in TORCH_SUFFIXES else partial(_save_safetensors, metadata)
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix='.writing-') as scratch:
@@ -101,6 +118,6 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
   return tensors
 
 
-def _save_safetensors(tensors: Mapping[str, np.ndarray], path: Path) -> None:
+def _save_safetensors(metadata: Mapping[str, str] | None, tensors: Mapping[str, np.ndarray], path: Path) -> None:
   # save_file writes the memory of an array whatever its strides are.
-  save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+  save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata and dict(metadata))

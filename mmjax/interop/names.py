@@ -1,19 +1,22 @@
 """The names of every parameter: as the PyTorch code calls it, and where mmjax keeps it.
 
 One table, read in both directions. A parameter that ends in `kernel` is a linear layer's: (in, out) here, (out, in)
-there. Nothing else about the values differs, so a round trip is exact.
+there. Nothing else about the values differs, so a round trip is exact. A model that the PyTorch code does not have goes
+into a file under mmjax's own names, 'layers/0/attention/wq/kernel', as it is.
 """
 
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from mmjax.config import Config, ModelConfig
+from mmjax.config import Config
 from mmjax.errors import UserError
-from mmjax.model.lm import Params
+from mmjax.model.lm import Params, abstract_params
 from mmjax.model.sublayers import SUBLAYERS
+from mmjax.training.optimizer import path_name
 
 ROOT = {'tok_embeddings.weight': 'embedding', 'norm.weight': 'norm/scale'}
 BANK = {'memory_bank': 'memory_bank'}
@@ -67,19 +70,28 @@ MEMORY = {  # its only one
 TIED = 'output.weight'  # the PyTorch code's second name of tok_embeddings.weight
 
 _BUFFER = re.compile(r'pos_cis|layers\.\d+\.attention\.mask')
-_NAME = re.compile(r'\w+(\.\w+)*', re.ASCII)
+_NAME = re.compile(r'\w+([./]\w+)*', re.ASCII)
 
 
-def paths(model: ModelConfig) -> dict[str, str]:
-  """Returns PyTorch's name -> path here ('layers/0/attention/wq/kernel') of every parameter of a model.
-
-  Raises:
-    UserError: if the PyTorch code has no such model.
-  """
+def not_in_pytorch(config: Config) -> str:
+  """Returns the setting, 'name=value', that makes a model which the PyTorch code does not have; '' for one it has."""
+  model, memory = config.model, config.memory
   if model.sublayer not in SUBLAYER:
-    raise UserError(
-      f'model.sublayer={model.sublayer!r} is not in the PyTorch code; weights of {", ".join(SUBLAYER)} can be converted'
-    )
+    return f'model.sublayer={model.sublayer!r}'
+  if not SUBLAYERS[model.sublayer].uses_bank:
+    return ''
+  if len(memory.layer_numbers(model.n_layers)) < model.n_layers:
+    return f'memory.layers={memory.layers!r}'
+  values = {name: getattr(memory, name) for name in MEMORY}
+  return next((f'memory.{name}={value!r}' for name, value in values.items() if value != MEMORY[name]), '')
+
+
+def paths(config: Config) -> dict[str, str]:
+  """Returns name in a file -> path here ('layers/0/attention/wq/kernel') of every parameter of a model."""
+  model = config.model
+  if not_in_pytorch(config):
+    own = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))]
+    return dict(zip(own, own, strict=True))
   table = ROOT | (BANK if SUBLAYERS[model.sublayer].uses_bank else {})
   block = BLOCK | SUBLAYER[model.sublayer]
   if model.sublayer == 'moe':
@@ -91,56 +103,44 @@ def paths(model: ModelConfig) -> dict[str, str]:
   return table
 
 
-def check_has_counterpart(config: Config) -> None:
-  """Raises UserError if the PyTorch code has no such model, or one that computes something else."""
-  paths(config.model)
-  if not SUBLAYERS[config.model.sublayer].uses_bank:
-    return
-  found = {f'memory.{field}': (getattr(config.memory, field), value) for field, value in MEMORY.items()}
-  if len(config.memory.layer_numbers(config.model.n_layers)) < config.model.n_layers:
-    found['memory.layers'] = (config.memory.layers, 'all')
-  for name, (value, torch_value) in found.items():
-    if value != torch_value:
-      raise UserError(f'{name}={value!r} is not in the PyTorch code; only models with {torch_value!r} can be converted')
-
-
-def to_tensors(params: Params, model: ModelConfig) -> dict[str, np.ndarray]:
-  """Turns parameters (or their gradients) into PyTorch's state dict; `output.weight` is left to the writer.
+def to_tensors(params: Params, config: Config) -> dict[str, np.ndarray]:
+  """Turns parameters (or their gradients) into what a file holds; `output.weight` is left to the writer.
 
   Args:
     params: nested dict of arrays; any floating dtype, kept.
-    model: the sizes they have.
+    config: the settings of their model.
 
   Returns:
-    name -> array in PyTorch's shape.
+    name -> array, in PyTorch's shape where the name is PyTorch's.
   """
-  return {name: _turned(path, np.asarray(_get(params, path))) for name, path in paths(model).items()}
+  return {name: _turned(name, path, np.asarray(_get(params, path))) for name, path in paths(config).items()}
 
 
-def to_params(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> Params:
-  """Turns a checked state dict (see `check_accounted`) into parameters; dtypes are kept.
+def to_params(tensors: Mapping[str, np.ndarray], config: Config) -> Params:
+  """Turns checked tensors (see `check_accounted`) into parameters; dtypes are kept.
 
   Args:
-    tensors: canonical PyTorch name -> array.
-    model: the sizes they have.
+    tensors: canonical name -> array.
+    config: the settings of their model.
 
   Returns:
     Nested dict of numpy arrays.
   """
   params: Params = {}
-  for name, path in paths(model).items():
+  for name, path in paths(config).items():
     *parents, last = _keys(path)
     place = params
     for key in parents:
       place = place.setdefault(key, {})
-    place[last] = _turned(path, tensors[name])
+    place[last] = _turned(name, path, tensors[name])
   return params
 
 
-def torch_shapes(abstract_params: Params, model: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """Returns name -> shape that a state dict of this model has; needs shapes only, no values."""
-  shapes = {name: (path, tuple(_get(abstract_params, path).shape)) for name, path in paths(model).items()}
-  return {name: shape[::-1] if path.endswith('kernel') else shape for name, (path, shape) in shapes.items()}
+def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+  """Returns name -> shape that a file of this model has; computes no values."""
+  params = abstract_params(config)
+  found = {name: (path, tuple(_get(params, path).shape)) for name, path in paths(config).items()}
+  return {name: shape[::-1] if _is_turned(name, path) else shape for name, (path, shape) in found.items()}
 
 
 def short_name(name: str) -> str:
@@ -172,7 +172,9 @@ def canonical(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.nd
   found: dict[str, np.ndarray] = {}
   for name, value in tensors.items():
     if not _NAME.fullmatch(name):
-      raise UserError(f'{source}: tensor name {name[:80]!r} must be letters, digits and _ between single dots')
+      raise UserError(
+        f'{source}: tensor name {name[:80]!r} must be letters, digits and _ between single dots or slashes'
+      )
     short = short_name(name)
     if short in found:
       raise UserError(f'{source}: two tensors are called {short!r} without their prefixes')
@@ -207,8 +209,12 @@ def _problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple
       yield f'{name} is {found[name]}, must be {expected[name]}'
 
 
-def _turned(path: str, value: np.ndarray) -> np.ndarray:
-  return np.ascontiguousarray(value.T) if path.endswith('kernel') else value
+def _is_turned(name: str, path: str) -> bool:
+  return path.endswith('kernel') and name != path
+
+
+def _turned(name: str, path: str, value: np.ndarray) -> np.ndarray:
+  return np.ascontiguousarray(value.T) if _is_turned(name, path) else value
 
 
 def _keys(path: str) -> list[str | int]:

@@ -1,42 +1,60 @@
-"""Brings weights of the PyTorch code over, and takes them back:
+"""Writes the weights of a run into a file, and makes a run of such a file, or of one of the PyTorch code:
 
+  python -m mmjax.tools.convert export --workdir out/run --to model.safetensors
+  python -m mmjax.tools.convert import --from model.safetensors --out out/imported --tokenizer out/run/tokenizer.model
   python -m mmjax.tools.convert import --from model.pth --out out/imported [--config FILE] [--tokenizer FILE]
-  python -m mmjax.tools.convert export --workdir out/imported --to model.safetensors
 
-The imported run can be evaluated, sampled and trained on. What a state dict cannot tell, above all the number of
-heads, comes from --config and --config.model.n_heads=... overrides.
+A model that the PyTorch code has goes under its names, any other under mmjax's own. The imported run can be evaluated,
+sampled and trained on. A .safetensors that export wrote tells all settings of its model. What a state dict of the
+PyTorch code cannot tell, above all the number of heads, comes from --config and --config.model.n_heads=... overrides.
 """
 
 import argparse
 import dataclasses
-import shlex
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
-from mmjax.config import Config, load_config, overrides_of, own_config, user_path
+from mmjax import __version__
+from mmjax.config import (
+  Config,
+  config_from_dict,
+  flatten,
+  idle_settings,
+  load_config,
+  overrides_of,
+  own_config,
+  user_path,
+  with_settings_before,
+)
+from mmjax.data.files import sha256_of
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.errors import UserError, run_command
-from mmjax.interop.files import check_suffix, read_tensors, write_tensors
+from mmjax.interop.files import TORCH_SUFFIXES, check_suffix, read_metadata, read_tensors, write_tensors
 from mmjax.interop.names import (
   TIED,
   canonical,
   check_accounted,
-  check_has_counterpart,
+  not_in_pytorch,
+  tensor_shapes,
   to_params,
   to_tensors,
-  torch_shapes,
 )
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
 from mmjax.training.optimizer import make_optimizer
+from mmjax.training.run_settings import compare_models
 from mmjax.training.rundir import RunDir, write_tokenizer
 from mmjax.training.step import init_state
 
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+HEADER = 'mmjax'  # key in the header of a .safetensors: a JSON object
+READING = ('data.layout', 'data.isolate_documents')  # how the model learned to read, which no tensor tells
 NO_TRAINING = {'tokens': 0, 'seconds': 0.0}  # the training loop's counters
 
 
@@ -55,12 +73,12 @@ def main() -> None:
 def import_run(
   source: Path, out: Path, config_file: str, overrides: Sequence[str], tokenizer: str | None, dtype: str | None
 ) -> None:
-  """Makes a run directory at step 0 from a state dict. Nothing is written before everything fits.
+  """Makes a run directory at step 0 from a file of weights. Nothing is written before everything fits.
 
   Args:
-    source: .pth, .pt or .safetensors with the PyTorch code's names.
+    source: .pth, .pt or .safetensors with the PyTorch code's names, or a .safetensors with mmjax's.
     out: new run directory.
-    config_file: where settings come from that the tensors do not tell.
+    config_file: where settings come from that the file does not tell.
     overrides: `--config.section.field=value` arguments.
     tokenizer: file of the tokenizer that the weights were trained with.
     dtype: 'float32' casts tensors of other dtypes; None refuses them.
@@ -71,25 +89,50 @@ def import_run(
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise UserError(f'{str(out)!r} is there already; choose another --out')
   tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
+  header = read_header(source)
   shapes = {name: value.shape for name, value in tensors.items()}
   if tokenizer:
     copy = out / tokenizer_file_name(tokenizer)
     overrides = [*overrides, f'--config.data.tokenizer={copy}']
-  config = fitting_config(shapes, str(source), config_file, overrides)
-  check_accounted(shapes, torch_shapes(abstract_params(config), config.model), str(source))
+  config = fitting_config(shapes, str(source), config_file, overrides, header.get('settings', {}))
+  check_accounted(shapes, tensor_shapes(config), str(source))
   vocabulary = _load_tokenizer(tokenizer, config.model.vocab_size) if tokenizer else None
+  if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
+    raise UserError(f'tokenizer {tokenizer!r} is not the one that {source} was trained with, by the hash in its header')
 
-  params = to_params(tensors, config.model)
+  params = to_params(tensors, config)
   with RunDir(out) as run:
     Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), NO_TRAINING)
     if vocabulary:
       write_tokenizer(copy, vocabulary)
     run.write_config(config)
-  _say_imported(config, params, out, config_file, vocabulary)
+  _say_imported(config, params, out, vocabulary)
+
+
+def read_header(source: Path) -> dict[str, Any]:
+  """Returns what `export_run` wrote into the header of a file: `settings` and more; {} for files of others.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  metadata = read_metadata(source)
+  if HEADER not in metadata:
+    return {}
+  try:
+    header = json.loads(metadata[HEADER])
+    settings = with_settings_before({section: dict(values) for section, values in header['settings'].items()})
+  except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f'{source}: its header {HEADER!r} is damaged: {error!r}') from None
+  unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in READING]
+  if unknown:
+    raise UserError(f'{source}: its header {HEADER!r} sets {unknown[0][:80]!r}, which is not of a model')
+  return header | {'settings': settings}
 
 
 def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> None:
-  """Writes a run's weights as a state dict of the PyTorch code.
+  """Writes a run's weights into a file, under the PyTorch code's names if it has such a model, else under mmjax's.
+
+  The header of a .safetensors holds the settings of the model, the step and the hash of the tokenizer.
 
   Args:
     workdir: run directory.
@@ -98,20 +141,38 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
     dtype: cast to this; None keeps float32.
 
   Raises:
-    UserError: if there is no such run, its model has no counterpart, a value is too large for `dtype`, or `target`
-      is there already.
+    UserError: if there is no such run, a .pth is asked for and the PyTorch code has no such model, a value is too large
+      for `dtype`, or `target` is there already.
   """
   check_suffix(target)
-  config = RunDir(workdir).read_config()
-  check_has_counterpart(config)
+  run = RunDir(workdir)
+  config = run.read_config()
+  foreign = not_in_pytorch(config)
+  if foreign and target.suffix.lower() in TORCH_SUFFIXES:
+    raise UserError(f'{foreign} is not in the PyTorch code, which could not read {str(target)!r}; use .safetensors')
   params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), checkpoint_name(which))
-  tensors = to_tensors(params, config.model)
-  tensors[TIED] = tensors['tok_embeddings.weight']
+  tensors = to_tensors(params, config)
+  if not foreign:
+    tensors[TIED] = tensors['tok_embeddings.weight']
   if dtype:
     tensors = {name: _cast(name, value, dtype) for name, value in tensors.items()}
-  digest = write_tensors(target, tensors)
+  own = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal', bank_file=''))
+  settings: dict[str, dict[str, Any]] = {}  # the file holds the bank, however it started
+  for name, value in flatten(own.to_dict()).items():
+    section, _, field = name.partition('.')
+    if (section in ('model', 'memory') or name in READING) and name not in idle_settings(own):
+      settings.setdefault(section, {})[field] = value
+  header = {'version': __version__, 'names': 'mmjax' if foreign else 'pytorch', 'step': step, 'settings': settings}
+  if run.tokenizer_path.exists():
+    header['tokenizer_sha256'] = sha256_of(run.tokenizer_path)
+  digest = write_tensors(target, tensors, {HEADER: json.dumps(header)} | ({} if foreign else {'format': 'pt'}))
   print(f'{target}: {len(tensors)} tensors of {dtype or "float32"} from step {step} of {workdir}; sha256 {digest}')
-  print(f'Not told by the tensors: {untold_sizes(config.model)}')
+  if foreign:
+    print(f"Under mmjax's names, because {foreign} is not in the PyTorch code")
+  if target.suffix.lower() in TORCH_SUFFIXES:
+    print(f'Not told by the tensors: {untold_sizes(config.model)}')
+  else:
+    print('All settings of the model are in the header: import needs no --config')
 
 
 def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
@@ -139,13 +200,37 @@ def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) ->
 
 
 def fitting_config(
-  shapes: Mapping[str, tuple[int, ...]], source: str, config_file: str, overrides: Sequence[str]
+  shapes: Mapping[str, tuple[int, ...]],
+  source: str,
+  config_file: str,
+  overrides: Sequence[str],
+  told: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Config:
-  """Returns the config with every size that the tensors tell, and says which ones those are.
+  """Returns the config with every setting that the file tells, and says which ones those are.
+
+  Args:
+    shapes: canonical name -> shape.
+    source: the file, for messages.
+    config_file: where all other settings come from.
+    overrides: `--config.section.field=value` arguments.
+    told: sections of settings in the file's header; without any, sizes are read off PyTorch's names and shapes.
 
   Raises:
-    UserError: if an override contradicts the tensors, or the result breaks a rule.
+    UserError: if an override contradicts the file, or the result breaks a rule.
   """
+  if told:
+    settings = load_config(config_file).to_dict()
+    try:
+      own = config_from_dict(settings | {section: settings[section] | values for section, values in told.items()})
+    except UserError as error:
+      raise UserError(f'{source}, its header: {error}') from None
+    config = load_config(config_file, [*_as_overrides(overrides_of(own, config_file)), *overrides])
+    compare_models(own, config, source)
+    print('Read from the header: the settings of the model')
+    return config
+  if any('/' in name for name in shapes):
+    print(f'{source} has no settings in its header: all are taken from the config')
+    return load_config(config_file, overrides)
   sizes = read_sizes(shapes, source)
   for override in overrides:  # before the others, which mean nothing in another model
     name, _, kind = override.partition('=')
@@ -153,13 +238,14 @@ def fitting_config(
       raise UserError(
         f'model.sublayer={kind!r} contradicts {source}, whose tensors say {sizes["sublayer"]!r}; leave it out'
       )
-  first = load_config(config_file, [*_as_overrides(sizes), *overrides, '--config.model.n_kv_heads=1']).model
+  first = load_config(config_file, [*_size_overrides(sizes), *overrides, '--config.model.n_kv_heads=1']).model
   sizes['n_kv_heads'] = read_kv_heads(shapes, first.dim, first.n_heads, source)
   hidden_dim = sizes.get('hidden_dim')
   if hidden_dim == dataclasses.replace(first, hidden_dim=0).dense_hidden_dim:
     sizes['hidden_dim'] = 0  # what the config calls the usual width
-  config = load_config(config_file, [*_as_overrides(sizes), *overrides])
-  check_has_counterpart(config)
+  config = load_config(config_file, [*_size_overrides(sizes), *overrides])
+  if foreign := not_in_pytorch(config):
+    raise UserError(f'{foreign} is not in the PyTorch code, whose names {source} has; leave it out')
   for name, value in sizes.items():
     given = getattr(config.model, name)
     if given != value and not (name == 'hidden_dim' and config.model.dense_hidden_dim == hidden_dim):
@@ -169,8 +255,12 @@ def fitting_config(
   return config
 
 
-def _as_overrides(sizes: Mapping[str, int | str]) -> list[str]:
-  return [f'--config.model.{name}={value}' for name, value in sizes.items()]
+def _size_overrides(sizes: Mapping[str, int | str]) -> list[str]:
+  return _as_overrides({f'model.{name}': value for name, value in sizes.items()})
+
+
+def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
+  return [f'--config.{name}={value}' for name, value in settings.items()]
 
 
 def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
@@ -183,18 +273,16 @@ def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
   return tokenizer
 
 
-def _say_imported(config: Config, params: Params, out: Path, config_file: str, tokenizer: Tokenizer | None) -> None:
+def _say_imported(config: Config, params: Params, out: Path, tokenizer: Tokenizer | None) -> None:
   total, without_bank = count_params(params)
   print(f'{out}: {total:,} parameters ({without_bank:,} without the bank), step 0, fresh optimizer')
-  changed = overrides_of(config, config_file)
-  flags = ''.join(' ' + shlex.quote(f'--config.{name}={value}') for name, value in changed.items())
   if tokenizer:
     if spare := config.model.vocab_size - tokenizer.vocab_size:
       print(f'The tokenizer has {tokenizer.vocab_size} pieces: {spare} rows of the embedding are spare')
     print(f'Evaluate: python eval.py --workdir {out}\nSample:   python -m mmjax.tools.sample --workdir {out}')
   else:
     print('No --tokenizer was given: this run takes and gives token ids, no text')
-  print(f'Train on: python train.py --config {config_file} --workdir {out}{flags}')
+  print(f"Train on: python train.py --config {out}/config.json --workdir {out} --config.data.train_files='TEXT'")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -202,13 +290,13 @@ def _parser() -> argparse.ArgumentParser:
     prog='python -m mmjax.tools.convert', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   commands = parser.add_subparsers(dest='command', required=True)
-  take = commands.add_parser('import', help='state dict -> run directory')
+  take = commands.add_parser('import', help='file of weights -> run directory')
   take.add_argument('--from', dest='source', required=True, help='.pth, .pt or .safetensors')
   take.add_argument('--out', required=True, help='new run directory')
-  take.add_argument('--config', default=str(own_config('base.py')), help='config file for what the tensors do not tell')
+  take.add_argument('--config', default=str(own_config('base.py')), help='config file for what the weights do not tell')
   take.add_argument('--tokenizer', help='SentencePiece model or tokenizer.json that the weights were trained with')
   take.add_argument('--dtype', choices=['float32'], help='cast tensors of other dtypes')
-  give = commands.add_parser('export', help='run directory -> state dict')
+  give = commands.add_parser('export', help='run directory -> file of weights')
   give.add_argument('--workdir', required=True, help='run directory')
   give.add_argument('--to', required=True, help='new file: .pth, .pt or .safetensors')
   give.add_argument('--checkpoint', default='best', help='best, last or a step')

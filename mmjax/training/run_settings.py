@@ -3,6 +3,7 @@
 import dataclasses
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config, flatten
@@ -65,7 +66,7 @@ def compare_models(old: Config, new: Config, source: str) -> None:
   Args:
     old: settings that the parameters were made with.
     new: settings to train them on with.
-    source: the run directory that holds them, for the message.
+    source: the run directory or the file that holds them, for the message.
 
   Raises:
     UserError: listing every such setting as old -> new, and what to type.
@@ -83,10 +84,9 @@ def compare_models(old: Config, new: Config, source: str) -> None:
   if differences:
     said = '; '.join(list_differences(differences, {name: after[name] for name in differences}))
     flags = ' '.join(shlex.quote(f'--config.{name}={value}') for name, value in differences.items())
-    raise UserError(
-      f'the model in {source} has other settings than the config: {said}; type {flags}, '
-      f'or begin with --config {shlex.quote(f"{source}/config.json")}'
-    )
+    own = Path(source, 'config.json')
+    shorter = f', or begin with --config {shlex.quote(str(own))}' if own.exists() else ''
+    raise UserError(f'the model in {source} has other settings than the config: {said}; type {flags}{shorter}')
 
 
 def _with(config: Config, name: str, value: Any) -> Config:

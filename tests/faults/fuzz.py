@@ -36,7 +36,7 @@ from mmjax.data.reader import Tally, read_documents
 from mmjax.data.tokenizer import load_tokenizer, train_tokenizer
 from mmjax.errors import UserError
 from mmjax.interop.files import read_tensors
-from mmjax.interop.names import canonical, check_accounted, to_params, torch_shapes
+from mmjax.interop.names import canonical, check_accounted, tensor_shapes, to_params
 from mmjax.interop.sizes import read_kv_heads, read_sizes
 from mmjax.training.metrics import read_metrics
 from tests.helpers import TINY
@@ -131,10 +131,9 @@ def import_safetensors(data: bytes, folder: Path) -> None:
   overrides += ['--config.model.n_heads=4', '--config.model.max_seq_len=16']
   model = load_config(BASE, [*overrides, '--config.model.n_kv_heads=1']).model
   config = load_config(BASE, [*overrides, f'--config.model.n_kv_heads={read_kv_heads(shapes, model.dim, 4, "file")}'])
-  from mmjax.model.lm import abstract_params
 
-  check_accounted(shapes, torch_shapes(abstract_params(config), config.model), str(path))
-  to_params(tensors, config.model)
+  check_accounted(shapes, tensor_shapes(config), str(path))
+  to_params(tensors, config)
 
 
 def import_bank(data: bytes, folder: Path) -> None:
@@ -187,9 +186,8 @@ def _jsonl_seeds() -> list[bytes]:
 
 def _tensor_seeds() -> list[bytes]:
   config = load_config(BASE, [f'--config.{name}={value}' for name, value in TINY.items()])
-  from mmjax.model.lm import abstract_params
 
-  shapes = torch_shapes(abstract_params(config), config.model)
+  shapes = tensor_shapes(config)
   small = {name: np.zeros((1, 4), np.float32) for name in list(shapes)[:6]}
   return [save({name: np.ones(shape, np.float32) for name, shape in shapes.items()}), save(small)]
 
