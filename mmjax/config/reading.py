@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mmjax.config.idle import idle_settings
-from mmjax.config.paths import PATHS, expand_home
+from mmjax.config.paths import PATHS, expand_home, user_path
 from mmjax.config.rules import check_fields, check_together
 from mmjax.config.schema import Config, flatten
 from mmjax.config.wording import nearest, quote, short
@@ -248,7 +248,7 @@ def _imported_configs() -> dict[str, Any]:
 
 def _read_config_file(path: str) -> ConfigDict:
   if path.endswith('.json'):
-    return ConfigDict(config_from_dict(_read_json(Path(path).expanduser())).to_dict())
+    return ConfigDict(config_from_dict(_read_json(user_path(path))).to_dict())
   settings = call_python_file(path, 'config file', 'get_config', {})
   if not isinstance(settings, ConfigDict):
     raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict')

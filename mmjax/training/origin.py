@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mmjax.config import Config
+from mmjax.config import Config, user_path
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, abstract_params
@@ -49,9 +49,9 @@ def parse_origin(text: str) -> Origin:
     UserError: if what follows the @ is none of these.
   """
   path, at, checkpoint = text.rpartition('@')
-  if not at or '/' in checkpoint or Path(text).expanduser().is_dir():
+  if not at or '/' in checkpoint or user_path(text).is_dir():
     path, checkpoint = text, 'best'
-  return Origin(Path(path).expanduser().resolve(), checkpoint_name(checkpoint))
+  return Origin(user_path(path).resolve(), checkpoint_name(checkpoint))
 
 
 def check_origin(asked: Origin, run: RunDir) -> None:
