@@ -442,8 +442,8 @@ def test_imported_run_is_trained_on_from_its_weights(tmp_path):
 
 
 def test_tokenizer_of_another_size_is_refused(tmp_path):
-  (tmp_path / 'spm.model').write_bytes(train_tokenizer(['some text of a few words'] * 9, 280))
-  with pytest.raises(UserError, match='has 280 pieces, the embedding 300 rows'):
+  (tmp_path / 'spm.model').write_bytes(train_tokenizer(['some text of a few words and one more of others'] * 9, 301))
+  with pytest.raises(UserError, match='has 301 pieces, the embedding 300 rows'):
     take(save(make_state(), tmp_path / 'model.pth'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
   assert not (tmp_path / 'run').exists()
 

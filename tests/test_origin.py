@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmjax.config import load_config
+from mmjax.data.prepare import prepare
 from mmjax.errors import StoppedError, UserError
 from mmjax.training import loop
 from mmjax.training.loop import fit
@@ -145,6 +146,17 @@ def test_what_contradicts_the_model_is_refused_by_name(source, tmp_path, changes
   with pytest.raises(UserError, match=said):
     fit(tiny_config(**changes), tmp_path / 'run', init_from=str(source))
   assert not (tmp_path / 'run').exists()
+
+
+def test_text_that_another_tokenizer_cut_is_not_used(text, source, tmp_path):
+  config = run_config(text, data__prepared_dir=f'{tmp_path}/a')
+  brought = prepare(config.data, 300)
+  config = run_config(text, data__train_files='', data__prepared_dir=str(brought))
+  with pytest.raises(UserError, match='was made with another tokenizer than .*source/tokenizer.model.; prepare'):
+    fit(config, tmp_path / 'run', init_from=str(source))
+  config = run_config(text, data__prepared_dir=f'{tmp_path}/a', train__max_steps=1)
+  fit(config, tmp_path / 'run', init_from=str(source))
+  assert len(list((tmp_path / 'a').glob('text-*'))) == 2
 
 
 @pytest.mark.parametrize(

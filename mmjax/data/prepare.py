@@ -134,7 +134,8 @@ def _check_brought(data: DataConfig, vocab_size: int, progress: ProgressSink) ->
     )
   if data.tokenizer and _given_tokenizer(data.tokenizer, vocab_size).sha256 != index['tokenizer']['sha256']:
     raise UserError(
-      f'data.tokenizer={data.tokenizer!r} did not make data.prepared_dir={data.prepared_dir!r}; leave it out'
+      f'data.prepared_dir={data.prepared_dir!r} was made with another tokenizer than {data.tokenizer!r}; prepare the '
+      'text anew with this one'
     )
   progress.say(f'using prepared data in {data.prepared_dir}: {_summary(index)}')
   return index

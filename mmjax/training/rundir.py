@@ -156,7 +156,7 @@ class RunDir:
       UserError: if it is not the one that belongs to the model.
     """
     tokenizer = load_tokenizer(self.tokenizer_path)
-    if tokenizer.vocab_size != vocab_size:
+    if tokenizer.vocab_size > vocab_size:
       raise UserError(
         f'{self.tokenizer_path} has {tokenizer.vocab_size} pieces, the model {vocab_size}: they do not belong together'
       )
