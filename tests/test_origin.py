@@ -162,7 +162,7 @@ def test_text_that_another_tokenizer_cut_is_not_used(text, source, tmp_path):
 @pytest.mark.parametrize(
   'changes',
   [
-    {'model__max_seq_len': 64, 'model__dropout': 0.1, 'model__n_experts': 9, 'model__hidden_dim': 7},  # nothing to it
+    {'model__max_seq_len': 64, 'model__dropout': 0.1},
     {'memory__layers': '0,1', 'memory__key_dim': 8},  # said otherwise, the same
     {'memory__bank_std': 0.3, 'memory__keys_init': 'uniform', 'memory__revive_after': 9, 'memory__bank_update': 'lazy'},
     {'memory__balance_loss_weight': 0.1, 'train__dtype': 'bfloat16', 'seed': 3, 'data__layout': 'padded'},
