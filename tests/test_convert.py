@@ -339,7 +339,10 @@ def test_header_binds_what_it_says_and_no_more(tmp_path):
   for changed, match in (
     ({**metadata, 'settings': {'runtime': {'coordinator': 'x:1'}}}, "sets 'runtime.coordinator', which is not of a"),
     ({**metadata, 'settings': metadata['settings'] | {'model': {'dimm': 3}}}, "no setting 'model.dimm'"),
-    ({**metadata, 'settings': metadata['settings'] | {'model': {'dim': [3]}}}, 'its header: model.dim=.*must be of type int'),
+    (
+      {**metadata, 'settings': metadata['settings'] | {'model': {'dim': [3]}}},
+      'header: model.dim=.*must be of type int',
+    ),
     ({**metadata, 'settings': metadata['settings'] | {'model': {'n_layers': 3}}}, 'tensors do not fit the model'),
     ({'settings': 3}, 'is damaged'),
     ([], 'is damaged'),
