@@ -74,7 +74,7 @@ def get_config() -> ConfigDict:
 
   train = config.train = ConfigDict()
   train.batch_size = 64  # B: rows in a micro-batch, over all devices
-  train.accumulation_steps = 8  # micro-batches in one optimizer update
+  train.accumulation_steps = 8  # micro-batches in one optimizer update; a run may go on where the product of both stays
   train.epochs = 3.0  # passes over the training rows; ignored where max_steps is set
   train.max_steps = 0  # optimizer updates; 0: as many as the epochs give
   train.learning_rate = 2e-4  # peak

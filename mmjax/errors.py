@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# Of a disk that is full, broken or read-only: exit code 4. Any other OSError that nobody explained is the user's path.
-STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+# Of a disk that is full, broken or read-only: exit code 4. Any other OSError is the user's path: exit code 2.
+STORAGE_ERRNOS = (
+  errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO,
+  errno.ETIMEDOUT,
+)  # fmt: skip
 
 
 class CommandError(Exception):
@@ -51,6 +54,18 @@ class PeerLostError(CommandError):
   exit_code = 75
 
 
+def file_error(error: OSError, what: str, also: str = '') -> StorageError | UserError:
+  """Returns what an OSError means to a command, `what: why also`: StorageError where the disk is to blame."""
+  kind = StorageError if error.errno in STORAGE_ERRNOS else UserError
+  return kind(f'{what}{": " if what else ""}{error.strerror or error}{also}')
+
+
+def first_line(error: BaseException) -> str:
+  """Returns type and first line of an error, cut to one readable line."""
+  lines = str(error).strip().splitlines()
+  return f'{type(error).__name__}: {lines[0][:160] if lines else "no message"}'
+
+
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns what stopped it into one sentence on stderr and an exit code."""
   try:
@@ -61,9 +76,8 @@ def run_command(main: Callable[[], None]) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has nowhere to go
     sys.exit(141)  # 128 + SIGPIPE, what a shell reports of a command that the signal ended
   except OSError as error:  # a file that was readable a moment ago, a name that is too long, a disk that filled up
-    where = '' if error.filename is None else f'{error.filename}: '
-    kind = StorageError if error.errno in STORAGE_ERRNOS else UserError
-    _stop(f'{where}{error.strerror or error}', kind.exit_code)
+    explained = file_error(error, '' if error.filename is None else str(error.filename))
+    _stop(str(explained), explained.exit_code)
   except KeyboardInterrupt:
     _stop('Interrupted.', 130)
 

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.config import BELOW_ONE, CHOICES, Config, config_from_dict, flatten, load_config, reading
+from mmjax.config.rules import RANGES
 from mmjax.errors import UserError
 from tests.helpers import TINY, TINY_CONFIG, tiny_config
 
@@ -115,6 +116,24 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.train.learning_rate=nan', 'must be a number'),
     ('--config.train.learning_rate=1e999', 'must be a finite number'),
     ('--config.train.beta1=1', 'beta1=1.0 must be at least 0 and below 1'),
+    ('--config.train.beta2=0.99999999', 'beta2=0.99999999 must be at most 0.999999: in float32 it is 1'),
+    ('--config.train.eps=0', 'eps=0.0 must be a finite number of at least 1e-30'),
+    ('--config.train.eps=1e-46', 'eps=1e-46 must be a finite number of at least 1e-30'),
+    ('--config.train.eps=10', 'eps=10.0 must be at most 1'),
+    ('--config.train.weight_decay=-0.01', 'weight_decay=-0.01 must be a finite number of at least 0'),
+    ('--config.train.weight_decay=1e4', 'train.learning_rate, 0.0002, times its weight decay, 10000, must be below 1'),
+    ('--config.train.learning_rate=1e39', 'learning_rate=1e+39 must be at most 1e+06'),
+    ('--config.memory.bank_lr_multiplier=1e300', 'bank_lr_multiplier=1e+300 must be at most 1e+06'),
+    (
+      '--config.memory.bank_decay_multiplier=1e6',
+      'the learning rate of the bank, 0.0002, times its weight decay, 10000',
+    ),
+    ('--config.train.embedding_lr_multiplier=1e6', 'embedding_lr_multiplier, 200, times its weight decay, 0.01'),
+    ('--config.train.grad_clip=1e-12', 'grad_clip=1e-12 must be at least 1e-06, or 0 for no clip of its own'),
+    ('--config.memory.bank_grad_clip=1e-12', 'bank_grad_clip=1e-12 must be at least 1e-06, or 0'),
+    ('--config.train.epochs=0', 'epochs=0.0 must be above 0, or train.max_steps'),
+    ('--config.model.norm_eps=0', 'norm_eps=0.0 must be a finite number of at least 1e-20'),
+    ('--config.data.workers=100000', 'workers=100000 must be at most 4096'),
     ('--config.data.isolate_documents=maybe', 'must be True or False'),
     ('--config.experiment=../up', 'must be a plain folder name'),
     ('--config.train.max_loss_factor=1', 'max_loss_factor=1.0 must be above 1, or 0'),
@@ -128,6 +147,19 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
 def test_bad_override_is_refused_by_name(override, said):
   with pytest.raises(UserError, match=re.escape(said)):
     load_config('configs/base.py', [override])
+
+
+def test_every_number_has_a_range_and_its_default_and_no_nan_is_in_it():
+  numbers = {n: v for n, v in flatten(tiny_config().to_dict()).items() if type(v) in (int, float)}
+  assert numbers.keys() == RANGES.keys()
+  for name, value in numbers.items():
+    assert RANGES[name][0] <= value <= RANGES[name][1], name
+    section, _, field = name.rpartition('.')
+    for wrong in [float('nan'), float('inf'), -float('inf'), -1.0] if type(value) is float else [-1, 2**31]:
+      settings = tiny_config().to_dict()
+      (settings[section] if section else settings)[field] = wrong
+      with pytest.raises(UserError, match=f'^{name}={wrong} must be'):
+        config_from_dict(settings)
 
 
 def test_missing_config_file_suggests_the_nearest():

@@ -1,6 +1,7 @@
 """Whole runs, tiny: resume is exact, signals save, broken updates are survived, several devices agree with one."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -13,13 +14,19 @@ import jax
 import numpy as np
 import pytest
 
+import mmjax
+from mmjax.data.loader import train_batches
 from mmjax.errors import DivergedError, StoppedError, UserError
 from mmjax.tools.report import write_report
 from mmjax.training import loop
+from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.run_data import training_data
 from mmjax.training.rundir import RunDir
-from mmjax.training.setup import explain_out_of_memory
+from mmjax.training.setup import explain_out_of_memory, open_inputs, restore_state
+from mmjax.training.sharding import make_mesh, put_batch
 from tests.helpers import (
   REPOSITORY,
   StopAfter,
@@ -115,6 +122,31 @@ def test_text_that_is_cut_or_in_both_splits_is_said_once_and_in_the_report(text,
     assert out.count(said) == 1 and write_report(tmp_path / 'run').read_text().count(said) == 1
 
 
+def test_run_that_goes_on_with_other_micro_batches_sees_the_same_rows(text, undisturbed, tmp_path, monkeypatch):
+  monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(5))
+  with pytest.raises(StoppedError):
+    fit(run_config(text), tmp_path)
+  monkeypatch.undo()
+  seen = []
+
+  def watch(mesh, batch, steps):
+    seen.append((batch['row_id'], steps))
+    return put_batch(mesh, batch, steps)
+
+  monkeypatch.setattr(loop, 'put_batch', watch)
+  fit(run_config(text, train__batch_size=2, train__accumulation_steps=4, runtime__remat='block'), tmp_path)
+  inputs = open_inputs(run_config(text), training_data(RunDir(tmp_path), run_config(text)))
+  batches = train_batches(inputs.train, global_batch_rows=8, seed=0, start_step=0)
+  expected = [batch['row_id'] for batch in itertools.islice(batches, 10)]
+  assert [steps for _, steps in seen] == [4] * 5
+  np.testing.assert_array_equal([rows for rows, _ in seen], expected[5:])
+  lines = [read_metrics(w / 'metrics.jsonl') for w in (undisturbed, tmp_path)]
+  whole, moved = ({(line['kind'], line['step']): line for line in log} for log in lines)
+  for at in [('train', 8), ('train', 10), ('eval', 8), ('eval', 10)]:
+    assert whole[at]['loss'] == pytest.approx(moved[at]['loss'], abs=1e-5), at
+    assert whole[at]['tokens'] == moved[at]['tokens'], at
+
+
 @pytest.mark.thorough
 def test_resumed_run_revives_and_updates_rows_as_an_undisturbed_one(text, tmp_path, monkeypatch):
   config = run_config(text, **ROW_BY_ROW)
@@ -190,12 +222,47 @@ def test_non_finite_update_is_skipped_logged_and_survived(text, tmp_path, monkey
   assert all(np.isfinite(x).all() for x in final_state(tmp_path).values())
 
 
+def test_state_that_is_not_finite_is_never_saved(text, tmp_path, monkeypatch):
+  from mmjax.training import setup
+
+  def poisoned(real):
+    def make(*args, **kwargs):
+      step = real(*args, **kwargs)
+
+      def poison(state, batch):  # as a fault of the optimizer would
+        after, metrics = step(state, batch)
+        bank_MP = after['params']['memory_bank'].at[3, :2].set(jax.numpy.where(state['step'] == 4, np.nan, 0))
+        return {**after, 'params': {**after['params'], 'memory_bank': bank_MP}}, metrics
+
+      return poison
+
+    return make
+
+  monkeypatch.setattr(setup, 'make_train_step', poisoned(setup.make_train_step))
+  monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(5))
+  with pytest.raises(DivergedError, match='Step 5 was not saved: values that are not finite: 2 in params.memory_bank;'):
+    fit(run_config(text), tmp_path)
+  assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [3, 4]
+
+
+def test_checkpoint_that_holds_nan_says_so_and_is_not_trained_on(tiny_run, tmp_path, capfd):
+  run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+  config, checkpoints = RunDir(run).read_config(), Checkpoints(run)
+  state, metadata = restore_state(config, make_optimizer(config, 6), make_mesh(config), checkpoints)
+  state['params']['memory_bank'] = state['params']['memory_bank'].at[1, 1].set(np.inf)
+  checkpoints.save(7, state, metadata)
+  assert mmjax.load(run, 'last').step == 7
+  assert 'checkpoint 7 in' in (err := capfd.readouterr().err) and 'not finite: 1 in params.memory_bank' in err
+  with pytest.raises(UserError, match='step 7 in .* cannot be trained on, .* 1 in params.memory_bank'):
+    fit(config, run)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(('reason', 'factor'), [('spike', 100.0), ('not finite', np.nan)])
 def test_too_many_skipped_updates_end_the_run_with_a_dump(text, tmp_path, monkeypatch, reason, factor):
   from mmjax.training import setup
 
-  monkeypatch.setattr(setup, 'make_train_step', broken_step(setup.make_train_step, [1, 4, 5, 6, 7], factor))
+  monkeypatch.setattr(setup, 'make_train_step', broken_step(setup.make_train_step, [1, 4, 5, 6], factor))
   with pytest.raises(DivergedError, match='3 updates in a row were not finite or spikes, up to step 7'):
     fit(run_config(text, train__max_skipped_updates=3, train__max_loss_factor=3), tmp_path)
   log = read_metrics(tmp_path / 'metrics.jsonl')
@@ -209,7 +276,10 @@ def test_too_many_skipped_updates_end_the_run_with_a_dump(text, tmp_path, monkey
   dump = json.loads((tmp_path / 'diverged' / 'step-7.json').read_text())
   batch = np.load(tmp_path / 'diverged' / 'batch-7.npz')
   assert dump['row_ids'] == batch['row_id'].tolist() == skipped[-1]['row_ids'] and batch['input'].shape == (8, 16)
-  assert dump['parameter_norms']['memory_bank'] > 0
+  # Updates 5 to 7 were skipped, so step 7 had what was saved at 6; the good batch of step 8 was seen before 7 was.
+  saved = {name: value for name, value in final_state(tmp_path).items() if name.startswith('params')}
+  norms = {name[len("params['") : -2].replace('.', '/'): np.linalg.norm(value) for name, value in saved.items()}
+  assert dump['parameter_norms'] == pytest.approx(norms, rel=1e-5)
   assert dump['gradient_norms'].keys() == dump['parameter_norms'].keys() and len(dump['gradient_norms']) > 10
   if reason == 'spike':
     assert dump['loss'] > 3 * dump['loss_average'] > 0
@@ -232,6 +302,37 @@ def test_sigterm_saves_and_exits_75_and_a_second_run_is_refused(text, tmp_path):
     process.kill()
   assert process.returncode == 75
   assert 'the same command goes on from there' in errors and 'Traceback' not in errors
+  assert any((tmp_path / 'checkpoints').glob('[0-9]*'))
+
+
+TERMINAL = """
+import contextlib, os, pathlib, pty, signal, sys, threading, time
+log, number, *command = sys.argv[1:]
+child, terminal = pty.fork()
+if not child:
+  os.execv(command[0], command)
+def read():
+  with contextlib.suppress(OSError):
+    while os.read(terminal, 4096):
+      pass
+threading.Thread(target=read, daemon=True).start()
+while not pathlib.Path(log).exists():
+  time.sleep(0.1)
+if int(number) == signal.SIGHUP:
+  os.close(terminal)  # the kernel then sends it
+else:
+  os.kill(child, int(number))
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGHUP])
+def test_terminal_that_closes_or_a_warning_saves_and_exits_75(text, tmp_path, number):
+  """In a terminal of its own, which is gone by the time the run writes its last lines."""
+  endless = {'train__max_steps': 1_000_000, 'train__eval_interval': 1_000_000, 'train__checkpoint_interval': 1_000_000}
+  start = [sys.executable, '-c', TERMINAL, str(tmp_path / 'metrics.jsonl'), str(int(number))]
+  done = subprocess.run([*start, *command(text, tmp_path, **endless)], cwd=REPOSITORY, timeout=300, check=False)
+  assert done.returncode == 75
   assert any((tmp_path / 'checkpoints').glob('[0-9]*'))
 
 
@@ -302,12 +403,9 @@ def test_run_that_moves_between_one_device_and_eight_keeps_its_losses(
     ({'runtime__row_devices': 3, 'runtime__data_devices': 3}, r'needs 9 devices; there are 8'),
   ],
 )
-def test_indivisible_batch_is_refused_with_the_nearest_sizes(monkeypatch, settings, said):
-  from mmjax.training.sharding import make_mesh
-
-  monkeypatch.setattr(jax, 'device_count', lambda: 8)
+def test_indivisible_batch_is_refused_with_the_nearest_sizes(settings, said):
   with pytest.raises(UserError, match=said):
-    make_mesh(tiny_config(**settings))
+    make_mesh(tiny_config(**settings), jax.devices() * 8)
 
 
 def test_too_little_text_is_refused_before_anything_is_written(text, tmp_path):

@@ -600,7 +600,7 @@ def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, corpus,
 
 def test_prepared_dir_that_is_a_file_is_one_sentence(tmp_path, corpus):
   (tmp_path / 'out').write_text('x')
-  with pytest.raises(StorageError, match='out.* cannot be written: (Not a directory|File exists)'):
+  with pytest.raises(UserError, match=r'out.* cannot be written: (Not a directory|File exists)'):
     run(tmp_path, corpus)
 
 

@@ -93,7 +93,13 @@ def test_name_that_is_too_long_or_no_text_is_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ('code', 'kind'), [(errno.EROFS, UserError), (errno.EACCES, UserError), (errno.ENOSPC, StorageError)]
+  ('code', 'kind'),
+  [
+    (errno.EROFS, StorageError),
+    (errno.EIO, StorageError),
+    (errno.EACCES, UserError),
+    (errno.ENOSPC, StorageError),
+  ],
 )
 def test_directory_that_cannot_be_made_is_one_sentence(tmp_path, monkeypatch, code, kind):
   def fail(*args, **kwargs):
@@ -264,6 +270,8 @@ def test_start_is_recorded_and_other_data_refused(tmp_path):
     {'data__prepared_dir': 'elsewhere'},
     {'runtime__row_devices': 2},
     {'runtime__remat': 'block'},
+    {'train__batch_size': 2, 'train__accumulation_steps': 4},
+    {'train__batch_size': 8, 'train__accumulation_steps': 1, 'runtime__remat': 'block'},
     {},
   ],
 )
@@ -287,6 +295,10 @@ def test_schedule_may_change_only_on_request():
     ({'memory__bank_std': 0.5}, 'memory.bank_std 1.0 -> 0.5'),
     ({'data__layout': 'padded'}, "data.layout 'packed' -> 'padded'"),
     ({'train__batch_size': 8}, 'train.batch_size 4 -> 8'),
+    (
+      {'train__batch_size': 2, 'train__accumulation_steps': 5},
+      'batch_size 4 -> 2; train.accumulation_steps 2 -> 5; undo them',
+    ),
     ({'train__accumulation_steps': 1}, 'train.accumulation_steps 2 -> 1'),
     ({'train__dtype': 'bfloat16'}, "train.dtype 'float32' -> 'bfloat16'"),
   ],

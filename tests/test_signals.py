@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -28,15 +29,17 @@ with StopSignals() as stop:
 """
 
 
-def start_child(*args: str) -> subprocess.Popen:
+def start_child(*args: str, before: str = 'exec "$@"', code: str = CHILD) -> subprocess.Popen:
   env = os.environ | {'PYTHONPATH': str(Path(__file__).parents[1]), 'JAX_PLATFORMS': 'cpu'}
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
-  child = subprocess.Popen([sys.executable, '-c', CHILD, *args], env=env, **pipes)
+  child = subprocess.Popen(['sh', '-c', before, 'sh', sys.executable, '-c', code, *args], env=env, **pipes)
   assert child.stdout.readline() == 'ready\n'
   return child
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+  'number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU]
+)
 def test_first_signal_is_remembered_and_handlers_come_back(number, capfd):
   before = signal.getsignal(number)
   with StopSignals() as stop:
@@ -57,7 +60,49 @@ def test_second_signal_exits_at_once():
   assert 'Second signal' in err
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_heard_within_a_long_update():
+  """As an update of minutes on a CPU: the main thread waits in the runtime and runs no handler of Python."""
+  code = """
+import jax
+from mmjax.training.signals import StopSignals
+endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: x + 1 - 1e-9, x)).lower(1.0).compile()
+with StopSignals():
+  print('ready', flush=True)
+  endless(1.0).block_until_ready()
+"""
+  child = start_child(code=code)
+  time.sleep(0.5)
+  child.send_signal(signal.SIGTERM)
+  assert 'SIGTERM: finishing this step, then saving' in child.stderr.readline() + child.stderr.readline()
+  child.send_signal(signal.SIGTERM)
+  child.communicate(timeout=10)
+  assert child.returncode == 130
+
+
+def test_warnings_of_a_batch_system_never_end_a_run_at_once():
+  child = start_child()
+  for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1):
+    child.send_signal(number)
+    time.sleep(0.1)
+    assert child.poll() is None
+  assert child.stdout.readline() == 'stopping\n'
+  child.send_signal(signal.SIGTERM)
+  _, err = child.communicate(timeout=10)
+  assert child.returncode == 130 and err.count('finishing this step') == 1
+
+
+def test_hangup_that_is_ignored_stays_so():
+  child = start_child(before='trap "" HUP; exec "$@"')
+  child.send_signal(signal.SIGHUP)
+  time.sleep(0.3)
+  child.send_signal(signal.SIGUSR1)
+  assert child.stdout.readline() == 'stopping\n'
+  child.kill()
+  _, err = child.communicate()
+  assert 'SIGUSR1' in err and 'SIGHUP' not in err
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_under_jax_distributed_processes_agree_on_a_step(number):
   with socket.socket() as free:
     free.bind(('localhost', 0))

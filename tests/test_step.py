@@ -1,5 +1,6 @@
 """The train step against plain routes: one big batch, torch's AdamW in numpy, a closed-form schedule."""
 
+import dataclasses
 import functools
 import math
 import operator
@@ -7,12 +8,15 @@ import operator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmjax.data.loader import PADDING
 from mmjax.model.lm import model_graph
-from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, path_name
+from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, may_overflow, path_name
 from mmjax.training.step import chunk_tokens, count_rows, init_state, make_loss, make_train_step
 from tests import helpers
 from tests.helpers import random_batch
@@ -82,6 +86,29 @@ def test_accumulated_micro_batches_equal_one_big_batch():
   )
   for (name, a), (_, b) in moments:
     np.testing.assert_allclose(a, b, atol=1e-6 * max(1, np.abs(b).max()), err_msg=name)
+
+
+@pytest.mark.parametrize('settings', [{}, {'memory__bank_update': 'lazy'}, {'train__accumulation_steps': 1}])
+def test_host_hears_of_every_micro_batch_and_the_result_stays_the_same(settings):
+  config, heard = tiny_config(**settings), []
+  optimizer = make_optimizer(config, STEPS)
+  told = jax.jit(
+    make_train_step(
+      config,
+      model_graph(config),
+      optimizer,
+      attention='xla',
+      total_steps=STEPS,
+      on_micro_batch=lambda index, loss: heard.append((int(index), float(loss))),
+    )
+  )
+  step, state = compiled(config)
+  expected, actual = step(state, random_batch(config)), told(state, random_batch(config))
+  jax.effects_barrier()
+  for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(actual), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert [index for index, _ in heard] == list(range(config.train.accumulation_steps))
+  assert sum(loss for _, loss in heard) == pytest.approx(float(actual[1]['loss']), rel=1e-6)
 
 
 def test_padding_weighs_nothing():
@@ -186,6 +213,48 @@ def test_non_finite_gradient_skips_the_update_and_is_counted():
   healed, metrics = step({**after, 'params': state['params']}, random_batch(config))
   assert metrics['finite'] and int(healed['skipped']) == 0 and int(healed['skipped_total']) == 1
   assert float(metrics['learning_rate']) == pytest.approx(config.train.learning_rate)  # the schedule did not move
+
+
+@pytest.mark.parametrize('bank_update', ['dense', 'lazy'])
+def test_update_that_would_not_be_finite_is_skipped_and_counted(bank_update):
+  config = tiny_config(memory__bank_update=bank_update)
+  config = dataclasses.replace(
+    config, train=dataclasses.replace(config.train, eps=0.0)
+  )  # 0 / 0 in what got no gradient
+  step, state = compiled(config)
+  after, metrics = step(state, random_batch(config))
+  assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])
+  assert not metrics['finite'] and not metrics['applied'] and int(metrics['skipped']) == 1
+  assert [int(after[name]) for name in ('step', 'skipped', 'skipped_total')] == [1, 1, 1]
+  for a, b in zip(jax.tree.leaves(without_counters(after)), jax.tree.leaves(without_counters(state)), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def without_counters(state):
+  return {name: value for name, value in state.items() if name not in ('step', 'skipped', 'skipped_total')}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+  st.sampled_from([0.0, 0.5, 0.9, 0.99, 0.999999]),
+  st.sampled_from([0.0, 0.5, 0.9, 0.999, 0.999999]),
+  st.sampled_from([1e-30, 1e-15, 1e-8, 1.0]),
+  st.sampled_from([0.0, 1e-6, 1.0]),
+  st.integers(0, 2**32 - 1),
+)
+def test_step_of_adam_is_finite_wherever_the_settings_are_not_said_to_overflow(beta1, beta2, eps, clip, seed):
+  """Gradients of any size that Adam was not made for: with huge ones first, none, or what float32 cannot square."""
+  train = dataclasses.replace(tiny_config().train, beta1=beta1, beta2=beta2, eps=eps, grad_clip=clip)
+  if may_overflow(train):
+    return
+  draw = np.random.default_rng(seed)
+  adam = optax.scale_by_adam(beta1, beta2, eps)
+  state = adam.init(jnp.zeros(64))
+  for _ in range(30):
+    gradient = np.float32(10.0 ** draw.uniform(-44, 17, 64) * draw.choice([-1, 0, 1], 64) * draw.choice([0, 1, 1]))
+    scale = min(1, clip / max(np.linalg.norm(gradient), 1e-30)) if clip else 1
+    step, state = adam.update(jnp.asarray(gradient * np.float32(scale)), state)
+    assert np.abs(step).max() < 1e21, (step, state)
 
 
 def test_spike_skips_the_update_and_leaves_the_average():

@@ -18,7 +18,7 @@ from mmjax.tools import sweep as sweep_tool
 from mmjax.tools.compare_runs import read_run
 from mmjax.tools.run_state import LiveLine, last_reports, planned_steps, run_state
 from mmjax.tools.sweep_file import read_sweep
-from tests.helpers import TINY, tiny_config
+from tests.helpers import TINY, rarely, tiny_config
 
 REPOSITORY = Path(__file__).parent.parent
 SWEEP = """
@@ -126,14 +126,15 @@ def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path, monke
   assert starts(tmp_path, 'a-s0') == [0, step] and starts(tmp_path, 'b-s0') == [0]
 
 
-def test_signal_saves_the_running_one_and_exits_75(sweep, tmp_path):
+@pytest.mark.parametrize('number', rarely([signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], signal.SIGINT))
+def test_signal_saves_the_running_one_and_exits_75(sweep, tmp_path, number):
   command = 'import sys, runpy; from mmjax.tools import sweep; from mmjax.errors import run_command; sweep.CHILD = '
   command += f'(sys.executable, {str(tmp_path / "stand_in.py")!r}); run_command(sweep.main)'
   flags = [str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out'), '--set', 'steps=2000']
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   process = subprocess.Popen([sys.executable, '-c', command, *flags], cwd=REPOSITORY, start_new_session=True, **pipes)
   wait_for(lambda: last_reports(tmp_path / 'out' / 'a-s0'))
-  os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does: to the whole group of the terminal
+  os.killpg(process.pid, number)  # as Ctrl-C does: to the whole group of the terminal
   out, err = process.communicate(timeout=60)
   assert process.returncode == 75, err
   assert 'Stopped in a-s0, step' in err and 'a-s0  stopped' in out and 'not begun' in out

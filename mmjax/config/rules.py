@@ -22,28 +22,37 @@ CHOICES = {
   'runtime.attention': ('auto', 'xla', 'xla_blocked', 'cudnn'),
   'runtime.remat': ('none', 'block'),
 }
-AT_LEAST = {
-  'seed': 0, 'model.vocab_size': 2, 'model.dim': 2, 'model.n_layers': 1, 'model.n_heads': 1, 'model.n_kv_heads': 1,
-  'model.max_seq_len': 2, 'model.norm_eps': 0, 'model.rope_theta': 1, 'model.dropout': 0, 'model.hidden_dim': 0,
-  'model.knowledge_num': 1, 'model.knowledge_dim': 2, 'model.num_selected': 1, 'model.n_experts': 1,
-  'model.experts_per_token': 1, 'model.aux_loss_weight': 0, 'memory.n_heads': 1, 'memory.key_dim': 0,
-  'memory.ffn_dim': 0, 'memory.balance_loss_weight': 0, 'memory.bank_std': 0, 'memory.bank_lr_multiplier': 0,
-  'memory.bank_lr_final_multiplier': 0, 'memory.bank_decay_multiplier': 0, 'memory.bank_grad_clip': 0,
-  'memory.revive_after': 0, 'memory.revive_noise': 0,
-  'memory.knowledge_length': 2, 'data.workers': 0,
-  'train.batch_size': 1, 'train.accumulation_steps': 1, 'train.epochs': 0, 'train.max_steps': 0,
-  'train.learning_rate': 0, 'train.embedding_lr_multiplier': 0, 'train.final_learning_rate': 0,
-  'train.warmup_steps': 0, 'train.beta1': 0,
-  'train.beta2': 0, 'train.eps': 0, 'train.weight_decay': 0, 'train.grad_clip': 0, 'train.log_interval': 1,
-  'train.eval_interval': 1, 'train.checkpoint_interval': 1, 'train.max_loss_factor': 0,
-  'train.max_skipped_updates': 1,
-  'train.profile_steps': 0,
-  'runtime.data_devices': 0, 'runtime.row_devices': 1, 'runtime.num_processes': 1, 'runtime.process_id': 0,
+INT_MOST = 2**31 - 1  # of a whole number: sizes, steps and the seed are counted in 32 bits
+WEIGHT = (0, 1e6)  # of what is multiplied with a loss, a rate or an initial value
+# The least and the most of every number. With these, and what _check_decay says, an update of finite parameters by a
+# finite gradient is finite in float32, but for what `may_overflow` of mmjax.training.optimizer names.
+RANGES = {
+  'seed': (0, INT_MOST),
+  'model.vocab_size': (2, INT_MOST), 'model.dim': (2, INT_MOST), 'model.n_layers': (1, 10_000),
+  'model.n_heads': (1, INT_MOST), 'model.n_kv_heads': (1, INT_MOST), 'model.max_seq_len': (2, INT_MOST),
+  'model.norm_eps': (1e-20, 1), 'model.rope_theta': (1, 1e15), 'model.dropout': (0, 1),
+  'model.hidden_dim': (0, INT_MOST), 'model.knowledge_num': (1, INT_MOST), 'model.knowledge_dim': (2, INT_MOST),
+  'model.num_selected': (1, INT_MOST), 'model.n_experts': (1, INT_MOST), 'model.experts_per_token': (1, INT_MOST),
+  'model.aux_loss_weight': WEIGHT,
+  'memory.n_heads': (1, 8), 'memory.key_dim': (0, INT_MOST), 'memory.ffn_dim': (0, INT_MOST),
+  'memory.balance_loss_weight': WEIGHT, 'memory.bank_std': WEIGHT, 'memory.bank_lr_multiplier': WEIGHT,
+  'memory.bank_lr_final_multiplier': WEIGHT, 'memory.bank_decay_multiplier': WEIGHT,
+  'memory.bank_grad_clip': (0, 1e19), 'memory.revive_after': (0, INT_MOST), 'memory.revive_noise': WEIGHT,
+  'memory.knowledge_length': (2, INT_MOST),
+  'data.valid_fraction': (0, 1), 'data.workers': (0, 4096),
+  'train.batch_size': (1, INT_MOST), 'train.accumulation_steps': (1, INT_MOST), 'train.epochs': (0, 1e9),
+  'train.max_steps': (0, INT_MOST), 'train.learning_rate': WEIGHT, 'train.embedding_lr_multiplier': WEIGHT,
+  'train.final_learning_rate': WEIGHT, 'train.warmup_steps': (0, INT_MOST), 'train.beta1': (0, 1),
+  'train.beta2': (0, 1), 'train.eps': (1e-30, 1), 'train.weight_decay': WEIGHT, 'train.grad_clip': (0, 1e19),
+  'train.log_interval': (1, INT_MOST), 'train.eval_interval': (1, INT_MOST),
+  'train.checkpoint_interval': (1, INT_MOST), 'train.max_loss_factor': (0, 1e6),
+  'train.max_skipped_updates': (1, INT_MOST), 'train.profile_steps': (0, INT_MOST),
+  'runtime.data_devices': (0, INT_MOST), 'runtime.row_devices': (1, INT_MOST),
+  'runtime.num_processes': (1, INT_MOST), 'runtime.process_id': (0, INT_MOST),
 }  # fmt: skip
-MOST = 2**31 - 1  # of a whole number: sizes, steps and the seed are counted in 32 bits
-MAX_LAYERS = 10_000
-MAX_MEMORY_HEADS = 8
 BELOW_ONE = ('model.dropout', 'data.valid_fraction', 'train.beta1', 'train.beta2')
+NEAREST_ONE = 1 - 1e-6  # for these: what is nearer to 1 may be 1 in float32
+LEAST_CLIP = 1e-6  # a gradient that is cut to less moves nothing: Adam's square of it is 0
 
 
 def check_fields(config: Config) -> None:
@@ -52,30 +61,36 @@ def check_fields(config: Config) -> None:
   for name, choices in CHOICES.items():
     if flat[name] not in choices:
       raise UserError(f'{name}={quote(flat[name])} must be one of {", ".join(choices)}{nearest(flat[name], choices)}')
-  for name, least in AT_LEAST.items():
-    if isinstance(flat[name], int) and flat[name] > MOST:
-      raise UserError(f'{name}={short(flat[name])} must be at most {MOST}')
-    if not (math.isfinite(flat[name]) and flat[name] >= least):
-      raise UserError(f'{name}={short(flat[name])} must be a finite number of at least {least}')
   for name in BELOW_ONE:
     if not 0 <= flat[name] < 1:
       raise UserError(f'{name}={flat[name]} must be at least 0 and below 1')
+    if flat[name] > NEAREST_ONE:
+      raise UserError(f'{name}={flat[name]} must be at most {NEAREST_ONE}: in float32 it is 1')
+  for name, (least, most) in RANGES.items():
+    if isinstance(flat[name], int) and flat[name] > most:  # first: it may be too large for a float
+      raise UserError(f'{name}={short(flat[name])} must be at most {most}')
+    if not (math.isfinite(flat[name]) and flat[name] >= least):
+      raise UserError(f'{name}={short(flat[name])} must be a finite number of at least {least}')
+    if flat[name] > most:
+      raise UserError(f'{name}={short(flat[name])} must be at most {most:g}')
+  for name in ('train.grad_clip', 'memory.bank_grad_clip'):
+    if 0 < flat[name] < LEAST_CLIP:
+      raise UserError(f'{name}={flat[name]} must be at least {LEAST_CLIP}, or 0 for no clip of its own')
   if 0 < config.train.max_loss_factor <= 1:
     raise UserError(f'train.max_loss_factor={config.train.max_loss_factor} must be above 1, or 0 to skip no spikes')
   if config.memory.key_dim % 2:
     raise UserError(
       f'memory.key_dim={config.memory.key_dim} must be even: it is two halves; nearest: {config.memory.key_dim + 1}'
     )
-  if config.memory.n_heads > MAX_MEMORY_HEADS:
-    raise UserError(f'memory.n_heads={config.memory.n_heads} must be at most {MAX_MEMORY_HEADS}')
-  if config.model.n_layers > MAX_LAYERS:
-    raise UserError(f'model.n_layers={config.model.n_layers} must be at most {MAX_LAYERS}')
   if not config.experiment or set(config.experiment) & set('/\\\0') or config.experiment.startswith('.'):
     raise UserError(f'experiment={quote(config.experiment)} must be a plain folder name')
 
 
 def check_together(config: Config) -> None:
   """Raises UserError with field, value, rule and nearest fix if settings break a rule together."""
+  if not config.train.epochs and not config.train.max_steps:
+    raise UserError('train.epochs=0.0 must be above 0, or train.max_steps: nothing would be trained')
+  _check_decay(config)
   if config.memory.bank_init == 'file' and not config.memory.bank_file:
     raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
   if config.memory.bank_update == 'lazy' and config.runtime.scan_layers:
@@ -85,6 +100,23 @@ def check_together(config: Config) -> None:
   _check_ngrams(config)
   _check_model(config.model)
   _check_processes(config.runtime)
+
+
+def _check_decay(config: Config) -> None:
+  """Raises UserError if an update would take more from a parameter than there is: it would grow without end."""
+  train, memory = config.train, config.memory
+  peak = max(train.learning_rate, train.final_learning_rate)
+  of_bank = max(memory.bank_lr_multiplier, memory.bank_lr_final_multiplier)
+  for what, rate, decay in (
+    ('train.learning_rate', peak, train.weight_decay),
+    ('train.learning_rate x embedding_lr_multiplier', peak * train.embedding_lr_multiplier, train.weight_decay),
+    ('the learning rate of the bank', peak * of_bank, train.weight_decay * memory.bank_decay_multiplier),
+  ):
+    if rate * decay >= 1:
+      raise UserError(
+        f'{what}, {rate:g}, times its weight decay, {decay:g}, must be below 1: an update would take more from a '
+        'parameter than there is (train.weight_decay)'
+      )
 
 
 def _check_ngrams(config: Config) -> None:

@@ -10,18 +10,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax.errors import CommandError, StorageError, UserError
+from mmjax.errors import CommandError, StorageError, UserError, file_error
 
 SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go somewhere
 
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-  """Turns an OSError while `path` is written into a StorageError that says why and how much room is left."""
+  """Turns an OSError while `path` is written into one sentence that says why and how much room is left."""
   try:
     yield
   except OSError as error:
-    raise StorageError(f"'{path}' cannot be written: {error.strerror or error}{_room(path)}") from error
+    raise file_error(error, f"'{path}' cannot be written", _room(path)) from error
 
 
 def _room(path: Path) -> str:
@@ -52,7 +52,7 @@ def write_file(path: Path, data: bytes) -> None:
   """Writes a whole file or none: to a hidden name, .NAME.PID.tmp of the name's beginning, flushed to the disk, renamed.
 
   Raises:
-    StorageError: if it cannot be written; the old file stays.
+    StorageError, UserError: if it cannot be written, as `file_error` says; the old file stays.
   """
   temporary = path.with_name(f'.{path.name[:40]}.{os.getpid()}.tmp')  # within 255 bytes, as the name itself is
   with storage_errors(path):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from mmjax.config import expand_home, user_path
 from mmjax.data.blocks import Block
 from mmjax.data.formats import CONTENTS, DAMAGED, PACKINGS, BadLine, NotText, decode, format_of, parse_block
-from mmjax.errors import UserError
+from mmjax.errors import UserError, file_error
 
 BLANK_FILE = 'blank file'
 SKIP_HINT = '; to leave such lines out: --config.data.on_bad_line=skip (prepare: --on_bad_line skip)'
@@ -96,7 +96,7 @@ def _check_file(path: Path) -> None:
     leads = f", a link to '{os.readlink(path)}', leads nowhere" if path.is_symlink() else ''
     raise UserError(f"'{path}'{leads}" if leads else f"no file '{path}'") from None
   except OSError as error:  # a name that is too long, a folder that may not be entered, links in a circle
-    raise UserError(f"'{path}' cannot be read: {error.strerror or error}") from None
+    raise file_error(error, f"'{path}' cannot be read") from None
   if stat.S_ISDIR(mode):
     raise UserError(f"'{path}' is a directory; name its files, for example '{path}/*.jsonl'")
   if not stat.S_ISREG(mode):
@@ -150,7 +150,7 @@ def _read_file(file: Path, line: int, byte: int, on_read: Callable[[int], None])
   except DAMAGED as error:
     raise UserError(f"'{file}' is damaged or cut short: {error} (after byte {at} of its uncompressed text)") from error
   except OSError as error:
-    raise UserError(f"'{file}' cannot be read: {error.strerror or error}") from error
+    raise file_error(error, f"'{file}' cannot be read") from error
 
 
 class Tally:
@@ -238,4 +238,4 @@ def read_text(path: str | Path, what: str) -> str:
   except NotText as bad:
     raise UserError(f"{what} '{path}': {bad.what} (byte {bad.byte})") from None
   except OSError as error:
-    raise UserError(f"{what} '{path}' cannot be read: {error.strerror or error}") from None
+    raise file_error(error, f"{what} '{path}' cannot be read") from None

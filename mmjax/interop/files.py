@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from mmjax.data.files import check_sha256, sha256_of, sha256_path
-from mmjax.errors import StorageError, UserError
+from mmjax.errors import UserError, file_error
 from mmjax.interop.names import is_buffer
 from mmjax.interop.torch_files import DTYPES, read_torch, save_torch
 
@@ -96,7 +96,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
       os.replace(sha256_path(whole), sha256_path(path))
       os.replace(whole, path)
   except OSError as error:
-    raise StorageError(f'{str(path)!r} cannot be written: {error}') from error
+    raise file_error(error, f'{str(path)!r} cannot be written') from error
   return digest
 
 

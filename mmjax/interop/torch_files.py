@@ -12,7 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from mmjax.errors import UserError
+from mmjax.errors import UserError, first_line
 from mmjax.interop.names import is_buffer
 
 DTYPES = ('float32', 'float16', 'bfloat16', 'float64')
@@ -29,7 +29,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
   try:
     content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
   except Exception as error:  # noqa: BLE001 - a damaged pickle makes the unpickler raise anything
-    raise UserError(f'{path}: not a whole PyTorch file: {_first_line(error)}') from error
+    raise UserError(f'{path}: not a whole PyTorch file: {first_line(error)}') from error
   state = _state_dict(content, path)
   return {name: _to_numpy(torch, name, value, path) for name, value in state.items() if not is_buffer(name)}
 
@@ -69,7 +69,7 @@ def _unsafe_globals(torch: Any, path: Path) -> list[str]:
   try:
     return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
   except Exception as error:  # noqa: BLE001 - a damaged pickle makes the disassembler raise anything
-    raise UserError(f'{path}: not a whole PyTorch file: {_first_line(error)}') from error
+    raise UserError(f'{path}: not a whole PyTorch file: {first_line(error)}') from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Any]:
@@ -108,7 +108,3 @@ def _to_torch(torch: Any, value: np.ndarray) -> Any:
   if value.dtype == ml_dtypes.bfloat16:
     return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
   return torch.from_numpy(value)
-
-
-def _first_line(error: Exception) -> str:
-  return f'{type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else ""}'

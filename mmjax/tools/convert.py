@@ -47,6 +47,7 @@ from mmjax.interop.names import (
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
+from mmjax.training.manifest import describe_non_finite, non_finite
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.run_settings import compare_models
 from mmjax.training.rundir import RunDir, write_tokenizer
@@ -187,7 +188,7 @@ def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) ->
   """Returns float32 tensors.
 
   Raises:
-    UserError: if some have another dtype and `cast` is False.
+    UserError: if some have another dtype and `cast` is False, or values that are not finite in float32.
   """
   others = sorted({value.dtype.name for value in tensors.values()} - {'float32'})
   if others and not cast:
@@ -196,7 +197,11 @@ def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) ->
     )
   if others:
     print(f'Casting tensors of {" and ".join(others)} to float32')
-  return {name: value.astype(np.float32, copy=False) for name, value in tensors.items()}
+  with np.errstate(over='ignore'):
+    tensors = {name: value.astype(np.float32, copy=False) for name, value in tensors.items()}
+  if broken := non_finite(tensors):
+    raise UserError(f'{source} cannot be imported, {describe_non_finite(broken)}')
+  return tensors
 
 
 def fitting_config(

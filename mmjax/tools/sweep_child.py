@@ -7,7 +7,6 @@ import argparse
 import ctypes
 import signal
 import sys
-from types import FrameType
 
 from mmjax.config import load_config, user_path
 from mmjax.errors import run_command
@@ -32,19 +31,13 @@ def main() -> None:
 
 
 def die_with_parent() -> None:
-  """Sends this process one SIGTERM, upon which a run saves, when its parent dies, however it dies. On Linux.
+  """Sends this process SIGUSR1, upon which a run saves, when its parent dies, however it dies. On Linux.
 
-  Not asked of the kernel as SIGTERM: it tells of the death of each thread that was a parent, and a run takes a second
-  SIGTERM for a wish to exit without saving.
+  Not SIGTERM: the kernel tells of the death of each thread that was a parent, and a run takes a second SIGTERM for a
+  wish to exit without saving.
   """
   if sys.platform == 'linux':
-    signal.signal(signal.SIGUSR1, _terminate_once)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGUSR1)
-
-
-def _terminate_once(number: int, frame: FrameType | None) -> None:
-  signal.signal(number, signal.SIG_IGN)
-  signal.raise_signal(signal.SIGTERM)
 
 
 if __name__ == '__main__':

@@ -19,9 +19,9 @@ from typing import Any
 
 import jax
 
-from mmjax.errors import StorageError, UserError
-from mmjax.training.manifest import CorruptError, build_manifest, read_manifest
-from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, first_line, read_step, write_step
+from mmjax.errors import CommandError, StorageError, UserError, file_error, first_line
+from mmjax.training.manifest import CorruptError, build_manifest, describe_non_finite, non_finite, read_manifest
+from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, read_step, write_step
 from mmjax.training.processes import barrier, in_any_process, is_main
 from mmjax.training.run_json import atomic_write_text
 from mmjax.training.rundir import NEWEST
@@ -61,7 +61,7 @@ class Checkpoints:
       try:
         self.directory.mkdir(parents=True, exist_ok=True)
       except OSError as error:
-        raise StorageError(f'{self.directory} cannot be created: {error.strerror}') from error
+        raise file_error(error, f'{self.directory} cannot be created') from error
       self._remove_leftovers()
       self._remove_superseded()
 
@@ -109,7 +109,7 @@ class Checkpoints:
       raise StorageError(f'step {step} could not be saved in {self.directory}: {first_line(error)}') from error
     self._remove_superseded()
     if is_main():
-      with contextlib.suppress(StorageError):  # the step is whole; what may be missed is that it vanished
+      with contextlib.suppress(CommandError):  # the step is whole; what may be missed is that it vanished
         atomic_write_text(self.directory.parent / NEWEST, f'{step}\n')
 
   def restore(
@@ -158,6 +158,8 @@ class Checkpoints:
       except CorruptError as error:
         problem = str(error)
       if not in_any_process(problem is not None):
+        if broken := non_finite(items):
+          _warn(f'checkpoint {step} in {self.directory} holds {describe_non_finite(broken)}')
         return items, manifest['metadata'], step
       self._set_aside(step, problem or 'another process found it corrupt')
 
@@ -201,7 +203,7 @@ class Checkpoints:
       try:
         (self.directory / str(step)).rename(target)
       except OSError as error:
-        raise StorageError(f'corrupt checkpoint {step} could not be renamed: {error.strerror}') from error
+        raise file_error(error, f'corrupt checkpoint {step} could not be renamed') from error
     barrier(f'checkpoint_{step}_set_aside')
     self._rejected.discard(step)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
@@ -24,13 +25,14 @@ from mmjax.run.placement import slow_scatter_warning, use_compilation_cache
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
+from mmjax.training.manifest import describe_non_finite, non_finite
 from mmjax.training.metrics import MetricsLog, bank_health, peak_memory
 from mmjax.training.optimizer import make_optimizer, path_name
 from mmjax.training.origin import load_origin
 from mmjax.training.probes import add_norms, plan_probe
-from mmjax.training.processes import is_main, joined
+from mmjax.training.processes import in_any_process, is_main, joined
 from mmjax.training.profile import StepProfiler
-from mmjax.training.progress import Progress
+from mmjax.training.progress import MicroBatchWatch, Progress
 from mmjax.training.run_data import training_data
 from mmjax.training.run_json import atomic_write_json
 from mmjax.training.rundir import RunDir
@@ -51,6 +53,7 @@ from mmjax.training.signals import StopSignals
 from mmjax.training.step import TrainState
 
 MAX_FAILED_SAVES = 3
+SLOW_UPDATE_FLOPS = 1e12  # 3 to 30 s on a CPU
 
 
 def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, init_from: str = '') -> None:
@@ -110,9 +113,17 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
     warning = slow_scatter_warning(jax.devices()[0].platform, metadata.version('jaxlib'))
     if warning:
       progress.message(warning)
-    program = compile_program(config, inputs, mesh, optimizer, state)
+    watch = MicroBatchWatch(config.train, config.model.max_seq_len, start, total, progress)
+    program = compile_program(config, inputs, mesh, optimizer, state, watch if has_slow_updates(config, mesh) else None)
     progress.message(f'Attention: {program.attention}. The step needs {describe_memory(program.memory)}.')
     Trainer(config, run, inputs, program, checkpoints, log, progress, counters).train(state, stop)
+
+
+def has_slow_updates(config: Config, mesh: Mesh) -> bool:
+  """Tells whether an update takes many seconds: on a CPU, so that the host can be told of its micro-batches cheaply."""
+  tokens = config.train.batch_size * config.train.accumulation_steps * config.model.max_seq_len
+  on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
+  return on_cpu and flops_per_token(config)['total'] * tokens > SLOW_UPDATE_FLOPS
 
 
 class Trainer:
@@ -190,7 +201,7 @@ class Trainer:
         'row_ids': batch['row_id'].tolist(),
       }
     )
-    what = f'loss {loss:.4f} after an average of {average:.4f}' if reason == 'spike' else 'loss or gradient not finite'
+    what = f'loss {loss:.4f} after an average of {average:.4f}' if reason == 'spike' else 'update not finite'
     self.progress.message(f'Step {step}: {what}; update skipped ({skipped} in a row)')
     if skipped >= self.config.train.max_skipped_updates:
       folder = write_divergence_dump(self.run, step, batch, metrics, state)
@@ -237,7 +248,16 @@ class Trainer:
     return result
 
   def save(self, step: int, state: TrainState, metric: float | None, final: bool) -> None:
-    """Saves; a failure is survived until the third in a row, or the last save of the run."""
+    """Saves; a failure is survived until the third in a row, or the last save of the run.
+
+    Raises:
+      DivergedError: if there is NaN or infinity in the state, whatever put it there; the steps saved before stay.
+    """
+    broken = non_finite(state)
+    if in_any_process(bool(broken)):
+      raise DivergedError(
+        f'Step {step} was not saved: {describe_non_finite(broken)}; the checkpoints before it are as they were.'
+      )
     try:
       with self.window.pause():
         self.checkpoints.save(step, state, {'tokens': self.tokens, 'seconds': self.seconds}, metric)

@@ -95,6 +95,25 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any]]:
     yield jax.tree_util.keystr(path, simple=True, separator='.'), leaf
 
 
+def non_finite(tree: Any) -> dict[str, int]:
+  """Returns how many values of each leaf are NaN or infinite, where any are, in this process's part of them."""
+  found = {}
+  for name, leaf in named_leaves(tree):
+    whole = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+    parts = [leaf] if whole else [shard.data for shard in leaf.addressable_shards]
+    if count := sum(int(np.sum(~np.isfinite(np.asarray(part)))) for part in parts):
+      found[name] = count
+  return found
+
+
+def describe_non_finite(found: Mapping[str, int]) -> str:
+  """Says what `non_finite` found, in one clause."""
+  if not found:
+    return "another process's part of the state is not finite"
+  listed = ', '.join(f'{count:,} in {name}' for name, count in list(found.items())[:3])
+  return f'values that are not finite: {listed}{f" and {len(found) - 3} more leaves" if len(found) > 3 else ""}'
+
+
 def leaf_crc32(leaf: Any) -> int:
   """Returns the CRC-32 of an array's values in row-major order, however it is sharded."""
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:  # several processes hold parts of it

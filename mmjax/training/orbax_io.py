@@ -24,7 +24,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mmjax.errors import StorageError
+from mmjax.errors import StorageError, first_line
 from mmjax.training.manifest import CorruptError, check_fits, named_leaves, read_manifest, verify
 from mmjax.training.processes import LOST_WORDS, in_any_process
 
@@ -105,12 +105,6 @@ def _without(tree: Mapping[str, Any], names: Sequence[str], saved: Mapping[str, 
   """Returns `tree` without those of the entries `names` that no leaf in `saved` belongs to."""
   present = {leaf.partition('.')[0] for leaf in saved}
   return {name: entry for name, entry in tree.items() if name in present or name not in names}
-
-
-def first_line(error: Exception) -> str:
-  """Returns type and first line of an error, cut to one readable line."""
-  lines = str(error).strip().splitlines()
-  return f'{type(error).__name__}: {lines[0][:120] if lines else "no message"}'
 
 
 def _open_manager(directory: Path) -> ocp.CheckpointManager:

@@ -20,7 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mmjax.config import Config
-from mmjax.errors import CommandError, DivergedError, PeerLostError, StoppedError, UserError
+from mmjax.errors import CommandError, DivergedError, PeerLostError, StoppedError, UserError, first_line
 
 HEARTBEAT_SECONDS = 10  # without a sign of life, after which a process counts as lost
 JOIN_SECONDS = 120  # that a process waits for the others at the start
@@ -93,7 +93,7 @@ def _connect(config: Config) -> None:
       shutdown_timeout_seconds=END_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
-    line = str(error).strip().splitlines()[0]
+    line = first_line(error)
     raise UserError(f'the processes of the run did not find each other (runtime.coordinator): {line}') from error
 
 
@@ -109,17 +109,18 @@ def _compare_settings(config: Config) -> None:
 def _exit(error: Exception) -> None:
   """Says what happened and ends this process alone."""
   if _is_loss(error):
-    line = str(error).strip().splitlines()[0]
     error = PeerLostError(
-      f'Another process of this run was lost ({line[:160]}); the same commands go on from the last checkpoint.'
+      f'Another process of this run was lost ({first_line(error)}); the same commands go on from the last checkpoint.'
     )
-  if isinstance(error, CommandError):
-    print(f'{error}', file=sys.stderr)
-  else:
-    sys.excepthook(type(error), error, error.__traceback__)
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(error.exit_code if isinstance(error, CommandError) else 1)
+  try:
+    if isinstance(error, CommandError):
+      print(f'{error}', file=sys.stderr)
+    else:
+      sys.excepthook(type(error), error, error.__traceback__)
+    sys.stdout.flush()
+    sys.stderr.flush()
+  finally:  # whoever read the output may be gone
+    os._exit(error.exit_code if isinstance(error, CommandError) else 1)
 
 
 def _is_loss(error: BaseException | None) -> bool:

@@ -150,7 +150,8 @@ def _revive_keys(
 
 def _with_noise(key: Array, source: Array, noise: float) -> Array:
   size = jnp.sqrt(jnp.mean(source**2, axis=-1, keepdims=True))
-  return source + noise * size * jax.random.normal(key, source.shape)
+  noisy = source + noise * size * jax.random.normal(key, source.shape)
+  return jnp.where(jnp.isfinite(noisy), noisy, source)
 
 
 def _edit(state: dict[str, Any], pattern: str, change: Callable[[Sequence[Array]], Sequence[Array]]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Which settings of a run may change when it goes on, and which when its weights are trained on."""
 
 import dataclasses
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,17 +21,20 @@ FREE = (
 FREE_SECTIONS = ('runtime.',)
 # How a model learns, which does not change what its parameters mean.
 LEARNING = ('model.dropout', 'model.aux_loss_weight', 'memory.balance_loss_weight')
-BATCH = ('train.batch_size', 'train.accumulation_steps', 'train.dtype')
+MICRO_BATCHES = ('train.batch_size', 'train.accumulation_steps')  # their product, the rows of an update, is fixed
+FIXED_OF_TRAIN = (*MICRO_BATCHES, 'train.dtype')
 
 
 def settings_changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
   """Lists as 'name old -> new' the differences that would make a run another run, and those of its schedule."""
   fixed, schedule = [], []
   before, after = flatten(old.to_dict()), flatten(new.to_dict())
+  same_rows = math.prod(before[name] for name in MICRO_BATCHES) == math.prod(after[name] for name in MICRO_BATCHES)
+  free = (*FREE, *MICRO_BATCHES) if same_rows else FREE
   for name in before:
-    if before[name] == after[name] or name in FREE or name.startswith(FREE_SECTIONS):
+    if before[name] == after[name] or name in free or name.startswith(FREE_SECTIONS):
       continue
-    is_schedule = name.startswith('train.') and name not in BATCH
+    is_schedule = name.startswith('train.') and name not in FIXED_OF_TRAIN
     (schedule if is_schedule else fixed).append(f'{name} {before[name]!r} -> {after[name]!r}')
   return fixed, schedule
 

@@ -26,7 +26,7 @@ import jax
 from mmjax.config import Config, config_from_dict, user_path, with_settings_before
 from mmjax.data.files import sha256_path, write_file
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
-from mmjax.errors import StorageError, UserError
+from mmjax.errors import StorageError, UserError, file_error
 from mmjax.training.processes import is_main
 from mmjax.training.run_json import atomic_write_json, atomic_write_text, read_json, seal
 from mmjax.training.run_settings import list_differences
@@ -35,7 +35,6 @@ from mmjax.training.run_settings import list_differences
 # lies beside checkpoints/, not in it.
 NEWEST = 'newest_checkpoint'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class RunDir:
@@ -98,13 +97,14 @@ class RunDir:
       if not nearest.is_dir():
         raise UserError(f'{self.path} cannot be a run directory: {nearest} is a file')
       if not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(f'{self.path} cannot be a run directory: {nearest} may not be written')
+        code = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
+        raise file_error(OSError(code, os.strerror(code)), f'{self.path} cannot be a run directory: {nearest}')
       refuse_links_out(self.path)
       str(self.path.absolute()).encode()
     except UnicodeEncodeError:
       raise UserError(f'{ascii(str(self.path))} cannot be a run directory: the name is not UTF-8') from None
     except OSError as error:
-      raise _explain(error, f'{self.path} cannot be a run directory') from error
+      raise file_error(error, f'{self.path} cannot be a run directory') from error
 
   def __enter__(self) -> Self:
     """Creates and locks the directory.
@@ -117,7 +117,7 @@ class RunDir:
     try:
       self.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-      raise _explain(error, f'run directory {self.path} cannot be created') from error
+      raise file_error(error, f'run directory {self.path} cannot be created') from error
     if is_main():  # of several processes of one run, the first stands for all
       self._lock_fd = _lock(self.path / 'lock')
       for leftover in self.path.glob('.*.tmp'):
@@ -267,7 +267,7 @@ def _lock(path: Path, kind: int = fcntl.LOCK_EX) -> int:
   try:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
   except OSError as error:
-    raise _explain(error, f'{path} cannot be opened') from error
+    raise file_error(error, f'{path} cannot be opened') from error
   try:
     fcntl.flock(fd, kind | fcntl.LOCK_NB)
     if kind == fcntl.LOCK_EX:
@@ -279,7 +279,7 @@ def _lock(path: Path, kind: int = fcntl.LOCK_EX) -> int:
     raise UserError(f'{path.parent} is in use by {holder}; wait for it or choose another --workdir') from error
   except OSError as error:
     os.close(fd)
-    raise _explain(error, f'{path} cannot be locked') from error
+    raise file_error(error, f'{path} cannot be locked') from error
   return fd
 
 
@@ -294,9 +294,3 @@ def _read_holder(fd: int) -> str:
     return f'process {owner["pid"]} on {owner["host"]} since {owner["start"]}'
   except (ValueError, TypeError, KeyError):  # it locked the file and has not written its name yet
     return 'another process that just started'
-
-
-def _explain(error: OSError, what: str) -> StorageError | UserError:
-  """Returns the exception for a failure at a path that the user chose."""
-  kind = StorageError if error.errno in FULL else UserError
-  return kind(f'{what}: {error.strerror}')

@@ -26,8 +26,9 @@ from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import compiler_options, place
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
+from mmjax.training.manifest import describe_non_finite, non_finite
 from mmjax.training.origin import Origin, check_origin, parse_origin, settle_origin, settle_own_origin
-from mmjax.training.processes import is_main
+from mmjax.training.processes import in_any_process, is_main
 from mmjax.training.run_settings import compare_configs, compare_models
 from mmjax.training.rundir import RunDir, write_tokenizer
 from mmjax.training.sharding import batch_shapes, replicated, shardings
@@ -133,16 +134,27 @@ def new_state(config: Config, optimizer: Any, mesh: Mesh, params: Params | None 
 def restore_state(
   config: Config, optimizer: Any, mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
-  """Returns the newest whole state on this mesh, and its metadata; of an import, which is step 0, the parameters."""
+  """Returns the newest whole state on this mesh, and its metadata; of an import, which is step 0, the parameters.
+
+  Raises:
+    UserError: if there is NaN or infinity in it, with the leaves.
+  """
   shapes = jax.eval_shape(partial(init_state, config, optimizer))
   places = shardings(mesh, shapes)
   target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
   if checkpoints.steps() == [0]:
-    params, metadata, _ = checkpoints.restore_params(target['params'], 'last')
-    return new_state(config, optimizer, mesh, params), metadata
-  state, metadata, _ = checkpoints.restore(target, 'last', newer=('loss_average',))
+    params, metadata, step = checkpoints.restore_params(target['params'], 'last')
+    state = new_state(config, optimizer, mesh, params)
+  else:
+    state, metadata, step = checkpoints.restore(target, 'last', newer=('loss_average',))
   if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
     state['loss_average'] = jax.device_put(np.float32(0), places['loss_average'])
+  broken = non_finite(state)
+  if in_any_process(bool(broken)):
+    raise UserError(
+      f'step {step} in {checkpoints.directory} cannot be trained on, {describe_non_finite(broken)}; begin again in '
+      'another --workdir'
+    )
   return state, metadata
 
 
@@ -161,14 +173,17 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
   run.write_config(config)
 
 
-def compile_program(config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, state: TrainState) -> Program:
-  """Compiles the train step for the shapes of this run.
+def compile_program(
+  config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, state: TrainState, on_micro_batch: Callable | None = None
+) -> Program:
+  """Compiles the train step for the shapes of this run; `on_micro_batch` is for `make_gradient`.
 
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
   attention = place(config, devices=mesh.size).attention
-  compiled = compile_step(config, mesh, optimizer, state, attention=attention, total_steps=inputs.total_steps)
+  settings = {'attention': attention, 'total_steps': inputs.total_steps, 'on_micro_batch': on_micro_batch}
+  compiled = compile_step(config, mesh, optimizer, state, **settings)
   evaluate = make_eval_step(model_graph(config), config, attention=attention, mesh=mesh)
   return Program(mesh, compiled, evaluate, attention, compiled.memory_analysis())
 
@@ -181,6 +196,7 @@ def compile_step(
   *,
   attention: str,
   total_steps: int,
+  on_micro_batch: Callable | None = None,
   options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
   """Compiles the train step for the mesh's devices; it takes over the state, or what has its shapes and places.
@@ -190,9 +206,8 @@ def compile_step(
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
-  step = make_train_step(
-    config, model_graph(config), optimizer, attention=attention, total_steps=total_steps, mesh=mesh
-  )
+  settings = {'attention': attention, 'total_steps': total_steps, 'on_micro_batch': on_micro_batch, 'mesh': mesh}
+  step = make_train_step(config, model_graph(config), optimizer, **settings)
   batch = batch_shapes(mesh, config)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), replicated(mesh)))
   with explain_out_of_memory(config):
@@ -214,10 +229,11 @@ class explain_out_of_memory:  # noqa: N801 - used as a `with` statement
     if not (isinstance(error, MemoryError) or (error is not None and 'RESOURCE_EXHAUSTED' in str(error))):
       return
     need = '' if self.memory is None else f' The step needs {describe_memory(self.memory)}.'
+    train, rows = self.config.train, self.config.train.batch_size * self.config.train.accumulation_steps
     raise UserError(
-      f'Out of memory.{need} Lower train.batch_size={self.config.train.batch_size} (and raise '
-      f'train.accumulation_steps={self.config.train.accumulation_steps} to keep the update the same), set '
-      f"runtime.remat='block' (now {self.config.runtime.remat!r}), or lower "
+      f'Out of memory.{need} Lower train.batch_size={train.batch_size} and raise '
+      f'train.accumulation_steps={train.accumulation_steps}, keeping their product {rows} and so the update, or set '
+      f"runtime.remat='block' (now {self.config.runtime.remat!r}): a run goes on with either. A new run may also lower "
       f'model.max_seq_len={self.config.model.max_seq_len}.'
     ) from error
 

@@ -2,7 +2,9 @@
 
 Gradients of the micro-batches are accumulated by a scan inside the step. An update whose loss or gradient is not
 finite, or whose loss spikes above `train.max_loss_factor` times the running average, is computed and thrown away:
-parameters, optimizer state and the average stay as they were, only the counters move.
+parameters, optimizer state and the average stay as they were, only the counters move. So is an update whose result
+would not be finite, where the settings let a finite gradient make one (`may_overflow`): elsewhere to look at all that
+is written would cost a third of the optimizer's time and find nothing.
 """
 
 from collections.abc import Callable
@@ -30,7 +32,7 @@ from mmjax.training.lazy_bank import (
   update_rows,
   without_bank,
 )
-from mmjax.training.optimizer import bank_rate, learning_rate_schedule
+from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
 from mmjax.training.probes import gate_norms, row_update_ratio
 from mmjax.training.revival import count_sub_keys, init_revival, revive, revives
 from mmjax.training.sharding import ROWS, spread
@@ -154,11 +156,19 @@ def next_average(average: Array, loss: Array) -> Array:
   return jnp.where(average > 0, LOSS_AVERAGE_DECAY * average + (1 - LOSS_AVERAGE_DECAY) * loss, loss)
 
 
-def make_gradient(config: Config, graphdef: nnx.GraphDef, attention: str, mesh: Mesh | None = None) -> Callable:
+def make_gradient(
+  config: Config,
+  graphdef: nnx.GraphDef,
+  attention: str,
+  mesh: Mesh | None = None,
+  on_micro_batch: Callable | None = None,
+) -> Callable:
   """Returns gradient(params, batch, tokens, step) -> (parts of the loss, gradients), summed over the micro-batches.
 
   On a mesh of several devices each sums up its own rows of all micro-batches, and what they found is added up once.
-  Where the bank is updated lazily, its gradient is `RowSums`, and XLA divides the work.
+  Where the bank is updated lazily, its gradient is `RowSums`, and XLA divides the work. `on_micro_batch` is called on
+  the host with the number of each micro-batch, from 0, and its part of the loss, as soon as that is known; of one
+  device.
   """
   lazy = is_lazy(config)
   mesh = None if lazy or mesh is None or mesh.size == 1 else mesh
@@ -166,6 +176,10 @@ def make_gradient(config: Config, graphdef: nnx.GraphDef, attention: str, mesh: 
   grad = lazy_gradient(config, objective) if lazy else jax.value_and_grad(objective, has_aux=True)
   add_up = add_gradients if lazy else partial(jax.tree.map, jnp.add)
   use_dropout = config.model.dropout > 0
+
+  def tell(index: Array | int, parts: dict[str, Array]) -> None:
+    if on_micro_batch is not None:
+      jax.debug.callback(on_micro_batch, index, parts['loss'])
 
   def gradient(params: Params, batch: dict[str, Array], tokens: Array, step: Array) -> tuple[dict[str, Array], Params]:
     key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -175,11 +189,13 @@ def make_gradient(config: Config, graphdef: nnx.GraphDef, attention: str, mesh: 
     def add(sums: tuple, micro: tuple) -> tuple[tuple, None]:
       index, rows = micro
       (_, parts), grads = grad(params, rows, tokens, jax.random.fold_in(key, index) if use_dropout else None)
+      tell(index, parts)
       return (jax.tree.map(jnp.add, sums[0], parts), add_up(sums[1], grads)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
     if len(batch['input']) == 1 and not lazy:  # no sums, which would be written and read once more
       (_, parts), grads = grad(params, first, tokens, jax.random.fold_in(key, 0) if use_dropout else None)
+      tell(0, parts)
       return parts, grads
     micros = (jnp.arange(len(batch['input'])), batch)
     (_, parts), grads = jax.eval_shape(grad, params, first, tokens, key)
@@ -199,6 +215,7 @@ def make_train_step(
   attention: str,
   total_steps: int,
   mesh: Mesh | None = None,
+  on_micro_batch: Callable | None = None,
 ) -> TrainStep:
   """Returns the update, not yet compiled, for a mesh or one device.
 
@@ -208,7 +225,7 @@ def make_train_step(
   loss_average (what a spike is measured by), skipped; of memory models also usage_LM (int32 rows read) and norms (see
   `probes`); with memory.revive_after revived_rows and revived_keys.
   """
-  gradient = make_gradient(config, graphdef, attention, mesh)
+  gradient = make_gradient(config, graphdef, attention, mesh, on_micro_batch)
   schedule = learning_rate_schedule(config.train, total_steps)
   lazy, rate_of_bank = is_lazy(config), bank_rate(config, total_steps)
 
@@ -223,7 +240,9 @@ def make_train_step(
       grad_norm = optax.global_norm(grads)
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
       spikes = is_spike(parts['loss'], state['loss_average'], config.train.max_loss_factor)
-      applied = finite & jnp.logical_not(spikes)
+      # The update after the last one that may be skipped is not made: the loop looks back one step, and its dump shall
+      # hold the parameters of the step that diverged.
+      applied = finite & jnp.logical_not(spikes) & (state['skipped'] != config.train.max_skipped_updates)
       updates, opt_state = optimizer.update(grads, state['opt_state'], params)
       if lazy:
         params, row_sums = without_bank(params), row_sums._replace(sum_UP=updates.pop('memory_bank'))
@@ -265,4 +284,18 @@ def make_train_step(
       metrics |= revived
     return after, metrics
 
-  return train_step
+  return skip_unsound(train_step) if may_overflow(config.train) else train_step
+
+
+def skip_unsound(train_step: TrainStep) -> TrainStep:
+  """Returns the step with an update skipped whose parameters, optimizer state or moments would not be finite."""
+
+  def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
+    after, metrics = train_step(state, batch)
+    sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(after)]))
+    skipped = state | {name: state[name] + 1 for name in ('step', 'skipped', 'skipped_total')}
+    metrics |= {name: metrics[name] & sound for name in ('finite', 'applied')}
+    metrics['skipped'] = jnp.where(sound, metrics['skipped'], skipped['skipped'])
+    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, skipped), metrics
+
+  return step

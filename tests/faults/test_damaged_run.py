@@ -1,6 +1,5 @@
 """A run whose files rot: every command says which, uses what is whole, and never computes with something else."""
 
-import errno
 import os
 import random
 import shutil
@@ -124,11 +123,10 @@ def test_clock_that_jumps_changes_no_result(tiny_run, tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, mmjax.load(tmp_path).params, mmjax.load(tiny_run).params)
 
 
-@pytest.mark.parametrize('code', [errno.EROFS, errno.EACCES])
-def test_directory_that_may_not_be_written_is_refused_before_data_are_prepared(tiny_run, tmp_path, monkeypatch, code):
+def test_directory_that_may_not_be_written_is_refused_before_data_are_prepared(tiny_run, tmp_path, monkeypatch):
   monkeypatch.setattr(os, 'access', lambda path, mode: False)  # root may write anywhere, so it is made up
   monkeypatch.setattr('mmjax.training.setup.prepare', None)
-  with pytest.raises(UserError, match=f'run cannot be a run directory: {tmp_path} may not be written'):
+  with pytest.raises(UserError, match=f'run cannot be a run directory: {tmp_path}: Permission denied'):
     fit(RunDir(tiny_run).read_config(), tmp_path / 'run')
   assert not list(tmp_path.iterdir())
 

@@ -17,7 +17,7 @@ from mmjax.data import shards
 from mmjax.data.index import verify
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
-from mmjax.errors import StorageError, UserError
+from mmjax.errors import StorageError
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
@@ -125,9 +125,9 @@ def test_run_directory_on_a_full_disk_is_one_sentence_and_code_4(tiny_run, small
 def test_read_only_disk_is_refused_for_a_run_and_read_from(tiny_run, small_disk):
   run = Path(shutil.copytree(tiny_run, small_disk / 'run'))
   subprocess.run(['mount', '-o', 'remount,ro', small_disk], check=True)
-  with pytest.raises(UserError, match='run may not be written') as caught:
+  with pytest.raises(StorageError, match='run: Read-only file system') as caught:
     fit(settings(tiny_run), run)
-  assert caught.value.exit_code == 2
+  assert caught.value.exit_code == 4
   assert mmjax.load(run).step == mmjax.load(tiny_run).step
 
 

@@ -5,6 +5,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +15,6 @@ from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
 from tests.helpers import REPOSITORY, command, run_config, wait_for
 
-pytestmark = pytest.mark.slow
 SETTINGS = {
   'train__batch_size': 4,
   'train__accumulation_steps': 2,
@@ -44,6 +44,7 @@ def outcome(process: subprocess.Popen) -> tuple[int, str, str]:
   return process.returncode, out, err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('row_devices', [1, 2])
 def test_two_processes_stop_together_and_train_as_one(text, tmp_path, row_devices):
   length = {'train__max_steps': 60, 'train__eval_interval': 30, 'train__checkpoint_interval': 60}
@@ -71,6 +72,7 @@ def test_two_processes_stop_together_and_train_as_one(text, tmp_path, row_device
   assert two[-1]['bank'][0]['used_share'] == one[-1]['bank'][0]['used_share'] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('victim', [0, 1])
 def test_process_that_is_killed_ends_the_other_within_seconds(text, tmp_path, victim):
   processes = start_two(text, tmp_path, **LONG)
@@ -101,9 +103,25 @@ def test_process_that_is_killed_ends_the_other_within_seconds(text, tmp_path, vi
       process.communicate()
 
 
+@pytest.mark.slow
 def test_processes_with_different_settings_are_refused(text, tmp_path):
   processes = start_two(text, tmp_path / 'run', {'seed': 1}, {'seed': 2}, **LONG)
   results = [outcome(process) for process in processes]
   assert {code for code, _, _ in results} <= {2, 75, -signal.SIGABRT} and 2 in {code for code, _, _ in results}
   assert any('process 1 was started with other settings than process 0' in err for _, _, err in results)
   assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize('message', ['', ' \n ', 'Gloo connectFullMesh failed\nmore'])
+def test_end_of_a_process_that_lost_another_survives_any_message(message):
+  code = f"""
+import sys
+from mmjax.training.processes import _exit
+cause = RuntimeError('connection reset by peer')
+error = RuntimeError({message!r})
+error.__cause__ = cause
+sys.stdout.close()
+_exit(error)
+"""
+  done = subprocess.run([sys.executable, '-c', code], cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+  assert done.returncode == 75 and 'Another process of this run was lost (RuntimeError: ' in done.stderr
