@@ -11,6 +11,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from mmjax.environment import ignore_jax_settings, wrong_jaxlib
+
 # Of a disk that is full, broken or read-only: exit code 4. Any other OSError is the user's path: exit code 2.
 STORAGE_ERRNOS = (
   errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO,
@@ -66,9 +68,22 @@ def first_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {lines[0][:160] if lines else "no message"}'
 
 
+def refuse_wrong_jaxlib() -> None:
+  """Asks for another jaxlib where the one that is installed computes wrong results.
+
+  Raises:
+    UserError: if it does.
+  """
+  if sentence := wrong_jaxlib():
+    raise UserError(sentence)
+
+
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns what stopped it into one sentence on stderr and an exit code."""
   try:
+    if ignored := ignore_jax_settings():
+      print(ignored, file=sys.stderr)
+    refuse_wrong_jaxlib()
     main()
   except CommandError as error:
     _stop(str(error), error.exit_code)

@@ -62,7 +62,7 @@ make_venv() {
 
 # The CUDA extra for this machine's driver and an interpreter, or nothing, with the reason on stderr where there is one.
 cuda_extra() {
-  "$1" -I mmjax/training/nvidia.py
+  "$1" -I mmjax/run/nvidia.py
 }
 
 pip_install() {

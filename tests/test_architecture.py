@@ -11,7 +11,20 @@ import pytest
 SOURCES = sorted(Path('mmjax').rglob('*.py'))
 EVERYTHING = [*SOURCES, *sorted(p for d in ('.', 'configs', 'benchmarks') for p in Path(d).glob('*.py'))]
 # A package may import from those before it and from itself.
-ORDER = ('errors', 'config', 'kernels', 'model', 'data', 'run', 'training', 'ahead', 'inference', 'interop', 'tools')
+ORDER = (
+  'environment',
+  'errors',
+  'config',
+  'kernels',
+  'model',
+  'data',
+  'run',
+  'training',
+  'ahead',
+  'inference',
+  'interop',
+  'tools',
+)
 
 
 def imported_modules(tree: ast.AST) -> list[str]:

@@ -14,7 +14,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from mmjax.config import Config
 from mmjax.data.tokenizer import Tokenizer
-from mmjax.errors import UserError
+from mmjax.environment import own_jax_settings
+from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.inference.generate import Decoder, padded_length
 from mmjax.inference.settings import Sampling, make_sampling
 from mmjax.model.lm import Params, abstract_params, model_graph
@@ -53,6 +54,7 @@ class LanguageModel:
     forward = partial(_logits, model_graph(config), self.placement.dtype, self.placement.attention)
     self._logits = self.placement.jit(forward)
 
+  @own_jax_settings()
   def logits(self, tokens_BT: ArrayLike) -> Array:
     """Predicts the token after each position.
 
@@ -150,6 +152,7 @@ class LanguageModel:
       raise UserError(f'token id {wrong.flat[0]} is not in the vocabulary, which is 0..{size - 1}')
 
 
+@own_jax_settings()
 def load(
   workdir: str | Path,
   checkpoint: str | int = 'best',
@@ -169,6 +172,7 @@ def load(
     UserError: if there is no such run, it has no checkpoint yet, or the tokenizer is not the one it was trained with.
     StorageError: if no whole checkpoint is left, or not the one that was asked for.
   """
+  refuse_wrong_jaxlib()
   run = open_run(workdir)
   config = run.read_config()
   tokenizer = run.load_tokenizer(config.model.vocab_size)

@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import Config, ModelConfig
+from mmjax.environment import own_jax_settings
 from mmjax.inference.sampling import Knobs, choose_tokens, knobs_of
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import Cache, Params, init_cache, model_graph
@@ -101,15 +102,17 @@ class Decoder:
     """
     mode = {'greedy': sampling.greedy, 'seed_sampling': sampling.seed_sampling}
     knobs = knobs_of(sampling)
-    tokens_BT, length_B, seen_BV, key_B = self._pad(prompts, sampling, first_row)
-    # Room for whole blocks: the shape of the cache, and with it the compiled function, changes rarely.
-    length = padded_length(tokens_BT.shape[1] + sampling.max_new_tokens)
-    state = self._prefill(self._params, tokens_BT, length_B, seen_BV, key_B, knobs, length=length, **mode)
+    with own_jax_settings():  # left before each yield: they are not the caller's
+      tokens_BT, length_B, seen_BV, key_B = self._pad(prompts, sampling, first_row)
+      # Room for whole blocks: the shape of the cache, and with it the compiled function, changes rarely.
+      length = padded_length(tokens_BT.shape[1] + sampling.max_new_tokens)
+      state = self._prefill(self._params, tokens_BT, length_B, seen_BV, key_B, knobs, length=length, **mode)
     yield self._cut(np.asarray(state.token_B)[:, None], len(prompts), ended := [False] * len(prompts))
     made = 1
     while made < sampling.max_new_tokens and not all(ended):
       steps = min(BLOCK_STEPS, sampling.max_new_tokens - made)
-      block_BX, state = self._decode(self._decode_params, state, key_B, knobs, steps, **mode)
+      with own_jax_settings():
+        block_BX, state = self._decode(self._decode_params, state, key_B, knobs, steps, **mode)
       yield self._cut(np.asarray(block_BX)[:, :steps], len(prompts), ended)
       made += steps
 

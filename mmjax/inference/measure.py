@@ -9,6 +9,7 @@ from mmjax.config import Config
 from mmjax.data.loader import TokenSplit, eval_batches, open_split
 from mmjax.data.prepare import prepare
 from mmjax.data.reader import read_text
+from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
@@ -48,6 +49,7 @@ def read_prompts(path: str | Path) -> list[str]:
   return prompts
 
 
+@own_jax_settings()
 def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalResult:
   """Evaluates on the run's validation set, or on other files, as the training loop does but on one device.
 

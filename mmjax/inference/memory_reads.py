@@ -21,6 +21,7 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.data.tokenizer import Tokenizer
+from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
@@ -80,6 +81,7 @@ class MemoryReader:
     if not 0 <= row <= last:
       raise UserError(f'row {row} is not in the bank, which has rows 0 to {last}')
 
+  @own_jax_settings()
   def read_text(self, text: str, *, layer: int | None = None, top: int | None = None) -> list[dict[str, Any]]:
     """Finds the rows that each token of a text takes.
 
@@ -142,6 +144,7 @@ class MemoryReader:
       for t, token in enumerate(ids)
     ]
 
+  @own_jax_settings()
   def read_row(
     self, row: int, split: TokenSplit, *, layer: int | None = None, top: int = 10, positions: int = 0
   ) -> dict[str, Any]:

@@ -188,8 +188,8 @@ def _head_backward(q_HGT, lse_GT, dout_HGT, delta_GT, k_TH, v_TH, segments):
   H, G, T = q_HGT.shape
   # A key of one more channel, 1, lets the products subtract lse and delta: two passes over [S, X] fewer.
   q_less_lse, dout_less_delta = (jnp.concatenate((x, -y[None])) for x, y in ((q_HGT, lse_GT), (dout_HGT, delta_GT)))
-  k_one, v_one = (jnp.concatenate((x, jnp.ones((T, 1))), axis=1) for x in (k_TH, v_TH))
-  dqs, dk_TH, dv_TH = [], jnp.zeros((T, H)), jnp.zeros((T, H))
+  k_one, v_one = (jnp.concatenate((x, jnp.ones((T, 1), jnp.float32)), axis=1) for x in (k_TH, v_TH))
+  dqs, dk_TH, dv_TH = [], jnp.zeros((T, H), jnp.float32), jnp.zeros((T, H), jnp.float32)
   for start, end in _blocks(T):
     q_HX, dout_HX = (x[:, :, start:end].reshape(H, -1) for x in (q_HGT, dout_HGT))
     log_weight_SX = k_one[:end] @ q_less_lse[:, :, start:end].reshape(H + 1, -1)

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from mmjax.errors import refuse_wrong_jaxlib
+
 
 class Reads(NamedTuple):
   """Of one layer: what the gradient of its rows is the sum of.
@@ -77,7 +79,7 @@ def no_reads(row_shape: tuple[int, ...], row_dim: int, dtype: DTypeLike, *, bag:
     bag: whether the layer reads with `bank_bag`, or with `bank_lookup`.
   """
   if bag:
-    return Reads(jnp.zeros((*row_shape[:-1], row_dim)), jnp.zeros(row_shape))
+    return Reads(jnp.zeros((*row_shape[:-1], row_dim), jnp.float32), jnp.zeros(row_shape, jnp.float32))
   return Reads(jnp.zeros((*row_shape, row_dim), dtype), None)
 
 
@@ -119,7 +121,7 @@ def bank_lookup(
   Raises:
     ValueError: if there is no such backward.
   """
-  _check_backward(backward)
+  _check_call(backward)
   if isinstance(bank_MP, BankShard):
     row_BTR, own_BTR = _gather_rows(bank_MP, row_BTR)
     rows_BTRP = _lookup(bank_MP.part_MP, row_BTR, dtype, backward)
@@ -154,7 +156,7 @@ def bank_bag(
   Raises:
     ValueError: if there is no such backward.
   """
-  _check_backward(backward)
+  _check_call(backward)
   if isinstance(bank_MP, BankShard):
     row_BThr, own_BThr = _gather_rows(bank_MP, row_BThr)
     weight_BThr = jnp.where(own_BThr, jax.lax.all_gather(weight_BThr, bank_MP.axis, tiled=True), 0)
@@ -200,7 +202,8 @@ def _add_sorted(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
 BACKWARD = {'scatter': _add_scatter, 'sorted': _add_sorted}
 
 
-def _check_backward(backward: str) -> None:
+def _check_call(backward: str) -> None:
+  refuse_wrong_jaxlib()
   if backward not in BACKWARD:
     raise ValueError(f'backward={backward!r} must be one of {", ".join(BACKWARD)}')
 
@@ -243,7 +246,7 @@ def _bag_fwd(bank_MP, row_BThr, weight_BThr, backward):
 
 def _bag_bwd(backward, residuals, grad_BThP):
   def no_sums(bank_MP):
-    return jnp.zeros(()) if backward is None else jnp.zeros_like(bank_MP)
+    return jnp.zeros((), jnp.float32) if backward is None else jnp.zeros_like(bank_MP)
 
   def add_rows(sums_MP, bank_MP, row, weight, grad):
     if backward is not None:

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
+from mmjax.errors import refuse_wrong_jaxlib
+
 
 def matmul(x: Array, kernel: Array) -> Array:
   """Returns x @ kernel, computed in the dtype of x with float32 sums.
@@ -24,6 +26,7 @@ def matmul(x: Array, kernel: Array) -> Array:
   Returns:
     (..., out) in the dtype of x.
   """
+  refuse_wrong_jaxlib()
   return _matmul(x, kernel)
 
 

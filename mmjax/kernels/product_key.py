@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mmjax.errors import refuse_wrong_jaxlib
+
 
 def product_key_topk(
   query_BTKp: Array, keys_KCp: Array, num_selected: int, bias_KC: Array | None = None
@@ -86,6 +88,7 @@ def product_key_topk_reference(
 
 def sub_key_scores(query_BTKp: Array, keys_KCp: Array) -> Array:
   """Returns the float32 scores (K, X, C) of the sub-keys of each codebook for the X = B * T tokens."""
+  refuse_wrong_jaxlib()
   query_XKp = query_BTKp.reshape(-1, *query_BTKp.shape[2:]).astype(jnp.float32)
   # K first, as the products come: turning their axes costs a CPU more than the products do.
   # HIGHEST, because GPUs would multiply float32 as TF32, which picks other rows.

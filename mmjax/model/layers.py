@@ -49,7 +49,7 @@ class RMSNorm(nnx.Module):
   """Root-mean-square norm with a learned scale (Zhang and Sennrich 2019, arXiv:1910.07467)."""
 
   def __init__(self, dim: int, eps: float):
-    self.scale = nnx.Param(jnp.ones(dim))
+    self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
     self.eps = eps
 
   @jax.named_scope('norm')

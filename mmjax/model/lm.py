@@ -279,7 +279,7 @@ class LM(nnx.Module):
     reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
     row_LBTR, score_LBTR = (jnp.stack(x) for x in zip(*reads, strict=True)) if reads else (None, None)
     hidden_BTD = self.norm(x_BTD).astype(dtype)
-    aux_loss = sum((out.aux_loss for out in outs), jnp.zeros(()))
+    aux_loss = sum((out.aux_loss for out in outs), jnp.zeros((), jnp.float32))
     return Output(hidden_BTD, row_LBTR, score_LBTR, aux_loss), [out.kv for out in outs]
 
 

@@ -35,11 +35,11 @@ class ProductKeyGate(nnx.Module):
     half, sets = memory.query_dim(model) // 2, 2 * memory.n_heads
     self.query = Linear(model.dim, sets * half, rngs=rngs)
     init = jax.random.normal if memory.keys_init == 'normal' else uniform_init(half)
-    self.keys = nnx.Param(init(rngs.params(), (sets, model.n_sub_keys, half)))
+    self.keys = nnx.Param(init(rngs.params(), (sets, model.n_sub_keys, half), jnp.float32))
     self.norm = QUERY_KEY_NORMS[memory.query_key_norm](sets, half)
     self.num_selected = model.num_selected
     self.balance_loss_weight = memory.balance_loss_weight
-    self.bias = nnx.Param(jnp.zeros((sets, model.n_sub_keys))) if memory.selection_bias else None
+    self.bias = nnx.Param(jnp.zeros((sets, model.n_sub_keys), jnp.float32)) if memory.selection_bias else None
 
   @jax.named_scope('gate')
   def __call__(self, m_BTD: Array) -> Selection:
@@ -78,7 +78,7 @@ class L2Norm(nnx.Module):
   """Scores are cosines times a learned scale for each set of sub-keys, which starts at sqrt(p)."""
 
   def __init__(self, sets: int, half: int):
-    self.scale = nnx.Param(jnp.full(sets, half**0.5))
+    self.scale = nnx.Param(jnp.full(sets, half**0.5, jnp.float32))
 
   def __call__(self, query_BTKp: Array, keys_KCp: Array) -> tuple[Array, Array]:
     """Returns queries of length `scale` and sub-keys of length 1."""
@@ -89,7 +89,9 @@ class LayerNorm(nnx.Module):
   """LayerNorm (Ba et al. 2016, arXiv:1607.06450) of both, with a learned gain; scores start with variance 1."""
 
   def __init__(self, sets: int, half: int):
-    self.scale = nnx.Param(jnp.ones((sets, half)))  # one for both: a score only sees the product of two gains
+    self.scale = nnx.Param(
+      jnp.ones((sets, half), jnp.float32)
+    )  # one for both: a score only sees the product of two gains
 
   def __call__(self, query_BTKp: Array, keys_KCp: Array) -> tuple[Array, Array]:
     """Returns normed queries, over sqrt(p), and normed sub-keys."""
@@ -145,12 +147,12 @@ def sub_key_shares(row_BThr: Array, n_sub_keys: int) -> Array:
   K = 2 * row_BThr.shape[2]
   sub_key_BTh2r = jnp.stack(jnp.divmod(row_BThr, n_sub_keys), axis=3)
   sub_key_KX = jnp.moveaxis(sub_key_BTh2r, (2, 3), (0, 1)).reshape(K, -1)
-  return jnp.zeros((K, n_sub_keys)).at[jnp.arange(K)[:, None], sub_key_KX].add(1 / sub_key_KX.shape[1])
+  return jnp.zeros((K, n_sub_keys), jnp.float32).at[jnp.arange(K)[:, None], sub_key_KX].add(1 / sub_key_KX.shape[1])
 
 
 def init_bank(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> Array:
   """Returns the first values of the bank, float32 (M, P), N(0, bank_std^2)."""
-  return memory.bank_std * jax.random.normal(rngs.params(), (model.knowledge_num, model.knowledge_dim))
+  return memory.bank_std * jax.random.normal(rngs.params(), (model.knowledge_num, model.knowledge_dim), jnp.float32)
 
 
 def _unit(x: Array) -> Array:

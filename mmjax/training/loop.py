@@ -19,8 +19,10 @@ from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
+from mmjax.environment import own_jax_settings
 from mmjax.errors import DivergedError, StoppedError, StorageError
 from mmjax.model.lm import memory_layers
+from mmjax.run.nvidia import describe_devices
 from mmjax.run.placement import slow_scatter_warning, use_compilation_cache
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
@@ -56,6 +58,7 @@ MAX_FAILED_SAVES = 3
 SLOW_UPDATE_FLOPS = 1e12  # 3 to 30 s on a CPU
 
 
+@own_jax_settings()
 def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, init_from: str = '') -> None:
   """Trains a model in `workdir`, or goes on with the one that is there.
 
@@ -81,6 +84,8 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
   workdir = run.path
   config, origin = settle_config(run, config, allow_config_change, init_from)
   mesh = make_mesh(config)
+  if is_main():
+    print(describe_devices(jax.devices()), flush=True)
   params = read_from = None
   if origin and not Checkpoints(workdir, read_only=True).ever_saved:
     params, read_from = load_origin(origin, config, mesh)

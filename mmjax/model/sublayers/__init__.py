@@ -32,5 +32,5 @@ def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Ar
   if SUBLAYERS[model.sublayer].scores_weigh(memory):
     weight_Xhr = score_weights(score_Xhr, memory.score_activation)
   else:
-    weight_Xhr = jnp.full(score_Xhr.shape, 1 / model.num_selected)
+    weight_Xhr = jnp.full(score_Xhr.shape, 1 / model.num_selected, jnp.float32)
   return weight_Xhr.reshape(score_XR.shape)

@@ -39,7 +39,7 @@ class MoEFFN(nnx.Module):
     logits_BTE = jnp.matmul(x_BTD, self.router.kernel[...], precision=jax.lax.Precision.HIGHEST)
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # float32: the choice must not hang on rounding
     best_BTR, expert_BTR = jax.lax.top_k(probability_BTE, self.experts_per_token)
-    chosen_BTE = jax.nn.one_hot(expert_BTR, len(self.experts)).sum(axis=-2)
+    chosen_BTE = jax.nn.one_hot(expert_BTR, len(self.experts), dtype=jnp.float32).sum(axis=-2)
     weight_BTE = chosen_BTE * probability_BTE / best_BTR.sum(axis=-1, keepdims=True)
     out_BTD = self.shared_expert.transform(x_BTD, dtype)
     for e, expert in enumerate(self.experts):

@@ -35,8 +35,8 @@ class NgramBag(MemoryBag):
         f'the rows of n-grams must have the shape (B, T, memory.n_heads, model.num_selected)={shape}, '
         f'not {ngram_BThr.shape}'
       )
-    return Selection(ngram_BThr, jnp.zeros(shape), 0.0)
+    return Selection(ngram_BThr, jnp.zeros(shape, jnp.float32), 0.0)
 
   def weights(self, selection: Selection) -> Array:
     """Returns 1 / r for each row."""
-    return jnp.full(selection.row_BThr.shape, 1 / selection.row_BThr.shape[-1])
+    return jnp.full(selection.row_BThr.shape, 1 / selection.row_BThr.shape[-1], jnp.float32)

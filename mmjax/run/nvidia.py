@@ -1,4 +1,4 @@
-"""Which NVIDIA driver this machine has, and which of JAX's CUDA builds it runs.
+"""Which NVIDIA driver this machine has, which of JAX's CUDA builds it runs, and what a run computes on.
 
 It needs the standard library alone: scripts/environment.sh runs this file before anything is installed, and prints the
 extra of pyproject.toml to install. Source of the limits: https://docs.jax.dev/en/latest/installation.html
@@ -10,7 +10,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from importlib import util
 from pathlib import Path
+from typing import Any
 
 PROC = Path('/proc/driver/nvidia/version')
 OLDEST_PYTHON = (3, 12)  # of the builds that the extras cuda12 and cuda13 name
@@ -69,6 +72,26 @@ def cuda_extra(driver: Driver, python: tuple[int, ...] = sys.version_info) -> tu
       f'{python[0]}.{python[1]}: the CPU is used; install one, or set PYTHON to it, and run ./quickstart.sh again.'
     )
   return ('cuda13' if driver.cuda >= 13 and driver.capability >= CUDA13_CAPABILITY else 'cuda12'), ''
+
+
+def describe_devices(devices: Sequence[Any]) -> str:
+  """Says what a run computes on and, where that is a CPU although an NVIDIA driver runs, what to type."""
+  many = f'{len(devices)} x ' if len(devices) > 1 else ''
+  if devices[0].platform != 'cpu':
+    return f'Device: {many}{devices[0].device_kind}'
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  said, driver = f'Device: {many}CPU, {cores} cores', find_driver()
+  if driver is None:
+    return said
+  extra, why_not = cuda_extra(driver)
+  if why_not:
+    return f'{said}. {why_not}'
+  if any(util.find_spec(f'jax_{name}_plugin') for name in ('cuda12', 'cuda13')):
+    return f'{said}, although NVIDIA driver {driver.name} runs and JAX has a CUDA build: JAX_PLATFORMS=cuda shows why.'
+  return (
+    f'{said}, although NVIDIA driver {driver.name} runs: JAX uses the GPU after  '
+    f"{Path(sys.executable).name} -m pip install 'jax[{extra}]'"
+  )
 
 
 if __name__ == '__main__' and (seen := find_driver()):

@@ -1,0 +1,71 @@
+"""What around mmjax decides its numbers, and is not left to chance: the version of jaxlib, and JAX's global settings.
+
+A command ignores such settings in its environment (`ignore_jax_settings`). In somebody else's program mmjax changes
+nothing: what it computes on its own account (`mmjax.load`, `fit`) runs within `own_jax_settings`, and its modules and
+kernels name the dtypes that they mean.
+"""
+
+import functools
+import os
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+
+# As jax.config names them without `jax_`, with JAX's own defaults. They change results, or stop a run that would go on.
+SETTINGS = {
+  'enable_x64': False,
+  'default_matmul_precision': None,
+  'default_prng_impl': 'threefry2x32',
+  'threefry_partitionable': True,
+  'numpy_dtype_promotion': 'standard',
+  'numpy_rank_promotion': 'allow',
+  'softmax_custom_jvp': False,
+  'debug_nans': False,
+  'debug_infs': False,
+  'disable_jit': False,
+}
+# These have no context manager.
+IN_COMMANDS = (
+  'disable_most_optimizations',
+  'enable_custom_prng',
+  'legacy_prng_key',
+  'optimization_level',
+  'random_seed_offset',
+  'transfer_guard',
+  'use_direct_linearize',
+)
+
+
+def ignore_jax_settings() -> str | None:
+  """Removes JAX's settings from the environment, before JAX is imported; says which there were, in one sentence."""
+  names = [f'JAX_{name}'.upper() for name in (*SETTINGS, *IN_COMMANDS)]
+  found = [f'{name}={os.environ.pop(name)}' for name in names if name in os.environ]
+  return f'Not used, because results must not depend on it: {", ".join(found)}' if found else None
+
+
+@contextmanager
+def own_jax_settings() -> Iterator[None]:
+  """Computes with JAX's default settings, in this thread, whatever the program around it has set; a decorator, too."""
+  import jax
+
+  with ExitStack() as stack:
+    for name, value in SETTINGS.items():
+      stack.enter_context(getattr(jax, name)(value))
+    yield
+
+
+@functools.cache
+def wrong_jaxlib() -> str | None:
+  """Returns one sentence where the jaxlib that is installed computes wrong results, else None.
+
+  0.10.2 does on CPUs, where a jitted product over a few columns is reduced: sum((A @ x) ** 2), A 3 x 3, for 40,000 x.
+  Source: jax-ml/jax#39103; 0.10.1, 0.11.0, 0.11.1 and 0.11.2 were found right.
+  """
+  version = metadata.version('jaxlib')
+  if [int(n) for n in re.findall(r'\d+', version)[:3]] != [0, 10, 2]:
+    return None
+  return (
+    f'jaxlib {version} computes wrong results on CPUs (jax-ml/jax#39103); install another with  '
+    "pip install 'jax!=0.10.2,<0.12'"
+  )

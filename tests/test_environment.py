@@ -1,0 +1,194 @@
+"""Neither a faulty jaxlib nor JAX's global settings change a number, and mmjax changes no setting of its host's."""
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import mmjax
+from mmjax.environment import IN_COMMANDS, SETTINGS, ignore_jax_settings, own_jax_settings, wrong_jaxlib
+from mmjax.errors import UserError
+from mmjax.kernels.bank import bank_bag, bank_lookup
+from mmjax.kernels.matmul import matmul
+from mmjax.kernels.product_key import product_key_topk
+from mmjax.model.lm import LM
+from mmjax.model.sublayers import SUBLAYERS
+from mmjax.training.loop import fit
+from mmjax.training.rundir import RunDir
+from tests.helpers import final_state, tiny_config
+
+# Each with a value that is not JAX's own; disable_jit makes a test of minutes.
+OTHER = {
+  'enable_x64': True,
+  'default_matmul_precision': 'bfloat16',
+  'default_prng_impl': 'rbg',
+  'threefry_partitionable': False,
+  'numpy_dtype_promotion': 'strict',
+  'numpy_rank_promotion': 'raise',
+  'softmax_custom_jvp': True,
+  'debug_nans': True,
+  'debug_infs': True,
+}
+
+
+@contextmanager
+def other_settings():
+  with ExitStack() as stack:
+    for name, value in OTHER.items():
+      stack.enter_context(getattr(jax, name)(value))
+    yield
+
+
+def current_settings() -> dict[str, object]:
+  return {name: getattr(jax.config, f'jax_{name}') for name in SETTINGS}
+
+
+@pytest.fixture
+def wrong_version(monkeypatch):
+  real = metadata.version
+  monkeypatch.setattr(metadata, 'version', lambda name: '0.10.2' if name == 'jaxlib' else real(name))
+  wrong_jaxlib.cache_clear()
+  yield
+  wrong_jaxlib.cache_clear()
+
+
+def test_jaxlib_here_sums_products_of_few_columns_right():
+  """The reproduction of jax-ml/jax#39103: 7,226 of 40,000 rows are wrong with jaxlib 0.10.2."""
+  rng = np.random.default_rng(0)
+  A, x_X3 = rng.standard_normal((3, 3)).astype(np.float32), rng.standard_normal((40_000, 3)).astype(np.float32)
+  got_X = jax.jit(jax.vmap(lambda x: jnp.sum((A @ x) ** 2)))(x_X3)
+  np.testing.assert_allclose(got_X, ((x_X3.astype(np.float64) @ A.T) ** 2).sum(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('version', 'wrong'),
+  [('0.10.1', False), ('0.10.2', True), ('0.10.2.dev20260601', True), ('0.11.0', False), ('0.11.2', False)],
+)
+def test_jaxlib_that_computes_wrong_results_is_named(monkeypatch, version, wrong):
+  monkeypatch.setattr(metadata, 'version', lambda name: version)
+  wrong_jaxlib.cache_clear()
+  sentence = wrong_jaxlib()
+  wrong_jaxlib.cache_clear()
+  assert bool(sentence) == wrong
+  assert not wrong or (version in sentence and 'pip install' in sentence and '\n' not in sentence)
+
+
+def test_wrong_jaxlib_is_refused_wherever_something_is_computed(wrong_version, tiny_run):
+  bank_MP, row_BT11, x_BTD = jnp.ones((4, 2)), jnp.zeros((1, 1, 1, 1), jnp.int32), jnp.ones((1, 1, 2, 4))
+  for compute in (
+    lambda: mmjax.load(tiny_run),
+    lambda: bank_lookup(bank_MP, row_BT11, jnp.float32),
+    lambda: bank_bag(bank_MP, row_BT11, jnp.ones((1, 1, 1, 1))),
+    lambda: product_key_topk(x_BTD, jnp.ones((2, 4, 4)), 2),
+    lambda: matmul(x_BTD, jnp.ones((4, 4))),
+  ):
+    with pytest.raises(UserError, match='jaxlib 0.10.2 computes wrong results'):
+      compute()
+
+
+def test_command_with_a_wrong_jaxlib_ends_with_one_sentence(wrong_version, capsys):
+  from mmjax.errors import run_command
+
+  with pytest.raises(SystemExit) as ended:
+    run_command(lambda: pytest.fail('ran'))
+  assert ended.value.code == 2 and capsys.readouterr().err.count('\n') == 1
+
+
+def test_command_does_not_use_settings_of_the_environment():
+  code = 'from mmjax.errors import run_command; run_command(lambda: __import__("tests.test_environment").test_environment.print_settings())'  # noqa: E501
+  variables = os.environ | {'JAX_ENABLE_X64': '1', 'JAX_DEFAULT_PRNG_IMPL': 'rbg', 'JAX_RANDOM_SEED_OFFSET': '7'}
+  done = subprocess.run([sys.executable, '-c', code], env=variables, capture_output=True, text=True, check=True)
+  assert done.stdout.strip() == 'False threefry2x32 0'
+  assert 'JAX_ENABLE_X64=1' in done.stderr and done.stderr.count('\n') == 1
+
+
+def print_settings() -> None:
+  config = jax.config
+  print(config.jax_enable_x64, config.jax_default_prng_impl, config.jax_random_seed_offset)
+
+
+def test_settings_that_are_ignored_exist_and_others_are_left(monkeypatch):
+  for name in (*SETTINGS, *IN_COMMANDS):
+    assert f'jax_{name}' in jax.config.values, name
+    monkeypatch.setenv(f'JAX_{name}'.upper(), 'x')
+  monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  assert 'JAX_DEBUG_NANS=x' in ignore_jax_settings()
+  assert ignore_jax_settings() is None and os.environ['JAX_PLATFORMS'] == 'cpu'
+
+
+def test_own_settings_are_what_jax_starts_with():
+  assert current_settings() == SETTINGS
+  with other_settings(), own_jax_settings():
+    assert current_settings() == SETTINGS
+
+
+def test_training_in_a_program_with_other_settings_ends_bit_for_bit_the_same(tmp_path, tiny_run):
+  config = RunDir(tiny_run).read_config()
+  with other_settings():
+    before = current_settings()
+    fit(config, tmp_path / 'run')
+    assert current_settings() == before
+  ours, theirs = final_state(tmp_path / 'run'), final_state(tiny_run)
+  assert ours.keys() == theirs.keys()
+  for name, array in ours.items():
+    assert array.dtype == theirs[name].dtype and np.array_equal(array, theirs[name]), name
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize('sublayer', ['memory_bag', 'ngram_bag'])
+def test_lazy_training_in_a_program_with_other_settings_ends_the_same(tmp_path, text, sublayer):
+  from tests.helpers import run_config
+
+  config = run_config(
+    text,
+    model__sublayer=sublayer,
+    memory__bank_update='lazy',
+    train__max_steps=3,
+    model__dropout=0.1,
+  )
+  fit(config, tmp_path / 'plain')
+  with other_settings():
+    fit(config, tmp_path / 'other')
+  ours, theirs = final_state(tmp_path / 'other'), final_state(tmp_path / 'plain')
+  assert all(np.array_equal(ours[name], theirs[name]) for name in ours | theirs)
+
+
+def test_model_in_a_program_with_other_settings_answers_the_same(tiny_run):
+  def answers() -> list:
+    lm = mmjax.load(tiny_run)
+    logits_BTV = np.asarray(lm.logits([[5, 6, 7]]))
+    sampled, pieces, within = lm.generate('the memory', max_new_tokens=8, seed=3), [], []
+    for piece in lm.stream('the memory', max_new_tokens=8, seed=3):
+      pieces.append(piece)
+      within.append(current_settings())
+    return [logits_BTV, logits_BTV.dtype, sampled, pieces], within
+
+  plain, _ = answers()
+  with other_settings():
+    other, within = answers()
+    assert within and all(settings == current_settings() for settings in within)
+  assert np.array_equal(plain[0], other[0]) and plain[1:] == other[1:]
+
+
+@pytest.mark.parametrize('sublayer', SUBLAYERS)
+def test_modules_of_a_64_bit_program_have_the_same_parameters_and_answers(sublayer):
+  config = tiny_config(model__sublayer=sublayer)
+
+  def run() -> list:
+    model = LM(config.model, config.memory, rngs=nnx.Rngs(0))
+    tokens_BT = np.arange(2 * 16, dtype=np.int32).reshape(2, 16)
+    out = model(tokens_BT, dtype=jnp.float32, attention='xla_blocked')
+    return [np.asarray(x) for x in jax.tree.leaves((nnx.state(model, nnx.Param), out))]
+
+  plain = run()
+  with jax.enable_x64(True):
+    wide = run()
+  assert [x.dtype for x in plain] == [x.dtype for x in wide]
+  assert all(np.array_equal(x, y) for x, y in zip(plain, wide, strict=True))
