@@ -12,11 +12,9 @@ fail() {
 }
 
 # Whether an interpreter runs, is a released CPython with the usual lock (others find no wheels), is as new as $2 and can
-# import what mmjax does and the modules after $2.
+# import what mmjax does, and the module $3.
 works() {
-  local python=$1 oldest=$2
-  shift 2
-  [ -n "$python" ] && OLDEST=$oldest "$python" -c "import os, sys, sysconfig, bz2, ctypes, lzma, ssl, venv, zlib $*
+  [ -n "$1" ] && OLDEST=$2 "$1" -c "import os, sys, sysconfig, bz2, ctypes, lzma, ssl, venv, zlib, ${3:-os}
 oldest = tuple(map(int, os.environ['OLDEST'].split('.')))
 sys.exit(sys.version_info < oldest or sys.version_info.releaselevel != 'final'
          or sys.implementation.name != 'cpython' or bool(sysconfig.get_config_var('Py_GIL_DISABLED')))" >/dev/null 2>&1
@@ -28,7 +26,7 @@ find_pythons() {
   for minor in 14 13 12 11; do
     for python in "$(command -v python3.$minor)" "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.$minor.*/bin/python3.$minor \
       "${UV_PYTHON_INSTALL_DIR:-$HOME/.local/share/uv/python}"/cpython-3.$minor.*/bin/python3.$minor; do
-      works "$python" "$oldest" , ensurepip && found=yes && echo "$python" && break
+      works "$python" "$oldest" ensurepip && found=yes && echo "$python" && break
     done
   done
   [ "$found" ] || { python=$(command -v python3) && works "$python" "$oldest" && echo "$python"; }  # see make_venv
@@ -109,7 +107,7 @@ set_up_environment() {
       "or set PYTHON to it."
   fi
   python="$VENV/bin/python"
-  if works "$python" "$oldest" , pip; then
+  if works "$python" "$oldest" pip; then
     if [ -n "${PYTHON:-}" ] && [ "$(origin_of "$python")" != "$(origin_of "$1")" ]; then
       echo "$VENV holds $("$python" --version) and PYTHON=$PYTHON is another: $VENV is made anew."
     elif [ "$extras" = gpu ] && [ -z "$(cuda_extra "$python" 2>/dev/null)" ] && [ -n "$(cuda_extra "$1" 2>/dev/null)" ]; then
