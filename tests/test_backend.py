@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
@@ -39,7 +40,9 @@ def test_pallas_kernel_lowered_for_cuda_is_found():
     out_ref[...] = x_ref[...] * 2
 
   x = jnp.ones((128, 128))
-  text = lowered_for_cuda(lambda x: pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x), x)
+  card = AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')  # JAX 0.11.2 asks what it lowers for
+  with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=card)):
+    text = lowered_for_cuda(lambda x: pl.pallas_call(double, out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype))(x), x)
   assert TRITON.search(text)
 
 
