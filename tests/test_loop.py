@@ -414,7 +414,7 @@ def test_too_little_text_is_refused_before_anything_is_written(text, tmp_path):
   assert not (tmp_path / 'new').exists()
 
 
-def test_out_of_memory_names_the_settings_and_what_the_compiler_found(tiny_run):
+def test_out_of_memory_names_the_settings_and_what_the_compiler_found(tiny_run, monkeypatch):
   config = RunDir(tiny_run).read_config()
 
   def needs_3_gib(x):  # compiled, never run: two dependent arrays of 1.5 GiB each
@@ -432,5 +432,9 @@ def test_out_of_memory_names_the_settings_and_what_the_compiler_found(tiny_run):
     assert said in str(device.value)
   with pytest.raises(UserError, match='Out of memory'), explain_out_of_memory(config):
     np.zeros(1 << 52, np.int8)  # the host's
+  assert 'mmjax.tools.fit' not in str(device.value)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  with pytest.raises(UserError, match=r'mmjax\.tools\.fit.* finds the largest'), explain_out_of_memory(config):
+    raise MemoryError
   with pytest.raises(ValueError, match='^other$'), explain_out_of_memory(config):
     raise ValueError('other')

@@ -50,10 +50,9 @@ def main() -> None:
 def measure(config: Config, devices: int) -> dict[str, Any]:
   """Makes some updates on random tokens with JAX's first devices and returns what they took."""
   import jax
-  import jax.numpy as jnp
   import numpy as np
 
-  from mmjax.kernels.attention import attention_backend
+  from mmjax.run.placement import place
   from mmjax.training.optimizer import make_optimizer
   from mmjax.training.setup import compile_step, new_state
   from mmjax.training.sharding import make_mesh, put_batch
@@ -62,9 +61,8 @@ def measure(config: Config, devices: int) -> dict[str, Any]:
   mesh = make_mesh(config, jax.devices()[:devices])
   optimizer = make_optimizer(config, 1000)
   state, device = new_state(config, optimizer, mesh), mesh.devices.flat[0]
-  dtype = jnp.dtype(config.train.dtype)
-  attention = attention_backend(config.runtime.attention, dtype, device.platform, mesh.size, config.model.head_dim)
-  step = compile_step(config, mesh, optimizer, state, attention=attention, pad_id=0, total_steps=1000)
+  attention = place(config, platform=device.platform, devices=mesh.size).attention
+  step = compile_step(config, mesh, optimizer, state, attention=attention, total_steps=1000)
   train, model = config.train, config.model
   shape = train.batch_size * train.accumulation_steps, model.max_seq_len + 1
   tokens = np.random.default_rng(0).integers(1, model.vocab_size, shape, dtype=np.int32)

@@ -99,11 +99,12 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
   ):
     checkpoints = Checkpoints(workdir)
     optimizer = make_optimizer(config, total)
-    if checkpoints.ever_saved:
-      state, counters = restore_state(config, optimizer, mesh, checkpoints)
-      progress.message(f'Resuming {workdir} at step {int(state["step"])} of {total}')
-    else:
-      state, counters = new_state(config, optimizer, mesh, params), {'tokens': 0, 'seconds': 0.0}
+    with explain_out_of_memory(config):
+      if checkpoints.ever_saved:
+        state, counters = restore_state(config, optimizer, mesh, checkpoints)
+        progress.message(f'Resuming {workdir} at step {int(state["step"])} of {total}')
+      else:
+        state, counters = new_state(config, optimizer, mesh, params), {'tokens': 0, 'seconds': 0.0}
     start = int(state['step'])
     record_run(run, config, inputs, start, read_from)
     if read_from:

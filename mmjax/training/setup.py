@@ -23,7 +23,7 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.run.placement import compiler_options, place
+from mmjax.run.placement import compiler_options, is_nvidia, place
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
 from mmjax.training.manifest import describe_non_finite, non_finite
@@ -230,11 +230,14 @@ class explain_out_of_memory:  # noqa: N801 - used as a `with` statement
       return
     need = '' if self.memory is None else f' The step needs {describe_memory(self.memory)}.'
     train, rows = self.config.train, self.config.train.batch_size * self.config.train.accumulation_steps
+    fit = ''
+    if is_nvidia(jax.default_backend()):
+      fit = ' `python -m mmjax.tools.fit` with the same --config and --gpu finds the largest micro-batch that fits.'
     raise UserError(
       f'Out of memory.{need} Lower train.batch_size={train.batch_size} and raise '
       f'train.accumulation_steps={train.accumulation_steps}, keeping their product {rows} and so the update, or set '
       f"runtime.remat='block' (now {self.config.runtime.remat!r}): a run goes on with either. A new run may also lower "
-      f'model.max_seq_len={self.config.model.max_seq_len}.'
+      f'model.max_seq_len={self.config.model.max_seq_len}.{fit}'
     ) from error
 
 
