@@ -48,15 +48,17 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
   return bank_MP
 
 
-def read_texts(path: Path) -> dict[int, str]:
-  """Returns the text that each row of a bank file was made from; {} where its .jsonl is gone.
+def texts_path(bank: Path) -> Path:
+  """Returns where the texts of a bank file lie."""
+  return bank.with_suffix('.jsonl')
+
+
+def read_texts(texts: Path) -> dict[int, str]:
+  """Returns the text that each row of a bank file was made from.
 
   Raises:
     UserError: if the .jsonl is damaged.
   """
-  texts = path.with_suffix('.jsonl')
-  if not texts.is_file():
-    return {}
   try:
     lines = [json.loads(line) for line in texts.read_bytes().splitlines()]
     return {line['row']: line['text'] for line in lines}

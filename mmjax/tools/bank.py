@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import Config, expand_home, load_config, own_config, user_path
+from mmjax.data.bank_file import texts_path
 from mmjax.data.files import check_room, storage_errors, write_file
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, open_split
@@ -104,10 +105,10 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   row_M = stages.run('rows', lambda: choose_rows(vector_SP, model.n_sub_keys, report))
   progress.close()
   bank_MP = standardize(vector_SP[row_M], config.memory.bank_std)
-  write_texts(out.with_suffix('.jsonl'), split, tokenizer, start_S[row_M], length)
+  write_texts(texts_path(out), split, tokenizer, start_S[row_M], length)
   write_tensors(out, {'memory_bank': bank_MP})
   stages.remove()
-  progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {out.with_suffix(".jsonl")}')
+  progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {texts_path(out)}')
 
 
 def encode(

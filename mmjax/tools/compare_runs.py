@@ -18,6 +18,7 @@ from mmjax.model.lm import abstract_params, count_params
 from mmjax.tools.run_state import RunState, run_state
 from mmjax.training.cost import flops_per_token
 from mmjax.training.metrics import read_metrics
+from mmjax.training.run_bank import BANK
 from mmjax.training.run_json import read_json
 from mmjax.training.run_settings import FREE, FREE_SECTIONS
 from mmjax.training.rundir import RunDir
@@ -28,13 +29,18 @@ DATA_THAT_COUNTS = ('data.layout', 'data.isolate_documents')
 
 @dataclasses.dataclass(frozen=True)
 class FoundRun:
-  """A run as its directory holds it: `origin` is what must be equal for its losses to be compared with others'."""
+  """A run as its directory holds it.
+
+  `origin` is what must be equal for its losses to be compared with others'; `bank` says which file its bank started
+  from, by its hash, by its name in runs that did not note it.
+  """
 
   path: Path
   config: Config
   state: RunState
   records: list[dict[str, Any]]
   origin: dict[str, Any]
+  bank: str
   device: str
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -114,10 +120,13 @@ def read_run(path: Path) -> FoundRun:
   config, history = run.read_config(), read_json(run.run_path)
   records = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
   evaluated = next((r for r in records if r['kind'] == 'eval'), {'tokens': None, 'text_bytes': None})
-  origin = dict(history['identity']) | {f'validation_{name}': evaluated[name] for name in ('tokens', 'text_bytes')}
+  identity = history['identity']
+  origin = {name: identity[name] for name in ('data_sha256', 'tokenizer_sha256')}
+  origin |= {f'validation_{name}': evaluated[name] for name in ('tokens', 'text_bytes')}
+  bank = identity.get(BANK, config.memory.bank_file)
   last = history['starts'][-1]
   device = f'{last["device_count"]} x {last["device"]} ({last["host"]})'
-  return FoundRun(path, config, run_state(path, config), records, origin, device)
+  return FoundRun(path, config, run_state(path, config), records, origin, bank, device)
 
 
 def make_rows(runs: Sequence[FoundRun]) -> list[Row]:
@@ -128,7 +137,7 @@ def make_rows(runs: Sequence[FoundRun]) -> list[Row]:
   """
   rows: list[list[FoundRun]] = []
   for run in runs:
-    same = (row for row in rows if _what_counts(row[0].config) == _what_counts(run.config))
+    same = (row for row in rows if _what_counts(row[0]) == _what_counts(run))
     others = next((row for row in same if not other_origin(row[0], run)), None)
     if others is None:
       rows.append(others := [])
@@ -204,13 +213,13 @@ def summary(row: Row) -> dict[str, Any]:
 
 def changed(first: Row, row: Row) -> dict[str, Any]:
   """Returns the settings in which a row differs from the first."""
-  a, b = _what_counts(first.runs[0].config), _what_counts(row.runs[0].config)
+  a, b = _what_counts(first.runs[0]), _what_counts(row.runs[0])
   return {name: b[name] for name in b if b[name] != a[name]}
 
 
-def _what_counts(config: Config) -> dict[str, Any]:
-  settings = flatten(config.to_dict())
-  return {
+def _what_counts(run: FoundRun) -> dict[str, Any]:
+  settings = flatten(run.config.to_dict())
+  return {'memory.bank_file': run.bank} | {
     name: value
     for name, value in settings.items()
     if name != 'seed'

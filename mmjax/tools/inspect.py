@@ -64,7 +64,7 @@ def main() -> None:
 
   prepare_terminal()
   lm = load(arguments.workdir, arguments.checkpoint, **placement_from_flags(arguments))
-  lm.config = override_config(lm.config, overrides, WHERE)
+  lm.config = override_config(lm.config, overrides, (*WHERE, 'memory.bank_file'))
   found = look(lm, text, arguments)
   print_found(found, arguments.top)
   if arguments.json:
@@ -98,37 +98,30 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
 
   Returns:
     checkpoint; `text`: `tokens`, see `MemoryReader.read_text`, and `most_taken`; `row`: see `MemoryReader.read_row`,
-    with `snippet` and `effect_is`. None for what was not asked.
+    with `snippet` and `effect_is`. None for what was not asked. `remark`: what is to be said of the snippets.
 
   Raises:
     UserError: if the model, the layer, the row or the text is not there.
   """
   from mmjax.inference.measure import open_text
   from mmjax.inference.memory_reads import MemoryReader
+  from mmjax.training.run_bank import bank_texts
   from mmjax.training.rundir import open_run
 
-  reader = MemoryReader(lm)
+  run, reader = open_run(arguments.workdir), MemoryReader(lm)
   reader.chosen_layers(arguments.layer)
   if arguments.row is not None:
     reader.check_row(arguments.row)
-  found = {'checkpoint': lm.step, 'text': None, 'row': None}
-  snippets = read_snippets(lm)
+  snippets, remark = bank_texts(run, lm.config)
+  found = {'checkpoint': lm.step, 'text': None, 'row': None, 'remark': remark}
   if text is not None:
     tokens = reader.read_text(text, layer=arguments.layer)
     found['text'] = {'tokens': tokens, 'most_taken': most_taken(tokens, arguments.top, snippets)}
   if arguments.row is not None:
-    split = open_text(lm.config, open_run(arguments.workdir), arguments.corpus)
+    split = open_text(lm.config, run, arguments.corpus)
     row = reader.read_row(arguments.row, split, layer=arguments.layer, top=arguments.top, positions=arguments.positions)
     found['row'] = row | {'snippet': snippets.get(arguments.row), 'effect_is': EFFECT}
   return found
-
-
-def read_snippets(lm: 'LanguageModel') -> dict[int, str]:
-  """Returns the texts that the rows of the bank started from; {} where it did not start from text."""
-  from mmjax.data.bank_file import read_texts
-
-  memory = lm.config.memory
-  return read_texts(Path(memory.bank_file)) if memory.bank_init == 'file' else {}
 
 
 def most_taken(tokens: list[dict[str, Any]], top: int, snippets: dict[int, str]) -> list[dict[str, Any]]:
@@ -162,6 +155,8 @@ def most_taken(tokens: list[dict[str, Any]], top: int, snippets: dict[int, str])
 def print_found(found: dict[str, Any], top: int) -> None:
   """Prints what `look` found as tables."""
   console = Console(highlight=False)
+  if found['remark']:
+    console.print(Text(plain(found['remark'])))
   if found['text'] is not None:
     for table in tokens_tables(found['text']['tokens'], top, console.width):
       console.print(table)

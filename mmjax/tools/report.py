@@ -18,6 +18,7 @@ from mmjax.errors import CommandError, UserError, run_command
 from mmjax.tools import report_parts as parts
 from mmjax.tools.plots import write_plots
 from mmjax.training.metrics import read_metrics
+from mmjax.training.run_bank import bank_remark
 from mmjax.training.run_json import atomic_write_text, read_json
 from mmjax.training.rundir import RunDir
 
@@ -64,6 +65,7 @@ def _write_report(workdir: str | Path) -> Path:
   sections = {
     'Result': parts.result(config, records, index),
     'Data': parts.data(index, history['identity'], history['starts']),
+    'Bank file': bank_remark(run, config, history['identity']),
     'Parameters': parts.parameters(config),
     'Settings': parts.settings(config),
     'Training': parts.origin(history.get('init_from'))

@@ -77,7 +77,7 @@ def data(index: Mapping | None, identity: Mapping[str, str], starts: Sequence[Ma
     shards = [(s['file'], f'`{s["sha256"]}`') for e in index['splits'].values() for s in e['shards']]
     text += table(('token shard', 'sha256'), shards) + '\n'
   hashes = [(name, f'`{value}`') for name, value in identity.items()]
-  return text + (table(('of all shards, and of the tokenizer', 'sha256'), hashes) if hashes else '')
+  return text + (table(('of all shards, the tokenizer, the bank file', 'sha256'), hashes) if hashes else '')
 
 
 def parameters(config: Config) -> str:

@@ -15,8 +15,9 @@ from mmjax.model.lm import build_abstract
 TEXT = ('data.train_files', 'data.valid_files', 'data.valid_fraction', 'data.text_key', 'data.tokenizer')
 # On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
 FREE = (
-  *TEXT, 'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir', 'train.log_interval',
-  'train.eval_interval', 'train.checkpoint_interval', 'train.max_skipped_updates', 'train.profile_steps',
+  *TEXT, 'memory.bank_file', 'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir',
+  'train.log_interval', 'train.eval_interval', 'train.checkpoint_interval', 'train.max_skipped_updates',
+  'train.profile_steps',
 )  # fmt: skip
 FREE_SECTIONS = ('runtime.',)
 # How a model learns, which does not change what its parameters mean.

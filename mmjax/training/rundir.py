@@ -191,7 +191,9 @@ class RunDir:
       run = read_json(self.run_path)
     else:
       run = {'identity': dict(identity), **({'init_from': dict(origin)} if origin else {}), 'starts': []}
-    differences = list_differences(run['identity'], identity)
+    # What an earlier version did not record, and what a start that goes on from a checkpoint does not read, is free.
+    recorded = {name: value for name, value in run['identity'].items() if name in identity}
+    differences = list_differences(recorded, {name: identity[name] for name in recorded})
     if differences:
       raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
     if origin and run['init_from']['params_sha256'] != origin['params_sha256']:  # a kill came before they were saved

@@ -29,6 +29,7 @@ from mmjax.training.evaluate import EvalStep, make_eval_step
 from mmjax.training.manifest import describe_non_finite, non_finite
 from mmjax.training.origin import Origin, check_origin, parse_origin, settle_origin, settle_own_origin
 from mmjax.training.processes import in_any_process, is_main
+from mmjax.training.run_bank import bank_identity, check_bank
 from mmjax.training.run_settings import compare_configs, compare_models
 from mmjax.training.rundir import RunDir, write_tokenizer
 from mmjax.training.sharding import batch_shapes, replicated, shardings
@@ -96,6 +97,7 @@ def settle_config(
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
   if run.was_trained:
     compare_configs(old, config, allow_config_change)
+    check_bank(run, config)
   else:
     compare_models(old, config, str(run.path))
   return config, origin
@@ -163,6 +165,8 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
   if not is_main():
     return
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
+  if not (origin or Checkpoints(run.path, read_only=True).ever_saved):
+    identity |= bank_identity(config)
   facts = {'prepared_dir': str(inputs.train.directory.absolute()), 'remarks': inputs.remarks}
   run.record_start(identity, step, origin, **facts)  # first: it refuses other data, before anything is replaced
   tokenizer = run.path.absolute() / inputs.tokenizer.path.name
