@@ -266,7 +266,7 @@ def test_start_is_recorded_and_other_data_refused(tmp_path):
     {'train__checkpoint_interval': 3},
     {'train__max_skipped_updates': 3},
     {'data__workers': 1},
-    {'data__on_bad_line': 'skip'},
+    {'data__on_bad_line': 'skip', 'data__train_files': 'elsewhere.jsonl'},
     {'data__prepared_dir': 'elsewhere'},
     {'runtime__row_devices': 2},
     {'runtime__remat': 'block'},
