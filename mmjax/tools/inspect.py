@@ -12,7 +12,6 @@ text is now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 
 import argparse
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
