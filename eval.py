@@ -41,6 +41,7 @@ def main() -> None:
       evaluation_placement,
       measure_text,
       read_prompts,
+      text_remarks,
     )
     from mmjax.inference.terminal import prepare_terminal
     from mmjax.tools.report import write_report
@@ -60,6 +61,7 @@ def main() -> None:
     'attention': placement.attention,
     'dtype': placement.dtype.name,
     **add_training_norms(measure_text(lm, run, arguments.valid_files), run, lm.step),
+    'remarks': text_remarks(config, run, arguments.valid_files),
     **continue_prompts(lm, prompts, sampling),
   }
   print_evaluation(found)
@@ -89,6 +91,8 @@ def print_evaluation(found: dict[str, Any]) -> None:
   ):
     numbers.add_row(name, text)
   console.print(numbers)
+  for remark in found['remarks']:
+    console.print(remark, end='\n\n')
   for title, header, rows in memory_tables(found['bank'], found['probes']):
     table = Table(*header, title=title)
     for row in rows:

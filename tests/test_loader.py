@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mmjax.data.files import sha256_of
 from mmjax.data.index import write_index
-from mmjax.data.loader import PADDING, eval_batches, open_split, steps_of_epochs, text_remarks, train_batches
+from mmjax.data.loader import PADDING, cut_remark, eval_batches, open_split, steps_of_epochs, train_batches
 from mmjax.errors import UserError
 
 PAD, BOS, EOS, VOCAB = 0, 1, 2, 50
@@ -190,10 +190,11 @@ def test_text_that_is_cut_off_is_counted(tmp_path):
   directory = write_split(tmp_path, [[5] * length for length in (1, 6, 7, 8, 20)])  # and an EOS each
   assert open_rows(directory, 8, 'padded').cut_off() == (2, 1 + 13)
   assert open_rows(directory, 8).cut_off() == (0, 0)
-  [said] = text_remarks(*[open_rows(directory, 8, 'padded')] * 2)
-  assert 'model.max_seq_len=8 tokens' in said
-  assert '2 of 5 training documents are cut, 14 of 47 tokens (29.8%) never read; 2 of 5 validation' in said
-  assert text_remarks(*[open_rows(directory, 8)] * 2) == text_remarks(*[open_rows(directory, 21, 'padded')] * 2) == []
+  said = cut_remark({'training': open_rows(directory, 8, 'padded')})
+  assert (
+    'model.max_seq_len=8 tokens of each document: 2 of 5 training documents are cut, 14 of 47 tokens (29.8%)' in said
+  )
+  assert cut_remark({'x': open_rows(directory, 8)}) == cut_remark({'x': open_rows(directory, 21, 'padded')}) == ''
 
 
 def test_steps_of_epochs_counts_whole_batches_over_all_epochs(directory):

@@ -9,6 +9,7 @@ import pytest
 
 import eval as eval_command
 import mmjax
+from mmjax.data.split import is_held_out
 from mmjax.errors import run_command
 from mmjax.inference.measure import PROMPTS, read_prompts
 from mmjax.inference.terminal import printable
@@ -174,6 +175,19 @@ def test_bad_prompts_are_refused_before_anything_is_written(run, tmp_path, monke
 def test_only_the_end_of_a_line_ends_a_prompt(tmp_path):
   (tmp_path / 'prompts.txt').write_bytes('\ufeffa\u2028b\x85c\x0cd\re\x1cf\r\n\n \nsecond'.encode())
   assert read_prompts(tmp_path / 'prompts.txt') == ['a\u2028b\x85c\x0cd\re\x1cf', 'second']
+
+
+@pytest.mark.thorough
+def test_other_text_that_the_run_has_learned_is_said_with_numbers(moved, monkeypatch, capfd):
+  lines = (moved / 'text.jsonl').read_text().splitlines()
+  held_out = [line for line in lines if is_held_out(json.loads(line)['text'].encode(), 0.1)]
+  learned = [line for line in lines if line not in held_out]
+  (moved / 'other.jsonl').write_text('\n'.join([*learned[:5], *held_out[:3]]))
+  flags = ('--valid_files', f'{moved}/other.jsonl', f'--config.data.prepared_dir={moved}/prepared')
+  code, out, err = run_eval(monkeypatch, capfd, '--workdir', str(moved / 'run'), *flags)
+  [said] = json.loads((moved / 'run' / 'eval.json').read_text())['remarks']
+  assert code == 0 and said.startswith('5 of 8 validation documents (') and said[:30] in out, err
+  assert (moved / 'run' / 'report.md').read_text().count(said) == 1
 
 
 @pytest.mark.thorough

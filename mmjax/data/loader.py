@@ -14,7 +14,6 @@ import grain
 import numpy as np
 
 from mmjax.data.index import counts_bytes, verify
-from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 
@@ -153,21 +152,22 @@ def open_split(
   return TokenSplit(Path(prepared_dir), index, split, max_seq_len, layout, isolate_documents)
 
 
-def text_remarks(train: TokenSplit, valid: TokenSplit) -> list[str]:
-  """Returns what a user should know of the text that will be read: what is cut off, and what is in both splits."""
-  cuts = []
-  for name, split in (('training', train), ('validation', valid)):
+def cut_remark(splits: Mapping[str, TokenSplit]) -> str:
+  """Says how much text the layout cuts off of splits, which are called by what they are for; '' where it is none."""
+  said = []
+  for name, split in splits.items():
     documents, tokens = split.cut_off()
-    cuts.append(
+    said.append(
       f'{documents:,} of {split.n_documents:,} {name} documents are cut, {tokens:,} of {split.n_tokens:,} tokens '
       f'({tokens / split.n_tokens:.1%}) never read'
     )
-  cut = any(split.cut_off()[0] for split in (train, valid))
-  layout = (
-    f"data.layout='padded' takes the first model.max_seq_len={train.max_seq_len} tokens of each document: "
-    f"{'; '.join(cuts)}; data.layout='packed' reads all"
+  if not any(split.cut_off()[0] for split in splits.values()):
+    return ''
+  length = next(iter(splits.values())).max_seq_len
+  return (
+    f"data.layout='padded' takes the first model.max_seq_len={length} tokens of each document: {'; '.join(said)}; "
+    "data.layout='packed' reads all"
   )
-  return [*([layout] if cut else []), *filter(None, [overlap_remark(train.index)])]
 
 
 def train_batches(

@@ -1,4 +1,4 @@
-"""Finds text that is in both splits: a loss on it says how well a model remembers, not how well it has learned."""
+"""Finds validation text that is training text too: a loss on it says what a model remembers, not what it learned."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -8,55 +8,53 @@ from typing import Any
 import numpy as np
 
 
-def shared_documents(directory: Path, index: Mapping[str, Any]) -> dict[str, int]:
-  """Counts the validation documents that stand among the training documents too, token for token.
+def shared_documents(
+  valid: Path, valid_split: Mapping[str, Any], train: Path, index: Mapping[str, Any]
+) -> dict[str, int]:
+  """Counts the documents of a split that stand among training documents too, token for token.
 
   Args:
-    directory: of the shards.
-    index: what they hold; both splits.
+    valid: directory of the split's shards.
+    valid_split: what its index says of it.
+    train: directory of the training text, made with the same tokenizer.
+    index: its index.
 
   Returns:
     documents, and their tokens.
   """
-  held, sizes = [], []
-  likely = np.empty(0, np.int64)
-  for tokens, start in _shards(directory, index, 'valid'):
+  dtype = np.dtype(index['dtype']).newbyteorder('<')
+  held, sizes, first = [], [], []
+  for tokens, start in _shards(valid, valid_split, dtype):
     held += [_digest(tokens, *pair) for pair in zip(start[:-1], start[1:], strict=True)]
     sizes += np.diff(start).tolist()
-    likely = np.union1d(likely, _keys(tokens, start))
+    first += tokens[start[:-1]].tolist()
+  likely = np.array(sizes) * 2**32 + np.array(first)
   wanted, seen = set(held), set()
-  for tokens, start in _shards(directory, index, 'train'):
-    for at in np.flatnonzero(np.isin(_keys(tokens, start), likely)):  # what is as long and begins alike
-      digest = _digest(tokens, start[at], start[at + 1])
-      seen |= {digest} & wanted
+  for tokens, start in _shards(train, index['splits']['train'], dtype):
+    size = np.diff(start)
+    candidates = np.flatnonzero(np.isin(size, sizes))
+    candidates = candidates[np.isin(size[candidates] * 2**32 + tokens[start[candidates]], likely)]
+    seen |= wanted.intersection(_digest(tokens, start[at], start[at + 1]) for at in candidates)
   found = [size for digest, size in zip(held, sizes, strict=True) if digest in seen]
   return {'documents': len(found), 'tokens': sum(found)}
 
 
-def _shards(directory: Path, index: Mapping[str, Any], split: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _shards(directory: Path, split: Mapping[str, Any], dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
   """Yields the tokens of each shard, memory-mapped, and where its documents begin, with the end."""
-  for shard in index['splits'][split]['shards']:
-    dtype = np.dtype(index['dtype']).newbyteorder('<')
+  for shard in split['shards']:
     yield np.memmap(directory / shard['file'], dtype, 'r'), np.load(directory / shard['offsets_file'])
-
-
-def _keys(tokens: np.ndarray, start: np.ndarray) -> np.ndarray:
-  """Returns int64 numbers that are the same for documents that are: of length and first token."""
-  return np.diff(start) * 2**32 + tokens[start[:-1]]
 
 
 def _digest(tokens: np.ndarray, start: int, stop: int) -> bytes:
   return hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=16).digest()
 
 
-def overlap_remark(index: Mapping[str, Any]) -> str:
-  """Says how much of the validation text is training text too; '' for none, and where an old index does not tell."""
-  valid = index['splits'].get('valid', {})
-  found = valid.get('also_in_train')
-  if not found or not found['documents']:
+def overlap_remark(split: Mapping[str, Any], shared: Mapping[str, int] | None) -> str:
+  """Says how much of a split is training text too; '' for none, and where an old index does not tell."""
+  if not shared or not shared['documents']:
     return ''
   return (
-    f'{found["documents"]:,} of {valid["documents"]:,} validation documents ({found["tokens"]:,} of '
-    f'{valid["tokens"]:,} tokens, {found["tokens"] / valid["tokens"]:.1%}) are training documents too: the loss on '
+    f'{shared["documents"]:,} of {split["documents"]:,} validation documents ({shared["tokens"]:,} of '
+    f'{split["tokens"]:,} tokens, {shared["tokens"] / split["tokens"]:.1%}) are training documents too: the loss on '
     'them says what the model remembers, not what it has learned'
   )

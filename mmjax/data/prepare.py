@@ -236,7 +236,8 @@ def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> dict[str, An
     index = _index(plan, tokenizer, builder.state)
     _check_splits(plan, index)
     if 'valid' in index['splits']:
-      index['splits']['valid']['also_in_train'] = shared_documents(plan.directory, index)
+      valid = index['splits']['valid']
+      valid['also_in_train'] = shared_documents(plan.directory, valid, plan.directory, index)
     write_index(plan.directory, index)
     _remove_others(plan.directory, index)
   except UserError:

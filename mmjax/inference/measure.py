@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config
-from mmjax.data.loader import TokenSplit, eval_batches, open_split
+from mmjax.data.index import read_index
+from mmjax.data.loader import TokenSplit, cut_remark, eval_batches, open_split
+from mmjax.data.overlap import overlap_remark, shared_documents
 from mmjax.data.prepare import prepare
+from mmjax.data.progress import ProgressSink, SilentProgress
 from mmjax.data.reader import read_text
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
@@ -19,7 +22,7 @@ from mmjax.run.placement import Placement, place_reader
 from mmjax.training.evaluate import EvalResult, evaluate, make_eval_step
 from mmjax.training.metrics import read_metrics
 from mmjax.training.probes import LAYER_NORMS, plan_probe
-from mmjax.training.run_data import evaluation_data, place_for_shards
+from mmjax.training.run_data import evaluation_data, find_run_data, place_for_shards
 from mmjax.training.rundir import RunDir
 from mmjax.training.sharding import make_mesh
 
@@ -78,18 +81,31 @@ def evaluation_placement(lm: LanguageModel) -> Placement:
   return place_reader(lm.config, dtype=lm.dtype or lm.config.train.dtype, attention=lm.attention)
 
 
-def open_text(config: Config, run: RunDir, files: str = '') -> TokenSplit:
+def text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:
+  """Returns what a user should know of the text of an evaluation: what of it is cut off, or was learned."""
+  split = open_text(config, run, files, SilentProgress())
+  entry, training = split.index['splits'][split.split], find_run_data(run, config)
+  shared = None
+  if files and training:
+    shared = shared_documents(split.directory, entry, training, read_index(training))
+  elif not files and 'also_in_train' in entry:
+    shared = entry['also_in_train']
+  return list(filter(None, [cut_remark({'validation': split}), overlap_remark(entry, shared)]))
+
+
+def open_text(config: Config, run: RunDir, files: str = '', progress: ProgressSink | None = None) -> TokenSplit:
   """Opens the run's validation set, or other files cut into rows with the run's tokenizer.
 
   Args:
     config: of the run.
     run: its directory.
     files: comma-separated paths or globs; '': the validation set of the run.
+    progress: where to report what is prepared for it; by default the terminal.
 
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
-  return _other_text(config, run, files) if files else _open(config, evaluation_data(run, config), 'valid')
+  return _other_text(config, run, files, progress) if files else _open(config, evaluation_data(run, config), 'valid')
 
 
 def add_training_norms(found: EvalResult, run: RunDir, step: int) -> dict[str, Any]:
@@ -115,10 +131,10 @@ def _open(config: Config, prepared: Path, split: str) -> TokenSplit:
   return open_split(prepared, split, max_seq_len=length, layout=data.layout, isolate_documents=data.isolate_documents)
 
 
-def _other_text(config: Config, run: RunDir, files: str) -> TokenSplit:
+def _other_text(config: Config, run: RunDir, files: str, progress: ProgressSink | None) -> TokenSplit:
   own = {'tokenizer': str(run.tokenizer_path), 'prepared_dir': place_for_shards(run, config)}
   data = dataclasses.replace(config.data, train_files=files, valid_files='', valid_fraction=0.0, **own)
-  return _open(config, prepare(data, config.model.vocab_size), 'train')  # the name of the only split there is
+  return _open(config, prepare(data, config.model.vocab_size, progress), 'train')  # the name of the only split there is
 
 
 def _end_of(prompt: str) -> str:

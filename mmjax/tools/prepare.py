@@ -32,7 +32,8 @@ def main() -> None:
     overrides.append(f'--config.model.vocab_size={vocab_size}')
   config = load_config(arguments.config, overrides)
   directory = prepare(config.data, config.model.vocab_size)
-  if remark := overlap_remark(read_index(directory)):
+  valid = read_index(directory)['splits'].get('valid', {})
+  if remark := overlap_remark(valid, valid.get('also_in_train')):
     print(remark, file=sys.stderr)
   print(directory)
 

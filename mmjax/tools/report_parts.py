@@ -166,7 +166,8 @@ def evaluation(found: Mapping | None, workdir: str | Path) -> str:
   ]
   if 'dtype' in found:  # eval.json of an earlier version does not say
     rows.append(('computed with', f'{found["attention"]} attention in {found["dtype"]}'))
-  return table(('', ''), rows)
+  said = ''.join(f'\n{remark}.\n' for remark in found['remarks']) if 'remarks' in found else ''
+  return table(('', ''), rows) + said
 
 
 def samples(found: Mapping | None, origin: str) -> str:

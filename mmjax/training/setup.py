@@ -18,7 +18,8 @@ from mmjax.config import Config
 from mmjax.data.bank_file import read_bank
 from mmjax.data.files import write_file
 from mmjax.data.index import INDEX, data_sha256, read_index
-from mmjax.data.loader import TokenSplit, check_fills_batch, open_split, steps_of_epochs, text_remarks
+from mmjax.data.loader import TokenSplit, check_fills_batch, cut_remark, open_split, steps_of_epochs
+from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, model_graph
@@ -116,8 +117,13 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
   check_fills_batch(train_split, batch_rows)
   steps = train.max_steps or steps_of_epochs(train_split.n_rows, batch_rows, train.epochs)
   index = read_index(prepared)
+  valid = index['splits']['valid']
+  remarks = [
+    cut_remark({'training': train_split, 'validation': valid_split}),
+    overlap_remark(valid, valid.get('also_in_train')),
+  ]
   tokenizer = load_tokenizer(prepared / index['tokenizer']['file'])
-  return Inputs(tokenizer, train_split, valid_split, data_sha256(index), steps, text_remarks(train_split, valid_split))
+  return Inputs(tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
 
 
 def new_state(config: Config, optimizer: Any, mesh: Mesh, params: Params | None = None) -> TrainState:
