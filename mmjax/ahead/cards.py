@@ -1,8 +1,8 @@
 """NVIDIA cards, as the compiler needs them described and as time is counted by.
 
-Memory, bandwidth and rates are the makers' datasheets'; those of the H100 were measured on one (BENCHMARKS.md), and are
-10 and 19 % below its. Sizes of caches, registers and shared memory are those of the CUDA programming guide, table
-"technical specifications by compute capability".
+Memory, bandwidth and rates are from the makers' datasheets, dense and summed in float32; the H100's are what large
+copies and products were reported to reach on one, 10 and 19 % below its datasheet. Shared memory and threads are those
+of the CUDA programming guide's table by compute capability. A description is facts in the form that XLA reads.
 """
 
 import dataclasses
@@ -100,15 +100,15 @@ device_description_str: "{self.name}"
 
 MIB = 1 << 20
 CARDS = {
-  'rtx3060': Card('NVIDIA GeForce RTX 3060', '8.6', 28, 1.777, 12 * 1010 * MIB, 360e9, 25.5e12, 3 * MIB, 16e9),
+  'rtx3060': Card('NVIDIA GeForce RTX 3060', '8.6', 28, 1.777, 12042 * MIB, 360e9, 25.5e12, 3 * MIB, 16e9),
   'rtx3090': Card('NVIDIA GeForce RTX 3090', '8.6', 82, 1.695, 25438126080, 936e9, 71e12, 6 * MIB, 56e9),
-  'rtx4070': Card('NVIDIA GeForce RTX 4070', '8.9', 46, 2.475, 12 * 1010 * MIB, 504e9, 58.3e12, 36 * MIB, 32e9),
+  'rtx4070': Card('NVIDIA GeForce RTX 4070', '8.9', 46, 2.475, 12001 * MIB, 504e9, 58.3e12, 36 * MIB, 32e9),
   'rtx4090': Card('NVIDIA GeForce RTX 4090', '8.9', 128, 2.52, 25393692672, 1.008e12, 165.2e12, 72 * MIB, 32e9),
   'rtx5090': Card('NVIDIA GeForce RTX 5090', '12.0', 170, 2.407, 33666564096, 1.792e12, 209.5e12, 96 * MIB, 64e9),
   'a100_40': Card('NVIDIA A100-SXM4-40GB', '8.0', 108, 1.41, 42331013120, 1.555e12, 312e12, 40 * MIB, 300e9),
   'a100_80': Card('NVIDIA A100-SXM4-80GB', '8.0', 108, 1.41, 85100068864, 2.039e12, 312e12, 40 * MIB, 300e9),
   'l4': Card('NVIDIA L4', '8.9', 58, 2.04, 23609475072, 300e9, 121e12, 48 * MIB, 32e9),
-  't4': Card('Tesla T4', '7.5', 40, 1.59, 15642329088, 320e9, 0.0, 4 * MIB, 16e9),
+  't4': Card('Tesla T4', '7.5', 40, 1.59, 15109 * MIB, 320e9, 0.0, 4 * MIB, 16e9),
   'h100': Card('NVIDIA H100 80GB HBM3', '9.0', 132, 1.98, 84942979072, 3.0e12, 798e12, 50 * MIB, 450e9),
   'h200': Card('NVIDIA H200', '9.0', 132, 1.98, 150754820096, 4.8e12, 989e12, 60 * MIB, 450e9),
   'b200': Card('NVIDIA B200', '10.0', 148, 1.965, 191514411008, 7.672e12, 2250e12, 126 * MIB, 900e9),
