@@ -1,4 +1,4 @@
-"""scripts/environment.sh with stand-ins for interpreters, pip and nvidia-smi: which Python, which extras, what it says."""
+"""scripts/environment.sh with stand-ins for interpreters, pip and nvidia-smi: Python, extras, and what it says."""
 
 import os
 import shutil
