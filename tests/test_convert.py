@@ -456,7 +456,8 @@ def test_imported_run_trains_under_other_data_and_training_settings(tmp_path):
   """Nothing but the architecture is bound: not the clip, which changes the optimizer's state, nor the bank's start."""
   write_text(tmp_path)
   state = make_state()
-  take(save(state, tmp_path / 'm.safetensors'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
+  take(save(state, tmp_path / 'm.safetensors'), tmp_path / 'first', tokenizer=str(tmp_path / 'spm.model'))
+  (tmp_path / 'first').rename(tmp_path / 'run')  # its tokenizer, which nothing names below, goes with it
   settings = {
     'data__train_files': tmp_path / 'text.jsonl', 'data__valid_fraction': 0.1, 'data__workers': 1,
     'data__prepared_dir': tmp_path / 'prepared', 'train__max_steps': 2, 'train__grad_clip': 0.0,

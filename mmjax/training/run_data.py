@@ -37,7 +37,8 @@ def training_data(run: RunDir, config: Config) -> Path:
         f'{run.path} was started on the text of data.train_files={named!r}: name it, wherever it is now, '
         'or with --config.data.prepared_dir=DIR its prepared directory'
       )
-  return _prepare_again(run, config)
+  own = str(run.tokenizer_path) if run.tokenizer_path.exists() else ''
+  return _prepare_again(run, config, config.data.tokenizer or own)
 
 
 def evaluation_data(run: RunDir, config: Config) -> Path:
@@ -48,8 +49,8 @@ def evaluation_data(run: RunDir, config: Config) -> Path:
   """
   if found := find_run_data(run, config):
     return found
-  if config.data.train_files:
-    return _prepare_again(run, config)
+  if config.data.train_files:  # data.tokenizer says where the run's tokenizer was when it was started
+    return _prepare_again(run, config, str(run.tokenizer_path))
   raise UserError(
     f'the validation text of {run.path} is not to be found; give --config.data.prepared_dir=DIR, the directory '
     'that was prepared for it, or other text to look at'
@@ -91,10 +92,9 @@ def _prepare(data: DataConfig, config: Config) -> Path:
   return prepare(data, config.model.vocab_size, None if is_main() else SilentProgress())
 
 
-def _prepare_again(run: RunDir, config: Config) -> Path:
-  """Prepares the text of a run, with the run's own tokenizer, and compares it with what the run was trained with."""
-  own = str(run.tokenizer_path) if run.tokenizer_path.exists() else ''
-  prepared = _prepare(dataclasses.replace(config.data, tokenizer=config.data.tokenizer or own), config)
+def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:
+  """Prepares the text of a run and compares it with what the run was trained with."""
+  prepared = _prepare(dataclasses.replace(config.data, tokenizer=tokenizer), config)
   record = _record(run)
   if record and data_sha256(read_index(prepared)) != record['identity']['data_sha256']:
     before, now = (dataclasses.asdict(c.data) for c in (run.read_config(), config))

@@ -93,9 +93,9 @@ def settle_config(
   old = run.read_config()
   if recorded:
     config = settle_own_origin(old, config)
-  own = old.data.tokenizer
-  if own and not config.data.tokenizer and Path(own).parent.absolute() == run.path.absolute():
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=own))
+  if old.data.tokenizer and not config.data.tokenizer:  # wherever that was then: it lies in the directory
+    data = dataclasses.replace(config.data, tokenizer=str(run.tokenizer_path))
+    config = dataclasses.replace(config, data=data)
   if run.was_trained:
     compare_configs(old, config, allow_config_change)
     check_bank(run, config)
