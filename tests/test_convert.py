@@ -211,7 +211,7 @@ def edited(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
     (edited('output.weight', torch.ones(300, 32)), 'tok_embeddings.weight and output.weight differ'),
     (edited('layers.0.attention.wk.weight', torch.ones(15, 32)), 'numbers of heads that fit'),
     (edited('norm.weight', torch.ones(32, dtype=torch.bfloat16)), 'holds tensors of bfloat16'),
-    (edited('norm.weight', torch.full((32,), np.nan)), 'cannot be imported, values that are not finite: 32 in norm.w'),
+    (edited('norm.weight', torch.full((32,), np.nan)), 'cannot be imported: values that are not finite: 32 in norm.w'),
     (edited('norm.weight', torch.ones(32, dtype=torch.int64)), "'norm.weight' is int64"),
     (edited('layers.0.feed_forward.w1.weight', torch.ones(4, 4)), 'exactly one sublayer'),
     (edited('../../norm', torch.ones(4)), 'must be letters'),

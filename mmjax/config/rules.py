@@ -23,7 +23,9 @@ CHOICES = {
   'runtime.remat': ('none', 'block'),
 }
 INT_MOST = 2**31 - 1  # of a whole number: sizes, steps and the seed are counted in 32 bits
-WEIGHT = (0, 1e6)  # of what is multiplied with a loss, a rate or an initial value
+RATE = (0, 10)
+MULTIPLIER = (0, 1e4)  # of a rate or a decay
+WEIGHT = (0, 1e3)  # of a loss, or a standard deviation
 # The least and the most of every number. With these, and what _check_decay says, an update of finite parameters by a
 # finite gradient is finite in float32, but for what `may_overflow` of mmjax.training.optimizer names.
 RANGES = {
@@ -35,15 +37,15 @@ RANGES = {
   'model.num_selected': (1, INT_MOST), 'model.n_experts': (1, INT_MOST), 'model.experts_per_token': (1, INT_MOST),
   'model.aux_loss_weight': WEIGHT,
   'memory.n_heads': (1, 8), 'memory.key_dim': (0, INT_MOST), 'memory.ffn_dim': (0, INT_MOST),
-  'memory.balance_loss_weight': WEIGHT, 'memory.bank_std': WEIGHT, 'memory.bank_lr_multiplier': WEIGHT,
-  'memory.bank_lr_final_multiplier': WEIGHT, 'memory.bank_decay_multiplier': WEIGHT,
+  'memory.balance_loss_weight': WEIGHT, 'memory.bank_std': WEIGHT, 'memory.bank_lr_multiplier': MULTIPLIER,
+  'memory.bank_lr_final_multiplier': MULTIPLIER, 'memory.bank_decay_multiplier': MULTIPLIER,
   'memory.bank_grad_clip': (0, 1e19), 'memory.revive_after': (0, INT_MOST), 'memory.revive_noise': WEIGHT,
   'memory.knowledge_length': (2, INT_MOST),
   'data.valid_fraction': (0, 1), 'data.workers': (0, 4096),
   'train.batch_size': (1, INT_MOST), 'train.accumulation_steps': (1, INT_MOST), 'train.epochs': (0, 1e9),
-  'train.max_steps': (0, INT_MOST), 'train.learning_rate': WEIGHT, 'train.embedding_lr_multiplier': WEIGHT,
-  'train.final_learning_rate': WEIGHT, 'train.warmup_steps': (0, INT_MOST), 'train.beta1': (0, 1),
-  'train.beta2': (0, 1), 'train.eps': (1e-30, 1), 'train.weight_decay': WEIGHT, 'train.grad_clip': (0, 1e19),
+  'train.max_steps': (0, INT_MOST), 'train.learning_rate': RATE, 'train.embedding_lr_multiplier': MULTIPLIER,
+  'train.final_learning_rate': RATE, 'train.warmup_steps': (0, INT_MOST), 'train.beta1': (0, 1),
+  'train.beta2': (0, 1), 'train.eps': (1e-30, 1), 'train.weight_decay': (0, 100), 'train.grad_clip': (0, 1e19),
   'train.log_interval': (1, INT_MOST), 'train.eval_interval': (1, INT_MOST),
   'train.checkpoint_interval': (1, INT_MOST), 'train.max_loss_factor': (0, 1e6),
   'train.max_skipped_updates': (1, INT_MOST), 'train.profile_steps': (0, INT_MOST),
@@ -65,7 +67,7 @@ def check_fields(config: Config) -> None:
     if not 0 <= flat[name] < 1:
       raise UserError(f'{name}={flat[name]} must be at least 0 and below 1')
     if flat[name] > NEAREST_ONE:
-      raise UserError(f'{name}={flat[name]} must be at most {NEAREST_ONE}: in float32 it is 1')
+      raise UserError(f'{name}={flat[name]} must be at most {NEAREST_ONE}: nearer to 1 it may be 1 in float32')
   for name, (least, most) in RANGES.items():
     if isinstance(flat[name], int) and flat[name] > most:  # first: it may be too large for a float
       raise UserError(f'{name}={short(flat[name])} must be at most {most}')
@@ -109,8 +111,12 @@ def _check_decay(config: Config) -> None:
   of_bank = max(memory.bank_lr_multiplier, memory.bank_lr_final_multiplier)
   for what, rate, decay in (
     ('train.learning_rate', peak, train.weight_decay),
-    ('train.learning_rate x embedding_lr_multiplier', peak * train.embedding_lr_multiplier, train.weight_decay),
-    ('the learning rate of the bank', peak * of_bank, train.weight_decay * memory.bank_decay_multiplier),
+    ('train.learning_rate x train.embedding_lr_multiplier', peak * train.embedding_lr_multiplier, train.weight_decay),
+    (
+      'train.learning_rate x memory.bank_lr_multiplier',
+      peak * of_bank,
+      train.weight_decay * memory.bank_decay_multiplier,
+    ),
   ):
     if rate * decay >= 1:
       raise UserError(

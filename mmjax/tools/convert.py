@@ -47,7 +47,7 @@ from mmjax.interop.names import (
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
-from mmjax.training.manifest import describe_non_finite, non_finite
+from mmjax.training.manifest import refuse_non_finite
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.run_settings import compare_models
 from mmjax.training.rundir import RunDir, write_tokenizer
@@ -199,8 +199,7 @@ def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) ->
     print(f'Casting tensors of {" and ".join(others)} to float32')
   with np.errstate(over='ignore'):
     tensors = {name: value.astype(np.float32, copy=False) for name, value in tensors.items()}
-  if broken := non_finite(tensors):
-    raise UserError(f'{source} cannot be imported, {describe_non_finite(broken)}')
+  refuse_non_finite(tensors, f'{source} cannot be imported')
   return tensors
 
 

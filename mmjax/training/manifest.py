@@ -17,6 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mmjax.errors import UserError
+from mmjax.training.processes import in_any_process
 
 FORMAT = 1
 
@@ -112,6 +113,13 @@ def describe_non_finite(found: Mapping[str, int]) -> str:
     return "another process's part of the state is not finite"
   listed = ', '.join(f'{count:,} in {name}' for name, count in list(found.items())[:3])
   return f'values that are not finite: {listed}{f" and {len(found) - 3} more leaves" if len(found) > 3 else ""}'
+
+
+def refuse_non_finite(tree: Any, what: str) -> None:
+  """Raises UserError, `what: where`, if there is NaN or infinity in a pytree, in any process's part of it."""
+  found = non_finite(tree)
+  if in_any_process(bool(found)):
+    raise UserError(f'{what}: {describe_non_finite(found)}')
 
 
 def leaf_crc32(leaf: Any) -> int:

@@ -20,7 +20,7 @@ from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, abstract_params
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
-from mmjax.training.manifest import leaves_sha256
+from mmjax.training.manifest import leaves_sha256, refuse_non_finite
 from mmjax.training.run_settings import compare_models
 from mmjax.training.rundir import RunDir, open_run
 from mmjax.training.sharding import shardings
@@ -108,6 +108,7 @@ def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dic
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings(mesh, shapes)
   )
   params, counters, step = Checkpoints(origin.path, read_only=True).restore_params(target, origin.checkpoint)
+  refuse_non_finite(params, f'step {step} of {origin.path} cannot be trained on; choose another with @STEP')
   return params, {
     'run': str(origin.path),
     'checkpoint': origin.checkpoint,

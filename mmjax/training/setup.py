@@ -27,9 +27,9 @@ from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import compiler_options, is_nvidia, place
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
-from mmjax.training.manifest import describe_non_finite, non_finite
+from mmjax.training.manifest import refuse_non_finite
 from mmjax.training.origin import Origin, check_origin, parse_origin, settle_origin, settle_own_origin
-from mmjax.training.processes import in_any_process, is_main
+from mmjax.training.processes import is_main
 from mmjax.training.run_bank import bank_identity, check_bank
 from mmjax.training.run_settings import compare_configs, compare_models
 from mmjax.training.rundir import RunDir, write_tokenizer
@@ -157,12 +157,7 @@ def restore_state(
     state, metadata, step = checkpoints.restore(target, 'last', newer=('loss_average',))
   if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
     state['loss_average'] = jax.device_put(np.float32(0), places['loss_average'])
-  broken = non_finite(state)
-  if in_any_process(bool(broken)):
-    raise UserError(
-      f'step {step} in {checkpoints.directory} cannot be trained on, {describe_non_finite(broken)}; begin again in '
-      'another --workdir'
-    )
+  refuse_non_finite(state, f'step {step} in {checkpoints.directory} cannot be trained on; begin again elsewhere')
   return state, metadata
 
 
