@@ -137,6 +137,7 @@ def bank_lookup_reference(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> A
   return jnp.take(bank_MP, row_BTR, axis=0).astype(dtype)
 
 
+@jax.named_scope('lookup')
 def bank_bag(
   bank_MP: Array | BankShard | TappedBank, row_BThr: Array, weight_BThr: Array, *, backward: str = 'scatter'
 ) -> Array:

@@ -29,6 +29,7 @@ class MemoryBag(MemorySublayer):
     """Returns how much each row counts in the sum of its head, float32 like its scores."""
     return score_weights(selection.score_BThr, self.activation)
 
+  @jax.named_scope('bag')
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
     y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))

@@ -31,6 +31,7 @@ class MoEFFN(nnx.Module):
     self.experts_per_token = model.experts_per_token
     self.aux_loss_weight = model.aux_loss_weight
 
+  @jax.named_scope('router')
   def __call__(
     self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
   ) -> SublayerOutput:
