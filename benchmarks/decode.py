@@ -18,12 +18,11 @@ import numpy as np
 from flax import nnx
 
 from mmjax.config import Config, load_config
-from mmjax.inference.generate import Decoder
+from mmjax.inference.generate import NO_EOS, Decoder
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import Params, build_model, count_params, model_graph
 from mmjax.run.placement import place_reader
 
-NO_EOS = -1  # so that every run makes all its tokens
 PROMPT_TOKENS = 16
 
 

@@ -38,6 +38,13 @@ def test_logits_equal_the_model(lm, shape):
     ([[1, 300]], 'token id 300 is not in the vocabulary, which is 0..299'),
     ([[-1]], 'token id -1'),
     ([1, 2], r'shape \(2,\)'),
+    (None, 'must be integers from 0 to 299, not None'),
+    ('text', "must be integers from 0 to 299, not 'text'"),
+    (b'text', "not b'text'"),
+    ([[1, None]], 'not None'),
+    ([[True]], 'not True'),
+    ([[10**30]], 'not 1000000000'),
+    (np.array([[2**63]], np.uint64), 'token id 9223372036854775808 is not in the vocabulary'),
     ([[]], r'shape \(1, 0\)'),
     ([[1.0]], 'must be integers'),
     ([[1, 2], [1]], 'rows of one length'),
@@ -53,6 +60,53 @@ def test_prompts_of_bad_ids_are_refused(lm):
     lm.generate_tokens([[1, 300]])
   with pytest.raises(UserError, match='at least one token'):
     lm.generate_tokens([[]])
+  for prompts, said in (([1, 2], r'shape \(\) must be a list of token ids'), (None, 'not NoneType'), ('ab', 'not str'),
+                        (b'ab', 'not bytes'), (['ab'], 'must be integers'), ([[None]], 'not None'), (5, 'not int'),
+                        ([[[1]]], r'shape \(1, 1\)')):  # fmt: skip
+    with pytest.raises(UserError, match=said):
+      lm.generate_tokens(prompts)
+
+
+def test_numbers_and_arrays_of_numpy_and_jax_are_as_good_as_pythons(lm):
+  settings = {'max_new_tokens': 5, 'temperature': 0.5, 'top_p': 0.75, 'seed': 3}
+  want = lm.generate_tokens([[5, 6, 7], [8, 9, 10]], **settings)
+  for number in (np.float32, np.array, jnp.asarray):
+    given = {name: np.int64(value) if isinstance(value, int) else number(value) for name, value in settings.items()}
+    for prompts in (np.array([[5, 6, 7], [8, 9, 10]], np.uint8), jnp.array([[5, 6, 7], [8, 9, 10]]),
+                    ((5, np.int16(6), 7), [8, 9, 10]), iter([[5, 6, 7], [8, 9, 10]])):  # fmt: skip
+      assert lm.generate_tokens(prompts, **given) == want
+  texts = lm.generate(['the memory', ''], max_new_tokens=np.uint8(5))
+  assert lm.generate(np.array(['the memory', '']), max_new_tokens=5.0) == texts
+  assert lm.generate(iter(('the memory', '')), max_new_tokens=5) == texts
+  assert lm.generate(np.str_('the memory'), max_new_tokens=5) == texts[:1]
+  np.testing.assert_array_equal(lm.logits(jnp.array([[5, 6]])), lm.logits([[np.int8(5), 6]]))
+  assert lm.tokenizer.decode(np.array(lm.tokenizer.encode('the bank'))) == 'the bank'
+
+
+@pytest.mark.parametrize(
+  'settings',
+  [
+    {'max_new_tokens': None}, {'max_new_tokens': '5'}, {'max_new_tokens': True}, {'max_new_tokens': np.array([5, 6])},
+    {'temperature': None}, {'temperature': b'1'}, {'temperature': 10**400}, {'temperature': 1 + 0j},
+    {'top_p': np.nan}, {'seed': -1}, {'seed': 0.5}, {'seed_sampling': 'yes'}, {'repetition_penalty': 1e-38},
+  ],
+)  # fmt: skip
+def test_settings_of_another_kind_are_refused_in_a_sentence(lm, settings):
+  with pytest.raises(UserError, match=f'^{next(iter(settings))}=.* must be (a|True)'):
+    lm.generate('the memory', **settings)
+
+
+def test_what_is_no_run_and_no_dtype_is_refused_in_a_sentence(tiny_run):
+  for path in (None, 5, ['out']):
+    with pytest.raises(UserError, match=f'a path must be text, not {type(path).__name__}'):
+      mmjax.load(path)
+  for dtype in ('float', 'int32', object()):
+    with pytest.raises(UserError, match='^dtype=.* must be one of float32, bfloat16'):
+      mmjax.load(tiny_run, dtype=dtype)
+  for checkpoint in (None, b'best', 1.0, True):
+    with pytest.raises(UserError, match="must be 'best', 'last' or the number of a step"):
+      mmjax.load(tiny_run, checkpoint)
+  assert mmjax.load(str(tiny_run).encode(), np.int64(mmjax.load(tiny_run).step)).step == mmjax.load(tiny_run).step
 
 
 def test_generate_returns_one_continuation_a_prompt(lm):
@@ -111,6 +165,11 @@ def test_a_lone_surrogate_is_refused_in_a_sentence(lm, prompt):
 def test_what_is_no_text_and_no_setting_is_refused(lm):
   with pytest.raises(UserError, match='must be a str, not bytes'):
     lm.generate([b'bytes'])
+  for prompt in (None, b'bytes', 5, {'a': 1}):
+    with pytest.raises(UserError, match=f'prompts must be a str or a sequence of them, not {type(prompt).__name__}'):
+      lm.generate(prompt)
+    with pytest.raises(UserError, match=f'a prompt must be a str, not {type(prompt).__name__}'):
+      lm.stream(prompt)
   with pytest.raises(UserError, match="no sampling setting 'temprature'"):
     lm.generate('', temprature=1)
   with pytest.raises(UserError, match='top_p=2'):

@@ -128,6 +128,16 @@ def test_runs_on_other_data_are_refused_or_marked(tmp_path, change, said):
   assert '| b [other data] | 1 | 5.4000 | - | - |' in (tmp_path / 'out' / 'compare.md').read_text()
 
 
+def test_runs_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(tmp_path, monkeypatch):
+  paths = [make_run(tmp_path / name, (6, 5.5), **DENSE, train__learning_rate=rate) for name, rate in
+           (('A/x/run', 1e-3), ('B/x/run', 2e-3), ('B/other', 3e-3), ('C/run', 4e-3))]  # fmt: skip
+  assert list(rows_of(paths, tmp_path / 'out')) == ['A/x/run', 'B/x/run', 'other', 'C/run']
+  monkeypatch.chdir(tmp_path / 'C' / 'run')
+  assert list(rows_of(['.', '../../B/other'], tmp_path / 'out')) == ['run', 'other']
+  seeds = [make_run(tmp_path / name / 'run', (6, 5.5), **DENSE, seed=s) for s, name in enumerate(('s0', 's1'))]
+  assert list(rows_of([*seeds, paths[0]], tmp_path / 'out')) == ['s0/run, s1/run', 'x/run']
+
+
 def test_number_at_the_end_of_a_single_runs_name_is_no_seed(tmp_path):
   paths = [
     make_run(tmp_path / name, (6, 5), model__dim=16 * i) for i, name in enumerate(('exp_1_4_0', 'g10', 'g1-s0'), 1)

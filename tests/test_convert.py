@@ -30,7 +30,7 @@ from mmjax.training.checkpoint import Checkpoints  # noqa: E402
 from mmjax.training.loop import fit  # noqa: E402
 from mmjax.training.metrics import read_metrics  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
-from mmjax.training.rundir import RunDir  # noqa: E402
+from mmjax.training.rundir import RunDir, open_run  # noqa: E402
 from mmjax.training.step import init_state  # noqa: E402
 from tests.helpers import TINY, arrays_of, flags_for, rarely, tiny_config  # noqa: E402
 from tests.parity import build_pair, jax_forward, random_tokens, torch_logits  # noqa: E402
@@ -446,10 +446,44 @@ def test_imported_run_is_trained_on_from_its_weights(tmp_path):
 
 
 def test_tokenizer_of_another_size_is_refused(tmp_path):
-  (tmp_path / 'spm.model').write_bytes(train_tokenizer(['some text of a few words and one more of others'] * 9, 301))
+  (tmp_path / 'spm.model').write_bytes(train_tokenizer([__doc__, *map(str, range(3000))], 301))
   with pytest.raises(UserError, match='has 301 pieces, the embedding 300 rows'):
     take(save(make_state(), tmp_path / 'model.pth'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
   assert not (tmp_path / 'run').exists()
+
+
+def test_spare_rows_of_an_embedding_are_imported_trained_on_and_never_sampled(tmp_path, capsys):
+  write_text(tmp_path)
+  (tmp_path / 'spm.model').write_bytes(train_tokenizer(['some text of a few words'] * 9, 280))
+  state = make_state()
+  state['tok_embeddings.weight'][280:] *= 100.0  # these would always win
+  state['output.weight'] = state['tok_embeddings.weight']
+  take(save(state, tmp_path / 'model.pth'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
+  assert 'The tokenizer has 280 pieces: 20 rows of the embedding are spare' in capsys.readouterr().out
+  lm = mmjax.load(tmp_path / 'run')
+  best = np.asarray(lm.logits([[5, 6, 7]])[0]).argmax(-1)
+  assert best.max() >= 280
+  for knobs in ({'temperature': 0}, {'temperature': 2.0, 'top_p': 1}, {'seed_sampling': True}):
+    assert max(lm.generate_tokens([[5, 6, 7]], max_new_tokens=40, **knobs)[0]) < 280
+  data = {'data__train_files': tmp_path / 'text.jsonl', 'data__valid_fraction': 0.1, 'data__workers': 1,
+          'data__prepared_dir': tmp_path / 'prepared', 'train__max_steps': 1}  # fmt: skip
+  fit(tiny_config(**data), tmp_path / 'run')
+  assert mmjax.load(tmp_path / 'run', 'last').step == 1
+
+
+def test_import_without_a_tokenizer_takes_and_gives_token_ids(tmp_path):
+  state = make_state()
+  take(save(state, tmp_path / 'model.pth'), tmp_path / 'run')
+  lm = mmjax.load(tmp_path / 'run')
+  tokens = np.arange(24).reshape(2, 12)
+  model = TorchLM(Sizes.of(lm.config.model))
+  model.load_state_dict(state)
+  np.testing.assert_allclose(lm.logits(tokens), torch_logits(model, tokens), atol=1e-4)
+  assert [len(row) for row in lm.generate_tokens([[5, 6], [7]], max_new_tokens=20)] == [20, 20]
+  for use in (lambda: lm.generate('text'), lambda: lm.stream('text'), lambda: lm.tokenizer,
+              lambda: open_run(tmp_path / 'run')):  # fmt: skip
+    with pytest.raises(UserError, match='imported without a tokenizer: it takes and gives token ids'):
+      use()
 
 
 def test_imported_run_trains_under_other_data_and_training_settings(tmp_path):

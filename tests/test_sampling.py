@@ -64,13 +64,21 @@ def test_penalty_lowers_seen_tokens_of_their_own_row_only():
   np.testing.assert_array_equal(seeds, [[1, -1, 1], [2, -2, 0.5]])
 
 
-def choose(logits, seen=None, key=0, **settings):
+def choose(logits, seen=None, key=0, n_ids=None, **settings):
   sampling = Sampling(**settings)
   logits = jnp.asarray(logits)
   seen = jnp.zeros(logits.shape, bool) if seen is None else jnp.asarray(seen)
   keys = jax.random.split(jax.random.key(key), len(logits))
   return np.asarray(
-    choose_tokens(logits, seen, keys, knobs_of(sampling), greedy=sampling.greedy, seed_sampling=sampling.seed_sampling)
+    choose_tokens(
+      logits,
+      seen,
+      keys,
+      knobs_of(sampling),
+      greedy=sampling.greedy,
+      seed_sampling=sampling.seed_sampling,
+      n_ids=n_ids,
+    )
   )
 
 
@@ -90,6 +98,28 @@ def test_draws_have_the_shares_of_the_distribution():
   warm = choose(np.tile(logits, (20_000, 1)), temperature=2, top_p=1)
   roots = np.sqrt([0.5, 0.3, 0.15, 0.05])
   np.testing.assert_allclose(np.bincount(warm) / len(warm), roots / roots.sum(), atol=0.015)
+
+
+@pytest.mark.parametrize('temperature', [1e-3, 1e-30, 1e-37, 1e-38, 1e-40, 1e-45, 1e-300, 5e-324])
+def test_the_smaller_the_temperature_the_more_it_is_the_most_likely_token(temperature):
+  logits = random_logits(3, rows=64, scale=30.0)
+  logits[:, 7] = -np.inf  # as of spare rows
+  for top_p in (1.0, 0.9, 1e-300, 0.0):
+    np.testing.assert_array_equal(choose(logits, temperature=temperature, top_p=top_p), logits.argmax(-1))
+
+
+@pytest.mark.parametrize('temperature', [1e6, 1e38, 1e39, 1e300, 1.7e308])
+def test_a_huge_temperature_draws_evenly_from_what_is_not_ruled_out(temperature):
+  logits = np.tile(np.array([5.0, -3.0, -np.inf, 0.0], np.float32), (4000, 1))
+  drawn = choose(logits, temperature=temperature, top_p=1)
+  np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.03)
+
+
+def test_ids_without_a_piece_are_never_picked():
+  logits = random_logits(4, rows=64)
+  logits[:, 40:] += 100
+  for knobs in ({'temperature': 0}, {'temperature': 1e-40}, {'temperature': 1e38, 'top_p': 1}, {'top_p': 0}):
+    assert choose(logits, n_ids=40, **knobs).max() < 40
 
 
 def test_the_same_key_draws_the_same_tokens():

@@ -24,4 +24,7 @@ def expand_home(text: str) -> str:
 
 def user_path(text: str | os.PathLike) -> Path:
   """Returns the path that a user typed; see `expand_home`."""
-  return Path(expand_home(os.fspath(text)))
+  try:
+    return Path(expand_home(os.fsdecode(text)))
+  except TypeError:
+    raise UserError(f'a path must be text, not {type(text).__name__}') from None

@@ -1,8 +1,9 @@
 """The Python API: `lm = mmjax.load(workdir)`, then `lm.generate(...)`, `lm.stream(...)`, `lm.logits(...)`."""
 
 import codecs
+import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,12 +17,12 @@ from mmjax.config import Config
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError, refuse_wrong_jaxlib
-from mmjax.inference.generate import Decoder, padded_length
+from mmjax.inference.generate import NO_EOS, Decoder, padded_length
 from mmjax.inference.settings import Sampling, make_sampling
 from mmjax.model.lm import Params, abstract_params, model_graph
 from mmjax.run.placement import place_reader
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
-from mmjax.training.rundir import open_run
+from mmjax.training.rundir import NO_TOKENIZER, RunDir, open_run
 
 
 class LanguageModel:
@@ -29,7 +30,7 @@ class LanguageModel:
 
   Attributes:
     config: settings of the run.
-    tokenizer: text to token ids and back.
+    tokenizer: text to token ids and back; a UserError where the run has none.
     params: nested dict of float32 arrays.
     step: optimizer updates that the parameters have seen.
     attention, dtype: how it was asked to run instead of as it does by itself, or None.
@@ -39,7 +40,7 @@ class LanguageModel:
   def __init__(
     self,
     config: Config,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | None,
     params: Params,
     *,
     step: int = 0,
@@ -47,12 +48,19 @@ class LanguageModel:
     attention: str | None = None,
   ):
     """Joins the parts; `load` reads them from a run directory."""
-    self.config, self.tokenizer, self.params, self.step = config, tokenizer, params, step
+    self.config, self._tokenizer, self.params, self.step = config, tokenizer, params, step
     self.attention, self.dtype = attention, dtype
     self.placement = place_reader(config, dtype=dtype or jnp.float32, attention=attention)
-    self._decoder = Decoder(config, params, eos_id=tokenizer.eos_id, placement=self.placement)
+    eos_id, n_ids = (tokenizer.eos_id, tokenizer.vocab_size) if tokenizer else (NO_EOS, None)
+    self._decoder = Decoder(config, params, eos_id=eos_id, n_ids=n_ids, placement=self.placement)
     forward = partial(_logits, model_graph(config), self.placement.dtype, self.placement.attention)
     self._logits = self.placement.jit(forward)
+
+  @property
+  def tokenizer(self) -> Tokenizer:
+    if self._tokenizer is None:
+      raise UserError(NO_TOKENIZER)
+    return self._tokenizer
 
   @own_jax_settings()
   def logits(self, tokens_BT: ArrayLike) -> Array:
@@ -68,13 +76,9 @@ class LanguageModel:
     Raises:
       UserError: if tokens_BT is not two-dimensional, has no token, or holds what is not a token id.
     """
-    try:
-      tokens = np.asarray(tokens_BT)
-    except ValueError as error:
-      raise UserError('tokens must be rows of one length') from error
+    tokens = self._token_ids(tokens_BT)
     if tokens.ndim != 2 or not tokens.size:
       raise UserError(f'tokens of shape {tokens.shape} must be (rows, positions), with at least one of each')
-    self._check_ids(tokens)
     padding = padded_length(tokens.shape[1]) - tokens.shape[1]  # causal: what stands behind changes nothing
     return self._logits(self.params, np.pad(tokens.astype(np.int32), ((0, 0), (0, padding))))[:, : tokens.shape[1]]
 
@@ -93,8 +97,7 @@ class LanguageModel:
     Raises:
       UserError: if a prompt is no text or a setting breaks its rule.
     """
-    if isinstance(prompts, str):
-      prompts = [prompts]
+    prompts = [prompts] if isinstance(prompts, str) else _listed(prompts, 'a str or a sequence of them')
     rows = self.generate_tokens([self.encode_prompt(prompt) for prompt in prompts], **settings)
     return [self.tokenizer.decode(row) for row in rows]
 
@@ -104,11 +107,13 @@ class LanguageModel:
     Raises:
       UserError: if a list is empty or holds what is not a token id, or a setting breaks its rule.
     """
-    for prompt in prompts:
-      if not len(prompt):
+    rows = [self._token_ids(prompt) for prompt in _listed(prompts, 'a sequence of lists of token ids')]
+    for row in rows:
+      if row.ndim != 1:
+        raise UserError(f'a prompt of shape {row.shape} must be a list of token ids; prompts are [[5, 6, 7], ...]')
+      if not row.size:
         raise UserError('a prompt needs at least one token; begin with tokenizer.start_id(config.data.layout)')
-      self._check_ids(np.asarray(prompt))
-    return self._decoder.generate(prompts, make_sampling(settings))
+    return self._decoder.generate(rows, make_sampling(settings))
 
   def stream(self, prompt: str, **settings: float) -> Iterator[str]:
     """Yields the continuation of a prompt in pieces as they are made; together they are what `generate` returns.
@@ -143,13 +148,25 @@ class LanguageModel:
       warnings.warn(f'the prompt is longer than model.max_seq_len={most} tokens; its end is used', stacklevel=3)
     return tokens[-most:]
 
-  def _check_ids(self, ids: np.ndarray) -> None:
+  def _token_ids(self, values: ArrayLike) -> np.ndarray:
+    """Returns token ids as an array of any shape.
+
+    Raises:
+      UserError: if they are none.
+    """
     size = self.config.model.vocab_size
-    if not np.issubdtype(ids.dtype, np.integer):
-      raise UserError(f'token ids must be integers, not {ids.dtype}')
+    try:
+      ids = np.asarray(values)
+    except ValueError as error:
+      raise UserError('tokens must be rows of one length') from error
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+      first = next((x for x in ids.flat if not isinstance(x, int | np.integer) or isinstance(x, bool)), ids.flat[0])
+      first = repr(first.item() if isinstance(first, np.generic) else first)
+      raise UserError(f'token ids must be integers from 0 to {size - 1}, not {first:.40}')
     wrong = ids[(ids < 0) | (ids >= size)]
     if wrong.size:
       raise UserError(f'token id {wrong.flat[0]} is not in the vocabulary, which is 0..{size - 1}')
+    return ids
 
 
 @own_jax_settings()
@@ -173,12 +190,20 @@ def load(
     StorageError: if no whole checkpoint is left, or not the one that was asked for.
   """
   refuse_wrong_jaxlib()
-  run = open_run(workdir)
+  run = open_run(workdir, needs_tokenizer=RunDir(workdir).was_trained)  # an import may have none
   config = run.read_config()
-  tokenizer = run.load_tokenizer(config.model.vocab_size)
+  tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   checkpoints = Checkpoints(run.path, read_only=True)
   params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(checkpoint))
   return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)
+
+
+def _listed(prompts: Sequence, what: str) -> list:
+  """Returns prompts as a list; bytes and what has no elements are none."""
+  if not isinstance(prompts, str | bytes | bytearray | Mapping):
+    with contextlib.suppress(TypeError):
+      return list(prompts)
+  raise UserError(f'prompts must be {what}, not {type(prompts).__name__}')
 
 
 def _logits(graphdef: nnx.GraphDef, dtype: DTypeLike, attention: str, params: Params, tokens_BT: Array) -> Array:

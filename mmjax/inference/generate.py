@@ -26,6 +26,7 @@ from mmjax.run.placement import Placement, place_reader
 BLOCK_STEPS = 16  # tokens between two looks of the host: smooth to read, and the call costs 1/16 of its time a token
 MOST_ROWS = 32  # continued at the same time; more prompts wait, so that the caches stay small
 LEAST_TOKENS = 16  # shortest padded prompt
+NO_EOS = -1  # every row goes on to its last token
 
 
 class DecodeState(NamedTuple):
@@ -42,13 +43,16 @@ class DecodeState(NamedTuple):
 class Decoder:
   """Continues prompts with one model; keeps the compiled functions between calls."""
 
-  def __init__(self, config: Config, params: Params, *, eos_id: int, placement: Placement | None = None):
+  def __init__(
+    self, config: Config, params: Params, *, eos_id: int, n_ids: int | None = None, placement: Placement | None = None
+  ):
     """Takes a model; its functions are compiled when the first prompt comes.
 
     Args:
       config: of the run that made the parameters.
       params: the nested dict.
-      eos_id: the token that ends a row.
+      eos_id: the token that ends a row; NO_EOS: none does.
+      n_ids: pieces of the tokenizer, where the embedding has more rows; these are never chosen.
       placement: how to run it; None: in float32, which is also the fastest on a CPU, and with the run's attention.
     """
     params = jax.tree.map(jnp.asarray, params)  # once: arrays of NumPy would be copied at every call
@@ -58,13 +62,14 @@ class Decoder:
     dtype = placement.dtype
     modes = ('greedy', 'seed_sampling')
     self._prefill = placement.jit(
-      partial(_prefill, graphdef, config.model, dtype, placement.attention, eos_id), static_argnames=('length', *modes)
+      partial(_prefill, graphdef, config.model, dtype, placement.attention, eos_id, n_ids),
+      static_argnames=('length', *modes),
     )
     # A CPU reads (out, in) matrices faster where a product has a single row: 1.16 times the tokens/s of 1.4.2.
     transposed = jax.default_backend() == 'cpu'
     self._decode_params = _transpose_kernels(params) if transposed else params
     self._decode = placement.jit(
-      partial(_decode, graphdef, dtype, eos_id, transposed), static_argnames=modes, donate_argnames='state'
+      partial(_decode, graphdef, dtype, eos_id, n_ids, transposed), static_argnames=modes, donate_argnames='state'
     )
 
   def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
@@ -128,7 +133,7 @@ class Decoder:
       tokens_BT[row, : len(prompt)] = prompt
       length_B[row] = len(prompt)
       seen_BV[row, prompt] = True
-    if not sampling.seed_sampling:
+    if not sampling.seed_sampling and self._eos_id != NO_EOS:
       seen_BV[:, self._eos_id] = False  # prompts may open with it; a penalty on it would put off the end
     keys = jax.vmap(jax.random.fold_in, (None, 0))(
       jax.random.key(sampling.seed), jnp.arange(first_row, first_row + rows)
@@ -159,6 +164,7 @@ def _prefill(
   dtype: DTypeLike,
   attention: str,
   eos_id: int,
+  n_ids: int | None,
   params: Params,
   tokens_BT: Array,
   length_B: Array,
@@ -177,13 +183,14 @@ def _prefill(
   last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
   logits_BV = model.logits(jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0])
   state = DecodeState(length_B, length_B - 1, seen_BV, length_B == 0, jnp.int32(0), cache)
-  return _advance(state, logits_BV, key_B, knobs, eos_id, greedy, seed_sampling)
+  return _advance(state, logits_BV, key_B, knobs, eos_id, n_ids, greedy, seed_sampling)
 
 
 def _decode(
   graphdef: nnx.GraphDef,
   dtype: DTypeLike,
   eos_id: int,
+  n_ids: int | None,
   transposed: bool,
   params: Params,
   state: DecodeState,
@@ -209,7 +216,7 @@ def _decode(
     model = nnx.merge(graphdef, _transpose_kernels(params) if transposed else params)
     hidden_B1D, cache = model.decode(state.token_B[:, None], state.cache, state.position_B, dtype=dtype)
     state = state._replace(cache=cache)
-    state = _advance(state, model.logits(hidden_B1D[:, 0]), key_B, knobs, eos_id, greedy, seed_sampling)
+    state = _advance(state, model.logits(hidden_B1D[:, 0]), key_B, knobs, eos_id, n_ids, greedy, seed_sampling)
     return made + 1, state, block_BX.at[:, made].set(state.token_B)
 
   block_BX = jnp.full((len(state.token_B), BLOCK_STEPS), eos_id, jnp.int32)
@@ -232,12 +239,14 @@ def _advance(
   key_B: Array,
   knobs: Knobs,
   eos_id: int,
+  n_ids: int | None,
   greedy: bool,
   seed_sampling: bool,
 ) -> DecodeState:
   """Chooses the next token of every row that has not ended."""
   key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, state.step)
-  token_B = choose_tokens(logits_BV, state.seen_BV, key_B, knobs, greedy=greedy, seed_sampling=seed_sampling)
+  modes = {'greedy': greedy, 'seed_sampling': seed_sampling, 'n_ids': n_ids}
+  token_B = choose_tokens(logits_BV, state.seen_BV, key_B, knobs, **modes)
   token_B = jnp.where(state.done_B, eos_id, token_B)
   seen_BV = state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
   done_B = state.done_B | (token_B == eos_id)

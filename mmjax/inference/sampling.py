@@ -12,6 +12,10 @@ from jax import Array
 
 from mmjax.inference.settings import Sampling
 
+# Of float32, where 1 / temperature must be neither infinite nor 0: below the one the most likely token is taken, above
+# the other all are as likely, however far apart logits are.
+LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-37, 1e30
+
 
 class Knobs(NamedTuple):
   """The numbers of a Sampling as arrays, so that another value needs no other compiled function."""
@@ -24,6 +28,7 @@ class Knobs(NamedTuple):
 def knobs_of(sampling: Sampling) -> Knobs:
   """Returns float32 scalars. The temperature of `seed_sampling` is the seeds': 1e-9 above the given one."""
   temperature = sampling.temperature + 1e-9 if sampling.seed_sampling else sampling.temperature
+  temperature = min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE)
   return Knobs(jnp.float32(temperature), jnp.float32(sampling.top_p), jnp.float32(sampling.repetition_penalty))
 
 
@@ -80,7 +85,14 @@ def keep_top_p(logits_BV: Array, top_p: Array) -> Array:
 
 
 def choose_tokens(
-  logits_BV: Array, seen_BV: Array, key_B: Array, knobs: Knobs, *, greedy: bool, seed_sampling: bool
+  logits_BV: Array,
+  seen_BV: Array,
+  key_B: Array,
+  knobs: Knobs,
+  *,
+  greedy: bool,
+  seed_sampling: bool,
+  n_ids: int | None = None,
 ) -> Array:
   """Picks the next token of every row.
 
@@ -91,12 +103,16 @@ def choose_tokens(
     knobs: from `knobs_of`.
     greedy: take the most likely token.
     seed_sampling: see `penalise`.
+    n_ids: only smaller ids are picked: those that have a piece. None: all.
 
   Returns:
     token_B: int32.
   """
   logits_BV = penalise(logits_BV, seen_BV, knobs.repetition_penalty, seed_sampling=seed_sampling)
+  if n_ids is not None:
+    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < n_ids, logits_BV, -jnp.inf)
   if greedy:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+  logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)  # however small the temperature, the best stays a number
   logits_BV = keep_top_p(logits_BV / knobs.temperature, knobs.top_p)
   return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)

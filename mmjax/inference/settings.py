@@ -2,12 +2,23 @@
 
 import argparse
 import dataclasses
+import math
+import sys
 from typing import Any
 
 from mmjax.config import CHOICES
 from mmjax.errors import UserError
 
 MOST_NEW_TOKENS = 32768  # the positions that the PyTorch code has rotations for
+MOST_FLOAT = sys.float_info.max
+RULES = {  # least, most, in words
+  'max_new_tokens': (1, MOST_NEW_TOKENS, f'a whole number from 1 to {MOST_NEW_TOKENS}'),
+  'temperature': (0, MOST_FLOAT, 'a number of at least 0'),
+  'top_p': (0, 1, 'a number from 0 to 1'),
+  'repetition_penalty': (1e-3, 1e3, 'a number from 0.001 to 1000 (1: no penalty)'),
+  'seed': (0, 2**32 - 1, 'a whole number from 0 to 2^32 - 1'),
+  'seed_sampling': (False, True, 'True or False'),
+}
 
 
 def _setting(default: float, meaning: str) -> Any:
@@ -30,22 +41,30 @@ class Sampling:
   seed_sampling: bool = _setting(False, 'penalty and temperature exactly as in the PyTorch code of experiment 1.4.2')
 
   def __post_init__(self):
-    rules = (
-      ('max_new_tokens', 1 <= self.max_new_tokens <= MOST_NEW_TOKENS, f'a whole number from 1 to {MOST_NEW_TOKENS}'),
-      ('temperature', 0 <= self.temperature < float('inf'), 'a number of at least 0'),
-      ('top_p', 0 <= self.top_p <= 1, 'a number from 0 to 1'),
-      ('repetition_penalty', 0 < self.repetition_penalty < float('inf'), 'a number above 0 (1: no penalty)'),
-      ('seed', 0 <= self.seed < 2**32, 'a whole number from 0 to 2^32 - 1'),
-    )
-    for name, kept, rule in rules:
-      whole = name in ('max_new_tokens', 'seed')
-      if not kept or (whole and self.__dict__[name] != int(self.__dict__[name])):
-        raise UserError(f'{name}={self.__dict__[name]} must be {rule}')
+    for field in dataclasses.fields(self):
+      given = getattr(self, field.name)
+      value = _as_kind(given, field.type)
+      least, most, rule = RULES[field.name]
+      if type(value) is not field.type or not least <= value <= most:
+        shown = repr(given) if isinstance(given, str | bytes) else given
+        raise UserError(f'{field.name}={shown} must be {rule}')
+      object.__setattr__(self, field.name, value)
 
   @property
   def greedy(self) -> bool:
     """Whether the most likely token is taken, without random numbers."""
     return self.temperature == 0
+
+
+def _as_kind(value: Any, kind: type) -> Any:
+  """Returns a number as int or float, and scalars of NumPy and JAX as Python's; what is of another kind as it is."""
+  if getattr(value, 'ndim', None) == 0:
+    value = value.item()
+  if kind is bool or isinstance(value, bool) or not isinstance(value, (int, float)):
+    return value
+  if kind is float:
+    return float(value) if abs(value) < MOST_FLOAT else value
+  return int(value) if math.isfinite(value) and value == int(value) else value
 
 
 def make_sampling(settings: dict[str, float]) -> Sampling:

@@ -6,6 +6,7 @@ runs with the same seeds, because these saw the same batches in the same order.
 
 import dataclasses
 import math
+import os
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -146,9 +147,22 @@ def make_rows(runs: Sequence[FoundRun]) -> list[Row]:
       raise UserError(f'{twin.path} and {run.path} have the same settings and the same seed; leave one out')
     others.append(run)
   names = [_common_name(row) for row in rows]
-  full = [', '.join(run.path.name for run in row) for row in rows]
+  ends = dict(zip([run.path for run in runs], distinct_ends([run.path for run in runs]), strict=True))
+  full = [', '.join(ends[run.path] for run in row) for row in rows]
   unique = [name if names.count(name) == 1 else whole for name, whole in zip(names, full, strict=True)]
   return [Row(name, row) for name, row in zip(unique, rows, strict=True)]
+
+
+def distinct_ends(paths: Sequence[Path]) -> list[str]:
+  """Returns the shortest end of each path that no other path has: A/run and B/run, but only `other` of C/other."""
+  parts = [Path(os.path.abspath(path)).parts for path in paths]
+
+  def end(own: tuple[str, ...]) -> str:
+    lengths = range(1, len(own) + 1)
+    least = next((n for n in lengths if sum(other[-n:] == own[-n:] for other in parts) == 1), len(own))
+    return str(Path(*own[-least:]))
+
+  return [end(own) for own in parts]
 
 
 def other_origin(first: FoundRun, run: FoundRun) -> str:
@@ -263,8 +277,9 @@ def _common_name(runs: Sequence[FoundRun]) -> str:
   In the name of a single run a number without -s or -seed before it may be anything: exp_1_4_0.
   """
   mark = r'[-_.](s|seed)[-_.]?' if len(runs) == 1 else r'[-_.]?(s|seed)?[-_.]?'
-  names = {re.sub(f'{mark}{run.config.seed}$', '', run.path.name) or run.path.name for run in runs}
-  return names.pop() if len(names) == 1 else ', '.join(run.path.name for run in runs)
+  full = [Path(os.path.abspath(run.path)).name for run in runs]
+  names = {re.sub(f'{mark}{run.config.seed}$', '', name) or name for name, run in zip(full, runs, strict=True)}
+  return names.pop() if len(names) == 1 else ', '.join(full)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config, DataConfig
-from mmjax.data.index import data_sha256, find_prepared, read_index
+from mmjax.data.index import counts_bytes, data_sha256, find_prepared, read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.errors import UserError
@@ -63,8 +63,11 @@ def find_run_data(run: RunDir, config: Config) -> Path | None:
   if record is None:
     return None
   wanted = record['identity']['data_sha256']
-  found = (find_prepared(place, lambda index: data_sha256(index) == wanted) for place in _places(run, config))
-  return next(filter(None, found), None)
+
+  def fits(index: dict[str, Any]) -> bool:
+    return data_sha256(index) == wanted and (config.data.layout == 'packed' or counts_bytes(index))
+
+  return next(filter(None, (find_prepared(place, fits) for place in _places(run, config))), None)
 
 
 def place_for_shards(run: RunDir, config: Config) -> str:

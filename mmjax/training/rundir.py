@@ -37,6 +37,12 @@ NEWEST = 'newest_checkpoint'
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 
 
+NO_TOKENIZER = (
+  'the run was imported without a tokenizer: it takes and gives token ids (logits, generate_tokens), no text; '
+  'import it with --tokenizer'
+)
+
+
 class RunDir:
   """Paths and files of one run. `with RunDir(path) as run:` creates the directory and locks it."""
 
@@ -224,6 +230,8 @@ def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
   run = RunDir(path)
   tokenizer = [run.tokenizer_path] if needs_tokenizer else []
   missing = [p.name for p in (run.config_path, *tokenizer, run.checkpoints_path) if not p.exists()]
+  if missing == [run.tokenizer_path.name] and not run.was_trained:
+    raise UserError(f'{path}: {NO_TOKENIZER}')
   if missing:
     raise UserError(f'{path} is not a run directory: {", ".join(missing)} is missing')
   steps = [p.name for p in run.checkpoints_path.iterdir() if p.is_dir()]

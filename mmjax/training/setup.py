@@ -115,6 +115,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
   train_split, valid_split = (open_split(prepared, name, **rows) for name in ('train', 'valid'))
   batch_rows = train.batch_size * train.accumulation_steps
   check_fills_batch(train_split, batch_rows)
+  valid_split.scored_bytes  # noqa: B018 - now, and not at the first evaluation, it is found that it cannot be known
   steps = train.max_steps or steps_of_epochs(train_split.n_rows, batch_rows, train.epochs)
   index = read_index(prepared)
   valid = index['splits']['valid']
