@@ -8,6 +8,7 @@ kernels name the dtypes that they mean.
 import functools
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
@@ -25,22 +26,27 @@ SETTINGS = {
   'debug_infs': False,
   'disable_jit': False,
 }
-# These have no context manager.
-IN_COMMANDS = (
-  'disable_most_optimizations',
-  'enable_custom_prng',
-  'legacy_prng_key',
-  'optimization_level',
-  'random_seed_offset',
-  'transfer_guard',
-  'use_direct_linearize',
-)
+# What else commands do not use; JAX has no context manager for most of these.
+IN_COMMANDS = {
+  'disable_most_optimizations': False,
+  'enable_custom_prng': False,
+  'legacy_prng_key': 'allow',
+  'optimization_level': 'UNKNOWN',
+  'random_seed_offset': 0,
+  'transfer_guard': 'allow',
+  'use_direct_linearize': True,
+}
 
 
 def ignore_jax_settings() -> str | None:
-  """Removes JAX's settings from the environment, before JAX is imported; says which there were, in one sentence."""
-  names = [f'JAX_{name}'.upper() for name in (*SETTINGS, *IN_COMMANDS)]
-  found = [f'{name}={os.environ.pop(name)}' for name in names if name in os.environ]
+  """Removes JAX's settings from the environment, and from JAX if it has read them; says in one sentence which."""
+  found = []
+  for name, value in (SETTINGS | IN_COMMANDS).items():
+    variable = f'JAX_{name}'.upper()
+    if variable in os.environ:
+      found.append(f'{variable}={os.environ.pop(variable)}')
+      if jax := sys.modules.get('jax'):
+        jax.config.update(f'jax_{name}', value)
   return f'Not used, because results must not depend on it: {", ".join(found)}' if found else None
 
 
