@@ -38,6 +38,7 @@ from tests.helpers import (
   wait_for,
   xla_flags,
 )
+from tests.test_loader import write_split
 
 
 def assert_same_run(a: Path, b: Path) -> None:
@@ -91,7 +92,8 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
       fit(run_config(text, **{f'data__{name}': value for name, value in data.items()}), tmp_path / 'run')
 
   go_on(1)
-  (tmp_path / 'here').mkdir()
+  for name in ('here', 'other'):
+    (tmp_path / name).mkdir()
   shutil.copy(text / 'text.jsonl', tmp_path / 'here' / 'same.jsonl')
   monkeypatch.chdir(tmp_path / 'here')
   go_on(3, train_files=f'{tmp_path}/here/same.jsonl', prepared_dir=tmp_path / 'new')  # made again, with its tokenizer
@@ -100,6 +102,9 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
     (tmp_path / 'new').rename(tmp_path / 'copy')
     go_on(7, train_files='', prepared_dir='new')
   go_on(7, train_files='', prepared_dir=next((tmp_path / 'copy').glob('same-*')))  # on a machine without the text
+  with pytest.raises(UserError, match='was started with other data than data.prepared_dir='):
+    write_split(tmp_path / 'other', [[5] * 40] * 9)
+    go_on(10, train_files='', prepared_dir=tmp_path / 'other')
   go_on(10, train_files='', prepared_dir='nowhere')  # where it was at the last start
   assert_same_run(undisturbed, tmp_path / 'run')
   assert [path.name for path in (tmp_path / 'here').iterdir()] == ['same.jsonl']

@@ -7,8 +7,8 @@ of the CUDA programming guide's table by compute capability. A description is fa
 
 import dataclasses
 import re
-from pathlib import Path
 
+from mmjax.config import user_path
 from mmjax.errors import UserError
 
 # By compute capability: shared memory of a multiprocessor in KiB, its threads, its float32 units.
@@ -124,9 +124,10 @@ def find_card(name: str) -> Card:
   key = re.sub(r'[\s-]', '_', name.lower())
   if key in CARDS:
     return CARDS[key]
-  if not Path(name).is_file():
+  path = user_path(name)
+  if not path.is_file():
     raise UserError(f'--gpu={name} must be one of {", ".join(CARDS)}, or a file that describes a card')
-  text = Path(name).read_text(encoding='utf-8')
+  text = path.read_text(encoding='utf-8')
 
   def field(pattern: str) -> str:
     found = re.search(pattern, text)
@@ -142,7 +143,7 @@ def find_card(name: str) -> Card:
   if not like:
     raise UserError(f'--gpu={name}: compute capability {capability} is none of {", ".join(CORES)}')
   return Card(
-    (re.search(r'device_description_str: *"([^"]*)"', text) or ['', Path(name).stem])[1],
+    (re.search(r'device_description_str: *"([^"]*)"', text) or ['', path.stem])[1],
     capability,
     cores,
     clock,

@@ -43,6 +43,7 @@ from mmjax.errors import UserError
 
 SAMPLE_BYTES = 12 * 2**20  # of training text that a tokenizer is trained on
 MOST_WORKERS = 16  # that data.workers=0 starts: one reading process feeds no more, and memory stays within bounds
+MUCH_BYTES = 4 * 2**30  # of text takes seconds to hash
 LONGEST_NAME_BYTES = 80  # of what a directory is called after its text
 
 
@@ -168,6 +169,8 @@ def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
     'valid_fraction': 0.0 if valid else data.valid_fraction,
     'tokenizer_sha256': given.sha256 if given else '',
   }
+  if (size := sum(file.stat().st_size for file in (*train, *valid))) > MUCH_BYTES:
+    progress.say(f'looking whether these {size / 1e9:.0f} GB of text are prepared already')
   sha256 = known_sha256([*train, *valid], Path(data.prepared_dir).glob(f'*/{VERIFIED}'))
   inputs = {
     split: [_identify(file) | {'sha256': sha256[file]} for file in files]

@@ -1,7 +1,7 @@
 """Where the text of a run is: its shards are known by their hash, so they and what they are made of may lie anywhere.
 
 They are looked for where data.prepared_dir says, from here and from the folders above the run, and where they were at
-the run's last start.
+the run's last start; in a prepared directory that is given itself, there alone.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config, DataConfig
-from mmjax.data.index import counts_bytes, data_sha256, find_prepared, read_index
+from mmjax.data.index import INDEX, counts_bytes, data_sha256, find_prepared, read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.errors import UserError
@@ -32,6 +32,7 @@ def training_data(run: RunDir, config: Config) -> Path:
   if not (config.data.train_files or config.data.valid_files):
     if found := find_run_data(run, config):
       return found
+    _check_other(run, config)
     if named := run.read_config().data.train_files:
       raise UserError(
         f'{run.path} was started on the text of data.train_files={named!r}: name it, wherever it is now, '
@@ -51,6 +52,7 @@ def evaluation_data(run: RunDir, config: Config) -> Path:
     return found
   if config.data.train_files:  # data.tokenizer says where the run's tokenizer was when it was started
     return _prepare_again(run, config, str(run.tokenizer_path))
+  _check_other(run, config)
   raise UserError(
     f'the validation text of {run.path} is not to be found; give --config.data.prepared_dir=DIR, the directory '
     'that was prepared for it, or other text to look at'
@@ -78,7 +80,21 @@ def place_for_shards(run: RunDir, config: Config) -> str:
 
 def _places(run: RunDir, config: Config) -> Iterator[Path]:
   place = Path(config.data.prepared_dir)
-  yield from (place, *_recorded(run), *(folder / place for folder in run.path.absolute().parents))
+  yield place
+  if not _is_given(config):
+    yield from (*_recorded(run), *(folder / place for folder in run.path.absolute().parents))
+
+
+def _is_given(config: Config) -> bool:
+  """Whether data.prepared_dir is a finished prepared directory and no folder for such."""
+  return not config.data.train_files and (Path(config.data.prepared_dir) / INDEX).is_file()
+
+
+def _check_other(run: RunDir, config: Config) -> None:
+  if _is_given(config):
+    raise UserError(
+      f'{run.path} was started with other data than data.prepared_dir={config.data.prepared_dir!r} holds; give its own'
+    )
 
 
 def _recorded(run: RunDir) -> Iterator[Path]:
