@@ -129,6 +129,10 @@ def test_file_that_describes_no_card_is_refused(tmp_path, text):
     find_card(str(file))
 
 
+def test_card_is_found_however_its_name_is_spelt():
+  assert find_card('RTX 4090') is CARDS['rtx4090'] and find_card('A100-80') is CARDS['a100_80']
+
+
 def test_unknown_card_names_the_known():
   with pytest.raises(UserError, match='gtx1080.*rtx4090'):
     find_card('gtx1080')

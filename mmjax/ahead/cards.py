@@ -121,9 +121,9 @@ def find_card(name: str) -> Card:
   Raises:
     UserError: if there is no such card or file, or the file does not say what is needed.
   """
-  key = re.sub(r'[\s-]', '_', name.lower())
-  if key in CARDS:
-    return CARDS[key]
+  key = re.sub(r'[^a-z0-9]', '', name.lower())  # 'RTX 4090' is rtx4090, 'A100-80' a100_80
+  if found := next((card for known, card in CARDS.items() if known.replace('_', '') == key), None):
+    return found
   path = user_path(name)
   if not path.is_file():
     raise UserError(f'--gpu={name} must be one of {", ".join(CARDS)}, or a file that describes a card')

@@ -1,8 +1,8 @@
 """What lies in the device's memory when it is fullest, by part of the model, from a scheduled module's text.
 
 A buffer lives from the kernel that writes it to the last that reads it. What a loop carries, and what a donated
-argument gives its place to, has one place. The compiler knows better where two buffers may share one: for some models
-the sum is its own `peak_memory_in_bytes` to the percent, for others (memory_bag) 10 % above it.
+argument gives its place to, has one place. The sum is the compiler's own `peak_memory_in_bytes` within some percent
+(tests/test_ahead.py).
 """
 
 import re
@@ -68,7 +68,7 @@ class _Liveness:
 
   def _add(self, now: int, instruction: Instruction) -> None:
     name, opcode, operands = instruction.name, instruction.opcode, instruction.operands
-    for operand in operands:
+    for operand in operands if opcode != 'get-tuple-element' else ():  # which looks at one of many
       self._use(operand, now)
     if opcode == 'parameter':
       sizes = [shape.bytes if self.entry else 0 for shape in instruction.shapes]
