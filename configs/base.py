@@ -1,5 +1,7 @@
 """Every setting of a run, once, with its default. An experiment imports this and states only what differs.
 
+A setting that is not at its default and does nothing beside the others is refused.
+
 The defaults are those of experiment 1.4.2 as its record gives them; where the record is silent, the defaults of the
 code base that it was run in.   Sizes are in tokens, rows or values unless the name says otherwise.
 """
@@ -50,7 +52,7 @@ def get_config() -> ConfigDict:
   memory.bank_init = 'normal'  # how the bank starts; 'file': from bank_file
   memory.bank_file = ''  # made by python -m mmjax.tools.bank
   memory.knowledge_length = 32  # tokens in a snippet of text that becomes a row of such a file
-  memory.bank_std = 1.0  # standard deviation of its values
+  memory.bank_std = 1.0  # standard deviation of its values; of those of a file when it is built
   memory.bank_lr_multiplier = 1.0  # the bank's learning rate over everyone's, at the first update
   memory.bank_lr_final_multiplier = 1.0  # the same at the last update; linear in between
   memory.bank_decay_multiplier = 1.0  # the bank's weight decay over train.weight_decay; 0: none
