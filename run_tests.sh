@@ -9,7 +9,7 @@
 # PYTHON=python3.12 ./run_tests.sh chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
-export JAX_PLATFORMS=cpu
+[[ " $* " == *' -m gpu '* ]] || export JAX_PLATFORMS=cpu
 if [[ " $* " == *' -m ahead '* ]]; then
   export JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1
   if [ -n "${AHEAD_PYTHON:-}" ]; then

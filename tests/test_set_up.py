@@ -138,6 +138,24 @@ def test_driver_decides_what_quickstart_installs(machine, driver, extra, said):
   assert left_alone == ('pip -e .\n' if extra else '')
 
 
+@pytest.mark.parametrize('first', ['old', 'new'])
+def test_ci_runs_the_suite_on_two_pythons_and_ahead_where_it_can(machine, tmp_path, first):
+  bodies = {'old': '[ "$OLDEST" = 3.11 ]', 'new': 'exit 0'}  # whether it is as new as `works` asks
+  shutil.copytree(REPOSITORY / '.ci', tmp_path / 'checkout/.ci')
+  machine.lay('checkout/run_tests.sh', body='echo "$PYTHON $VENV $*"')
+  for path in ('bin/python3.14', 'bin/python3.13', 'checkout/.venv-ahead/bin/python'):
+    machine.lay(path, body=bodies['new'])
+  machine.lay('bin/python3.11', body=bodies['old'])
+  machine.lay('checkout/.venv/bin/python', body=bodies[first])
+  for tool in ('dirname', 'tail'):
+    (tmp_path / 'bin' / tool).symlink_to(shutil.which(tool))
+  variables = {'PATH': str(tmp_path / 'bin'), 'HOME': str(tmp_path)}
+  done = subprocess.run(['bash', '.ci/run'], cwd=tmp_path / 'checkout', env=variables, capture_output=True, text=True)
+  other = tmp_path / 'bin' / {'old': 'python3.14', 'new': 'python3.11'}[first]
+  runs = ['', '-m thorough or campaign', f'{other} .venv-other', '-m ahead']
+  assert [line.strip() for line in done.stdout.splitlines()] == runs and done.returncode == 0, done
+
+
 def test_scripts_are_bash_that_parses():
   for script in ('quickstart.sh', 'run_tests.sh', '.ci/run', 'scripts/environment.sh'):
     subprocess.run(['bash', '-n', REPOSITORY / script], check=True)
