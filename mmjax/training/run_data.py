@@ -50,12 +50,13 @@ def evaluation_data(run: RunDir, config: Config) -> Path:
   """
   if found := find_run_data(run, config):
     return found
-  if config.data.train_files:  # data.tokenizer says where the run's tokenizer was when it was started
+  # data.tokenizer says where the run's tokenizer was when it was started. An import has no text that it learned.
+  if config.data.train_files or (_is_given(config) and not run.run_path.exists()):
     return _prepare_again(run, config, str(run.tokenizer_path))
   _check_other(run, config)
   raise UserError(
-    f'the validation text of {run.path} is not to be found; give --config.data.prepared_dir=DIR, the directory '
-    'that was prepared for it, or other text to look at'
+    f'the validation text of {run.path} is not to be found; give --config.data.prepared_dir=DIR, the directory that '
+    'was prepared for it, or other text (eval.py: --valid_files, inspect: --corpus)'
   )
 
 
