@@ -77,11 +77,6 @@ def test_missing_build_of_jax_is_one_sentence_with_the_command(monkeypatch):
   assert '\n' not in f'{missing.value}{old.value}'
 
 
-def test_measures_nothing_where_there_is_no_driver(monkeypatch):
-  monkeypatch.setattr(measure, 'has_driver', lambda: False)
-  assert measure.measured_here(TINY_CONFIG, [], 1) is None
-
-
 def test_measurement_is_that_of_an_update(capsys, monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['measure', '--config', TINY_CONFIG])
   measure.main()
@@ -91,6 +86,5 @@ def test_measurement_is_that_of_an_update(capsys, monkeypatch):
 
 @pytest.mark.thorough
 def test_process_that_measures_sees_the_devices_that_this_one_hides(monkeypatch):
-  monkeypatch.setattr(measure, 'has_driver', lambda: True)
   monkeypatch.setenv('JAX_PLATFORMS', 'none such')  # as this process hides the GPU from JAX
   assert measure.measured_here(TINY_CONFIG, [], 1)['device'] == 'cpu'

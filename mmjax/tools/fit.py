@@ -33,6 +33,7 @@ from mmjax.ahead.measure import measured_here
 from mmjax.config import load_config
 from mmjax.errors import UserError, run_command
 from mmjax.inference.terminal import table_console
+from mmjax.run.nvidia import find_driver
 
 GB = 1e9
 
@@ -57,14 +58,15 @@ def main() -> None:
     raise UserError(f'--devices={arguments.devices} must be at least 1')
   for card in cards:
     check_card(config, card)
-  prepare_environment()
+  has_gpu = find_driver() is not None
+  prepare_environment()  # which keeps this process from it
   for number, card in enumerate(cards):
     found = estimate(config, card, arguments.devices)
     batches = {} if arguments.no_search else search(found)
     if arguments.markdown:
       print_markdown(found, batches, header=number == 0)
       continue
-    measured = measured_here(arguments.config, overrides, arguments.devices)
+    measured = measured_here(arguments.config, overrides, arguments.devices) if has_gpu else None
     content = as_dict(found, batches, arguments.top) | {'measured': measured}
     if arguments.json:
       print(json.dumps(content, indent=2))
