@@ -11,10 +11,12 @@ import pytest
 from mmjax.config import load_config
 from mmjax.data.prepare import prepare
 from mmjax.errors import StoppedError, UserError
+from mmjax.interop.files import write_tensors
 from mmjax.training import loop
 from mmjax.training.loop import fit
 from mmjax.training.metrics import read_metrics
 from mmjax.training.origin import parse_origin
+from mmjax.training.run_bank import bank_texts
 from mmjax.training.run_json import read_json
 from mmjax.training.rundir import RunDir
 from mmjax.training.setup import settle_config
@@ -69,13 +71,15 @@ def test_run_goes_on_from_its_start_without_the_other_run(text, source, tmp_path
   monkeypatch.undo()
   fit(config, tmp_path / 'run', init_from=origin)  # the same command
   assert 'step 1 of 4' in capsys.readouterr().out
-  fit(config, tmp_path / 'run')  # and without the flag
+  (tmp_path / 'run').rename(tmp_path / 'moved')
+  fit(load_config(f'{tmp_path}/moved/config.json'), tmp_path / 'moved')  # without the flag, elsewhere
+  (tmp_path / 'moved').rename(tmp_path / 'run')
   assert_same_params(arrays_of(tmp_path / 'run', 4), start)
   assert (tmp_path / 'run' / 'tokenizer.model').read_bytes() == tokenizer
   assert [line['step'] for line in read_metrics(tmp_path / 'run' / 'metrics.jsonl') if line['kind'] == 'eval'] == [4]
   record = read_json(tmp_path / 'run' / 'run.json')
   assert record['init_from'] | {'params_sha256': ''} == {
-    'run': str(source), 'checkpoint': 3, 'step': 3, 'tokens': 384, 'params_sha256': '', 'init_from': None,
+    'run': str(source), 'checkpoint': 3, 'step': 3, 'tokens': 384, 'params_sha256': '', 'bank': {}, 'init_from': None,
   }  # fmt: skip
   assert [begun['step'] for begun in record['starts']] == [0, 1, 4]
 
@@ -114,11 +118,20 @@ def test_run_killed_before_it_saved_its_start_still_starts_from_there(text, sour
   assert_same_params(arrays_of(tmp_path / 'run', 1), arrays_of(source, 3))
 
 
-def test_bank_from_a_file_comes_from_the_run_and_not_from_the_file(source, tmp_path):
-  settings = {'memory__bank_init': 'file', 'memory__bank_file': '/nowhere/bank.safetensors'}
-  config, origin = settle_config(RunDir(tmp_path / 'run'), tiny_config(**settings), False, str(source))
-  assert origin.path == source and config.memory.bank_init == 'normal'
-  assert config.data.tokenizer == f'{source}/tokenizer.model'
+def test_bank_from_a_file_comes_from_the_run_and_not_from_the_file(text, tmp_path, capsys):
+  """Nor is it the file's that the config names: what the rows once were is still known, by its hash."""
+  bank = {'memory__bank_init': 'file', 'memory__bank_file': f'{tmp_path}/bank.safetensors'}
+  write_tensors(tmp_path / 'bank.safetensors', {'memory_bank': np.ones((64, 8), np.float32)})
+  (tmp_path / 'bank.jsonl').write_text('{"row": 5, "text": "what row 5 was"}')
+  fit(run_config(text, **bank, train__max_steps=1), tmp_path / 'source')
+  (tmp_path / 'bank.safetensors').write_text('no more a bank')
+  other = {'memory__bank_init': 'file', 'memory__bank_file': '/nowhere'} | new_text(tmp_path)
+  for _ in range(2):  # and goes on
+    fit(run_config(text, **other, train__max_steps=1), tmp_path / 'run', init_from=f'{tmp_path}/source')
+  run = RunDir(tmp_path / 'run')
+  assert bank_texts(run, run.read_config()) == ({5: 'what row 5 was'}, '')
+  (tmp_path / 'bank.jsonl').write_text('{"row": 5, "text": "of a new bank"}')
+  assert bank_texts(run, run.read_config())[0] == {}
 
 
 @pytest.mark.parametrize(

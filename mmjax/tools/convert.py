@@ -92,9 +92,6 @@ def import_run(
   tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
   header = read_header(source)
   shapes = {name: value.shape for name, value in tensors.items()}
-  if tokenizer:
-    copy = out / tokenizer_file_name(tokenizer)
-    overrides = [*overrides, f'--config.data.tokenizer={copy}']
   config = fitting_config(shapes, str(source), config_file, overrides, header.get('settings', {}))
   check_accounted(shapes, tensor_shapes(config), str(source))
   vocabulary = _load_tokenizer(tokenizer, config.model.vocab_size) if tokenizer else None
@@ -105,7 +102,7 @@ def import_run(
   with RunDir(out) as run:
     Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), NO_TRAINING)
     if vocabulary:
-      write_tokenizer(copy, vocabulary)
+      write_tokenizer(out / tokenizer_file_name(vocabulary.path), vocabulary)
     run.write_config(config)
   _say_imported(config, params, out, vocabulary)
 

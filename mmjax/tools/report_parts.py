@@ -220,10 +220,7 @@ def commands(config: Config, workdir: str | Path, init_from: Mapping | None = No
   """Commands that make this run again from a checkout: its config file, what was overridden, whose weights it had."""
   file = own_config('base.py')
   file = file.with_name(f'{config.experiment}.py') if file.with_name(f'{config.experiment}.py').is_file() else file
-  different = overrides_of(config, str(file))
-  if init_from:  # it brings its tokenizer
-    different.pop('data.tokenizer', None)
-  flags = [shlex.quote(f'--config.{name}={value}') for name, value in different.items()]
+  flags = [shlex.quote(f'--config.{name}={value}') for name, value in overrides_of(config, str(file)).items()]
   directory = shlex.quote(str(workdir))
   if init_from:
     flags.append('--init_from ' + shlex.quote(f'{init_from["run"]}@{init_from["step"]}'))

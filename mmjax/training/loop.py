@@ -89,7 +89,7 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
   params = read_from = None
   if origin and not Checkpoints(workdir, read_only=True).ever_saved:
     params, read_from = load_origin(origin, config, mesh)
-  inputs = open_inputs(config, training_data(run, config))
+  inputs = open_inputs(config, training_data(run, config, origin.tokenizer if read_from else ''))
   total = inputs.total_steps
   with (
     run,

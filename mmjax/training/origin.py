@@ -21,6 +21,7 @@ from mmjax.errors import UserError
 from mmjax.model.lm import Params, abstract_params
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
 from mmjax.training.manifest import leaves_sha256, refuse_non_finite
+from mmjax.training.run_bank import recorded_bank
 from mmjax.training.run_settings import compare_models
 from mmjax.training.rundir import RunDir, open_run
 from mmjax.training.sharding import shardings
@@ -37,6 +38,12 @@ class Origin:
 
   path: Path
   checkpoint: str | int
+
+  @property
+  def tokenizer(self) -> str:
+    """The path of its tokenizer; '' where it has none."""
+    path = RunDir(self.path).tokenizer_path
+    return str(path) if path.exists() else ''
 
   def __str__(self) -> str:
     return f'{self.path}@{self.checkpoint}'
@@ -68,7 +75,7 @@ def check_origin(asked: Origin, run: RunDir) -> None:
 
 
 def settle_origin(origin: Origin, config: Config) -> Config:
-  """Returns the settings of a new run with what the other run decides: the tokenizer, and how the bank once started.
+  """Returns the settings of a new run, which say of its bank how that of the other run once started.
 
   Raises:
     UserError: if there is no such run, or the config contradicts its model or its tokenizer.
@@ -76,25 +83,20 @@ def settle_origin(origin: Origin, config: Config) -> Config:
   source = open_run(origin.path, needs_tokenizer=not config.data.tokenizer)
   old = source.read_config()
   compare_models(old, config, str(source.path))
-  if not source.tokenizer_path.exists():  # an import without one: the config's it is
-    return _with_bank_of(old, config, config.data.tokenizer)
-  own = source.load_tokenizer(old.model.vocab_size)
-  if config.data.tokenizer and load_tokenizer(config.data.tokenizer).sha256 != own.sha256:
-    raise UserError(
-      f'data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {source.path}, whose model reads no other; '
-      'leave it out'
-    )
-  return _with_bank_of(old, config, str(own.path))
+  if source.tokenizer_path.exists():  # else it is an import without one: the config's it is
+    own = source.load_tokenizer(old.model.vocab_size)
+    if config.data.tokenizer and load_tokenizer(config.data.tokenizer).sha256 != own.sha256:
+      raise UserError(
+        f'data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {source.path}, whose model reads no other; '
+        'leave it out'
+      )
+  return with_bank_of(old, config)
 
 
-def settle_own_origin(old: Config, config: Config) -> Config:
-  """The same where the new run goes on, from its own config.json."""
-  return _with_bank_of(old, config, config.data.tokenizer)
-
-
-def _with_bank_of(old: Config, config: Config, tokenizer: str) -> Config:
-  memory = dataclasses.replace(config.memory, bank_init=old.memory.bank_init, bank_file=old.memory.bank_file)
-  return dataclasses.replace(config, memory=memory, data=dataclasses.replace(config.data, tokenizer=tokenizer))
+def with_bank_of(old: Config, config: Config) -> Config:
+  """Returns a config that says how a bank started as another does: no file of the config's own was read."""
+  bank = {'bank_init': old.memory.bank_init, 'bank_file': old.memory.bank_file}
+  return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **bank))
 
 
 def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dict[str, Any]]:
@@ -107,7 +109,8 @@ def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dic
   target = jax.tree.map(
     lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings(mesh, shapes)
   )
-  params, counters, step = Checkpoints(origin.path, read_only=True).restore_params(target, origin.checkpoint)
+  source = RunDir(origin.path)
+  params, counters, step = Checkpoints(source.path, read_only=True).restore_params(target, origin.checkpoint)
   refuse_non_finite(params, f'step {step} of {origin.path} cannot be trained on; choose another with @STEP')
   return params, {
     'run': str(origin.path),
@@ -115,5 +118,6 @@ def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dic
     'step': step,
     'tokens': counters['tokens'],
     'params_sha256': leaves_sha256(params),
-    'init_from': RunDir(origin.path).read_origin(),
+    'bank': recorded_bank(source),
+    'init_from': source.read_origin(),
   }

@@ -19,6 +19,11 @@ def bank_identity(config: Config) -> dict[str, str]:
   return {name: sha256_of(path) for name, path in _files(config).items() if path.is_file()}
 
 
+def recorded_bank(run: RunDir) -> dict[str, str]:
+  """Returns what a run noted of these hashes."""
+  return {name: value for name, value in _identity(run).items() if name in (BANK, TEXTS)}
+
+
 def check_bank(run: RunDir, config: Config) -> None:
   """Raises UserError if the bank file that the settings name is there and is not what the run started from.
 

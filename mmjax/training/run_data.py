@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmjax.config import Config, DataConfig
+from mmjax.config import Config
 from mmjax.data.index import INDEX, counts_bytes, data_sha256, find_prepared, read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
@@ -21,14 +21,20 @@ from mmjax.training.run_settings import list_differences
 from mmjax.training.rundir import RunDir
 
 
-def training_data(run: RunDir, config: Config) -> Path:
+def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
   """Returns the prepared directory of a run that starts or goes on, made now or found.
+
+  Args:
+    run: its directory, whose tokenizer is used where the settings name none.
+    config: its settings.
+    tokenizer: of the run whose weights it starts from, where its directory has none yet.
 
   Raises:
     UserError: if the text is not what it must be, or not that of the run's earlier starts.
   """
+  own = config.data.tokenizer or (str(run.tokenizer_path) if run.tokenizer_path.exists() else tokenizer)
   if not run.run_path.exists():
-    return _prepare(config.data, config)
+    return _prepare(config, own)
   if not (config.data.train_files or config.data.valid_files):
     if found := find_run_data(run, config):
       return found
@@ -38,8 +44,7 @@ def training_data(run: RunDir, config: Config) -> Path:
         f'{run.path} was started on the text of data.train_files={named!r}: name it, wherever it is now, '
         'or with --config.data.prepared_dir=DIR its prepared directory'
       )
-  own = str(run.tokenizer_path) if run.tokenizer_path.exists() else ''
-  return _prepare_again(run, config, config.data.tokenizer or own)
+  return _prepare_again(run, config, own)
 
 
 def evaluation_data(run: RunDir, config: Config) -> Path:
@@ -108,13 +113,14 @@ def _record(run: RunDir) -> dict[str, Any] | None:
   return read_json(run.run_path) if run.run_path.exists() else None
 
 
-def _prepare(data: DataConfig, config: Config) -> Path:
+def _prepare(config: Config, tokenizer: str) -> Path:
+  data = dataclasses.replace(config.data, tokenizer=tokenizer)
   return prepare(data, config.model.vocab_size, None if is_main() else SilentProgress())
 
 
 def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:
   """Prepares the text of a run and compares it with what the run was trained with."""
-  prepared = _prepare(dataclasses.replace(config.data, tokenizer=tokenizer), config)
+  prepared = _prepare(config, tokenizer)
   record = _record(run)
   if record and data_sha256(read_index(prepared)) != record['identity']['data_sha256']:
     before, now = (dataclasses.asdict(c.data) for c in (run.read_config(), config))

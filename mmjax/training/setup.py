@@ -28,7 +28,7 @@ from mmjax.run.placement import compiler_options, is_nvidia, place
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
 from mmjax.training.manifest import refuse_non_finite
-from mmjax.training.origin import Origin, check_origin, parse_origin, settle_origin, settle_own_origin
+from mmjax.training.origin import Origin, check_origin, parse_origin, settle_origin, with_bank_of
 from mmjax.training.processes import is_main
 from mmjax.training.run_bank import bank_identity, check_bank
 from mmjax.training.run_settings import compare_configs, compare_models
@@ -67,8 +67,7 @@ def settle_config(
 ) -> tuple[Config, Origin | None]:
   """Compares the settings with those of an earlier start in the directory; looks only, writes nothing.
 
-  An imported model that was never trained binds the architecture alone: data, batches and schedule are free. Its
-  tokenizer lies in the directory and is used where the settings name none.
+  An imported model that was never trained binds the architecture alone: data, batches and schedule are free.
 
   Returns:
     The settings to train with, and the other run whose weights a run that has none of its own yet starts from.
@@ -92,13 +91,11 @@ def settle_config(
     return config, None
   old = run.read_config()
   if recorded:
-    config = settle_own_origin(old, config)
-  if old.data.tokenizer and not config.data.tokenizer:  # wherever that was then: it lies in the directory
-    data = dataclasses.replace(config.data, tokenizer=str(run.tokenizer_path))
-    config = dataclasses.replace(config, data=data)
+    config = with_bank_of(old, config)
   if run.was_trained:
     compare_configs(old, config, allow_config_change)
-    check_bank(run, config)
+    if not recorded:
+      check_bank(run, config)
   else:
     compare_models(old, config, str(run.path))
   return config, origin
@@ -167,14 +164,13 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
   if not is_main():
     return
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
-  if not (origin or Checkpoints(run.path, read_only=True).ever_saved):
+  if origin:
+    identity |= origin['bank']
+  elif not Checkpoints(run.path, read_only=True).ever_saved:
     identity |= bank_identity(config)
   facts = {'prepared_dir': str(inputs.train.directory.absolute()), 'remarks': inputs.remarks}
   run.record_start(identity, step, origin, **facts)  # first: it refuses other data, before anything is replaced
-  tokenizer = run.path.absolute() / inputs.tokenizer.path.name
-  write_tokenizer(tokenizer, inputs.tokenizer)
-  if origin:  # whose tokenizer may be gone when this run goes on
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=str(tokenizer)))
+  write_tokenizer(run.path / inputs.tokenizer.path.name, inputs.tokenizer)
   write_file(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
   run.write_config(config)
 
