@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
   config.seed = 0  # initial weights, dropout and the order of the rows
 
   model = config.model = ConfigDict()
-  model.vocab_size = 6400  # V: pieces of the tokenizer; a tokenizer that is trained gets this many
+  model.vocab_size = 6400  # V: a tokenizer that is trained gets as many pieces, a given one may have fewer
   model.dim = 512  # D: width of the residual stream
   model.n_layers = 8
   model.n_heads = 32  # N: query heads, each dim / n_heads wide

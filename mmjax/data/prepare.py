@@ -365,10 +365,10 @@ def _remarks(index: dict[str, Any], tallies: dict[str, Any], tokenizer: Tokenize
     if report:
       yield f'{split}: skipped lines: {report}'
   if index['inexact_documents']:
-    lost = (
-      f': it has no piece for {tokenizer.missing_bytes} of the 256 bytes, so characters that it does not know are lost'
-    )
-    yield (
-      f'{index["inexact_documents"]} documents are not reproduced exactly by this tokenizer'
-      + (lost if tokenizer.missing_bytes else '')
-    )
+    why = 'it changes text, as by a space in front, before it cuts it'
+    if tokenizer.missing_bytes:
+      why = (
+        f'it has no piece for {tokenizer.missing_bytes} of the 256 bytes, so characters that it does not know become '
+        'unknown or are lost, and bits per byte do not compare'
+      )
+    yield f'{index["inexact_documents"]} documents are not reproduced exactly by this tokenizer: {why}'

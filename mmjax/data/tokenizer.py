@@ -286,15 +286,19 @@ def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
 
 
 def _why_no_vocabulary(error: str, vocab_size: int) -> str:
+  flags = '(--config.model.vocab_size={0}; prepare: --vocab_size {0})'.format
   if 'too high' in error:
     largest = error.rpartition('<=')[2].strip(' .\n')
     return (
       f'model.vocab_size={vocab_size} is more pieces than the training text can fill; largest possible: {largest} '
-      f'(--config.model.vocab_size={largest}; prepare: --vocab_size {largest})'
+      + flags(largest)
     )
   if 'smaller than required_chars' in error:
     least = error.rpartition(' vs ')[2].split('.')[0]
-    return f'model.vocab_size={vocab_size} cannot hold the characters of the training text; least possible: {least}'
+    return (
+      f'model.vocab_size={vocab_size} cannot hold the characters of the training text; least possible: {least} '
+      + flags(least)
+    )
   if '!sentences_.empty()' in error:
     return 'no training document is left: every line is empty, bad or held out (data.valid_fraction)'
   return f'no tokenizer of model.vocab_size={vocab_size} can be trained on this text: {error}'

@@ -120,10 +120,10 @@ def read_run(path: Path) -> FoundRun:
     raise UserError(f'{path} was never trained: {run.run_path.name} is missing')
   config, history = run.read_config(), read_json(run.run_path)
   records = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
-  evaluated = next((r for r in records if r['kind'] == 'eval'), {'tokens': None, 'text_bytes': None})
+  evaluated = next((r for r in records if r['kind'] == 'eval'), {'tokens': None})
   identity = history['identity']
   origin = {name: identity[name] for name in ('data_sha256', 'tokenizer_sha256')}
-  origin |= {f'validation_{name}': evaluated[name] for name in ('tokens', 'text_bytes')}
+  origin |= {'validation_tokens': evaluated['tokens']}  # not bytes: earlier versions counted some otherwise
   bank = identity.get(BANK, config.memory.bank_file)
   last = history['starts'][-1]
   device = f'{last["device_count"]} x {last["device"]} ({last["host"]})'
