@@ -264,6 +264,7 @@ IDLE = [  # config, override, what is said
   ('exp_1_4_2', 'memory.score_activation=relu', "score_activation='relu' does nothing without memory.scores='scale'"),
   ('exp_1_4_2', 'memory.revive_noise=0.5', 'does nothing where memory.revive_after is 0'),
   ('exp_1_4_2', 'memory.revive_keys=False', 'does nothing where memory.revive_after is 0'),
+  ('exp_1_4_3', 'memory.bank_std=0.5', "memory.bank_std=0.5 does nothing where memory.bank_init='file' gives the rows"),
   ('exp_1_4_2', 'memory.bank_file=x', "memory.bank_file='x' does nothing without memory.bank_init='file'"),
   ('memory_bag', 'memory.scores=scale', "it belongs to model.sublayer 'cross_attention', 'gated_fusion'"),
   ('memory_plus', 'memory.scores=scale', 'does nothing in a model of dense and ngram_bag layers'),

@@ -118,10 +118,12 @@ def built(tmp_path_factory):
     'memory.knowledge_length': 8,
     'memory.bank_init': 'file',
     'memory.bank_file': f'{folder}/bank.safetensors',
-    'memory.bank_std': 0.25,
   }
-  config = load_config('configs/base.py', [f'--config.{name}={value}' for name, value in settings.items()])
+  flags = [f'--config.{name}={value}' for name, value in settings.items()]
+  config = load_config('configs/base.py', [*flags, '--config.memory.bank_std=0.25'], used=bank.SETTINGS)
   bank.build_bank(config, folder / 'bank.safetensors', 'lsa')
+  with pytest.raises(UserError, match="memory.bank_std=0.25 does nothing where memory.bank_init='file' gives the rows"):
+    load_config('configs/base.py', [*flags, '--config.memory.bank_std=0.25'])
   return config, folder
 
 

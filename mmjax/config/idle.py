@@ -12,6 +12,7 @@ def _weighs(config: Config) -> bool:
 NEEDS = {
   'memory.score_activation': (_weighs, "without memory.scores='scale'"),
   'memory.bank_file': (lambda c: c.memory.bank_init == 'file', "without memory.bank_init='file'"),
+  'memory.bank_std': (lambda c: c.memory.bank_init != 'file', "where memory.bank_init='file' gives the rows"),
   'memory.knowledge_length': (lambda c: c.memory.bank_init == 'file', "without memory.bank_init='file'"),
   'memory.bank_decay_multiplier': (lambda c: c.train.weight_decay > 0, 'where train.weight_decay is 0'),
   'memory.revive_noise': (lambda c: c.memory.revive_after > 0, 'where memory.revive_after is 0'),

@@ -47,7 +47,7 @@ BEFORE = {
 }
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str, overrides: Sequence[str] = (), used: Collection[str] = ()) -> Config:
   """Reads a config file and applies command-line overrides.
 
   A setting that does nothing beside the others is refused, unless it is at its default. Where an override takes away
@@ -57,6 +57,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     path: a Python file with `get_config() -> ConfigDict`, those of configs/ are found from any folder; or the
       config.json of a run.
     overrides: `--config.section.field=value` arguments; a value is read as the type of the field it replaces.
+    used: settings that the caller reads, whatever the model does with them.
 
   Returns:
     The checked config.
@@ -69,9 +70,9 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
   given = [_apply_override(settings, override) for override in overrides]
   config = _build(Config, settings.to_dict(), '')
   check_fields(config)
-  config, dropped = _without_idle(config)
+  config, dropped = _without_idle(config, used)
   if dropped:
-    at_fault = {*given, *_dropped_without_overrides(of_file)}
+    at_fault = {*given, *_dropped_without_overrides(of_file, used)}
     for name, (value, why) in dropped.items():
       if name in at_fault:
         where = '' if name in given else f'config file {path!r}: '
@@ -147,10 +148,10 @@ def default_settings() -> dict[str, Any]:
   return flatten(_read_config_file(str(own_config('base.py'))).to_dict())
 
 
-def _without_idle(config: Config) -> tuple[Config, dict[str, tuple[Any, str]]]:
+def _without_idle(config: Config, used: Collection[str] = ()) -> tuple[Config, dict[str, tuple[Any, str]]]:
   """Returns the config with settings that do nothing at their defaults, and what those that were not were, and why."""
   flat, usual = flatten(config.to_dict()), default_settings()
-  idle = {name: why for name, why in idle_settings(config).items() if flat[name] != usual[name]}
+  idle = {n: why for n, why in idle_settings(config).items() if flat[n] != usual[n] and n not in used}
   for name in idle:
     section, _, field = name.partition('.')
     changed = dataclasses.replace(getattr(config, section), **{field: usual[name]})
@@ -158,11 +159,11 @@ def _without_idle(config: Config) -> tuple[Config, dict[str, tuple[Any, str]]]:
   return config, {name: (flat[name], why) for name, why in idle.items()}
 
 
-def _dropped_without_overrides(settings: Mapping[str, Any]) -> Collection[str]:
+def _dropped_without_overrides(settings: Mapping[str, Any], used: Collection[str]) -> Collection[str]:
   try:
     config = _build(Config, settings, '')
     check_fields(config)
-    return _without_idle(config)[1]
+    return _without_idle(config, used)[1]
   except UserError:  # a file that is no config without overrides
     return ()
 

@@ -63,6 +63,7 @@ SUBLAYER = {  # what every model with this sublayer has; the routed experts are 
     **_swiglu('feed_forward.shared_experts', 'sublayer/shared_expert'),
   },
 }
+EXPERTS = {'moe': ('feed_forward.experts', 'sublayer/experts')}  # what is there for each of them, under its number
 MEMORY = {  # its only one
   'input': 'attention', 'n_heads': 1, 'scores': 'none', 'query_key_norm': 'none', 'key_dim': 0,
   'selection_bias': False, 'ffn_dim': 0, 'ngram_layers': '',
@@ -94,9 +95,10 @@ def paths(config: Config) -> dict[str, str]:
     return dict(zip(own, own, strict=True))
   table = ROOT | (BANK if SUBLAYERS[model.sublayer].uses_bank else {})
   block = BLOCK | SUBLAYER[model.sublayer]
-  if model.sublayer == 'moe':
+  if model.sublayer in EXPERTS:
+    name, path = EXPERTS[model.sublayer]
     for e in range(model.n_experts):
-      block |= _swiglu(f'feed_forward.experts.{e}', f'sublayer/experts/{e}')
+      block |= _swiglu(f'{name}.{e}', f'{path}/{e}')
   for layer in range(model.n_layers):
     for name, path in block.items():
       table[f'layers.{layer}.{name}'] = f'layers/{layer}/{path}'

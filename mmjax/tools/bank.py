@@ -37,6 +37,7 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.interop.files import write_tensors
 
+SETTINGS = ('memory.knowledge_length', 'memory.bank_std')  # that decide what a file holds
 SNIPPETS_A_ROW = 8  # snippets considered for each row by default; bounds memory, whatever the text's size
 SENTENCE_TRANSFORMERS = 'sentence-transformers:'
 SNIPPETS_A_PART = 2048  # of an encoder's work, saved one after the other
@@ -58,8 +59,7 @@ def main() -> None:
   build.add_argument('--config', default=str(own_config('exp_1_4_3.py')), help='config file that sizes come from')
   arguments, overrides = parser.parse_known_args()
   overrides += [f'--config.data.train_files={arguments.files}', '--config.data.valid_files=']
-  overrides += ['--config.memory.bank_init=file', f'--config.memory.bank_file={arguments.out}']  # what it is for
-  config = load_config(arguments.config, overrides)
+  config = load_config(arguments.config, overrides, used=SETTINGS)
   build_bank(config, user_path(arguments.out), arguments.encoder, arguments.snippets_a_row)
 
 
