@@ -22,6 +22,7 @@ from mmjax.inference.settings import Sampling, make_sampling
 from mmjax.model.lm import Params, abstract_params, model_graph
 from mmjax.run.placement import place_reader
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
+from mmjax.training.manifest import warn_non_finite
 from mmjax.training.rundir import NO_TOKENIZER, RunDir, open_run
 
 
@@ -195,6 +196,7 @@ def load(
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   checkpoints = Checkpoints(run.path, read_only=True)
   params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(checkpoint))
+  warn_non_finite(params, f'step {step} of {run.path}')
   return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)
 
 

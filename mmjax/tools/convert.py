@@ -47,7 +47,7 @@ from mmjax.interop.names import (
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
-from mmjax.training.manifest import refuse_non_finite
+from mmjax.training.manifest import refuse_non_finite, warn_non_finite
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.run_settings import compare_models
 from mmjax.training.rundir import RunDir, write_tokenizer
@@ -149,6 +149,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   if foreign and target.suffix.lower() in TORCH_SUFFIXES:
     raise UserError(f'{foreign} is not in the PyTorch code, which could not read {str(target)!r}; use .safetensors')
   params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), checkpoint_name(which))
+  warn_non_finite(params, f'step {step} of {workdir}')
   tensors = to_tensors(params, config)
   if not foreign:
     tensors[TIED] = tensors['tok_embeddings.weight']

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 
 from mmjax.errors import CommandError, StorageError, UserError, file_error, first_line
-from mmjax.training.manifest import CorruptError, build_manifest, describe_non_finite, non_finite, read_manifest
+from mmjax.training.manifest import CorruptError, build_manifest, read_manifest
 from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, read_step, write_step
 from mmjax.training.processes import barrier, in_any_process, is_main
 from mmjax.training.run_json import atomic_write_text
@@ -158,8 +158,6 @@ class Checkpoints:
       except CorruptError as error:
         problem = str(error)
       if not in_any_process(problem is not None):
-        if broken := non_finite(items):
-          _warn(f'checkpoint {step} in {self.directory} holds {describe_non_finite(broken)}')
         return items, manifest['metadata'], step
       self._set_aside(step, problem or 'another process found it corrupt')
 

@@ -7,6 +7,7 @@ system) is covered, and it does not depend on how a leaf is sharded.
 
 import hashlib
 import json
+import sys
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -120,6 +121,12 @@ def refuse_non_finite(tree: Any, what: str) -> None:
   found = non_finite(tree)
   if in_any_process(bool(found)):
     raise UserError(f'{what}: {describe_non_finite(found)}')
+
+
+def warn_non_finite(tree: Any, what: str) -> None:
+  """Says on stderr where there is NaN or infinity in a pytree."""
+  if found := non_finite(tree):
+    print(f'Warning: {what} holds {describe_non_finite(found)}', file=sys.stderr, flush=True)
 
 
 def leaf_crc32(leaf: Any) -> int:

@@ -105,7 +105,7 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
   return optax.chain(*clip, *_adamw(config, params, total_steps))
 
 
-def may_overflow(train: TrainConfig) -> bool:
+def may_overflow(config: Config) -> bool:
   """Tells whether Adam could make of finite gradients and moments a step that is not finite.
 
   A step is mean / (sqrt(square) + eps) with both corrected. Where beta1 < sqrt(beta2) the mean fades before the square
@@ -113,9 +113,10 @@ def may_overflow(train: TrainConfig) -> bool:
   sqrt(beta2)); the moments themselves are averages of values that are finite where the gradient's norm is. Else only
   eps bounds it.
   """
-  largest_mean = train.grad_clip or float(jnp.finfo(jnp.float32).max) ** 0.5
+  train, float32 = config.train, jnp.finfo(jnp.float32)
+  largest_mean = max(train.grad_clip or float(float32.max) ** 0.5, config.memory.bank_grad_clip)
   bounded = train.beta1**2 < train.beta2 or train.beta1 == 0
-  return train.eps < float(jnp.finfo(jnp.float32).tiny) or not (bounded or largest_mean / train.eps < 1e20)
+  return train.eps < float(float32.tiny) or not (bounded or largest_mean / train.eps < 1e20)
 
 
 def apart_from_bank(others: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -284,7 +284,7 @@ def make_train_step(
       metrics |= revived
     return after, metrics
 
-  return skip_unsound(train_step) if may_overflow(config.train) else train_step
+  return skip_unsound(train_step) if may_overflow(config) else train_step
 
 
 def skip_unsound(train_step: TrainStep) -> TrainStep:
