@@ -27,7 +27,8 @@ from mmjax.tools.sweep_file import Run
 
 def get_runs(steps='4', codes='0,0,0'):
   codes = codes.split(',')
-  return [Run(name, 'configs/base.py', {'train.max_steps': int(steps), 'data.text_key': code}, seed)
+  settings = {'train.max_steps': int(steps), 'data.train_files': 'text.jsonl'}
+  return [Run(name, 'configs/base.py', settings | {'data.text_key': code}, seed)
     for (name, seed), code in zip([('a', 0), ('a', 1), ('b', 0)], codes)]
 """
 # Reports every 20 ms what a run reports, saves when it is told to stop (told twice it does not), and ends with the
@@ -171,7 +172,7 @@ def test_dry_run_lists_and_changes_nothing(sweep, tmp_path, capsys):
   assert sweep('--dry_run', '--set', 'codes=0,0,7', '--config.model.dim=64') is None
   said = capsys.readouterr().out
   assert '3 runs, in' in said and 'data.text_key=7' in said
-  assert 'all with model.dim=64 train.max_steps=4' in said
+  assert 'all with data.train_files=text.jsonl model.dim=64 train.max_steps=4' in said
   assert not (tmp_path / 'out').exists()
 
 
