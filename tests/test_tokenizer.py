@@ -153,6 +153,12 @@ def test_lone_surrogate_and_foreign_ids_are_refused(trained):
       trained.decode([5, token])
 
 
+@pytest.mark.parametrize('ids', [None, 5, 'ab', [None], [1.5], np.array([[5, 6]])])
+def test_what_is_no_list_of_ids_is_refused(trained, ids):
+  with pytest.raises(UserError, match='token ids must be a list of integers, not '):
+    trained.decode(ids)
+
+
 def test_cut_character_decodes_to_replacement(trained):
   ids = trained.encode('\U0001f600')
   assert len(ids) == 4 and trained.decode(ids[:-1]) == '\ufffd' and trained.decode_bytes(ids[:2]) == b'\xf0\x9f'

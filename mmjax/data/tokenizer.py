@@ -10,6 +10,7 @@ Source: Sennrich et al. 2016, arXiv:1508.07909; Kudo and Richardson 2018, arXiv:
 
 import hashlib
 import io
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -113,8 +114,12 @@ class Tokenizer:
     """Returns the text of ids; control tokens are nothing, bytes that form no character become U+FFFD.
 
     Raises:
-      UserError: if an id is not in the vocabulary.
+      UserError: if ids are no integers, or one is not in the vocabulary.
     """
+    try:
+      ids = [operator.index(token) for token in ids]
+    except TypeError:
+      raise UserError(f'token ids must be a list of integers, not {ids!r:.40}') from None
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
   def decode_bytes(self, ids: Sequence[int]) -> bytes:
