@@ -277,7 +277,7 @@ def test_start_is_recorded_and_other_data_refused(tmp_path):
 )
 def test_free_settings_may_change_on_resume(free):
   text = {'data__train_files': 'text.jsonl'}
-  compare_configs(tiny_config(**text), tiny_config(**text, **free), allow_config_change=False)
+  compare_configs(tiny_config(**text), tiny_config(**(text | free)), allow_config_change=False)
 
 
 def test_schedule_may_change_only_on_request():
