@@ -1,4 +1,4 @@
-"""The best memory found at the cost of 1.4.0, G42 of docs/memory.md: rows that the last one or two tokens address.
+"""The best memory found at the cost of 1.4.0, G42 of docs/experiments.md: rows that the last one or two tokens address.
 
 Measured small: 0.54 nats a token below 1.4.0 (128 x 4, 3 M tokens, three seeds) and 0.29 (192 x 4, 10.5 M tokens, one
 seed); all rows used. At this size: not yet.

@@ -3,7 +3,7 @@
 python train.py --config configs/quickstart_plus.py   -> BENCHMARKS.md, "Quickstart": 1.85 bits per byte. Without a
 memory (configs/quickstart.py --config.model.sublayer=dense), at as many FLOPs: 1.91.
 
-Rows for longer n-grams learn a text that is read three times, as here, by heart: docs/memory.md.
+Rows for longer n-grams learn a text that is read three times, as here, by heart: docs/experiments.md.
 """
 
 from configs import memory_plus, quickstart

@@ -1,7 +1,7 @@
 """The memory experiment: which memory, if any, beats the feed-forward layer at equal tokens and no more FLOPs a token.
 
 python -m mmjax.tools.sweep sweeps/memory.py --config.data.train_files=... --config.data.valid_files=...
-  and then, with what that found, --set learning_rate=2e-3, and then --set winners=g4,g5 beside it: docs/memory.md.
+  and then, with what that found, --set learning_rate=2e-3, and then --set winners=g4,g5 beside it: docs/experiments.md.
 
 Without a learning rate: G0 at three of them. With one: every model at that rate. With winners: G0 and the winners with
 two more seeds, and the best winner at the other rates. The list only grows, so what is done is done.

@@ -317,7 +317,8 @@ def test_config_of_a_run_with_a_setting_that_does_nothing_stays_readable():
 
 
 def test_every_command_of_the_documents_is_accepted():
-  texts = [Path(name).read_text() for name in ('README.md', 'BENCHMARKS.md', 'quickstart.sh', 'docs/memory.md')]
+  pages = 'README.md', 'BENCHMARKS.md', 'quickstart.sh', 'docs/guide.md', 'docs/experiments.md'
+  texts = [Path(page).read_text() for page in pages]
   commands = re.findall(
     r'(?:train|cost|throughput|bank build|import)(?:\.py)? [^`#]*', '\n'.join(texts).replace('\\\n', ' ')
   )

@@ -1,4 +1,4 @@
-"""The Python of the README that needs no trained run does what it says."""
+"""The Python of README and guide that needs no trained run does what it says."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 
-def test_memory_layer_of_the_readme_runs_and_learns(tmp_path, monkeypatch):
-  section = Path('README.md').read_text().partition('## A memory layer')[2].partition('\n## ')[0]
+def test_memory_layer_of_readme_and_guide_runs_and_learns(tmp_path, monkeypatch):
+  pages = {'README.md': '## A memory layer', 'docs/guide.md': '## A memory in your own model'}
+  sections = [Path(page).read_text().partition(f'\n{title}')[2].partition('\n## ')[0] for page, title in pages.items()]
   monkeypatch.chdir(tmp_path)  # as in a project of one's own
   names = {}
-  for block in re.findall(r'```python\n(.*?)```', section, re.DOTALL):
+  for block in re.findall(r'```python\n(.*?)```', '\n'.join(sections), re.DOTALL):
     exec(block, names)  # noqa: S102 - the text of this repository
   assert names['out'].row_BTR.shape == (2, 16, 64)
   for module, rows in (('memory', None), ('ngram_memory', names['row_BThr'])):
