@@ -179,7 +179,7 @@ def test_model_in_a_program_with_other_settings_answers_the_same(tiny_run):
   assert np.array_equal(plain[0], other[0]) and plain[1:] == other[1:]
 
 
-@pytest.mark.parametrize('sublayer', rarely(SUBLAYERS, 'memory_bag', 'moe'))
+@pytest.mark.parametrize('sublayer', rarely(SUBLAYERS, 'moe'))
 def test_modules_of_a_64_bit_program_have_the_same_parameters_and_answers(sublayer):
   config = tiny_config(model__sublayer=sublayer)
 
