@@ -296,7 +296,7 @@ def test_too_many_skipped_updates_end_the_run_with_a_dump(text, tmp_path, monkey
 
 
 def test_sigterm_saves_and_exits_75_and_a_second_run_is_refused(text, tmp_path):
-  endless = {'train__max_steps': 1_000_000, 'train__eval_interval': 1_000_000, 'train__checkpoint_interval': 1_000_000}
+  endless = {'train__max_steps': 30_000, 'train__eval_interval': 30_000, 'train__checkpoint_interval': 30_000}
   start = command(text, tmp_path, **endless)
   process = subprocess.Popen(start, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   try:
@@ -336,7 +336,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGHUP])
 def test_terminal_that_closes_or_a_warning_saves_and_exits_75(text, tmp_path, number):
   """In a terminal of its own, which is gone by the time the run writes its last lines."""
-  endless = {'train__max_steps': 1_000_000, 'train__eval_interval': 1_000_000, 'train__checkpoint_interval': 1_000_000}
+  endless = {'train__max_steps': 30_000, 'train__eval_interval': 30_000, 'train__checkpoint_interval': 30_000}
   start = [sys.executable, '-c', TERMINAL, str(tmp_path / 'metrics.jsonl'), str(int(number))]
   done = subprocess.run([*start, *command(text, tmp_path, **endless)], cwd=REPOSITORY, timeout=300, check=False)
   assert done.returncode == 75
