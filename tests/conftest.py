@@ -36,6 +36,28 @@ def text(tmp_path_factory):
   return folder
 
 
+@pytest.fixture
+def gpu_forms(monkeypatch):
+  """Runs on this CPU what a GPU would."""
+  import jax
+
+  from mmjax.kernels.forms import traced_for
+
+  monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *inputs, default, **_: default(*inputs))
+  jax.clear_caches()  # what was traced before has the other form
+  with traced_for('gpu'):
+    yield
+  jax.clear_caches()
+
+
+@pytest.fixture(params=['cpu', 'gpu'])
+def forms(request):
+  """Runs a test twice: as a CPU computes, and as a GPU does."""
+  if request.param == 'gpu':
+    request.getfixturevalue('gpu_forms')
+  return request.param
+
+
 def write_documents(folder, count):
   draw = random.Random(0)
   documents = [' '.join(draw.choices(WORDS, k=draw.randint(5, 60))) for _ in range(count)]

@@ -8,6 +8,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from mmjax.kernels.forms import traced_for
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import TRITON, compiler_options, count_triton, slow_scatter_warning
@@ -18,7 +19,8 @@ from tests.helpers import random_batch, rarely, tiny_config
 
 
 def lowered_for_cuda(function, *inputs) -> str:
-  return jax.jit(function).trace(*inputs).lower(lowering_platforms=('cuda',)).as_text()
+  with traced_for('cuda'):
+    return jax.jit(function).trace(*inputs).lower(lowering_platforms=('cuda',)).as_text()
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def sums_and_gradients(hidden, output, target, weight, chunk):
 
 
 @pytest.mark.parametrize('B, T, D, V, chunk', SHAPES)
-def test_sums_and_gradients_match_float64(B, T, D, V, chunk):
+def test_sums_and_gradients_match_float64(forms, B, T, D, V, chunk):
   inputs = make_inputs(B, T, D, V)
   expected = sums_float64(*inputs)
   for a, e in zip(sums_and_gradients(*inputs, chunk), expected, strict=True):
@@ -55,13 +55,14 @@ def test_sums_and_gradients_match_float64(B, T, D, V, chunk):
 
 
 @pytest.mark.parametrize('B, T, D, V, chunk', SHAPES[:3])
-def test_bfloat16_hidden_states_give_float32_output_gradients(B, T, D, V, chunk):
+def test_bfloat16_hidden_states_give_float32_output_gradients(forms, B, T, D, V, chunk):
   hidden, output, target, weight = make_inputs(B, T, D, V)
   hidden = hidden.astype(jnp.bfloat16)
   nll, _, dhidden, doutput = sums_and_gradients(hidden, output, target, weight, chunk)
   expected = sums_float64(hidden, output.astype(jnp.bfloat16), target, weight)
   assert nll.dtype == doutput.dtype == jnp.float32 and dhidden.dtype == jnp.bfloat16
-  np.testing.assert_allclose(nll, expected[0], rtol=1e-4, atol=1e-4)
+  bound = 0.02 if forms == 'gpu' else 1e-4  # logits are rounded there
+  np.testing.assert_allclose(nll, expected[0], rtol=bound, atol=bound)
   for a, e in zip((dhidden, doutput), expected[2:], strict=True):
     np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=0.02, atol=0.01)
 
@@ -86,14 +87,14 @@ def test_gradient_is_scaled_by_what_follows():
     np.testing.assert_allclose(scaled, 3 * gradient, rtol=1e-6)
 
 
-def test_first_of_equal_logits_is_the_prediction():
+def test_first_of_equal_logits_is_the_prediction(forms):
   hidden, output = jnp.ones((5, 2, 1)), jnp.asarray([[0.0], [1.0], [1.0], [1.0], [0.0]])
   target = jnp.broadcast_to(jnp.arange(5)[:, None], (5, 2))
   each = jax.jit(jax.vmap(lambda h, t: cross_entropy_sums(h[None], output, t[None], jnp.ones((1, 2)), 2)[1]))
   np.testing.assert_array_equal(each(hidden, target), [0, 2, 0, 0, 0])
 
 
-def test_large_logits_and_zero_weights_stay_finite():
+def test_large_logits_and_zero_weights_stay_finite(forms):
   hidden, output, target, _ = make_inputs(1, 5, 4, 7)
   result = sums_and_gradients(1e4 * hidden, output, target, jnp.zeros((1, 5)), 2)
   assert all(float(jnp.abs(x).max()) == 0 for x in result)
@@ -101,7 +102,7 @@ def test_large_logits_and_zero_weights_stay_finite():
   assert all(np.isfinite(x).all() for x in result)
 
 
-def test_works_rematerialised_inside_a_scan():
+def test_works_rematerialised_inside_a_scan(forms):
   hidden, output, target, weight = make_inputs(4, 6, 4, 9)
   micro_batches = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (hidden, target, weight))
 

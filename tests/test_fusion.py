@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.kernels.fusion import gated_projection, gated_projection_reference
+from mmjax.kernels.fusion import gated_mlp, gated_projection, gated_projection_reference
 from mmjax.kernels.matmul import dot, matmul, matmul_reference, weight_gradient
 
 SHAPES = [(2, 5, 4, 6, 3), (1, 1, 8, 16, 8), (3, 127, 2, 1, 5), (2, 64, 16, 24, 7)]  # B, T, D, F, width
@@ -60,6 +60,27 @@ def test_bfloat16_projection_stays_within_its_rounding(shape):
   assert [x.dtype for x in actual] == [jnp.bfloat16] * 3 + [jnp.float32] * 2
   for a, e in zip(actual, expected, strict=True):
     np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=0.05, atol=0.02 * np.abs(e).max())
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 2e-4), (jnp.bfloat16, 0.05)])
+def test_gated_mlp_and_gradients_match_float64(forms, shape, dtype, tolerance):
+  m, rows, gate, up, dout = make_inputs(*shape)
+  D, width = m.shape[-1], gate.shape[-1]
+  down = np.random.default_rng(1).standard_normal((width, D))
+  exact = [np.asarray(jnp.asarray(x, dtype), np.float64) for x in (m, rows, gate, up, down)]
+  dout = np.random.default_rng(2).standard_normal(m.shape)
+  for inputs, kernels in ((exact[:2], exact[2:]), (exact[:1], [exact[2][:D], exact[3][:D], exact[4]])):
+    other = inputs[1] if len(inputs) > 1 else np.zeros((*m.shape[:2], 0))
+    dz = dout @ kernels[2].T
+    z, dm, drows, dgate, dup = projection_float64(inputs[0], other, *kernels[:2], dz)
+    want = [z @ kernels[2], dm, *([drows] if len(inputs) > 1 else []), dgate, dup, np.einsum('btw,btd->wd', z, dout)]
+    given = [jnp.asarray(x, dtype) for x in inputs] + [jnp.asarray(x, jnp.float32) for x in kernels]
+    count = len(inputs)
+    got = out_and_gradients(lambda *x, n=count: gated_mlp(x[:n], *x[n:], dtype), *given, jnp.asarray(dout, jnp.float32))
+    assert [x.dtype for x in got[1:]] == [dtype] * count + [jnp.float32] * 3
+    for a, e in zip(got, want, strict=True):
+      np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=tolerance, atol=tolerance * max(np.abs(e).max(), 1))
 
 
 def test_projection_works_rematerialised_inside_a_scan():

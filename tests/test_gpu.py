@@ -7,6 +7,7 @@ import pytest
 
 from mmjax.kernels.attention import attention_backend, causal_attention, causal_attention_reference
 from mmjax.kernels.bank import bank_bag, bank_lookup
+from mmjax.kernels.forms import traced_for
 from mmjax.kernels.product_key import product_key_topk, product_key_topk_reference
 from mmjax.model.lm import model_graph
 from mmjax.run.placement import compiler_options, count_triton
@@ -71,7 +72,7 @@ def test_step_learns_as_on_a_cpu_and_calls_no_triton(sublayer):
     step = make_train_step(
       config, model_graph(config), optimizer, attention=attention, total_steps=20
     )  # fmt: skip
-    with jax.default_device(jax.devices(platform)[0]):
+    with jax.default_device(jax.devices(platform)[0]), traced_for(platform):
       state = jax.jit(lambda: init_state(config, optimizer))()
       compiled = jax.jit(step).lower(state, batch).compile(compiler_options(config, platform))
       losses[platform] = []

@@ -41,7 +41,7 @@ def integers(shape, high, seed):
 
 
 @pytest.mark.parametrize('B, T, P, C, R', [(2, 5, 8, 16, 8), (1, 1, 2, 3, 1), (1, 7, 6, 3, 3), (2, 3, 4, 20, 17)])
-def test_rows_and_scores_match_brute_force(B, T, P, C, R):
+def test_rows_and_scores_match_brute_force(forms, B, T, P, C, R):
   rng = np.random.default_rng(0)
   query = jnp.asarray(rng.standard_normal((B, T, P)), jnp.float32)
   keys = jnp.asarray(rng.standard_normal((2, C, P // 2)), jnp.float32)
@@ -68,7 +68,7 @@ def test_equal_scores_come_in_row_order(first, second, R):
   np.testing.assert_array_equal(score, expected_score)
 
 
-def test_bias_takes_part_in_the_choice_and_in_nothing_else():
+def test_bias_takes_part_in_the_choice_and_in_nothing_else(forms):
   query, keys, bias = integers((2, 9, 12), 3, 0), integers((4, 11, 3), 3, 1), integers((4, 11), 5, 2)
   halves = query.reshape(2, 9, 4, 3)
   for function in (product_key_topk, product_key_topk_reference):
@@ -91,7 +91,7 @@ def test_bias_takes_part_in_the_choice_and_in_nothing_else():
 
 
 @pytest.mark.parametrize('seed, high', itertools.product(range(3), (0, 1, 3)))
-def test_many_ties_match_brute_force_and_reference(seed, high):
+def test_many_ties_match_brute_force_and_reference(forms, seed, high):
   query, keys = integers((2, 9, 6), high, seed), integers((2, 11, 3), high, seed + 50)
   row, score = topk(query, keys, 8)
   expected_row, expected_score = brute_force(query, keys, 8)
@@ -102,7 +102,7 @@ def test_many_ties_match_brute_force_and_reference(seed, high):
   np.testing.assert_array_equal(score, reference_score)
 
 
-def test_sums_that_rounding_made_equal_are_still_the_greatest():
+def test_sums_that_rounding_made_equal_are_still_the_greatest(forms):
   keys = jnp.asarray([[1e8, 1e8, 0.0], [1.0, 3.0, 2.0]])[..., None]  # 1e8 + 1 and + 2 and + 3 round to few values
   row, score = topk(jnp.ones((1, 1, 2)), keys, 3)
   sums = np.sort((np.asarray(keys[0], np.float32) + np.asarray(keys[1], np.float32).T).ravel())[::-1]
@@ -118,7 +118,7 @@ def test_bfloat16_inputs_are_scored_in_float32():
 
 
 @pytest.mark.parametrize('selection', (product_key_topk, product_key_topk_reference))
-def test_each_head_selects_as_if_alone(selection):
+def test_each_head_selects_as_if_alone(forms, selection):
   rng = np.random.default_rng(0)
   query = jnp.asarray(rng.standard_normal((2, 5, 6, 4)), jnp.float32)
   keys = jnp.asarray(rng.standard_normal((6, 9, 4)), jnp.float32)
@@ -131,7 +131,7 @@ def test_each_head_selects_as_if_alone(selection):
     np.testing.assert_allclose(score[:, :, head], expected_score, rtol=1e-5, atol=1e-5)
 
 
-def test_gradient_of_scores_reaches_query_and_keys():
+def test_gradient_of_scores_reaches_query_and_keys(forms):
   rng = np.random.default_rng(0)
   query = jnp.asarray(rng.standard_normal((2, 3, 8)), jnp.float32)
   keys = jnp.asarray(rng.standard_normal((2, 6, 4)), jnp.float32)
@@ -148,13 +148,13 @@ def test_gradient_of_scores_reaches_query_and_keys():
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_tied_scores_send_their_gradient_to_the_chosen_row_only():
+def test_tied_scores_send_their_gradient_to_the_chosen_row_only(forms):
   keys = jnp.zeros((2, 3, 1)).at[:, 0].set(1.0).at[0, 2].set(1.0)  # rows 0 and 6 score 2
   gradient = jax.grad(lambda k: topk(jnp.ones((1, 1, 2)), k, 1)[1].sum())(keys)
   np.testing.assert_array_equal(gradient[..., 0], [[1, 0, 0], [1, 0, 0]])
 
 
-def test_works_rematerialised_inside_a_scan():
+def test_works_rematerialised_inside_a_scan(forms):
   query, keys = integers((3, 2, 4, 6), 2, 0), integers((2, 5, 3), 2, 1)
   select = jax.checkpoint(lambda q: topk(q, keys, 4))
   rows = jax.jit(lambda q: jax.lax.scan(lambda c, x: (c, select(x)[0]), 0, q)[1])(query)
@@ -162,7 +162,7 @@ def test_works_rematerialised_inside_a_scan():
     np.testing.assert_array_equal(actual, brute_force(x, keys, 4)[0])
 
 
-def test_values_that_are_no_numbers_give_rows_of_the_bank():
+def test_values_that_are_no_numbers_give_rows_of_the_bank(forms):
   row, _ = topk(jnp.full((1, 1, 4), jnp.nan), jnp.ones((2, 3, 2)), 2)
   assert ((row >= 0) & (row < 9)).all()
 

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 
 from mmjax.data.loader import PADDING
 from mmjax.model.lm import model_graph
+from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, may_overflow, path_name
 from mmjax.training.step import chunk_tokens, count_rows, init_state, make_loss, make_train_step
 from tests import helpers
-from tests.helpers import random_batch
+from tests.helpers import random_batch, rarely
 
 STEPS = 10
 tiny_config = functools.partial(helpers.tiny_config, model__n_layers=1)  # half the compile time; layers are alike
@@ -40,6 +41,30 @@ def run(config, n_steps, batches=None):
     state, metrics = step(state, batches[i] if batches else random_batch(config, seed=i))
     losses.append(float(metrics['loss']))
   return state, metrics, losses
+
+
+def loss_and_gradients(config, dtype='float32'):
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+  batch = jax.tree.map(lambda x: x[0], random_batch(config))
+  params = init_state(config, make_optimizer(config, STEPS))['params']
+  noise = np.random.default_rng(0)  # norms that are not all 1
+  params = jax.tree.map(lambda x: x + 0.1 * jnp.asarray(noise.standard_normal(x.shape), jnp.float32), params)
+  objective = make_loss(config, model_graph(config), 'xla')
+  (loss, _), grads = jax.jit(jax.value_and_grad(objective, has_aux=True))(params, batch, jnp.float32(100), None)
+  return loss, grads
+
+
+@pytest.mark.parametrize('sublayer', rarely(SUBLAYERS, 'gated_fusion'))
+def test_forms_of_a_gpu_give_the_loss_and_gradients_of_those_of_a_cpu(sublayer, request):
+  config = tiny_config(model__sublayer=sublayer)
+  loss, grads = loss_and_gradients(config)
+  request.getfixturevalue('gpu_forms')
+  for dtype, tolerance in (('float32', 1e-5), ('bfloat16', 0.01)):
+    found, found_grads = loss_and_gradients(config, dtype)
+    assert float(found) == pytest.approx(float(loss), rel=tolerance)
+    if dtype == 'float32':
+      for ours, theirs in zip(jax.tree.leaves(found_grads), jax.tree.leaves(grads), strict=True):
+        assert jnp.linalg.norm(ours - theirs) <= 1e-5 * jnp.linalg.norm(theirs) + 1e-8
 
 
 def named_leaves(tree):

@@ -6,12 +6,16 @@ is computed twice; the backward pass only multiplies by the gradient of the sum.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.matmul import dot, weight_gradient
+
+WIDER = 4  # times as long a chunk elsewhere than on a CPU: each adds to the gradient of the whole output projection
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -25,21 +29,26 @@ def cross_entropy_sums(
     output_VD: the output projection, cast to the compute dtype.
     target_BT: int32 in [0, V).
     weight_BT: float32; 0 leaves a position out. Has no gradient.
-    chunk_tokens: positions of T, in all B rows, whose logits exist at the same time; at least 1.
+    chunk_tokens: positions of T, in all B rows, whose logits exist at the same time on a CPU; at least 1. Elsewhere
+      `WIDER` times as many do, in the compute dtype.
 
   Returns:
     nll_sum: float32, nats; differentiable in hidden_BTD and output_VD, whose gradient is summed in float32.
     correct_sum: float32; the first of equal logits counts as the arg-max. Has no gradient.
   """
-  output_VD = output_VD.astype(hidden_BTD.dtype)
 
-  def add_chunk(sums, chunk):
-    hidden_BtD, target_Bt, weight_Bt = chunk
-    nll, correct, _ = _chunk(hidden_BtD, output_VD, target_Bt, weight_Bt)
-    return (sums[0] + nll, sums[1] + correct), None
+  def sums(of_chunk: Callable, chunk_tokens: int, *arrays: Array) -> tuple[Array, Array]:
+    hidden_BTD, output_VD, *rest = arrays
+    cast_VD = output_VD.astype(hidden_BTD.dtype)
 
-  sums, _ = _scan(add_chunk, (jnp.float32(0), jnp.float32(0)), (hidden_BTD, target_BT, weight_BT), chunk_tokens)
-  return sums
+    def add_chunk(sums, chunk):
+      hidden_BtD, target_Bt, weight_Bt = chunk
+      nll, correct, _ = of_chunk(hidden_BtD, cast_VD, target_Bt, weight_Bt)
+      return (sums[0] + nll, sums[1] + correct), None
+
+    return _scan(add_chunk, (jnp.float32(0), jnp.float32(0)), (hidden_BTD, *rest), chunk_tokens)[0]
+
+  return _by_platform(sums, chunk_tokens, hidden_BTD, output_VD, target_BT, weight_BT)
 
 
 def cross_entropy_sums_reference(
@@ -52,21 +61,38 @@ def cross_entropy_sums_reference(
   return jnp.sum(weight_BT * nll_BT), jnp.sum(weight_BT * (jnp.argmax(logits_BTV, axis=-1) == target_BT))
 
 
+def _by_platform(run: Callable, chunk_tokens: int, *arrays: Array) -> tuple:
+  """Runs chunks in the form that the platform likes: small ones in a CPU's cache, few kernels on a GPU."""
+  T = arrays[0].shape[1]
+  if on_cpu():
+    return run(_chunk, chunk_tokens, *arrays)
+  n_chunks = -(-T // min(T, WIDER * chunk_tokens))
+  return run(_chunk_in_one_pass, -(-T // n_chunks), *arrays)  # chunks of one length, if they can be
+
+
 def _forward(hidden_BTD, output_VD, target_BT, weight_BT, chunk_tokens):
+  return _by_platform(_sums_and_gradients, chunk_tokens, hidden_BTD, output_VD, target_BT, weight_BT)
+
+
+def _sums_and_gradients(of_chunk, chunk_tokens, hidden_BTD, output_VD, target_BT, weight_BT):
   cast_VD = output_VD.astype(hidden_BTD.dtype)
+  # D by V on a CPU, because weight_gradient may transpose its first argument, and hidden states are narrower than
+  # logits; V by D elsewhere, because the embedding's gradient is added to it row by row.
+  turned = of_chunk is _chunk
 
   def add_chunk(carry, chunk):
-    nll_sum, correct_sum, grad_DV = carry
+    nll_sum, correct_sum, grad = carry
     hidden_BtD, target_Bt, weight_Bt = chunk
-    nll, correct, grad_logits_BtV = _chunk(hidden_BtD, cast_VD, target_Bt, weight_Bt)
+    nll, correct, grad_logits_BtV = of_chunk(hidden_BtD, cast_VD, target_Bt, weight_Bt)
     grad_hidden_BtD = dot(grad_logits_BtV, cast_VD, 2, 0, hidden_BtD.dtype)
-    # D by V, because weight_gradient may transpose its first argument, and hidden states are narrower than logits.
-    grad_DV += weight_gradient(hidden_BtD, grad_logits_BtV)
-    return (nll_sum + nll, correct_sum + correct, grad_DV), grad_hidden_BtD
+    pair = (hidden_BtD, grad_logits_BtV) if turned else (grad_logits_BtV, hidden_BtD)
+    return (nll_sum + nll, correct_sum + correct, grad + weight_gradient(*pair)), grad_hidden_BtD
 
-  carry = jnp.float32(0), jnp.float32(0), jnp.zeros(output_VD.shape[::-1], jnp.float32)
+  shape = output_VD.shape[::-1] if turned else output_VD.shape
+  carry = jnp.float32(0), jnp.float32(0), jnp.zeros(shape, jnp.float32)
   carry, grad_hidden_BTD = _scan(add_chunk, carry, (hidden_BTD, target_BT, weight_BT), chunk_tokens)
-  return carry[:2], (grad_hidden_BTD, carry[2].T.astype(output_VD.dtype))
+  grad_VD = carry[2].T if turned else carry[2]
+  return carry[:2], (grad_hidden_BTD, grad_VD.astype(output_VD.dtype))
 
 
 def _backward(chunk_tokens, residuals, cotangents):
@@ -93,6 +119,34 @@ def _chunk(hidden_BtD, output_VD, target_Bt, weight_Bt):
   correct_Bt = (picked_Bt == max_Bt1[..., 0]) & ~beaten_Bt
   grad_logits_BtV = weight_Bt[..., None] * (exp_BtV / sum_Bt1 - is_target_BtV)
   return jnp.sum(weight_Bt * nll_Bt), jnp.sum(weight_Bt * correct_Bt), grad_logits_BtV.astype(hidden_BtD.dtype)
+
+
+def _chunk_in_one_pass(hidden_BtD, output_VD, target_Bt, weight_Bt):
+  """The same for a GPU: logits in the compute dtype, as under torch's autocast, and read once for all of their sums.
+
+  One reduction carries greatest logit, its place, the sum of exponentials below it (Milakov and Gimelshein 2018,
+  arXiv:1805.02867) and the target's logit.
+  """
+  logits_BtV = dot(hidden_BtD, output_VD, 2, 1, hidden_BtD.dtype)
+  index_BtV = jax.lax.broadcasted_iota(jnp.int32, logits_BtV.shape, 2)
+  is_target_BtV = index_BtV == target_Bt[..., None]
+  wide_BtV = logits_BtV.astype(jnp.float32)
+
+  def add(a, b):
+    (max_a, index_a, sum_a, picked_a), (max_b, index_b, sum_b, picked_b) = a, b
+    first = (max_a > max_b) | ((max_a == max_b) & (index_a < index_b))
+    lower = jnp.exp(-jnp.abs(max_a - max_b))
+    total = jnp.where(max_a > max_b, sum_a + sum_b * lower, sum_b + sum_a * lower)
+    return jnp.where(first, max_a, max_b), jnp.where(first, index_a, index_b), total, picked_a + picked_b
+
+  inputs = wide_BtV, index_BtV, jnp.ones_like(wide_BtV), jnp.where(is_target_BtV, wide_BtV, 0)
+  # Finite, so that no difference of the greatest is a NaN.
+  starts = jnp.finfo(jnp.float32).min, jnp.int32(output_VD.shape[0]), jnp.float32(0), jnp.float32(0)
+  max_Bt, index_Bt, sum_Bt, picked_Bt = jax.lax.reduce(inputs, starts, add, (2,))
+  log_sum_Bt = max_Bt + jnp.log(sum_Bt)
+  grad_logits_BtV = weight_Bt[..., None] * (jnp.exp(wide_BtV - log_sum_Bt[..., None]) - is_target_BtV)
+  nll, correct = jnp.sum(weight_Bt * (log_sum_Bt - picked_Bt)), jnp.sum(weight_Bt * (index_Bt == target_Bt))
+  return nll, correct, grad_logits_BtV.astype(hidden_BtD.dtype)
 
 
 def _scan(step, carry, arrays, chunk_tokens):

@@ -1,10 +1,59 @@
-"""The gated projection of concat(m, rows), without the concatenation: z @ W == m @ W[:D] + rows @ W[D:]."""
+"""Gated MLPs: down(silu(x @ gate) * (x @ up)), where x may be a concatenation that is not built.
+
+z @ W == m @ W[:D] + rows @ W[D:] for z = concat(m, rows).
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
-from mmjax.kernels.matmul import matmul
+from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.matmul import dot, matmul, together, weight_gradient
+
+
+def gated_mlp(
+  inputs: tuple[Array, ...], gate_kernel: Array, up_kernel: Array, down_kernel: Array, dtype: DTypeLike
+) -> Array:
+  """Returns (silu(z @ gate) * (z @ up)) @ down in `dtype`.
+
+  Args:
+    inputs: z, or m_BTD and rows_BTF for z = concat(m, rows); float.
+    gate_kernel: [width of z, F], cast to the compute dtype.
+    up_kernel: the same shape.
+    down_kernel: [F, D].
+    dtype: of the products.
+  """
+
+  if not on_cpu():  # the concatenation, made while its parts are, and one product for gate and up, which is kept
+    z = jnp.concatenate([x.astype(dtype) for x in inputs], axis=-1)
+    return _gate_and_project(matmul(z, jnp.concatenate((gate_kernel, up_kernel), axis=1)), down_kernel)
+  if len(inputs) > 1:
+    return matmul(gated_projection(*(x.astype(dtype) for x in inputs), gate_kernel, up_kernel), down_kernel)
+  # Cast for each product alone, so that their gradients are added up in float32.
+  gate, up = (matmul(inputs[0].astype(dtype), kernel) for kernel in (gate_kernel, up_kernel))
+  return matmul(jax.nn.silu(gate) * up, down_kernel)
+
+
+@jax.custom_vjp
+def _gate_and_project(both: Array, down_kernel: Array) -> Array:
+  """Returns (silu(gate) * up) @ down for both = concat(gate, up), which is all that it keeps."""
+  gate, up = (x.astype(jnp.float32) for x in jnp.split(both, 2, axis=-1))
+  return matmul((jax.nn.silu(gate) * up).astype(both.dtype), down_kernel)
+
+
+def _gate_and_project_bwd(residuals, grad_out):
+  both, down_kernel = residuals
+  both = jax.lax.optimization_barrier(both)  # or XLA would keep what can be had again from it
+  grad = dot(grad_out, down_kernel.astype(both.dtype), both.ndim - 1, 1, both.dtype).astype(jnp.float32)
+  gate, up = (x.astype(jnp.float32) for x in jnp.split(both, 2, axis=-1))
+  sigmoid = jax.nn.sigmoid(gate)
+  grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
+  grad_both = jnp.concatenate((grad_gate, grad * gate * sigmoid), axis=-1).astype(both.dtype)
+  return together(grad_both, weight_gradient((gate * sigmoid * up).astype(both.dtype), grad_out))
+
+
+_gate_and_project.defvjp(lambda both, kernel: (_gate_and_project(both, kernel), (both, kernel)), _gate_and_project_bwd)
 
 
 def gated_projection(m_BTD: Array, rows_BTF: Array, gate_kernel: Array, up_kernel: Array) -> Array:

@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.errors import refuse_wrong_jaxlib
+from mmjax.kernels.forms import on_cpu
 
 
 def matmul(x: Array, kernel: Array) -> Array:
@@ -47,7 +48,15 @@ def _matmul_fwd(x, kernel):
 def _matmul_bwd(residuals, grad):
   x, kernel = residuals
   grad_x = dot(grad, kernel.astype(x.dtype), grad.ndim - 1, 1, x.dtype)
-  return grad_x, weight_gradient(x, grad).astype(kernel.dtype)
+  return together(grad_x, weight_gradient(x, grad).astype(kernel.dtype))
+
+
+def together(grad_x: Array, grad_kernel: Array) -> tuple[Array, Array]:
+  """Returns both; on a GPU when both are there.
+
+  XLA would leave the gradients of kernels there for the end of the backward pass, and keep what they are made of.
+  """
+  return (grad_x, grad_kernel) if on_cpu() else jax.lax.optimization_barrier((grad_x, grad_kernel))
 
 
 _matmul.defvjp(_matmul_fwd, _matmul_bwd)

@@ -4,6 +4,7 @@ Parameters are float32 and stay so; each call says in which dtype its matrix pro
 and rotations are float32, as they are under torch's autocast in the code that this model comes from.
 """
 
+from functools import partial
 from typing import TypedDict
 
 import jax
@@ -14,7 +15,9 @@ from jax.typing import DTypeLike
 
 from mmjax.config import ModelConfig
 from mmjax.kernels.attention import cached_attention, causal_attention
+from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.matmul import matmul
+from mmjax.kernels.norm import exact_normed_matmul, normed_matmul, rms_norm
 
 
 class LayerCache(TypedDict):
@@ -53,10 +56,37 @@ class RMSNorm(nnx.Module):
     self.eps = eps
 
   @jax.named_scope('norm')
-  def __call__(self, x: Array) -> Array:
-    """Maps (..., D) to float32 (..., D)."""
-    x = x.astype(jnp.float32)  # the mean of squares loses too much in bf16
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + self.eps) * self.scale[...]
+  def __call__(self, x: Array, dtype: DTypeLike = jnp.float32) -> Array:
+    """Maps (..., D) to float32 (..., D); see mmjax.kernels.norm.rms_norm for `dtype`."""
+    return rms_norm(x, self.scale[...], self.eps, dtype)
+
+  @jax.named_scope('norm')
+  def matmul(self, x: Array, kernel: Array, dtype: DTypeLike) -> Array:
+    """Maps (..., D) to (..., out) in `dtype`: the norm, then a product."""
+    return normed_matmul(x, self.scale[...], kernel, self.eps, dtype)
+
+  @jax.named_scope('norm')
+  def exact_matmul(self, x: Array, kernel: Array, dtype: DTypeLike) -> Array:
+    """Maps (..., D) to float32 (..., out), exactly; see mmjax.kernels.norm.exact_normed_matmul for `dtype`."""
+    return exact_normed_matmul(x, self.scale[...], kernel, self.eps, dtype)
+
+
+def add_to_stream(x: Array, delta: Array) -> Array:
+  """Returns x + delta in the dtype of x, the float32 residual stream."""
+  return x + delta if on_cpu() else _add_to_stream(x, delta)
+
+
+@jax.custom_vjp
+def _add_to_stream(x: Array, delta: Array) -> Array:
+  return x + delta
+
+
+def _add_to_stream_bwd(like_delta, grad):
+  # A barrier, or XLA would read the wide gradient and round it wherever it is used.
+  return grad, jax.lax.optimization_barrier(grad.astype(like_delta.dtype))
+
+
+_add_to_stream.defvjp(lambda x, delta: (x + delta, jnp.zeros((), delta.dtype)), _add_to_stream_bwd)
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
@@ -114,12 +144,19 @@ class Attention(nnx.Module):
 
   @jax.named_scope('attention')
   def __call__(
-    self, x_BTD: Array, angle_BTh: Array, segment_BT: Array | None, dtype: DTypeLike, backend: str
+    self,
+    x_BTD: Array,
+    norm: RMSNorm,
+    angle_BTh: Array,
+    segment_BT: Array | None,
+    dtype: DTypeLike,
+    backend: str,
   ) -> tuple[Array, LayerCache]:
     """Attends over whole rows.
 
     Args:
-      x_BTD: float32, normed.
+      x_BTD: float32.
+      norm: what comes first.
       angle_BTh: rotary angles of the T positions.
       segment_BT: int32; a position sees earlier ones of its own segment. None: one segment.
       dtype: of the matrix products.
@@ -128,17 +165,18 @@ class Attention(nnx.Module):
     Returns:
       (B, T, D) in `dtype`, and the keys (rotated) and values, (B, T, K, H), for a cache.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, angle_BTh, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTh, dtype)
     out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_BT, backend=backend)
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BTKH, 'v': v_BTKH}
 
   def decode(
-    self, x_BTD: Array, angle_BTh: Array, cache: LayerCache, position_BT: Array, dtype: DTypeLike
+    self, x_BTD: Array, norm: RMSNorm, angle_BTh: Array, cache: LayerCache, position_BT: Array, dtype: DTypeLike
   ) -> tuple[Array, LayerCache]:
     """Attends from new tokens to themselves and to what the cache holds before them.
 
     Args:
-      x_BTD: float32, normed.
+      x_BTD: float32.
+      norm: what comes first.
       angle_BTh: rotary angles of `position_BT`.
       cache: keys and values, (B, S, K, H); slot s holds position s.
       position_BT: int32 position of each new token, below S.
@@ -147,7 +185,7 @@ class Attention(nnx.Module):
     Returns:
       (B, T, D) in `dtype`, and the cache with the new keys and values in it.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, angle_BTh, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTh, dtype)
     row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
     k_BSKH = cache['k'].at[row_B1, position_BT].set(k_BTKH.astype(cache['k'].dtype))
     v_BSKH = cache['v'].at[row_B1, position_BT].set(v_BTKH.astype(cache['v'].dtype))
@@ -155,9 +193,30 @@ class Attention(nnx.Module):
     out_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BSKH, 'v': v_BSKH}
 
-  def _project(self, x_BTD: Array, angle_BTh: Array, dtype: DTypeLike) -> tuple[Array, Array, Array]:
+  def _project(self, x_BTD: Array, norm: RMSNorm, angle_BTh: Array, dtype: DTypeLike) -> tuple[Array, Array, Array]:
     heads = (*x_BTD.shape[:-1], -1, self.head_dim)
-    q_BTNH = self.wq(x_BTD, dtype).reshape(heads)
-    k_BTKH = self.wk(x_BTD, dtype).reshape(heads)
-    v_BTKH = self.wv(x_BTD, dtype).reshape(heads)
+    kernels = [linear.kernel[...] for linear in (self.wq, self.wk, self.wv)]
+
+    if not on_cpu():
+      x_BTNH = norm.matmul(x_BTD, jnp.concatenate(kernels, axis=1), dtype).reshape(heads)
+      return _split_and_rotate(x_BTNH, angle_BTh, kernels[1].shape[1] // self.head_dim)
+    normed_BTD = norm(x_BTD)  # cast for each product alone, so that their gradients are added up in float32
+    q_BTNH, k_BTKH, v_BTKH = (matmul(normed_BTD.astype(dtype), kernel).reshape(heads) for kernel in kernels)
     return apply_rope(q_BTNH, angle_BTh), apply_rope(k_BTKH, angle_BTh), v_BTKH
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _split_and_rotate(x_BTNH: Array, angle_BTh: Array, n_kv_heads: int) -> tuple[Array, Array, Array]:
+  """Splits heads into those of queries, keys and values, and rotates the first two; its gradient is one array, too."""
+  n_heads = x_BTNH.shape[2] - 2 * n_kv_heads
+  q_BTNH, k_BTKH, v_BTKH = jnp.split(x_BTNH, (n_heads, n_heads + n_kv_heads), axis=2)
+  return apply_rope(q_BTNH, angle_BTh), apply_rope(k_BTKH, angle_BTh), v_BTKH
+
+
+def _split_and_rotate_bwd(n_kv_heads, angle_BTh, grads):
+  q_BTNH, k_BTKH, v_BTKH = grads
+  back = apply_rope(q_BTNH, -angle_BTh), apply_rope(k_BTKH, -angle_BTh), v_BTKH
+  return jnp.concatenate(back, axis=2), None
+
+
+_split_and_rotate.defvjp(lambda x, angle, n: (_split_and_rotate(x, angle, n), angle), _split_and_rotate_bwd)

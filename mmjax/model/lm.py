@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.kernels.bank import BankShard, Reads, TappedBank, no_reads
-from mmjax.model.layers import Attention, LayerCache, RMSNorm, dropout, rope_angles, uniform_init
+from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles, uniform_init
 from mmjax.model.memory import init_bank
 from mmjax.model.ngram import cached_last_tokens, last_tokens, ngram_rows
 from mmjax.model.sublayers import SUBLAYERS, any_reads_ngrams, layer_kinds
@@ -78,11 +78,11 @@ class Block(nnx.Module):
   ) -> tuple[Array, SublayerOutput, LayerCache]:
     """Returns the float32 residual stream, what the sublayer gave, and the keys and values of attention."""
     attention_key, sublayer_key = (None, None) if key is None else jax.random.split(key)
-    h_attn_BTD, kv = self.attention(self.attention_norm(x_BTD), angle_BTh, segment_BT, dtype, attention)
+    h_attn_BTD, kv = self.attention(x_BTD, self.attention_norm, angle_BTh, segment_BT, dtype, attention)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
-    h_BTD = x_BTD + h_attn_BTD
+    h_BTD = add_to_stream(x_BTD, h_attn_BTD)
     out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr)
-    return h_BTD + dropout(out.delta_BTD, self.dropout, sublayer_key), out, kv
+    return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
 
   def decode(
     self,
@@ -95,7 +95,7 @@ class Block(nnx.Module):
     dtype: DTypeLike,
   ) -> tuple[Array, LayerCache]:
     """Returns the float32 residual stream of new tokens and the updated cache."""
-    h_attn_BTD, cache = self.attention.decode(self.attention_norm(x_BTD), angle_BTh, cache, position_BT, dtype)
+    h_attn_BTD, cache = self.attention.decode(x_BTD, self.attention_norm, angle_BTh, cache, position_BT, dtype)
     h_BTD = x_BTD + h_attn_BTD
     return h_BTD + self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr).delta_BTD, cache
 
@@ -239,7 +239,7 @@ class LM(nnx.Module):
     for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
       x_BTD, layer_cache = layer.decode(x_BTD, bank_MP, angle_BTh, ngram_BThr, layer_cache, position_BT, dtype)
       layers.append(layer_cache)
-    return self.norm(x_BTD).astype(dtype), Cache(token_BS, layers)
+    return self.norm(x_BTD, dtype).astype(dtype), Cache(token_BS, layers)
 
   def _ngram_rows(self, last: Callable[[int], Array]) -> Array | None:
     """Returns the rows that n-grams address, None in a model where they address none; `last(n)`: the n last tokens."""
@@ -278,7 +278,7 @@ class LM(nnx.Module):
     x_BTD, outs = (_scan_layers if scan_layers else _unroll_layers)(run, list(self.layers), x_BTD, keys[:-1])
     reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
     row_LBTR, score_LBTR = (jnp.stack(x) for x in zip(*reads, strict=True)) if reads else (None, None)
-    hidden_BTD = self.norm(x_BTD).astype(dtype)
+    hidden_BTD = self.norm(x_BTD, dtype).astype(dtype)
     aux_loss = sum((out.aux_loss for out in outs), jnp.zeros((), jnp.float32))
     return Output(hidden_BTD, row_LBTR, score_LBTR, aux_loss), [out.kv for out in outs]
 

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.kernels.product_key import best_rows, sub_key_scores
-from mmjax.model.layers import Linear, uniform_init
+from mmjax.model.layers import Linear, RMSNorm, uniform_init
 
 
 class Selection(NamedTuple):
@@ -42,21 +43,21 @@ class ProductKeyGate(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((sets, model.n_sub_keys), jnp.float32)) if memory.selection_bias else None
 
   @jax.named_scope('gate')
-  def __call__(self, m_BTD: Array) -> Selection:
+  def __call__(self, x_BTD: Array, norm: RMSNorm, dtype: DTypeLike) -> Selection:
     """Selects rows for every token, in float32: in bf16 a fifth of the tokens would get other rows.
 
     Args:
-      m_BTD: float32.
+      x_BTD: float.
+      norm: what comes before the queries.
+      dtype: of other products.
     """
-    query_BTQ = jnp.matmul(
-      m_BTD.astype(jnp.float32), self.query.kernel[...], precision=jax.lax.Precision.HIGHEST
-    )  # HIGHEST: no TF32 on GPUs
-    query_BTKp = query_BTQ.reshape(*m_BTD.shape[:-1], len(self.keys[...]), -1)
+    query_BTQ = norm.exact_matmul(x_BTD, self.query.kernel[...], dtype)
+    query_BTKp = query_BTQ.reshape(*x_BTD.shape[:-1], len(self.keys[...]), -1)
     query_BTKp, keys_KCp = self.norm(query_BTKp, self.keys[...])
     bias_KC = None if self.bias is None else keys_KCp.shape[-1] ** 0.5 * self.bias[...]  # at the size of scores
     score_KXC = sub_key_scores(query_BTKp, keys_KCp)
     best = best_rows(score_KXC, self.num_selected, bias_KC)
-    row_BThr, score_BThr = (x.reshape(*m_BTD.shape[:-1], *x.shape[1:]) for x in best)
+    row_BThr, score_BThr = (x.reshape(*x_BTD.shape[:-1], *x.shape[1:]) for x in best)
     balance = 0.0 if bias_KC is None else balancing_slope(bias_KC, row_BThr)
     if self.balance_loss_weight:
       balance += self.balance_loss_weight * balance_loss(score_KXC, row_BThr)

@@ -22,6 +22,7 @@ from mmjax.data.loader import TokenSplit, check_fills_batch, cut_remark, open_sp
 from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
+from mmjax.kernels.forms import traced_for
 from mmjax.model.lm import Params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import compiler_options, is_nvidia, place
@@ -212,8 +213,8 @@ def compile_step(
   step = make_train_step(config, model_graph(config), optimizer, **settings)
   batch = batch_shapes(mesh, config)
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), replicated(mesh)))
-  with explain_out_of_memory(config):
-    platform = mesh.devices.flat[0].platform
+  platform = mesh.devices.flat[0].platform
+  with explain_out_of_memory(config), traced_for(platform):
     return jitted.lower(state, batch).compile(compiler_options(config, platform) | (options or {}))
 
 

@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
+from mmjax.kernels.fusion import gated_mlp
 from mmjax.model.layers import Linear, RMSNorm
 from mmjax.model.sublayers.base import SublayerOutput
 
@@ -21,7 +22,7 @@ class SwiGLU(nnx.Module):
   @jax.named_scope('feed_forward')
   def transform(self, x_BTD: Array, dtype: DTypeLike) -> Array:
     """Maps (B, T, D) to (B, T, D) in `dtype`."""
-    return self.down(jax.nn.silu(self.gate(x_BTD, dtype)) * self.up(x_BTD, dtype), dtype)
+    return gated_mlp((x_BTD,), *(linear.kernel[...] for linear in (self.gate, self.up, self.down)), dtype)
 
 
 class DenseFFN(SwiGLU):
@@ -35,4 +36,4 @@ class DenseFFN(SwiGLU):
     self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
   ) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
-    return SublayerOutput(self.transform(self.norm(h_BTD), dtype))
+    return SublayerOutput(self.transform(self.norm(h_BTD, dtype), dtype))

@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.kernels.fusion import gated_projection
+from mmjax.kernels.fusion import gated_mlp
 from mmjax.model.layers import Linear
 from mmjax.model.memory import Selection
 from mmjax.model.sublayers.memory import MemorySublayer
@@ -25,8 +25,8 @@ class GatedFusion(nnx.Module):
   def __call__(self, m_BTD: Array, rows_BTRP: Array, dtype: DTypeLike) -> Array:
     """Maps float32 (B, T, D) and rows (B, T, R, P) to (B, T, D) in `dtype`."""
     rows_BTF = rows_BTRP.reshape(*m_BTD.shape[:-1], -1)
-    z_BTD = gated_projection(m_BTD.astype(dtype), rows_BTF, self.gate.kernel[...], self.up.kernel[...])
-    return self.down(z_BTD, dtype)
+    kernels = (linear.kernel[...] for linear in (self.gate, self.up, self.down))
+    return gated_mlp((m_BTD, rows_BTF), *kernels, dtype)
 
 
 class GatedMemoryFusion(MemorySublayer):

@@ -36,9 +36,9 @@ class MemorySublayer(nnx.Module):
     """Returns what picks the rows."""
     return ProductKeyGate(model, memory, rngs=rngs)
 
-  def select(self, m_BTD: Array, ngram_BThr: Array | None) -> Selection:
-    """Returns the rows to read, here those of the gate."""
-    return self.gate(m_BTD)
+  def select(self, x_BTD: Array, ngram_BThr: Array | None, dtype: DTypeLike) -> Selection:
+    """Returns the rows to read, here those that the gate finds for the input that is still to be normed."""
+    return self.gate(x_BTD, self.norm, dtype)
 
   def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns (B, T, D) in `dtype` from the normed input and the selected rows."""
@@ -58,8 +58,9 @@ class MemorySublayer(nnx.Module):
       ValueError: if an array has not the shape that the config says, or it reads n-grams and got no rows.
     """
     self._check(h_BTD, bank_MP)
-    m_BTD = self.norm(h_BTD if self.input == 'residual' else h_attn_BTD)
-    selection = self.select(m_BTD, ngram_BThr)
+    x_BTD = h_BTD if self.input == 'residual' else h_attn_BTD
+    m_BTD = self.norm(x_BTD, dtype)
+    selection = self.select(x_BTD, ngram_BThr, dtype)
     delta_BTD = self.read(m_BTD, selection, bank_MP, dtype)
     if self.ffn is not None:
       delta_BTD += self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD

@@ -3,6 +3,8 @@
 Source: the shared expert and the auxiliary loss per sequence follow Dai et al. 2024, arXiv:2401.06066.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
+from mmjax.kernels.forms import on_cpu
 from mmjax.model.layers import Linear, RMSNorm
 from mmjax.model.sublayers.base import SublayerOutput
 from mmjax.model.sublayers.dense import SwiGLU
@@ -36,18 +39,27 @@ class MoEFFN(nnx.Module):
     self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
   ) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
-    x_BTD = self.norm(h_BTD)
+    x_BTD = self.norm(h_BTD, dtype)
     logits_BTE = jnp.matmul(x_BTD, self.router.kernel[...], precision=jax.lax.Precision.HIGHEST)
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # float32: the choice must not hang on rounding
     best_BTR, expert_BTR = jax.lax.top_k(probability_BTE, self.experts_per_token)
     chosen_BTE = jax.nn.one_hot(expert_BTR, len(self.experts), dtype=jnp.float32).sum(axis=-2)
     weight_BTE = chosen_BTE * probability_BTE / best_BTR.sum(axis=-1, keepdims=True)
-    out_BTD = self.shared_expert.transform(x_BTD, dtype)
+    out_BTD = _recomputed_on_gpu(lambda x_BTD: self.shared_expert.transform(x_BTD, dtype), x_BTD)
     for e, expert in enumerate(self.experts):
-      out_BTD += weight_BTE[..., e, None].astype(dtype) * expert.transform(x_BTD, dtype)
+      out_BTD += _recomputed_on_gpu(
+        lambda weight_BT1, x_BTD, expert=expert: weight_BT1.astype(dtype) * expert.transform(x_BTD, dtype),
+        weight_BTE[..., e, None],
+        x_BTD,
+      )
     return SublayerOutput(out_BTD, aux_loss=self._balance(chosen_BTE, probability_BTE))
 
   def _balance(self, chosen_BTE: Array, probability_BTE: Array) -> Array:
     """Returns the auxiliary loss: per sequence, expert load (1 when even) times mean probability, summed over E."""
     load_BE = chosen_BTE.mean(axis=1) * len(self.experts) / self.experts_per_token
     return self.aux_loss_weight * jnp.mean(jnp.sum(load_BE * probability_BTE.mean(axis=1), axis=-1))
+
+
+def _recomputed_on_gpu(function: Callable, *inputs: Array) -> Array:
+  """Keeps nothing of an expert for the backward pass but its inputs, where memory is what bounds a batch."""
+  return (function if on_cpu() else jax.checkpoint(function))(*inputs)

@@ -8,6 +8,7 @@ arXiv:2601.10639.
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.model.memory import Selection
@@ -21,13 +22,13 @@ class NgramBag(MemoryBag):
   def make_gate(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> None:
     """There is none."""
 
-  def select(self, m_BTD: Array, ngram_BThr: Array | None) -> Selection:
+  def select(self, x_BTD: Array, ngram_BThr: Array | None, dtype: DTypeLike) -> Selection:
     """Returns the rows that the last tokens address, with scores of 0.
 
     Raises:
       ValueError: if there are none, or of another shape than the config says.
     """
-    shape = (*m_BTD.shape[:2], *self.rows_shape)
+    shape = (*x_BTD.shape[:2], *self.rows_shape)
     if ngram_BThr is None:
       raise ValueError('a memory that reads n-grams needs the rows that they address: mmjax.model.ngram.ngram_rows')
     if ngram_BThr.shape != shape:

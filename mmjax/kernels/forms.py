@@ -1,0 +1,31 @@
+"""Which form of a kernel to trace: that for a CPU, which computes slowly and has a cache, or that for a GPU.
+
+A GPU computes a hundred times as fast as it moves memory, so that its forms count what is read, written and kept. The
+choice is made here alone, while a program is traced: for the devices that JAX has, unless `traced_for` names others.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+import jax
+
+_platform = ContextVar('platform', default='')
+
+
+def on_cpu() -> bool:
+  """Tells whether what is being traced is for a CPU."""
+  return (_platform.get() or jax.default_backend()) == 'cpu'
+
+
+@contextlib.contextmanager
+def traced_for(platform: str) -> Iterator[None]:
+  """Traces for another platform than JAX's own here: 'cpu', 'gpu', 'cuda', ...
+
+  JAX keeps what it has traced, whatever it was traced for: a function must not be traced for two.
+  """
+  token = _platform.set(platform)
+  try:
+    yield
+  finally:
+    _platform.reset(token)

@@ -1,0 +1,114 @@
+"""Root-mean-square norm, alone and with the product that follows it (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+A norm moves memory and computes little. On a GPU the normed input of a product need not exist: dividing by the root
+mean square commutes with the product, so x, rounded to the compute dtype, is multiplied by a kernel that holds the
+norm's scale, and the result is divided; x is also all that the backward pass keeps.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.matmul import dot, matmul, together, weight_gradient
+
+
+def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32) -> Array:
+  """Returns x / rms(x) * scale, float32.
+
+  Args:
+    x: (..., D), float.
+    scale: (D,).
+    eps: added to the mean of squares.
+    dtype: of the products that read the result. Elsewhere than on a CPU x is rounded to it first, so that the backward
+      pass keeps and reads half as much of a float32 stream.
+  """
+  if not on_cpu():
+    x = _rounded(x, dtype)
+  x = x.astype(jnp.float32)  # the mean of squares loses too much in bf16
+  return x * _inverse(x, eps) * scale
+
+
+def normed_matmul(x: Array, scale: Array, kernel: Array, eps: float, dtype: DTypeLike) -> Array:
+  """Returns rms_norm(x) @ kernel in `dtype`, with float32 sums; the gradient of `kernel` is float32.
+
+  Args:
+    x: (..., in), float.
+    scale: (in,).
+    kernel: (in, out).
+    eps: added to the mean of squares.
+    dtype: of the product.
+  """
+  if on_cpu():
+    return matmul(rms_norm(x, scale, eps).astype(dtype), kernel)
+  return _divided_product(x, scale, kernel, eps, jnp.dtype(dtype), False)
+
+
+def exact_normed_matmul(x: Array, scale: Array, kernel: Array, eps: float, dtype: DTypeLike) -> Array:
+  """Returns rms_norm(x) @ kernel in float32, for choices that must not hang on rounding.
+
+  Elsewhere than on a CPU x is rounded to `dtype` first, and gradients are computed in it, as those of other products.
+  Arguments as of `normed_matmul`.
+  """
+  if on_cpu():
+    return jnp.matmul(rms_norm(x, scale, eps), kernel, precision=jax.lax.Precision.HIGHEST)
+  return _divided_product(x, scale, kernel, eps, jnp.dtype(dtype), True)
+
+
+def _inverse(x: Array, eps: float) -> Array:
+  return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
+def _rounded(x: Array, dtype: DTypeLike) -> Array:
+  # A barrier, or XLA would keep the wide x and round it again wherever it is read.
+  return x if x.dtype == dtype else jax.lax.optimization_barrier(x.astype(dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _divided_product(x: Array, scale: Array, kernel: Array, eps: float, dtype: jnp.dtype, exact: bool) -> Array:
+  return _divided_product_fwd(x, scale, kernel, eps, dtype, exact)[0]
+
+
+def _divided_product_fwd(x, scale, kernel, eps, dtype, exact):
+  inverse, narrow = _inverse(x.astype(jnp.float32), eps), _rounded(x, dtype)
+  scaled = scale[:, None] * kernel
+  if exact:
+    out = _exact_product(narrow, scaled) * inverse
+  else:
+    out = (dot(narrow, scaled.astype(dtype), x.ndim - 1, 0, dtype) * inverse).astype(dtype)
+  return out, (narrow, inverse, scale, kernel, jnp.zeros((), x.dtype))
+
+
+def _divided_product_bwd(eps, dtype, exact, residuals, grad):
+  narrow, inverse, scale, kernel, like_x = residuals
+  grad = (grad * inverse).astype(dtype)
+  grad_narrow = dot(grad, (scale[:, None] * kernel).astype(dtype), grad.ndim - 1, 1, dtype)
+  grad_scaled = weight_gradient(narrow, grad)
+  grad_narrow, grad_scaled = together(grad_narrow, grad_scaled)
+  wide, grad_x = narrow.astype(jnp.float32), grad_narrow.astype(jnp.float32)
+  grad_x -= wide * (inverse**2 * jnp.mean(wide * grad_x, axis=-1, keepdims=True))
+  return grad_x.astype(like_x.dtype), jnp.sum(grad_scaled * kernel, axis=1), scale[:, None] * grad_scaled
+
+
+_divided_product.defvjp(_divided_product_fwd, _divided_product_bwd)
+
+
+def _exact_product(x: Array, kernel: Array) -> Array:
+  """Returns x @ kernel in float32; of a narrow x, whose values are exact, by products of its dtype.
+
+  A float32 is the sum of three bf16, so that three such products, side by side, are as good as one in float32, which
+  GPUs compute at a tenth of the rate.
+  """
+  if x.dtype != jnp.bfloat16:
+    return jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
+  parts = []
+  for _ in range(3):
+    # Not a cast there and back, which XLA may drop.
+    part = jax.lax.reduce_precision(kernel, exponent_bits=8, mantissa_bits=7)
+    parts.append(part.astype(x.dtype))
+    kernel -= part
+  product = dot(x, jnp.concatenate(parts, axis=1), x.ndim - 1, 0, jnp.float32)
+  return sum(reversed(jnp.split(product, 3, axis=-1)))
