@@ -1,7 +1,8 @@
 """The parts that every block has: RMSNorm, linear layers, rotary positions and grouped-query attention.
 
 Parameters are float32 and stay so; each call says in which dtype its matrix products run. The residual stream, norms
-and rotations are float32, as they are under torch's autocast in the code that this model comes from.
+and rotations are float32, as they are under torch's autocast in the code that this model comes from; on a GPU a norm
+reads the stream in that dtype.
 """
 
 from functools import partial
