@@ -16,6 +16,8 @@ from jax import Array
 from mmjax.errors import refuse_wrong_jaxlib
 from mmjax.kernels.forms import on_cpu
 
+MOST_MERGED = 32  # rows of a head: longer lists do not fit into a GPU's registers, and a sort it is
+
 
 def product_key_topk(
   query_BTKp: Array, keys_KCp: Array, num_selected: int, bias_KC: Array | None = None
@@ -50,7 +52,7 @@ def best_rows(score_KXC: Array, num_selected: int, bias_KC: Array | None = None)
     raise ValueError(f'num_selected={R} must be at most the {C} sub-keys of each half')
   if bias_KC is not None:
     score_KXC += jax.lax.stop_gradient(bias_KC)[:, None]
-  row_Xhr, score_Xhr = (_best_by_rounds if on_cpu() else _best_by_merging)(score_KXC, R)
+  row_Xhr, score_Xhr = (_best_by_rounds if on_cpu() or R > MOST_MERGED else _best_by_merging)(score_KXC, R)
   if bias_KC is not None:
     head_h1 = jnp.arange(heads)[:, None]
     first_Xhr, second_Xhr = jnp.divmod(row_Xhr, C)
@@ -132,9 +134,11 @@ def _best_by_merging(score_KXC: Array, num_selected: int) -> tuple[Array, Array]
   column_KXC = jax.lax.broadcasted_iota(jnp.int32, score_KXC.shape, 2)
   found = merge_best(score_KXC, column_KXC, C - 1, num_selected, 2)
   best, sub_key = ([x.reshape(K // 2, 2, X) for x in each] for each in found)
-  sum_nhX = jnp.stack([best[i][:, 0] + best[j][:, 1] for i, j in _pairs(num_selected)])
-  candidate_nhX = jnp.stack([sub_key[i][:, 0] * C + sub_key[j][:, 1] for i, j in _pairs(num_selected)])
-  score, row = merge_best(sum_nhX, candidate_nhX, C * C - 1, num_selected, 0)
+  pairs = _pairs(num_selected)
+  # Last, because XLA gives sums over any other axis a tile of shared memory for each of a list's places.
+  sum_hXn = jnp.stack([best[i][:, 0] + best[j][:, 1] for i, j in pairs], axis=-1)
+  candidate_hXn = jnp.stack([sub_key[i][:, 0] * C + sub_key[j][:, 1] for i, j in pairs], axis=-1)
+  score, row = merge_best(sum_hXn, candidate_hXn, C * C - 1, num_selected, 2)
   return tuple(jnp.stack(each, axis=-1).swapaxes(0, 1) for each in (row, score))
 
 
