@@ -4,7 +4,6 @@
 #   VENV      where the environment lies (default: .venv)
 
 VENV=${VENV:-.venv}
-TORCH_INDEX=https://download.pytorch.org/whl/cpu  # PyPI's builds for Linux bring several GB of CUDA
 
 fail() {
   echo "$*" >&2
@@ -73,9 +72,9 @@ install() {
   echo "Installing packages into $VENV with $("$VENV/bin/python" --version) (once; a few minutes, most of it download) ..."
   if [[ ,$extras, == *,torch,* && $(uname) == Linux ]]; then
     local torch
+    # The usual build for Linux brings several GB of CUDA; this one comes from where pip is set up to look.
     torch=$(sed -n 's/^torch = \["\(.*\)"\]/\1/p' pyproject.toml)+cpu
-    pip_install "$torch" 2>/dev/null || pip_install --retries 0 --timeout 10 --extra-index-url "$TORCH_INDEX" "$torch" \
-      2>/dev/null || { echo "No CPU build of torch is at hand for it."; return 1; }
+    pip_install "$torch" 2>/dev/null || { echo "No CPU build of torch is at hand for it."; return 1; }
   fi
   pip_install -e ".${extras:+[$extras]}" 2>&1 | tee "$log" >&2
   [ "${PIPESTATUS[0]}" != 0 ] || return 0
