@@ -88,11 +88,9 @@ def test_run_goes_on_from_its_start_without_the_other_run(text, source, tmp_path
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_kind_of_model_is_trained_on_with_all_its_parameters(text, tmp_path, kind):
   changes = KINDS[kind]
-  other_start, other_rule = {'memory__bank_std': 0.1}, {'memory__bank_update': 'lazy'}
-  if kind in ('dense', 'moe'):  # without a bank
-    other_start = other_rule = {}
+  other_rule = {} if kind in ('dense', 'moe') else {'memory__bank_update': 'lazy'}
   fit(run_config(text, **changes, train__max_steps=3), tmp_path / 'source')
-  still = changes | other_start | {'train__learning_rate': 0.0, 'train__max_steps': 2, 'seed': 7}
+  still = changes | {'train__learning_rate': 0.0, 'train__max_steps': 2, 'seed': 7}
   fit(run_config(text, **still, **new_text(tmp_path)), tmp_path / 'still', init_from=f'{tmp_path}/source@last')
   start = arrays_of(tmp_path / 'source', 3)
   assert_same_params(arrays_of(tmp_path / 'still', 2), start)
@@ -127,10 +125,15 @@ def test_bank_from_a_file_comes_from_the_run_and_not_from_the_file(text, tmp_pat
   write_tensors(tmp_path / 'bank.safetensors', {'memory_bank': np.ones((64, 8), np.float32)})
   (tmp_path / 'bank.jsonl').write_text('{"row": 5, "text": "what row 5 was"}')
   fit(run_config(text, **bank, train__max_steps=1), tmp_path / 'source')
+  moved = shutil.copy(tmp_path / 'bank.safetensors', tmp_path / 'moved.safetensors')
+  same = run_config(text, **bank | {'memory__bank_file': moved}, **new_text(tmp_path))
+  assert settle_config(RunDir(tmp_path / 'run'), same, False, f'{tmp_path}/source')[0].memory == same.memory
   (tmp_path / 'bank.safetensors').write_text('no more a bank')
-  other = {'memory__bank_init': 'file', 'memory__bank_file': '/nowhere'} | new_text(tmp_path)
+  for named in (bank, bank | {'memory__bank_file': '/nowhere'}):
+    with pytest.raises(UserError, match=r'bank_file=.* does nothing .*; leave it out or type --\S*bank_init=normal'):
+      fit(run_config(text, **named, **new_text(tmp_path)), tmp_path / 'run', init_from=f'{tmp_path}/source')
   for _ in range(2):  # and goes on
-    fit(run_config(text, **other, train__max_steps=1), tmp_path / 'run', init_from=f'{tmp_path}/source')
+    fit(run_config(text, **new_text(tmp_path), train__max_steps=1), tmp_path / 'run', init_from=f'{tmp_path}/source')
   run = RunDir(tmp_path / 'run')
   assert bank_texts(run, run.read_config()) == ({5: 'what row 5 was'}, '')
   (tmp_path / 'bank.jsonl').write_text('{"row": 5, "text": "of a new bank"}')
@@ -149,6 +152,15 @@ def test_bank_from_a_file_comes_from_the_run_and_not_from_the_file(text, tmp_pat
     ({'model__sublayer': 'dense'}, 'model.sublayer gated_fusion -> dense'),
     ({'memory__scores': 'scale'}, 'memory.scores none -> scale; type --config.memory.scores=none'),
     ({'memory__selection_bias': True, 'memory__layers': '1'}, 'memory.layers all -> 1; memory.selection_bias False'),
+    (
+      {'memory__bank_init': 'file', 'memory__bank_file': '/x'},
+      r"bank_init='file' does nothing .*type --\S*bank_init=normal",
+    ),
+    (
+      {'memory__bank_std': 0.3},
+      'memory.bank_std=0.3 does nothing where parameters come from .*; leave it out or',
+    ),
+    ({'memory__keys_init': 'uniform'}, "memory.keys_init='uniform' does nothing where parameters come from"),
     ({'data__tokenizer': 'OTHER'}, "data.tokenizer='.*' is not the tokenizer of .*; leave it out"),
     ({'data__tokenizer': '/nowhere'}, "no tokenizer file '/nowhere'"),
   ],
@@ -180,7 +192,7 @@ def test_text_that_another_tokenizer_cut_is_not_used(text, source, tmp_path):
   [
     {'model__max_seq_len': 64, 'model__dropout': 0.1},
     {'memory__layers': '0,1', 'memory__key_dim': 8},  # said otherwise, the same
-    {'memory__bank_std': 0.3, 'memory__keys_init': 'uniform', 'memory__revive_after': 9, 'memory__bank_update': 'lazy'},
+    {'memory__revive_after': 9, 'memory__bank_update': 'lazy'},
     {'memory__balance_loss_weight': 0.1, 'train__dtype': 'bfloat16', 'seed': 3, 'data__layout': 'padded'},
   ],
 )

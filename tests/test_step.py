@@ -220,6 +220,8 @@ def test_schedule_is_warmup_then_cosine_to_the_final_rate():
   np.testing.assert_allclose([schedule(i) for i in range(5)], [0.2, 0.4, 0.6, 0.8, 0.8], rtol=1e-6)
   np.testing.assert_allclose(schedule(14), (0.8 + 0.08) / 2, rtol=1e-6)
   np.testing.assert_allclose(schedule(24), 0.08, rtol=1e-6)
+  rising = learning_rate_schedule(dataclasses.replace(train, warmup_steps=0, learning_rate=1e-300), 20)
+  np.testing.assert_allclose([rising(0), rising(10), rising(20)], [0, 0.04, 0.08], atol=1e-8)
   plain = learning_rate_schedule(tiny_config().train, 20)
   np.testing.assert_allclose([plain(0), plain(10), plain(20)], [1e-2, 5e-3, 0], atol=1e-9)
 

@@ -9,6 +9,7 @@ from mmjax.config.paths import expand_home, user_path
 from mmjax.config.reading import (
   call_python_file,
   config_from_dict,
+  default_settings,
   load_config,
   override_config,
   overrides_of,
@@ -29,6 +30,7 @@ __all__ = [
   'TrainConfig',
   'call_python_file',
   'config_from_dict',
+  'default_settings',
   'expand_home',
   'flatten',
   'idle_settings',

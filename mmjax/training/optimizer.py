@@ -24,9 +24,12 @@ def path_name(path: tuple) -> str:
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedule:
   """Returns linear warm-up to the peak, then a cosine that reaches the final rate at `total_steps` updates."""
-  cosine_steps = max(total_steps - train.warmup_steps, 1)
-  final_share = train.final_learning_rate / train.learning_rate if train.learning_rate else 0.0
-  cosine = optax.cosine_decay_schedule(train.learning_rate, cosine_steps, alpha=final_share)
+  from_1_to_0 = optax.cosine_decay_schedule(1.0, max(total_steps - train.warmup_steps, 1))
+  final = train.final_learning_rate
+
+  def cosine(count: jax.Array | int) -> jax.Array:
+    return final + (train.learning_rate - final) * from_1_to_0(count)
+
   if not train.warmup_steps:
     return cosine
   # From 1/warmup, not from 0: the first update moves the parameters too.

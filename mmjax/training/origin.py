@@ -2,7 +2,8 @@
 
 All parameters come along, so also a selection bias and the bank, whatever it started from, and the tokenizer. The
 optimizer, the counters and the windows of revival begin anew. Data and schedule are the config's, and so are model and
-memory; but of these each setting that decides the shape or the meaning of a parameter must equal the other run's.
+memory; but of these each setting that decides the shape or the meaning of a parameter must equal the other run's, and
+one that says how parameters start is refused unless it is at its default or says the same.
 
 Before its first update the new run saves what it starts from as its own step 0, and run.json notes where that came
 from. From then on the other run is not needed.
@@ -15,16 +16,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from mmjax.config import Config, user_path
+from mmjax.config import Config, default_settings, flatten, user_path
+from mmjax.config.wording import quote
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, abstract_params
 from mmjax.training.checkpoint import Checkpoints, checkpoint_name
 from mmjax.training.manifest import leaves_sha256, refuse_non_finite
-from mmjax.training.run_bank import recorded_bank
+from mmjax.training.run_bank import BANK, bank_identity, recorded_bank
 from mmjax.training.run_settings import compare_models
 from mmjax.training.rundir import RunDir, open_run
 from mmjax.training.sharding import shardings
+
+# How parameters start, where they do not come from another run.
+STARTS = ('memory.bank_init', 'memory.bank_file', 'memory.bank_std', 'memory.keys_init')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +88,7 @@ def settle_origin(origin: Origin, config: Config) -> Config:
   source = open_run(origin.path, needs_tokenizer=not config.data.tokenizer)
   old = source.read_config()
   compare_models(old, config, str(source.path))
+  refuse_starts(source, old, config)
   if source.tokenizer_path.exists():  # else it is an import without one: the config's it is
     own = source.load_tokenizer(old.model.vocab_size)
     if config.data.tokenizer and load_tokenizer(config.data.tokenizer).sha256 != own.sha256:
@@ -93,8 +99,29 @@ def settle_origin(origin: Origin, config: Config) -> Config:
   return with_bank_of(old, config)
 
 
+def refuse_starts(source: RunDir, old: Config, config: Config) -> None:
+  """Raises UserError for a setting that says how parameters start, and not as those of the other run once did.
+
+  One at its default says nothing. A bank file may lie elsewhere now: its hash decides.
+  """
+  before, after, usual = flatten(old.to_dict()), flatten(config.to_dict()), default_settings()
+  free = {name: (before[name], usual[name]) for name in STARTS}
+  if (found := bank_identity(config).get(BANK)) and (recorded := recorded_bank(source).get(BANK)):
+    free['memory.bank_file'] = (config.memory.bank_file if found == recorded else '',)
+  for name, values in free.items():
+    if after[name] not in values:
+      instead = 'bank_init' if name == 'memory.bank_file' else name.partition('.')[2]
+      flag = f'--config.memory.{instead}={usual[f"memory.{instead}"]}'
+      raise UserError(
+        f'{name}={quote(after[name])} does nothing where parameters come from {source.path}; leave it out '
+        f'or type {flag}'
+      )
+
+
 def with_bank_of(old: Config, config: Config) -> Config:
-  """Returns a config that says how a bank started as another does: no file of the config's own was read."""
+  """Returns a config that says how its bank started; one that says nothing of it, as another does."""
+  if config.memory.bank_init != default_settings()['memory.bank_init']:
+    return config
   bank = {'bank_init': old.memory.bank_init, 'bank_file': old.memory.bank_file}
   return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **bank))
 

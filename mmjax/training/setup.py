@@ -29,7 +29,7 @@ from mmjax.run.placement import compiler_options, is_nvidia, place
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
 from mmjax.training.manifest import refuse_non_finite
-from mmjax.training.origin import Origin, check_origin, parse_origin, settle_origin, with_bank_of
+from mmjax.training.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.training.processes import is_main
 from mmjax.training.run_bank import bank_identity, check_bank
 from mmjax.training.run_settings import compare_configs, compare_models
@@ -90,15 +90,15 @@ def settle_config(
     if config.memory.bank_init == 'file' and SUBLAYERS[config.model.sublayer].uses_bank:
       read_bank(Path(config.memory.bank_file), (config.model.knowledge_num, config.model.knowledge_dim))
     return config, None
-  old = run.read_config()
+  old, given = run.read_config(), config
   if recorded:
     config = with_bank_of(old, config)
   if run.was_trained:
     compare_configs(old, config, allow_config_change)
-    if not recorded:
-      check_bank(run, config)
+    check_bank(run, given)
   else:
     compare_models(old, config, str(run.path))
+    refuse_starts(run, old, given)
   return config, origin
 
 
