@@ -102,7 +102,7 @@ def measured(folder):
 def test_validation_text_is_known_by_its_hash_wherever_it_is(moved, tiny_run, tmp_path, monkeypatch, capfd):
   run = ('--workdir', str(moved / 'run'), '--checkpoint', 'last')
   code, _, err = run_eval(monkeypatch, capfd, *run)
-  assert code == 2 and "no file '/nowhere/text.jsonl'" in err
+  assert code == 2 and "no file '/nowhere/text.jsonl'" in err and 'give --config.data.prepared_dir=DIR' in err
   records = [json.loads(line) for line in (tiny_run / 'metrics.jsonl').read_text().splitlines()]
   logged = [record for record in records if record['kind'] == 'eval'][-1]
   [finished] = (moved / 'prepared').glob('text-*')

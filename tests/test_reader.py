@@ -8,7 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mmjax.data import blocks
@@ -30,6 +30,7 @@ BAD_LINES = {
   'no string': (b'{"text": ["a"]}', "the value of 'text' must be a string, not a list", 0),
   'null': (b'{"text": null}', "the value of 'text' must be a string, not null", 0),
   'no object': (b'["text"]', 'must be a JSON object', 0),
+  'CR alone': (GOOD.strip() + b'\r' + GOOD.strip(), 'lines must end in LF or CRLF, not in CR alone', 16),
   'NUL byte': (b'{"text": "a\0b"}', 'a NUL byte', 11),
   'lone NUL bytes': (b'\0' * 50, 'a NUL byte', 0),
   'raw control character': (b'{"text": "a\x01b"}', 'not JSON: Invalid control character', 11),
@@ -182,7 +183,7 @@ WIDE_TEXTS = ('{"text": "one"}\n', 'Hello.\n', '一天，一个人去学习。\n
 
 
 @pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.txt.gz', 'a.jsonl.xz'])
-@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32'])
+@pytest.mark.parametrize('encoding', ['utf-16', 'utf-16-le', 'utf-16-be', 'utf-32', 'utf-32-le', 'utf-32-be'])
 @pytest.mark.parametrize('on_bad_line', ['fail', 'skip'])
 def test_utf16_is_named_with_what_to_type(tmp_path, name, encoding, on_bad_line):
   for text in WIDE_TEXTS:
@@ -195,7 +196,9 @@ def test_utf16_is_named_with_what_to_type(tmp_path, name, encoding, on_bad_line)
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(min_size=1), st.integers(0))
+@given(st.text(st.characters(exclude_categories=['Cs'], min_codepoint=32), min_size=1), st.integers(0))
+@example('\U0001f642' * 20, 26)
+@example('\x80' * 7, 26)
 def test_utf8_text_with_a_nul_byte_is_not_taken_for_utf16(text, at):
   data = f'the text "{text}" is here'.encode()
   data = data[: at % len(data)] + b'\0' + data[at % len(data) :]
@@ -276,6 +279,13 @@ def test_brackets_and_commas_that_are_in_names_are_meant_as_they_are(tmp_path):
   assert found('**/c.jsonl') == ['x1/c.jsonl'] and len(found('**/*.jsonl')) == len(names)
   with pytest.raises(UserError, match="no file '.*none'"):
     found('none', 'x1/c.jsonl')
+
+
+def test_space_at_either_end_of_a_name_is_meant_where_there_is_such_a_file(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in (' a.jsonl', 'b.jsonl', ' c.txt'):
+    write(tmp_path, GOOD, name)
+  assert [str(path) for path in find_files(' a.jsonl, b.jsonl, *.txt')] == [' a.jsonl', 'b.jsonl', ' c.txt']
 
 
 def test_home_is_meant_by_a_leading_tilde(tmp_path, monkeypatch):

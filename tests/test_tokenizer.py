@@ -384,3 +384,39 @@ def test_sentencepiece_model_whose_end_of_text_is_a_plain_piece_is_read(tmp_path
   )  # fmt: skip
   tokenizer = load_tokenizer(tmp_path / 'tokenizer.model')
   assert tokenizer.eos_id == tokenizer.bos_id == 1
+  check_out_of_reach(tokenizer, '<|endoftext|>')
+
+
+def check_out_of_reach(tokenizer, name):
+  for text in (name, f'a {name} b', f'{name}{name}\n{name}'):
+    [part] = tokenizer.encode_slices(text)
+    assert tokenizer.eos_id not in part.ids
+    assert name in tokenizer.decode(part.ids).replace(' ', '')
+    assert (tokenizer.bytes_per_token()[part.ids] + part.more_bytes).sum() == len(text)
+  assert tokenizer.decode([tokenizer.eos_id]) == ''
+
+
+@pytest.mark.parametrize('model', ['Unigram', 'BPE that ignores merges'])
+def test_end_of_text_among_the_pieces_is_out_of_reach_of_text(tmp_path, model):
+  path = hugging_face(tmp_path / 'tokenizer.json', names=['</s>'])
+  stored = json.loads(path.read_text())
+  if model == 'Unigram':
+    pieces = ['</s>', *'</s>abcd ', *(f'<0x{byte:02X}>' for byte in range(256))]
+    stored['model'] = {
+      'type': 'Unigram', 'unk_id': 1, 'byte_fallback': True, 'vocab': [[piece, -1.0] for piece in dict.fromkeys(pieces)]
+    }  # fmt: skip
+    stored['pre_tokenizer'] = stored['decoder'] = None
+  else:
+    stored['model']['ignore_merges'] = True
+    stored['pre_tokenizer']['use_regex'] = False
+  path.write_text(json.dumps(stored))
+  check_out_of_reach(load_tokenizer(path), '</s>')
+
+
+def test_text_has_the_same_tokens_each_time_where_a_tokenizer_leaves_merges_out_at_random(tmp_path):
+  path = hugging_face(tmp_path / 'tokenizer.json')
+  plain = load_tokenizer(path).encode(ENGLISH)
+  stored = json.loads(path.read_text())
+  stored['model']['dropout'] = 0.5
+  path.write_text(json.dumps(stored))
+  assert [load_tokenizer(path).encode(ENGLISH) for _ in range(3)] == [plain] * 3

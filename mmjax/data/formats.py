@@ -23,6 +23,7 @@ WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that 
   codecs.BOM_UTF16_LE: 'UTF-16',
   codecs.BOM_UTF16_BE: 'UTF-16',
 }
+UNMARKED = ('UTF-16LE', 'UTF-16BE', 'UTF-32LE', 'UTF-32BE')  # what text that is not UTF-8 may be, without a mark
 MOST_DIGITS = 4300  # of an integer; CPython's own limit, whatever PYTHONINTMAXSTRDIGITS says
 
 
@@ -153,9 +154,12 @@ def _wide_encoding(data: bytes) -> str:
       return encoding
   if b'\0' not in data:
     return ''
-  sense = {encoding: _sense(data[:4096].decode(encoding, 'replace')) for encoding in ('UTF-8', 'UTF-16LE', 'UTF-16BE')}
+  text = data[:4096].decode('utf-8', 'replace')
+  if sum('\t' <= char != '\ufffd' for char in text) > 0.7 * len(text):  # few of its characters are control or damaged
+    return ''
+  sense = {encoding: _sense(data[:4096].decode(encoding, 'replace')) for encoding in UNMARKED}
   likely = max(sense, key=sense.get)
-  return likely if likely != 'UTF-8' and sense[likely] > 0.9 else ''
+  return likely if sense[likely] > 0.9 else ''
 
 
 def _sense(text: str) -> float:
@@ -178,7 +182,8 @@ def _text_of(raw: bytes, text_key: str) -> str:
     record = json.loads(line, parse_int=_parse_int)
   except json.JSONDecodeError as error:
     byte = len(line[: error.pos].encode())
-    raise NotText('not JSON', f'not JSON: {error.msg}, character {error.pos} of the line', byte) from None
+    ends = '; lines must end in LF or CRLF, not in CR alone' if '\r' in line.strip() else ''
+    raise NotText('not JSON', f'not JSON: {error.msg}, character {error.pos} of the line{ends}', byte) from None
   except RecursionError:
     raise NotText('nested too deep', 'not usable JSON: nested too deep') from None
   if not isinstance(record, dict):

@@ -37,6 +37,8 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   backend.post_processor = None  # adds control tokens, which nobody asks for, and may leave spaces out of the offsets
   backend.encode_special_tokens = True  # text that looks like a control token stays text
   model = type(backend.model).__name__
+  if model == 'BPE':
+    backend.model.dropout = None  # merges left out at random: a text would have other tokens each time
   if not (model == 'BPE' and byte_level) and not (model in ('BPE', 'Unigram') and byte_fallback):
     raise UserError(f"'{path}' is {model} and cannot keep every text; {READ} can")
   vocab = backend.get_vocab(with_added_tokens=True)
@@ -46,7 +48,7 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   eos_id = _find(special, EOS_NAMES)
   if eos_id is None and (name := next((name for name in EOS_NAMES if name in vocab), None)):
     backend.add_special_tokens([name])  # it is there, but nothing marks it: now text cannot write it either
-    eos_id = vocab[name]
+    eos_id = special[name] = vocab[name]
   if eos_id is None:
     raise UserError(f"'{path}' has none of the tokens that end a document: {', '.join(EOS_NAMES)}")
   pieces = _piece_bytes(backend, byte_level)
@@ -59,7 +61,7 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
     return backend.encode(text, add_special_tokens=False).offsets
 
   pad_id, bos_id = (eos_id if token is None else token for token in (pad_id, bos_id))
-  return Tokenizer(path, 'huggingface', pieces, encode_slice, spans, pad_id, bos_id, eos_id)
+  return Tokenizer(path, 'huggingface', pieces, encode_slice, spans, special, pad_id, bos_id, eos_id)
 
 
 def _kinds(part: Any) -> Iterator[str]:

@@ -51,10 +51,10 @@ def _first_named(parts: Sequence[str]) -> tuple[list[Path], int]:
     return [], 1
   folder = None  # a/b,c.jsonl may lie beside a folder a/b
   for used in range(1, len(parts) + 1):
-    text = ','.join(parts[:used]).strip()
+    text = ','.join(parts[:used])
     if len(text) > LONGEST_PATH:
       break
-    found = _matches(text)
+    found = _matches(text) or _matches(text.strip())  # a name may begin or end with a space
     if found and not any(path.is_dir() for path in found):
       return found, used
     folder = folder or (found and (found, used))

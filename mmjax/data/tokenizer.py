@@ -11,7 +11,8 @@ Source: Sennrich et al. 2016, arXiv:1508.07909; Kudo and Richardson 2018, arXiv:
 import hashlib
 import io
 import operator
-from collections.abc import Callable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,6 +68,7 @@ class Tokenizer:
     piece_bytes: Sequence[bytes],
     encode_slice: Callable[[str], list[int]],
     spans: Callable[[str], Spans],
+    controls: Mapping[str, int],
     pad_id: int,
     bos_id: int,
     eos_id: int,
@@ -78,6 +80,10 @@ class Tokenizer:
     self._piece_bytes = list(piece_bytes)
     self._bytes_per_token = np.array([len(piece) for piece in piece_bytes], np.int32)
     self._encode_slice, self._spans = encode_slice, spans
+    # Unigram, user-defined symbols and BPE that ignores merges find control tokens in text, which is cut within them.
+    found = [name for name, token in controls.items() if token in encode_slice(name)]
+    within = '|'.join(f'(?<={re.escape(name[0])})(?={re.escape(name[1:])})' for name in found)
+    self._cut = re.compile(within).split if found else lambda text: [text]
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without control tokens.
@@ -102,13 +108,21 @@ class Tokenizer:
       start = stop
 
   def _encode(self, text: str) -> Slice:
-    ids, raw = self._encode_slice(text), text.encode()
+    parts, raw = self._cut(text), text.encode()
+    ids = [token for part in parts for token in self._encode_slice(part)]
     decoded, more_bytes = self.decode_bytes(ids), np.zeros(len(ids), np.int64)
     if decoded == b' ' + raw:  # by far the most frequent change
       more_bytes[0] = -1
     elif decoded != raw and ids:
-      more_bytes += share_bytes(text, self._spans(text), piece := self._bytes_per_token[ids]) - piece
+      more_bytes += share_bytes(text, self._spans_of(parts), piece := self._bytes_per_token[ids]) - piece
     return Slice(ids, more_bytes, decoded == raw)
+
+  def _spans_of(self, parts: Sequence[str]) -> Spans:
+    found, at = [], 0
+    for part in parts:
+      found += [(at + start, at + stop) for start, stop in self._spans(part)]
+      at += len(part)
+    return found
 
   def decode(self, ids: Sequence[int]) -> str:
     """Returns the text of ids; control tokens are nothing, bytes that form no character become U+FFFD.
@@ -212,6 +226,7 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
     eos_id = next((token for token in named if not model.is_unknown(token)), -1)
   if eos_id < 0:
     raise UserError(f"'{path}' has no end-of-sequence token (eos_id) and none of {', '.join(EOS_NAMES)}")
+  pieces[eos_id] = b''  # a user-defined symbol is text as others see it
   space_ids = [model.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
   byte_fallback = all(model.is_byte(token) for token in space_ids)
 
@@ -239,7 +254,8 @@ def _load_sentencepiece(path: Path) -> Tokenizer:
 
   pad_id = next((token for token in (model.pad_id(), model.unk_id()) if token >= 0), eos_id)
   bos_id = model.bos_id() if model.bos_id() >= 0 else eos_id
-  return Tokenizer(path, 'sentencepiece', pieces, encode_slice, spans, pad_id, bos_id, eos_id)
+  controls = {model.id_to_piece(eos_id): eos_id}
+  return Tokenizer(path, 'sentencepiece', pieces, encode_slice, spans, controls, pad_id, bos_id, eos_id)
 
 
 def _sentencepiece_bytes(model: sentencepiece.SentencePieceProcessor, token: int) -> bytes:

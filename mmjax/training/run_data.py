@@ -14,6 +14,7 @@ from mmjax.config import Config
 from mmjax.data.index import INDEX, counts_bytes, data_sha256, find_prepared, read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
+from mmjax.data.reader import find_files
 from mmjax.errors import UserError
 from mmjax.training.processes import is_main
 from mmjax.training.run_json import read_json
@@ -55,13 +56,19 @@ def evaluation_data(run: RunDir, config: Config) -> Path:
   """
   if found := find_run_data(run, config):
     return found
+  missing = ''
+  try:
+    for files in filter(None, (config.data.train_files, config.data.valid_files)):
+      find_files(files)
+  except UserError as error:
+    missing = f' ({error})'
   # data.tokenizer says where the run's tokenizer was when it was started. An import has no text that it learned.
-  if config.data.train_files or (_is_given(config) and not run.run_path.exists()):
+  if not missing and (config.data.train_files or (_is_given(config) and not run.run_path.exists())):
     return _prepare_again(run, config, str(run.tokenizer_path))
   _check_other(run, config)
   raise UserError(
-    f'the validation text of {run.path} is not to be found; give --config.data.prepared_dir=DIR, the directory that '
-    'was prepared for it, or other text (eval.py: --valid_files, inspect: --corpus)'
+    f'the validation text of {run.path} is not to be found{missing}; give --config.data.prepared_dir=DIR, the '
+    'directory that was prepared for it, or other text (eval.py: --valid_files, inspect: --corpus)'
   )
 
 
