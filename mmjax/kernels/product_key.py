@@ -12,6 +12,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from mmjax.errors import refuse_wrong_jaxlib
 from mmjax.kernels.forms import on_cpu
@@ -77,13 +78,40 @@ def product_key_topk_reference(
   return row_BThr, jnp.take_along_axis(sums_BThM, row_BThr, axis=-1)
 
 
-def sub_key_scores(query_BTKp: Array, keys_KCp: Array) -> Array:
-  """Returns the float32 scores (K, X, C) of the sub-keys of each codebook for the X = B * T tokens."""
+def sub_key_scores(query_BTKp: Array, keys_KCp: Array, dtype: DTypeLike = jnp.float32) -> Array:
+  """Returns the float32 scores (K, X, C) of the sub-keys of each codebook for the X = B * T tokens.
+
+  On a GPU gradients are multiplied in `dtype`, as those of other products; the scores never are.
+  """
   refuse_wrong_jaxlib()
   query_XKp = query_BTKp.reshape(-1, *query_BTKp.shape[2:]).astype(jnp.float32)
+  return (_scores if on_cpu() else partial(_scores_of_gpu, dtype=jnp.dtype(dtype)))(query_XKp, keys_KCp)
+
+
+def _scores(query_XKp: Array, keys_KCp: Array) -> Array:
   # K first, as the products come: turning their axes costs a CPU more than the products do.
   # HIGHEST, because GPUs would multiply float32 as TF32, which picks other rows.
   return jnp.einsum('XKp,KCp->KXC', query_XKp, keys_KCp, precision=jax.lax.Precision.HIGHEST)
+
+
+@partial(jax.custom_vjp, nondiff_argnames=('dtype',))
+def _scores_of_gpu(query_XKp: Array, keys_KCp: Array, dtype: jnp.dtype) -> Array:
+  return _scores(query_XKp, keys_KCp)
+
+
+def _scores_of_gpu_fwd(query_XKp, keys_KCp, dtype):
+  return _scores(query_XKp, keys_KCp), (query_XKp.astype(dtype), keys_KCp.astype(dtype))
+
+
+def _scores_of_gpu_bwd(dtype, residuals, grad_KXC):
+  query_XKp, keys_KCp = residuals
+  grad_KXC = grad_KXC.astype(dtype)
+  precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
+  product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
+  return product('KXC,KCp->XKp', grad_KXC, keys_KCp), product('KXC,XKp->KCp', grad_KXC, query_XKp)
+
+
+_scores_of_gpu.defvjp(_scores_of_gpu_fwd, _scores_of_gpu_bwd)
 
 
 def _pairs(num_selected: int) -> list[tuple[int, int]]:

@@ -14,6 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
+from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.product_key import best_rows, sub_key_scores
 from mmjax.model.layers import Linear, RMSNorm, uniform_init
 
@@ -53,9 +54,11 @@ class ProductKeyGate(nnx.Module):
     """
     query_BTQ = norm.exact_matmul(x_BTD, self.query.kernel[...], dtype)
     query_BTKp = query_BTQ.reshape(*x_BTD.shape[:-1], len(self.keys[...]), -1)
-    query_BTKp, keys_KCp = self.norm(query_BTKp, self.keys[...])
+    # On a GPU normed queries are had again from queries: memory is what bounds a batch there.
+    norm_both = self.norm if on_cpu() else jax.checkpoint(self.norm)
+    query_BTKp, keys_KCp = norm_both(query_BTKp, self.keys[...])
     bias_KC = None if self.bias is None else keys_KCp.shape[-1] ** 0.5 * self.bias[...]  # at the size of scores
-    score_KXC = sub_key_scores(query_BTKp, keys_KCp)
+    score_KXC = sub_key_scores(query_BTKp, keys_KCp, dtype)
     best = best_rows(score_KXC, self.num_selected, bias_KC)
     row_BThr, score_BThr = (x.reshape(*x_BTD.shape[:-1], *x.shape[1:]) for x in best)
     balance = 0.0 if bias_KC is None else balancing_slope(bias_KC, row_BThr)

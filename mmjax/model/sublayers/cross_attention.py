@@ -54,6 +54,6 @@ class CrossAttentionMemory(MemorySublayer):
     super().__init__(model, memory, rngs=rngs)
     self.attention = CrossAttention(model, rngs=rngs)
 
-  def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
+  def read(self, x_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns what the normed input reads from its rows."""
-    return self.attention(m_BTD, self.rows(selection, bank_MP, dtype), dtype)
+    return self.attention(self.norm(x_BTD, dtype), self.rows(selection, bank_MP, dtype), dtype)

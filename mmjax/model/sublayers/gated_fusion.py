@@ -36,6 +36,6 @@ class GatedMemoryFusion(MemorySublayer):
     super().__init__(model, memory, rngs=rngs)
     self.fusion = GatedFusion(model, memory, rngs=rngs)
 
-  def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
+  def read(self, x_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns the fusion of the normed input and the rows."""
-    return self.fusion(m_BTD, self.rows(selection, bank_MP, dtype), dtype)
+    return self.fusion(self.norm(x_BTD, dtype), self.rows(selection, bank_MP, dtype), dtype)

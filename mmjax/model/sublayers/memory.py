@@ -40,8 +40,8 @@ class MemorySublayer(nnx.Module):
     """Returns the rows to read, here those that the gate finds for the input that is still to be normed."""
     return self.gate(x_BTD, self.norm, dtype)
 
-  def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
-    """Returns (B, T, D) in `dtype` from the normed input and the selected rows."""
+  def read(self, x_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
+    """Returns (B, T, D) in `dtype` from the input, which is still to be normed, and the selected rows."""
     raise NotImplementedError
 
   def __call__(
@@ -59,12 +59,11 @@ class MemorySublayer(nnx.Module):
     """
     self._check(h_BTD, bank_MP)
     x_BTD = h_BTD if self.input == 'residual' else h_attn_BTD
-    m_BTD = self.norm(x_BTD, dtype)
     selection = self.select(x_BTD, ngram_BThr, dtype)
-    delta_BTD = self.read(m_BTD, selection, bank_MP, dtype)
+    delta_BTD = self.read(x_BTD, selection, bank_MP, dtype)
     if self.ffn is not None:
       delta_BTD += self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD
-    row_BTR, score_BTR = (x.reshape(*m_BTD.shape[:-1], -1) for x in selection[:2])
+    row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.balance_loss)
 
   def _check(self, h_BTD: Array, bank_MP: Array | BankShard | TappedBank | None) -> None:

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.kernels.bank import bank_bag
+from mmjax.kernels.forms import on_cpu
 from mmjax.model.layers import Linear
 from mmjax.model.memory import Selection, score_weights
 from mmjax.model.sublayers.memory import MemorySublayer
@@ -30,10 +31,15 @@ class MemoryBag(MemorySublayer):
     return score_weights(selection.score_BThr, self.activation)
 
   @jax.named_scope('bag')
-  def read(self, m_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
+  def read(self, x_BTD: Array, selection: Selection, bank_MP: Array, dtype: DTypeLike) -> Array:
     """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
     y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))
-    y_BTF = y_BThP.reshape(*m_BTD.shape[:-1], -1).astype(dtype)
-    if self.up is not None:
-      y_BTF *= jax.nn.silu(self.up(m_BTD, dtype))
-    return self.down(y_BTF, dtype)
+    y_BTF = y_BThP.reshape(*x_BTD.shape[:-1], -1).astype(dtype)
+    if self.up is None:
+      return self.down(y_BTF, dtype)
+
+    def project(y_BTF: Array, up_BTF: Array) -> Array:
+      return self.down(y_BTF * jax.nn.silu(up_BTF), dtype)
+
+    up_BTF = self.norm.matmul(x_BTD, self.up.kernel[...], dtype)
+    return (project if on_cpu() else jax.checkpoint(project))(y_BTF, up_BTF)  # a GPU keeps the factors alone
