@@ -45,7 +45,7 @@ class MoEFFN(nnx.Module):
     best_BTR, expert_BTR = jax.lax.top_k(probability_BTE, self.experts_per_token)
     chosen_BTE = jax.nn.one_hot(expert_BTR, len(self.experts), dtype=jnp.float32).sum(axis=-2)
     weight_BTE = chosen_BTE * probability_BTE / best_BTR.sum(axis=-1, keepdims=True)
-    out_BTD = _recomputed_on_gpu(lambda x_BTD: self.shared_expert.transform(x_BTD, dtype), x_BTD)
+    out_BTD = self.shared_expert.transform(x_BTD, dtype)
     for e, expert in enumerate(self.experts):
       out_BTD += _recomputed_on_gpu(
         lambda weight_BT1, x_BTD, expert=expert: weight_BT1.astype(dtype) * expert.transform(x_BTD, dtype),
