@@ -93,6 +93,8 @@ def test_api_and_reader_take_them_as_keywords(tiny_run, used):
   [
     ({'attention': 'cudnn'}, "attention 'cudnn' .* needs an NVIDIA GPU and bfloat16"),
     ({'attention': 'flash'}, "attention='flash' must be one of auto, xla, xla_blocked, cudnn"),
+    ({'attention': ''}, "attention='' must be one of auto"),
+    ({'dtype': ''}, "dtype='' must be one of float32"),
     ({'dtype': 'int32'}, "dtype='int32' must be one of float32, bfloat16"),
     ({'dtype': 'half a float'}, "dtype='half a float' must be one of float32, bfl"),
     ({'dtype': 'float64'}, "dtype='float64' must be one of float32, bf"),

@@ -51,7 +51,7 @@ class LanguageModel:
     """Joins the parts; `load` reads them from a run directory."""
     self.config, self._tokenizer, self.params, self.step = config, tokenizer, params, step
     self.attention, self.dtype = attention, dtype
-    self.placement = place_reader(config, dtype=dtype or jnp.float32, attention=attention)
+    self.placement = place_reader(config, dtype=jnp.float32 if dtype is None else dtype, attention=attention)
     eos_id, n_ids = (tokenizer.eos_id, tokenizer.vocab_size) if tokenizer else (NO_EOS, None)
     self._decoder = Decoder(config, params, eos_id=eos_id, n_ids=n_ids, placement=self.placement)
     forward = partial(_logits, model_graph(config), self.placement.dtype, self.placement.attention)

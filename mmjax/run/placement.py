@@ -81,11 +81,12 @@ def place_reader(config: Config, *, dtype: DTypeLike, attention: str | None = No
   """
   with contextlib.suppress(TypeError):  # of what is no dtype at all
     dtype = jnp.dtype(dtype).name
-  for name, value in {'train.dtype': dtype, 'runtime.attention': attention or config.runtime.attention}.items():
+  wanted = config.runtime.attention if attention is None else attention
+  for name, value in {'train.dtype': dtype, 'runtime.attention': wanted}.items():
     if value not in CHOICES[name]:
       raise UserError(f'{name.partition(".")[2]}={value!r} must be one of {", ".join(CHOICES[name])}')
   try:
-    return place(_with_attention(config, attention or config.runtime.attention), dtype=dtype)
+    return place(_with_attention(config, wanted), dtype=dtype)
   except UserError:
     if attention is not None:
       raise
