@@ -162,7 +162,7 @@ def random_rows(config: Any) -> dict[str, Any]:
   """Returns the rows of one update, without padding: `input`, `target`, `segment`, int64 (A * B, T)."""
   import numpy as np
 
-  rows = config.train.batch_size * config.train.accumulation_steps
+  rows = config.train.update_rows
   shape = (rows, config.model.max_seq_len + 1)
   tokens = np.random.default_rng(0).integers(FIRST_TOKEN, config.model.vocab_size, shape)
   return {'input': tokens[:, :-1], 'target': tokens[:, 1:], 'segment': np.zeros_like(tokens[:, 1:])}

@@ -295,10 +295,10 @@ def test_schedule_may_change_only_on_request():
     ({'model__dim': 64}, 'model.dim 32 -> 64'),
     ({'memory__bank_std': 0.5}, 'memory.bank_std 1.0 -> 0.5'),
     ({'data__layout': 'padded'}, "data.layout 'packed' -> 'padded'"),
-    ({'train__batch_size': 8}, 'train.batch_size 4 -> 8'),
+    ({'train__batch_size': 8}, 'batch_size 4 -> 8 (train.batch_size x train.accumulation_steps must stay 8); undo'),
     (
       {'train__batch_size': 2, 'train__accumulation_steps': 5},
-      'batch_size 4 -> 2; train.accumulation_steps 2 -> 5; undo them',
+      'batch_size 4 -> 2; train.accumulation_steps 2 -> 5 (train',
     ),
     ({'train__accumulation_steps': 1}, 'train.accumulation_steps 2 -> 1'),
     ({'train__dtype': 'bfloat16'}, "train.dtype 'float32' -> 'bfloat16'"),

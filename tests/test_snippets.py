@@ -84,6 +84,8 @@ def test_rows_that_share_a_sub_key_are_more_alike_than_others():
 def test_too_few_snippets_are_refused_with_both_numbers():
   with pytest.raises(UserError, match='gives 5 snippets.*knowledge_num=9.*at most 4 rows'):
     choose_rows(np.zeros((5, 2), np.float32), 3, lambda done: None)
+  with pytest.raises(UserError, match='gives 0 snippets.* a smaller memory.knowledge_length$'):
+    choose_rows(np.zeros((0, 2), np.float32), 3, lambda done: None)
 
 
 def test_standardize_and_reduce():
@@ -136,6 +138,11 @@ def test_bank_file_has_scaled_rows_and_their_texts(built):
   corpus = (folder / 'text.jsonl').read_text()
   assert all(line['text'].strip() in corpus for line in texts)
   assert not (folder / 'bank.safetensors.work').exists()
+
+
+def test_room_is_needed_for_the_snippets_that_there_are(built, tmp_path):
+  bank.build_bank(built[0], tmp_path / 'bank.safetensors', 'lsa', snippets_a_row=10**12)
+  assert read_bank(tmp_path / 'bank.safetensors', (64, 8)).std() == pytest.approx(0.25, rel=1e-4)
 
 
 def test_run_starts_from_the_file(built, tmp_path):

@@ -168,6 +168,11 @@ def test_changed_setting_is_refused_before_any_run_starts(sweep, tmp_path):
   assert not (tmp_path / 'out' / 'a-s0').exists()
 
 
+@pytest.mark.parametrize('minutes', ['-1', 'nan'])
+def test_minutes_that_are_none_are_refused(sweep, minutes):
+  assert 'must be at least 0' in str(sweep('--max_minutes', minutes, '--dry_run'))
+
+
 def test_dry_run_lists_and_changes_nothing(sweep, tmp_path, capsys):
   assert sweep('--dry_run', '--set', 'codes=0,0,7', '--config.model.dim=64') is None
   said = capsys.readouterr().out

@@ -51,7 +51,7 @@ class Estimate:
   def tokens(self) -> int:
     """Positions in an update."""
     train = self.config.train
-    return train.batch_size * train.accumulation_steps * self.config.model.max_seq_len
+    return train.update_rows * self.config.model.max_seq_len
 
   @property
   def usable_bytes(self) -> float:
@@ -134,7 +134,7 @@ def estimate(config: Config, card: Card, devices: int = 1) -> Estimate:
 
 def tokens_of(config: Config) -> int:
   """Returns the positions of an update."""
-  return config.train.batch_size * config.train.accumulation_steps * config.model.max_seq_len
+  return config.train.update_rows * config.model.max_seq_len
 
 
 def peak_bytes(compiled: Any) -> int:

@@ -56,7 +56,7 @@ def measure(config: Config, devices: int) -> dict[str, Any]:
   attention = place(config, platform=device.platform, devices=mesh.size).attention
   step = compile_step(config, mesh, optimizer, state, attention=attention, total_steps=1000)
   train, model = config.train, config.model
-  shape = train.batch_size * train.accumulation_steps, model.max_seq_len + 1
+  shape = train.update_rows, model.max_seq_len + 1
   tokens = np.random.default_rng(0).integers(1, model.vocab_size, shape, dtype=np.int32)
   rows = {'input': tokens[:, :-1], 'target': tokens[:, 1:], 'segment': np.zeros_like(tokens[:, 1:])}
   batch, seconds = put_batch(mesh, rows, train.accumulation_steps), []

@@ -176,6 +176,11 @@ class TrainConfig:
   max_skipped_updates: int
   profile_steps: int
 
+  @property
+  def update_rows(self) -> int:
+    """A x B, the rows of one optimizer update."""
+    return self.accumulation_steps * self.batch_size
+
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:

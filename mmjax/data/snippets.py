@@ -110,9 +110,10 @@ def choose_rows(vector_SP: np.ndarray, n_sub_keys: int, report: Callable[[int], 
   """
   n_rows = n_sub_keys**2
   if len(vector_SP) < n_rows:
+    fewer = f' or at most {math.isqrt(len(vector_SP)) ** 2} rows' if len(vector_SP) else ''
     raise UserError(
       f'the text gives {len(vector_SP)} snippets, the bank needs model.knowledge_num={n_rows}; use more text, a '
-      f'smaller memory.knowledge_length or at most {math.isqrt(len(vector_SP)) ** 2} rows'
+      f'smaller memory.knowledge_length{fewer}'
     )
   chosen = []
   everything = np.arange(len(vector_SP))

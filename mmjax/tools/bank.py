@@ -89,9 +89,8 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   prepared = prepare(config.data, model.vocab_size)
   split = open_split(prepared, 'train', max_seq_len=length, layout='packed', isolate_documents=False)
   tokenizer = load_tokenizer(prepared / read_index(prepared)['tokenizer']['file'])
-  check_room(out, 8 * (snippets_a_row + 1) * model.knowledge_num * model.knowledge_dim)
-
   start_S = cut_snippets(split, length, snippets_a_row * model.knowledge_num)
+  check_room(out, 8 * (len(start_S) + model.knowledge_num) * model.knowledge_dim)
   if len(start_S) < model.knowledge_num:
     choose_rows(np.empty((len(start_S), 1)), model.n_sub_keys, lambda done: None)
   stages = Stages(out, [prepared.name, encoder, length, snippets_a_row, model.knowledge_num, model.knowledge_dim])

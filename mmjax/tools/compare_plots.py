@@ -86,7 +86,7 @@ def curve(run: FoundRun, kind: str) -> Curve:
   every, last = run.config.train.log_interval if kind == 'train' else 1, max(train, default=0)
   points = [r for r in run.of_kind(kind) if r['step'] % every == 0 or r['step'] == last]
   points = [r for r in points if r['loss'] is not None and r['step'] in train]
-  positions = run.config.train.batch_size * run.config.train.accumulation_steps * run.config.model.max_seq_len
+  positions = run.config.train.update_rows * run.config.model.max_seq_len
   cost = positions * flops_per_token(run.config)['total']
   x = {
     'tokens': np.array([train[r['step']]['tokens'] for r in points], float),

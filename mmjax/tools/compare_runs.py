@@ -247,7 +247,7 @@ def same_batches(first: Row, row: Row) -> bool:
   """Whether runs of one seed saw the same rows of text at each update."""
 
   def cut(config: Config) -> tuple:
-    rows = config.train.batch_size * config.train.accumulation_steps
+    rows = config.train.update_rows
     return rows, config.model.max_seq_len, config.data.layout, config.data.isolate_documents
 
   return cut(first.runs[0].config) == cut(row.runs[0].config)

@@ -77,7 +77,7 @@ def main() -> None:
 def search(found: Estimate) -> dict[str, dict[str, Any]]:
   """Finds the largest micro-batch by `runtime.remat`; what it is, its peak, and settings for the same update."""
   config, train = found.config, found.config.train
-  rows = train.batch_size * train.accumulation_steps
+  rows = train.update_rows
   room = (found.usable_bytes - found.fixed_bytes) / (found.peak_bytes - found.fixed_bytes) * train.batch_size
   step = found.devices * (1 if room < 64 * found.devices else 8)
 

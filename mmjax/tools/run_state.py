@@ -48,7 +48,7 @@ def planned_steps(path: Path, config: Config) -> int | None:
   if train.max_steps or not index.exists():
     return train.max_steps or None
   rows = count_rows(read_json(index)['splits']['train'], config.model.max_seq_len, config.data.layout)
-  return steps_of_epochs(rows, train.batch_size * train.accumulation_steps, train.epochs)
+  return steps_of_epochs(rows, train.update_rows, train.epochs)
 
 
 def last_reports(path: Path) -> dict[str, dict[str, Any]]:

@@ -43,6 +43,8 @@ STATES = {0: 'done', DivergedError.exit_code: 'diverged', StoppedError.exit_code
 def main() -> None:
   """Reads flags and the file, and makes the runs or says what it would make."""
   arguments, overrides = _parser().parse_known_args()
+  if not arguments.max_minutes >= 0:  # so is NaN
+    raise UserError(f'--max_minutes {arguments.max_minutes:g} must be at least 0')
   runs = read_sweep(arguments.file, arguments.set, overrides, arguments.only)
   sweep = Sweep(user_path(arguments.out or Path('out') / Path(arguments.file).stem), runs)
   if arguments.dry_run:

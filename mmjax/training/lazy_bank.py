@@ -97,7 +97,7 @@ def no_rows(config: Config) -> RowSums:
   """Returns slots, all free, for as many rows as an update can read."""
   model, train = config.model, config.train
   layers = sum(SUBLAYERS[kind].uses_bank for kind in layer_kinds(model, config.memory))
-  reads = layers * model.max_seq_len * train.batch_size * train.accumulation_steps
+  reads = layers * model.max_seq_len * train.update_rows
   most = min(model.knowledge_num, reads * config.memory.n_heads * model.num_selected)
   chunk = min(CHUNK_ROWS, most)
   slots = -(-most // chunk) * chunk

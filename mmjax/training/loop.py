@@ -127,7 +127,7 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
 
 def has_slow_updates(config: Config, mesh: Mesh) -> bool:
   """Tells whether an update takes many seconds: on a CPU, so that the host can be told of its micro-batches cheaply."""
-  tokens = config.train.batch_size * config.train.accumulation_steps * config.model.max_seq_len
+  tokens = config.train.update_rows * config.model.max_seq_len
   on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
   return on_cpu and flops_per_token(config)['total'] * tokens > SLOW_UPDATE_FLOPS
 
@@ -159,7 +159,7 @@ class Trainer:
   def train(self, state: TrainState, stop: StopSignals) -> None:
     """Runs from the state's step to the end."""
     train, start, total = self.config.train, int(state['step']), self.inputs.total_steps
-    rows = train.batch_size * train.accumulation_steps
+    rows = train.update_rows
     unchecked = None
     batches = train_batches(self.inputs.train, global_batch_rows=rows, seed=self.config.seed, start_step=start)
     traced = train.profile_steps if is_main() else 0

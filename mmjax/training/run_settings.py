@@ -1,7 +1,6 @@
 """Which settings of a run may change when it goes on, and which when its weights are trained on."""
 
 import dataclasses
-import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,8 +29,7 @@ def settings_changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
   """Lists as 'name old -> new' the differences that would make a run another run, and those of its schedule."""
   fixed, schedule = [], []
   before, after = flatten(old.to_dict()), flatten(new.to_dict())
-  same_rows = math.prod(before[name] for name in MICRO_BATCHES) == math.prod(after[name] for name in MICRO_BATCHES)
-  free = (*FREE, *MICRO_BATCHES) if same_rows else FREE
+  free = (*FREE, *MICRO_BATCHES) if old.train.update_rows == new.train.update_rows else FREE
   for name in before:
     if before[name] == after[name] or name in free or name.startswith(FREE_SECTIONS):
       continue
@@ -54,8 +52,10 @@ def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None
   """
   fixed, schedule = settings_changed(old, new)
   if fixed:
+    rows = f' ({" x ".join(MICRO_BATCHES)} must stay {old.train.update_rows})'
+    keep = rows if any(text.startswith(MICRO_BATCHES) for text in fixed) else ''
     raise UserError(
-      f'the run was started with other settings: {"; ".join(fixed)}; undo them or choose another --workdir'
+      f'the run was started with other settings: {"; ".join(fixed)}{keep}; undo them or choose another --workdir'
     )
   if schedule and not allow_config_change:
     raise UserError(

@@ -111,7 +111,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
   data, train = config.data, config.train
   rows = {'max_seq_len': config.model.max_seq_len, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
   train_split, valid_split = (open_split(prepared, name, **rows) for name in ('train', 'valid'))
-  batch_rows = train.batch_size * train.accumulation_steps
+  batch_rows = train.update_rows
   check_fills_batch(train_split, batch_rows)
   valid_split.scored_bytes  # noqa: B018 - now, and not at the first evaluation, it is found that it cannot be known
   steps = train.max_steps or steps_of_epochs(train_split.n_rows, batch_rows, train.epochs)
@@ -232,7 +232,7 @@ class explain_out_of_memory:  # noqa: N801 - used as a `with` statement
     if not (isinstance(error, MemoryError) or (error is not None and 'RESOURCE_EXHAUSTED' in str(error))):
       return
     need = '' if self.memory is None else f' The step needs {describe_memory(self.memory)}.'
-    train, rows = self.config.train, self.config.train.batch_size * self.config.train.accumulation_steps
+    train, rows = self.config.train, self.config.train.update_rows
     fit = ''
     if is_nvidia(jax.default_backend()):
       fit = ' `python -m mmjax.tools.fit` with the same --config and --gpu finds the largest micro-batch that fits.'
