@@ -17,8 +17,9 @@ from mmjax.model import layers
 from mmjax.run import placement
 from mmjax.run.placement import place, place_reader
 from mmjax.tools import inspect, sample
+from mmjax.training.loop import fit
 from mmjax.training.rundir import RunDir
-from tests.helpers import tiny_config
+from tests.helpers import run_config, tiny_config
 
 
 def with_attention(run, folder, attention, dtype='float32'):
@@ -110,6 +111,12 @@ def test_run_of_a_gpu_is_read_on_a_cpu(tiny_run, tmp_path):
   assert mmjax.load(run).placement.attention == 'xla_blocked'
   with pytest.raises(UserError, match='needs an NVIDIA GPU'):
     place(RunDir(run).read_config())
+
+
+def test_attention_that_cannot_run_is_refused_before_anything_is_written(text, tmp_path):
+  with pytest.raises(UserError, match="attention 'cudnn' .* needs an NVIDIA GPU"):
+    fit(run_config(text, runtime__attention='cudnn', data__prepared_dir=f'{tmp_path}/data'), tmp_path / 'run')
+  assert not list(tmp_path.iterdir())
 
 
 def test_on_a_gpu_the_run_decides_and_float32_never_gets_cudnn(monkeypatch):

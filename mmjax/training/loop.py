@@ -23,7 +23,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import DivergedError, StoppedError, StorageError
 from mmjax.model.lm import memory_layers
 from mmjax.run.nvidia import describe_devices
-from mmjax.run.placement import slow_scatter_warning, use_compilation_cache
+from mmjax.run.placement import place, slow_scatter_warning, use_compilation_cache
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.cost import device_peak_flops, flops_per_token
 from mmjax.training.evaluate import EvalResult, evaluate
@@ -84,6 +84,7 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
   workdir = run.path
   config, origin = settle_config(run, config, allow_config_change, init_from)
   mesh = make_mesh(config)
+  attention = place(config, devices=mesh.size).attention  # or it is refused, before anything is written
   if is_main():
     print(describe_devices(jax.devices()), flush=True)
   params = read_from = None
@@ -120,8 +121,9 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
     if warning:
       progress.message(warning)
     watch = MicroBatchWatch(config.train, config.model.max_seq_len, start, total, progress)
-    program = compile_program(config, inputs, mesh, optimizer, state, watch if has_slow_updates(config, mesh) else None)
-    progress.message(f'Attention: {program.attention}. The step needs {describe_memory(program.memory)}.')
+    told = watch if has_slow_updates(config, mesh) else None
+    program = compile_program(config, inputs, mesh, optimizer, state, attention=attention, on_micro_batch=told)
+    progress.message(f'Attention: {attention}. The step needs {describe_memory(program.memory)}.')
     Trainer(config, run, inputs, program, checkpoints, log, progress, counters).train(state, stop)
 
 

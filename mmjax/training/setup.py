@@ -25,7 +25,7 @@ from mmjax.errors import UserError
 from mmjax.kernels.forms import traced_for
 from mmjax.model.lm import Params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.run.placement import compiler_options, is_nvidia, place
+from mmjax.run.placement import compiler_options, is_nvidia
 from mmjax.training.checkpoint import Checkpoints
 from mmjax.training.evaluate import EvalStep, make_eval_step
 from mmjax.training.manifest import refuse_non_finite
@@ -59,7 +59,6 @@ class Program:
   mesh: Mesh
   step: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]
   evaluate: EvalStep
-  attention: str
   memory: Any  # compiled.memory_analysis() of the step
 
 
@@ -177,18 +176,24 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
 
 
 def compile_program(
-  config: Config, inputs: Inputs, mesh: Mesh, optimizer: Any, state: TrainState, on_micro_batch: Callable | None = None
+  config: Config,
+  inputs: Inputs,
+  mesh: Mesh,
+  optimizer: Any,
+  state: TrainState,
+  *,
+  attention: str,
+  on_micro_batch: Callable | None = None,
 ) -> Program:
   """Compiles the train step for the shapes of this run; `on_micro_batch` is for `make_gradient`.
 
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
-  attention = place(config, devices=mesh.size).attention
   settings = {'attention': attention, 'total_steps': inputs.total_steps, 'on_micro_batch': on_micro_batch}
   compiled = compile_step(config, mesh, optimizer, state, **settings)
   evaluate = make_eval_step(model_graph(config), config, attention=attention, mesh=mesh)
-  return Program(mesh, compiled, evaluate, attention, compiled.memory_analysis())
+  return Program(mesh, compiled, evaluate, compiled.memory_analysis())
 
 
 def compile_step(
