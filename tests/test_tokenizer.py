@@ -420,3 +420,31 @@ def test_text_has_the_same_tokens_each_time_where_a_tokenizer_leaves_merges_out_
   stored['model']['dropout'] = 0.5
   path.write_text(json.dumps(stored))
   assert [load_tokenizer(path).encode(ENGLISH) for _ in range(3)] == [plain] * 3
+
+
+def test_marks_within_and_behind_words_are_no_text(tmp_path):
+  tokenizers = pytest.importorskip('tokenizers')
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix='</w>', continuing_subword_prefix='##'))
+  split = tokenizers.pre_tokenizers.Split(' ', 'removed')
+  backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+    [split, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+  )
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=900, special_tokens=['</s>'], end_of_word_suffix='</w>', continuing_subword_prefix='##',
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+  )  # fmt: skip
+  backend.train_from_iterator([ENGLISH] * 9, trainer)
+  backend.save(str(tmp_path / 'tokenizer.json'))
+  tokenizer, text = load_tokenizer(tmp_path / 'tokenizer.json'), 'The quick brown fox'
+  [part] = tokenizer.encode_slices(text)
+  assert tokenizer.decode(part.ids).strip() == text
+  assert (tokenizer.bytes_per_token()[part.ids] + part.more_bytes).sum() == len(text)
+
+
+def test_file_that_makes_the_backend_panic_is_refused(tmp_path):
+  path = hugging_face(tmp_path / 'tokenizer.json')
+  stored = json.loads(path.read_text())
+  stored['model']['continuing_subword_prefix'] = '####'  # longer than the pieces of its merges
+  path.write_text(json.dumps(stored))
+  with pytest.raises(UserError, match='is not a tokenizer.json'):
+    load_tokenizer(path)

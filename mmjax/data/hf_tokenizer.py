@@ -30,7 +30,9 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
     kinds = {kind for name in ('normalizer', 'pre_tokenizer', 'decoder') for kind in _kinds(settings[name])}
     special = {token['content']: token['id'] for token in settings['added_tokens'] if token['special']}
     byte_level, byte_fallback = 'ByteLevel' in kinds, bool(settings['model'].get('byte_fallback'))
-  except Exception as error:  # noqa: BLE001 - the backend raises bare Exception for what it cannot read
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # noqa: BLE001 - of the backend: Exception, or a panic of Rust, which is none
     raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
   backend.no_truncation()
   backend.no_padding()
@@ -51,7 +53,8 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
     eos_id = special[name] = vocab[name]
   if eos_id is None:
     raise UserError(f"'{path}' has none of the tokens that end a document: {', '.join(EOS_NAMES)}")
-  pieces = _piece_bytes(backend, byte_level)
+  within, end = (settings['model'].get(key) or '' for key in ('continuing_subword_prefix', 'end_of_word_suffix'))
+  pieces = _piece_bytes(backend, byte_level, within, end)
   pad_id, bos_id = _find(special, PAD_NAMES), _find(special, BOS_NAMES)
 
   def encode_slice(text: str) -> list[int]:
@@ -79,16 +82,27 @@ def _find(special: Mapping[str, int], names: Sequence[str]) -> int | None:
   return next((special[name] for name in names if name in special), None)
 
 
-def _piece_bytes(backend: Any, byte_level: bool) -> list[bytes]:
-  """Returns the bytes of every piece, b'' for control tokens and for ids that no piece has."""
+def _piece_bytes(backend: Any, byte_level: bool, within: str, end: str) -> list[bytes]:
+  """Returns the bytes of every piece, b'' for control tokens and for ids that no piece has.
+
+  Args:
+    backend: of the tokenizers package.
+    byte_level: whether a character of a piece stands for a byte.
+    within: what pieces that go on with a word begin with ('##'), or ''.
+    end: what pieces that end a word end in (CLIP's '</w>'), or ''. It stands for the space behind the word.
+  """
   vocab, added = backend.get_vocab(with_added_tokens=True), backend.get_added_tokens_decoder()
   pieces = [b''] * (max(vocab.values()) + 1)
   table = _byte_level_table()
   for piece, token in vocab.items():
     if token in added:
       pieces[token] = b'' if added[token].special else piece.encode()
-    elif byte_level:
-      pieces[token] = b''.join(table[char] if char in table else char.encode() for char in piece)
+      continue
+    piece = piece.removeprefix(within)
+    if end and piece.endswith(end):
+      piece = piece.removesuffix(end) + SPACE
+    if byte_level:
+      pieces[token] = b''.join(table[char] if char in table else char.replace(SPACE, ' ').encode() for char in piece)
     elif re.fullmatch('<0x[0-9A-F]{2}>', piece):
       pieces[token] = bytes([int(piece[3:5], 16)])
     else:
