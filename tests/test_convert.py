@@ -487,7 +487,7 @@ def test_import_without_a_tokenizer_takes_and_gives_token_ids(tmp_path):
 
 
 def test_imported_run_trains_under_other_data_and_training_settings(tmp_path):
-  """Nothing but the architecture is bound: not the clip, which changes the optimizer's state, nor the bank's start."""
+  """Nothing but the architecture is bound: not the clip, which changes the optimizer's state."""
   write_text(tmp_path)
   state = make_state()
   take(save(state, tmp_path / 'm.safetensors'), tmp_path / 'first', tokenizer=str(tmp_path / 'spm.model'))
@@ -495,8 +495,10 @@ def test_imported_run_trains_under_other_data_and_training_settings(tmp_path):
   settings = {
     'data__train_files': tmp_path / 'text.jsonl', 'data__valid_fraction': 0.1, 'data__workers': 1,
     'data__prepared_dir': tmp_path / 'prepared', 'train__max_steps': 2, 'train__grad_clip': 0.0,
-    'train__learning_rate': 0.0, 'seed': 3, 'memory__bank_std': 0.5,
+    'train__learning_rate': 0.0, 'seed': 3,
   }  # fmt: skip
+  with pytest.raises(UserError, match='memory.bank_std=0.5 does nothing where parameters come from'):
+    fit(tiny_config(**settings, memory__bank_std=0.5), tmp_path / 'run')
   with pytest.raises(UserError, match='model.num_selected 3 -> 4; type --config.model.num_selected=3'):
     fit(tiny_config(**settings, model__num_selected=4), tmp_path / 'run')
   assert not (tmp_path / 'run' / 'run.json').exists()
