@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from mmjax.config import BELOW_ONE, CHOICES, Config, config_from_dict, flatten, load_config, reading
 from mmjax.config.rules import RANGES
+from mmjax.config.sublayers import layer_kinds
 from mmjax.errors import UserError
 from tests.helpers import TINY, TINY_CONFIG, tiny_config
 
@@ -361,3 +362,12 @@ def test_every_setting_has_a_comment():
     'train.eps',
   }
   assert {line.split(' =')[0].strip() for line in lines if '#' not in line} == obvious
+
+
+@pytest.mark.parametrize('layers', ['all', '0,1'])
+def test_ngrams_in_every_layer_with_a_memory_stay_there(layers):
+  config = tiny_config(model__sublayer='memory_bag', memory__ngram_layers=layers)
+  assert layer_kinds(config.model, config.memory) == ('ngram_bag', 'ngram_bag')
+  assert config_from_dict(config.to_dict()) == config
+  with pytest.raises(UserError, match='memory.query_key_norm=.* does nothing in a model of ngram_bag layers'):
+    tiny_config(model__sublayer='memory_bag', memory__ngram_layers=layers, memory__query_key_norm='l2')

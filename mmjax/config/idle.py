@@ -38,6 +38,8 @@ def idle_settings(config: Config) -> dict[str, str]:
   """
   kinds = dict.fromkeys(layer_kinds(config.model, config.memory))
   own = {name for kind in kinds for name in SUBLAYERS[kind].settings}
+  if SUBLAYERS[config.model.sublayer].has_gate:
+    own.add('memory.ngram_layers')  # also where it leaves no layer with a gate
   idle = {}
   for name in dict.fromkeys(name for row in SUBLAYERS.values() for name in row.settings):
     owners = ', '.join(repr(kind) for kind, row in SUBLAYERS.items() if name in row.settings)
