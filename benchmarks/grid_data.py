@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a bare checkout
 
 from mmjax.config import load_config
-from mmjax.data.index import INDEX, read_index
+from mmjax.data.index import INDEX, described_files, read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.reader import Tally, find_files, read_documents
 from mmjax.data.split import is_held_out
@@ -77,9 +77,7 @@ def prepare_share(folder: Path, arguments: argparse.Namespace) -> Path:
 def pack(directory: Path, out: Path) -> None:
   """Writes what the index of a prepared directory names into one archive, without folders."""
   index = read_index(directory)
-  names = [INDEX, index['tokenizer']['file']]
-  for split in index['splits'].values():
-    names += [shard[key] for shard in split['shards'] for key in ('file', 'offsets_file')]
+  names = [INDEX, *(name for name, _ in described_files(index))]
   out.parent.mkdir(parents=True, exist_ok=True)
   with lzma.open(out, 'wb', filters=FILTERS) as stream, tarfile.open(fileobj=stream, mode='w') as archive:
     for name in names:

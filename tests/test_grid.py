@@ -141,8 +141,8 @@ def test_packed_data_are_used_where_they_are_unpacked(archive, tmp_path):
   assert 150 < index['splits']['train']['documents'] < 250 and index['splits']['valid']['documents'] == 20
   data = dataclasses.replace(load_config('configs/base.py').data, prepared_dir=str(tmp_path))
   assert prepare(data, 300, SilentProgress()) == tmp_path
-  with pytest.raises(UserError, match=r'model.vocab_size=500 does not fit .* set --config.model.vocab_size=300'):
-    prepare(data, 500, SilentProgress())
+  with pytest.raises(UserError, match=r'model.vocab_size=299 does not fit .* set --config.model.vocab_size=300'):
+    prepare(data, 299, SilentProgress())
   (tmp_path / 'train-00000.bin').write_bytes(b'other')
   with pytest.raises(UserError, match='is not what index.json describes'):
     prepare(data, 300, SilentProgress())

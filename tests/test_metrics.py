@@ -184,7 +184,7 @@ def count_dot_flops(jaxpr) -> int:
   return total
 
 
-MANY_HEADS = {'memory__n_heads': 3, 'memory__scores': 'scale', 'memory__layers': '1', 'memory__ffn_dim': 24}
+MANY_HEADS = {'memory__n_heads': 3, 'memory__layers': '1', 'memory__ffn_dim': 24}
 CHEAP = MANY_HEADS | {'memory__key_dim': 6, 'memory__bag_gate': False}
 
 
@@ -192,7 +192,7 @@ CHEAP = MANY_HEADS | {'memory__key_dim': 6, 'memory__bag_gate': False}
   ('sublayer', 'changes'),
   [
     *((name, {}) for name in CHOICES['model.sublayer']),
-    ('gated_fusion', MANY_HEADS),
+    ('gated_fusion', MANY_HEADS | {'memory__scores': 'scale'}),
     ('memory_bag', MANY_HEADS),
     ('memory_bag', CHEAP),
   ],

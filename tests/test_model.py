@@ -17,11 +17,10 @@ from tests.helpers import random_batch, rarely, tiny_config
 
 THOROUGH = pytest.mark.thorough  # parity with torch covers them in the fast suite
 MAIN_FIRST = rarely(['gated_fusion', 'dense', 'cross_attention', 'moe'], 'gated_fusion', 'dense')
-HEADS_AND_FFN = {
-  'memory__n_heads': 2, 'memory__scores': 'scale', 'memory__layers': '1', 'memory__ffn_dim': 8,
-  'memory__input': 'residual', 'memory__query_key_norm': 'l2',
-}  # fmt: skip
-OTHER_DECODED = [('dense', {}), ('cross_attention', HEADS_AND_FFN), ('moe', {}), ('gated_fusion', HEADS_AND_FFN)]
+HEADS_AND_FFN = {'memory__n_heads': 2, 'memory__layers': '1', 'memory__ffn_dim': 8, 'memory__input': 'residual'}
+NORMED = HEADS_AND_FFN | {'memory__query_key_norm': 'l2'}
+SCALED = NORMED | {'memory__scores': 'scale'}
+OTHER_DECODED = [('dense', {}), ('cross_attention', SCALED), ('moe', {}), ('gated_fusion', SCALED)]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +163,7 @@ def test_segments_are_computed_as_if_alone():
 
 @pytest.mark.parametrize(
   ('sublayer', 'changes'),
-  [('gated_fusion', {}), ('memory_bag', HEADS_AND_FFN), ('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'})]
+  [('gated_fusion', {}), ('memory_bag', NORMED), ('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'})]
   + [pytest.param(name, changes, marks=THOROUGH) for name, changes in OTHER_DECODED],
 )
 def test_cached_decoding_equals_whole_rows(sublayer, changes):
