@@ -76,7 +76,7 @@ def without_bank(params: Params) -> Params:
   return {name: value for name, value in params.items() if name != 'memory_bank'}
 
 
-def lazy_gradient(config: Config, objective: Callable) -> Callable:
+def gradient_by_reads(config: Config, objective: Callable) -> Callable:
   """Returns what `jax.value_and_grad(objective, has_aux=True)` does, with `RowReads` as the bank's gradient."""
 
   def gradient(params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None) -> tuple:
@@ -126,9 +126,17 @@ def add_rows(sums: RowSums, reads: RowReads) -> RowSums:
 
 
 def add_gradients(sums: Params, grads: Params) -> Params:
-  """Adds gradients of a micro-batch, whose 'memory_bank' is `RowReads`, to sums, whose 'memory_bank' is `RowSums`."""
+  """Adds gradients of a micro-batch, whose 'memory_bank' is `RowReads`, to sums.
+
+  Those of the bank are `RowSums`, or (M, P): then they are added up in place, the last layer's first, as they arise.
+  """
   others = jax.tree.map(jnp.add, without_bank(sums), without_bank(grads))
-  return others | {'memory_bank': add_rows(sums['memory_bank'], grads['memory_bank'])}
+  bank_sums, reads = sums['memory_bank'], grads['memory_bank']
+  if isinstance(bank_sums, RowSums):
+    return others | {'memory_bank': add_rows(bank_sums, reads)}
+  for row_BThr, layer in zip(reads.row_LBThr[::-1], reads.layers[::-1], strict=True):
+    bank_sums = add_reads(bank_sums, row_BThr, layer)
+  return others | {'memory_bank': bank_sums}
 
 
 def init_moments(bank_MP: Array) -> Moments:

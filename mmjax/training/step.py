@@ -22,12 +22,14 @@ from mmjax.config import Config
 from mmjax.data.loader import PADDING
 from mmjax.kernels.bank import BankShard, Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
+from mmjax.kernels.forms import on_cpu
 from mmjax.model.lm import BankOfLayer, Params, init_params
+from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.lazy_bank import (
   add_gradients,
+  gradient_by_reads,
   init_moments,
   is_lazy,
-  lazy_gradient,
   no_rows,
   update_rows,
   without_bank,
@@ -156,6 +158,15 @@ def next_average(average: Array, loss: Array) -> Array:
   return jnp.where(average > 0, LOSS_AVERAGE_DECAY * average + (1 - LOSS_AVERAGE_DECAY) * loss, loss)
 
 
+def adds_reads_in_place(config: Config, mesh: Mesh | None) -> bool:
+  """Whether a GPU adds the gradients of all layers to one array: each would else fill and add up one of its own.
+
+  A CPU does not: its sums would have another order than those of every run before.
+  """
+  whole = mesh is None or mesh.shape[ROWS] == 1
+  return whole and SUBLAYERS[config.model.sublayer].uses_bank and not (on_cpu() or config.runtime.scan_layers)
+
+
 def make_gradient(
   config: Config,
   graphdef: nnx.GraphDef,
@@ -173,8 +184,6 @@ def make_gradient(
   lazy = is_lazy(config)
   mesh = None if lazy or mesh is None or mesh.size == 1 else mesh
   objective = make_loss(config, graphdef, attention, mesh=mesh)
-  grad = lazy_gradient(config, objective) if lazy else jax.value_and_grad(objective, has_aux=True)
-  add_up = add_gradients if lazy else partial(jax.tree.map, jnp.add)
   use_dropout = config.model.dropout > 0
 
   def tell(index: Array | int, parts: dict[str, Array]) -> None:
@@ -182,6 +191,9 @@ def make_gradient(
       jax.debug.callback(on_micro_batch, index, parts['loss'])
 
   def gradient(params: Params, batch: dict[str, Array], tokens: Array, step: Array) -> tuple[dict[str, Array], Params]:
+    by_reads = lazy or adds_reads_in_place(config, mesh)  # asked while a program is traced
+    grad = gradient_by_reads(config, objective) if by_reads else jax.value_and_grad(objective, has_aux=True)
+    add_up = add_gradients if by_reads else partial(jax.tree.map, jnp.add)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     if mesh and use_dropout:
       key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
@@ -193,15 +205,15 @@ def make_gradient(
       return (jax.tree.map(jnp.add, sums[0], parts), add_up(sums[1], grads)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
-    if len(batch['input']) == 1 and not lazy:  # no sums, which would be written and read once more
+    if len(batch['input']) == 1 and not by_reads:  # no sums, which would be written and read once more
       (_, parts), grads = grad(params, first, tokens, jax.random.fold_in(key, 0) if use_dropout else None)
       tell(0, parts)
       return parts, grads
     micros = (jnp.arange(len(batch['input'])), batch)
     (_, parts), grads = jax.eval_shape(grad, params, first, tokens, key)
     parts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (parts, grads))
-    if lazy:
-      grads['memory_bank'] = no_rows(config)
+    if by_reads:
+      grads['memory_bank'] = no_rows(config) if lazy else jnp.zeros_like(params['memory_bank'])
     return jax.lax.scan(add, (parts, grads), micros)[0]
 
   return spread(gradient, mesh) if mesh else gradient
