@@ -9,6 +9,7 @@ from flax import nnx
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
+from mmjax.model.layers import RMSNorm
 from mmjax.model.lm import abstract_params, build_model, memory_layers, model_graph
 from mmjax.model.memory import BALANCING_SLOPE, ProductKeyGate, balance_loss
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
@@ -276,7 +277,7 @@ def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_los
   gate['bias'][...] = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8)), jnp.float32)
 
   def loss(gate):
-    selection = nnx.merge(graphdef, gate)(m_BTD)
+    selection = nnx.merge(graphdef, gate)(m_BTD, RMSNorm(32, 1e-5), jnp.float32)
     return selection.balance_loss, selection
 
   (value, selection), slope = jax.value_and_grad(loss, has_aux=True)(gate)
@@ -303,7 +304,7 @@ def test_use_of_sub_keys_becomes_more_even(means):
     gate, moments = state
 
     def loss(gate):
-      selection = nnx.merge(graphdef, gate)(m_BTD)
+      selection = nnx.merge(graphdef, gate)(m_BTD, RMSNorm(32, 1e-5), jnp.float32)
       return selection.balance_loss, selection.row_BThr
 
     (_, row_BThr), slope = jax.value_and_grad(loss, has_aux=True)(gate)

@@ -57,7 +57,8 @@ def test_ten_megabytes_are_answered(tiny_run, monkeypatch, capfd):
   stdin = b'the memory reads ' * 600_000 + b'\n'
   code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, stdin=stdin)
   assert code == 0
-  assert err == 'Note: the prompt is longer than model.max_seq_len=16 tokens; its end is used\n'
+  said = [line for line in err.splitlines() if 'cpu_aot_loader' not in line]  # XLA's, of programs that it finds again
+  assert said == ['Note: the prompt is longer than model.max_seq_len=16 tokens; its end is used']
   assert out.endswith('\n') and len(out) > 1
 
 

@@ -24,7 +24,7 @@ from mmjax.kernels.bank import BankShard, Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
 from mmjax.kernels.forms import on_cpu
 from mmjax.model.lm import BankOfLayer, Params, init_params
-from mmjax.model.sublayers import SUBLAYERS
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.lazy_bank import (
   add_gradients,
   gradient_by_reads,
@@ -161,10 +161,13 @@ def next_average(average: Array, loss: Array) -> Array:
 def adds_reads_in_place(config: Config, mesh: Mesh | None) -> bool:
   """Whether a GPU adds the gradients of all layers to one array: each would else fill and add up one of its own.
 
-  A CPU does not: its sums would have another order than those of every run before.
+  A CPU does not: its sums would have another order than those of every run before. Nor do sums of several rows, whose
+  reads would be kept with their weights and added one by one.
   """
+  kinds = [SUBLAYERS[kind] for kind in layer_kinds(config.model, config.memory)]
   whole = mesh is None or mesh.shape[ROWS] == 1
-  return whole and SUBLAYERS[config.model.sublayer].uses_bank and not (on_cpu() or config.runtime.scan_layers)
+  alone = config.model.num_selected == 1 or not any(kind.sums_rows for kind in kinds)
+  return whole and alone and any(kind.uses_bank for kind in kinds) and not (on_cpu() or config.runtime.scan_layers)
 
 
 def make_gradient(
