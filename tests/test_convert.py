@@ -453,6 +453,7 @@ def test_tokenizer_of_another_size_is_refused(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.thorough
 def test_spare_rows_of_an_embedding_are_imported_trained_on_and_never_sampled(tmp_path, capsys):
   write_text(tmp_path)
   (tmp_path / 'spm.model').write_bytes(train_tokenizer(['some text of a few words'] * 9, 280))

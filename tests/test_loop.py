@@ -85,6 +85,7 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   assert_same_run(undisturbed, tmp_path)
 
 
+@pytest.mark.thorough
 def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypatch):
   def go_on(stop, **data):
     monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(stop))
@@ -110,6 +111,7 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
   assert [path.name for path in (tmp_path / 'here').iterdir()] == ['same.jsonl']
 
 
+@pytest.mark.thorough
 def test_text_that_is_cut_or_in_both_splits_is_said_once_and_in_the_report(text, tmp_path, capsys):
   lines = (text / 'text.jsonl').read_text().splitlines()
   (tmp_path / 'valid.jsonl').write_text('\n'.join([*lines[:30], json.dumps({'text': 'new'})]))
@@ -127,6 +129,7 @@ def test_text_that_is_cut_or_in_both_splits_is_said_once_and_in_the_report(text,
     assert out.count(said) == 1 and write_report(tmp_path / 'run').read_text().count(said) == 1
 
 
+@pytest.mark.thorough
 def test_run_that_goes_on_with_other_micro_batches_sees_the_same_rows(text, undisturbed, tmp_path, monkeypatch):
   monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(5))
   with pytest.raises(StoppedError):
@@ -250,6 +253,7 @@ def test_state_that_is_not_finite_is_never_saved(text, tmp_path, monkeypatch):
   assert sorted(int(path.name) for path in (tmp_path / 'checkpoints').iterdir()) == [3, 4]
 
 
+@pytest.mark.thorough
 def test_checkpoint_that_holds_nan_says_so_and_is_not_trained_on(tiny_run, tmp_path, capfd):
   run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
   config, checkpoints = RunDir(run).read_config(), Checkpoints(run)
@@ -333,7 +337,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
-@pytest.mark.parametrize('number', [signal.SIGUSR1, signal.SIGHUP])
+@pytest.mark.parametrize('number', rarely([signal.SIGUSR1, signal.SIGHUP], signal.SIGHUP))
 def test_terminal_that_closes_or_a_warning_saves_and_exits_75(text, tmp_path, number):
   """In a terminal of its own, which is gone by the time the run writes its last lines."""
   endless = {'train__max_steps': 30_000, 'train__eval_interval': 30_000, 'train__checkpoint_interval': 30_000}

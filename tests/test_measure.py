@@ -99,6 +99,7 @@ def measured(folder):
   return {name: found[name] for name in ('loss', 'tokens', 'text_bytes', 'accuracy')}
 
 
+@pytest.mark.thorough
 def test_validation_text_is_known_by_its_hash_wherever_it_is(moved, tiny_run, tmp_path, monkeypatch, capfd):
   run = ('--workdir', str(moved / 'run'), '--checkpoint', 'last')
   code, _, err = run_eval(monkeypatch, capfd, *run)
@@ -131,6 +132,7 @@ def test_other_validation_text_than_in_training_is_refused(moved, monkeypatch, c
   assert not (moved / 'run' / 'eval.json').exists()
 
 
+@pytest.mark.thorough
 def test_evaluation_makes_nothing_where_it_is_called(tiny_run, tmp_path, monkeypatch, capfd):
   run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
   stored = json.loads((run / 'config.json').read_text())

@@ -119,6 +119,7 @@ def test_run_killed_before_it_saved_its_start_still_starts_from_there(text, sour
   assert_same_params(arrays_of(tmp_path / 'run', 1), arrays_of(source, 3))
 
 
+@pytest.mark.thorough
 def test_bank_from_a_file_comes_from_the_run_and_not_from_the_file(text, tmp_path, capsys):
   """Nor is it the file's that the config names: what the rows once were is still known, by its hash."""
   bank = {'memory__bank_init': 'file', 'memory__bank_file': f'{tmp_path}/bank.safetensors'}

@@ -19,7 +19,7 @@ from mmjax.run.placement import place, place_reader
 from mmjax.tools import inspect, sample
 from mmjax.training.loop import fit
 from mmjax.training.rundir import RunDir
-from tests.helpers import run_config, tiny_config
+from tests.helpers import rarely, run_config, tiny_config
 
 
 def with_attention(run, folder, attention, dtype='float32'):
@@ -59,7 +59,7 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize('name', COMMANDS)
+@pytest.mark.parametrize('name', rarely(COMMANDS, 'sample'))
 def test_commands_use_the_attention_of_the_run_or_the_one_asked_for(name, tiny_run, tmp_path, monkeypatch, used):
   run = with_attention(tiny_run, tmp_path / 'run', 'xla')
   command, flags = COMMANDS[name]
