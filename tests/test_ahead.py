@@ -122,7 +122,7 @@ def test_sub_scores_are_not_sorted(name):
     ('exp_1_4_2', 'h100', 3.5),
     ('memory_plus', 'h100', 4.5),
     ('memory_bag', 'h100', 5.0),
-    not_yet('1.76 GB', REMAT, 'rtx4090', 1.5),
+    not_yet('1.60 GB', REMAT, 'rtx4090', 1.5),
     (LARGE, 'rtx4090', 12.0),
     ('exp_1_4_2 x 8', 'h100', 1.1),
   ],
@@ -140,9 +140,9 @@ def test_memory_by_part_adds_up_to_the_compiler_s(name):
 @pytest.mark.parametrize(
   ('name', 'gpu', 'most'),
   [
-    not_yet('101.4 ms', 'exp_1_4_2', 'h100', 93),
+    not_yet('99.4 ms', 'exp_1_4_2', 'h100', 93),
     ('exp_1_4_0', 'h100', 113),
-    ('memory_plus', 'h100', 125),
+    not_yet('119.7 ms', 'memory_plus', 'h100', 112),  # 1.4.0's
     not_yet('176.5 ms', 'memory_bag', 'h100', 161),
   ],
 )
@@ -164,7 +164,7 @@ def test_devices_exchange_each_gradient_once_and_nothing_that_grows_with_tokens(
   assert not [str(shape) for shape in gathered if tokens & set(shape.dims) or {512, 64} <= set(shape.dims)]
 
 
-@pytest.mark.parametrize('name', [not_yet('5.7 times', 'exp_1_4_2 x 8'), WHOLE])
+@pytest.mark.parametrize('name', [not_yet('6.3 times', 'exp_1_4_2 x 8'), WHOLE])
 def test_eight_devices_are_at_least_seven_as_a_bound(name):
   card = CARDS['h100']
   one, eight = (bound_seconds(compiled(n).kernels, card) for n in ('exp_1_4_2', name))

@@ -67,6 +67,7 @@ def test_prompts_of_bad_ids_are_refused(lm):
       lm.generate_tokens(prompts)
 
 
+@pytest.mark.thorough
 def test_numbers_and_arrays_of_numpy_and_jax_are_as_good_as_pythons(lm):
   settings = {'max_new_tokens': 5, 'temperature': 0.5, 'top_p': 0.75, 'seed': 3}
   want = lm.generate_tokens([[5, 6, 7], [8, 9, 10]], **settings)

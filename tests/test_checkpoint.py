@@ -361,6 +361,7 @@ def test_killed_save_is_cleaned_up_and_the_last_whole_step_used(tmp_path):
   assert_same(state, make_state(step))
 
 
+@pytest.mark.thorough
 def test_state_moves_between_8_devices_and_1(tmp_path):
   code = f"""
     import zlib

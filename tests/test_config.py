@@ -69,7 +69,8 @@ def values_of(config: Config) -> st.SearchStrategy[dict[str, object]]:
       return st.integers(1, 5).map(lambda n: n * value or n)
     if isinstance(value, float):
       return st.floats(0, 0.99, exclude_max=True) if name in BELOW_ONE else st.floats(*RANGES[name])
-    return st.text(st.characters(exclude_categories=['Cs']), max_size=20)
+    text = st.text(st.characters(exclude_categories=['Cs']), max_size=20)
+    return text.filter(lambda text: not text.startswith('~'))  # a home, which is another text afterwards
 
   flat = {name: value for name, value in flatten(config.to_dict()).items() if name != 'memory.layers'}
   return st.fixed_dictionaries({}, optional={name: values(value, name) for name, value in flat.items()})

@@ -180,6 +180,7 @@ def test_model_in_a_program_with_other_settings_answers_the_same(tiny_run):
 
 
 @pytest.mark.parametrize('sublayer', rarely(SUBLAYERS, 'moe'))
+@pytest.mark.thorough
 def test_modules_of_a_64_bit_program_have_the_same_parameters_and_answers(sublayer):
   config = tiny_config(model__sublayer=sublayer)
 

@@ -59,6 +59,7 @@ def test_greedy_cached_decoding_equals_recomputing_everything(sublayer):
       assert new == (want[: want.index(EOS) + 1] if EOS in want else want)
 
 
+@pytest.mark.thorough
 def test_bfloat16_decoding_follows_float32():
   config = tiny_config()
   _, params = build_model(config)

@@ -30,6 +30,7 @@ def models(request):
   return {run.name.partition('-')[0]: run.config for run in kept}
 
 
+@pytest.mark.thorough
 def test_no_model_costs_more_than_the_baseline(models):
   budget = flops_per_token(models['g0'])['total']
   for name, config in models.items():
@@ -83,6 +84,7 @@ def test_models_differ_as_the_experiment_says(models):
 
 
 @pytest.mark.parametrize(('name', 'model'), [('memory_bag', 'g23'), ('memory_plus', 'g42')])
+@pytest.mark.thorough
 def test_configs_are_the_best_of_the_grid_at_the_sizes_of_the_record(name, model):
   runs = read_sweep(GRID, ['scale=gpu', 'learning_rate=1e-3'])
   [best] = [run.config for run in runs if run.name == f'{model}-lr0.001-s0']
@@ -90,6 +92,7 @@ def test_configs_are_the_best_of_the_grid_at_the_sizes_of_the_record(name, model
   assert (config.model, config.memory) == (best.model, best.memory)
 
 
+@pytest.mark.thorough
 def test_list_grows_with_what_is_known():
   def names(*settings: str) -> list[str]:
     return [run.name for run in read_sweep(GRID, ['scale=tiny', *settings])]

@@ -221,6 +221,7 @@ def test_bad_input_is_refused_in_one_sentence(tiny_run, monkeypatch, capfd, flag
   assert said in err and err.count('\n') == 1
 
 
+@pytest.mark.thorough
 def test_a_model_without_memory_is_refused(tiny_run):
   config = tiny_config(model__sublayer='dense')
   with pytest.raises(UserError, match="no memory to look into: model.sublayer='dense'"):

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers import xla_flags
 
 REPOSITORY = Path(__file__).parent.parent
 
 
+@pytest.mark.thorough
 def test_kernels_on_four_devices_equal_one_device():
   flags = {
     'XLA_FLAGS': xla_flags(4),

@@ -40,6 +40,7 @@ def as_dense(sums, M):
 
 
 @pytest.mark.parametrize('model', rarely(MODELS, 'bag'))  # the tests of whole updates see most of the others
+@pytest.mark.thorough
 def test_gradients_equal_those_of_the_dense_route(model):
   dense, lazy = pairs(**MODELS[model])
   batch = random_batch(dense)
@@ -163,6 +164,7 @@ def compiled(config):
 
 
 @pytest.mark.parametrize('clip', rarely(('global', 'own'), 'own'))
+@pytest.mark.thorough
 def test_where_every_row_is_read_it_equals_dense_adamw(clip):
   own = {'memory__bank_grad_clip': 0.02, 'memory__bank_decay_multiplier': 0.5, 'memory__bank_lr_multiplier': 4.0}
   changes = BAG | {

@@ -194,6 +194,7 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
     pytest.param(PLUS, True, marks=THOROUGH),
   ],
 )
+@pytest.mark.thorough
 def test_gate_gets_a_gradient_where_the_optimizer_says_so(changes, learns):
   config = tiny_config(**changes)
   params = build_model(config)[1]

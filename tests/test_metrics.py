@@ -197,6 +197,7 @@ CHEAP = MANY_HEADS | {'memory__key_dim': 6, 'memory__bag_gate': False}
     ('memory_bag', CHEAP),
   ],
 )
+@pytest.mark.thorough
 def test_flops_are_those_of_the_models_matrix_products(sublayer, changes):
   config = tiny_config(model__sublayer=sublayer, **changes)
   graphdef, params = build_model(config)

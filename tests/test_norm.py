@@ -30,6 +30,7 @@ def float64(x, scale, kernel, grad):
 
 @pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-5), (BF16, 0.03)])
 @pytest.mark.parametrize('function', [normed_matmul, exact_normed_matmul])
+@pytest.mark.thorough
 def test_product_and_gradients_match_float64(forms, function, dtype, tolerance):
   inputs = make_inputs()
   x, scale, kernel, grad = (jnp.asarray(each, jnp.float32) for each in inputs)

@@ -102,6 +102,7 @@ def test_every_kind_of_model_is_trained_on_with_all_its_parameters(text, tmp_pat
   assert lineage['run'] == f'{tmp_path}/still' and lineage['init_from']['run'] == f'{tmp_path}/source'
 
 
+@pytest.mark.thorough
 def test_run_killed_before_it_saved_its_start_still_starts_from_there(text, source, tmp_path, monkeypatch):
   config = run_config(text, **new_text(tmp_path), train__learning_rate=0.0, train__max_steps=1)
 
@@ -177,6 +178,7 @@ def test_what_contradicts_the_model_is_refused_by_name(source, tmp_path, changes
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.thorough
 def test_text_that_another_tokenizer_cut_is_not_used(text, source, tmp_path):
   config = run_config(text, data__prepared_dir=f'{tmp_path}/a')
   brought = prepare(config.data, 300)

@@ -60,6 +60,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize('name', rarely(COMMANDS, 'sample'))
+@pytest.mark.thorough
 def test_commands_use_the_attention_of_the_run_or_the_one_asked_for(name, tiny_run, tmp_path, monkeypatch, used):
   run = with_attention(tiny_run, tmp_path / 'run', 'xla')
   command, flags = COMMANDS[name]
@@ -70,6 +71,7 @@ def test_commands_use_the_attention_of_the_run_or_the_one_asked_for(name, tiny_r
   assert used == {('xla_blocked', 'bfloat16')}
 
 
+@pytest.mark.thorough
 def test_losses_are_in_the_dtype_of_the_run_and_text_in_float32(tiny_run, tmp_path, monkeypatch, used):
   run = with_attention(tiny_run, tmp_path / 'run', 'auto', 'bfloat16')
   run_command(eval_command, monkeypatch, '--workdir', run, '--max_new_tokens', 2)
@@ -79,6 +81,7 @@ def test_losses_are_in_the_dtype_of_the_run_and_text_in_float32(tiny_run, tmp_pa
   assert 'xla_blocked attention in bfloat16' in (run / 'report.md').read_text()
 
 
+@pytest.mark.thorough
 def test_api_and_reader_take_them_as_keywords(tiny_run, used):
   lm = mmjax.load(tiny_run, attention='xla', dtype='bfloat16')
   lm.logits([[5, 6, 7]])

@@ -68,6 +68,7 @@ def test_equal_scores_come_in_row_order(first, second, R):
   np.testing.assert_array_equal(score, expected_score)
 
 
+@pytest.mark.thorough
 def test_bias_takes_part_in_the_choice_and_in_nothing_else(forms):
   query, keys, bias = integers((2, 9, 12), 3, 0), integers((4, 11, 3), 3, 1), integers((4, 11), 5, 2)
   halves = query.reshape(2, 9, 4, 3)

@@ -75,6 +75,7 @@ def forget(run):
   (run / 'run.json').write_text(json.dumps(seal(record)))
 
 
+@pytest.mark.thorough
 def test_bank_and_its_texts_are_recorded_by_hash_and_shown(case, monkeypatch, capsys):
   run, bank, go_on = case
   identity = read_json(run / 'run.json')['identity']
@@ -118,6 +119,7 @@ def test_run_that_never_saved_does_not_start_again_from_another_bank(case):
     go_on()
 
 
+@pytest.mark.thorough
 def test_run_of_an_earlier_version_says_that_it_has_no_record(case, monkeypatch, capsys):
   run, bank, go_on = case
   forget(run)

@@ -103,6 +103,7 @@ def test_hangup_that_is_ignored_stays_so():
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.thorough
 def test_under_jax_distributed_processes_agree_on_a_step(number):
   with socket.socket() as free:
     free.bind(('localhost', 0))

@@ -22,6 +22,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize('kind', rarely(KINDS, 'gated_fusion'))
+@pytest.mark.thorough
 def test_gradient_of_eight_devices_is_that_of_one_and_is_added_up_once(kind):
   flags = {'XLA_FLAGS': xla_flags(8), 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(REPOSITORY)}
   run = subprocess.run(

@@ -115,6 +115,7 @@ def test_accumulated_micro_batches_equal_one_big_batch():
 
 
 @pytest.mark.parametrize('settings', [{}, {'memory__bank_update': 'lazy'}, {'train__accumulation_steps': 1}])
+@pytest.mark.thorough
 def test_host_hears_of_every_micro_batch_and_the_result_stays_the_same(settings):
   config, heard = tiny_config(**settings), []
   optimizer = make_optimizer(config, STEPS)
