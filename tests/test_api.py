@@ -110,6 +110,7 @@ def test_what_is_no_run_and_no_dtype_is_refused_in_a_sentence(tiny_run):
   assert mmjax.load(str(tiny_run).encode(), np.int64(mmjax.load(tiny_run).step)).step == mmjax.load(tiny_run).step
 
 
+@pytest.mark.thorough
 def test_generate_returns_one_continuation_a_prompt(lm):
   texts = lm.generate(['the memory', '', 'Ä漢🙂\x00\x1b'], max_new_tokens=9)
   assert len(texts) == 3

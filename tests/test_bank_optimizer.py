@@ -58,6 +58,7 @@ def adamw_numpy(config, params, gradients):
 
 
 @pytest.mark.parametrize('option', OPTIONS)
+@pytest.mark.thorough
 def test_updates_equal_numpy(option):
   config = tiny_config(train__weight_decay=0.2, train__grad_clip=1.0, model__n_layers=1, **OPTIONS[option])
   leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))

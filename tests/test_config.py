@@ -76,7 +76,7 @@ def values_of(config: Config) -> st.SearchStrategy[dict[str, object]]:
   return st.fixed_dictionaries({}, optional={name: values(value, name) for name, value in flat.items()})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(values_of(tiny_config()))
 def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
   while True:

@@ -44,6 +44,7 @@ def sums_and_gradients(hidden, output, target, weight, chunk):
 
 
 @pytest.mark.parametrize('B, T, D, V, chunk', SHAPES)
+@pytest.mark.thorough
 def test_sums_and_gradients_match_float64(forms, B, T, D, V, chunk):
   inputs = make_inputs(B, T, D, V)
   expected = sums_float64(*inputs)

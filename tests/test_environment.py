@@ -131,6 +131,7 @@ def test_own_settings_are_what_jax_starts_with():
     assert current_settings() == SETTINGS
 
 
+@pytest.mark.thorough
 def test_training_in_a_program_with_other_settings_ends_bit_for_bit_the_same(tmp_path, tiny_run):
   config = RunDir(tiny_run).read_config()
   with other_settings():

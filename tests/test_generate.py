@@ -50,6 +50,7 @@ def recompute(model: nnx.Module, prompt: list[int], new_tokens: int, penalty: fl
 
 
 @pytest.mark.parametrize('sublayer', rarely(SUBLAYERS, 'gated_fusion', 'memory_bag'))
+@pytest.mark.thorough
 def test_greedy_cached_decoding_equals_recomputing_everything(sublayer):
   decoder, model = make_decoder(sublayer)
   for penalty in (1.0, 1.5):

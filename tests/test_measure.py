@@ -34,6 +34,7 @@ def run_eval(monkeypatch, capfd, *flags: str) -> tuple[int, str, str]:
   return code, *capfd.readouterr()
 
 
+@pytest.mark.thorough
 def test_evaluation_repeats_the_numbers_of_training(run, monkeypatch, capfd):
   code, out, _ = run_eval(monkeypatch, capfd, '--workdir', str(run), '--checkpoint', 'last')
   assert code == 0

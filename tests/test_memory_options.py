@@ -146,6 +146,7 @@ def build(name):
     for name in CHOICES
   ],
 )
+@pytest.mark.thorough
 def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   config, graphdef, params, h, h_attn, bank, direction = build(name)
   # A learned scale of 1 or one value everywhere would hide that it is ignored.

@@ -92,6 +92,7 @@ def test_bias_takes_part_in_the_choice_and_in_nothing_else(forms):
 
 
 @pytest.mark.parametrize('seed, high', itertools.product(range(3), (0, 1, 3)))
+@pytest.mark.thorough
 def test_many_ties_match_brute_force_and_reference(forms, seed, high):
   query, keys = integers((2, 9, 6), high, seed), integers((2, 11, 3), high, seed + 50)
   row, score = topk(query, keys, 8)

@@ -79,6 +79,7 @@ def png_size(path: Path) -> tuple[int, int]:
   return struct.unpack('>II', data[16:24])
 
 
+@pytest.mark.thorough
 def test_report_of_a_finished_run_has_every_part(tiny_run, tmp_path):
   run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
   path = write_report(run)

@@ -85,6 +85,7 @@ def test_bank_and_its_texts_are_recorded_by_hash_and_shown(case, monkeypatch, ca
   assert 'is still that file' in write_report(run).read_text()
 
 
+@pytest.mark.thorough
 def test_texts_of_a_rebuilt_bank_are_not_shown_for_an_old_run(case, monkeypatch, capsys):
   run, bank, go_on = case
   write_bank(bank, 1)

@@ -55,6 +55,7 @@ def loss_and_gradients(config, dtype='float32'):
 
 
 @pytest.mark.parametrize('sublayer', rarely(SUBLAYERS, 'gated_fusion'))
+@pytest.mark.thorough
 def test_forms_of_a_gpu_give_the_loss_and_gradients_of_those_of_a_cpu(sublayer, request):
   config = tiny_config(model__sublayer=sublayer)
   loss, grads = loss_and_gradients(config)
@@ -245,6 +246,7 @@ def test_non_finite_gradient_skips_the_update_and_is_counted():
 
 
 @pytest.mark.parametrize('bank_update', ['dense', 'lazy'])
+@pytest.mark.thorough
 def test_update_that_would_not_be_finite_is_skipped_and_counted(bank_update):
   config = tiny_config(memory__bank_update=bank_update)
   config = dataclasses.replace(

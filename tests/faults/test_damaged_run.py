@@ -60,6 +60,7 @@ def train_again(run: Path, monkeypatch, capsys) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize('how', ['flipped', 'removed'])
+@pytest.mark.thorough
 def test_run_without_a_whole_checkpoint_ends_with_code_4_and_never_starts_afresh(run, how, monkeypatch, capsys):
   before = (run / 'metrics.jsonl').read_bytes()
   if how == 'flipped':
