@@ -190,6 +190,7 @@ def test_where_every_row_is_read_it_equals_dense_adamw(clip):
   assert 'memory_bank' not in str(jax.tree_util.tree_structure(lazy['opt_state']))
 
 
+@pytest.mark.thorough
 def test_rows_that_were_not_read_stay_bit_for_bit_and_skipped_updates_leave_all():
   config = tiny_config(
     memory__bank_update='lazy', model__knowledge_num=1024, train__weight_decay=0.2, model__n_layers=1

@@ -338,6 +338,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 @pytest.mark.parametrize('number', rarely([signal.SIGUSR1, signal.SIGHUP], signal.SIGHUP))
+@pytest.mark.thorough
 def test_terminal_that_closes_or_a_warning_saves_and_exits_75(text, tmp_path, number):
   """In a terminal of its own, which is gone by the time the run writes its last lines."""
   endless = {'train__max_steps': 30_000, 'train__eval_interval': 30_000, 'train__checkpoint_interval': 30_000}

@@ -57,6 +57,7 @@ def source(tiny_run, tmp_path):
   return shutil.copytree(tiny_run, tmp_path / 'source')
 
 
+@pytest.mark.thorough
 def test_run_goes_on_from_its_start_without_the_other_run(text, source, tmp_path, monkeypatch, capsys):
   """With a learning rate of 0 the weights that end the run are those that it started from, bit for bit."""
   origin = f'{source}@3'

@@ -42,6 +42,7 @@ def toy(tmp_path, monkeypatch):
   sys.modules.pop('a_toy_sublayer', None)
 
 
+@pytest.mark.thorough
 def test_new_sublayer_is_one_module_one_row_and_one_config(toy, text, tmp_path):
   config = tiny_config(model__sublayer='toy', **overrides(text, train__max_steps=4))
   fit(config, tmp_path / 'run')
