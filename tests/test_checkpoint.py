@@ -92,6 +92,7 @@ def test_params_are_restored_without_the_rest(tmp_path):
 
 
 @pytest.mark.parametrize('kind', rarely(('flip', 'truncate', 'delete'), 'flip'))
+@pytest.mark.thorough
 def test_damage_to_any_file_never_yields_a_wrong_state(tmp_path, capsys, kind):
   save_two(tmp_path)
   pristine = tmp_path / 'pristine'

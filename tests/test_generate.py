@@ -72,6 +72,7 @@ def test_bfloat16_decoding_follows_float32():
   assert [row[0] for row in half] == [row[0] for row in exact]
 
 
+@pytest.mark.thorough
 def test_a_row_stops_at_its_eos_and_the_others_go_on(decoder):
   sampling = Sampling(max_new_tokens=40, temperature=0)
   free = decoder.generate(PROMPTS, sampling)

@@ -230,6 +230,7 @@ def test_non_finite_update_is_skipped_logged_and_survived(text, tmp_path, monkey
   assert all(np.isfinite(x).all() for x in final_state(tmp_path).values())
 
 
+@pytest.mark.thorough
 def test_state_that_is_not_finite_is_never_saved(text, tmp_path, monkeypatch):
   from mmjax.training import setup
 
