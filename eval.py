@@ -1,7 +1,7 @@
 """Evaluates a run:   python eval.py --workdir out/exp_1_4_2 [--checkpoint best] [--prompts FILE] [--valid_files GLOB]
 
 Measures loss, perplexity, bits per byte, token accuracy and what the memory does on the whole validation set (defined
-in mmjax/training/probes.py), continues prompts, prints both, writes them into eval.json in the work directory and
+in mmjax/evaluation/probes.py), continues prompts, prints both, writes them into eval.json in the work directory and
 updates its report.md. --config.data.prepared_dir=DIR or --config.data.train_files=... say where the run's own text is
 now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 """
@@ -32,6 +32,7 @@ def main() -> None:
 
   with interrupt_ends_at_once():
     from mmjax.config import override_config
+    from mmjax.console import prepare_terminal
     from mmjax.inference.api import load
     from mmjax.inference.measure import (
       PROMPTS,
@@ -43,10 +44,9 @@ def main() -> None:
       read_prompts,
       text_remarks,
     )
-    from mmjax.inference.terminal import prepare_terminal
+    from mmjax.run.directory import open_run
+    from mmjax.run.sealed import atomic_write_json
     from mmjax.tools.report import write_report
-    from mmjax.training.run_json import atomic_write_json
-    from mmjax.training.rundir import open_run
 
   prepare_terminal()
   prompts = read_prompts(arguments.prompts or PROMPTS)
@@ -75,7 +75,7 @@ def print_evaluation(found: dict[str, Any]) -> None:
   from rich.table import Table
   from rich.text import Text
 
-  from mmjax.inference.terminal import printable
+  from mmjax.console import printable
   from mmjax.tools.memory_tables import memory_tables, update_ratio_sentence
 
   console = Console(highlight=False)

@@ -27,9 +27,9 @@ def main() -> None:
   config = load_config(args.config, overrides)
 
   with interrupt_ends_at_once():  # only now: bad settings need not wait for JAX
+    from mmjax.run.processes import is_main
     from mmjax.tools.report import write_report
     from mmjax.training.loop import fit
-    from mmjax.training.processes import is_main
 
   workdir = user_path(args.workdir or f'out/{config.experiment}')
   fit(config, workdir, allow_config_change=args.allow_config_change, init_from=args.init_from)

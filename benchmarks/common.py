@@ -128,9 +128,9 @@ class Step:
     import jax.numpy as jnp
     import numpy as np
 
+    from mmjax.run.sharding import make_mesh, put_batch
     from mmjax.training.optimizer import make_optimizer
     from mmjax.training.setup import new_state
-    from mmjax.training.sharding import make_mesh, put_batch
 
     self.mesh = make_mesh(config)
     self.optimizer = make_optimizer(config, TOTAL_STEPS)

@@ -4,7 +4,7 @@ One update (forward, backward, clip, AdamW) of mmjax and of the PyTorch port tak
 hand, with the same number of threads on a CPU; `--config.section.field=value` overrides settings of both. On NVIDIA
 mmjax is also compiled with `runtime.triton_gemm` the other way round, and Triton calls in each program are counted.
 
-FLOPs a token are counted by mmjax/training/cost.py, which has the derivation; MFU is their rate over the device's peak
+FLOPs a token are counted by mmjax/model/cost.py, which has the derivation; MFU is their rate over the device's peak
 (where the datasheet is known), and over the best rate of a large matrix product measured in the same run, by JAX or
 torch. Peak memory: on a GPU that of JAX's and of torch's allocator; on a CPU (--process_memory) the growth, after
 imports, of the resident memory of a process of its own for each side, at its peak while it steps. Hours are for the
@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from mmjax.config import Config, load_config
+from mmjax.model.cost import device_peak_flops, flops_per_token
 from mmjax.run.placement import count_triton, is_nvidia
-from mmjax.training.cost import device_peak_flops, flops_per_token
 
 RECORD_POSITIONS = 3.79e9
 GIB = 1 << 30

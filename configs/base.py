@@ -58,9 +58,6 @@ def get_config() -> ConfigDict:
   memory.bank_decay_multiplier = 1.0  # the bank's weight decay over train.weight_decay; 0: none
   memory.bank_grad_clip = 0.0  # largest norm of the bank's gradient alone; 0: it is clipped with all the others
   memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those an update read; pays where these are few
-  memory.revive_after = 0  # updates after which rows that none read start again, from used rows plus noise; 0: never
-  memory.revive_noise = 0.1  # standard deviation of that noise, over the root mean square of what it is added to
-  memory.revive_keys = True  # the same for sub-keys that no query picked; without it few dead rows come into reach
 
   data = config.data = ConfigDict()
   data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from mmjax.config import idle_settings, load_config
 from mmjax.errors import UserError
+from mmjax.model.cost import flops_per_token, matching_width
 from mmjax.tools.sweep_file import Run
-from mmjax.training.cost import flops_per_token, matching_width
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
 SEEDS = (1, 2)  # beside 0, for G0 and the winners

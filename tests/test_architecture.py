@@ -14,14 +14,17 @@ EVERYTHING = [*SOURCES, *sorted(p for d in ('.', 'configs', 'benchmarks') for p 
 ORDER = (
   'environment',
   'errors',
+  'files',
+  'console',
   'config',
   'kernels',
   'model',
   'data',
   'run',
+  'evaluation',
+  'inference',
   'training',
   'ahead',
-  'inference',
   'interop',
   'tools',
 )
@@ -48,6 +51,7 @@ def test_imports_point_one_way(path):
   own = ORDER.index(package_of('.'.join(path.with_suffix('').parts)))
   for name in imported_modules(ast.parse(path.read_text())):
     if name.startswith('mmjax.'):
+      assert (own, package_of(name)) != (ORDER.index('training'), 'inference'), f'{path} imports {name}'
       assert ORDER.index(package_of(name)) <= own, f'{path} imports {name}'
     assert name.split('.')[0] not in ('pickle', 'dill', 'cloudpickle', 'shelve', 'marshal'), f'{path} imports {name}'
     assert name.split('.')[0] != 'torch' or path.parts[1] == 'interop', f'{path} imports {name}'

@@ -9,12 +9,8 @@ import pytest
 
 from mmjax.errors import UserError
 from mmjax.kernels import attention
-from mmjax.kernels.attention import (
-  attention_backend,
-  cached_attention,
-  causal_attention,
-  causal_attention_reference,
-)
+from mmjax.kernels.attention import cached_attention, causal_attention, causal_attention_reference
+from mmjax.run.placement import attention_backend
 
 BACKENDS = ('xla', 'xla_blocked')
 SHAPES = [  # B, T, N, K, H

@@ -94,7 +94,7 @@ def test_other_versions_give_no_warning(version):
 
 @pytest.mark.thorough
 def test_run_tells_the_warning(monkeypatch, tmp_path, tiny_run, capsys):
-  from mmjax.training.rundir import RunDir
+  from mmjax.run.directory import RunDir
 
   monkeypatch.setattr(loop, 'slow_scatter_warning', lambda platform, version: f'Warning: {platform} {version}')
   config = RunDir(tiny_run).read_config()

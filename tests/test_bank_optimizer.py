@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.files import path_name
 from mmjax.model.lm import abstract_params
-from mmjax.training.optimizer import make_optimizer, path_name
+from mmjax.training.optimizer import make_optimizer
 from tests.helpers import tiny_config
 
 STEPS = 5

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from mmjax.errors import StorageError, UserError
-from mmjax.training.checkpoint import Checkpoints
+from mmjax.run.checkpoint import Checkpoints
 from tests.helpers import rarely, tiny_config, xla_flags
 
 
@@ -275,9 +275,9 @@ def test_lack_of_memory_is_not_taken_for_corruption(tmp_path, monkeypatch, error
 
 
 def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path):
+  from mmjax.run.sharding import make_mesh
   from mmjax.training.optimizer import make_optimizer
   from mmjax.training.setup import restore_state
-  from mmjax.training.sharding import make_mesh
   from mmjax.training.step import init_state
 
   config = tiny_config()
@@ -366,7 +366,7 @@ def test_killed_save_is_cleaned_up_and_the_last_whole_step_used(tmp_path):
 def test_state_moves_between_8_devices_and_1(tmp_path):
   code = f"""
     import zlib
-    from mmjax.training.manifest import leaf_crc32
+    from mmjax.run.manifest import leaf_crc32
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     mesh = jax.make_mesh((2, 4), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2)
     def place(path, x):

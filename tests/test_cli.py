@@ -13,7 +13,7 @@ import pytest
 import train
 from mmjax.config import load_config
 from mmjax.errors import StorageError, UserError, run_command
-from mmjax.training.rundir import RunDir
+from mmjax.run.directory import RunDir
 from tests.helpers import TINY
 
 REPOSITORY = Path(__file__).parent.parent

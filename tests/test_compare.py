@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from scipy import stats
 
 from mmjax.errors import UserError
+from mmjax.model.cost import flops_per_token
+from mmjax.run.directory import RunDir
 from mmjax.tools import compare as compare_tool
 from mmjax.tools.compare import compare
 from mmjax.tools.compare_plots import curve, differences, draw_differences, write_plots
 from mmjax.tools.compare_runs import find_runs, make_rows, read_run
-from mmjax.training.cost import flops_per_token
-from mmjax.training.rundir import RunDir
 from tests.helpers import tiny_config
 
 IDENTITY = {'data_sha256': 'd' * 64, 'tokenizer_sha256': 't' * 64}

@@ -237,7 +237,6 @@ NEEDS_MEMORY = "it belongs to model.sublayer 'cross_attention', 'gated_fusion', 
 NEEDS_GATE = "it belongs to model.sublayer 'cross_attention', 'gated_fusion', 'memory_bag'"
 IDLE = [  # config, override, what is said
   ('exp_1_4_0', 'memory.ffn_dim=64', f'memory.ffn_dim=64 does nothing in a model of dense layers: {NEEDS_MEMORY}'),
-  ('exp_1_4_0', 'memory.revive_after=5', NEEDS_GATE),
   (
     'exp_1_4_0',
     'memory.bank_update=lazy',
@@ -264,8 +263,6 @@ IDLE = [  # config, override, what is said
   ('exp_1_4_2', 'memory.bag_gate=False', "it belongs to model.sublayer 'memory_bag', 'ngram_bag'"),
   ('exp_1_4_2', 'memory.ngrams=2', "it belongs to model.sublayer 'ngram_bag'"),
   ('exp_1_4_2', 'memory.score_activation=relu', "score_activation='relu' does nothing without memory.scores='scale'"),
-  ('exp_1_4_2', 'memory.revive_noise=0.5', 'does nothing where memory.revive_after is 0'),
-  ('exp_1_4_2', 'memory.revive_keys=False', 'does nothing where memory.revive_after is 0'),
   ('exp_1_4_3', 'memory.bank_std=0.5', "memory.bank_std=0.5 does nothing where memory.bank_init='file' gives the rows"),
   ('exp_1_4_2', 'memory.bank_file=x', "memory.bank_file='x' does nothing without memory.bank_init='file'"),
   ('memory_bag', 'memory.scores=scale', "it belongs to model.sublayer 'cross_attention', 'gated_fusion'"),

@@ -25,12 +25,12 @@ from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.interop.files import read_metadata, read_tensors, write_tensors  # noqa: E402
 from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
+from mmjax.run.checkpoint import Checkpoints  # noqa: E402
+from mmjax.run.directory import RunDir, open_run  # noqa: E402
+from mmjax.run.log import read_metrics  # noqa: E402
 from mmjax.tools.convert import export_run, fitting_config, import_run, main  # noqa: E402
-from mmjax.training.checkpoint import Checkpoints  # noqa: E402
 from mmjax.training.loop import fit  # noqa: E402
-from mmjax.training.metrics import read_metrics  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
-from mmjax.training.rundir import RunDir, open_run  # noqa: E402
 from mmjax.training.step import init_state  # noqa: E402
 from tests.helpers import TINY, arrays_of, flags_for, rarely, tiny_config  # noqa: E402
 from tests.parity import build_pair, jax_forward, random_tokens, torch_logits  # noqa: E402

@@ -6,8 +6,8 @@ import pytest
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
+from mmjax.model.cost import bytes_per_token, flops_per_token, matching_width, width_field, with_width
 from mmjax.tools import cost as cost_tool
-from mmjax.training.cost import bytes_per_token, flops_per_token, matching_width, width_field, with_width
 from tests.helpers import tiny_config
 
 RECORD = 'configs/exp_1_4_0.py'

@@ -20,8 +20,8 @@ from mmjax.kernels.matmul import matmul
 from mmjax.kernels.product_key import product_key_topk
 from mmjax.model.lm import LM
 from mmjax.model.sublayers import SUBLAYERS
+from mmjax.run.directory import RunDir
 from mmjax.training.loop import fit
-from mmjax.training.rundir import RunDir
 from tests.helpers import final_state, rarely, tiny_config
 
 # Each with a value that is not JAX's own; disable_jit makes a test of minutes.

@@ -10,12 +10,11 @@ from flax import nnx
 
 from mmjax.data.loader import PADDING
 from mmjax.errors import UserError
+from mmjax.evaluation.evaluate import evaluate, make_eval_step
+from mmjax.evaluation.loss import make_loss
+from mmjax.evaluation.probes import ProbePlan, bank_health
 from mmjax.model.lm import build_model
-from mmjax.training.evaluate import evaluate, make_eval_step
-from mmjax.training.metrics import bank_health
-from mmjax.training.probes import ProbePlan
-from mmjax.training.sharding import make_mesh
-from mmjax.training.step import make_loss
+from mmjax.run.sharding import make_mesh
 from tests.helpers import tiny_config
 
 T = 12
@@ -97,7 +96,7 @@ def test_evaluation_is_traced_once(monkeypatch):
     loss = make_loss(*args)
     return lambda *inputs: traced.append(1) or loss(*inputs)
 
-  monkeypatch.setattr('mmjax.training.evaluate.make_loss', counting)
+  monkeypatch.setattr('mmjax.evaluation.evaluate.make_loss', counting)
   config, _, params, step = setup('gated_fusion')
   rows = rows_of_text(10, config.model.vocab_size)
   for _ in range(2):  # with the bank as it is, zeroed and shuffled

@@ -12,12 +12,12 @@ from mmjax.config import Config, load_config
 from mmjax.errors import StoppedError
 from mmjax.inference.measure import measure_text
 from mmjax.interop.files import read_tensors
+from mmjax.run.directory import RunDir
+from mmjax.run.log import read_metrics
 from mmjax.tools.bank import build_bank
 from mmjax.tools.convert import export_run, import_run
 from mmjax.tools.report import write_report
 from mmjax.training import loop
-from mmjax.training.metrics import read_metrics
-from mmjax.training.rundir import RunDir
 from tests.helpers import TINY, StopAfter, flags_for
 
 WORDS = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()

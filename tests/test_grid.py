@@ -15,8 +15,8 @@ from mmjax.data.index import read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.errors import UserError
+from mmjax.model.cost import flops_per_token, matching_width
 from mmjax.tools.sweep_file import read_sweep
-from mmjax.training.cost import flops_per_token, matching_width
 
 GRID = 'sweeps/memory.py'
 RATES = {'small': '0.004', 'cpu': '0.004', 'gpu': '0.001', 'tiny': '0.002'}

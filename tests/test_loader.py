@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.data.files import sha256_of
 from mmjax.data.index import write_index
 from mmjax.data.loader import PADDING, cut_remark, eval_batches, open_split, steps_of_epochs, train_batches
 from mmjax.errors import UserError
+from mmjax.files import sha256_of
 
 PAD, BOS, EOS, VOCAB = 0, 1, 2, 50
 

@@ -9,12 +9,12 @@ import pytest
 
 import eval as eval_command
 import mmjax
+from mmjax.console import printable
 from mmjax.data.split import is_held_out
 from mmjax.errors import run_command
+from mmjax.evaluation.evaluate import EvalResult
 from mmjax.inference.measure import PROMPTS, read_prompts
-from mmjax.inference.terminal import printable
 from mmjax.inference.text_stats import distinct_share, repeated_share
-from mmjax.training.evaluate import EvalResult
 
 
 @pytest.fixture

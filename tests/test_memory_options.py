@@ -9,13 +9,14 @@ from flax import nnx
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
+from mmjax.evaluation.loss import make_loss
+from mmjax.evaluation.probes import bank_health
+from mmjax.files import path_name
 from mmjax.model.layers import RMSNorm
 from mmjax.model.lm import abstract_params, build_model, memory_layers, model_graph
 from mmjax.model.memory import BALANCING_SLOPE, ProductKeyGate, balance_loss
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
-from mmjax.training.metrics import bank_health
-from mmjax.training.optimizer import gets_gradient, path_name
-from mmjax.training.step import make_loss
+from mmjax.training.optimizer import gets_gradient
 from tests.helpers import random_batch, tiny_config
 
 THOROUGH = pytest.mark.thorough
@@ -327,9 +328,8 @@ def test_use_of_sub_keys_becomes_more_even(means):
     ('memory.scores=bag', 'memory.scores=.bag. must be one of none, scale'),
     ('memory.key_dim=5', 'memory.key_dim=5 must be even: it is two halves; nearest: 6'),
     ('memory.balance_loss_weight=-1', 'balance_loss_weight=-1.0 must be a finite number of at least 0'),
-    ('memory.selection_bias=True', 'memory.revive_keys=True would copy sub-keys without their bias'),
   ],
 )
 def test_memory_settings_against_a_rule_are_refused(override, said):
   with pytest.raises(UserError, match=said):
-    load_config('configs/base.py', ['--config.memory.revive_after=9', f'--config.{override}'])
+    load_config('configs/base.py', [f'--config.{override}'])

@@ -11,10 +11,10 @@ from mmjax.config import load_config
 from mmjax.inference.measure import measure_text
 from mmjax.model.lm import memory_layers
 from mmjax.model.sublayers import layer_kinds
+from mmjax.run.directory import RunDir
+from mmjax.run.log import read_metrics
 from mmjax.tools.report import write_report
 from mmjax.training.loop import fit
-from mmjax.training.metrics import read_metrics
-from mmjax.training.rundir import RunDir
 from tests.helpers import TINY
 
 pytestmark = pytest.mark.thorough  # tests of the model, the optimizer and of generation cover the parts

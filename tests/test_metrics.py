@@ -15,9 +15,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from mmjax.config import CHOICES, load_config
 from mmjax.errors import UserError
+from mmjax.evaluation.probes import bank_health
+from mmjax.model.cost import device_peak_flops, flops_per_token
 from mmjax.model.lm import build_model
-from mmjax.training.cost import device_peak_flops, flops_per_token
-from mmjax.training.metrics import MetricsLog, bank_health, peak_memory, read_metrics
+from mmjax.run.log import MetricsLog, peak_memory, read_metrics
 from tests.helpers import tiny_config
 
 

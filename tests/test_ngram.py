@@ -146,11 +146,6 @@ def test_layers_of_both_kinds_share_the_bank():
     (['model.sublayer=ngram_bag', 'memory.ngrams=10'], "memory.ngrams='10' must be"),
     (['model.sublayer=ngram_bag', 'memory.ngrams=2,3'], 'no more than memory.n_heads=1'),
     (
-      ['model.sublayer=ngram_bag', 'memory.revive_after=9'],
-      'revive_after=9 does nothing in a model of ngram_bag layers',
-    ),
-    (['memory.ngram_layers=1', 'memory.revive_after=9'], 'revive_after=9 must be 0 where n-grams address rows'),
-    (
       ['memory.ngram_layers=1', 'memory.scores=scale', 'memory.score_activation=relu'],
       "activation='relu' must be 'softmax' with memory.ngram_l",
     ),

@@ -12,13 +12,13 @@ from mmjax.config import load_config
 from mmjax.data.prepare import prepare
 from mmjax.errors import StoppedError, UserError
 from mmjax.interop.files import write_tensors
+from mmjax.run.bank import bank_texts
+from mmjax.run.directory import RunDir
+from mmjax.run.log import read_metrics
+from mmjax.run.origin import parse_origin
+from mmjax.run.sealed import read_json
 from mmjax.training import loop
 from mmjax.training.loop import fit
-from mmjax.training.metrics import read_metrics
-from mmjax.training.origin import parse_origin
-from mmjax.training.run_bank import bank_texts
-from mmjax.training.run_json import read_json
-from mmjax.training.rundir import RunDir
 from mmjax.training.setup import settle_config
 from tests.helpers import StopAfter, arrays_of, run_config, tiny_config
 
@@ -196,7 +196,7 @@ def test_text_that_another_tokenizer_cut_is_not_used(text, source, tmp_path):
   [
     {'model__max_seq_len': 64, 'model__dropout': 0.1},
     {'memory__layers': '0,1', 'memory__key_dim': 8},  # said otherwise, the same
-    {'memory__revive_after': 9, 'memory__bank_update': 'lazy'},
+    {'memory__bank_update': 'lazy'},
     {'memory__balance_loss_weight': 0.1, 'train__dtype': 'bfloat16', 'seed': 3, 'data__layout': 'padded'},
   ],
 )

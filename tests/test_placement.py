@@ -15,10 +15,10 @@ from mmjax.errors import UserError
 from mmjax.inference.memory_reads import MemoryReader
 from mmjax.model import layers
 from mmjax.run import placement
+from mmjax.run.directory import RunDir
 from mmjax.run.placement import place, place_reader
 from mmjax.tools import inspect, sample
 from mmjax.training.loop import fit
-from mmjax.training.rundir import RunDir
 from tests.helpers import rarely, run_config, tiny_config
 
 

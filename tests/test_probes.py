@@ -9,9 +9,8 @@ import pytest
 from flax import nnx
 
 from mmjax.data.loader import PADDING
-from mmjax.model.lm import build_model, memory_layers
-from mmjax.training.evaluate import evaluate, make_eval_step
-from mmjax.training.probes import (
+from mmjax.evaluation.evaluate import evaluate, make_eval_step
+from mmjax.evaluation.probes import (
   ProbePlan,
   add_norms,
   gate_norms,
@@ -20,7 +19,8 @@ from mmjax.training.probes import (
   row_agreement,
   row_update_ratio,
 )
-from mmjax.training.sharding import make_mesh
+from mmjax.model.lm import build_model, memory_layers
+from mmjax.run.sharding import make_mesh
 from tests.helpers import rarely, tiny_config
 
 T, SEED = 12, 5

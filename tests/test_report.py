@@ -11,10 +11,10 @@ import pytest
 from mmjax.config import load_config
 from mmjax.errors import UserError
 from mmjax.model.lm import build_model, count_params
+from mmjax.run.directory import RunDir
 from mmjax.tools import report_parts
 from mmjax.tools.plots import write_plots
 from mmjax.tools.report import write_report
-from mmjax.training.rundir import RunDir
 from tests.helpers import tiny_config
 
 
@@ -37,7 +37,7 @@ def eval_line(step: int, loss: float | None, layers: int = 2) -> dict:
 
 
 def probed(line: dict, heads: int = 2) -> dict:
-  """A line with what mmjax.training.probes adds."""
+  """A line with what mmjax.evaluation.probes adds."""
   bank = [health | {'gate_grad_norm': 0.5, 'key_grad_norm': 0.0} for health in line['bank']]
   probes = {'row_update_ratio': 0.02}
   if line['kind'] == 'eval':
@@ -132,12 +132,6 @@ def test_dense_run_has_no_bank(tmp_path):
   text = write_report(run).read_text()
   assert '## Bank health' not in text and 'in the bank' not in text.replace('not in the bank', '')
   assert not list((run / 'plots').glob('bank_*'))
-
-
-def test_revived_rows_and_sub_keys_are_summed(tmp_path):
-  records = [train_line(2, revived_rows=1000, revived_keys=3), train_line(4, revived_rows=500, revived_keys=0)]
-  text = write_report(make_run(tmp_path / 'run', [*records, eval_line(4, 3.0)])).read_text()
-  assert 'nobody read them: 1,500 rows and 3 sub-keys' in text
 
 
 def test_probes_of_the_memory_are_shown(tmp_path):

@@ -11,11 +11,11 @@ from safetensors.numpy import save_file
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
+from mmjax.run.sealed import read_json, seal
 from mmjax.tools import inspect
 from mmjax.tools.compare_runs import changed, make_rows, read_run
 from mmjax.tools.report import write_report
 from mmjax.training.loop import fit
-from mmjax.training.run_json import read_json, seal
 from tests.helpers import TINY_CONFIG, overrides
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from mmjax.data.files import write_file
 from mmjax.errors import StorageError, UserError
-from mmjax.training.run_json import atomic_write_json, read_json
-from mmjax.training.run_settings import compare_configs
-from mmjax.training.rundir import RunDir, open_run
+from mmjax.files import write_file
+from mmjax.run.directory import RunDir, open_run
+from mmjax.run.sealed import atomic_write_json, read_json
+from mmjax.run.settings import compare_configs
 from mmjax.training.setup import settle_config
 from tests.helpers import tiny_config
 
 HOLD_LOCK = """
 import sys, time
-from mmjax.training.rundir import RunDir
+from mmjax.run.directory import RunDir
 with RunDir(sys.argv[1]):
   print('locked', flush=True)
   time.sleep(60)

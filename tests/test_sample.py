@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import mmjax
+from mmjax.console import printable
 from mmjax.errors import run_command
-from mmjax.inference.terminal import printable
 from mmjax.tools import sample
 
 FLAGS = ['--max_new_tokens', '12', '--seed', '4']

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from mmjax.training.signals import StopSignals
+from mmjax.run.signals import StopSignals
 
 CHILD = """
 import sys, time
 import jax
 if len(sys.argv) > 1:
   jax.distributed.initialize(f'localhost:{sys.argv[1]}', num_processes=1, process_id=0)
-from mmjax.training.signals import StopSignals
+from mmjax.run.signals import StopSignals
 with StopSignals() as stop:
   print('ready', flush=True)
   for step in range(1200):
@@ -64,7 +64,7 @@ def test_signals_are_heard_within_a_long_update():
   """As an update of minutes on a CPU: the main thread waits in the runtime and runs no handler of Python."""
   code = """
 import jax
-from mmjax.training.signals import StopSignals
+from mmjax.run.signals import StopSignals
 endless = jax.jit(lambda x: jax.lax.while_loop(lambda x: x > 0, lambda x: x + 1 - 1e-9, x)).lower(1.0).compile()
 with StopSignals():
   print('ready', flush=True)

@@ -146,9 +146,9 @@ def test_room_is_needed_for_the_snippets_that_there_are(built, tmp_path):
 
 
 def test_run_starts_from_the_file(built, tmp_path):
+  from mmjax.run.sharding import make_mesh
   from mmjax.training.optimizer import make_optimizer
   from mmjax.training.setup import new_state
-  from mmjax.training.sharding import make_mesh
 
   config, folder = built
   state = new_state(config, make_optimizer(config, 10), make_mesh(config))

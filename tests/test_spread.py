@@ -43,7 +43,7 @@ def main(kind: str) -> None:
 
   from mmjax.ahead.hlo import Module
   from mmjax.model.lm import build_model
-  from mmjax.training.sharding import make_mesh, put_batch, shardings
+  from mmjax.run.sharding import make_mesh, put_batch, shardings
   from mmjax.training.step import make_gradient
   from tests.helpers import random_batch, tiny_config
 

@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.data.loader import PADDING
+from mmjax.evaluation.loss import chunk_tokens, count_rows, make_loss
+from mmjax.files import path_name
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, may_overflow, path_name
-from mmjax.training.step import chunk_tokens, count_rows, init_state, make_loss, make_train_step
+from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, may_overflow
+from mmjax.training.step import init_state, make_train_step
 from tests import helpers
 from tests.helpers import random_batch, rarely
 

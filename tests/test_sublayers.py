@@ -10,8 +10,8 @@ import mmjax
 from mmjax.config import flatten, load_config
 from mmjax.config.sublayers import SUBLAYERS, Sublayer
 from mmjax.errors import UserError
+from mmjax.model.cost import flops_per_token
 from mmjax.tools.report import write_report
-from mmjax.training.cost import flops_per_token
 from mmjax.training.loop import fit
 from tests.helpers import TINY_CONFIG, overrides, tiny_config
 

@@ -209,7 +209,7 @@ def test_two_runs_of_one_name_are_refused(tmp_path):
 
 
 def test_second_sweep_in_a_folder_is_refused(sweep, tmp_path):
-  from mmjax.data.files import locked_directory
+  from mmjax.files import locked_directory
 
   with locked_directory(tmp_path / 'out', lambda: None):
     error = sweep()

@@ -13,7 +13,7 @@ import pytest
 import eval as eval_command
 import mmjax
 import train as train_command
-from mmjax.inference.terminal import printable
+from mmjax.console import printable
 from mmjax.interop.files import read_tensors, write_tensors
 from mmjax.interop.names import TIED, to_tensors
 from mmjax.model.lm import build_model

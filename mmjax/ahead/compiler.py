@@ -57,9 +57,9 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
   from jax.experimental import topologies
 
   from mmjax.run.placement import place
+  from mmjax.run.sharding import make_mesh, shardings
   from mmjax.training.optimizer import make_optimizer
   from mmjax.training.setup import compile_step
-  from mmjax.training.sharding import make_mesh, shardings
   from mmjax.training.step import init_state
 
   topology = topologies.get_topology_desc(platform='cuda', target_config=card.description(), topology=f'1x1x{devices}')

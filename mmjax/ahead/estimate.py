@@ -34,7 +34,7 @@ class Estimate:
     parts: bytes by part at that moment; they add up to it.
     fixed_bytes: of these, state, batch and gradients, which do not grow with the micro-batch.
     seconds: least time of an update.
-    model_flops: of an update, by the formula of mmjax/training/cost.py, as in a run's `mfu`.
+    model_flops: of an update, by the formula of mmjax/model/cost.py, as in a run's `mfu`.
   """
 
   config: Config
@@ -116,7 +116,7 @@ def estimate(config: Config, card: Card, devices: int = 1) -> Estimate:
   Raises:
     UserError: if the card cannot run it.
   """
-  from mmjax.training.cost import flops_per_token
+  from mmjax.model.cost import flops_per_token
 
   check_card(config, card)
   compiled = compile_for(config, card, devices, config.train.max_steps or RECORD_POSITIONS // tokens_of(config))

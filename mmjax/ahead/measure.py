@@ -45,9 +45,9 @@ def measure(config: Config, devices: int) -> dict[str, Any]:
   import numpy as np
 
   from mmjax.run.placement import place
+  from mmjax.run.sharding import make_mesh, put_batch
   from mmjax.training.optimizer import make_optimizer
   from mmjax.training.setup import compile_step, new_state
-  from mmjax.training.sharding import make_mesh, put_batch
 
   config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal'))
   mesh = make_mesh(config, jax.devices()[:devices])

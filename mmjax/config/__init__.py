@@ -4,6 +4,7 @@ Defaults live in configs/base.py and nowhere else; here are the types and the ru
 `load_config` nothing changes a setting.
 """
 
+from mmjax.config.history import as_of_today
 from mmjax.config.idle import idle_settings
 from mmjax.config.paths import expand_home, user_path
 from mmjax.config.reading import (
@@ -14,7 +15,6 @@ from mmjax.config.reading import (
   override_config,
   overrides_of,
   own_config,
-  with_settings_before,
 )
 from mmjax.config.rules import BELOW_ONE, CHOICES
 from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig, flatten
@@ -39,5 +39,5 @@ __all__ = [
   'overrides_of',
   'own_config',
   'user_path',
-  'with_settings_before',
+  'as_of_today',
 ]

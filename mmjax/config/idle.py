@@ -15,8 +15,6 @@ NEEDS = {
   'memory.bank_std': (lambda c: c.memory.bank_init != 'file', "where memory.bank_init='file' gives the rows"),
   'memory.knowledge_length': (lambda c: c.memory.bank_init == 'file', "without memory.bank_init='file'"),
   'memory.bank_decay_multiplier': (lambda c: c.train.weight_decay > 0, 'where train.weight_decay is 0'),
-  'memory.revive_noise': (lambda c: c.memory.revive_after > 0, 'where memory.revive_after is 0'),
-  'memory.revive_keys': (lambda c: c.memory.revive_after > 0, 'where memory.revive_after is 0'),
   'data.valid_fraction': (lambda c: not c.data.valid_files, 'beside data.valid_files'),
   'data.text_key': (lambda c: c.data.train_files, 'without data.train_files'),
   'data.on_bad_line': (lambda c: c.data.train_files, 'without data.train_files'),

@@ -15,6 +15,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mmjax.config.history import as_of_today, removed_remark
 from mmjax.config.idle import idle_settings
 from mmjax.config.paths import PATHS, expand_home, user_path
 from mmjax.config.rules import check_fields, check_together
@@ -23,28 +24,6 @@ from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
 PACKAGE = 'configs'  # what a config file imports others from: `from configs import base`
-
-# What runs did before a setting existed, so that a config.json from then stays readable. These are no defaults, which
-# configs/base.py alone states: they stay when a default changes.
-BEFORE = {
-  'memory.bank_update': 'dense',
-  'memory.ngram_layers': '',
-  'memory.ngrams': '1',
-  'memory.key_dim': 0,
-  'memory.bag_gate': True,
-  'memory.revive_after': 0,
-  'memory.selection_bias': False,
-  'memory.revive_noise': 0.1,
-  'memory.revive_keys': True,
-  'train.embedding_lr_multiplier': 1.0,
-  'train.max_loss_factor': 0.0,
-  'train.profile_steps': 0,
-  'runtime.scan_layers': False,
-  'runtime.triton_gemm': False,
-  'runtime.coordinator': '',
-  'runtime.num_processes': 1,
-  'runtime.process_id': 0,
-}
 
 
 def load_config(path: str, overrides: Sequence[str] = (), used: Collection[str] = ()) -> Config:
@@ -168,18 +147,6 @@ def _dropped_without_overrides(settings: Mapping[str, Any], used: Collection[str
     return ()
 
 
-def with_settings_before(settings: Any) -> Any:
-  """Returns the content of a config.json with the settings that did not exist when it was written."""
-  if not isinstance(settings, Mapping):
-    return settings
-  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-  for name, value in BEFORE.items():
-    section, _, field = name.partition('.')
-    if isinstance(settings.get(section), dict):
-      settings[section].setdefault(field, value)
-  return settings
-
-
 def call_python_file(path: str, what: str, function: str, arguments: Mapping[str, Any]) -> Any:
   """Runs a Python file of settings and returns what a function in it returns.
 
@@ -265,7 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     raise UserError(f"config file '{path}' is not JSON: {error}") from None
   if not isinstance(settings, dict):
     raise UserError(f"config file '{path}' must hold a JSON object of settings")
-  return with_settings_before(settings)
+  return as_of_today(settings)
 
 
 def _apply_override(settings: ConfigDict, override: str) -> str:
@@ -275,7 +242,7 @@ def _apply_override(settings: ConfigDict, override: str) -> str:
     raise UserError(f'argument {quote(override)} is not understood; overrides look like --config.train.batch_size=32')
   flat = flatten(settings.to_dict())
   if name not in flat:
-    raise UserError(f'no setting {quote(name)}{nearest(name, flat)}')
+    raise UserError(f'no setting {quote(name)}{removed_remark(name) or nearest(name, flat)}')
   section, _, field = name.rpartition('.')
   owner = settings[section] if section else settings
   with owner.ignore_type():

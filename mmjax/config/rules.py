@@ -39,7 +39,7 @@ RANGES = {
   'memory.n_heads': (1, 8), 'memory.key_dim': (0, INT_MOST), 'memory.ffn_dim': (0, INT_MOST),
   'memory.balance_loss_weight': WEIGHT, 'memory.bank_std': WEIGHT, 'memory.bank_lr_multiplier': MULTIPLIER,
   'memory.bank_lr_final_multiplier': MULTIPLIER, 'memory.bank_decay_multiplier': MULTIPLIER,
-  'memory.bank_grad_clip': (0, 1e19), 'memory.revive_after': (0, INT_MOST), 'memory.revive_noise': WEIGHT,
+  'memory.bank_grad_clip': (0, 1e19),
   'memory.knowledge_length': (2, INT_MOST),
   'data.valid_fraction': (0, 1), 'data.workers': (0, 4096),
   'train.batch_size': (1, INT_MOST), 'train.accumulation_steps': (1, INT_MOST), 'train.epochs': (0, 1e9),
@@ -97,8 +97,6 @@ def check_together(config: Config) -> None:
     raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
   if config.memory.bank_update == 'lazy' and config.runtime.scan_layers:
     raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
-  if config.memory.selection_bias and config.memory.revive_after and config.memory.revive_keys:
-    raise UserError('memory.revive_keys=True would copy sub-keys without their bias: memory.selection_bias needs False')
   _check_ngrams(config)
   _check_model(config.model)
   _check_processes(config.runtime)
@@ -135,8 +133,6 @@ def _check_ngrams(config: Config) -> None:
       f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers: "
       'n-grams have no scores'
     )
-  if memory.revive_after:
-    raise UserError(f'memory.revive_after={memory.revive_after} must be 0 where n-grams address rows: they reach all')
 
 
 def _check_model(model: ModelConfig) -> None:

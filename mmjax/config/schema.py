@@ -75,9 +75,6 @@ class MemoryConfig:
   bank_decay_multiplier: float
   bank_grad_clip: float
   bank_update: str
-  revive_after: int
-  revive_noise: float
-  revive_keys: bool
 
   def ngram_of_heads(self) -> tuple[int, ...]:
     """Returns how many tokens each head looks at where n-grams address rows: those of `ngrams`, in turns.

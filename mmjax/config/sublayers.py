@@ -23,7 +23,7 @@ BANK = (
 )  # fmt: skip
 GATE = (
   'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.keys_init', 'memory.balance_loss_weight',
-  'memory.selection_bias', 'memory.revive_after', 'memory.revive_noise', 'memory.revive_keys',
+  'memory.selection_bias',
 )  # fmt: skip
 SCORES = ('memory.scores', 'memory.score_activation')
 
@@ -35,7 +35,7 @@ class Sublayer:
   Attributes:
     path: module and class, 'package.module:Class'; mmjax.model.sublayers.base says how it is built and called.
     settings: those of model and memory that mean nothing unless some layer is of this or another kind that names them.
-    flops: of a config, the FLOPs of one training step for a token and layer, by part: see mmjax.training.cost.
+    flops: of a config, the FLOPs of one training step for a token and layer, by part: see mmjax.model.cost.
     uses_bank: whether it reads the bank.
     has_gate: whether queries pick the rows.
     reads_ngrams: whether the last tokens do.

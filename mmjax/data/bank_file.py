@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from mmjax.data.files import check_sha256
 from mmjax.errors import UserError
+from mmjax.files import check_sha256
 
 
 def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -16,9 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.files import locked_directory, sha256_of, write_file, write_json
 from mmjax.data.progress import ProgressSink
 from mmjax.errors import UserError
+from mmjax.files import locked_directory, sha256_of, write_file, write_json
 
 # Folders of the library without text of their own; a codec's docstring is the same line but for its name.
 LEFT_OUT = {'__pycache__', 'dist-packages', 'encodings', 'idle_test', 'site-packages', 'test', 'tests'}

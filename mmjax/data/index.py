@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.files import known_sha256, note_sha256, sha256_of, write_json
 from mmjax.errors import UserError
+from mmjax.files import known_sha256, note_sha256, sha256_of, write_json
 
 FORMAT = 1
 INDEX, VERIFIED = 'index.json', 'verified.json'

@@ -22,7 +22,6 @@ import sentencepiece
 import mmjax
 from mmjax.config import DataConfig
 from mmjax.data.embedded import build_embedded_corpus
-from mmjax.data.files import check_room, known_sha256, locked_directory, note_sha256, write_file
 from mmjax.data.formats import format_of
 from mmjax.data.index import FORMAT, INDEX, VERIFIED, counts_bytes, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
@@ -40,6 +39,7 @@ from mmjax.data.tokenizer import (
 )
 from mmjax.data.worker import token_dtype
 from mmjax.errors import UserError
+from mmjax.files import check_room, known_sha256, locked_directory, note_sha256, write_file
 
 SAMPLE_BYTES = 12 * 2**20  # of training text that a tokenizer is trained on
 MOST_WORKERS = 16  # that data.workers=0 starts: one reading process feeds no more, and memory stays within bounds

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.data.files import check_room, flush_directory, sha256_of, storage_errors, write_file, write_json
 from mmjax.data.progress import Meter, ProgressSink
 from mmjax.data.reader import START, Place, Tally, read_files
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.data.worker import TokenBlock, token_dtype, tokenize_blocks
+from mmjax.files import check_room, flush_directory, sha256_of, storage_errors, write_file, write_json
 
 SHARD_TOKENS = 2**24  # a shard ends with the block that fills it: 32 MB of uint16, seconds of work to lose
 STATE = 'progress.json'

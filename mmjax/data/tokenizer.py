@@ -20,8 +20,8 @@ import numpy as np
 import sentencepiece
 
 from mmjax.config import user_path
-from mmjax.data.files import check_sha256
 from mmjax.errors import UserError
+from mmjax.files import check_sha256
 
 SPACE = '\u2581'  # how a SentencePiece piece writes a space
 SLICE_CHARS = 2**18  # longer text is encoded in slices, cut before a space where there is one: memory stays bounded

@@ -20,10 +20,10 @@ from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.inference.generate import NO_EOS, Decoder, padded_length
 from mmjax.inference.settings import Sampling, make_sampling
 from mmjax.model.lm import Params, abstract_params, model_graph
+from mmjax.run.checkpoint import Checkpoints, checkpoint_name
+from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
+from mmjax.run.manifest import warn_non_finite
 from mmjax.run.placement import place_reader
-from mmjax.training.checkpoint import Checkpoints, checkpoint_name
-from mmjax.training.manifest import warn_non_finite
-from mmjax.training.rundir import NO_TOKENIZER, RunDir, open_run
 
 
 class LanguageModel:

@@ -14,17 +14,17 @@ from mmjax.data.progress import ProgressSink, SilentProgress
 from mmjax.data.reader import read_text
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
+from mmjax.evaluation.evaluate import EvalResult, evaluate, make_eval_step
+from mmjax.evaluation.probes import LAYER_NORMS, plan_probe
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
 from mmjax.inference.text_stats import distinct_share, repeated_share
 from mmjax.model.lm import model_graph
+from mmjax.run.directory import RunDir
+from mmjax.run.log import read_metrics
 from mmjax.run.placement import Placement, place_reader
-from mmjax.training.evaluate import EvalResult, evaluate, make_eval_step
-from mmjax.training.metrics import read_metrics
-from mmjax.training.probes import LAYER_NORMS, plan_probe
-from mmjax.training.run_data import evaluation_data, find_run_data, place_for_shards
-from mmjax.training.rundir import RunDir
-from mmjax.training.sharding import make_mesh
+from mmjax.run.sharding import make_mesh
+from mmjax.run.text import evaluation_data, find_run_data, place_for_shards
 
 # Settings of a run that may be others when it is looked at: where its text is now, or how other text is to be read.
 WHERE = (

@@ -14,8 +14,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from mmjax.data.files import check_sha256, sha256_of, sha256_path
 from mmjax.errors import UserError, file_error
+from mmjax.files import check_sha256, sha256_of, sha256_path
 from mmjax.interop.names import is_buffer
 from mmjax.interop.torch_files import DTYPES, read_torch, save_torch
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from mmjax.config import Config
 from mmjax.errors import UserError
+from mmjax.files import path_name
 from mmjax.model.lm import Params, abstract_params
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.training.optimizer import path_name
 
 ROOT = {'tok_embeddings.weight': 'embedding', 'norm.weight': 'norm/scale'}
 BANK = {'memory_bank': 'memory_bank'}

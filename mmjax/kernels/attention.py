@@ -10,51 +10,10 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import DTypeLike
-
-from mmjax.errors import UserError
 
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, so that no difference of scores is a NaN
 BLOCK_TOKENS = 128  # queries whose scores exist at a time
-CUDNN_HEAD_DIM = 128  # the most channels of a head that its flash attention takes on every GPU
 MAX_BLOCKS = 16  # blocks are unrolled: long sequences get longer ones, or compilation would take long
-
-
-def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int, head_dim: int) -> str:
-  """Resolves 'auto' to the fastest backend for the machine, and refuses what cannot run there.
-
-  Args:
-    name: 'auto', 'xla', 'xla_blocked' or 'cudnn'.
-    dtype: the compute dtype.
-    platform: of the devices: 'cpu', 'gpu', 'cuda', ...
-    n_devices: in the mesh.
-    head_dim: H.
-
-  Raises:
-    UserError: if the backend cannot run there.
-  """
-  on_nvidia = platform in ('gpu', 'cuda')
-  is_half = jnp.dtype(dtype).itemsize == 2
-  fits_cudnn = head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM
-  if name == 'auto':
-    if on_nvidia and is_half and fits_cudnn:
-      return 'cudnn'
-    return 'xla_blocked' if platform == 'cpu' and n_devices == 1 else 'xla'
-  if name == 'cudnn' and not (on_nvidia and is_half):
-    raise UserError(
-      f"attention 'cudnn' (runtime.attention) needs an NVIDIA GPU and bfloat16 (train.dtype), not {platform} and "
-      f"{jnp.dtype(dtype).name}; 'auto' picks what runs here"
-    )
-  if name == 'cudnn' and not fits_cudnn:
-    raise UserError(
-      f"attention 'cudnn' (runtime.attention) needs heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, "
-      f"not {head_dim} (model.dim / model.n_heads); 'auto' picks what runs here"
-    )
-  if name == 'xla_blocked' and n_devices > 1:
-    raise UserError(
-      f"attention 'xla_blocked' (runtime.attention) is for one device, not {n_devices}; use 'xla' or 'auto'"
-    )
-  return name
 
 
 def causal_attention(

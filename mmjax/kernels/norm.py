@@ -112,3 +112,8 @@ def _exact_product(x: Array, kernel: Array) -> Array:
     kernel -= part
   product = dot(x, jnp.concatenate(parts, axis=1), x.ndim - 1, 0, jnp.float32)
   return sum(reversed(jnp.split(product, 3, axis=-1)))
+
+
+def ratio_of_norms(square: Array, of_square: Array) -> Array:
+  """Returns the ratio of two norms, given their squares; 0 where both are 0."""
+  return jnp.sqrt(square / jnp.maximum(of_square, jnp.finfo(jnp.float32).tiny))

@@ -342,3 +342,8 @@ def count_params(params: Params) -> tuple[int, int]:
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
   bank = params['memory_bank'].size if 'memory_bank' in params else 0
   return total, total - bank
+
+
+def without_bank(params: Params) -> Params:
+  """Returns the dict without the bank."""
+  return {name: value for name, value in params.items() if name != 'memory_bank'}

@@ -23,12 +23,12 @@ from jax.typing import DTypeLike
 
 from mmjax.config import CHOICES, Config
 from mmjax.errors import UserError
-from mmjax.kernels.attention import attention_backend
 
 # Custom calls of Triton, Pallas and Mosaic (what Pallas becomes on NVIDIA), and XLA's own Triton fusions.
 TRITON = re.compile(r'triton|pallas|mosaic', re.IGNORECASE)
 # The passes of XLA that make Triton fusions of what is no matrix product.
 TRITON_PASSES = 'triton-softmax-rewriter,fusion-block-level-rewriter'
+CUDNN_HEAD_DIM = 128  # the most channels of a head that its flash attention takes on every GPU
 SLOW_SCATTER = (0, 10, 2), (0, 11, 0)  # first and last version of jaxlib
 
 
@@ -138,3 +138,40 @@ def slow_scatter_warning(platform: str, jaxlib_version: str) -> str | None:
     f'Warning: jaxlib {jaxlib_version} adds up the gradient of the bank and of the embedding by compare-and-swap on '
     'NVIDIA GPUs, up to hundreds of times slower where rows repeat; install jaxlib 0.11.1 or later.'
   )
+
+
+def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int, head_dim: int) -> str:
+  """Resolves 'auto' to the fastest backend for the machine, and refuses what cannot run there.
+
+  Args:
+    name: 'auto', 'xla', 'xla_blocked' or 'cudnn'.
+    dtype: the compute dtype.
+    platform: of the devices: 'cpu', 'gpu', 'cuda', ...
+    n_devices: in the mesh.
+    head_dim: H.
+
+  Raises:
+    UserError: if the backend cannot run there.
+  """
+  on_nvidia = platform in ('gpu', 'cuda')
+  is_half = jnp.dtype(dtype).itemsize == 2
+  fits_cudnn = head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM
+  if name == 'auto':
+    if on_nvidia and is_half and fits_cudnn:
+      return 'cudnn'
+    return 'xla_blocked' if platform == 'cpu' and n_devices == 1 else 'xla'
+  if name == 'cudnn' and not (on_nvidia and is_half):
+    raise UserError(
+      f"attention 'cudnn' (runtime.attention) needs an NVIDIA GPU and bfloat16 (train.dtype), not {platform} and "
+      f"{jnp.dtype(dtype).name}; 'auto' picks what runs here"
+    )
+  if name == 'cudnn' and not fits_cudnn:
+    raise UserError(
+      f"attention 'cudnn' (runtime.attention) needs heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, "
+      f"not {head_dim} (model.dim / model.n_heads); 'auto' picks what runs here"
+    )
+  if name == 'xla_blocked' and n_devices > 1:
+    raise UserError(
+      f"attention 'xla_blocked' (runtime.attention) is for one device, not {n_devices}; use 'xla' or 'auto'"
+    )
+  return name

@@ -19,7 +19,6 @@ import numpy as np
 
 from mmjax.config import Config, expand_home, load_config, own_config, user_path
 from mmjax.data.bank_file import texts_path
-from mmjax.data.files import check_room, storage_errors, write_file
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, open_split
 from mmjax.data.prepare import prepare
@@ -35,6 +34,7 @@ from mmjax.data.snippets import (
 )
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError, run_command
+from mmjax.files import check_room, storage_errors, write_file
 from mmjax.interop.files import write_tensors
 
 SETTINGS = ('memory.knowledge_length', 'memory.bank_std')  # that decide what a file holds

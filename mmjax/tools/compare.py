@@ -17,8 +17,9 @@ from rich.table import Table
 
 from mmjax import __version__
 from mmjax.config import user_path
+from mmjax.console import table_console
 from mmjax.errors import UserError, run_command
-from mmjax.inference.terminal import table_console
+from mmjax.run.sealed import atomic_write_json, atomic_write_text
 from mmjax.tools.compare_plots import write_plots
 from mmjax.tools.compare_runs import (
   Difference,
@@ -33,7 +34,6 @@ from mmjax.tools.compare_runs import (
 )
 from mmjax.tools.memory_tables import probe_difference
 from mmjax.tools.report_parts import number, table
-from mmjax.training.run_json import atomic_write_json, atomic_write_text
 
 Summary = dict[str, Any]
 

@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, Formatter, MaxNLocator, StrMethodFormatter
 
+from mmjax.model.cost import flops_per_token
 from mmjax.tools.compare_runs import FoundRun, Row, same_batches
 from mmjax.tools.plots import GRID, INK
-from mmjax.training.cost import flops_per_token
 
 # x of a curve -> (title, unit on the axis, how numbers are written there)
 WITH_PREFIX = EngFormatter(sep=' ')

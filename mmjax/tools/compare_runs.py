@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 from mmjax.config import Config, flatten, user_path
 from mmjax.errors import UserError
+from mmjax.model.cost import flops_per_token
 from mmjax.model.lm import abstract_params, count_params
+from mmjax.run.bank import BANK
+from mmjax.run.directory import RunDir
+from mmjax.run.log import read_metrics
+from mmjax.run.sealed import read_json
+from mmjax.run.settings import FREE, FREE_SECTIONS
 from mmjax.tools.run_state import RunState, run_state
-from mmjax.training.cost import flops_per_token
-from mmjax.training.metrics import read_metrics
-from mmjax.training.run_bank import BANK
-from mmjax.training.run_json import read_json
-from mmjax.training.run_settings import FREE, FREE_SECTIONS
-from mmjax.training.rundir import RunDir
 
 # Where the data lie says nothing: which they are, their hashes say. These two decide how they are cut into rows.
 DATA_THAT_COUNTS = ('data.layout', 'data.isolate_documents')

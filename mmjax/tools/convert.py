@@ -22,6 +22,7 @@ import numpy as np
 from mmjax import __version__
 from mmjax.config import (
   Config,
+  as_of_today,
   config_from_dict,
   flatten,
   idle_settings,
@@ -29,11 +30,10 @@ from mmjax.config import (
   overrides_of,
   own_config,
   user_path,
-  with_settings_before,
 )
-from mmjax.data.files import sha256_of
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.errors import UserError, run_command
+from mmjax.files import sha256_of
 from mmjax.interop.files import TORCH_SUFFIXES, check_suffix, read_metadata, read_tensors, write_tensors
 from mmjax.interop.names import (
   TIED,
@@ -46,11 +46,11 @@ from mmjax.interop.names import (
 )
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
-from mmjax.training.checkpoint import Checkpoints, checkpoint_name
-from mmjax.training.manifest import refuse_non_finite, warn_non_finite
+from mmjax.run.checkpoint import Checkpoints, checkpoint_name
+from mmjax.run.directory import RunDir, write_tokenizer
+from mmjax.run.manifest import refuse_non_finite, warn_non_finite
+from mmjax.run.settings import compare_models
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.run_settings import compare_models
-from mmjax.training.rundir import RunDir, write_tokenizer
 from mmjax.training.step import init_state
 
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
@@ -118,7 +118,7 @@ def read_header(source: Path) -> dict[str, Any]:
     return {}
   try:
     header = json.loads(metadata[HEADER])
-    settings = with_settings_before({section: dict(values) for section, values in header['settings'].items()})
+    settings = as_of_today({section: dict(values) for section, values in header['settings'].items()})
   except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{source}: its header {HEADER!r} is damaged: {error!r}') from None
   unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in READING]

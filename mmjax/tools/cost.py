@@ -13,8 +13,8 @@ from rich.table import Table
 
 from mmjax.config import Config, load_config
 from mmjax.errors import run_command
+from mmjax.model.cost import bytes_per_token, flops_per_token, matching_width, width_field, with_width
 from mmjax.model.lm import abstract_params, count_params
-from mmjax.training.cost import bytes_per_token, flops_per_token, matching_width, width_field, with_width
 
 
 def main() -> None:

@@ -31,8 +31,8 @@ from mmjax.ahead.estimate import (
 )
 from mmjax.ahead.measure import measured_here
 from mmjax.config import load_config
+from mmjax.console import table_console
 from mmjax.errors import UserError, run_command
-from mmjax.inference.terminal import table_console
 from mmjax.run.nvidia import find_driver
 
 GB = 1e9

@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from mmjax.config import override_config, user_path
+from mmjax.console import prepare_terminal, printable
 from mmjax.data.reader import read_text
 from mmjax.errors import UserError, run_command
 from mmjax.inference.settings import add_placement_flags, placement_from_flags
-from mmjax.inference.terminal import prepare_terminal, printable
 
 if TYPE_CHECKING:
   from mmjax.inference.api import LanguageModel
@@ -59,7 +59,7 @@ def main() -> None:
 
   from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
   from mmjax.inference.measure import WHERE
-  from mmjax.training.run_json import atomic_write_json
+  from mmjax.run.sealed import atomic_write_json
 
   prepare_terminal()
   lm = load(arguments.workdir, arguments.checkpoint, **placement_from_flags(arguments))
@@ -104,8 +104,8 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
   """
   from mmjax.inference.measure import open_text
   from mmjax.inference.memory_reads import MemoryReader
-  from mmjax.training.run_bank import bank_texts
-  from mmjax.training.rundir import open_run
+  from mmjax.run.bank import bank_texts
+  from mmjax.run.directory import open_run
 
   run, reader = open_run(arguments.workdir), MemoryReader(lm)
   reader.chosen_layers(arguments.layer)

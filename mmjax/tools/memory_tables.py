@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-# number of mmjax.training.probes or bank_health -> (heading, format)
+# number of mmjax.evaluation.probes or bank_health -> (heading, format)
 READS = {
   'used_share': ('share of rows read', '.1%'),
   'kl_to_uniform': ('KL to uniform, nats', '.3f'),

@@ -15,12 +15,12 @@ import jax
 
 from mmjax import __version__
 from mmjax.errors import CommandError, UserError, run_command
+from mmjax.run.bank import bank_remark
+from mmjax.run.directory import RunDir
+from mmjax.run.log import read_metrics
+from mmjax.run.sealed import atomic_write_text, read_json
 from mmjax.tools import report_parts as parts
 from mmjax.tools.plots import write_plots
-from mmjax.training.metrics import read_metrics
-from mmjax.training.run_bank import bank_remark
-from mmjax.training.run_json import atomic_write_text, read_json
-from mmjax.training.rundir import RunDir
 
 NOTES = """\
 - Builds on:

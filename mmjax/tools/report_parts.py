@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config, flatten, load_config, overrides_of, own_config
-from mmjax.inference.terminal import printable
+from mmjax.console import printable
+from mmjax.model.cost import flops_per_token
 from mmjax.model.lm import abstract_params, count_params
 from mmjax.tools.memory_tables import memory_tables, update_ratio_sentence
-from mmjax.training.cost import flops_per_token
 from mmjax.training.progress import format_seconds
 
 LAST_LINES = 10  # of the training log, over which the final training loss is averaged
@@ -138,15 +138,11 @@ def bank_health(records: Sequence[dict]) -> str:
   if not valid:
     return ''
   bank, probes = valid[-1]['bank'], valid[-1].get('probes', {})
-  text = f'On the validation set, update {valid[-1]["step"]:,}; mmjax/training/probes.py defines each number.\n'
+  text = f'On the validation set, update {valid[-1]["step"]:,}; mmjax/evaluation/probes.py defines each number.\n'
   for title, header, rows in memory_tables(bank, probes):
     text += f'\n{title}:\n\n' + table(header, rows)
   sentence = update_ratio_sentence(probes)
   text += f'\n{sentence}\n' if sentence else ''
-  revived = [r for r in _of_kind(records, 'train') if 'revived_rows' in r]
-  if revived:
-    rows, keys = (sum(r.get(name, 0) for r in revived) for name in ('revived_rows', 'revived_keys'))
-    text += f'\nStarted again because nobody read them: {number(rows)} rows and {number(keys)} sub-keys in all.\n'
   return text
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 from mmjax.config import Config
 from mmjax.data.loader import count_rows, steps_of_epochs
-from mmjax.training.checkpoint import Checkpoints
+from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.sealed import read_json
 from mmjax.training.progress import format_seconds
-from mmjax.training.run_json import read_json
 
 TAIL_BYTES = 1 << 17  # of metrics.jsonl: some lines, however many layers have a bank
 

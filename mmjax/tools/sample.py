@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from mmjax.console import prepare_terminal, printable
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import (
   Sampling,
@@ -19,7 +20,6 @@ from mmjax.inference.settings import (
   placement_from_flags,
   sampling_from_flags,
 )
-from mmjax.inference.terminal import prepare_terminal, printable
 
 if TYPE_CHECKING:
   from mmjax.inference.api import LanguageModel

@@ -24,16 +24,16 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from mmjax.config import user_path
-from mmjax.data.files import locked_directory
+from mmjax.console import table_console
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
-from mmjax.inference.terminal import table_console
+from mmjax.files import locked_directory
+from mmjax.run.directory import RunDir
+from mmjax.run.sealed import atomic_write_json, read_json
+from mmjax.run.settings import names_other_text, settings_changed
+from mmjax.run.signals import StopSignals
 from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
 from mmjax.tools.sweep_file import Planned, changed_settings, read_sweep
 from mmjax.training.progress import format_seconds
-from mmjax.training.run_json import atomic_write_json, read_json
-from mmjax.training.run_settings import names_other_text, settings_changed
-from mmjax.training.rundir import RunDir
-from mmjax.training.signals import StopSignals
 
 CHILD = (sys.executable, '-m', 'mmjax.tools.sweep_child')
 LOOK_SECONDS = 0.5  # between looks at the process and its metrics

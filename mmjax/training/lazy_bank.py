@@ -31,9 +31,9 @@ from jax import Array
 
 from mmjax.config import Config
 from mmjax.kernels.bank import Reads, add_reads
-from mmjax.model.lm import Params, no_taps
+from mmjax.kernels.norm import ratio_of_norms
+from mmjax.model.lm import Params, no_taps, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
-from mmjax.training.probes import ratio_of_norms
 
 CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
 
@@ -69,11 +69,6 @@ class RowSums(NamedTuple):
 def is_lazy(config: Config) -> bool:
   """Tells whether the config has a bank that is updated row by row."""
   return config.memory.bank_update == 'lazy' and SUBLAYERS[config.model.sublayer].uses_bank
-
-
-def without_bank(params: Params) -> Params:
-  """Returns the dict without the bank."""
-  return {name: value for name, value in params.items() if name != 'memory_bank'}
 
 
 def gradient_by_reads(config: Config, objective: Callable) -> Callable:
@@ -168,7 +163,7 @@ def update_rows(
     applied: False leaves everything as it is.
 
   Returns:
-    The bank, the moments, and the row_update_ratio of mmjax.training.probes.
+    The bank, the moments, and the row_update_ratio of mmjax.evaluation.probes.
   """
   train, step_rate, t = config.train, rate(count), count + 1
   decay = train.weight_decay * config.memory.bank_decay_multiplier

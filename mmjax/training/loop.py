@@ -21,23 +21,26 @@ from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
 from mmjax.environment import own_jax_settings
 from mmjax.errors import DivergedError, StoppedError, StorageError
+from mmjax.evaluation.evaluate import EvalResult, evaluate
+from mmjax.evaluation.probes import add_norms, bank_health, plan_probe
+from mmjax.files import path_name
+from mmjax.model.cost import device_peak_flops, flops_per_token
 from mmjax.model.lm import memory_layers
+from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.directory import RunDir
+from mmjax.run.log import MetricsLog, peak_memory
+from mmjax.run.manifest import describe_non_finite, non_finite
 from mmjax.run.nvidia import describe_devices
+from mmjax.run.origin import load_origin
 from mmjax.run.placement import place, slow_scatter_warning, use_compilation_cache
-from mmjax.training.checkpoint import Checkpoints
-from mmjax.training.cost import device_peak_flops, flops_per_token
-from mmjax.training.evaluate import EvalResult, evaluate
-from mmjax.training.manifest import describe_non_finite, non_finite
-from mmjax.training.metrics import MetricsLog, bank_health, peak_memory
-from mmjax.training.optimizer import make_optimizer, path_name
-from mmjax.training.origin import load_origin
-from mmjax.training.probes import add_norms, plan_probe
-from mmjax.training.processes import in_any_process, is_main, joined
+from mmjax.run.processes import in_any_process, is_main, joined
+from mmjax.run.sealed import atomic_write_json
+from mmjax.run.sharding import make_mesh, put_batch
+from mmjax.run.signals import StopSignals
+from mmjax.run.text import training_data
+from mmjax.training.optimizer import make_optimizer
 from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import MicroBatchWatch, Progress
-from mmjax.training.run_data import training_data
-from mmjax.training.run_json import atomic_write_json
-from mmjax.training.rundir import RunDir
 from mmjax.training.setup import (
   Inputs,
   Program,
@@ -50,8 +53,6 @@ from mmjax.training.setup import (
   restore_state,
   settle_config,
 )
-from mmjax.training.sharding import make_mesh, put_batch
-from mmjax.training.signals import StopSignals
 from mmjax.training.step import TrainState
 
 MAX_FAILED_SAVES = 3
@@ -301,7 +302,7 @@ class Window:
     self.paused_seconds += time.perf_counter() - start
 
   def summary(self) -> dict[str, Any]:
-    """Returns means over the updates that were applied, the last learning rate, sums of tokens, seconds, revivals."""
+    """Returns means over the updates that were applied, the last learning rate, sums of tokens, seconds."""
     steps = jax.device_get(self.steps)
     seconds = time.perf_counter() - self.start - self.paused_seconds
     applied = [m for m in steps if m['applied']]
@@ -310,8 +311,7 @@ class Window:
       for name in ('loss', 'aux_loss', 'accuracy', 'grad_norm')
     }
     tokens = int(sum(m['tokens'] for m in steps))
-    revived = {name: int(sum(m[name] for m in steps)) for name in ('revived_rows', 'revived_keys') if name in steps[0]}
-    return means | revived | {'learning_rate': float(steps[-1]['learning_rate']), 'tokens': tokens, 'seconds': seconds}
+    return means | {'learning_rate': float(steps[-1]['learning_rate']), 'tokens': tokens, 'seconds': seconds}
 
   def bank(self, layers: list[int]) -> list[dict[str, Any]]:
     """Returns the health of the bank as each layer with a memory used it; empty for a model without one."""

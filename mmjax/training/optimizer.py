@@ -12,14 +12,10 @@ import jax.numpy as jnp
 import optax
 
 from mmjax.config import Config, MemoryConfig, TrainConfig
-from mmjax.model.lm import Params, abstract_params
+from mmjax.files import path_name
+from mmjax.model.lm import Params, abstract_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
-from mmjax.training.lazy_bank import is_lazy, without_bank
-
-
-def path_name(path: tuple) -> str:
-  """Turns a tree path into 'layers/0/sublayer/gate/keys', as patterns and messages name parameters."""
-  return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
+from mmjax.training.lazy_bank import is_lazy
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedule:

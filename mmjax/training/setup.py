@@ -16,25 +16,25 @@ from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.data.bank_file import read_bank
-from mmjax.data.files import write_file
 from mmjax.data.index import INDEX, data_sha256, read_index
 from mmjax.data.loader import TokenSplit, check_fills_batch, cut_remark, open_split, steps_of_epochs
 from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
+from mmjax.evaluation.evaluate import EvalStep, make_eval_step
+from mmjax.files import write_file
 from mmjax.kernels.forms import traced_for
 from mmjax.model.lm import Params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
+from mmjax.run.bank import bank_identity, check_bank
+from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.directory import RunDir, write_tokenizer
+from mmjax.run.manifest import refuse_non_finite
+from mmjax.run.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.run.placement import compiler_options, is_nvidia
-from mmjax.training.checkpoint import Checkpoints
-from mmjax.training.evaluate import EvalStep, make_eval_step
-from mmjax.training.manifest import refuse_non_finite
-from mmjax.training.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
-from mmjax.training.processes import is_main
-from mmjax.training.run_bank import bank_identity, check_bank
-from mmjax.training.run_settings import compare_configs, compare_models
-from mmjax.training.rundir import RunDir, write_tokenizer
-from mmjax.training.sharding import batch_shapes, replicated, shardings
+from mmjax.run.processes import is_main
+from mmjax.run.settings import compare_configs, compare_models
+from mmjax.run.sharding import batch_shapes, replicated, shardings
 from mmjax.training.step import TrainState, init_state, make_train_step
 
 GIB = 1 << 30

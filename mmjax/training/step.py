@@ -20,29 +20,18 @@ from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.data.loader import PADDING
-from mmjax.kernels.bank import BankShard, Reads, TappedBank
-from mmjax.kernels.cross_entropy import cross_entropy_sums
+from mmjax.evaluation.loss import make_loss
+from mmjax.evaluation.probes import gate_norms, row_update_ratio
 from mmjax.kernels.forms import on_cpu
-from mmjax.model.lm import BankOfLayer, Params, init_params
+from mmjax.model.lm import Params, init_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
-from mmjax.training.lazy_bank import (
-  add_gradients,
-  gradient_by_reads,
-  init_moments,
-  is_lazy,
-  no_rows,
-  update_rows,
-  without_bank,
-)
+from mmjax.run.sharding import ROWS, spread
+from mmjax.training.lazy_bank import add_gradients, gradient_by_reads, init_moments, is_lazy, no_rows, update_rows
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
-from mmjax.training.probes import gate_norms, row_update_ratio
-from mmjax.training.revival import count_sub_keys, init_revival, revive, revives
-from mmjax.training.sharding import ROWS, spread
 
 TrainState = dict[str, Any]
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
 
-CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
 LOSS_AVERAGE_DECAY = 0.98  # of the running average that a spike is measured by: about the last 50 updates
 
 
@@ -64,88 +53,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
   }
   if is_lazy(config):
     state['bank_moments'] = init_moments(params['memory_bank'])
-  if revives(config):
-    state['revival'] = init_revival(config)
   return state
-
-
-def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
-  """Returns how many positions the loss takes at a time, so that its logits stay near CHUNK_LOGITS values."""
-  return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
-
-
-def make_loss(
-  config: Config, graphdef: nnx.GraphDef, attention: str, probe: Callable | None = None, mesh: Mesh | None = None
-) -> Callable:
-  """Returns objective(params, rows, total_weight, key, taps=None) -> (what training minimises, parts).
-
-  `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative
-  log-likelihoods of the targets that are not PADDING, in nats, over `total_weight`; `accuracy`, their hits over
-  `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row, and
-  what `probe(output, weight_BT)` gives. Summed over an update's micro-batches they are those of one big batch. The
-  objective is loss + aux_loss.
-
-  With `taps`, from `no_taps`, the bank gets no gradient, but they do, and the parts also hold the rows that were read,
-  `row_LBTR`; where rows are revived, how often each sub-key was taken, `count_LKC`.
-
-  With `mesh` it runs inside `jax.shard_map` on the rows of one device, and the sum over devices is that of all rows.
-  """
-  dtype = jnp.dtype(config.train.dtype)
-  isolate = config.data.isolate_documents
-  shares = config.train.accumulation_steps * (mesh.size if mesh else 1)
-
-  def bank_of_layer(taps: dict[int, Reads] | None) -> BankOfLayer | None:
-    if taps is not None:
-      return lambda number, bank_MP: TappedBank(bank_MP, taps[number])
-    return (lambda _, part_MP: BankShard(part_MP, ROWS)) if mesh and mesh.shape[ROWS] > 1 else None
-
-  def objective(
-    params: Params,
-    rows: dict[str, Array],
-    total_weight: Array,
-    key: Array | None,
-    taps: dict[int, Reads] | None = None,
-  ) -> tuple[Array, dict[str, Array]]:
-    model = nnx.merge(graphdef, params)
-    out = model(
-      rows['input'],
-      rows['segment'] if isolate else None,
-      dtype=dtype,
-      attention=attention,
-      remat=config.runtime.remat,
-      scan_layers=config.runtime.scan_layers,
-      dropout_key=key,
-      bank_of_layer=bank_of_layer(taps),
-    )
-    weight_BT = (rows['target'] != PADDING).astype(jnp.float32)
-    chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
-    with jax.named_scope('loss'):
-      nll, correct = cross_entropy_sums(out.hidden_BTD, model.embedding[...], rows['target'], weight_BT, chunk)
-    parts = {
-      'loss': nll / total_weight,
-      'accuracy': correct / total_weight,
-      'aux_loss': out.aux_loss / shares,
-    }
-    if out.row_LBTR is not None:
-      parts['usage_LM'] = count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
-      parts |= probe(out, weight_BT) if probe else {}
-    if revives(config):
-      parts['count_LKC'] = count_sub_keys(out.row_LBTR, weight_BT, config.memory.n_heads, config.model.n_sub_keys)
-    if taps is not None:
-      parts['row_LBTR'] = out.row_LBTR
-    return parts['loss'] + parts['aux_loss'], parts
-
-  return objective
-
-
-@jax.named_scope('bank_usage')
-def count_rows(row_LBTR: Array, weight_BT: Array, knowledge_num: int) -> Array:
-  """Returns how often each layer read each row at positions that are not padding: int32 (L, M)."""
-  n_layers = row_LBTR.shape[0]
-  read_LBTR = jnp.broadcast_to((weight_BT > 0)[None, :, :, None], row_LBTR.shape).astype(jnp.int32)
-  layer_L1 = jnp.arange(n_layers)[:, None]
-  counts_LM = jnp.zeros((n_layers, knowledge_num), jnp.int32)
-  return counts_LM.at[layer_L1, row_LBTR.reshape(n_layers, -1)].add(read_LBTR.reshape(n_layers, -1))
 
 
 def is_spike(loss: Array, average: Array, factor: float) -> Array | bool:
@@ -238,7 +146,7 @@ def make_train_step(
   metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_N (of each parameter, in
   the order of the tree), learning_rate, tokens (targets that are not PADDING), finite, applied (finite, and no spike),
   loss_average (what a spike is measured by), skipped; of memory models also usage_LM (int32 rows read) and norms (see
-  `probes`); with memory.revive_after revived_rows and revived_keys.
+  `probes`).
   """
   gradient = make_gradient(config, graphdef, attention, mesh, on_micro_batch)
   schedule = learning_rate_schedule(config.train, total_steps)
@@ -293,10 +201,6 @@ def make_train_step(
       'skipped_total': state['skipped_total'] + (1 - applied.astype(jnp.int32)),
       'loss_average': jnp.where(applied, next_average(state['loss_average'], parts['loss']), state['loss_average']),
     }
-    if revives(config):
-      window = {'revival': state['revival']}
-      after, revived = revive(config, after | window, parts['usage_LM'], metrics.pop('count_LKC'), applied, total_steps)
-      metrics |= revived
     return after, metrics
 
   return skip_unsound(train_step) if may_overflow(config) else train_step

@@ -38,7 +38,7 @@ from mmjax.errors import UserError
 from mmjax.interop.files import read_tensors
 from mmjax.interop.names import canonical, check_accounted, tensor_shapes, to_params
 from mmjax.interop.sizes import read_kv_heads, read_sizes
-from mmjax.training.metrics import read_metrics
+from mmjax.run.log import read_metrics
 from tests.helpers import TINY
 
 CASE_SECONDS = 10

@@ -14,9 +14,9 @@ import mmjax
 import train
 from mmjax.config import flatten
 from mmjax.errors import CommandError, StorageError, UserError, run_command
+from mmjax.run.directory import RunDir
 from mmjax.tools.report import write_report
 from mmjax.training.loop import fit
-from mmjax.training.rundir import RunDir
 from tests.helpers import rarely, tiny_config
 
 
@@ -126,7 +126,7 @@ def test_clock_that_jumps_changes_no_result(tiny_run, tmp_path, monkeypatch):
 
 def test_directory_that_may_not_be_written_is_refused_before_data_are_prepared(tiny_run, tmp_path, monkeypatch):
   monkeypatch.setattr(os, 'access', lambda path, mode: False)  # root may write anywhere, so it is made up
-  monkeypatch.setattr('mmjax.training.run_data.prepare', None)
+  monkeypatch.setattr('mmjax.run.text.prepare', None)
   with pytest.raises(UserError, match=f'run cannot be a run directory: {tmp_path}: Permission denied'):
     fit(RunDir(tiny_run).read_config(), tmp_path / 'run')
   assert not list(tmp_path.iterdir())

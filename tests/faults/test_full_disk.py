@@ -18,10 +18,10 @@ from mmjax.data.index import verify
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.errors import StorageError
-from mmjax.training.checkpoint import Checkpoints
+from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.directory import RunDir
+from mmjax.run.log import read_metrics
 from mmjax.training.loop import fit
-from mmjax.training.metrics import read_metrics
-from mmjax.training.rundir import RunDir
 
 DISK_BYTES = 6 * 2**20
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from mmjax.config import Config
-from mmjax.training.metrics import read_metrics
+from mmjax.run.log import read_metrics
 from tests.helpers import REPOSITORY, final_state, run_config
 
 pytestmark = pytest.mark.campaign

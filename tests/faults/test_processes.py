@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from mmjax.run.log import read_metrics
 from mmjax.training.loop import fit
-from mmjax.training.metrics import read_metrics
 from tests.helpers import REPOSITORY, command, run_config, wait_for
 
 SETTINGS = {
@@ -116,7 +116,7 @@ def test_processes_with_different_settings_are_refused(text, tmp_path):
 def test_end_of_a_process_that_lost_another_survives_any_message(message):
   code = f"""
 import sys
-from mmjax.training.processes import _exit
+from mmjax.run.processes import _exit
 cause = RuntimeError('connection reset by peer')
 error = RuntimeError({message!r})
 error.__cause__ = cause

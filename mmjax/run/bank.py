@@ -6,10 +6,10 @@ from typing import Any
 
 from mmjax.config import Config
 from mmjax.data.bank_file import read_texts, texts_path
-from mmjax.data.files import sha256_of
 from mmjax.errors import UserError
-from mmjax.training.run_json import read_json
-from mmjax.training.rundir import RunDir
+from mmjax.files import sha256_of
+from mmjax.run.directory import RunDir
+from mmjax.run.sealed import read_json
 
 BANK, TEXTS = 'bank_sha256', 'bank_texts_sha256'
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mmjax.errors import UserError
-from mmjax.training.processes import in_any_process
+from mmjax.run.processes import in_any_process
 
 FORMAT = 1
 

@@ -25,8 +25,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mmjax.errors import StorageError, first_line
-from mmjax.training.manifest import CorruptError, check_fits, named_leaves, read_manifest, verify
-from mmjax.training.processes import LOST_WORDS, in_any_process
+from mmjax.run.manifest import CorruptError, check_fits, named_leaves, read_manifest, verify
+from mmjax.run.processes import LOST_WORDS, in_any_process
 
 MANIFEST = Path('metadata', 'metadata')  # item and file name under a step, as Orbax lays them out
 TMP_PATTERN = '*.orbax-checkpoint-tmp*'

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
-from mmjax.data.files import write_file
 from mmjax.errors import UserError
-from mmjax.training.run_json import finite
+from mmjax.files import write_file
+from mmjax.run.sealed import finite
 
 
 class MetricsLog:
@@ -112,36 +111,6 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     if record is None:
       raise UserError(f'{path}:{number} is not a JSON object')
   return [record for record in records if record is not None]
-
-
-def bank_health(counts_M: np.ndarray) -> dict[str, float]:
-  """Measures how evenly the rows of a bank are used.
-
-  Args:
-    counts_M: int; how often each row was selected.
-
-  Returns:
-    used_share: share of rows selected at least once. kl_to_uniform: KL(usage || uniform) in nats, 0 to log M.
-    effective_rows: exp(entropy of usage), 1 to M. hottest_share: share of selections that went to the hottest row.
-    Without any selection: 0, log M, 0, 0, as for a bank of which nothing is used.
-  """
-  counts_M = np.asarray(counts_M)
-  total = counts_M.sum(dtype=np.float64)
-  if total == 0:
-    return {
-      'used_share': 0.0,
-      'kl_to_uniform': float(np.log(counts_M.size)),
-      'effective_rows': 0.0,
-      'hottest_share': 0.0,
-    }
-  usage = counts_M[counts_M > 0].astype(np.float64) / total
-  entropy = -float(np.sum(usage * np.log(usage)))
-  return {
-    'used_share': usage.size / counts_M.size,
-    'kl_to_uniform': max(0.0, float(np.log(counts_M.size)) - entropy),
-    'effective_rows': float(np.exp(entropy)),
-    'hottest_share': float(usage.max()),
-  }
 
 
 def peak_memory() -> tuple[int, str]:

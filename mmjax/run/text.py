@@ -16,10 +16,10 @@ from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.data.reader import find_files
 from mmjax.errors import UserError
-from mmjax.training.processes import is_main
-from mmjax.training.run_json import read_json
-from mmjax.training.run_settings import list_differences
-from mmjax.training.rundir import RunDir
+from mmjax.run.directory import RunDir
+from mmjax.run.processes import is_main
+from mmjax.run.sealed import read_json
+from mmjax.run.settings import list_differences
 
 
 def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:

@@ -23,13 +23,13 @@ from typing import Any, Self
 
 import jax
 
-from mmjax.config import Config, config_from_dict, user_path, with_settings_before
-from mmjax.data.files import sha256_path, write_file
+from mmjax.config import Config, as_of_today, config_from_dict, user_path
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import StorageError, UserError, file_error
-from mmjax.training.processes import is_main
-from mmjax.training.run_json import atomic_write_json, atomic_write_text, read_json, seal
-from mmjax.training.run_settings import list_differences
+from mmjax.files import sha256_path, write_file
+from mmjax.run.processes import is_main
+from mmjax.run.sealed import atomic_write_json, atomic_write_text, read_json, seal
+from mmjax.run.settings import list_differences
 
 # A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it
 # lies beside checkpoints/, not in it.
@@ -151,7 +151,7 @@ class RunDir:
     """
     settings = read_json(self.config_path)
     try:
-      return config_from_dict(with_settings_before(settings))
+      return config_from_dict(as_of_today(settings))
     except UserError as error:
       raise UserError(f'{self.config_path}: {error}') from error
 

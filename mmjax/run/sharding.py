@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from mmjax.config import Config
 from mmjax.errors import UserError
+from mmjax.files import path_name
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.training.optimizer import path_name
 
 ROWS = 'rows'  # the axis that divides the bank
 

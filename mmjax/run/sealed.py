@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.files import write_file
 from mmjax.errors import UserError
+from mmjax.files import write_file
 
 SEAL = 'sha256'  # key of a JSON object's hash, taken without it
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-  """Writes UTF-8 like `mmjax.data.files.write_file`."""
+  """Writes UTF-8 like `mmjax.files.write_file`."""
   write_file(path, text.encode())
 
 

@@ -1,7 +1,7 @@
 """The run whose weights a new run starts from:   train.py --init_from RUN[@best|last|STEP]
 
 All parameters come along, so also a selection bias and the bank, whatever it started from, and the tokenizer. The
-optimizer, the counters and the windows of revival begin anew. Data and schedule are the config's, and so are model and
+optimizer, and the counters begin anew. Data and schedule are the config's, and so are model and
 memory; but of these each setting that decides the shape or the meaning of a parameter must equal the other run's, and
 one that says how parameters start is refused unless it is at its default or says the same.
 
@@ -21,12 +21,12 @@ from mmjax.config.wording import quote
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, abstract_params
-from mmjax.training.checkpoint import Checkpoints, checkpoint_name
-from mmjax.training.manifest import leaves_sha256, refuse_non_finite
-from mmjax.training.run_bank import BANK, bank_identity, recorded_bank
-from mmjax.training.run_settings import compare_models
-from mmjax.training.rundir import RunDir, open_run
-from mmjax.training.sharding import shardings
+from mmjax.run.bank import BANK, bank_identity, recorded_bank
+from mmjax.run.checkpoint import Checkpoints, checkpoint_name
+from mmjax.run.directory import RunDir, open_run
+from mmjax.run.manifest import leaves_sha256, refuse_non_finite
+from mmjax.run.settings import compare_models
+from mmjax.run.sharding import shardings
 
 # How parameters start, where they do not come from another run.
 STARTS = ('memory.bank_init', 'memory.bank_file', 'memory.bank_std', 'memory.keys_init')

@@ -165,3 +165,8 @@ def locked_directory(directory: Path, waiting: Callable[[], None]) -> Iterator[N
         return
     finally:  # the process that held it may have removed it: then the lock is on nothing, and we begin again
       os.close(descriptor)
+
+
+def path_name(path: tuple) -> str:
+  """Turns a tree path into 'layers/0/sublayer/gate/keys', as patterns and messages name parameters."""
+  return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)

@@ -2,7 +2,7 @@
 
 Orbax writes a step into a temporary directory and renames it when it is complete, so a directory named by a number
 was whole once. What Orbax does not notice is rot: a flipped bit restores as a wrong number. Therefore nothing is
-handed out before every leaf was compared with its checksum (mmjax/training/manifest.py). Parameters and the rest
+handed out before every leaf was compared with its checksum (mmjax/run/manifest.py). Parameters and the rest
 (optimizer state, counters) are two items of one step: written together, and readable apart.
 
 Saving is synchronous: the next train step donates the buffers, and an asynchronous write would report a full disk
@@ -20,11 +20,11 @@ from typing import Any
 import jax
 
 from mmjax.errors import CommandError, StorageError, UserError, file_error, first_line
-from mmjax.training.manifest import CorruptError, build_manifest, read_manifest
-from mmjax.training.orbax_io import MANIFEST, TMP_PATTERN, read_step, write_step
-from mmjax.training.processes import barrier, in_any_process, is_main
-from mmjax.training.run_json import atomic_write_text
-from mmjax.training.rundir import NEWEST
+from mmjax.run.directory import NEWEST
+from mmjax.run.manifest import CorruptError, build_manifest, read_manifest
+from mmjax.run.orbax_io import MANIFEST, TMP_PATTERN, read_step, write_step
+from mmjax.run.processes import barrier, in_any_process, is_main
+from mmjax.run.sealed import atomic_write_text
 
 KEEP_LAST = 2
 REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN

@@ -41,9 +41,9 @@ from jax import Array
 
 from mmjax.config import Config
 from mmjax.data.loader import PADDING, TokenSplit
+from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.lm import Output, Params, memory_layers
 from mmjax.model.sublayers import row_weights
-from mmjax.training.metrics import bank_health
 
 PROBED_POSITIONS = 65536  # enough to tell losses that differ by 0.01 apart
 LAYER_NORMS = ('gate_grad_norm', 'key_grad_norm')
@@ -194,11 +194,6 @@ def row_update_ratio(bank_MP: Array, update_MP: Array, usage_LM: Array) -> Array
   return ratio_of_norms(added, before)
 
 
-def ratio_of_norms(square: Array, of_square: Array) -> Array:
-  """Returns the ratio of two norms, given their squares; 0 where both are 0."""
-  return jnp.sqrt(square / jnp.maximum(of_square, jnp.finfo(jnp.float32).tiny))
-
-
 def add_norms(record: dict[str, Any], steps: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
   """Returns a line of metrics.jsonl with norms of training steps in its `bank` and `probes`: means over those applied.
 
@@ -226,3 +221,33 @@ def read_health(usage_M: np.ndarray, weight_M: np.ndarray) -> dict[str, float]:
     weight_M: float, their weights.
   """
   return bank_health(usage_M) | {'kl_weighted': bank_health(weight_M)['kl_to_uniform']}
+
+
+def bank_health(counts_M: np.ndarray) -> dict[str, float]:
+  """Measures how evenly the rows of a bank are used.
+
+  Args:
+    counts_M: int; how often each row was selected.
+
+  Returns:
+    used_share: share of rows selected at least once. kl_to_uniform: KL(usage || uniform) in nats, 0 to log M.
+    effective_rows: exp(entropy of usage), 1 to M. hottest_share: share of selections that went to the hottest row.
+    Without any selection: 0, log M, 0, 0, as for a bank of which nothing is used.
+  """
+  counts_M = np.asarray(counts_M)
+  total = counts_M.sum(dtype=np.float64)
+  if total == 0:
+    return {
+      'used_share': 0.0,
+      'kl_to_uniform': float(np.log(counts_M.size)),
+      'effective_rows': 0.0,
+      'hottest_share': 0.0,
+    }
+  usage = counts_M[counts_M > 0].astype(np.float64) / total
+  entropy = -float(np.sum(usage * np.log(usage)))
+  return {
+    'used_share': usage.size / counts_M.size,
+    'kl_to_uniform': max(0.0, float(np.log(counts_M.size)) - entropy),
+    'effective_rows': float(np.exp(entropy)),
+    'hottest_share': float(usage.max()),
+  }

@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.errors import UserError
-from mmjax.model.lm import Params
-from mmjax.run.placement import compiler_options
-from mmjax.training.probes import (
+from mmjax.evaluation.loss import make_loss
+from mmjax.evaluation.probes import (
   PADDING,
   ProbePlan,
   losses_without_bank,
@@ -28,8 +27,9 @@ from mmjax.training.probes import (
   read_health,
   row_agreement,
 )
-from mmjax.training.sharding import put_batch, replicated
-from mmjax.training.step import make_loss
+from mmjax.model.lm import Params
+from mmjax.run.placement import compiler_options
+from mmjax.run.sharding import put_batch, replicated
 
 Batch = dict[str, np.ndarray]
 EvalStep = Callable[[Params, Batch], dict[str, Array]]
@@ -47,7 +47,7 @@ class EvalResult:
     tokens: tokens predicted.
     text_bytes: UTF-8 bytes of the documents that they stand for, before a tokenizer changes anything.
     bank: for each layer with a memory its number, `bank_health`, kl_weighted, head_overlap, row_agreement and
-      row_agreement_chance (see mmjax.training.probes); empty for a model without a bank.
+      row_agreement_chance (see mmjax.evaluation.probes); empty for a model without a bank.
     probes: positions probed and the loss on them; with a bank also loss_zeroed and loss_shuffled.
   """
 
