@@ -1,6 +1,6 @@
 """Experiment 1.4.0: the SwiGLU feed-forward baseline that every memory is compared with.
 
-python train.py --config configs/exp_1_4_0.py   -> BENCHMARKS.md, rows "1.4.0".
+python train.py --config configs/exp_1_4_0.py   -> BENCHMARKS.md, rows "1.4.0"; docs/experiments.md, G0.
 """
 
 from configs import base

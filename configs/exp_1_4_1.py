@@ -1,6 +1,6 @@
 """Experiment 1.4.1: cross attention from the attention output to the rows of a product-key memory.
 
-python train.py --config configs/exp_1_4_1.py   -> BENCHMARKS.md, rows "1.4.1".
+python train.py --config configs/exp_1_4_1.py   -> BENCHMARKS.md, rows "1.4.1"; docs/memory.md.
 """
 
 from configs import base

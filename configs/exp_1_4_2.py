@@ -1,7 +1,8 @@
-"""Experiment 1.4.2: product-key memory, rows concatenated with the attention output, gated MLP.
+"""Experiment 1.4.2: a product-key memory whose rows are concatenated with the attention output, and a gated MLP.
 
 python train.py --config configs/exp_1_4_2.py   -> BENCHMARKS.md, rows "1.4.2".
-The base config is this experiment: the record's sizes, 64 x 512 x 8 tokens an update, bf16, 3 epochs.
+The base config is this experiment, with the sizes of the original PyTorch run: 64 x 512 x 8 tokens an update, bf16, 3
+epochs. docs/memory.md explains the mechanism.
 """
 
 from configs import base

@@ -1,6 +1,6 @@
 """The mixture-of-experts sibling: 4 routed SwiGLU experts, 2 for each token, one shared, and a load-balance loss.
 
-python train.py --config configs/exp_moe.py   -> BENCHMARKS.md, rows "moe".
+python train.py --config configs/exp_moe.py   -> BENCHMARKS.md, rows "MoE".
 """
 
 from configs import base

@@ -1,22 +1,19 @@
-"""The best memory found at the cost of 1.4.0, G42 of docs/experiments.md: rows that the last one or two tokens address.
+"""The best memory found at the cost of 1.4.0: rows that the last one or two tokens address, G42 of docs/experiments.md.
 
-Measured small: 0.54 nats a token below 1.4.0 (128 x 4, 3 M tokens, three seeds) and 0.29 (192 x 4, 10.5 M tokens, one
-seed); all rows used. At this size: not yet.
+docs/experiments.md measured it at small scale; at this size nobody has.
 
-python train.py --config configs/memory_plus.py                               # text that is read once or twice
-python train.py --config configs/memory_plus.py --config.memory.ngrams=1      # more often: n-grams learn it by heart
+python train.py --config configs/memory_plus.py                            # text that is read once or twice
+python train.py --config configs/memory_plus.py --config.memory.ngrams=1   # more often: n-grams learn it by heart
 
-What differs from 1.4.2, and why (sources: Cheng et al. 2026, arXiv:2601.07372; Sadhukhan et al. 2026, arXiv:2601.10639;
-Memory+, arXiv:2412.09764):
-  'ngram_bag', 4 heads  two read a row for the token, two a row for it and the one before, at hashes: no gate that must
-                        learn, no search, no FLOPs before a row is known, every row in reach from the first update on
-  output                (y * silu(m W1)) W2: what a row says about its tokens is weighed by the context
-  residual input        m is the whole stream and not only what attention added
-  bank                  starts at std P^-0.5; learns 16 times as fast at first and as fast as the rest at the end;
-                        no decay, which would shrink rows while nobody reads them
-  middle layers         a memory in the middle half of the layers gains more than one in every layer
-  FFN                   in the other layers as in 1.4.0; beside a memory the widest that costs no more FLOPs a token:
-                        python -m mmjax.tools.cost --config configs/memory_plus.py --match configs/exp_1_4_0.py
+What differs from 1.4.2, and why (docs/memory.md explains the mechanisms and names the sources):
+  sublayer       an n-gram bag of 4 heads: two read a row for the token, two a row for it and the one before, at hashes.
+                 No gate must learn, nothing is searched, and every row is in reach from the first update on
+  input          the whole residual stream, instead of only what attention added, gates what the rows say
+  bank           starts at standard deviation P^-0.5; learns 16 times as fast at first and as fast as the rest at the end;
+                 does not decay, because decay would shrink rows while nobody reads them
+  layers         memories in the middle half gain more than memories in all layers
+  ffn_dim        the widest feed-forward layer next to a memory that costs no more FLOPs a token than 1.4.0:
+                 python -m mmjax.tools.cost --config configs/memory_plus.py --match configs/exp_1_4_0.py
 """
 
 from configs import base

@@ -1,6 +1,6 @@
-"""Experiment 1.4.2 in small: minutes on two CPU cores, on the text that every CPython carries.
+"""Experiment 1.4.2 at small scale: minutes on two CPU cores, on the text that every CPython carries.
 
-python train.py --config configs/quickstart.py   -> BENCHMARKS.md, row "quickstart".
+python train.py --config configs/quickstart.py   -> BENCHMARKS.md, "Quickstart".
 """
 
 from configs import base

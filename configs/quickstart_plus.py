@@ -1,9 +1,9 @@
-"""Quickstart with a memory that beats a feed-forward layer: memory_plus in small, its rows for the last token alone.
+"""Quickstart with a memory that beats the feed-forward layer: memory_plus at small scale, with rows for the last token.
 
-python train.py --config configs/quickstart_plus.py   -> BENCHMARKS.md, "Quickstart": 1.85 bits per byte. Without a
-memory (configs/quickstart.py --config.model.sublayer=dense), at as many FLOPs: 1.91.
+python train.py --config configs/quickstart_plus.py   -> BENCHMARKS.md, "Quickstart". This is the same without a memory:
+python train.py --config configs/quickstart.py --config.model.sublayer=dense
 
-Rows for longer n-grams learn a text that is read three times, as here, by heart: docs/experiments.md.
+Rows for longer n-grams would learn this text by heart, because it is read three times: docs/experiments.md.
 """
 
 from configs import memory_plus, quickstart
