@@ -9,7 +9,7 @@ What differs from 1.4.2, and why (docs/memory.md explains the mechanisms and nam
   sublayer       a bag of 4 heads x 16 rows: scores weigh the rows, so that the gate learns; more heads read more rows
   query_key_norm scores stay in range while queries and sub-keys both learn
   selection_bias evens out the use of the rows
-  bank           starts at standard deviation P^-0.5; learns 16 times as fast at first and as fast as the rest at the end;
+  bank           starts at standard deviation P^-0.5; learns 16 times as fast as the rest at first, as fast at the end;
                  does not decay, because decay would shrink rows while nobody reads them
   layers         all have a memory, which gains more than memories in the middle half
   ffn_dim        the widest feed-forward layer that costs no more FLOPs a token than 1.4.0:
