@@ -128,12 +128,26 @@ def test_penalty_and_seed_sampling_change_what_is_drawn(decoder):
 
 def test_new_lengths_and_settings_need_no_new_compilation(monkeypatch):
   traced = []
-  original = generate._decode
-  monkeypatch.setattr(generate, '_decode', lambda *args, **kw: traced.append(1) or original(*args, **kw))
+  original = generate._Steps.decode
+
+  def decode(steps, params, rows, cache, sampler, n_steps):
+    traced.append(1)
+    return original(steps, params, rows, cache, sampler, n_steps)
+
+  monkeypatch.setattr(generate._Steps, 'decode', decode)
   decoder, _ = make_decoder()
   for length, new_tokens, temperature in ((3, 20, 0.5), (9, 22, 0.7), (16, 24, 1.0)):
     decoder.generate([list(range(3, 3 + length))], Sampling(new_tokens, temperature=temperature, top_p=temperature))
   assert len(traced) == 1
+
+
+def test_ids_without_a_piece_are_never_picked():
+  config = tiny_config()
+  _, params = build_model(config)
+  for settings in ({'temperature': 0}, {'temperature': 5.0, 'top_p': 1.0}):
+    sampling = Sampling(20, **settings)
+    free, few = (Decoder(config, params, eos_id=EOS, n_ids=n).generate(PROMPTS, sampling) for n in (None, 40))
+    assert max(map(max, free)) >= 40 > max(map(max, few))
 
 
 @pytest.mark.parametrize('length', [1, 15, 16, 17, 100, 511, 512, 513, 5000])

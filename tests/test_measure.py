@@ -13,8 +13,7 @@ from mmjax.console import printable
 from mmjax.data.split import is_held_out
 from mmjax.errors import run_command
 from mmjax.evaluation.evaluate import EvalResult
-from mmjax.inference.measure import PROMPTS, read_prompts
-from mmjax.inference.text_stats import distinct_share, repeated_share
+from mmjax.inference.measure import PROMPTS, distinct_share, read_prompts, repeated_share
 
 
 @pytest.fixture

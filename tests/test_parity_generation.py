@@ -12,7 +12,7 @@ torch = pytest.importorskip('torch')
 
 from mmjax.config import Config, load_config  # noqa: E402
 from mmjax.inference.generate import Decoder  # noqa: E402
-from mmjax.inference.sampling import choose_tokens, keep_top_p, knobs_of, penalise  # noqa: E402
+from mmjax.inference.sampling import Sampler, keep_top_p, penalise  # noqa: E402
 from mmjax.inference.settings import Sampling  # noqa: E402
 from mmjax.model.lm import model_graph  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
@@ -114,10 +114,11 @@ def test_distribution_equals_torch(temperature, top_p, penalty):
   seen_BV = np.zeros((4, 50), bool)
   for row, tokens in enumerate(seen):
     seen_BV[row, tokens] = True
-  knobs = knobs_of(Sampling(temperature=temperature, top_p=top_p, repetition_penalty=penalty, seed_sampling=True))
+  settings = Sampling(temperature=temperature, top_p=top_p, repetition_penalty=penalty, seed_sampling=True)
+  sampler = Sampler.of(settings)
 
-  penalised = penalise(jnp.array(logits_BV), jnp.array(seen_BV), knobs.repetition_penalty, seed_sampling=True)
-  got = jax.nn.softmax(keep_top_p(penalised / knobs.temperature, knobs.top_p), axis=-1)
+  penalised = penalise(jnp.array(logits_BV), jnp.array(seen_BV), sampler.repetition_penalty, seed_sampling=True)
+  got = jax.nn.softmax(keep_top_p(penalised / sampler.temperature, sampler.top_p), axis=-1)
 
   for row, tokens in enumerate(seen):
     want = next_token_distribution(torch.from_numpy(logits_BV[row]), tokens, temperature, top_p, penalty).numpy()
@@ -130,13 +131,10 @@ def test_draws_follow_the_torch_distribution():
   sampling = Sampling(temperature=0.8, top_p=0.8, repetition_penalty=1.3, seed_sampling=True)
   want = next_token_distribution(torch.from_numpy(logits_V), [1, 5], 0.8, 0.8, 1.3).numpy()
   draws = 20_000
-  tokens = choose_tokens(
+  tokens = Sampler.of(sampling).choose(
     jnp.broadcast_to(logits_V, (draws, 12)),
     jnp.zeros((draws, 12), bool).at[:, jnp.array([1, 5])].set(True),
     jax.random.split(jax.random.key(0), draws),
-    knobs_of(sampling),
-    greedy=False,
-    seed_sampling=True,
   )
   share = np.bincount(tokens, minlength=12) / draws
   deviation = np.sqrt(want * (1 - want) / draws)

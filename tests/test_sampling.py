@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.errors import UserError
-from mmjax.inference.sampling import choose_tokens, keep_top_p, knobs_of, penalise
+from mmjax.inference.sampling import Sampler, keep_top_p, penalise
 from mmjax.inference.settings import Sampling
 
 
@@ -64,22 +64,11 @@ def test_penalty_lowers_seen_tokens_of_their_own_row_only():
   np.testing.assert_array_equal(seeds, [[1, -1, 1], [2, -2, 0.5]])
 
 
-def choose(logits, seen=None, key=0, n_ids=None, **settings):
-  sampling = Sampling(**settings)
+def choose(logits, seen=None, key=0, **settings):
   logits = jnp.asarray(logits)
   seen = jnp.zeros(logits.shape, bool) if seen is None else jnp.asarray(seen)
   keys = jax.random.split(jax.random.key(key), len(logits))
-  return np.asarray(
-    choose_tokens(
-      logits,
-      seen,
-      keys,
-      knobs_of(sampling),
-      greedy=sampling.greedy,
-      seed_sampling=sampling.seed_sampling,
-      n_ids=n_ids,
-    )
-  )
+  return np.asarray(Sampler.of(Sampling(**settings)).choose(logits, seen, keys))
 
 
 def test_greedy_takes_the_best_after_the_penalty():
@@ -115,11 +104,23 @@ def test_a_huge_temperature_draws_evenly_from_what_is_not_ruled_out(temperature)
   np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 4000, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.03)
 
 
-def test_ids_without_a_piece_are_never_picked():
+def test_what_is_ruled_out_is_never_picked():
   logits = random_logits(4, rows=64)
-  logits[:, 40:] += 100
-  for knobs in ({'temperature': 0}, {'temperature': 1e-40}, {'temperature': 1e38, 'top_p': 1}, {'top_p': 0}):
-    assert choose(logits, n_ids=40, **knobs).max() < 40
+  logits[:, 40:] = -np.inf
+  seen = np.ones(logits.shape, bool)
+  for numbers in ({'temperature': 0}, {'temperature': 1e-40}, {'temperature': 1e38, 'top_p': 1}, {'top_p': 0}):
+    assert choose(logits, seen, repetition_penalty=2, **numbers).max() < 40
+
+
+def test_other_numbers_are_another_argument_and_no_other_function():
+  traced = []
+  jitted = jax.jit(lambda sampler, logits, keys: traced.append(1) or sampler.choose(logits, logits > 0, keys))
+  logits, keys = jnp.asarray(random_logits(0)), jax.random.split(jax.random.key(0), 3)
+  for numbers in ({}, {'temperature': 0.2, 'top_p': 0.3}, {'repetition_penalty': 2.0}, {'seed': 5}):
+    jitted(Sampler.of(Sampling(**numbers)), logits, keys)
+  assert len(traced) == 1
+  jitted(Sampler.of(Sampling(temperature=0)), logits, keys)
+  assert len(traced) == 2
 
 
 def test_the_same_key_draws_the_same_tokens():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mmjax.inference.text_stats import distinct_share, repeated_share
+from mmjax.inference.measure import distinct_share, repeated_share
 
 
 def test_shares_of_a_small_example():

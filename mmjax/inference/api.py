@@ -18,7 +18,7 @@ from mmjax.data.tokenizer import Tokenizer
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.inference.generate import NO_EOS, Decoder, padded_length
-from mmjax.inference.settings import Sampling, make_sampling
+from mmjax.inference.settings import Sampling
 from mmjax.model.lm import Params, abstract_params, model_graph
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
@@ -114,7 +114,7 @@ class LanguageModel:
         raise UserError(f'a prompt of shape {row.shape} must be a list of token ids; prompts are [[5, 6, 7], ...]')
       if not row.size:
         raise UserError('a prompt needs at least one token; begin with tokenizer.start_id(config.data.layout)')
-    return self._decoder.generate(rows, make_sampling(settings))
+    return self._decoder.generate(rows, Sampling.of(settings))
 
   def stream(self, prompt: str, **settings: float) -> Iterator[str]:
     """Yields the continuation of a prompt in pieces as they are made; together they are what `generate` returns.
@@ -122,7 +122,7 @@ class LanguageModel:
     A character whose bytes are spread over several tokens is held back until it is whole. For the arguments see
     `generate`.
     """
-    sampling, tokens = make_sampling(settings), self.encode_prompt(prompt)
+    sampling, tokens = Sampling.of(settings), self.encode_prompt(prompt)
     return self._pieces(tokens, sampling)
 
   def _pieces(self, tokens: list[int], sampling: Sampling) -> Iterator[str]:

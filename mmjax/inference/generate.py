@@ -2,11 +2,11 @@
 
 Both parts are compiled for a few shapes only: prompts are padded to the next size of a short list, so that a new
 length rarely needs a new compilation. A block of steps is one call; the host sees tokens after each block, which is
-what streaming needs, and asks the device no more often than that.
+what streaming needs, and asks the device no more often than that. How a token is chosen: mmjax/inference/sampling.py.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.typing import DTypeLike
 
 from mmjax.config import Config, ModelConfig
 from mmjax.environment import own_jax_settings
-from mmjax.inference.sampling import Knobs, choose_tokens, knobs_of
+from mmjax.inference.sampling import Sampler
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import Cache, Params, init_cache, model_graph
 from mmjax.run.placement import Placement, place_reader
@@ -29,15 +28,15 @@ LEAST_TOKENS = 16  # shortest padded prompt
 NO_EOS = -1  # every row goes on to its last token
 
 
-class DecodeState(NamedTuple):
-  """Where each row stands: its last token and that token's position, not yet in the cache."""
+class Rows(NamedTuple):
+  """Where each row stands: its last token and that token's position, not yet in the cache; tokens seen; its key."""
 
   token_B: Array
   position_B: Array
   seen_BV: Array
   done_B: Array
+  key_B: Array
   step: Array
-  cache: Cache
 
 
 class Decoder:
@@ -55,22 +54,15 @@ class Decoder:
       n_ids: pieces of the tokenizer, where the embedding has more rows; these are never chosen.
       placement: how to run it; None: in float32, which is also the fastest on a CPU, and with the run's attention.
     """
-    params = jax.tree.map(jnp.asarray, params)  # once: arrays of NumPy would be copied at every call
-    self._params, self._eos_id, self._vocab_size = params, eos_id, config.model.vocab_size
-    graphdef = model_graph(config)
     placement = placement or place_reader(config, dtype='float32')
-    dtype = placement.dtype
-    modes = ('greedy', 'seed_sampling')
-    self._prefill = placement.jit(
-      partial(_prefill, graphdef, config.model, dtype, placement.attention, eos_id, n_ids),
-      static_argnames=('length', *modes),
-    )
     # A CPU reads (out, in) matrices faster where a product has a single row: 1.16 times the tokens/s of 1.4.2.
     transposed = jax.default_backend() == 'cpu'
-    self._decode_params = _transpose_kernels(params) if transposed else params
-    self._decode = placement.jit(
-      partial(_decode, graphdef, dtype, eos_id, n_ids, transposed), static_argnames=modes, donate_argnames='state'
-    )
+    steps = _Steps(model_graph(config), config.model, placement, eos_id, n_ids, transposed)
+    self._prefill = placement.jit(steps.prefill, static_argnames='length')
+    self._decode = placement.jit(steps.decode, donate_argnames=('rows', 'cache'))
+    self._params = jax.tree.map(jnp.asarray, params)  # once: arrays of NumPy would be copied at every call
+    self._decode_params = _transpose_kernels(self._params) if transposed else self._params
+    self._eos_id, self._vocab_size = eos_id, config.model.vocab_size
 
   def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     """Continues every prompt to its end.
@@ -82,15 +74,13 @@ class Decoder:
     Returns:
       For each prompt its new tokens; EOS is the last one where the row ended by itself.
     """
-    rows = []
+    new = [[] for _ in prompts]
     for first in range(0, len(prompts), MOST_ROWS):
-      part = prompts[first : first + MOST_ROWS]
-      new = [[] for _ in part]
-      for block in self.stream(part, sampling, first):
-        for row, tokens in zip(new, block, strict=True):
+      part = slice(first, first + MOST_ROWS)
+      for block in self.stream(prompts[part], sampling, first):
+        for row, tokens in zip(new[part], block, strict=True):
           row += tokens
-      rows += new
-    return rows
+    return new
 
   def stream(
     self, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int = 0
@@ -105,123 +95,104 @@ class Decoder:
     Yields:
       For each prompt the tokens made since the last time, EOS included; nothing after EOS.
     """
-    mode = {'greedy': sampling.greedy, 'seed_sampling': sampling.seed_sampling}
-    knobs = knobs_of(sampling)
     with own_jax_settings():  # left before each yield: they are not the caller's
-      tokens_BT, length_B, seen_BV, key_B = self._pad(prompts, sampling, first_row)
+      sampler = Sampler.of(sampling)
+      tokens_BT, rows = self._pad(prompts, sampling, first_row)
       # Room for whole blocks: the shape of the cache, and with it the compiled function, changes rarely.
       length = padded_length(tokens_BT.shape[1] + sampling.max_new_tokens)
-      state = self._prefill(self._params, tokens_BT, length_B, seen_BV, key_B, knobs, length=length, **mode)
-    yield self._cut(np.asarray(state.token_B)[:, None], len(prompts), ended := [False] * len(prompts))
+      rows, cache = self._prefill(self._params, tokens_BT, rows, sampler, length=length)
+    yield self._cut(np.asarray(rows.token_B)[:, None], ended := [False] * len(prompts))
     made = 1
     while made < sampling.max_new_tokens and not all(ended):
       steps = min(BLOCK_STEPS, sampling.max_new_tokens - made)
       with own_jax_settings():
-        block_BX, state = self._decode(self._decode_params, state, key_B, knobs, steps, **mode)
-      yield self._cut(np.asarray(block_BX)[:, :steps], len(prompts), ended)
+        block_BX, rows, cache = self._decode(self._decode_params, rows, cache, sampler, steps)
+      yield self._cut(np.asarray(block_BX)[:, :steps], ended)
       made += steps
 
-  def _pad(
-    self, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int
-  ) -> tuple[np.ndarray, np.ndarray, np.ndarray, Array]:
-    """Returns tokens_BT padded on the right, lengths (0 for rows without a prompt), tokens seen, and keys."""
-    rows = 1 << (len(prompts) - 1).bit_length()
-    tokens_BT = np.zeros((rows, padded_length(max(map(len, prompts)))), np.int32)
-    length_B = np.zeros(rows, np.int32)
-    seen_BV = np.zeros((rows, self._vocab_size), bool)
+  def _pad(self, prompts: Sequence[Sequence[int]], sampling: Sampling, first_row: int) -> tuple[np.ndarray, Rows]:
+    """Returns tokens_BT padded on the right, and rows before their first new token; those without a prompt are done."""
+    n_rows = 1 << (len(prompts) - 1).bit_length()
+    tokens_BT = np.zeros((n_rows, padded_length(max(map(len, prompts)))), np.int32)
+    length_B = np.zeros(n_rows, np.int32)
+    seen_BV = np.zeros((n_rows, self._vocab_size), bool)
     for row, prompt in enumerate(prompts):
       tokens_BT[row, : len(prompt)] = prompt
       length_B[row] = len(prompt)
       seen_BV[row, prompt] = True
     if not sampling.seed_sampling and self._eos_id != NO_EOS:
       seen_BV[:, self._eos_id] = False  # prompts may open with it; a penalty on it would put off the end
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(
-      jax.random.key(sampling.seed), jnp.arange(first_row, first_row + rows)
-    )
-    return tokens_BT, length_B, seen_BV, keys
+    key, number_B = jax.random.key(sampling.seed), jnp.arange(first_row, first_row + n_rows)
+    key_B = jax.vmap(jax.random.fold_in, (None, 0))(key, number_B)
+    return tokens_BT, Rows(tokens_BT[:, 0], length_B - 1, seen_BV, length_B == 0, key_B, np.int32(0))
 
-  def _cut(self, block_BX: np.ndarray, n_rows: int, ended: list[bool]) -> list[list[int]]:
-    """Returns each row's tokens up to its EOS, and notes in `ended` which rows had it."""
-    block = []
-    for row, tokens in enumerate(block_BX[:n_rows].tolist()):
+  def _cut(self, block_BX: np.ndarray, ended: list[bool]) -> list[list[int]]:
+    """Returns the tokens of each row that has a prompt up to its EOS, and notes in `ended` which rows had it."""
+    block = block_BX[: len(ended)].tolist()
+    for row, tokens in enumerate(block):
       if ended[row]:
-        tokens = []
+        block[row] = []
       elif self._eos_id in tokens:
-        tokens, ended[row] = tokens[: tokens.index(self._eos_id) + 1], True
-      block.append(tokens)
+        block[row], ended[row] = tokens[: tokens.index(self._eos_id) + 1], True
     return block
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Steps:
+  """What is compiled: `prefill` reads prompts; `decode` makes tokens, with matrices that may be transposed."""
+
+  graphdef: nnx.GraphDef
+  sizes: ModelConfig
+  placement: Placement
+  eos_id: int
+  n_ids: int | None
+  transposed: bool
+
+  def prefill(self, params: Params, tokens_BT: Array, rows: Rows, sampler: Sampler, length: int) -> tuple[Rows, Cache]:
+    """Reads the prompts into a cache of `length` positions and chooses the first new token of every row."""
+    model, dtype = nnx.merge(self.graphdef, params), self.placement.dtype
+    cache = init_cache(self.sizes, len(tokens_BT), length, dtype)
+    hidden_BTD, cache = model.prefill(tokens_BT, cache, dtype=dtype, attention=self.placement.attention)
+    last_B11 = jnp.maximum(rows.position_B, 0)[:, None, None]
+    logits_BV = model.logits(jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0])
+    return self.advance(rows, logits_BV, sampler), cache
+
+  def decode(
+    self, params: Params, rows: Rows, cache: Cache, sampler: Sampler, steps: Array
+  ) -> tuple[Array, Rows, Cache]:
+    """Makes up to `steps` tokens a row, fewer if all end; returns them as (B, BLOCK_STEPS), EOS behind the last."""
+
+    def goes_on(carry: tuple) -> Array:
+      made, rows, *_ = carry
+      return (made < steps) & ~jnp.all(rows.done_B)
+
+    def step(carry: tuple) -> tuple:
+      made, rows, cache, block_BX = carry
+      # Turned back here and not before the loop, so that XLA makes it part of the products.
+      model = nnx.merge(self.graphdef, _transpose_kernels(params) if self.transposed else params)
+      hidden_B1D, cache = model.decode(rows.token_B[:, None], cache, rows.position_B, dtype=self.placement.dtype)
+      rows = self.advance(rows, model.logits(hidden_B1D[:, 0]), sampler)
+      return made + 1, rows, cache, block_BX.at[:, made].set(rows.token_B)
+
+    block_BX = jnp.full((len(rows.token_B), BLOCK_STEPS), self.eos_id, jnp.int32)
+    _, rows, cache, block_BX = jax.lax.while_loop(goes_on, step, (jnp.int32(0), rows, cache, block_BX))
+    return block_BX, rows, cache
+
+  def advance(self, rows: Rows, logits_BV: Array, sampler: Sampler) -> Rows:
+    """Chooses the next token of every row that has not ended."""
+    if self.n_ids is not None:
+      logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.n_ids, logits_BV, -jnp.inf)
+    key_B = jax.vmap(jax.random.fold_in, (0, None))(rows.key_B, rows.step)
+    token_B = jnp.where(rows.done_B, self.eos_id, sampler.choose(logits_BV, rows.seen_BV, key_B))
+    seen_BV = rows.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
+    done_B = rows.done_B | (token_B == self.eos_id)
+    return Rows(token_B, rows.position_B + 1, seen_BV, done_B, rows.key_B, rows.step + 1)
 
 
 def padded_length(length: int) -> int:
   """Returns the next of 16, 20, 24, 28, 32, 40, ...: four sizes an octave, so that at most a fifth is padding."""
   step = max(LEAST_TOKENS, 1 << (length - 1).bit_length()) // 8
   return max(LEAST_TOKENS, -(-length // step) * step)
-
-
-def _prefill(
-  graphdef: nnx.GraphDef,
-  config: ModelConfig,
-  dtype: DTypeLike,
-  attention: str,
-  eos_id: int,
-  n_ids: int | None,
-  params: Params,
-  tokens_BT: Array,
-  length_B: Array,
-  seen_BV: Array,
-  key_B: Array,
-  knobs: Knobs,
-  *,
-  length: int,
-  greedy: bool,
-  seed_sampling: bool,
-) -> DecodeState:
-  """Reads the prompts into a cache of `length` positions and chooses the first new token of every row."""
-  model = nnx.merge(graphdef, params)
-  cache = init_cache(config, len(tokens_BT), length, dtype)
-  hidden_BTD, cache = model.prefill(tokens_BT, cache, dtype=dtype, attention=attention)
-  last_B11 = jnp.maximum(length_B - 1, 0)[:, None, None]
-  logits_BV = model.logits(jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0])
-  state = DecodeState(length_B, length_B - 1, seen_BV, length_B == 0, jnp.int32(0), cache)
-  return _advance(state, logits_BV, key_B, knobs, eos_id, n_ids, greedy, seed_sampling)
-
-
-def _decode(
-  graphdef: nnx.GraphDef,
-  dtype: DTypeLike,
-  eos_id: int,
-  n_ids: int | None,
-  transposed: bool,
-  params: Params,
-  state: DecodeState,
-  key_B: Array,
-  knobs: Knobs,
-  steps: Array,
-  *,
-  greedy: bool,
-  seed_sampling: bool,
-) -> tuple[Array, DecodeState]:
-  """Makes up to `steps` tokens a row, fewer if all rows end; returns them as (B, BLOCK_STEPS), EOS behind the last.
-
-  `transposed`: whether the matrices in `params` are.
-  """
-
-  def goes_on(carry: tuple) -> Array:
-    made, state, _ = carry
-    return (made < steps) & ~jnp.all(state.done_B)
-
-  def step(carry: tuple) -> tuple:
-    made, state, block_BX = carry
-    # Turned back here and not before the loop, so that XLA makes it part of the products.
-    model = nnx.merge(graphdef, _transpose_kernels(params) if transposed else params)
-    hidden_B1D, cache = model.decode(state.token_B[:, None], state.cache, state.position_B, dtype=dtype)
-    state = state._replace(cache=cache)
-    state = _advance(state, model.logits(hidden_B1D[:, 0]), key_B, knobs, eos_id, n_ids, greedy, seed_sampling)
-    return made + 1, state, block_BX.at[:, made].set(state.token_B)
-
-  block_BX = jnp.full((len(state.token_B), BLOCK_STEPS), eos_id, jnp.int32)
-  _, state, block_BX = jax.lax.while_loop(goes_on, step, (jnp.int32(0), state, block_BX))
-  return block_BX, state
 
 
 def _transpose_kernels(params: Params) -> Params:
@@ -231,23 +202,3 @@ def _transpose_kernels(params: Params) -> Params:
     return leaf.T if path[-1].key == 'kernel' and leaf.ndim == 2 else leaf
 
   return jax.tree_util.tree_map_with_path(transpose, params)
-
-
-def _advance(
-  state: DecodeState,
-  logits_BV: Array,
-  key_B: Array,
-  knobs: Knobs,
-  eos_id: int,
-  n_ids: int | None,
-  greedy: bool,
-  seed_sampling: bool,
-) -> DecodeState:
-  """Chooses the next token of every row that has not ended."""
-  key_B = jax.vmap(jax.random.fold_in, (0, None))(key_B, state.step)
-  modes = {'greedy': greedy, 'seed_sampling': seed_sampling, 'n_ids': n_ids}
-  token_B = choose_tokens(logits_BV, state.seen_BV, key_B, knobs, **modes)
-  token_B = jnp.where(state.done_B, eos_id, token_B)
-  seen_BV = state.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
-  done_B = state.done_B | (token_B == eos_id)
-  return DecodeState(token_B, state.position_B + 1, seen_BV, done_B, state.step + 1, state.cache)

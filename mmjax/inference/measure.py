@@ -18,7 +18,6 @@ from mmjax.evaluation.evaluate import EvalResult, evaluate, make_eval_step
 from mmjax.evaluation.probes import LAYER_NORMS, plan_probe
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
-from mmjax.inference.text_stats import distinct_share, repeated_share
 from mmjax.model.lm import model_graph
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
@@ -27,13 +26,8 @@ from mmjax.run.sharding import make_mesh
 from mmjax.run.text import evaluation_data, find_run_data, place_for_shards
 
 # Settings of a run that may be others when it is looked at: where its text is now, or how other text is to be read.
-WHERE = (
-  'data.train_files',
-  'data.valid_files',
-  'data.prepared_dir',
-  'data.text_key',
-  'data.on_bad_line',
-  'data.workers',
+WHERE = tuple(
+  f'data.{name}' for name in ('train_files', 'valid_files', 'prepared_dir', 'text_key', 'on_bad_line', 'workers')
 )
 PROMPTS = Path(__file__).with_name('prompts.txt')  # the three that the record of experiment 1.4.2 quotes
 SHOWN_CHARS = 2000  # of a prompt, on the terminal and in reports
@@ -105,7 +99,14 @@ def open_text(config: Config, run: RunDir, files: str = '', progress: ProgressSi
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
-  return _other_text(config, run, files, progress) if files else _open(config, evaluation_data(run, config), 'valid')
+  data, length = config.data, config.model.max_seq_len
+  rows = {'max_seq_len': length, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
+  if not files:
+    return open_split(evaluation_data(run, config), 'valid', **rows)
+  own = {'tokenizer': str(run.tokenizer_path), 'prepared_dir': place_for_shards(run, config)}
+  other = dataclasses.replace(data, train_files=files, valid_files='', valid_fraction=0.0, **own)
+  prepared = prepare(other, config.model.vocab_size, progress)
+  return open_split(prepared, 'train', **rows)  # the name of the only split there is
 
 
 def add_training_norms(found: EvalResult, run: RunDir, step: int) -> dict[str, Any]:
@@ -126,21 +127,6 @@ def add_training_norms(found: EvalResult, run: RunDir, step: int) -> dict[str, A
   return numbers
 
 
-def _open(config: Config, prepared: Path, split: str) -> TokenSplit:
-  data, length = config.data, config.model.max_seq_len
-  return open_split(prepared, split, max_seq_len=length, layout=data.layout, isolate_documents=data.isolate_documents)
-
-
-def _other_text(config: Config, run: RunDir, files: str, progress: ProgressSink | None) -> TokenSplit:
-  own = {'tokenizer': str(run.tokenizer_path), 'prepared_dir': place_for_shards(run, config)}
-  data = dataclasses.replace(config.data, train_files=files, valid_files='', valid_fraction=0.0, **own)
-  return _open(config, prepare(data, config.model.vocab_size, progress), 'train')  # the name of the only split there is
-
-
-def _end_of(prompt: str) -> str:
-  return prompt if len(prompt) <= SHOWN_CHARS else f'...{prompt[-SHOWN_CHARS:]}'
-
-
 def continue_prompts(lm: LanguageModel, prompts: Sequence[str], sampling: Sampling) -> dict[str, Any]:
   """Continues prompts and measures how varied the continuations are.
 
@@ -157,11 +143,34 @@ def continue_prompts(lm: LanguageModel, prompts: Sequence[str], sampling: Sampli
   for prompt, row in zip(prompts, rows, strict=True):
     ended = row[-1] == lm.tokenizer.eos_id
     texts.append(row[:-1] if ended else row)
+    shown = prompt if len(prompt) <= SHOWN_CHARS else f'...{prompt[-SHOWN_CHARS:]}'
     continuation = lm.tokenizer.decode(texts[-1])
-    samples.append({'prompt': _end_of(prompt), 'continuation': continuation, 'tokens': len(texts[-1]), 'ended': ended})
+    samples.append({'prompt': shown, 'continuation': continuation, 'tokens': len(texts[-1]), 'ended': ended})
   return {
     'sampling': settings,
     'samples': samples,
     **{f'distinct_{n}': distinct_share(texts, n) for n in (1, 2, 3)},
     'repeated_4grams': repeated_share(texts, 4),
   }
+
+
+def distinct_share(rows: Sequence[Sequence[int]], n: int) -> float | None:
+  """Returns distinct-n, different n-grams over all n-grams of all rows: 1 where none came twice, None without any.
+
+  Source: Li et al. 2016, arXiv:1510.03055, section 5.2.
+  """
+  grams = [gram for row in rows for gram in _ngrams(row, n)]
+  return len(set(grams)) / len(grams) if grams else None
+
+
+def repeated_share(rows: Sequence[Sequence[int]], n: int) -> float | None:
+  """Returns the share of a row's n-grams that stand earlier in the row, mean over rows with any; None without any.
+
+  Source: Welleck et al. 2020, arXiv:1908.04319, section 3, "seq-rep-n".
+  """
+  shares = [1 - len(set(grams)) / len(grams) for row in rows if (grams := _ngrams(row, n))]
+  return sum(shares) / len(shares) if shares else None
+
+
+def _ngrams(row: Sequence[int], n: int) -> list[tuple[int, ...]]:
+  return [tuple(row[i : i + n]) for i in range(len(row) - n + 1)]

@@ -6,9 +6,10 @@ this row, in this layer alone, replaced by the mean of all rows of the bank. Wha
 probability is the effect of this row's value over an average one, on every path through the model.
 """
 
+import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -57,11 +58,10 @@ class MemoryReader:
     self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
     kinds, ngrams = layer_kinds(config.model, config.memory), config.memory.ngram_of_heads()
     self.ngrams = {layer: ngrams if SUBLAYERS[kinds[layer]].reads_ngrams else () for layer in self.layers}
-    forward = partial(_forward, model_graph(config), lm.placement)
-    compiled = lm.placement.jit
-    self._reads = compiled(partial(_reads, forward, config))
-    self._strength = compiled(partial(_strength, forward, config, self.scores_weigh))
-    self._log_probs = compiled(partial(_log_probs, forward))
+    forward = _Forward(model_graph(config), lm.placement, config, self.scores_weigh)
+    self._reads, self._strength, self._log_probs = map(
+      lm.placement.jit, (forward.reads, forward.strength, forward.log_probs)
+    )
 
   def chosen_layers(self, layer: int | None) -> list[int]:
     """Returns that layer, or all that have a memory for None.
@@ -119,28 +119,23 @@ class MemoryReader:
     row_LTR, score_LTR, weight_LTR = (np.asarray(x)[:, 0] for x in arrays)
     order_LTR = np.argsort(-(np.abs(weight_LTR) if self.scores_weigh else score_LTR), axis=-1, kind='stable')[..., :top]
     head_R = np.repeat(np.arange(self.lm.config.memory.n_heads), self.lm.config.model.num_selected)
-
     text = partial(token_text, self.lm.tokenizer)
 
-    def rows_of(layer: int, t: int) -> list[dict[str, Any]]:
-      at, ngrams = self.layers.index(layer), self.ngrams[layer]
-      return [
-        {
-          'row': int(row_LTR[at, t, slot]),
-          'head': int(head_R[slot]),
-          'score': None if ngrams else float(score_LTR[at, t, slot]),
-          'weight': float(weight_LTR[at, t, slot]) if self.scores_weigh and not ngrams else None,
-          'ngram': ''.join(map(text, ids[max(0, t + 1 - ngrams[head_R[slot]]) : t + 1])) if ngrams else None,
-        }
-        for slot in order_LTR[at, t]
-      ]
+    def read(layer: int, t: int, slot: int) -> dict[str, Any]:
+      at, ngrams, head = self.layers.index(layer), self.ngrams[layer], int(head_R[slot])
+      return {
+        'row': int(row_LTR[at, t, slot]),
+        'head': head,
+        'score': None if ngrams else float(score_LTR[at, t, slot]),
+        'weight': float(weight_LTR[at, t, slot]) if self.scores_weigh and not ngrams else None,
+        'ngram': ''.join(map(text, ids[max(0, t + 1 - ngrams[head]) : t + 1])) if ngrams else None,
+      }
+
+    def rows(layer: int, t: int) -> dict[str, Any]:
+      return {'layer': layer, 'rows': [read(layer, t, slot) for slot in order_LTR[self.layers.index(layer), t]]}
 
     return [
-      {
-        'id': int(token),
-        'token': text(token),
-        'layers': [{'layer': layer, 'rows': rows_of(layer, t)} for layer in layers],
-      }
+      {'id': int(token), 'token': text(token), 'layers': [rows(layer, t) for layer in layers]}
       for t, token in enumerate(ids)
     ]
 
@@ -175,29 +170,26 @@ class MemoryReader:
     self.check_row(row)
     layers = self.chosen_layers(layer)
     best, taken, read = self._best_contexts(row, split, layers, positions)
-    found = []
-    for number in layers:
-      contexts = [self._context(split, *context) for context in best[number][:top]]
-      effect = self._effect(row, number, split, best[number], top) if best[number] else None
-      strength_is = '' if self.ngrams[number] else 'weight' if self.scores_weigh else 'score'
-      found.append(
-        {
-          'layer': number,
-          'taken': taken[number],
-          'strength_is': strength_is,
-          'contexts': contexts,
-          'effect': effect,
-        }
-      )
-    return {'row': row, 'positions': read, 'layers': found}
+
+    def found(number: int) -> dict[str, Any]:
+      return {
+        'layer': number,
+        'taken': taken[number],
+        'strength_is': '' if self.ngrams[number] else 'weight' if self.scores_weigh else 'score',
+        'contexts': [self._context(split, *context) for context in best[number][:top]],
+        'effect': self._effect(row, number, split, best[number], top) if best[number] else None,
+      }
+
+    return {'row': row, 'positions': read, 'layers': list(map(found, layers))}
 
   def _best_contexts(
     self, row: int, split: TokenSplit, layers: list[int], positions: int
   ) -> tuple[dict[int, list[tuple[float, int, int]]], Counter, int]:
     """Returns for each layer (strength, corpus row, position), strongest first; how many there were; positions read."""
     best, taken, read = {layer: [] for layer in layers}, Counter(), 0
-    for batch in self._batches(split, positions):
-      strength_LBT = np.asarray(self._strength(self.lm.params, batch['input'], batch['segment'], row))
+    most = -(-positions // (ROWS * split.max_seq_len)) if positions else None
+    for batch in itertools.islice(eval_batches(split, ROWS), most):
+      strength_LBT = np.asarray(self._strength(self.lm.params, *_inputs(split, batch), row))
       predicted_BT = batch['target'] != PADDING
       read += int(predicted_BT.sum())
       for layer in layers:
@@ -207,11 +199,6 @@ class MemoryReader:
         best[layer] += [(float(strength_BT[b, t]), int(batch['row_id'][b]), int(t)) for b, t in places]
         best[layer] = sorted(best[layer], key=lambda c: -c[0])[:KEPT_CONTEXTS]
     return best, taken, read
-
-  def _batches(self, split: TokenSplit, positions: int) -> Iterator[dict[str, Any]]:
-    most = -(-positions // (ROWS * split.max_seq_len)) if positions else None
-    for batch in itertools.islice(eval_batches(split, ROWS), most):
-      yield batch | {'segment': batch['segment'] if split.isolate_documents else None}
 
   def _context(self, split: TokenSplit, strength: float, corpus_row: int, position: int) -> dict[str, Any]:
     rows = split.rows(np.array([corpus_row]))
@@ -230,18 +217,20 @@ class MemoryReader:
     self, row: int, layer: int, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
   ) -> dict[str, Any]:
     mean_P = jnp.mean(self.lm.params['memory_bank'], axis=0)
-    log_with_XV, log_without_XV, next_X = [], [], []
+    found = []
     for first in range(0, len(contexts), ROWS):
       part = list(contexts[first : first + ROWS])
       filled = part + part[:1] * (ROWS - len(part))  # one shape, one compilation
-      batch = split.rows(np.array([corpus_row for _, corpus_row, _ in filled]))
-      position_B = np.array([position for _, _, position in filled])
-      segment_BT = batch['segment'] if split.isolate_documents else None
-      for changed, logs in ((layer, log_without_XV), (-1, log_with_XV)):
-        log_BV = self._log_probs(self.lm.params, batch['input'], segment_BT, position_B, changed, row, mean_P)
-        logs.append(np.asarray(log_BV, np.float64)[: len(part)])
-      next_X.append(batch['target'][np.arange(len(part)), position_B[: len(part)]])
-    log_with_XV, log_without_XV, next_X = map(np.concatenate, (log_with_XV, log_without_XV, next_X))
+      _, corpus_row_B, position_B = map(np.array, zip(*filled, strict=True))
+      batch = split.rows(corpus_row_B)
+      log_with_BV, log_without_BV = (
+        self._log_probs(self.lm.params, *_inputs(split, batch), position_B, changed, row, mean_P)
+        for changed in (-1, layer)
+      )
+      next_B = batch['target'][np.arange(ROWS), position_B]
+      found.append([np.asarray(x)[: len(part)] for x in (log_with_BV, log_without_BV, next_B)])
+    log_with_XV, log_without_XV, next_X = map(np.concatenate, zip(*found, strict=True))
+    log_with_XV, log_without_XV = log_with_XV.astype(np.float64), log_without_XV.astype(np.float64)
     change_XV = log_with_XV - log_without_XV
     change_V, with_V, without_V = change_XV.mean(0), np.exp(log_with_XV).mean(0), np.exp(log_without_XV).mean(0)
 
@@ -269,50 +258,51 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
   return tokenizer.decode([token]) or names.get(token, f'<{token}>')
 
 
-def _forward(
-  graphdef: nnx.GraphDef,
-  placement: Placement,
-  params: Params,
-  tokens_BT: Array,
-  segment_BT: Array | None,
-  **settings: Any,
-) -> tuple[LM, Output]:
-  model = nnx.merge(graphdef, params)
-  return model, model(tokens_BT, segment_BT, dtype=placement.dtype, attention=placement.attention, **settings)
+def _inputs(split: TokenSplit, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:
+  """Returns tokens and segments of a batch, None where a row is one segment."""
+  return batch['input'], batch['segment'] if split.isolate_documents else None
 
 
-def _reads(
-  forward: partial, config: Config, params: Params, tokens_BT: Array, segment_BT: Array | None
-) -> tuple[Array, Array, Array]:
-  """Returns rows, scores and weights, each (L, B, T, R)."""
-  _, out = forward(params, tokens_BT, segment_BT)
-  return out.row_LBTR, out.score_LBTR, row_weights(config.model, config.memory, out.score_LBTR)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Forward:
+  """What is compiled: the model, and what is read off it."""
 
+  graphdef: nnx.GraphDef
+  placement: Placement
+  config: Config
+  scores_weigh: bool
 
-def _strength(
-  forward: partial, config: Config, weigh: bool, params: Params, tokens_BT: Array, segment_BT: Array | None, row: Array
-) -> Array:
-  """Returns how much each position takes a row, float32 (L, B, T); -inf where it does not."""
-  row_LBTR, score_LBTR, weight_LBTR = _reads(forward, config, params, tokens_BT, segment_BT)
-  strength_LBTR = jnp.abs(weight_LBTR) if weigh else score_LBTR
-  return jnp.max(jnp.where(row_LBTR == row, strength_LBTR, -jnp.inf), axis=-1)
+  def run(self, params: Params, tokens_BT: Array, segment_BT: Array | None, **settings: Any) -> tuple[LM, Output]:
+    model = nnx.merge(self.graphdef, params)
+    place = {'dtype': self.placement.dtype, 'attention': self.placement.attention}
+    return model, model(tokens_BT, segment_BT, **place, **settings)
 
+  def reads(self, params: Params, tokens_BT: Array, segment_BT: Array | None) -> tuple[Array, Array, Array]:
+    """Returns rows, scores and weights, each (L, B, T, R)."""
+    _, out = self.run(params, tokens_BT, segment_BT)
+    return out.row_LBTR, out.score_LBTR, row_weights(self.config.model, self.config.memory, out.score_LBTR)
 
-def _log_probs(
-  forward: partial,
-  params: Params,
-  tokens_BT: Array,
-  segment_BT: Array | None,
-  position_B: Array,
-  layer: Array,
-  row: Array,
-  value_P: Array,
-) -> Array:
-  """Returns log-probabilities (B, V) of the token after a position, the row's value replaced in a layer (-1: none)."""
+  def strength(self, params: Params, tokens_BT: Array, segment_BT: Array | None, row: Array) -> Array:
+    """Returns how much each position takes a row, float32 (L, B, T); -inf where it does not."""
+    row_LBTR, score_LBTR, weight_LBTR = self.reads(params, tokens_BT, segment_BT)
+    strength_LBTR = jnp.abs(weight_LBTR) if self.scores_weigh else score_LBTR
+    return jnp.max(jnp.where(row_LBTR == row, strength_LBTR, -jnp.inf), axis=-1)
 
-  def replace(number: int, bank_MP: Array) -> Array:
-    return bank_MP.at[row].set(jnp.where(number == layer, value_P, bank_MP[row]))
+  def log_probs(
+    self,
+    params: Params,
+    tokens_BT: Array,
+    segment_BT: Array | None,
+    position_B: Array,
+    layer: Array,
+    row: Array,
+    value_P: Array,
+  ) -> Array:
+    """Returns log-probabilities (B, V) of what follows a position, the row's value replaced in a layer (-1: none)."""
 
-  model, out = forward(params, tokens_BT, segment_BT, bank_of_layer=replace)
-  hidden_BD = out.hidden_BTD[jnp.arange(len(position_B)), position_B]
-  return jax.nn.log_softmax(model.logits(hidden_BD), axis=-1)
+    def replace(number: int, bank_MP: Array) -> Array:
+      return bank_MP.at[row].set(jnp.where(number == layer, value_P, bank_MP[row]))
+
+    model, out = self.run(params, tokens_BT, segment_BT, bank_of_layer=replace)
+    hidden_BD = out.hidden_BTD[jnp.arange(len(position_B)), position_B]
+    return jax.nn.log_softmax(model.logits(hidden_BD), axis=-1)

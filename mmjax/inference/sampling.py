@@ -4,7 +4,9 @@ Two rules exist. The default penalises a repeated token whatever the sign of its
 PyTorch code of experiment 1.4.2 does: it divides every repeated logit, which raises the negative ones.
 """
 
-from typing import NamedTuple
+import dataclasses
+from functools import partial
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -17,19 +19,52 @@ from mmjax.inference.settings import Sampling
 LEAST_TEMPERATURE, MOST_TEMPERATURE = 1e-37, 1e30
 
 
-class Knobs(NamedTuple):
-  """The numbers of a Sampling as arrays, so that another value needs no other compiled function."""
+@partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('temperature', 'top_p', 'repetition_penalty'),
+  meta_fields=('greedy', 'seed_sampling'),
+)
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """How the next token is chosen; an argument of compiled functions, which other numbers do not compile again.
+
+  Attributes:
+    temperature, top_p, repetition_penalty: float32 scalars.
+    greedy: take the most likely token.
+    seed_sampling: see the top of this file.
+  """
 
   temperature: Array
   top_p: Array
   repetition_penalty: Array
+  greedy: bool
+  seed_sampling: bool
 
+  @classmethod
+  def of(cls, sampling: Sampling) -> Self:
+    """Takes the settings. The temperature of `seed_sampling` is the seeds': 1e-9 above the given one."""
+    temperature = sampling.temperature + 1e-9 if sampling.seed_sampling else sampling.temperature
+    temperature = min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE)
+    numbers = map(jnp.float32, (temperature, sampling.top_p, sampling.repetition_penalty))
+    return cls(*numbers, greedy=sampling.temperature == 0, seed_sampling=sampling.seed_sampling)
 
-def knobs_of(sampling: Sampling) -> Knobs:
-  """Returns float32 scalars. The temperature of `seed_sampling` is the seeds': 1e-9 above the given one."""
-  temperature = sampling.temperature + 1e-9 if sampling.seed_sampling else sampling.temperature
-  temperature = min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE)
-  return Knobs(jnp.float32(temperature), jnp.float32(sampling.top_p), jnp.float32(sampling.repetition_penalty))
+  def choose(self, logits_BV: Array, seen_BV: Array, key_B: Array) -> Array:
+    """Picks the next token of every row.
+
+    Args:
+      logits_BV: float32; -inf is never picked.
+      seen_BV: bool; tokens of the row's prompt and continuation.
+      key_B: a PRNG key for each row; unused if greedy.
+
+    Returns:
+      token_B: int32.
+    """
+    logits_BV = penalise(logits_BV, seen_BV, self.repetition_penalty, seed_sampling=self.seed_sampling)
+    if self.greedy:
+      return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)  # however small the temperature, the best stays a number
+    logits_BV = keep_top_p(logits_BV / self.temperature, self.top_p)
+    return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
 def penalise(logits_BV: Array, seen_BV: Array, penalty: Array, *, seed_sampling: bool) -> Array:
@@ -82,37 +117,3 @@ def keep_top_p(logits_BV: Array, top_p: Array) -> Array:
   low_B1 = jnp.full_like(high_B1, jnp.iinfo(jnp.int32).min)
   _, least_B1 = jax.lax.fori_loop(0, 32, halve, (low_B1, high_B1))
   return jnp.where((rank_BV >= least_B1) | (top_p >= 1), logits_BV, -jnp.inf)
-
-
-def choose_tokens(
-  logits_BV: Array,
-  seen_BV: Array,
-  key_B: Array,
-  knobs: Knobs,
-  *,
-  greedy: bool,
-  seed_sampling: bool,
-  n_ids: int | None = None,
-) -> Array:
-  """Picks the next token of every row.
-
-  Args:
-    logits_BV: float32.
-    seen_BV: bool; tokens of the row's prompt and continuation.
-    key_B: a PRNG key for each row; unused if greedy.
-    knobs: from `knobs_of`.
-    greedy: take the most likely token.
-    seed_sampling: see `penalise`.
-    n_ids: only smaller ids are picked: those that have a piece. None: all.
-
-  Returns:
-    token_B: int32.
-  """
-  logits_BV = penalise(logits_BV, seen_BV, knobs.repetition_penalty, seed_sampling=seed_sampling)
-  if n_ids is not None:
-    logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < n_ids, logits_BV, -jnp.inf)
-  if greedy:
-    return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-  logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)  # however small the temperature, the best stays a number
-  logits_BV = keep_top_p(logits_BV / knobs.temperature, knobs.top_p)
-  return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)

@@ -4,25 +4,18 @@ import argparse
 import dataclasses
 import math
 import sys
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Self
 
 from mmjax.config import CHOICES
 from mmjax.errors import UserError
 
 MOST_NEW_TOKENS = 32768  # the positions that the PyTorch code has rotations for
 MOST_FLOAT = sys.float_info.max
-RULES = {  # least, most, in words
-  'max_new_tokens': (1, MOST_NEW_TOKENS, f'a whole number from 1 to {MOST_NEW_TOKENS}'),
-  'temperature': (0, MOST_FLOAT, 'a number of at least 0'),
-  'top_p': (0, 1, 'a number from 0 to 1'),
-  'repetition_penalty': (1e-3, 1e3, 'a number from 0.001 to 1000 (1: no penalty)'),
-  'seed': (0, 2**32 - 1, 'a whole number from 0 to 2^32 - 1'),
-  'seed_sampling': (False, True, 'True or False'),
-}
 
 
-def _setting(default: float, meaning: str) -> Any:
-  return dataclasses.field(default=default, metadata={'help': meaning})
+def _setting(default: float, meaning: str, least: float, most: float, rule: str) -> Any:
+  return dataclasses.field(default=default, metadata={'help': meaning, 'least': least, 'most': most, 'rule': rule})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,27 +26,49 @@ class Sampling:
     UserError: if a value breaks its rule.
   """
 
-  max_new_tokens: int = _setting(128, 'stop after so many tokens if the text does not end before')
-  temperature: float = _setting(0.75, 'divides the logits: higher is more random, 0 takes the most likely token')
-  top_p: float = _setting(0.9, 'draw from the most likely tokens that together hold this share')
-  repetition_penalty: float = _setting(1.0, 'above 1: tokens that the text already has become less likely')
-  seed: int = _setting(0, 'of the random numbers: the same seed gives the same text')
-  seed_sampling: bool = _setting(False, 'penalty and temperature exactly as in the PyTorch code of experiment 1.4.2')
+  max_new_tokens: int = _setting(
+    128, 'stop after so many tokens if the text does not end before',
+    1, MOST_NEW_TOKENS, f'a whole number from 1 to {MOST_NEW_TOKENS}',
+  )  # fmt: skip
+  temperature: float = _setting(
+    0.75, 'divides the logits: higher is more random, 0 takes the most likely token',
+    0, MOST_FLOAT, 'a number of at least 0',
+  )  # fmt: skip
+  top_p: float = _setting(
+    0.9, 'draw from the most likely tokens that together hold this share', 0, 1, 'a number from 0 to 1'
+  )
+  repetition_penalty: float = _setting(
+    1.0, 'above 1: tokens that the text already has become less likely',
+    1e-3, 1e3, 'a number from 0.001 to 1000 (1: no penalty)',
+  )  # fmt: skip
+  seed: int = _setting(
+    0, 'of the random numbers: the same seed gives the same text', 0, 2**32 - 1, 'a whole number from 0 to 2^32 - 1'
+  )
+  seed_sampling: bool = _setting(
+    False, 'penalty and temperature exactly as in the PyTorch code of experiment 1.4.2', False, True, 'True or False'
+  )
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
       given = getattr(self, field.name)
       value = _as_kind(given, field.type)
-      least, most, rule = RULES[field.name]
-      if type(value) is not field.type or not least <= value <= most:
+      if type(value) is not field.type or not field.metadata['least'] <= value <= field.metadata['most']:
         shown = repr(given) if isinstance(given, str | bytes) else given
-        raise UserError(f'{field.name}={shown} must be {rule}')
+        raise UserError(f'{field.name}={shown} must be {field.metadata["rule"]}')
       object.__setattr__(self, field.name, value)
 
-  @property
-  def greedy(self) -> bool:
-    """Whether the most likely token is taken, without random numbers."""
-    return self.temperature == 0
+  @classmethod
+  def of(cls, settings: Mapping[str, Any]) -> Self:
+    """Takes settings by name, the others at their defaults.
+
+    Raises:
+      UserError: if there is no such setting, or a value breaks its rule.
+    """
+    names = [field.name for field in dataclasses.fields(cls)]
+    for name in settings:
+      if name not in names:
+        raise UserError(f'no sampling setting {name!r}; there are {", ".join(names)}')
+    return cls(**settings)
 
 
 def _as_kind(value: Any, kind: type) -> Any:
@@ -65,19 +80,6 @@ def _as_kind(value: Any, kind: type) -> Any:
   if kind is float:
     return float(value) if abs(value) < MOST_FLOAT else value
   return int(value) if math.isfinite(value) and value == int(value) else value
-
-
-def make_sampling(settings: dict[str, float]) -> Sampling:
-  """Returns a Sampling with the given fields, the others at their defaults.
-
-  Raises:
-    UserError: if there is no such field, or a value breaks its rule.
-  """
-  names = [field.name for field in dataclasses.fields(Sampling)]
-  for name in settings:
-    if name not in names:
-      raise UserError(f'no sampling setting {name!r}; there are {", ".join(names)}')
-  return Sampling(**settings)
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
