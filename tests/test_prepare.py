@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mmjax import files
 from mmjax.config import load_config
-from mmjax.data import blocks, files, index, progress, shards, tokenizer, worker
+from mmjax.data import blocks, index, progress, shards, tokenizer, worker
 from mmjax.data import prepare as prepare_module
 from mmjax.data.index import read_index, verify
 from mmjax.data.loader import PADDING, open_split
