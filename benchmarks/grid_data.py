@@ -23,7 +23,7 @@ from mmjax.config import load_config
 from mmjax.data.index import INDEX, described_files, read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.reader import Tally, find_files, read_documents
-from mmjax.data.split import is_held_out
+from mmjax.data.worker import is_held_out
 from mmjax.errors import UserError, run_command
 
 BASE = Path(__file__).resolve().parents[1] / 'configs' / 'base.py'

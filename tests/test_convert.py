@@ -214,7 +214,7 @@ def edited(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
     (edited('norm.weight', torch.full((32,), np.nan)), 'cannot be imported: values that are not finite: 32 in norm.w'),
     (edited('norm.weight', torch.ones(32, dtype=torch.int64)), "'norm.weight' is int64"),
     (edited('layers.0.feed_forward.w1.weight', torch.ones(4, 4)), 'exactly one sublayer'),
-    (edited('../../norm', torch.ones(4)), 'must be letters'),
+    (edited('../../norm', torch.ones(4)), r'unexpected ../../norm \(4,\)'),
     (edited('module.norm.weight', torch.ones(32)), 'two tensors are called'),
     ({'weight': torch.ones(3)}, 'the layers hold nothing'),
     ({}, 'no tensors'),

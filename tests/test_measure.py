@@ -10,7 +10,7 @@ import pytest
 import eval as eval_command
 import mmjax
 from mmjax.console import printable
-from mmjax.data.split import is_held_out
+from mmjax.data.worker import is_held_out
 from mmjax.errors import run_command
 from mmjax.evaluation.evaluate import EvalResult
 from mmjax.inference.measure import PROMPTS, distinct_share, read_prompts, repeated_share

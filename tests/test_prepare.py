@@ -26,8 +26,8 @@ from mmjax.data.index import read_index, verify
 from mmjax.data.loader import PADDING, open_split
 from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
-from mmjax.data.split import is_held_out
 from mmjax.data.tokenizer import load_tokenizer
+from mmjax.data.worker import is_held_out
 from mmjax.errors import StorageError, UserError, run_command
 from mmjax.tools import prepare as prepare_command
 from tests.helpers import rarely
@@ -614,19 +614,20 @@ def test_two_at_once_make_it_once(tmp_path, corpus):
 
 
 def test_dead_worker_is_one_sentence_and_no_process_is_left(tmp_path, corpus, monkeypatch):
-  started, real = [], worker._start_worker
-  monkeypatch.setattr(worker, '_start_worker', lambda config: started.append(real(config)) or started[-1])
+  started, real = [], subprocess.Popen
+  monkeypatch.setattr(subprocess, 'Popen', lambda *args, **more: started.append(real(*args, **more)) or started[-1])
   prepare(settings(tmp_path, corpus, workers=2), VOCAB, Said())
   assert len(started) == 2 and all(process.returncode is not None for process in started)
 
-  def dying(config):
-    started.append(real(config))
-    started[-1].kill()
-    return started[-1]
+  def ask(self, *_):
+    self.process.kill()
+    return real_ask(self, *_)
 
-  monkeypatch.setattr(worker, '_start_worker', dying)
+  real_ask = worker._Worker.ask
+  monkeypatch.setattr(worker._Worker, 'ask', ask)
   with pytest.raises(UserError, match='a tokenizer process ended with code -9 in .*train.jsonl, line 1'):
     run(tmp_path, corpus, valid_fraction=0.2)
+  assert len(started) == 3 and started[-1].returncode == -signal.SIGKILL
 
 
 @pytest.mark.parametrize('terminal', [True, False])

@@ -1,9 +1,9 @@
-"""The table of text formats: by the end of a file's name, how it is unpacked, cut into blocks and parsed.
+"""The table of text formats: what the end of a file's name says about how it is unpacked, cut into blocks and parsed.
 
-The name that was given decides, in any case of its letters, and never that of what a link leads to. A new format is a
-row of CONTENTS, a new packing a row of PACKINGS. .jsonl: one JSON object a line; the document is the string under the
-text key. Blank lines, CRLF and a UTF-8 byte order mark at the start of a file are accepted. .txt: see
-mmjax.data.blocks. What is wrong with a bad line is said with file, line, byte and reason.
+A new format is one row of FORMATS, a new packing one of PACKINGS; nothing else knows an ending. The name that was
+given decides, in any case of its letters, and never that of what a link leads to. .jsonl: one JSON object a line; the
+document is the string under the text key. Blank lines, CRLF and a UTF-8 byte order mark at the start of a file are
+accepted. .txt: see mmjax.data.blocks. What is wrong with a bad line is said with file, line, byte and reason.
 """
 
 import codecs
@@ -13,6 +13,7 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import BinaryIO, NamedTuple
 
 from mmjax.data.blocks import LONGEST_LINE_BYTES, Block, cut_lines, cut_text
@@ -25,6 +26,7 @@ WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that 
 }
 UNMARKED = ('UTF-16LE', 'UTF-16BE', 'UTF-32LE', 'UTF-32BE')  # what text that is not UTF-8 may be, without a mark
 MOST_DIGITS = 4300  # of an integer; CPython's own limit, whatever PYTHONINTMAXSTRDIGITS says
+KINDS = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a boolean', int: 'a number', float: 'a number'}
 
 
 class BadLine(NamedTuple):
@@ -49,36 +51,46 @@ class Parsed(NamedTuple):
   empty: int
 
 
+class NotText(Exception):
+  """What is wrong with a line or a text, and at which of its bytes."""
+
+  def __init__(self, kind: str, what: str, byte: int = 0):
+    super().__init__(what)
+    self.kind, self.what, self.byte = kind, what, byte
+
+
 class Format(NamedTuple):
-  """What the end of a file's name says about it.
+  """How a file's bytes become documents, once they are unpacked.
 
   Attributes:
-    content: the name's ending that says how the text is written: of the same bytes, another is another text.
-    cut: (name, unpacked file, line, byte) -> its blocks, from where it stands, at `line` and `byte`.
-    parse: (block, text_key) -> its documents and bad lines.
-    unpack: packed file -> unpacked file.
-    token_bytes: bytes of token shards for a byte on the disk, about; for the check of free space.
+    cut: (name, file, line, byte) -> its blocks, from where it stands, at `line` and `byte`.
+    parse: (block, text_key) -> its documents and bad lines. `partial(parse_lines, text_of)` where each line is one:
+      text_of(line, text_key) returns its document, '' for none, or raises NotText.
   """
 
-  content: str
   cut: Callable[[str, BinaryIO, int, int], Iterator[Block]]
   parse: Callable[[Block, str], Parsed]
+
+
+class Packing(NamedTuple):
+  """How a file is unpacked, and about how many bytes of token shards a byte of it makes: for the look at the room."""
+
   unpack: Callable[[BinaryIO], BinaryIO]
   token_bytes: float
 
 
-def format_of(file: str | os.PathLike) -> Format | None:
-  """Returns the format that a file's name ends in, or None where there is none: the last ending before the packing."""
+def ending_of(file: str | os.PathLike) -> tuple[str, str] | None:
+  """Returns the keys of FORMATS and PACKINGS that together end a file's name; None where none do."""
   name = os.path.basename(file).lower()
-  return next((found for ending, found in FORMATS.items() if name.endswith(ending)), None)
+  return next(((text, pack) for text in FORMATS for pack in PACKINGS if name.endswith(text + pack)), None)
 
 
 def parse_block(block: Block, text_key: str) -> Parsed:
   """Returns the documents and the bad lines of a block; raises nothing for bad content."""
   if block.too_long:
-    what = f'a line of {block.too_long} bytes is longer than the limit of {LONGEST_LINE_BYTES}'
-    return Parsed([], [BadLine(block.file, block.line, block.byte, 'too long', what)], 1, 0)
-  return format_of(block.file).parse(block, text_key)
+    bad = _too_long(block.too_long)
+    return Parsed([], [BadLine(block.file, block.line, block.byte, bad.kind, bad.what)], 1, 0)
+  return FORMATS[ending_of(block.file)[0]].parse(block, text_key)
 
 
 def parse_text(block: Block, text_key: str) -> Parsed:
@@ -93,8 +105,8 @@ def parse_text(block: Block, text_key: str) -> Parsed:
     return Parsed([], [BadLine(block.file, line, block.byte + start + bad.byte, bad.kind, bad.what)], 1, 0)
 
 
-def parse_lines(block: Block, text_key: str) -> Parsed:
-  """Returns the documents of a block of JSON lines."""
+def parse_lines(text_of: Callable[[bytes, str], str], block: Block, text_key: str) -> Parsed:
+  """Returns the documents of a block in which each line holds one; `text_of` gives it, see Format."""
   documents, bad_lines, lines, empty = [], [], 0, 0
   data, start = _without_mark(block)
   byte = block.byte + start
@@ -102,7 +114,9 @@ def parse_lines(block: Block, text_key: str) -> Parsed:
     if raw.strip():
       lines += 1
       try:
-        text = _text_of(raw, text_key)
+        if len(raw) > LONGEST_LINE_BYTES:
+          raise _too_long(len(raw))
+        text = text_of(raw, text_key)
       except NotText as bad:
         bad_lines.append(BadLine(block.file, number, byte + bad.byte, bad.kind, bad.what))
       else:
@@ -119,12 +133,8 @@ def _without_mark(block: Block) -> tuple[bytes, int]:
   return block.data, 0
 
 
-class NotText(Exception):
-  """What is wrong with a line or a text, and at which of its bytes."""
-
-  def __init__(self, kind: str, what: str, byte: int = 0):
-    super().__init__(what)
-    self.kind, self.what, self.byte = kind, what, byte
+def _too_long(n_bytes: int) -> NotText:
+  return NotText('too long', f'a line of {n_bytes} bytes is longer than the limit of {LONGEST_LINE_BYTES}')
 
 
 def decode(data: bytes) -> str:
@@ -149,11 +159,9 @@ def _wide_encoding(data: bytes) -> str:
 
   Without a byte order mark it is the one that makes most sense of them, if there are NUL bytes, as in all ASCII.
   """
-  for mark, encoding in WIDE_MARKS.items():
-    if data.startswith(mark):
-      return encoding
-  if b'\0' not in data:
-    return ''
+  marked = next((encoding for mark, encoding in WIDE_MARKS.items() if data.startswith(mark)), '')
+  if marked or b'\0' not in data:
+    return marked
   text = data[:4096].decode('utf-8', 'replace')
   if sum('\t' <= char != '\ufffd' for char in text) > 0.7 * len(text):  # few of its characters are control or damaged
     return ''
@@ -171,10 +179,12 @@ def _sense(text: str) -> float:
   return sum(common) / len(common) if any('\t' <= char <= '~' for char in text) else 0.0
 
 
-def _text_of(raw: bytes, text_key: str) -> str:
-  """Returns the document of one line of a .jsonl, or raises NotText."""
-  if len(raw) > LONGEST_LINE_BYTES:
-    raise NotText('too long', f'a line of {len(raw)} bytes is longer than the limit of {LONGEST_LINE_BYTES}')
+def json_text(raw: bytes, text_key: str) -> str:
+  """Returns the document of one line of a .jsonl.
+
+  Raises:
+    NotText: if it is no JSON object with a string under the text key.
+  """
   if raw.startswith(codecs.BOM_UTF8):
     raise NotText('byte order mark', 'a byte order mark that is not at the start of the file')
   line = decode(raw)
@@ -189,7 +199,8 @@ def _text_of(raw: bytes, text_key: str) -> str:
   if not isinstance(record, dict):
     raise NotText('not an object', f'the line must be a JSON object with the key {text_key!r}, not {_kind(record)}')
   if text_key not in record:
-    raise NotText('no text key', f'no key {text_key!r}; keys present: {_names(record)}')
+    present = ', '.join([ascii(name[:40]) for name in list(record)[:10]] + ['...'] * (len(record) > 10))
+    raise NotText('no text key', f'no key {text_key!r}; keys present: {present or "none"}')
   text = record[text_key]
   if not isinstance(text, str):
     raise NotText('text is no string', f'the value of {text_key!r} must be a string, not {_kind(text)}')
@@ -209,32 +220,16 @@ def _parse_int(digits: str) -> int:
 
 
 def _kind(value: object) -> str:
-  names = {
-    dict: 'an object',
-    list: 'a list',
-    str: 'a string',
-    bool: 'a boolean',
-    int: 'a number',
-    float: 'a number',
-  }
-  return names.get(type(value), 'null')
+  return KINDS.get(type(value), 'null')
 
 
-def _names(record: dict) -> str:
-  """Returns the first keys of a record, short and printable."""
-  names = [ascii(name[:40]) for name in list(record)[:10]]
-  return (', '.join(names) or 'none') + (', ...' if len(record) > 10 else '')
-
-
-CONTENTS = {'.jsonl': (cut_lines, parse_lines), '.txt': (cut_text, parse_text)}
+FORMATS = {
+  '.jsonl': Format(cut_lines, partial(parse_lines, json_text)),
+  '.txt': Format(cut_text, parse_text),
+}
 PACKINGS = {
-  '': (lambda file: file, 1.0),
-  '.gz': (lambda file: gzip.GzipFile(fileobj=file), 3.0),
-  '.xz': (lzma.LZMAFile, 3.0),
+  '': Packing(lambda file: file, 1.0),
+  '.gz': Packing(lambda file: gzip.GzipFile(fileobj=file), 3.0),
+  '.xz': Packing(lzma.LZMAFile, 3.0),
 }
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)  # what unpacking raises
-FORMATS = {
-  content + packing: Format(content, *steps, *unpacking)
-  for content, steps in CONTENTS.items()
-  for packing, unpacking in PACKINGS.items()
-}

@@ -113,7 +113,11 @@ def described_files(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
   yield index['tokenizer']['file'], index['tokenizer']['sha256']
   for split in index['splits'].values():
     for shard in split['shards']:
-      yield shard['file'], shard['sha256']
-      yield shard['offsets_file'], shard['offsets_sha256']
-      if 'bytes_file' in shard:  # which earlier versions did not write
-        yield shard['bytes_file'], shard['bytes_sha256']
+      yield from shard_files(shard)
+
+
+def shard_files(shard: dict[str, Any]) -> Iterator[tuple[str, str]]:
+  """Yields name and sha256 of every file of a shard, from what the index says of it."""
+  for kind in ('', 'offsets_', 'bytes_'):
+    if f'{kind}file' in shard:  # earlier versions wrote no bytes
+      yield shard[f'{kind}file'], shard[f'{kind}sha256']

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,13 +22,12 @@ import sentencepiece
 import mmjax
 from mmjax.config import DataConfig
 from mmjax.data.embedded import build_embedded_corpus
-from mmjax.data.formats import format_of
+from mmjax.data.formats import PACKINGS, ending_of
 from mmjax.data.index import FORMAT, INDEX, VERIFIED, counts_bytes, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
 from mmjax.data.progress import ConsoleProgress, Meter, ProgressSink
 from mmjax.data.reader import Tally, find_files, read_documents
 from mmjax.data.shards import Pass, ShardBuilder
-from mmjax.data.split import is_held_out
 from mmjax.data.tokenizer import (
   LEAST_VOCABULARY,
   Tokenizer,
@@ -37,7 +36,7 @@ from mmjax.data.tokenizer import (
   tokenizer_file_name,
   train_tokenizer,
 )
-from mmjax.data.worker import token_dtype
+from mmjax.data.worker import is_held_out, token_dtype
 from mmjax.errors import UserError
 from mmjax.files import check_room, known_sha256, locked_directory, note_sha256, write_file
 
@@ -49,16 +48,17 @@ LONGEST_NAME_BYTES = 80  # of what a directory is called after its text
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a prepared directory is made from. `identity` is the hash of all of it, `sha256` that of each file."""
+  """What a prepared directory is made from: the files of each split, and what its index says of them.
+
+  `identity` is the hash of all of it. `may_cut`: whether documents are cut later, as the padded layout does.
+  """
 
   directory: Path
   identity: str
-  train: tuple[Path, ...]
-  valid: tuple[Path, ...]
-  sha256: dict[Path, str]
+  files: dict[str, list[Path]]
   inputs: dict[str, list[dict[str, Any]]]
   settings: dict[str, Any]
-  may_cut: bool  # documents, as the padded layout does
+  may_cut: bool
 
   def made(self, index: dict[str, Any]) -> bool:
     """Whether a prepared directory with this index was made from what is planned, wherever that lay then.
@@ -68,9 +68,7 @@ class Plan:
     own = self.settings['tokenizer_sha256']
     if own not in (index['settings']['tokenizer_sha256'], index['tokenizer']['sha256']):
       return False
-    if index['settings'] | {'tokenizer_sha256': own} != self.settings:
-      return False
-    if self.may_cut and not counts_bytes(index):
+    if index['settings'] | {'tokenizer_sha256': own} != self.settings or (self.may_cut and not counts_bytes(index)):
       return False
     pairs = [zip_longest(index['inputs'][split], files, fillvalue={}) for split, files in self.inputs.items()]
     return all(_same_input(old, new) for files in pairs for old, new in files)
@@ -95,33 +93,30 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
   progress = progress or ConsoleProgress()
   try:
     if (Path(data.prepared_dir) / INDEX).is_file() and not (data.train_files or data.valid_files):
-      index = _check_brought(data, vocab_size, progress)
-      _say_spare(index, vocab_size, progress)
-      return Path(data.prepared_dir)
-    plan = _plan(data, vocab_size, progress)
-    directory = find_prepared(data.prepared_dir, plan.made) or plan.directory
-    with locked_directory(directory, lambda: progress.say(f'another process prepares {directory}: waiting for it')):
-      if (directory / INDEX).is_file():
-        index = verify(directory)
-        _remove_others(directory, index)  # if a kill came between writing the index and this
-        progress.say(f'found prepared data in {directory}: {_summary(index)}')
-      else:
-        index = _build(plan, data, progress)
-      _say_spare(index, vocab_size, progress)
-      note_sha256(directory / VERIFIED, plan.sha256)
+      directory, index = Path(data.prepared_dir), _check_brought(data, vocab_size)
+      progress.say(f'using prepared data in {directory}: {_summary(index)}')
+    else:
+      plan = _plan(data, vocab_size, progress)
+      directory = find_prepared(data.prepared_dir, plan.made) or plan.directory
+      with locked_directory(directory, lambda: progress.say(f'another process prepares {directory}: waiting for it')):
+        if (directory / INDEX).is_file():
+          index = verify(directory)
+          _remove_others(directory, index)  # if a kill came between writing the index and this
+          progress.say(f'found prepared data in {directory}: {_summary(index)}')
+        else:
+          index = _build(plan, data, progress)
+        sha256 = {Path(file['path']): file['sha256'] for files in plan.inputs.values() for file in files}
+        note_sha256(directory / VERIFIED, sha256)
+    if spare := vocab_size - index['vocab_size']:
+      progress.say(
+        f'model.vocab_size={vocab_size}: the tokenizer has {index["vocab_size"]} pieces, {spare} rows are spare'
+      )
     return directory
   finally:
     progress.close()
 
 
-def _say_spare(index: dict[str, Any], vocab_size: int, progress: ProgressSink) -> None:
-  if spare := vocab_size - index['vocab_size']:
-    progress.say(
-      f'model.vocab_size={vocab_size}: the tokenizer has {index["vocab_size"]} pieces, {spare} rows are spare'
-    )
-
-
-def _check_brought(data: DataConfig, vocab_size: int, progress: ProgressSink) -> dict[str, Any]:
+def _check_brought(data: DataConfig, vocab_size: int) -> dict[str, Any]:
   """Returns the index of a prepared directory that is used as it is.
 
   Raises:
@@ -138,7 +133,6 @@ def _check_brought(data: DataConfig, vocab_size: int, progress: ProgressSink) ->
       f'data.prepared_dir={data.prepared_dir!r} was made with another tokenizer than {data.tokenizer!r}; prepare the '
       'text anew with this one'
     )
-  progress.say(f'using prepared data in {data.prepared_dir}: {_summary(index)}')
   return index
 
 
@@ -149,38 +143,40 @@ def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
       f'model.vocab_size={vocab_size} must be above {LEAST_VOCABULARY} for a tokenizer that is trained: it has 4 '
       'control tokens, 256 bytes and the characters of the text; a data.tokenizer that is given may be smaller'
     )
-  if data.train_files:
-    train, name = find_files(data.train_files), ''
-    valid = find_files(data.valid_files) if data.valid_files else []
-  elif data.valid_files:
-    raise UserError(f'data.valid_files={data.valid_files!r} needs data.train_files beside it')
-  else:
+  files = _find_text(data, progress)
+  settings = {
+    'vocab_size': given.vocab_size if given else vocab_size,
+    'text_key': data.text_key if data.train_files else 'text',
+    'on_bad_line': data.on_bad_line,
+    'valid_fraction': 0.0 if files['valid'] else data.valid_fraction,
+    'tokenizer_sha256': given.sha256 if given else '',
+  }
+  everything = [*files['train'], *files['valid']]
+  if (size := sum(file.stat().st_size for file in everything)) > MUCH_BYTES:
+    progress.say(f'looking whether these {size / 1e9:.0f} GB of text are prepared already')
+  sha256 = known_sha256(everything, Path(data.prepared_dir).glob(f'*/{VERIFIED}'))
+  inputs = {split: [_identify(file) | {'sha256': sha256[file]} for file in found] for split, found in files.items()}
+  bytes_of = {split: [(_content(file), file['sha256']) for file in found] for split, found in inputs.items()}
+  hashed = json.dumps({'format': FORMAT, 'settings': settings, 'inputs': bytes_of}, sort_keys=True)
+  identity = hashlib.sha256(hashed.encode()).hexdigest()
+  directory = Path(data.prepared_dir) / f'{_common_name(files["train"])}-{identity[:12]}'
+  return Plan(directory, identity, files, inputs, settings, data.layout == 'padded')
+
+
+def _find_text(data: DataConfig, progress: ProgressSink) -> dict[str, list[Path]]:
+  """Returns the files of both splits."""
+  if not data.train_files:
+    if data.valid_files:
+      raise UserError(f'data.valid_files={data.valid_files!r} needs data.train_files beside it')
     progress.say('no data.train_files are given: using the text that this Python carries (the embedded corpus)')
-    train, valid, name = [build_embedded_corpus(Path(data.prepared_dir), progress)], [], 'embedded'
+    return {'train': [build_embedded_corpus(Path(data.prepared_dir), progress)], 'valid': []}
+  train, valid = find_files(data.train_files), find_files(data.valid_files) if data.valid_files else []
   learned = {os.path.realpath(file): file for file in train}
   for file in valid:
     if twin := learned.get(os.path.realpath(file)):
       which = f"'{file}'" if file == twin else f"'{file}' leads to the same file as '{twin}': it"
       raise UserError(f'{which} is in data.train_files and in data.valid_files; leave it out of one')
-  settings = {
-    'vocab_size': given.vocab_size if given else vocab_size,
-    'text_key': data.text_key if name != 'embedded' else 'text',
-    'on_bad_line': data.on_bad_line,
-    'valid_fraction': 0.0 if valid else data.valid_fraction,
-    'tokenizer_sha256': given.sha256 if given else '',
-  }
-  if (size := sum(file.stat().st_size for file in (*train, *valid))) > MUCH_BYTES:
-    progress.say(f'looking whether these {size / 1e9:.0f} GB of text are prepared already')
-  sha256 = known_sha256([*train, *valid], Path(data.prepared_dir).glob(f'*/{VERIFIED}'))
-  inputs = {
-    split: [_identify(file) | {'sha256': sha256[file]} for file in files]
-    for split, files in (('train', train), ('valid', valid))
-  }
-  bytes_of = {split: [(_content(file), file['sha256']) for file in files] for split, files in inputs.items()}
-  hashed = json.dumps({'format': FORMAT, 'settings': settings, 'inputs': bytes_of}, sort_keys=True)
-  identity = hashlib.sha256(hashed.encode()).hexdigest()
-  directory = Path(data.prepared_dir) / f'{name or _common_name(train)}-{identity[:12]}'
-  return Plan(directory, identity, tuple(train), tuple(valid), sha256, inputs, settings, data.layout == 'padded')
+  return {'train': train, 'valid': valid}
 
 
 def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
@@ -200,8 +196,8 @@ def _identify(file: Path) -> dict[str, Any]:
 
 def _content(file: dict[str, Any]) -> str | None:
   """Returns what the name of an input says about how it is written; None of a link's target that an index may name."""
-  found = format_of(file['path'])
-  return found and found.content
+  found = ending_of(file['path'])
+  return found and found[0]
 
 
 def _same_input(old: dict[str, Any], new: dict[str, Any]) -> bool:
@@ -213,7 +209,7 @@ def _same_input(old: dict[str, Any], new: dict[str, Any]) -> bool:
   return old['path'] == os.path.realpath(new['path']) and all(old[key] == new[key] for key in ('size', 'mtime_ns'))
 
 
-def _common_name(files: Sequence[Path]) -> str:
+def _common_name(files: list[Path]) -> str:
   """Returns what the files' names begin with, as a folder name: 'train' for train-00000.jsonl.xz and its siblings."""
   stems = [file.name.split('.')[0] for file in files]
   name = re.sub(r'[^\w-]+', '-', os.path.commonprefix(stems)).rstrip('-_0123456789')
@@ -228,18 +224,18 @@ def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> dict[str, An
   After a user's mistake it is removed again: the corrected input has another hash.
   """
   try:
-    check_room(plan.directory, sum(_expected_bytes(file) for file in plan.train + plan.valid))
+    expected = (file.stat().st_size * PACKINGS[ending_of(file)[1]].token_bytes for file in sum(plan.files.values(), []))
+    check_room(plan.directory, int(sum(expected)))
     tokenizer = _tokenizer(plan, data, progress)
-    passes = [Pass('train', plan.train, plan.settings['valid_fraction'])]
-    passes += [Pass('valid', plan.valid, 0.0)] if plan.valid else []
+    shares = {'train': plan.settings['valid_fraction'], 'valid': 0.0}
+    passes = [Pass(split, files, shares[split]) for split, files in plan.files.items() if files]
     builder = ShardBuilder(plan.directory, passes, tokenizer, plan.settings['text_key'], data.on_bad_line)
     if builder.resumed:
       progress.say(f'going on after the last whole shard in {plan.directory}')
-    builder.build(data.workers or _cores(), progress)
+    builder.build(data.workers or min(_cores(), MOST_WORKERS), progress)
     index = _index(plan, tokenizer, builder.state)
     _check_splits(plan, index)
-    if 'valid' in index['splits']:
-      valid = index['splits']['valid']
+    if valid := index['splits'].get('valid'):
       valid['also_in_train'] = shared_documents(plan.directory, valid, plan.directory, index)
     write_index(plan.directory, index)
     _remove_others(plan.directory, index)
@@ -254,13 +250,8 @@ def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> dict[str, An
   return index
 
 
-def _expected_bytes(file: Path) -> int:
-  return int(file.stat().st_size * format_of(file).token_bytes)
-
-
 def _cores() -> int:
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-  return min(cores, MOST_WORKERS)
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def _tokenizer(plan: Plan, data: DataConfig, progress: ProgressSink) -> Tokenizer:
@@ -279,12 +270,12 @@ def _tokenizer(plan: Plan, data: DataConfig, progress: ProgressSink) -> Tokenize
 
 def _training_documents(plan: Plan, on_bad_line: str, progress: ProgressSink) -> Iterator[str]:
   """Yields the training documents, without those that will be held out."""
-  share, key = plan.settings['valid_fraction'], plan.settings['text_key']
-  meter = Meter('sampling text', plan.train, progress)
-  for text in read_documents(plan.train, key, Tally(on_bad_line), meter.read):
+  files, settings = plan.files['train'], plan.settings
+  meter = Meter('sampling text', files, progress)
+  for text in read_documents(files, settings['text_key'], Tally(on_bad_line), meter.read):
     raw = text.encode()
     meter.add(len(raw))
-    if not is_held_out(raw, share):
+    if not is_held_out(raw, settings['valid_fraction']):
       yield text
 
 
@@ -298,19 +289,13 @@ def _index(plan: Plan, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str,
     split: [file | state['tallies'][split]['files'][file['path']] for file in files]
     for split, files in plan.inputs.items()
   }
+  told = {name: getattr(tokenizer, name) for name in ('kind', 'sha256', 'pad_id', 'bos_id', 'eos_id')}
   return {
     'format': FORMAT,
     'identity': plan.identity,
     'vocab_size': tokenizer.vocab_size,
     'dtype': token_dtype(tokenizer.vocab_size).name,
-    'tokenizer': {
-      'file': tokenizer.path.name,
-      'kind': tokenizer.kind,
-      'sha256': tokenizer.sha256,
-      'pad_id': tokenizer.pad_id,
-      'bos_id': tokenizer.bos_id,
-      'eos_id': tokenizer.eos_id,
-    },
+    'tokenizer': {'file': tokenizer.path.name, **told},
     'splits': splits,
     'inexact_documents': state['inexact'],
     'inputs': inputs,
@@ -321,30 +306,26 @@ def _index(plan: Plan, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str,
 
 def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
   """Raises UserError if a split is empty or an input changed while it was read."""
-  for file in (file for files in plan.inputs.values() for file in files):
+  for file in sum(plan.inputs.values(), []):
     if file | _identify(Path(file['path'])) != file:
       raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
   if 'train' not in index['splits']:
     raise UserError('no training document is left: every line is empty, bad or held out')
-  fraction = plan.settings['valid_fraction']
-  if 'valid' not in index['splits'] and (plan.valid or fraction):
-    documents = index['splits']['train']['documents']
-    if not fraction:
-      raise UserError('data.valid_files hold no document')
-    if documents == 1:
-      raise UserError(
-        'nothing can be held out of a single document (a .txt of up to 64 KiB is one); give data.valid_files'
-      )
-    raise UserError(
-      f'data.valid_fraction={fraction} holds out none of the {documents} documents; raise it, or give data.valid_files'
-    )
+  fraction, documents = plan.settings['valid_fraction'], index['splits']['train']['documents']
+  if 'valid' in index['splits'] or not (plan.files['valid'] or fraction):
+    return
+  if not fraction:
+    raise UserError('data.valid_files hold no document')
+  if documents == 1:
+    raise UserError('nothing can be held out of a single document, as a short text is; give data.valid_files')
+  raise UserError(
+    f'data.valid_fraction={fraction} holds out none of the {documents} documents; raise it, or give data.valid_files'
+  )
 
 
 def _remove_others(directory: Path, index: dict[str, Any] | None) -> None:
   """Removes what the index does not name: leftovers of earlier starts, or everything."""
-  keep = set()
-  if index is not None:
-    keep = {INDEX, VERIFIED, *(name for name, _ in described_files(index))}
+  keep = {INDEX, VERIFIED, *(name for name, _ in described_files(index))} if index else ()
   for path in directory.iterdir():
     if path.name not in keep and path.is_file():
       with contextlib.suppress(OSError):  # a directory that may only be read

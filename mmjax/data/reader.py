@@ -5,13 +5,14 @@ import copy
 import glob
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mmjax.config import expand_home, user_path
 from mmjax.data.blocks import Block
-from mmjax.data.formats import CONTENTS, DAMAGED, PACKINGS, BadLine, NotText, decode, format_of, parse_block
+from mmjax.data.formats import DAMAGED, FORMATS, PACKINGS, BadLine, NotText, decode, ending_of, parse_block
 from mmjax.errors import UserError, file_error
 
 BLANK_FILE = 'blank file'
@@ -35,8 +36,6 @@ def find_files(patterns: str) -> list[Path]:
     found, used = _first_named(parts)
     parts = parts[used:]
     for file in found:
-      if not _is_utf8(str(file)):
-        raise UserError(f'the file name {ascii(str(file))} is not UTF-8; rename the file')
       _check_file(file)
       files.setdefault(os.path.realpath(file), file)
   if not files:
@@ -82,28 +81,24 @@ def _in_folder(folder: Path, part: str) -> list[Path]:
   return [folder / name for name in glob.glob(part, root_dir=folder)] if glob.has_magic(part) else []
 
 
-def _is_utf8(name: str) -> bool:
-  try:
-    return bool(name.encode())
-  except UnicodeEncodeError:  # bytes that are no text reach Python as lone surrogates
-    return False
-
-
 def _check_file(path: Path) -> None:
   try:
+    str(path).encode()
     mode = path.stat().st_mode
+  except UnicodeEncodeError:  # bytes that are no text reach Python as lone surrogates
+    raise UserError(f'the file name {ascii(str(path))} is not UTF-8; rename the file') from None
   except (FileNotFoundError, NotADirectoryError):
     leads = f", a link to '{os.readlink(path)}', leads nowhere" if path.is_symlink() else ''
     raise UserError(f"'{path}'{leads}" if leads else f"no file '{path}'") from None
   except OSError as error:  # a name that is too long, a folder that may not be entered, links in a circle
     raise file_error(error, f"'{path}' cannot be read") from None
   if stat.S_ISDIR(mode):
-    raise UserError(f"'{path}' is a directory; name its files, for example '{path}/*.jsonl'")
+    raise UserError(f"'{path}' is a directory; name its files, for example '{path}/*{next(iter(FORMATS))}'")
   if not stat.S_ISREG(mode):
     raise UserError(f"'{path}' is not a regular file")
-  if not format_of(path):
+  if not ending_of(path):
     packings = ' or '.join(filter(None, PACKINGS))
-    raise UserError(f"'{path}' must end in {' or '.join(CONTENTS)}, alone or followed by {packings}")
+    raise UserError(f"'{path}' must end in {' or '.join(FORMATS)}, alone or followed by {packings}")
 
 
 class Place(NamedTuple):
@@ -140,10 +135,11 @@ def read_files(
 
 def _read_file(file: Path, line: int, byte: int, on_read: Callable[[int], None]) -> Iterator[Block]:
   at = byte
+  content, packing = ending_of(file)
   try:
-    with file.open('rb') as raw, format_of(file).unpack(raw) as handle:
+    with file.open('rb') as raw, PACKINGS[packing].unpack(raw) as handle:
       handle.seek(byte)
-      for block in format_of(file).cut(str(file), handle, line, byte):
+      for block in FORMATS[content].cut(str(file), handle, line, byte):
         at = block.end[1]
         on_read(raw.tell())
         yield block
@@ -169,7 +165,9 @@ class Tally:
     return copy.deepcopy({'files': self.files, 'examples': self.examples})
 
   def add(self, file: str, lines: int, empty: int, bad: Sequence[BadLine]) -> None:
-    """Counts one block. Raises UserError for a bad line in 'fail' mode."""
+    """Counts one block; files come one after the other. Raises UserError for a bad line in 'fail' mode."""
+    if file not in self.files:
+      self._end_file()
     counts = self.files.setdefault(file, {'lines': 0, 'empty': 0, 'skipped': {}})
     counts['lines'] += lines
     counts['empty'] += empty
@@ -179,27 +177,25 @@ class Tally:
       counts['skipped'][line.kind] = counts['skipped'].get(line.kind, 0) + 1
       self.examples.setdefault(line.kind, str(line))
 
-  def end_file(self, file: str) -> None:
-    """Counts a file without a single line that is not blank as one bad line."""
-    if not self.files[file]['lines']:
-      self.add(file, 1, 0, [BadLine(file, 1, 0, BLANK_FILE, 'the file is empty or blank')])
+  def _end_file(self) -> None:
+    """Counts the last file, if it has no line that is not blank, as one bad line."""
+    for file in list(self.files)[-1:]:
+      if not self.files[file]['lines']:
+        self.add(file, 1, 0, [BadLine(file, 1, 0, BLANK_FILE, 'the file is empty or blank')])
 
-  def check(self) -> None:
-    """Raises UserError if more than MOST_SKIPPED of all lines were skipped."""
-    lines, skipped = sum(counts['lines'] for counts in self.files.values()), sum(self.skipped().values())
+  def end(self) -> None:
+    """Ends the last file. Raises UserError if more than MOST_SKIPPED of all lines were skipped."""
+    self._end_file()
+    lines, skipped = sum(counts['lines'] for counts in self.files.values()), self.skipped().total()
     if skipped > MOST_SKIPPED * lines:
       raise UserError(
         f'{skipped} of {lines} lines are bad ({skipped / lines:.2%}), more than the {MOST_SKIPPED:.1%} '
         f'that on_bad_line=skip leaves out: {self.report()}'
       )
 
-  def skipped(self) -> dict[str, int]:
+  def skipped(self) -> Counter[str]:
     """Returns how many lines of each kind were skipped, over all files."""
-    total: dict[str, int] = {}
-    for counts in self.files.values():
-      for kind, n in counts['skipped'].items():
-        total[kind] = total.get(kind, 0) + n
-    return total
+    return sum((Counter(counts['skipped']) for counts in self.files.values()), Counter())
 
   def report(self) -> str:
     """Returns '3 x not JSON (first: FILE:LINE: ...), ...', or '' where nothing was skipped."""
@@ -214,16 +210,11 @@ def read_documents(
   Raises:
     UserError: for a bad file, and for bad lines as `tally` decides.
   """
-  current = ''
   for block in read_files(files, on_read=on_read):
-    if current and block.file != current:
-      tally.end_file(current)
-    current = block.file
     parsed = parse_block(block, text_key)
     tally.add(block.file, parsed.lines, parsed.empty, parsed.bad)
     yield from parsed.documents
-  tally.end_file(current)
-  tally.check()
+  tally.end()
 
 
 def read_text(path: str | Path, what: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.data.index import shard_files
 from mmjax.data.progress import Meter, ProgressSink
 from mmjax.data.reader import START, Place, Tally, read_files
 from mmjax.data.tokenizer import Tokenizer
@@ -37,15 +38,15 @@ class ShardWriter:
     self._more_bytes: list[np.ndarray] = []
     self.tokens = self._text_bytes = 0
 
-  def add(self, tokens: np.ndarray, length: np.ndarray, text_bytes: np.ndarray, more_bytes: np.ndarray) -> None:
-    """Appends whole documents, see TokenBlock."""
-    self._more_bytes.append(more_bytes + np.array([[self.tokens], [0]]))
+  def add(self, block: TokenBlock) -> None:
+    """Appends whole documents."""
+    self._more_bytes.append(block.more_bytes + np.array([[self.tokens], [0]]))
     with storage_errors(self._path):
-      self._handle.write(tokens)
-    self._sha256.update(tokens)
-    self._lengths.append(length)
-    self.tokens += len(tokens)
-    self._text_bytes += int(text_bytes.sum())
+      self._handle.write(block.tokens)
+    self._sha256.update(block.tokens)
+    self._lengths.append(block.length)
+    self.tokens += len(block.tokens)
+    self._text_bytes += int(block.text_bytes.sum())
 
   def finish(self) -> dict[str, Any]:
     """Flushes everything to the disk and returns the shard's entry in the index."""
@@ -118,21 +119,14 @@ class ShardBuilder:
 
   def _read_state(self) -> dict[str, Any] | None:
     """Returns what an earlier start left, if its shards are whole and its tokenizer and the files' names are these."""
-    path = self._directory / STATE
-    if not path.is_file():
-      return None
     try:
-      state = json.loads(path.read_text(encoding='utf-8'))
-      shards = [shard for shards in state['shards'].values() for shard in shards]
-      whole = all(
-        sha256_of(self._directory / shard[file]) == shard[sha256]
-        for shard in shards
-        for file, sha256 in (('file', 'sha256'), ('offsets_file', 'offsets_sha256'), ('bytes_file', 'bytes_sha256'))
-      )
+      state = json.loads((self._directory / STATE).read_bytes())
+      files = [file for shards in state['shards'].values() for shard in shards for file in shard_files(shard)]
+      whole = all(sha256_of(self._directory / name) == sha256 for name, sha256 in files)
       same = (state['tokenizer_sha256'], state['files']) == (self._tokenizer.sha256, self._names())
       return state if whole and same else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-      return None  # damaged: everything is made again
+      return None  # not there, or damaged: everything is made again
 
   def build(self, workers: int, progress: ProgressSink) -> None:
     """Reads and tokenizes everything that is not done yet; leaves the result in `state`.
@@ -152,15 +146,11 @@ class ShardBuilder:
   def _build_pass(self, step: Pass, workers: int, progress: ProgressSink) -> None:
     tally = Tally(self._on_bad_line, **self.state['tallies'][step.split])
     names = [str(file) for file in step.files]
-    current = names[self.state['place'][0]]
     meter = Meter(f'tokenizing {step.split}', step.files, progress)
     blocks = read_files(step.files, Place(*self.state['place']), meter.read)
     tokenized = tokenize_blocks(blocks, self._tokenizer, self._text_key, step.held_out_share, workers)
     with contextlib.closing(tokenized):  # ends the processes at once, also when a line is bad
       for block, done in tokenized:
-        if block.file != current:
-          tally.end_file(current)
-          current = block.file
         tally.add(block.file, done.lines, done.empty, done.bad)
         self.state['inexact'] += done.inexact
         self._add(step.split, done)
@@ -168,29 +158,16 @@ class ShardBuilder:
         if any(writer.tokens >= SHARD_TOKENS for writer in self._writers.values()):
           self.state['tallies'][step.split] = tally.to_dict()
           self._finish_shards({'place': Place(names.index(block.file), *block.end)})
-    tally.end_file(current)
-    tally.check()
+    tally.end()
     self.state['tallies'][step.split] = tally.to_dict()
 
   def _add(self, split: str, done: TokenBlock) -> None:
-    if not done.held_out.any():
-      self._append(split, done.tokens, done.length, done.text_bytes, done.more_bytes)
-      return
-    held_token = np.repeat(done.held_out, done.length)
-    for name, document, token in ((split, ~done.held_out, ~held_token), ('valid', done.held_out, held_token)):
-      at_X, more_X = done.more_bytes[:, token[done.more_bytes[0]]]
-      more_bytes = np.stack([np.cumsum(token)[at_X] - 1, more_X])
-      self._append(name, done.tokens[token], done.length[document], done.text_bytes[document], more_bytes)
-
-  def _append(
-    self, split: str, tokens: np.ndarray, length: np.ndarray, text_bytes: np.ndarray, more_bytes: np.ndarray
-  ) -> None:
-    if not len(length):
-      return
-    if split not in self._writers:
-      name = f'{split}-{len(self.state["shards"][split]):05d}'
-      self._writers[split] = ShardWriter(self._directory, name, self._dtype)
-    self._writers[split].add(tokens, length, text_bytes, more_bytes)
+    for name, document in ((split, ~done.held_out), ('valid', done.held_out)):
+      if document.any():
+        if name not in self._writers:
+          number = len(self.state['shards'][name])
+          self._writers[name] = ShardWriter(self._directory, f'{name}-{number:05d}', self._dtype)
+        self._writers[name].add(done.only(document))
 
   def _finish_shards(self, position: dict[str, Any]) -> None:
     """Makes the open shards whole, then notes them and the position in the input that they reach."""

@@ -1,29 +1,29 @@
 """Tokenizes blocks of text in other processes.
 
-A worker is `python -m mmjax.data.worker`, fed over pipes with length-prefixed frames. It is no `multiprocessing` child:
-those run the caller's main script again (which may import JAX, or lack a __main__ guard), and a fork of a process that
-runs JAX can deadlock. A worker ends when its pipe closes, so none outlives its parent, however that dies.
+A worker is `python -m mmjax.data.worker`, fed through a pipe. It is no `multiprocessing.Process`: those run the
+caller's main script again (which may import JAX, or lack a __main__ guard), and a fork of a process that runs JAX can
+deadlock. A worker ends when its pipe closes, so none outlives its parent, however that dies.
 """
 
 import collections
 import contextlib
+import hashlib
 import json
 import os
 import queue
 import signal
-import struct
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mmjax.data.blocks import Block
 from mmjax.data.formats import BadLine, parse_block
-from mmjax.data.split import is_held_out
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 
@@ -48,10 +48,34 @@ class TokenBlock(NamedTuple):
   inexact: int
   bad: list[BadLine]
 
+  def only(self, document: np.ndarray) -> 'TokenBlock':
+    """Returns the block with some of its documents alone, given by a bool[documents]."""
+    if document.all():
+      return self
+    token = np.repeat(document, self.length)
+    at_X, more_X = self.more_bytes[:, token[self.more_bytes[0]]]
+    return self._replace(
+      tokens=self.tokens[token],
+      length=self.length[document],
+      text_bytes=self.text_bytes[document],
+      held_out=self.held_out[document],
+      more_bytes=np.stack([np.cumsum(token)[at_X] - 1, more_X]),
+    )
+
 
 def token_dtype(vocab_size: int) -> np.dtype:
   """Returns the type that token ids are stored in, little-endian."""
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
+
+
+def is_held_out(text_utf8: bytes, share: float) -> bool:
+  """Tells whether a document is held out: decided by its text alone, so that copies of it fall on the same side.
+
+  Args:
+    text_utf8: the document.
+    share: about this share of all documents is held out, in [0, 1).
+  """
+  return share > 0 and int.from_bytes(hashlib.sha256(text_utf8).digest()[:8], 'big') < share * 2**64
 
 
 def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out_share: float) -> TokenBlock:
@@ -81,17 +105,9 @@ def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out_s
     text_bytes.append(len(raw))
     held_out.append(is_held_out(raw, held_out_share))
     inexact += not exact
-  return TokenBlock(
-    np.concatenate(parts),
-    np.array(length, np.int64),
-    np.array(text_bytes, np.int64),
-    np.array(held_out, bool),
-    np.concatenate(more_bytes, axis=1),
-    parsed.lines,
-    parsed.empty,
-    inexact,
-    parsed.bad,
-  )
+  sizes = np.array(length, np.int64), np.array(text_bytes, np.int64), np.array(held_out, bool)
+  more_bytes_2X = np.concatenate(more_bytes, axis=1)
+  return TokenBlock(np.concatenate(parts), *sizes, more_bytes_2X, parsed.lines, parsed.empty, inexact, parsed.bad)
 
 
 def tokenize_blocks(
@@ -110,119 +126,78 @@ def tokenize_blocks(
     UserError: if a worker process died.
   """
   settings = {'tokenizer': str(tokenizer.path), 'text_key': text_key, 'held_out_share': held_out_share}
-  pending: collections.deque[tuple[Block, Future]] = collections.deque()
-  with contextlib.closing(_Pool(settings, workers, token_dtype(tokenizer.vocab_size))) as pool:
-    for block in blocks:
-      pending.append((block, pool.submit(block)))
-      if len(pending) >= BLOCKS_PER_WORKER * workers:
-        first, future = pending.popleft()
-        yield first, future.result()
-    while pending:
-      first, future = pending.popleft()
-      yield first, future.result()
+  dtype = token_dtype(tokenizer.vocab_size)
+  pending = collections.deque()
+  idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
 
-
-class _Pool:
-  """As many threads as processes; a thread lends an idle process, feeds it one block and waits for the answer."""
-
-  def __init__(self, settings: dict[str, Any], workers: int, dtype: np.dtype):
-    self._dtype = dtype
-    self._processes = [_start_worker(settings) for _ in range(workers)]
-    self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-    for process in self._processes:
-      self._idle.put(process)
-    self._threads = ThreadPoolExecutor(workers, thread_name_prefix='tokenize')
-
-  def submit(self, block: Block) -> Future:
-    return self._threads.submit(self._ask, block)
-
-  def _ask(self, block: Block) -> TokenBlock:
-    process = self._idle.get()
+  def ask(block: Block) -> tuple[Block, TokenBlock]:
+    worker = idle.get()  # there are as many threads as workers
     try:
-      return _ask_worker(process, block, self._dtype)
+      return block, worker.ask(block, dtype)
     finally:
-      self._idle.put(process)
+      idle.put(worker)
+
+  with contextlib.ExitStack() as ends:  # from the last to the first: nothing is in them that anybody still waits for
+    threads = ends.enter_context(ThreadPoolExecutor(workers, thread_name_prefix='tokenize'))
+    for _ in range(workers):
+      idle.put(worker := _Worker(settings))
+      ends.callback(worker.close)
+    ends.callback(threads.shutdown, wait=False, cancel_futures=True)
+    for block in blocks:
+      pending.append(threads.submit(ask, block))
+      if len(pending) >= BLOCKS_PER_WORKER * workers:
+        yield pending.popleft().result()
+    while pending:
+      yield pending.popleft().result()
+
+
+class _Worker:
+  """The parent's side of a worker: a thread at a time sends it one block and waits for the answer."""
+
+  def __init__(self, settings: dict[str, Any]):
+    self._pipe, other_end = Pipe()
+    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get('PYTHONPATH')])]
+    environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths), 'OPENBLAS_NUM_THREADS': '1'}
+    command = [sys.executable, '-m', 'mmjax.data.worker', str(other_end.fileno())]
+    with other_end:
+      fds = {'stdin': subprocess.DEVNULL, 'stdout': 2, 'pass_fds': [other_end.fileno()]}  # 2: stderr
+      self.process = subprocess.Popen(command, env=environment, **fds)
+    self._pipe.send_bytes(json.dumps(settings).encode())
+
+  def ask(self, block: Block, dtype: np.dtype) -> TokenBlock:
+    try:
+      self._pipe.send_bytes(json.dumps([block.file, block.line, block.byte, block.too_long]).encode())
+      self._pipe.send_bytes(block.data)
+      counts, tokens, length, text_bytes, held_out, more_bytes = (self._pipe.recv_bytes() for _ in range(6))
+    except (OSError, EOFError):
+      raise UserError(
+        f'a tokenizer process ended with code {self.process.wait()} in {block.file}, line {block.line} and following '
+        '(-9 is mostly too little memory: set --config.data.workers=1; prepare: --workers 1)'
+      ) from None
+    lines, empty, inexact, bad = json.loads(counts)
+    sizes = np.frombuffer(length, np.int64), np.frombuffer(text_bytes, np.int64), np.frombuffer(held_out, bool)
+    more_bytes_2X, bad = np.frombuffer(more_bytes, np.int64).reshape(2, -1), [BadLine(*line) for line in bad]
+    return TokenBlock(np.frombuffer(tokens, dtype), *sizes, more_bytes_2X, lines, empty, inexact, bad)
 
   def close(self) -> None:
-    self._threads.shutdown(wait=False, cancel_futures=True)
-    for process in self._processes:
-      process.kill()  # nothing is in it that anybody still waits for
-    self._threads.shutdown(wait=True)
-    for process in self._processes:
-      process.communicate()
-
-
-def _start_worker(settings: dict[str, Any]) -> subprocess.Popen:
-  root = str(Path(__file__).resolve().parents[2])
-  paths = [root, *filter(None, [os.environ.get('PYTHONPATH')])]
-  environment = os.environ | {'PYTHONPATH': os.pathsep.join(paths), 'OPENBLAS_NUM_THREADS': '1'}
-  command = [sys.executable, '-m', 'mmjax.data.worker']
-  process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-  _write_frames(process.stdin, json.dumps(settings).encode())
-  return process
-
-
-def _ask_worker(process: subprocess.Popen, block: Block, dtype: np.dtype) -> TokenBlock:
-  try:
-    _write_frames(process.stdin, json.dumps([block.file, block.line, block.byte, block.too_long]).encode(), block.data)
-    counts, tokens, length, text_bytes, held_out, more_bytes = (_read_frame(process.stdout) for _ in range(6))
-  except (OSError, EOFError):
-    raise UserError(
-      f'a tokenizer process ended with code {process.wait()} in {block.file}, line {block.line} and following '
-      '(-9 is mostly too little memory: set --config.data.workers=1; prepare: --workers 1)'
-    ) from None
-  lines, empty, inexact, bad = json.loads(counts)
-  return TokenBlock(
-    np.frombuffer(tokens, dtype),
-    np.frombuffer(length, np.int64),
-    np.frombuffer(text_bytes, np.int64),
-    np.frombuffer(held_out, bool),
-    np.frombuffer(more_bytes, np.int64).reshape(2, -1),
-    lines,
-    empty,
-    inexact,
-    [BadLine(*line) for line in bad],
-  )
-
-
-def _write_frames(handle: BinaryIO, *frames: bytes) -> None:
-  for frame in frames:
-    handle.write(struct.pack('<q', len(frame)))
-    handle.write(frame)
-  handle.flush()
-
-
-def _read_frame(handle: BinaryIO) -> bytes:
-  size = _read_exactly(handle, 8)
-  return _read_exactly(handle, struct.unpack('<q', size)[0])
-
-
-def _read_exactly(handle: BinaryIO, size: int) -> bytes:
-  data = handle.read(size)
-  if len(data) < size:
-    raise EOFError
-  return data
+    self.process.kill()
+    self.process.wait()
 
 
 def main() -> None:
-  """Serves blocks from stdin until it closes."""
+  """Serves blocks from the pipe that the first argument names until it closes."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
-  signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone: no traceback
-  source = sys.stdin.buffer
-  sink = os.fdopen(os.dup(sys.stdout.fileno()), 'wb')
-  os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # a stray print must not land among the frames
-  settings = json.loads(_read_frame(source))
-  tokenizer = load_tokenizer(settings['tokenizer'])
-  while True:
-    try:
-      header = _read_frame(source)
-    except EOFError:
-      return
-    file, line, byte, too_long = json.loads(header)
-    block = Block(file, line, byte, _read_frame(source), too_long)
-    done = tokenize_block(block, tokenizer, settings['text_key'], settings['held_out_share'])
-    counts = json.dumps([done.lines, done.empty, done.inexact, done.bad]).encode()
-    _write_frames(sink, counts, *(array.tobytes() for array in done[:5]))
+  pipe = Connection(int(sys.argv[1]))
+  with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
+    settings = json.loads(pipe.recv_bytes())
+    tokenizer = load_tokenizer(settings['tokenizer'])
+    while True:
+      file, line, byte, too_long = json.loads(pipe.recv_bytes())
+      block = Block(file, line, byte, pipe.recv_bytes(), too_long)
+      done = tokenize_block(block, tokenizer, settings['text_key'], settings['held_out_share'])
+      pipe.send_bytes(json.dumps([done.lines, done.empty, done.inexact, done.bad]).encode())
+      for array in done[:5]:
+        pipe.send_bytes(array.tobytes())
 
 
 if __name__ == '__main__':

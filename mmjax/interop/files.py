@@ -4,20 +4,18 @@ A file may come from anywhere: nothing in it is executed, and only plain floatin
 a safetensors file is checked by its library.
 """
 
-import os
-import tempfile
+import hashlib
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from mmjax.errors import UserError, file_error
-from mmjax.files import check_sha256, sha256_of, sha256_path
+from mmjax.errors import UserError
+from mmjax.files import check_sha256, sha256_path, storage_errors, write_file
 from mmjax.interop.names import is_buffer
-from mmjax.interop.torch_files import DTYPES, read_torch, save_torch
+from mmjax.interop.torch_files import DTYPES, read_torch, torch_bytes
 
 TORCH_SUFFIXES = ('.pth', '.pt')
 SUFFIXES = ('.safetensors', *TORCH_SUFFIXES)
@@ -84,19 +82,16 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
   check_suffix(path)
   if path.exists():
     raise UserError(f'{str(path)!r} is there already; remove it or choose another name')
-  save = save_torch if path.suffix.lower() in TORCH_SUFFIXES else partial(_save_safetensors, metadata)
-  try:
+  if path.suffix.lower() in TORCH_SUFFIXES:
+    data = torch_bytes(tensors)
+  else:  # save writes the memory of an array whatever its strides are
+    plain = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    data = save(plain, metadata and dict(metadata))
+  digest = hashlib.sha256(data).hexdigest()
+  with storage_errors(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix='.writing-') as scratch:
-      whole = Path(scratch) / path.name
-      save(tensors, whole)
-      digest = sha256_of(whole)
-      sha256_path(whole).write_text(f'{digest}  {path.name}\n')
-      whole.chmod(sha256_path(whole).stat().st_mode)  # safetensors lets nobody else read it
-      os.replace(sha256_path(whole), sha256_path(path))
-      os.replace(whole, path)
-  except OSError as error:
-    raise file_error(error, f'{str(path)!r} cannot be written') from error
+  write_file(sha256_path(path), f'{digest}  {path.name}\n'.encode())
+  write_file(path, data)
   return digest
 
 
@@ -111,13 +106,8 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         if dtype not in _SAFETENSORS_DTYPES:
           raise UserError(f'{path}: tensor {name[:80]!r} is {dtype}, must be one of {", ".join(DTYPES)}')
         tensors[name] = file.get_tensor(name)
+  except UserError:
+    raise
   except (SafetensorError, OSError, ValueError) as error:
-    if isinstance(error, UserError):
-      raise
     raise UserError(f'{path}: not a whole safetensors file: {error}') from error
   return tensors
-
-
-def _save_safetensors(metadata: Mapping[str, str] | None, tensors: Mapping[str, np.ndarray], path: Path) -> None:
-  # save_file writes the memory of an array whatever its strides are.
-  save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path, metadata and dict(metadata))

@@ -6,7 +6,7 @@ into a file under mmjax's own names, 'layers/0/attention/wq/kernel', as it is.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -71,7 +71,6 @@ MEMORY = {  # its only one
 TIED = 'output.weight'  # the PyTorch code's second name of tok_embeddings.weight
 
 _BUFFER = re.compile(r'pos_cis|layers\.\d+\.attention\.mask')
-_NAME = re.compile(r'\w+([./]\w+)*', re.ASCII)
 
 
 def not_in_pytorch(config: Config) -> str:
@@ -91,8 +90,7 @@ def paths(config: Config) -> dict[str, str]:
   """Returns name in a file -> path here ('layers/0/attention/wq/kernel') of every parameter of a model."""
   model = config.model
   if not_in_pytorch(config):
-    own = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(abstract_params(config))]
-    return dict(zip(own, own, strict=True))
+    return {path: path for path in _by_path(abstract_params(config))}
   table = ROOT | (BANK if SUBLAYERS[model.sublayer].uses_bank else {})
   block = BLOCK | SUBLAYER[model.sublayer]
   if model.sublayer in EXPERTS:
@@ -115,7 +113,8 @@ def to_tensors(params: Params, config: Config) -> dict[str, np.ndarray]:
   Returns:
     name -> array, in PyTorch's shape where the name is PyTorch's.
   """
-  return {name: _turned(name, path, np.asarray(_get(params, path))) for name, path in paths(config).items()}
+  found = _by_path(params)
+  return {name: _turned(name, path, np.asarray(found[path])) for name, path in paths(config).items()}
 
 
 def to_params(tensors: Mapping[str, np.ndarray], config: Config) -> Params:
@@ -128,21 +127,14 @@ def to_params(tensors: Mapping[str, np.ndarray], config: Config) -> Params:
   Returns:
     Nested dict of numpy arrays.
   """
-  params: Params = {}
-  for name, path in paths(config).items():
-    *parents, last = _keys(path)
-    place = params
-    for key in parents:
-      place = place.setdefault(key, {})
-    place[last] = _turned(name, path, tensors[name])
-  return params
+  values = {path: _turned(name, path, tensors[name]) for name, path in paths(config).items()}
+  return jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], abstract_params(config))
 
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
   """Returns name -> shape that a file of this model has; computes no values."""
-  params = abstract_params(config)
-  found = {name: (path, tuple(_get(params, path).shape)) for name, path in paths(config).items()}
-  return {name: shape[::-1] if _is_turned(name, path) else shape for name, (path, shape) in found.items()}
+  shapes = {path: tuple(leaf.shape) for path, leaf in _by_path(abstract_params(config)).items()}
+  return {name: shapes[path][:: -1 if _is_turned(name, path) else 1] for name, path in paths(config).items()}
 
 
 def short_name(name: str) -> str:
@@ -169,14 +161,10 @@ def canonical(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.nd
     Canonical name -> array.
 
   Raises:
-    UserError: if a name is malformed, two names become one, or the tied weights differ.
+    UserError: if two names become one, or the tied weights differ.
   """
   found: dict[str, np.ndarray] = {}
   for name, value in tensors.items():
-    if not _NAME.fullmatch(name):
-      raise UserError(
-        f'{source}: tensor name {name[:80]!r} must be letters, digits and _ between single dots or slashes'
-      )
     short = short_name(name)
     if short in found:
       raise UserError(f'{source}: two tensors are called {short!r} without their prefixes')
@@ -196,19 +184,18 @@ def check_accounted(found: Mapping[str, tuple[int, ...]], expected: Mapping[str,
   Raises:
     UserError: listing every missing, unexpected and wrongly shaped tensor.
   """
-  problems = list(_problems(found, expected))
+  problems = [f'missing {name} {expected[name]}' for name in sorted(expected.keys() - found.keys())]
+  problems += [f'unexpected {name[:80]} {found[name]}' for name in sorted(found.keys() - expected.keys())]
+  for name in sorted(expected.keys() & found.keys()):
+    if found[name] != expected[name]:
+      problems.append(f'{name} is {found[name]}, must be {expected[name]}')
   if problems:
     raise UserError('\n  '.join([f'{source}: {len(problems)} tensors do not fit the model:', *problems]))
 
 
-def _problems(found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
-  for name in sorted(expected.keys() - found.keys()):
-    yield f'missing {name} {expected[name]}'
-  for name in sorted(found.keys() - expected.keys()):
-    yield f'unexpected {name} {found[name]}'
-  for name in sorted(expected.keys() & found.keys()):
-    if found[name] != expected[name]:
-      yield f'{name} is {found[name]}, must be {expected[name]}'
+def _by_path(params: Params) -> dict[str, Any]:
+  """Returns 'layers/0/attention/wq/kernel' -> leaf."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _is_turned(name: str, path: str) -> bool:
@@ -217,14 +204,3 @@ def _is_turned(name: str, path: str) -> bool:
 
 def _turned(name: str, path: str, value: np.ndarray) -> np.ndarray:
   return np.ascontiguousarray(value.T) if _is_turned(name, path) else value
-
-
-def _keys(path: str) -> list[str | int]:
-  return [int(key) if key.isdigit() else key for key in path.split('/')]
-
-
-def _get(params: Params, path: str) -> Any:
-  value: Any = params
-  for key in _keys(path):
-    value = value[key]
-  return value

@@ -12,6 +12,14 @@ from mmjax.interop.names import SUBLAYER
 
 Shapes = Mapping[str, tuple[int, ...]]
 
+TOLD = (  # field, the matrix that tells it, if it is there, and on which axis; the first is meant
+  ('vocab_size', 'tok_embeddings.weight', 0),
+  ('dim', 'tok_embeddings.weight', 1),
+  ('hidden_dim', 'layers.0.feed_forward.w1.weight', 0),
+  ('hidden_dim', 'layers.0.feed_forward.shared_experts.w1.weight', 0),
+  ('knowledge_num', 'memory_bank', 0),
+  ('knowledge_dim', 'memory_bank', 1),
+)
 UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of ModelConfig that no shape depends on
 UNTOLD_BY = {'cross_attention': ('num_selected',), 'moe': ('experts_per_token',)}  # more of them, by sublayer
 
@@ -36,24 +44,16 @@ def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
   Raises:
     UserError: if the names are of no known sublayer, or of several.
   """
-  n_layers = len(_ids(r'layers\.(\d+)\.', shapes))
-  sizes: dict[str, int | str] = {'sublayer': _sublayer(shapes, source), 'n_layers': n_layers}
-
-  def matrix(name: str) -> tuple[int, int] | None:
-    shape = shapes.get(name, ())
-    return (shape[0], shape[1]) if len(shape) == 2 else None
-
-  if embedding := matrix('tok_embeddings.weight'):
-    sizes['vocab_size'], sizes['dim'] = embedding
-  expand = matrix('layers.0.feed_forward.w1.weight') or matrix('layers.0.feed_forward.shared_experts.w1.weight')
-  if expand:
-    sizes['hidden_dim'] = expand[0]
+  sizes: dict[str, int | str] = {'sublayer': _sublayer(shapes, source)}
+  sizes['n_layers'] = len(_ids(r'layers\.(\d+)\.', shapes))
+  for field, name, axis in TOLD:
+    if len(shapes.get(name, ())) == 2:
+      sizes.setdefault(field, shapes[name][axis])
   if expert_ids := _ids(r'layers\.0\.feed_forward\.experts\.(\d+)\.', shapes):
     sizes['n_experts'] = len(expert_ids)
-  if bank := matrix('memory_bank'):
-    sizes['knowledge_num'], sizes['knowledge_dim'] = bank
-  if embedding and bank and bank[1] and (fusion := matrix('layers.0.gated_memory_fusion.up_proj.weight')):
-    sizes['num_selected'] = (fusion[1] - embedding[1]) // bank[1]
+  fusion = shapes.get('layers.0.gated_memory_fusion.up_proj.weight', ())
+  if len(fusion) == 2 and 'dim' in sizes and sizes.get('knowledge_dim'):
+    sizes['num_selected'] = (fusion[1] - sizes['dim']) // sizes['knowledge_dim']
   return sizes
 
 
@@ -64,26 +64,21 @@ def read_kv_heads(shapes: Shapes, dim: int, n_heads: int, source: str) -> int:
     UserError: if the key projection is no whole number of such heads.
   """
   shape = shapes.get('layers.0.attention.wk.weight', ())
-  head_dim = dim // n_heads
   if not shape:
     return n_heads  # reported as missing later
-  if not shape[0] or shape[0] % head_dim or n_heads % (shape[0] // head_dim):
-    fitting = [n for n in range(1, dim + 1) if _fits(n, dim, shape[0])]
+
+  def kv_heads(n: int) -> int:
+    """How many n query heads go with; 0 for none."""
+    found, rest = divmod(shape[0], dim // n)
+    return found if found and not (rest or n % found) else 0
+
+  if not kv_heads(n_heads):
+    fitting = [n for n in range(1, dim + 1) if dim % n == 0 and (dim // n) % 2 == 0 and kv_heads(n)]
     raise UserError(
-      f'model.n_heads={n_heads} makes heads {head_dim} wide, which does not fit {source}: '
+      f'model.n_heads={n_heads} makes heads {dim // n_heads} wide, which does not fit {source}: '
       f'layers.0.attention.wk.weight is {shape}; numbers of heads that fit: {fitting or "none"}'
     )
-  return shape[0] // head_dim
-
-
-def _fits(n_heads: int, dim: int, kv_dim: int) -> bool:
-  return (
-    kv_dim > 0
-    and dim % n_heads == 0
-    and (dim // n_heads) % 2 == 0
-    and kv_dim % (dim // n_heads) == 0
-    and (n_heads % (kv_dim // (dim // n_heads)) == 0)
-  )
+  return kv_heads(n_heads)
 
 
 def _ids(pattern: str, shapes: Shapes) -> set[str]:
@@ -93,12 +88,10 @@ def _ids(pattern: str, shapes: Shapes) -> set[str]:
 
 def _sublayer(shapes: Shapes, source: str) -> str:
   """Names the sublayer of which tensors that no other has are in the file."""
-  inside = _ids(r'layers\.\d+\.(.+)', shapes)
-  found = []
+  inside, found = _ids(r'layers\.\d+\.(.+)', shapes), []
   for kind, table in SUBLAYER.items():
     shared = set().union(*(other for k, other in SUBLAYER.items() if k != kind))
-    if inside & (table.keys() - shared):
-      found.append(kind)
+    found += [kind] if inside & (table.keys() - shared) else []
   if len(found) != 1:
     parts = sorted({name.split('.')[0] for name in inside})
     raise UserError(

@@ -4,6 +4,8 @@ The file goes through torch's restricted unpickler (`weights_only=True`), memory
 beyond the file's end and none is decompressed. Only plain floating tensors are accepted.
 """
 
+import io
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,21 +25,23 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
   """Reads a .pth without running anything in it; see mmjax.interop.files.read_tensors."""
   torch = _import_torch()
   _check_zip(path)
-  unsafe = _unsafe_globals(torch, path)
-  if unsafe:
-    raise UserError(f'{path}: holds {", ".join(unsafe)}, not only tensors; nothing in it was run, nothing is imported')
   try:
     content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
   except Exception as error:  # noqa: BLE001 - a damaged pickle makes the unpickler raise anything
-    raise UserError(f'{path}: not a whole PyTorch file: {first_line(error)}') from error
+    if code := re.search(r'GLOBAL (\S+)', str(error)):
+      what = f'holds {code[1][:80]}, not only tensors; nothing in it was run, nothing is imported'
+    else:
+      what = f'not a whole PyTorch file: {first_line(error)}'
+    raise UserError(f'{path}: {what}') from error
   state = _state_dict(content, path)
   return {name: _to_numpy(torch, name, value, path) for name, value in state.items() if not is_buffer(name)}
 
 
-def save_torch(tensors: Mapping[str, np.ndarray], path: Path) -> None:
-  """Writes a .pth that `load_state_dict(torch.load(path))` takes."""
-  torch = _import_torch()
-  torch.save({name: _to_torch(torch, value) for name, value in tensors.items()}, path)
+def torch_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
+  """Returns a .pth that `load_state_dict(torch.load(path))` takes."""
+  torch, file = _import_torch(), io.BytesIO()
+  torch.save({name: _to_torch(torch, value) for name, value in tensors.items()}, file)
+  return file.getvalue()
 
 
 def _import_torch() -> Any:
@@ -62,14 +66,6 @@ def _check_zip(path: Path) -> None:
       raise UserError(f'{path}: record {entry.filename[:80]!r} leaves the archive')
   if sum(entry.file_size for entry in entries) > path.stat().st_size:
     raise UserError(f'{path}: its records overlap, which torch.save never does')
-
-
-def _unsafe_globals(torch: Any, path: Path) -> list[str]:
-  """Lists what the pickle would import beyond tensors, without running it."""
-  try:
-    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-  except Exception as error:  # noqa: BLE001 - a damaged pickle makes the disassembler raise anything
-    raise UserError(f'{path}: not a whole PyTorch file: {first_line(error)}') from error
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Any]:
