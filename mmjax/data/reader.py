@@ -186,7 +186,7 @@ class Tally:
   def end(self) -> None:
     """Ends the last file. Raises UserError if more than MOST_SKIPPED of all lines were skipped."""
     self._end_file()
-    lines, skipped = sum(counts['lines'] for counts in self.files.values()), self.skipped().total()
+    lines, skipped = sum(counts['lines'] for counts in self.files.values()), sum(self.skipped().values())
     if skipped > MOST_SKIPPED * lines:
       raise UserError(
         f'{skipped} of {lines} lines are bad ({skipped / lines:.2%}), more than the {MOST_SKIPPED:.1%} '
