@@ -70,7 +70,7 @@ class TokenSplit:
     parts = [np.zeros((2, 0), np.int64)]
     for shard, start in zip(self.index['splits'][self.split]['shards'], self._shard_start[:-1], strict=True):
       if 'bytes_file' in shard:
-        parts.append(np.load(self.directory / shard['bytes_file'], allow_pickle=False) + np.array([[start], [0]]))
+        parts.append(np.load(self.directory / shard['bytes_file'], allow_pickle=False) + [[start], [0]])
     position_X, more_X = np.concatenate(parts, axis=1)
     sums_X = np.concatenate([[0], np.cumsum(more_X)])
     left_out = 0
@@ -81,27 +81,24 @@ class TokenSplit:
 
   def cut_off(self) -> tuple[int, int]:
     """Returns how many documents the layout cuts, and how many of their tokens are therefore never read."""
-    over = np.maximum(np.diff(self.document_start) - self.max_seq_len, 0) if self.layout == 'padded' else np.zeros(1)
+    over = np.maximum(np.diff(self.document_start) - self.max_seq_len, 0) * (self.layout == 'padded')
     return int(np.count_nonzero(over)), int(over.sum())
 
   def stream(self, start: int, stop: int) -> np.ndarray:
     """Returns int32 tokens start..stop of the split's stream, whatever shards they lie in."""
-    parts, shard = [], int(np.searchsorted(self._shard_start, start, 'right')) - 1
-    while start < stop:
-      base = self._shard_start[shard]
-      parts.append(self._tokens[shard][start - base : stop - base])
-      start += len(parts[-1])
-      shard += 1
-    return np.concatenate([np.empty(0, np.int32), *parts]).astype(np.int32)
+    first, last = np.searchsorted(self._shard_start, (start, stop - 1), 'right') - 1
+    parts = [np.empty(0, np.int32)]
+    for tokens, base in zip(self._tokens[first : last + 1], self._shard_start[first:], strict=False):
+      parts.append(tokens[max(start - base, 0) : stop - base])
+    return np.concatenate(parts).astype(np.int32)
 
-  def row(self, row_id: int) -> tuple[np.ndarray, int]:
-    """Returns the targets of a row without padding, int32[at most T], and the token that precedes them."""
+  def row(self, row_id: int) -> np.ndarray:
+    """Returns the token that precedes a row and its targets without padding, int[at most T + 1]."""
     if self.layout == 'padded':
       start, stop = self.document_start[row_id], self.document_start[row_id + 1]
-      return self.stream(start, min(stop, start + self.max_seq_len)), self.bos_id
-    start = row_id * self.max_seq_len
-    tokens = self.stream(max(start - 1, 0), min(start + self.max_seq_len, self.n_tokens))
-    return (tokens[1:], int(tokens[0])) if start else (tokens, self.eos_id)
+      return np.append(self.bos_id, self.stream(start, min(stop, start + self.max_seq_len)))
+    start, stop = row_id * self.max_seq_len, min((row_id + 1) * self.max_seq_len, self.n_tokens)
+    return self.stream(start - 1, stop) if start else np.append(self.eos_id, self.stream(0, stop))
 
   def rows(self, row_ids: np.ndarray) -> dict[str, np.ndarray]:
     """Returns a batch.
@@ -118,10 +115,9 @@ class TokenSplit:
     segment = np.zeros(shape, np.int32)
     for at, row_id in enumerate(row_ids):
       if row_id >= 0:
-        target, first = self.row(int(row_id))
-        targets[at, : len(target)] = target
-        inputs[at, 0] = first
-        inputs[at, 1 : len(target) + 1] = target[: self.max_seq_len - 1]
+        tokens = self.row(int(row_id))
+        targets[at, : len(tokens) - 1] = tokens[1:]
+        inputs[at, : len(tokens)] = tokens[: self.max_seq_len]
         if self.isolate_documents and self.layout == 'packed':  # the EOS before a document opens its segment
           places = int(row_id) * self.max_seq_len + np.arange(self.max_seq_len)
           segment[at] = np.searchsorted(self.document_start, places, 'right')
@@ -154,15 +150,14 @@ def open_split(
 
 def cut_remark(splits: Mapping[str, TokenSplit]) -> str:
   """Says how much text the layout cuts off of splits, which are called by what they are for; '' where it is none."""
-  said = []
-  for name, split in splits.items():
-    documents, tokens = split.cut_off()
-    said.append(
-      f'{documents:,} of {split.n_documents:,} {name} documents are cut, {tokens:,} of {split.n_tokens:,} tokens '
-      f'({tokens / split.n_tokens:.1%}) never read'
-    )
-  if not any(split.cut_off()[0] for split in splits.values()):
+  cut = {name: split.cut_off() for name, split in splits.items()}
+  if not any(documents for documents, _ in cut.values()):
     return ''
+  said = [
+    f'{documents:,} of {splits[name].n_documents:,} {name} documents are cut, {tokens:,} of '
+    f'{splits[name].n_tokens:,} tokens ({tokens / splits[name].n_tokens:.1%}) never read'
+    for name, (documents, tokens) in cut.items()
+  ]
   length = next(iter(splits.values())).max_seq_len
   return (
     f"data.layout='padded' takes the first model.max_seq_len={length} tokens of each document: {'; '.join(said)}; "

@@ -65,20 +65,15 @@ def _first_named(parts: Sequence[str]) -> tuple[list[Path], int]:
 
 
 def _matches(text: str) -> list[Path]:
-  """Returns what a path or glob names, sorted: each part of it names what is called just that, else what it matches."""
+  """Returns what a path or glob names, sorted: what is called just that, or matches below the folders that are."""
   path = Path(expand_home(text))
-  found = {Path(path.anchor)}
-  for part in path.relative_to(path.anchor).parts:
-    found = {match for folder in found for match in _in_folder(folder, part)}
-  return sorted(found, key=str)
-
-
-def _in_folder(folder: Path, part: str) -> list[Path]:
-  if os.path.lexists(folder / part):
-    return [folder / part]
-  if part == '**':
-    return [folder, *(folder / name for name in glob.glob('**/', root_dir=folder, recursive=True))]
-  return [folder / name for name in glob.glob(part, root_dir=folder)] if glob.has_magic(part) else []
+  if os.path.lexists(path):
+    return [path]
+  folder = next((parent for parent in path.parents if os.path.lexists(parent)), Path())
+  pattern = os.path.join(glob.escape(str(folder)), path.relative_to(folder))
+  return sorted(
+    {Path(found) for found in glob.glob(pattern, recursive=True)} if glob.has_magic(pattern) else (), key=str
+  )
 
 
 def _check_file(path: Path) -> None:
