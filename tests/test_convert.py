@@ -20,7 +20,7 @@ torch = pytest.importorskip('torch')
 import mmjax  # noqa: E402
 from mmjax.config import Config, config_from_dict, idle_settings, load_config  # noqa: E402
 from mmjax.data.loader import PADDING, open_split, train_batches  # noqa: E402
-from mmjax.data.tokenizer import train_tokenizer  # noqa: E402
+from mmjax.data.spm_tokenizer import train_tokenizer  # noqa: E402
 from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.interop.files import read_metadata, read_tensors, write_tensors  # noqa: E402

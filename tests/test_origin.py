@@ -169,7 +169,7 @@ def test_bank_from_a_file_comes_from_the_run_and_not_from_the_file(text, tmp_pat
   ],
 )
 def test_what_contradicts_the_model_is_refused_by_name(source, tmp_path, changes, said):
-  from mmjax.data.tokenizer import train_tokenizer
+  from mmjax.data.spm_tokenizer import train_tokenizer
 
   if changes.get('data__tokenizer') == 'OTHER':
     (tmp_path / 'other.model').write_bytes(train_tokenizer(['some other text of a few words'] * 9, 300))

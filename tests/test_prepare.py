@@ -20,7 +20,7 @@ from rich.console import Console
 
 from mmjax import files
 from mmjax.config import load_config
-from mmjax.data import blocks, index, progress, shards, tokenizer, worker
+from mmjax.data import blocks, index, progress, shards, worker
 from mmjax.data import prepare as prepare_module
 from mmjax.data.index import read_index, verify
 from mmjax.data.loader import PADDING, open_split
@@ -176,7 +176,7 @@ def test_copies_of_a_text_stay_on_one_side_of_the_split(tmp_path, texts):
 
 
 def test_tokenizer_is_not_trained_on_held_out_text(tmp_path, corpus, texts, monkeypatch):
-  samples, real = [], tokenizer.train_tokenizer
+  samples, real = [], prepare_module.train_tokenizer
   monkeypatch.setattr(prepare_module, 'train_tokenizer', lambda sample, v: samples.append(sample) or real(sample, v))
   run(tmp_path, corpus)
   assert samples == [[text for text in texts if not is_held_out(text.encode(), 0.1)]]

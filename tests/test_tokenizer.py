@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.data import tokenizer as tokenizer_module
-from mmjax.data.tokenizer import SAMPLE_CHARS, load_tokenizer, sample_text, share_bytes, train_tokenizer
+from mmjax.data.spm_tokenizer import SAMPLE_CHARS, sample_text, train_tokenizer
+from mmjax.data.tokenizer import load_tokenizer, share_bytes
 from mmjax.errors import UserError
 
 ENGLISH = 'The quick brown fox jumps over the lazy dog, and 42 other foxes do not.\n\nA new paragraph begins here.'

@@ -6,6 +6,7 @@ It is extracted on the user's machine and differs a little between Python versio
 """
 
 import ast
+import contextlib
 import hashlib
 import importlib
 import inspect
@@ -61,7 +62,7 @@ def _write_corpus(corpus: Path, record: Path) -> None:
 
 def _is_whole(corpus: Path, record: Path) -> bool:
   try:
-    facts = json.loads(record.read_text(encoding='utf-8'))
+    facts = json.loads(record.read_bytes())
     return facts['python'] == sys.version and facts['sha256'] == sha256_of(corpus)
   except (OSError, ValueError, KeyError, TypeError):
     return False
@@ -96,22 +97,16 @@ def _library_modules() -> Iterator[list[tuple[str, str]]]:
     folders = path.relative_to(root).parts[:-1]
     if LEFT_OUT.isdisjoint(folders):
       module = '.'.join([*folders, path.stem]).removesuffix('.__init__')
-      yield list(_docstrings(path, module))
+      with contextlib.suppress(SyntaxError, ValueError, OSError):  # some files are broken on purpose
+        yield list(_docstrings(module, ast.parse(path.read_bytes())))
 
 
-def _docstrings(path: Path, module: str) -> Iterator[tuple[str, str]]:
-  try:
-    tree = ast.parse(path.read_bytes())
-  except (SyntaxError, ValueError, OSError):  # some files are broken on purpose
-    return
-  waiting: list[tuple[str, Any]] = [(module, tree)]
-  while waiting:
-    name, node = waiting.pop(0)
-    text = ast.get_docstring(node)
-    if text:
-      yield name, text
-    kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    waiting[:0] = [(f'{name}.{child.name}', child) for child in node.body if isinstance(child, kinds)]
+def _docstrings(name: str, node: Any) -> Iterator[tuple[str, str]]:
+  if text := ast.get_docstring(node):
+    yield name, text
+  for child in node.body:
+    if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+      yield from _docstrings(f'{name}.{child.name}', child)
 
 
 def _builtin_modules() -> Iterator[list[tuple[str, str]]]:

@@ -5,7 +5,7 @@ Control tokens are found by their usual names, as the file does not say which is
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   try:
     text = path.read_text(encoding='utf-8')
     settings, backend = json.loads(text), tokenizers.Tokenizer.from_str(text)
-    kinds = {kind for name in ('normalizer', 'pre_tokenizer', 'decoder') for kind in _kinds(settings[name])}
+    parts = json.dumps([settings[name] for name in ('normalizer', 'pre_tokenizer', 'decoder')])
     special = {token['content']: token['id'] for token in settings['added_tokens'] if token['special']}
-    byte_level, byte_fallback = 'ByteLevel' in kinds, bool(settings['model'].get('byte_fallback'))
+    byte_level, byte_fallback = '"type": "ByteLevel"' in parts, bool(settings['model'].get('byte_fallback'))
   except (KeyboardInterrupt, SystemExit):
     raise
   except BaseException as error:  # noqa: BLE001 - of the backend: Exception, or a panic of Rust, which is none
@@ -65,17 +65,6 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
 
   pad_id, bos_id = (eos_id if token is None else token for token in (pad_id, bos_id))
   return Tokenizer(path, 'huggingface', pieces, encode_slice, spans, special, pad_id, bos_id, eos_id)
-
-
-def _kinds(part: Any) -> Iterator[str]:
-  """Yields the types that a part of the file and the parts within it have."""
-  if isinstance(part, dict):
-    yield from filter(None, [part.get('type')])
-    for inner in part.values():
-      yield from _kinds(inner)
-  elif isinstance(part, list):
-    for inner in part:
-      yield from _kinds(inner)
 
 
 def _find(special: Mapping[str, int], names: Sequence[str]) -> int | None:

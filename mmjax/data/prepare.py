@@ -28,14 +28,8 @@ from mmjax.data.overlap import shared_documents
 from mmjax.data.progress import ConsoleProgress, Meter, ProgressSink
 from mmjax.data.reader import Tally, find_files, read_documents
 from mmjax.data.shards import Pass, ShardBuilder
-from mmjax.data.tokenizer import (
-  LEAST_VOCABULARY,
-  Tokenizer,
-  load_tokenizer,
-  sample_text,
-  tokenizer_file_name,
-  train_tokenizer,
-)
+from mmjax.data.spm_tokenizer import LEAST_VOCABULARY, sample_text, train_tokenizer
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.data.worker import is_held_out, token_dtype
 from mmjax.errors import UserError
 from mmjax.files import check_room, known_sha256, locked_directory, note_sha256, write_file

@@ -33,7 +33,8 @@ from mmjax.data.bank_file import read_bank
 from mmjax.data.blocks import LONGEST_LINE_BYTES
 from mmjax.data.formats import MOST_DIGITS
 from mmjax.data.reader import Tally, read_documents
-from mmjax.data.tokenizer import load_tokenizer, train_tokenizer
+from mmjax.data.spm_tokenizer import train_tokenizer
+from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.interop.files import read_tensors
 from mmjax.interop.names import canonical, check_accounted, tensor_shapes, to_params
