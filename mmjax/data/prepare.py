@@ -1,18 +1,11 @@
 """Turns text files into a prepared directory: a tokenizer, token shards and an index; or finds the one made before.
 
-What decides its content are the settings, the tokenizer, and the bytes of the inputs with the endings of their names;
-where these lie, and under what names, is free. The directory's name carries a hash of all that. Its layout is described
-in mmjax.data.index. Rows are cut when they are loaded, so the row length and layout are not part of it.
+What decides its content, and so which one it is, is in mmjax.data.plan; its layout is described in mmjax.data.index.
 """
 
 import contextlib
-import dataclasses
-import hashlib
-import json
 import os
-import re
 from collections.abc import Iterator
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,51 +14,21 @@ import sentencepiece
 
 import mmjax
 from mmjax.config import DataConfig
-from mmjax.data.embedded import build_embedded_corpus
 from mmjax.data.formats import PACKINGS, ending_of
-from mmjax.data.index import FORMAT, INDEX, VERIFIED, counts_bytes, described_files, find_prepared, verify, write_index
+from mmjax.data.index import FORMAT, INDEX, VERIFIED, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
+from mmjax.data.plan import Plan, given_tokenizer, identify, make_plan
 from mmjax.data.progress import ConsoleProgress, Meter, ProgressSink
-from mmjax.data.reader import Tally, find_files, read_documents
+from mmjax.data.reader import Tally, read_documents
 from mmjax.data.shards import Pass, ShardBuilder
-from mmjax.data.spm_tokenizer import LEAST_VOCABULARY, sample_text, train_tokenizer
+from mmjax.data.spm_tokenizer import sample_text, train_tokenizer
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.data.worker import is_held_out, token_dtype
 from mmjax.errors import UserError
-from mmjax.files import check_room, known_sha256, locked_directory, note_sha256, write_file
+from mmjax.files import check_room, locked_directory, note_sha256, write_file
 
 SAMPLE_BYTES = 12 * 2**20  # of training text that a tokenizer is trained on
 MOST_WORKERS = 16  # that data.workers=0 starts: one reading process feeds no more, and memory stays within bounds
-MUCH_BYTES = 4 * 2**30  # of text takes seconds to hash
-LONGEST_NAME_BYTES = 80  # of what a directory is called after its text
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a prepared directory is made from: the files of each split, and what its index says of them.
-
-  `identity` is the hash of all of it. `may_cut`: whether documents are cut later, as the padded layout does.
-  """
-
-  directory: Path
-  identity: str
-  files: dict[str, list[Path]]
-  inputs: dict[str, list[dict[str, Any]]]
-  settings: dict[str, Any]
-  may_cut: bool
-
-  def made(self, index: dict[str, Any]) -> bool:
-    """Whether a prepared directory with this index was made from what is planned, wherever that lay then.
-
-    A tokenizer that is given may be the one that was trained there.
-    """
-    own = self.settings['tokenizer_sha256']
-    if own not in (index['settings']['tokenizer_sha256'], index['tokenizer']['sha256']):
-      return False
-    if index['settings'] | {'tokenizer_sha256': own} != self.settings or (self.may_cut and not counts_bytes(index)):
-      return False
-    pairs = [zip_longest(index['inputs'][split], files, fillvalue={}) for split, files in self.inputs.items()]
-    return all(_same_input(old, new) for files in pairs for old, new in files)
 
 
 def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = None) -> Path:
@@ -90,7 +53,7 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
       directory, index = Path(data.prepared_dir), _check_brought(data, vocab_size)
       progress.say(f'using prepared data in {directory}: {_summary(index)}')
     else:
-      plan = _plan(data, vocab_size, progress)
+      plan = make_plan(data, vocab_size, progress)
       directory = find_prepared(data.prepared_dir, plan.made) or plan.directory
       with locked_directory(directory, lambda: progress.say(f'another process prepares {directory}: waiting for it')):
         if (directory / INDEX).is_file():
@@ -122,94 +85,12 @@ def _check_brought(data: DataConfig, vocab_size: int) -> dict[str, Any]:
       f'model.vocab_size={vocab_size} does not fit data.prepared_dir={data.prepared_dir!r}, which was made with '
       f'{index["vocab_size"]} pieces; set --config.model.vocab_size={index["vocab_size"]}'
     )
-  if data.tokenizer and _given_tokenizer(data.tokenizer, vocab_size).sha256 != index['tokenizer']['sha256']:
+  if data.tokenizer and given_tokenizer(data.tokenizer, vocab_size).sha256 != index['tokenizer']['sha256']:
     raise UserError(
       f'data.prepared_dir={data.prepared_dir!r} was made with another tokenizer than {data.tokenizer!r}; prepare the '
       'text anew with this one'
     )
   return index
-
-
-def _plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
-  given = _given_tokenizer(data.tokenizer, vocab_size) if data.tokenizer else None
-  if not given and vocab_size <= LEAST_VOCABULARY:
-    raise UserError(
-      f'model.vocab_size={vocab_size} must be above {LEAST_VOCABULARY} for a tokenizer that is trained: it has 4 '
-      'control tokens, 256 bytes and the characters of the text; a data.tokenizer that is given may be smaller'
-    )
-  files = _find_text(data, progress)
-  settings = {
-    'vocab_size': given.vocab_size if given else vocab_size,
-    'text_key': data.text_key if data.train_files else 'text',
-    'on_bad_line': data.on_bad_line,
-    'valid_fraction': 0.0 if files['valid'] else data.valid_fraction,
-    'tokenizer_sha256': given.sha256 if given else '',
-  }
-  everything = [*files['train'], *files['valid']]
-  if (size := sum(file.stat().st_size for file in everything)) > MUCH_BYTES:
-    progress.say(f'looking whether these {size / 1e9:.0f} GB of text are prepared already')
-  sha256 = known_sha256(everything, Path(data.prepared_dir).glob(f'*/{VERIFIED}'))
-  inputs = {split: [_identify(file) | {'sha256': sha256[file]} for file in found] for split, found in files.items()}
-  bytes_of = {split: [(_content(file), file['sha256']) for file in found] for split, found in inputs.items()}
-  hashed = json.dumps({'format': FORMAT, 'settings': settings, 'inputs': bytes_of}, sort_keys=True)
-  identity = hashlib.sha256(hashed.encode()).hexdigest()
-  directory = Path(data.prepared_dir) / f'{_common_name(files["train"])}-{identity[:12]}'
-  return Plan(directory, identity, files, inputs, settings, data.layout == 'padded')
-
-
-def _find_text(data: DataConfig, progress: ProgressSink) -> dict[str, list[Path]]:
-  """Returns the files of both splits."""
-  if not data.train_files:
-    if data.valid_files:
-      raise UserError(f'data.valid_files={data.valid_files!r} needs data.train_files beside it')
-    progress.say('no data.train_files are given: using the text that this Python carries (the embedded corpus)')
-    return {'train': [build_embedded_corpus(Path(data.prepared_dir), progress)], 'valid': []}
-  train, valid = find_files(data.train_files), find_files(data.valid_files) if data.valid_files else []
-  learned = {os.path.realpath(file): file for file in train}
-  for file in valid:
-    if twin := learned.get(os.path.realpath(file)):
-      which = f"'{file}'" if file == twin else f"'{file}' leads to the same file as '{twin}': it"
-      raise UserError(f'{which} is in data.train_files and in data.valid_files; leave it out of one')
-  return {'train': train, 'valid': valid}
-
-
-def _given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
-  tokenizer = load_tokenizer(path)
-  if tokenizer.vocab_size > vocab_size:
-    raise UserError(
-      f"model.vocab_size={vocab_size} does not fit the tokenizer '{path}', which has {tokenizer.vocab_size} pieces; "
-      f'set --config.model.vocab_size={tokenizer.vocab_size} (prepare: --vocab_size {tokenizer.vocab_size})'
-    )
-  return tokenizer
-
-
-def _identify(file: Path) -> dict[str, Any]:
-  stat = file.stat()
-  return {'path': str(file), 'size': stat.st_size, 'mtime_ns': stat.st_mtime_ns}
-
-
-def _content(file: dict[str, Any]) -> str | None:
-  """Returns what the name of an input says about how it is written; None of a link's target that an index may name."""
-  found = ending_of(file['path'])
-  return found and found[0]
-
-
-def _same_input(old: dict[str, Any], new: dict[str, Any]) -> bool:
-  """Whether two entries of an index are of one text; old ones have its path, links resolved, size and time, no hash."""
-  if not (old and new) or _content(old) != _content(new):
-    return False
-  if 'sha256' in old:
-    return old['sha256'] == new['sha256']
-  return old['path'] == os.path.realpath(new['path']) and all(old[key] == new[key] for key in ('size', 'mtime_ns'))
-
-
-def _common_name(files: list[Path]) -> str:
-  """Returns what the files' names begin with, as a folder name: 'train' for train-00000.jsonl.xz and its siblings."""
-  stems = [file.name.split('.')[0] for file in files]
-  name = re.sub(r'[^\w-]+', '-', os.path.commonprefix(stems)).rstrip('-_0123456789')
-  while len(name.encode()) > LONGEST_NAME_BYTES:
-    name = name[:-1]
-  return name or 'text'
 
 
 def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> dict[str, Any]:
@@ -301,7 +182,7 @@ def _index(plan: Plan, tokenizer: Tokenizer, state: dict[str, Any]) -> dict[str,
 def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
   """Raises UserError if a split is empty or an input changed while it was read."""
   for file in sum(plan.inputs.values(), []):
-    if file | _identify(Path(file['path'])) != file:
+    if file | identify(Path(file['path'])) != file:
       raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
   if 'train' not in index['splits']:
     raise UserError('no training document is left: every line is empty, bad or held out')
