@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import tempfile
 from importlib.metadata import version
 
@@ -84,3 +85,36 @@ def tiny_run(tmp_path_factory):
   )
   fit(config, folder / 'run')
   return folder / 'run'
+
+
+@pytest.fixture(scope='session')
+def texts():
+  """Documents in English and Chinese, no two alike."""
+  from tests.preparing import some_texts
+
+  return some_texts(400)
+
+
+@pytest.fixture
+def corpus(tmp_path, texts):
+  """The texts in a train.jsonl."""
+  from tests.preparing import write
+
+  return write(tmp_path / 'train.jsonl', texts)
+
+
+@pytest.fixture(scope='session')
+def shared(tmp_path_factory, texts):
+  """A prepared directory and its input; not to be changed."""
+  from tests.preparing import run, write
+
+  folder = tmp_path_factory.mktemp('shared')
+  corpus = write(folder / 'train.jsonl', texts)
+  return run(folder, corpus)[0], corpus
+
+
+@pytest.fixture
+def prepared(shared, tmp_path):
+  """A copy of it, and its input, which finds it again."""
+  shutil.copytree(shared[0], tmp_path / 'out' / shared[0].name)
+  return tmp_path / 'out' / shared[0].name, shared[1]
