@@ -1,25 +1,15 @@
-"""The table of formats: a new one is a function and a row, and everything that reads text reads it."""
+"""The table of formats: a new one is a function and a row, as the guide says, and all that reads text reads it."""
 
 import gzip
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 
 from tests.helpers import REPOSITORY
 
-FUNCTION = """
-def third_field(line, text_key):
-  fields = decode(line).rstrip('\\r').split(';')
-  if len(fields) < 3:
-    raise NotText('no third field', f'{len(fields)} fields, must be 3')
-  return fields[2]
-
-
-FORMATS = {
-"""
-ROW = "  '.csvish': Format(cut_lines, partial(parse_lines, third_field)),\n"
 USE = """
 import dataclasses, json, sys
 import mmjax
@@ -47,16 +37,16 @@ print(json.dumps(found))
 def test_new_format_is_one_row_and_is_prepared_and_evaluated_with(tiny_run, tmp_path):
   shutil.copytree(REPOSITORY / 'mmjax', tmp_path / 'mmjax', ignore=shutil.ignore_patterns('__pycache__'))
   table = tmp_path / 'mmjax' / 'data' / 'formats.py'
-  before, after = table.read_text().split('\n\nFORMATS = {\n')
-  table.write_text(before + FUNCTION + ROW + after)
+  [added] = re.findall(r'```python\n(def third_field.*?)```', (REPOSITORY / 'docs' / 'guide.md').read_text(), re.DOTALL)
+  table.write_text(table.read_text().replace('FORMATS = {\n', added))
   run = shutil.copytree(tiny_run, tmp_path / 'run')
   texts = [f'the memory reads row {n} of its bank and writes 知识' for n in range(60)]
   lines = ''.join(f'{n};x;{text}\r\n' for n, text in enumerate(texts))
   (tmp_path / 'known.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
-  (tmp_path / 'new.csvish').write_text(lines)
-  (tmp_path / 'NEW.Csvish.gz').write_bytes(gzip.compress(lines.encode()))
-  (tmp_path / 'bad.csvish').write_text(lines + 'no;text\n')
-  files = ['known.jsonl', 'new.csvish', 'NEW.Csvish.gz', 'bad.csvish']
+  (tmp_path / 'new.semicolons').write_text(lines)
+  (tmp_path / 'NEW.Semicolons.gz').write_bytes(gzip.compress(lines.encode()))
+  (tmp_path / 'bad.semicolons').write_text(lines + 'no;text\n')
+  files = ['known.jsonl', 'new.semicolons', 'NEW.Semicolons.gz', 'bad.semicolons']
   done = subprocess.run(
     [sys.executable, '-c', USE, str(run), *files],
     cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(tmp_path)}, capture_output=True, text=True, check=False,
@@ -64,5 +54,5 @@ def test_new_format_is_one_row_and_is_prepared_and_evaluated_with(tiny_run, tmp_
   assert done.returncode == 0, done.stderr
   found = json.loads(done.stdout.splitlines()[-1])
   assert found['known.jsonl'][1]['text_bytes'] == sum(len(text.encode()) for text in texts)
-  assert found['new.csvish'] == found['NEW.Csvish.gz'] == found['known.jsonl']
-  assert found['bad.csvish'].startswith('bad.csvish:61: 2 fields, must be 3 (byte ')
+  assert found['new.semicolons'] == found['NEW.Semicolons.gz'] == found['known.jsonl']
+  assert found['bad.semicolons'].startswith('bad.semicolons:61: 2 fields, must be 3 (byte ')

@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from mmjax.config import load_config, own_config
+from mmjax.data.formats import FORMATS, PACKINGS
 from mmjax.data.index import read_index
 from mmjax.data.overlap import overlap_remark
 from mmjax.data.prepare import prepare
@@ -41,7 +42,9 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(prog='python -m mmjax.tools.prepare', description=__doc__.partition('\n')[0])
   parser.add_argument('--config', default=str(own_config('base.py')), help='config file that the defaults come from')
-  parser.add_argument('--train_files', help='comma-separated paths or globs: .jsonl or .txt, plain, .gz or .xz')
+  parser.add_argument(
+    '--train_files', help=f'comma-separated paths or globs: {" or ".join(FORMATS)}, plain{", ".join(PACKINGS)}'
+  )
   parser.add_argument('--valid_files', help='the same, held out')
   parser.add_argument('--valid_fraction', help='share of training documents held out where there are no valid_files')
   parser.add_argument('--out', help='folder for prepared directories')
