@@ -20,7 +20,7 @@ from mmjax.data.overlap import shared_documents
 from mmjax.data.plan import Plan, given_tokenizer, identify, make_plan
 from mmjax.data.progress import ConsoleProgress, Meter, ProgressSink
 from mmjax.data.reader import Tally, read_documents
-from mmjax.data.shards import Pass, ShardBuilder
+from mmjax.data.shards import ShardBuilder
 from mmjax.data.spm_tokenizer import sample_text, train_tokenizer
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.data.worker import is_held_out, token_dtype
@@ -102,9 +102,7 @@ def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> dict[str, An
     expected = (file.stat().st_size * PACKINGS[ending_of(file)[1]].token_bytes for file in sum(plan.files.values(), []))
     check_room(plan.directory, int(sum(expected)))
     tokenizer = _tokenizer(plan, data, progress)
-    shares = {'train': plan.settings['valid_fraction'], 'valid': 0.0}
-    passes = [Pass(split, files, shares[split]) for split, files in plan.files.items() if files]
-    builder = ShardBuilder(plan.directory, passes, tokenizer, plan.settings['text_key'], data.on_bad_line)
+    builder = ShardBuilder(plan, tokenizer)
     if builder.resumed:
       progress.say(f'going on after the last whole shard in {plan.directory}')
     builder.build(data.workers or min(_cores(), MOST_WORKERS), progress)

@@ -1,22 +1,21 @@
 """Writes token shards, so that whatever stops it, the next start goes on after the last whole shard."""
 
 import contextlib
-import dataclasses
 import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmjax.data.index import shard_files
+from mmjax.data.plan import Plan
 from mmjax.data.progress import Meter, ProgressSink
 from mmjax.data.reader import START, Place, Tally, read_files
 from mmjax.data.tokenizer import Tokenizer
-from mmjax.data.worker import TokenBlock, token_dtype, tokenize_blocks
+from mmjax.data.worker import TokenBlock, tokenize_blocks
 from mmjax.files import check_room, flush_directory, sha256_of, storage_errors, write_file, write_json
 
 SHARD_TOKENS = 2**24  # a shard ends with the block that fills it: 32 MB of uint16, seconds of work to lose
@@ -79,31 +78,21 @@ class ShardWriter:
       self._handle.close()
 
 
-@dataclasses.dataclass
-class Pass:
-  """Files that are read for one split, and the share of their documents that goes to 'valid' instead."""
-
-  split: str
-  files: Sequence[Path]
-  held_out_share: float
-
-
 class ShardBuilder:
-  """Turns passes over files into shards in a directory.
+  """Turns the files of a plan into shards in its directory, split by split.
 
   After each round of whole shards, progress.json says what is done and where in the input it ended.
   """
 
-  def __init__(self, directory: Path, passes: Sequence[Pass], tokenizer: Tokenizer, text_key: str, on_bad_line: str):
-    self._directory, self._passes, self._tokenizer, self._text_key = directory, passes, tokenizer, text_key
-    self._on_bad_line = on_bad_line
-    self._dtype = token_dtype(tokenizer.vocab_size)
+  def __init__(self, plan: Plan, tokenizer: Tokenizer):
+    self._directory, self._settings, self._tokenizer = plan.directory, plan.settings, tokenizer
+    self._passes = [(split, files) for split, files in plan.files.items() if files]
     self._writers: dict[str, ShardWriter] = {}
     self.state = self._read_state() or {
       'tokenizer_sha256': tokenizer.sha256,
       'files': self._names(),
       'shards': {'train': [], 'valid': []},
-      'tallies': {step.split: {'files': {}, 'examples': {}} for step in passes},
+      'tallies': {split: {'files': {}, 'examples': {}} for split, _ in self._passes},
       'inexact': 0,
       'pass': 0,
       'place': START,
@@ -115,7 +104,7 @@ class ShardBuilder:
     return any(self.state['shards'].values())
 
   def _names(self) -> list[list[str]]:
-    return [[str(file) for file in step.files] for step in self._passes]
+    return [[str(file) for file in files] for _, files in self._passes]
 
   def _read_state(self) -> dict[str, Any] | None:
     """Returns what an earlier start left, if its shards are whole and its tokenizer and the files' names are these."""
@@ -137,36 +126,36 @@ class ShardBuilder:
     """
     try:
       for number in range(self.state['pass'], len(self._passes)):
-        self._build_pass(self._passes[number], workers, progress)
+        self._build_pass(*self._passes[number], workers, progress)
         self._finish_shards({'pass': number + 1, 'place': START})
     finally:
       for writer in self._writers.values():
         writer.abandon()
 
-  def _build_pass(self, step: Pass, workers: int, progress: ProgressSink) -> None:
-    tally = Tally(self._on_bad_line, **self.state['tallies'][step.split])
-    names = [str(file) for file in step.files]
-    meter = Meter(f'tokenizing {step.split}', step.files, progress)
-    blocks = read_files(step.files, Place(*self.state['place']), meter.read)
-    tokenized = tokenize_blocks(blocks, self._tokenizer, self._text_key, step.held_out_share, workers)
+  def _build_pass(self, split: str, files: list[Path], workers: int, progress: ProgressSink) -> None:
+    settings, names = self._settings, [str(file) for file in files]
+    tally = Tally(settings['on_bad_line'], **self.state['tallies'][split])
+    meter = Meter(f'tokenizing {split}', files, progress)
+    blocks = read_files(files, Place(*self.state['place']), meter.read)
+    tokenized = tokenize_blocks(blocks, self._tokenizer, settings['text_key'], settings['valid_fraction'], workers)
     with contextlib.closing(tokenized):  # ends the processes at once, also when a line is bad
       for block, done in tokenized:
         tally.add(block.file, done.lines, done.empty, done.bad)
         self.state['inexact'] += done.inexact
-        self._add(step.split, done)
+        self._add(split, done)
         meter.add(int(done.text_bytes.sum()), len(done.tokens))
         if any(writer.tokens >= SHARD_TOKENS for writer in self._writers.values()):
-          self.state['tallies'][step.split] = tally.to_dict()
+          self.state['tallies'][split] = tally.to_dict()
           self._finish_shards({'place': Place(names.index(block.file), *block.end)})
     tally.end()
-    self.state['tallies'][step.split] = tally.to_dict()
+    self.state['tallies'][split] = tally.to_dict()
 
   def _add(self, split: str, done: TokenBlock) -> None:
     for name, document in ((split, ~done.held_out), ('valid', done.held_out)):
       if document.any():
         if name not in self._writers:
           number = len(self.state['shards'][name])
-          self._writers[name] = ShardWriter(self._directory, f'{name}-{number:05d}', self._dtype)
+          self._writers[name] = ShardWriter(self._directory, f'{name}-{number:05d}', done.tokens.dtype)
         self._writers[name].add(done.only(document))
 
   def _finish_shards(self, position: dict[str, Any]) -> None:
