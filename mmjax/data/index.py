@@ -13,9 +13,11 @@ verified.json           stamps and hashes of these files and of the texts, so th
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mmjax.errors import UserError
 from mmjax.files import known_sha256, note_sha256, sha256_of, write_json
@@ -91,8 +93,7 @@ def find_prepared(place: str | Path, fits: Callable[[dict[str, Any]], bool]) -> 
 
 def data_sha256(index: dict[str, Any]) -> str:
   """Returns the hash that says which data these are: of the hashes of all shards."""
-  shards = [shard['sha256'] for split in index['splits'].values() for shard in split['shards']]
-  return hashlib.sha256(''.join(shards).encode()).hexdigest()
+  return hashlib.sha256(''.join(shard['sha256'] for shard in _shards(index)).encode()).hexdigest()
 
 
 def counts_bytes(index: dict[str, Any]) -> bool:
@@ -100,8 +101,7 @@ def counts_bytes(index: dict[str, Any]) -> bool:
 
   Earlier versions did not note where a tokenizer changed text: there, only whole documents can be counted.
   """
-  shards = [shard for split in index['splits'].values() for shard in split['shards']]
-  return not index['inexact_documents'] or all('bytes_file' in shard for shard in shards)
+  return not index['inexact_documents'] or all('bytes_file' in shard for shard in _shards(index))
 
 
 def _hash(index: dict[str, Any]) -> str:
@@ -111,9 +111,12 @@ def _hash(index: dict[str, Any]) -> str:
 def described_files(index: dict[str, Any]) -> Iterator[tuple[str, str]]:
   """Yields name and sha256 of every file that an index describes."""
   yield index['tokenizer']['file'], index['tokenizer']['sha256']
-  for split in index['splits'].values():
-    for shard in split['shards']:
-      yield from shard_files(shard)
+  for shard in _shards(index):
+    yield from shard_files(shard)
+
+
+def _shards(index: dict[str, Any]) -> list[dict[str, Any]]:
+  return [shard for split in index['splits'].values() for shard in split['shards']]
 
 
 def shard_files(shard: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -121,3 +124,10 @@ def shard_files(shard: dict[str, Any]) -> Iterator[tuple[str, str]]:
   for kind in ('', 'offsets_', 'bytes_'):
     if f'{kind}file' in shard:  # earlier versions wrote no bytes
       yield shard[f'{kind}file'], shard[f'{kind}sha256']
+
+
+def open_shards(directory: Path, split: Mapping[str, Any], dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  """Yields the tokens of each shard of a split, memory-mapped, and where its documents begin, with the end."""
+  for shard in split['shards']:
+    tokens = np.memmap(directory / shard['file'], np.dtype(dtype).newbyteorder('<'), 'r', shape=(shard['tokens'],))
+    yield tokens, np.load(directory / shard['offsets_file'], 'r', allow_pickle=False)

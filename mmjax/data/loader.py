@@ -13,7 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from mmjax.data.index import counts_bytes, verify
+from mmjax.data.index import counts_bytes, open_shards, verify
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 
@@ -40,12 +40,9 @@ class TokenSplit:
     self.n_tokens, self.n_documents, self.text_bytes = entry['tokens'], entry['documents'], entry['text_bytes']
     self.vocab_size = index['vocab_size']
     self.pad_id, self.bos_id, self.eos_id = tokenizer['pad_id'], tokenizer['bos_id'], tokenizer['eos_id']
-    shards, dtype = entry['shards'], np.dtype(index['dtype']).newbyteorder('<')
-    self._tokens = [np.memmap(directory / shard['file'], dtype, 'r', shape=(shard['tokens'],)) for shard in shards]
-    offsets = [np.load(directory / shard['offsets_file'], 'r', allow_pickle=False) for shard in shards]
-    self._shard_start = np.cumsum([0] + [shard['tokens'] for shard in shards])
-    # Where each document begins in the stream; one more at the end.
-    starts = [o[:-1] + start for o, start in zip(offsets, self._shard_start[:-1], strict=True)]
+    self._tokens, offsets = zip(*open_shards(directory, entry, index['dtype']), strict=True)
+    self._shard_start = np.cumsum([0, *map(len, self._tokens)])
+    starts = [start + part[:-1] for start, part in zip(self._shard_start, offsets, strict=False)]
     self.document_start = np.concatenate([*starts, self._shard_start[-1:]])
     self.n_rows = count_rows(entry, max_seq_len, layout)
     self.index = index

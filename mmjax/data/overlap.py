@@ -1,11 +1,13 @@
 """Finds validation text that is training text too: a loss on it says what a model remembers, not what it learned."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from mmjax.data.index import open_shards
 
 
 def shared_documents(
@@ -22,27 +24,20 @@ def shared_documents(
   Returns:
     documents, and their tokens.
   """
-  dtype = np.dtype(index['dtype']).newbyteorder('<')
   held, sizes, first = [], [], []
-  for tokens, start in _shards(valid, valid_split, dtype):
+  for tokens, start in open_shards(valid, valid_split, index['dtype']):
     held += [_digest(tokens, *pair) for pair in zip(start[:-1], start[1:], strict=True)]
     sizes += np.diff(start).tolist()
     first += tokens[start[:-1]].tolist()
   likely = np.array(sizes) * 2**32 + np.array(first)
   wanted, seen = set(held), set()
-  for tokens, start in _shards(train, index['splits']['train'], dtype):
+  for tokens, start in open_shards(train, index['splits']['train'], index['dtype']):
     size = np.diff(start)
     candidates = np.flatnonzero(np.isin(size, sizes))
     candidates = candidates[np.isin(size[candidates] * 2**32 + tokens[start[candidates]], likely)]
     seen |= wanted.intersection(_digest(tokens, start[at], start[at + 1]) for at in candidates)
   found = [size for digest, size in zip(held, sizes, strict=True) if digest in seen]
   return {'documents': len(found), 'tokens': sum(found)}
-
-
-def _shards(directory: Path, split: Mapping[str, Any], dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields the tokens of each shard, memory-mapped, and where its documents begin, with the end."""
-  for shard in split['shards']:
-    yield np.memmap(directory / shard['file'], dtype, 'r'), np.load(directory / shard['offsets_file'])
 
 
 def _digest(tokens: np.ndarray, start: int, stop: int) -> bytes:
