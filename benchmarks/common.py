@@ -128,11 +128,12 @@ class Step:
     import jax.numpy as jnp
     import numpy as np
 
-    from mmjax.run.sharding import make_mesh, put_batch
+    from mmjax.run.placement import place
+    from mmjax.run.sharding import put_batch
     from mmjax.training.optimizer import make_optimizer
     from mmjax.training.setup import new_state
 
-    self.mesh = make_mesh(config)
+    self.mesh = place(config).mesh
     self.optimizer = make_optimizer(config, TOTAL_STEPS)
     self.state = new_state(config, self.optimizer, self.mesh)
     batch = {name: value.astype(np.int32) for name, value in random_rows(config).items()}
@@ -146,9 +147,8 @@ class Step:
     from mmjax.run.placement import place
     from mmjax.training.setup import compile_step
 
-    self.attention = place(config, devices=self.mesh.size).attention
-    settings = {'attention': self.attention, 'total_steps': TOTAL_STEPS}
-    return compile_step(config, self.mesh, self.optimizer, self.state, **settings)
+    self.placement = place(config)
+    return compile_step(config, self.placement, self.optimizer, self.state, total_steps=TOTAL_STEPS)
 
   def run(self, compiled: Any, updates: int = 1) -> None:
     """Makes updates and waits for the last."""

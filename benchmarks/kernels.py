@@ -26,7 +26,7 @@ from mmjax.config import load_config
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
 from mmjax.model.ngram import last_tokens, ngram_rows
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.run.placement import compiler_options
+from mmjax.run.placement import attention_backend, place_reader
 
 T, D, V, N, K, H = 512, 512, 6400, 32, 8, 16  # as in the axis legend
 M, P, R, C = 65536, 128, 8, 256
@@ -121,10 +121,8 @@ def _compile(function: Callable, differentiated: tuple[Array, ...], *rest: Array
     out, pullback = jax.vjp(lambda *first: function(*first, *rest), *first)
     return out, pullback(jax.tree.map(jnp.ones_like, out))
 
-  options = compiler_options(load_config(str(common.ROOT / 'configs/exp_1_4_2.py')), jax.default_backend())
-  return tuple(
-    functools.partial(jax.jit(f, compiler_options=options), *differentiated, *rest) for f in (function, both)
-  )
+  placement = place_reader(load_config(str(common.ROOT / 'configs/exp_1_4_2.py')), dtype='float32')
+  return tuple(functools.partial(placement.jit(f), *differentiated, *rest) for f in (function, both))
 
 
 def _normal(dtype: str, *shape: int) -> Array:
@@ -139,7 +137,7 @@ def attention_case(B: int, dtype: str, platform: str) -> Case:
   """Every backend that runs here, with segments where it is the fastest, and torch."""
   qkv = _normal(dtype, B, T, N, H), _normal(dtype, B, T, K, H), _normal(dtype, B, T, K, H)
   segment_BT = jnp.cumsum(_integers(100, B, T) == 0, axis=1)  # documents of 100 tokens
-  backend = attention.attention_backend('auto', jnp.dtype(dtype), platform, 1, H)
+  backend = attention_backend('auto', jnp.dtype(dtype), platform, 1, H)
   variants = {'reference': _compile(attention.causal_attention_reference, qkv, jnp.zeros_like(segment_BT))}
   for name in dict.fromkeys(('xla', backend)):
     variants[name] = _compile(functools.partial(attention.causal_attention, backend=name), qkv)

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 
 from mmjax.config import Config, load_config
 from mmjax.model.lm import model_graph
-from mmjax.run.placement import compiler_options
 from mmjax.training.step import make_gradient
 
 GIB = 1 << 30
@@ -69,10 +68,9 @@ class Point:
   def __init__(self, config: Config):
     self.config, self.step = config, common.Step(config)
     self.step.run(self.step.compiled)
-    gradient = make_gradient(config, model_graph(config), self.step.attention)
+    gradient = make_gradient(config, model_graph(config), self.step.placement.attention)
     total = jnp.float32(config.train.batch_size * config.model.max_seq_len)
-    options = compiler_options(config, jax.devices()[0].platform)
-    compiled = jax.jit(lambda params, batch: gradient(params, batch, total, 0), compiler_options=options)
+    compiled = self.step.placement.jit(lambda params, batch: gradient(params, batch, total, 0))
     self.gradient = lambda: jax.block_until_ready(compiled(self.step.state['params'], self.step.batch))
     self.gradient()
 

@@ -103,7 +103,7 @@ def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[dict[str, Upda
     updates[name]()
     memory, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
     facts[name] = {
-      'attention': step.attention,
+      'attention': step.placement.attention,
       'triton_calls': count_triton(compiled.as_text()),
       'analysis_bytes': common.program_bytes(memory),
       'peak_bytes': stats.get('peak_bytes_in_use') if variant is config else None,  # of all programs after the first

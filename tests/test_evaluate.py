@@ -14,7 +14,7 @@ from mmjax.evaluation.evaluate import evaluate, make_eval_step
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import ProbePlan, bank_health
 from mmjax.model.lm import build_model
-from mmjax.run.sharding import make_mesh
+from mmjax.run.placement import place
 from tests.helpers import tiny_config
 
 T = 12
@@ -38,9 +38,11 @@ def batches_of(rows: dict[str, np.ndarray], size: int):
 
 
 def setup(sublayer: str, batch_size: int = 4):
-  config = tiny_config(model__sublayer=sublayer, train__batch_size=batch_size, model__max_seq_len=T)
+  config = tiny_config(
+    model__sublayer=sublayer, train__batch_size=batch_size, model__max_seq_len=T, runtime__attention='xla'
+  )
   graphdef, params = build_model(config)
-  step = make_eval_step(graphdef, config, attention='xla', mesh=make_mesh(config))
+  step = make_eval_step(graphdef, config, place(config))
   return config, nnx.merge(graphdef, params), params, step
 
 

@@ -123,7 +123,7 @@ def test_attention_that_cannot_run_is_refused_before_anything_is_written(text, t
 
 
 def test_on_a_gpu_the_run_decides_and_float32_never_gets_cudnn(monkeypatch):
-  monkeypatch.setattr(placement.jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(placement, 'platform_of', lambda mesh: 'gpu')
   own, xla = (tiny_config(runtime__attention=name, model__dim=32, model__n_heads=4) for name in ('auto', 'xla'))
   assert place_reader(xla, dtype='bfloat16').attention == 'xla'
   assert place_reader(own, dtype=jnp.bfloat16).attention == 'cudnn'

@@ -20,7 +20,7 @@ from mmjax.evaluation.probes import (
   row_update_ratio,
 )
 from mmjax.model.lm import build_model, memory_layers
-from mmjax.run.sharding import make_mesh
+from mmjax.run.placement import place
 from tests.helpers import rarely, tiny_config
 
 T, SEED = 12, 5
@@ -56,12 +56,12 @@ def numpy_weights(config, score_X: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize('form', rarely(FORMS, 'bag'))
 def test_probes_of_an_evaluation_equal_brute_force(form):
-  config = tiny_config(**FORMS[form], train__batch_size=3, model__max_seq_len=T)
+  config = tiny_config(**FORMS[form], train__batch_size=3, model__max_seq_len=T, runtime__attention='xla')
   graphdef, params = build_model(config)
   if config.memory.selection_bias:  # so large that the first row of a head is often not the one with the best score
     gate = params['layers'][1]['sublayer']['gate']
     gate['bias'] = np.random.default_rng(2).normal(size=gate['bias'].shape).astype(np.float32)
-  step = make_eval_step(graphdef, config, attention='xla', mesh=make_mesh(config))
+  step = make_eval_step(graphdef, config, place(config))
   batches = batches_of_text(3, 3, config.model.vocab_size)
   result = evaluate(step, params, batches, 1, ProbePlan(2, SEED, tuple(memory_layers(config))))
 

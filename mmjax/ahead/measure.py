@@ -45,16 +45,16 @@ def measure(config: Config, devices: int) -> dict[str, Any]:
   import numpy as np
 
   from mmjax.run.placement import place
-  from mmjax.run.sharding import make_mesh, put_batch
+  from mmjax.run.sharding import put_batch
   from mmjax.training.optimizer import make_optimizer
   from mmjax.training.setup import compile_step, new_state
 
   config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal'))
-  mesh = make_mesh(config, jax.devices()[:devices])
+  placement = place(config, jax.devices()[:devices])
+  mesh = placement.mesh
   optimizer = make_optimizer(config, 1000)
   state, device = new_state(config, optimizer, mesh), mesh.devices.flat[0]
-  attention = place(config, platform=device.platform, devices=mesh.size).attention
-  step = compile_step(config, mesh, optimizer, state, attention=attention, total_steps=1000)
+  step = compile_step(config, placement, optimizer, state, total_steps=1000)
   train, model = config.train, config.model
   shape = train.update_rows, model.max_seq_len + 1
   tokens = np.random.default_rng(0).integers(1, model.vocab_size, shape, dtype=np.int32)

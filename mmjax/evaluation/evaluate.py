@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.errors import UserError
@@ -28,7 +27,7 @@ from mmjax.evaluation.probes import (
   row_agreement,
 )
 from mmjax.model.lm import Params
-from mmjax.run.placement import compiler_options
+from mmjax.run.placement import Placement
 from mmjax.run.sharding import put_batch, replicated
 
 Batch = dict[str, np.ndarray]
@@ -65,21 +64,20 @@ class EvalResult:
     return dataclasses.asdict(self)
 
 
-def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, attention: str, mesh: Mesh) -> EvalStep:
+def make_eval_step(graphdef: nnx.GraphDef, config: Config, placement: Placement) -> EvalStep:
   """Compiles (at its first call) the evaluation of one batch.
 
   Args:
     graphdef: of the model.
     config: gives the compute dtype and whether documents are isolated.
-    attention: backend.
-    mesh: where the batch goes; its rows must divide the batch.
+    placement: how it runs, and where; the rows of its mesh must divide the batch.
 
   Returns:
     A function of params and a batch (`input`, `target`, `segment`, int32 (rows, T)) that returns the sums nll (nats)
     and correct, both float32, tokens (int32) and, for a memory model, usage_LM (int32, reads of each row) and what
     `make_read_probe` finds.
   """
-  loss = make_loss(config, graphdef, attention, make_read_probe(config))
+  loss = make_loss(config, graphdef, placement.attention, make_read_probe(config))
 
   def sums(params: Params, batch: dict[str, Array]) -> dict[str, Array]:
     rows = jax.tree.map(lambda x: x[0], batch)  # the axis of accumulation, of which there is one
@@ -87,9 +85,8 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, *, attention: str, me
     found = {'nll': parts.pop('loss'), 'correct': parts.pop('accuracy'), 'tokens': jnp.sum(rows['target'] != PADDING)}
     return found | {name: x for name, x in parts.items() if name != 'aux_loss'}
 
-  options = compiler_options(config, jax.devices()[0].platform)
-  compiled = jax.jit(sums, out_shardings=replicated(mesh), compiler_options=options)
-  return lambda params, batch: compiled(params, put_batch(mesh, batch, 1))
+  compiled = placement.jit(sums, out_shardings=replicated(placement.mesh))
+  return lambda params, batch: compiled(params, put_batch(placement.mesh, batch, 1))
 
 
 def evaluate(

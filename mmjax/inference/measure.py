@@ -22,7 +22,6 @@ from mmjax.model.lm import model_graph
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
 from mmjax.run.placement import Placement, place_reader
-from mmjax.run.sharding import make_mesh
 from mmjax.run.text import evaluation_data, find_run_data, place_for_shards
 
 # Settings of a run that may be others when it is looked at: where its text is now, or how other text is to be read.
@@ -61,11 +60,9 @@ def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalR
     UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
   placement = evaluation_placement(lm)
-  runtime = dataclasses.replace(lm.config.runtime, data_devices=1, row_devices=1)
-  train = dataclasses.replace(lm.config.train, dtype=placement.dtype.name)
-  config = dataclasses.replace(lm.config, runtime=runtime, train=train)
+  config = dataclasses.replace(lm.config, train=dataclasses.replace(lm.config.train, dtype=placement.dtype.name))
   split = open_text(config, run, valid_files)
-  step = make_eval_step(model_graph(config), config, attention=placement.attention, mesh=make_mesh(config))
+  step = make_eval_step(model_graph(config), config, placement)
   batches = eval_batches(split, config.train.batch_size)
   return evaluate(step, lm.params, batches, split.scored_bytes, plan_probe(config, split))
 

@@ -1,4 +1,4 @@
-"""How a model runs on a machine: attention, dtype, compiler options; decided here for everything that runs one.
+"""How a model runs on a machine: devices, attention, dtype, compiler options; decided here for all that runs one.
 
 A run states it in `runtime` and `train.dtype`. Training takes it as it stands, or is refused. What reads a trained
 model (evaluation, generation, inspection) may be elsewhere: it takes the run's attention where that can run, else
@@ -13,16 +13,20 @@ Pallas, in a lowered or compiled module.
 import contextlib
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.stages import Compiled
 from jax.typing import DTypeLike
 
 from mmjax.config import CHOICES, Config
 from mmjax.errors import UserError
+from mmjax.kernels.forms import traced_for
+from mmjax.run.sharding import make_mesh, one_device
 
 # Custom calls of Triton, Pallas and Mosaic (what Pallas becomes on NVIDIA), and XLA's own Triton fusions.
 TRITON = re.compile(r'triton|pallas|mosaic', re.IGNORECASE)
@@ -37,39 +41,51 @@ class Placement:
   """How a model runs.
 
   Attributes:
+    mesh: of the devices that it runs on.
     attention: backend, as `mmjax.kernels.attention.causal_attention` knows it.
     dtype: of the matrix products.
     options: XLA's.
   """
 
+  mesh: Mesh
   attention: str
   dtype: Any
   options: dict[str, bool | str]
+
+  @property
+  def platform(self) -> str:
+    """JAX's name of what the devices are: 'cpu', 'gpu', 'cuda', ..."""
+    return platform_of(self.mesh)
 
   def jit(self, function: Callable, **settings: Any) -> Callable:
     """Returns `jax.jit(function, **settings)` with these compiler options."""
     return jax.jit(function, compiler_options=self.options, **settings)
 
+  def compile(self, function: Callable, *inputs: Any, options: dict | None = None, **settings: Any) -> Compiled:
+    """Compiles `jax.jit(function, **settings)` for inputs of these shapes, on devices that need not be here.
 
-def place(config: Config, *, platform: str = '', devices: int = 1, dtype: DTypeLike | None = None) -> Placement:
-  """Returns what the settings say.
+    `options` are XLA's, beside those of the placement.
+    """
+    with traced_for(self.platform):
+      return jax.jit(function, **settings).lower(*inputs).compile(self.options | (options or {}))
+
+
+def place(config: Config, devices: Sequence[jax.Device] | None = None, dtype: DTypeLike | None = None) -> Placement:
+  """Returns how a run's settings say that its model runs.
 
   Args:
     config: of the run.
-    platform: of the devices; '': of JAX's here.
-    devices: in the mesh.
+    devices: to take the mesh from; None: those of JAX.
     dtype: of the matrix products; None: that of training.
 
   Raises:
-    UserError: if the attention backend cannot run there.
+    UserError: if there are too few devices, they do not divide the batch, or attention cannot run there.
   """
-  platform, dtype = platform or jax.default_backend(), jnp.dtype(dtype or config.train.dtype)
-  attention = attention_backend(config.runtime.attention, dtype, platform, devices, config.model.head_dim)
-  return Placement(attention, dtype, compiler_options(config, platform))
+  return _place(config, make_mesh(config, devices), config.runtime.attention, dtype or config.train.dtype)
 
 
 def place_reader(config: Config, *, dtype: DTypeLike, attention: str | None = None) -> Placement:
-  """Returns how a trained model is read on one device of this machine.
+  """Returns how a trained model is read, on one device of this machine.
 
   Args:
     config: of the run.
@@ -86,15 +102,22 @@ def place_reader(config: Config, *, dtype: DTypeLike, attention: str | None = No
     if value not in CHOICES[name]:
       raise UserError(f'{name.partition(".")[2]}={value!r} must be one of {", ".join(CHOICES[name])}')
   try:
-    return place(_with_attention(config, wanted), dtype=dtype)
+    return _place(config, one_device(), wanted, dtype)
   except UserError:
     if attention is not None:
       raise
-    return place(_with_attention(config, 'auto'), dtype=dtype)
+    return _place(config, one_device(), 'auto', dtype)
 
 
-def _with_attention(config: Config, attention: str) -> Config:
-  return dataclasses.replace(config, runtime=dataclasses.replace(config.runtime, attention=attention))
+def _place(config: Config, mesh: Mesh, attention: str, dtype: DTypeLike) -> Placement:
+  platform = platform_of(mesh)
+  backend = attention_backend(attention, dtype, platform, mesh.size, config.model.head_dim)
+  return Placement(mesh, backend, jnp.dtype(dtype), compiler_options(config, platform))
+
+
+def platform_of(mesh: Mesh) -> str:
+  """Returns JAX's name of what a mesh's devices are."""
+  return mesh.devices.flat[0].platform
 
 
 def is_nvidia(platform: str) -> bool:
@@ -153,7 +176,7 @@ def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int
   Raises:
     UserError: if the backend cannot run there.
   """
-  on_nvidia = platform in ('gpu', 'cuda')
+  on_nvidia = is_nvidia(platform)
   is_half = jnp.dtype(dtype).itemsize == 2
   fits_cudnn = head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM
   if name == 'auto':

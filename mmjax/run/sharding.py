@@ -54,8 +54,17 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
   _check_divides('train.batch_size', batch, data * rows, f'{data * rows} devices', other)
   if SUBLAYERS[config.model.sublayer].uses_bank:
     _check_divides('model.knowledge_num', config.model.knowledge_num, rows, f'runtime.row_devices={rows}')
-  shape, axes = (data, rows), ('data', 'rows')
-  return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 2, devices=devices[: data * rows])
+  return _mesh(data, rows, devices)
+
+
+def one_device() -> Mesh:
+  """Returns the mesh of JAX's first device alone."""
+  return _mesh(1, 1, jax.devices())
+
+
+def _mesh(data: int, rows: int, devices: Sequence[jax.Device]) -> Mesh:
+  axes, types = ('data', ROWS), (AxisType.Auto,) * 2
+  return jax.make_mesh((data, rows), axes, axis_types=types, devices=devices[: data * rows])
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

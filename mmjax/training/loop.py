@@ -35,7 +35,7 @@ from mmjax.run.origin import load_origin
 from mmjax.run.placement import place, slow_scatter_warning, use_compilation_cache
 from mmjax.run.processes import in_any_process, is_main, joined
 from mmjax.run.sealed import atomic_write_json
-from mmjax.run.sharding import make_mesh, put_batch
+from mmjax.run.sharding import put_batch
 from mmjax.run.signals import StopSignals
 from mmjax.run.text import training_data
 from mmjax.training.optimizer import make_optimizer
@@ -84,8 +84,8 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
   run = RunDir(workdir)
   workdir = run.path
   config, origin = settle_config(run, config, allow_config_change, init_from)
-  mesh = make_mesh(config)
-  attention = place(config, devices=mesh.size).attention  # or it is refused, before anything is written
+  placement = place(config)  # or it is refused, before anything is written
+  mesh = placement.mesh
   if is_main():
     print(describe_devices(jax.devices()), flush=True)
   params = read_from = None
@@ -118,13 +118,13 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
       return
     for remark in inputs.remarks:
       progress.message(remark)
-    warning = slow_scatter_warning(jax.devices()[0].platform, metadata.version('jaxlib'))
+    warning = slow_scatter_warning(placement.platform, metadata.version('jaxlib'))
     if warning:
       progress.message(warning)
     watch = MicroBatchWatch(config.train, config.model.max_seq_len, start, total, progress)
     told = watch if has_slow_updates(config, mesh) else None
-    program = compile_program(config, inputs, mesh, optimizer, state, attention=attention, on_micro_batch=told)
-    progress.message(f'Attention: {attention}. The step needs {describe_memory(program.memory)}.')
+    program = compile_program(config, inputs, placement, optimizer, state, told)
+    progress.message(f'Attention: {placement.attention}. The step needs {describe_memory(program.memory)}.')
     Trainer(config, run, inputs, program, checkpoints, log, progress, counters).train(state, stop)
 
 

@@ -23,7 +23,6 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import EvalStep, make_eval_step
 from mmjax.files import write_file
-from mmjax.kernels.forms import traced_for
 from mmjax.model.lm import Params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.bank import bank_identity, check_bank
@@ -31,7 +30,7 @@ from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.manifest import refuse_non_finite
 from mmjax.run.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
-from mmjax.run.placement import compiler_options, is_nvidia
+from mmjax.run.placement import Placement, is_nvidia
 from mmjax.run.processes import is_main
 from mmjax.run.settings import compare_configs, compare_models
 from mmjax.run.sharding import batch_shapes, replicated, shardings
@@ -178,11 +177,9 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
 def compile_program(
   config: Config,
   inputs: Inputs,
-  mesh: Mesh,
+  placement: Placement,
   optimizer: Any,
   state: TrainState,
-  *,
-  attention: str,
   on_micro_batch: Callable | None = None,
 ) -> Program:
   """Compiles the train step for the shapes of this run; `on_micro_batch` is for `make_gradient`.
@@ -190,37 +187,35 @@ def compile_program(
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
-  settings = {'attention': attention, 'total_steps': inputs.total_steps, 'on_micro_batch': on_micro_batch}
-  compiled = compile_step(config, mesh, optimizer, state, **settings)
-  evaluate = make_eval_step(model_graph(config), config, attention=attention, mesh=mesh)
-  return Program(mesh, compiled, evaluate, compiled.memory_analysis())
+  settings = {'total_steps': inputs.total_steps, 'on_micro_batch': on_micro_batch}
+  compiled = compile_step(config, placement, optimizer, state, **settings)
+  evaluate = make_eval_step(model_graph(config), config, placement)
+  return Program(placement.mesh, compiled, evaluate, compiled.memory_analysis())
 
 
 def compile_step(
   config: Config,
-  mesh: Mesh,
+  placement: Placement,
   optimizer: Any,
   state: TrainState,
   *,
-  attention: str,
   total_steps: int,
   on_micro_batch: Callable | None = None,
   options: dict[str, Any] | None = None,
 ) -> jax.stages.Compiled:
-  """Compiles the train step for the mesh's devices; it takes over the state, or what has its shapes and places.
+  """Compiles the train step for the devices; it takes over the state, or what has its shapes and places.
 
-  `options` are the compiler's, beside those of `compiler_options`.
+  `options` are the compiler's, beside those of the placement.
 
   Raises:
     UserError: if the device has too little memory, with the settings to change.
   """
-  settings = {'attention': attention, 'total_steps': total_steps, 'on_micro_batch': on_micro_batch, 'mesh': mesh}
-  step = make_train_step(config, model_graph(config), optimizer, **settings)
-  batch = batch_shapes(mesh, config)
-  jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings(mesh, state), replicated(mesh)))
-  platform = mesh.devices.flat[0].platform
-  with explain_out_of_memory(config), traced_for(platform):
-    return jitted.lower(state, batch).compile(compiler_options(config, platform) | (options or {}))
+  mesh = placement.mesh
+  settings = {'total_steps': total_steps, 'on_micro_batch': on_micro_batch, 'mesh': mesh}
+  step = make_train_step(config, model_graph(config), optimizer, attention=placement.attention, **settings)
+  places = {'donate_argnums': 0, 'out_shardings': (shardings(mesh, state), replicated(mesh))}
+  with explain_out_of_memory(config):
+    return placement.compile(step, state, batch_shapes(mesh, config), options=options, **places)
 
 
 class explain_out_of_memory:  # noqa: N801 - used as a `with` statement
