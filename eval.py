@@ -33,6 +33,7 @@ def main() -> None:
   with interrupt_ends_at_once():
     from mmjax.config import override_config
     from mmjax.console import prepare_terminal
+    from mmjax.files import write_json
     from mmjax.inference.api import load
     from mmjax.inference.measure import (
       PROMPTS,
@@ -45,7 +46,6 @@ def main() -> None:
       text_remarks,
     )
     from mmjax.run.directory import open_run
-    from mmjax.run.sealed import atomic_write_json
     from mmjax.tools.report import write_report
 
   prepare_terminal()
@@ -65,7 +65,7 @@ def main() -> None:
     **continue_prompts(lm, prompts, sampling),
   }
   print_evaluation(found)
-  atomic_write_json(run.path / 'eval.json', found)
+  write_json(run.path / 'eval.json', found)
   print(f'Written: {run.path / "eval.json"} and {write_report(run.path)}')
 
 

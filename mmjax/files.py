@@ -1,17 +1,25 @@
-"""Writing files so that a crash, a full disk or a second process never leaves half of one under its final name."""
+"""How a file is written, sealed, read, hashed and locked, and how a leaf of a tree is named: each in one way.
+
+A crash, a full disk or a second process never leaves half a file under its final name. A sealed JSON file carries a
+hash of itself, so that damage is noticed when it is read.
+"""
 
 import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmjax.errors import CommandError, StorageError, UserError, file_error
 
+SEAL = 'sha256'  # key of a JSON object's hash, which is taken without it
+SEALS = {SEAL: lambda data: hashlib.sha256(data).hexdigest(), 'crc32': zlib.crc32}  # that of earlier checkpoints
 SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go somewhere
 
 
@@ -48,8 +56,10 @@ def check_room(path: Path, needed_bytes: int) -> None:
     )
 
 
-def write_file(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes | str) -> None:
   """Writes a whole file or none: to a hidden name, .NAME.PID.tmp of the name's beginning, flushed to the disk, renamed.
+
+  Text is written as UTF-8.
 
   Raises:
     StorageError, UserError: if it cannot be written, as `file_error` says; the old file stays.
@@ -59,7 +69,7 @@ def write_file(path: Path, data: bytes) -> None:
     try:
       temporary.unlink(missing_ok=True)  # and a new file, so that nothing is written through a link
       with temporary.open('xb') as handle:
-        handle.write(data)
+        handle.write(data.encode() if isinstance(data, str) else data)
         handle.flush()
         os.fsync(handle.fileno())
       os.replace(temporary, path)
@@ -70,9 +80,53 @@ def write_file(path: Path, data: bytes) -> None:
     flush_directory(path.parent)
 
 
-def write_json(path: Path, value: Any) -> None:
-  """Writes a JSON file as `write_file` does."""
-  write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + '\n').encode())
+def write_json(path: Path, value: Any, *, sealed: bool = False) -> None:
+  """Writes a JSON file as `write_file` does; NaN and infinities, which JSON has no number for, become null."""
+  value = finite(value)
+  write_file(path, json.dumps(seal(value) if sealed else value, indent=2, ensure_ascii=False, allow_nan=False) + '\n')
+
+
+def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
+  """Reads a JSON object, compares it with the seal that it carries, and takes that off.
+
+  Args:
+    path: of the file.
+    sealed: whether one without a seal is refused.
+
+  Raises:
+    UserError: if it is missing, no JSON object, or was changed.
+  """
+  try:
+    value = json.loads(path.read_bytes())
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise UserError(f'{path} is missing') from error
+  except (ValueError, RecursionError) as error:
+    raise UserError(f'{path} is not JSON: {error}') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{path} must be a JSON object')
+  stated = {name: value.pop(name) for name in SEALS if name in value}
+  if any(found != _seal_of(value, name) for name, found in stated.items()) or (sealed and not stated):
+    hint = '' if sealed else f'; if that was on purpose, remove {SEAL!r} from it'
+    raise UserError(f'{path} was changed after it was written{hint}')
+  return value
+
+
+def seal(value: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a JSON object with its own hash in it; `read_json` checks it and takes it off."""
+  return {**value, SEAL: _seal_of(value, SEAL)}
+
+
+def _seal_of(value: Mapping[str, Any], kind: str) -> str | int:
+  return SEALS[kind](json.dumps(value, sort_keys=True).encode())
+
+
+def finite(value: Any) -> Any:
+  """Returns nested dicts and lists with every NaN and infinity replaced by None."""
+  if isinstance(value, Mapping):
+    return {name: finite(item) for name, item in value.items()}
+  if isinstance(value, list | tuple):
+    return [finite(item) for item in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def flush_directory(directory: Path) -> None:
@@ -144,6 +198,15 @@ def check_sha256(path: Path) -> None:
     raise UserError(f"'{path}': sha256 is {found}, {beside.name} says {ascii((stated or [b''])[0][:64])[2:-1]}")
 
 
+def lock(descriptor: int, waiting: Callable[[], None]) -> None:
+  """Holds an open file or directory for this process alone until it is closed; calls `waiting` if another holds it."""
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    waiting()
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
 @contextlib.contextmanager
 def locked_directory(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
   """Makes a directory and holds it for this process alone; calls `waiting` once if another process holds it.
@@ -155,11 +218,7 @@ def locked_directory(directory: Path, waiting: Callable[[], None]) -> Iterator[N
       directory.mkdir(parents=True, exist_ok=True)
       descriptor = os.open(directory, os.O_RDONLY)
     try:
-      try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError:
-        waiting()
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+      lock(descriptor, waiting)
       if directory.exists() and os.path.samestat(os.fstat(descriptor), directory.stat()):
         yield
         return
@@ -167,6 +226,13 @@ def locked_directory(directory: Path, waiting: Callable[[], None]) -> Iterator[N
       os.close(descriptor)
 
 
-def path_name(path: tuple) -> str:
+def path_name(path: tuple, separator: str = '/') -> str:
   """Turns a tree path into 'layers/0/sublayer/gate/keys', as patterns and messages name parameters."""
-  return '/'.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
+  return separator.join(str(getattr(key, 'key', getattr(key, 'name', getattr(key, 'idx', key)))) for key in path)
+
+
+def named_leaves(tree: Any, separator: str = '/') -> list[tuple[str, Any]]:
+  """Returns the name and the value of every leaf of a pytree; checkpoints have dots in these names."""
+  from jax.tree_util import tree_leaves_with_path  # here: processes that prepare text do without JAX
+
+  return [(path_name(path, separator), leaf) for path, leaf in tree_leaves_with_path(tree)]

@@ -366,7 +366,7 @@ def test_killed_save_is_cleaned_up_and_the_last_whole_step_used(tmp_path):
 def test_state_moves_between_8_devices_and_1(tmp_path):
   code = f"""
     import zlib
-    from mmjax.run.manifest import leaf_crc32
+    from mmjax.run.leaves import leaf_crc32
     from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
     mesh = jax.make_mesh((2, 4), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2)
     def place(path, x):

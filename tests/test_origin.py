@@ -11,12 +11,12 @@ import pytest
 from mmjax.config import load_config
 from mmjax.data.prepare import prepare
 from mmjax.errors import StoppedError, UserError
+from mmjax.files import read_json
 from mmjax.interop.files import write_tensors
 from mmjax.run.bank import bank_texts
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
 from mmjax.run.origin import parse_origin
-from mmjax.run.sealed import read_json
 from mmjax.training import loop
 from mmjax.training.loop import fit
 from mmjax.training.setup import settle_config

@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
-from mmjax.run.sealed import read_json, seal
+from mmjax.files import read_json, seal
 from mmjax.tools import inspect
 from mmjax.tools.compare_runs import changed, make_rows, read_run
 from mmjax.tools.report import write_report

@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 
 from mmjax.errors import StorageError, UserError
-from mmjax.files import write_file
+from mmjax.files import read_json, write_file, write_json
 from mmjax.run.directory import RunDir, open_run
-from mmjax.run.sealed import atomic_write_json, read_json
 from mmjax.run.settings import compare_configs
 from mmjax.training.setup import settle_config
 from tests.helpers import tiny_config
@@ -117,7 +116,7 @@ def test_full_disk_at_the_lock_is_one_sentence(tmp_path):
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):
   path = tmp_path / 'a.json'
-  atomic_write_json(path, {'x': [1, float('nan'), float('inf')], 'y': 'é'})
+  write_json(path, {'x': [1, float('nan'), float('inf')], 'y': 'é'})
   assert read_json(path) == {'x': [1, None, None], 'y': 'é'}
   with open(path, 'rb') as reader:  # a reader in the middle of the file keeps the old one
     write_file(path, b'new')
@@ -232,14 +231,14 @@ def test_config_from_before_a_setting_existed_reads_as_the_run_was(tmp_path):
   config = tiny_config()
   settings = config.to_dict()
   del settings['train']['max_loss_factor'], settings['runtime']['coordinator'], settings['runtime']['process_id']
-  atomic_write_json(tmp_path / 'config.json', settings)
+  write_json(tmp_path / 'config.json', settings)
   old = RunDir(tmp_path).read_config()
   assert old == config
   compare_configs(old, config, allow_config_change=False)
   with pytest.raises(UserError, match=r'max_loss_factor 0\.0 -> 3\.0; --allow_config_change'):
     compare_configs(old, tiny_config(train__max_loss_factor=3), allow_config_change=False)
   del settings['train']['learning_rate']  # was always there
-  atomic_write_json(tmp_path / 'config.json', settings)
+  write_json(tmp_path / 'config.json', settings)
   with pytest.raises(UserError, match="config.json: setting 'train.learning_rate' is missing"):
     RunDir(tmp_path).read_config()
 

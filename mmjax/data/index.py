@@ -12,7 +12,6 @@ verified.json           stamps and hashes of these files and of the texts, so th
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.errors import UserError
-from mmjax.files import known_sha256, note_sha256, sha256_of, write_json
+from mmjax.files import known_sha256, note_sha256, read_json, sha256_of, write_json
 
 FORMAT = 1
 INDEX, VERIFIED = 'index.json', 'verified.json'
@@ -28,7 +27,7 @@ INDEX, VERIFIED = 'index.json', 'verified.json'
 
 def write_index(directory: Path, index: dict[str, Any]) -> None:
   """Writes index.json, with its own hash, and notes the files' hashes. They must be flushed to the disk already."""
-  write_json(directory / INDEX, index | {'sha256': _hash(index)})
+  write_json(directory / INDEX, index, sealed=True)
   note_sha256(directory / VERIFIED, {directory / name: sha256 for name, sha256 in described_files(index)})
 
 
@@ -42,12 +41,9 @@ def read_index(directory: str | Path) -> dict[str, Any]:
   if not path.is_file():
     raise UserError(f"'{directory}' is not a finished prepared directory: it has no {INDEX}")
   try:
-    index = json.loads(path.read_text(encoding='utf-8'))
-    stated = index.pop('sha256')
-  except (OSError, ValueError, RecursionError, KeyError, AttributeError, TypeError) as error:
-    raise UserError(f"'{path}' is damaged ({error}); delete '{directory}' to prepare again") from None
-  if stated != _hash(index):
-    raise UserError(f"'{path}' was changed after it was written; delete '{directory}' to prepare again")
+    index = read_json(path, sealed=True)
+  except UserError as error:
+    raise UserError(f"{error}; delete '{directory}' to prepare again") from None
   if index['format'] != FORMAT:
     raise UserError(f"'{path}' has format {index['format']}, this version reads {FORMAT}; delete it to prepare again")
   if any(Path(name).name != name for name, _ in described_files(index)):
@@ -102,10 +98,6 @@ def counts_bytes(index: dict[str, Any]) -> bool:
   Earlier versions did not note where a tokenizer changed text: there, only whole documents can be counted.
   """
   return not index['inexact_documents'] or all('bytes_file' in shard for shard in _shards(index))
-
-
-def _hash(index: dict[str, Any]) -> str:
-  return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def described_files(index: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from mmjax.inference.settings import Sampling
 from mmjax.model.lm import Params, abstract_params, model_graph
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
-from mmjax.run.manifest import warn_non_finite
+from mmjax.run.leaves import warn_non_finite
 from mmjax.run.placement import place_reader
 
 

@@ -7,14 +7,12 @@ into a file under mmjax's own names, 'layers/0/attention/wq/kernel', as it is.
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 import numpy as np
 
 from mmjax.config import Config
 from mmjax.errors import UserError
-from mmjax.files import path_name
+from mmjax.files import named_leaves
 from mmjax.model.lm import Params, abstract_params
 from mmjax.model.sublayers import SUBLAYERS
 
@@ -90,7 +88,7 @@ def paths(config: Config) -> dict[str, str]:
   """Returns name in a file -> path here ('layers/0/attention/wq/kernel') of every parameter of a model."""
   model = config.model
   if not_in_pytorch(config):
-    return {path: path for path in _by_path(abstract_params(config))}
+    return {path: path for path, _ in named_leaves(abstract_params(config))}
   table = ROOT | (BANK if SUBLAYERS[model.sublayer].uses_bank else {})
   block = BLOCK | SUBLAYER[model.sublayer]
   if model.sublayer in EXPERTS:
@@ -113,7 +111,7 @@ def to_tensors(params: Params, config: Config) -> dict[str, np.ndarray]:
   Returns:
     name -> array, in PyTorch's shape where the name is PyTorch's.
   """
-  found = _by_path(params)
+  found = dict(named_leaves(params))
   return {name: _turned(name, path, np.asarray(found[path])) for name, path in paths(config).items()}
 
 
@@ -133,7 +131,7 @@ def to_params(tensors: Mapping[str, np.ndarray], config: Config) -> Params:
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
   """Returns name -> shape that a file of this model has; computes no values."""
-  shapes = {path: tuple(leaf.shape) for path, leaf in _by_path(abstract_params(config)).items()}
+  shapes = {path: tuple(leaf.shape) for path, leaf in named_leaves(abstract_params(config))}
   return {name: shapes[path][:: -1 if _is_turned(name, path) else 1] for name, path in paths(config).items()}
 
 
@@ -191,11 +189,6 @@ def check_accounted(found: Mapping[str, tuple[int, ...]], expected: Mapping[str,
       problems.append(f'{name} is {found[name]}, must be {expected[name]}')
   if problems:
     raise UserError('\n  '.join([f'{source}: {len(problems)} tensors do not fit the model:', *problems]))
-
-
-def _by_path(params: Params) -> dict[str, Any]:
-  """Returns 'layers/0/attention/wq/kernel' -> leaf."""
-  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
 def _is_turned(name: str, path: str) -> bool:

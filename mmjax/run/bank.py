@@ -7,9 +7,8 @@ from typing import Any
 from mmjax.config import Config
 from mmjax.data.bank_file import read_texts, texts_path
 from mmjax.errors import UserError
-from mmjax.files import sha256_of
+from mmjax.files import read_json, sha256_of
 from mmjax.run.directory import RunDir
-from mmjax.run.sealed import read_json
 
 BANK, TEXTS = 'bank_sha256', 'bank_texts_sha256'
 

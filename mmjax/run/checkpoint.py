@@ -1,9 +1,8 @@
 """Checkpoints that are whole or not used: written by Orbax, verified leaf by leaf against a manifest.
 
 Orbax writes a step into a temporary directory and renames it when it is complete, so a directory named by a number
-was whole once. What Orbax does not notice is rot: a flipped bit restores as a wrong number. Therefore nothing is
-handed out before every leaf was compared with its checksum (mmjax/run/manifest.py). Parameters and the rest
-(optimizer state, counters) are two items of one step: written together, and readable apart.
+was whole once, and nothing is handed out before every leaf was compared with its checksum (mmjax/run/orbax_io.py).
+Parameters and the rest (optimizer state, counters) are two items of one step: written together, and readable apart.
 
 Saving is synchronous: the next train step donates the buffers, and an asynchronous write would report a full disk
 only one save later. Nothing is decided by intervals here; the caller says when to save.
@@ -20,11 +19,10 @@ from typing import Any
 import jax
 
 from mmjax.errors import CommandError, StorageError, UserError, file_error, first_line
+from mmjax.files import write_file
 from mmjax.run.directory import NEWEST
-from mmjax.run.manifest import CorruptError, build_manifest, read_manifest
-from mmjax.run.orbax_io import MANIFEST, TMP_PATTERN, read_step, write_step
+from mmjax.run.orbax_io import MANIFEST, TMP_PATTERN, CorruptError, read_manifest, read_step, write_step
 from mmjax.run.processes import barrier, in_any_process, is_main
-from mmjax.run.sealed import atomic_write_text
 
 KEEP_LAST = 2
 REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN
@@ -99,18 +97,17 @@ class Checkpoints:
       return
     items = _split(jax.block_until_ready(dict(state)))
     metric = metric if metric is not None and math.isfinite(metric) else None
-    manifest = build_manifest(items, step=step, metric=metric, metadata=dict(metadata))
     self._remove_leftovers()
     self._check_space(step, items)
     try:
-      write_step(self.directory, step, items, manifest)
+      write_step(self.directory, step, items, metric=metric, metadata=dict(metadata))
     except Exception as error:  # noqa: BLE001 - a full disk comes as OSError, ValueError or a runtime error
       self._remove_leftovers()
       raise StorageError(f'step {step} could not be saved in {self.directory}: {first_line(error)}') from error
     self._remove_superseded()
     if is_main():
       with contextlib.suppress(CommandError):  # the step is whole; what may be missed is that it vanished
-        atomic_write_text(self.directory.parent / NEWEST, f'{step}\n')
+        write_file(self.directory.parent / NEWEST, f'{step}\n')
 
   def restore(
     self, abstract_state: Mapping[str, Any], which: str | int = 'last', newer: Sequence[str] = ()

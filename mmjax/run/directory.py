@@ -26,9 +26,8 @@ import jax
 from mmjax.config import Config, as_of_today, config_from_dict, user_path
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import StorageError, UserError, file_error
-from mmjax.files import sha256_path, write_file
+from mmjax.files import read_json, sha256_path, write_file, write_json
 from mmjax.run.processes import is_main
-from mmjax.run.sealed import atomic_write_json, atomic_write_text, read_json, seal
 from mmjax.run.settings import list_differences
 
 # A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it
@@ -141,7 +140,7 @@ class RunDir:
 
   def write_config(self, config: Config) -> None:
     """Writes config.json."""
-    atomic_write_json(self.config_path, seal(config.to_dict()))
+    write_json(self.config_path, config.to_dict(), sealed=True)
 
   def read_config(self) -> Config:
     """Reads and checks config.json.
@@ -205,7 +204,7 @@ class RunDir:
     if origin and run['init_from']['params_sha256'] != origin['params_sha256']:  # a kill came before they were saved
       raise UserError(f'{origin["run"]} changed since {self.path} was started from it; choose another --workdir')
     run['starts'].append({'step': step, **facts, **describe_environment()})
-    atomic_write_json(self.run_path, seal(run))
+    write_json(self.run_path, run, sealed=True)
 
 
 def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
@@ -246,7 +245,7 @@ def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
 def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
   """Copies a tokenizer's file, with its hash beside it, which `load_tokenizer` checks."""
   write_file(path, tokenizer.path.read_bytes())
-  atomic_write_text(sha256_path(path), f'{tokenizer.sha256}  {path.name}\n')
+  write_file(sha256_path(path), f'{tokenizer.sha256}  {path.name}\n')
 
 
 def describe_environment() -> dict[str, Any]:

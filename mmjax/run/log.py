@@ -18,8 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from mmjax.errors import UserError
-from mmjax.files import write_file
-from mmjax.run.sealed import finite
+from mmjax.files import finite, write_file
 
 
 class MetricsLog:

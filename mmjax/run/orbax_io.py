@@ -1,7 +1,9 @@
-"""All that touches Orbax: writing one step of a checkpoint, and reading one without trusting it.
+"""A step of a checkpoint on the disk: all that touches Orbax. It is written whole, and read without being trusted.
 
 Orbax is given flat dicts of named leaves. Nothing then depends on how it stores tree structure, which turns integer
-keys into strings, and a step stays readable when a library adds an empty node to the optimizer's state.
+keys into strings, and a step stays readable when a library adds an empty node to the optimizer's state. What Orbax does
+not notice is rot: a flipped bit restores as a wrong number. So a sealed manifest lies beside the arrays, with dtype,
+shape and checksum of every leaf.
 
 A manager is made for each call, so that it knows what lies on disk now and nothing else: after a failed save a
 longer-lived one still offers the failed step.
@@ -24,10 +26,12 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-from mmjax.errors import StorageError, first_line
-from mmjax.run.manifest import CorruptError, check_fits, named_leaves, read_manifest, verify
+from mmjax.errors import StorageError, UserError, first_line
+from mmjax.files import named_leaves, read_json, seal
+from mmjax.run.leaves import describe_leaves, first_three, type_of
 from mmjax.run.processes import LOST_WORDS, in_any_process
 
+FORMAT = 1
 MANIFEST = Path('metadata', 'metadata')  # item and file name under a step, as Orbax lays them out
 TMP_PATTERN = '*.orbax-checkpoint-tmp*'
 WAIT_SECONDS = 5
@@ -36,21 +40,29 @@ PASSING_ERRNOS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.E
 PASSING_WORDS = ('RESOURCE_EXHAUSTED', 'PERMISSION_DENIED', 'Permission denied', 'Too many open files', *LOST_WORDS)
 
 
-def write_step(directory: Path, step: int, items: Mapping[str, Any], manifest: Mapping[str, Any]) -> None:
-  """Writes a step completely or not at all.
+class CorruptError(Exception):
+  """A step is not what was saved; the message names the leaf or the file."""
+
+
+def write_step(directory: Path, step: int, items: Mapping[str, Any], **facts: Any) -> None:
+  """Writes pytrees as a step, completely or not at all, with `facts` in its manifest, as JSON can hold them.
 
   Raises:
     Exception: of whatever type the writer stumbled over; a full disk comes as several.
   """
-  args = {name: ocp.args.StandardSave(dict(named_leaves(tree))) for name, tree in items.items()}
-  args[MANIFEST.parts[0]] = ocp.args.JsonSave(dict(manifest))
+  leaves = {name: describe_leaves(tree) for name, tree in items.items()}
+  manifest = seal({'format': FORMAT, 'step': step, **facts, 'leaves': leaves})
+  args = {name: ocp.args.StandardSave(dict(named_leaves(tree, '.'))) for name, tree in items.items()}
+  args[MANIFEST.parts[0]] = ocp.args.JsonSave(manifest)
   threads = set(threading.enumerate())
   with _quiet():
     try:
       with _open_manager(directory) as manager:
         manager.save(step, args=ocp.args.Composite(**args), force=True)
-    except Exception:
-      _join_threads_but(threads)  # a save that failed in one item still writes the others in the background
+    except Exception:  # a save that failed in one item still writes the others in the background
+      deadline = time.monotonic() + WAIT_SECONDS
+      for thread in set(threading.enumerate()) - threads:
+        thread.join(max(0, deadline - time.monotonic()))
       raise
 
 
@@ -76,29 +88,69 @@ def read_step(
   manifest = read_manifest(directory / str(step) / MANIFEST, step)
   if newer:
     abstract_items = {name: _without(tree, newer, manifest['leaves'][name]) for name, tree in abstract_items.items()}
-  check_fits(manifest, abstract_items)
+  _check_fits(manifest, abstract_items)
   items, problem = {}, None
   with _quiet():
     for name, tree in abstract_items.items():
       try:
         with _open_manager(directory) as manager:
-          target = ocp.args.StandardRestore(dict(named_leaves(tree)))
+          target = ocp.args.StandardRestore(dict(named_leaves(tree, '.')))
           restored = manager.restore(step, args=ocp.args.Composite(**{name: target}))[name]
-        items[name] = jax.tree.unflatten(jax.tree.structure(tree), [restored[leaf] for leaf, _ in named_leaves(tree)])
+        leaves = [restored[leaf] for leaf, _ in named_leaves(tree, '.')]
+        items[name] = jax.tree.unflatten(jax.tree.structure(tree), leaves)
       except Exception as error:  # noqa: BLE001 - damage surfaces as whatever the reader stumbles over
         text = first_line(error)
         if _may_pass(error):
           problem = StorageError(f'checkpoint {step} in {directory} cannot be read: {text}')
         else:
-          where = _locate(directory / str(step) / name, manifest['leaves'][name], error)
+          where = _locate(directory / str(step) / name, manifest['leaves'][name], str(error))
           problem = CorruptError(f'{where} cannot be read: {text}')
       if in_any_process(problem is not None):  # all leave together: reading the next item is a collective operation
         problem = problem or CorruptError('another process cannot read it')
         break
     if problem is not None:
       raise problem  # outside `except`, so that nothing keeps the failed tasks alive
-  verify(manifest, items)
+  found = {name: describe_leaves(tree) for name, tree in items.items()}
+  wrong = [f'{i}.{name}' for i in items for name, leaf in found[i].items() if manifest['leaves'][i][name] != leaf]
+  if wrong:
+    raise CorruptError(f'{first_three(wrong)} failed the checksum')
   return items, manifest
+
+
+def read_manifest(path: Path, step: int) -> dict[str, Any]:
+  """Reads the manifest of a step.
+
+  Raises:
+    CorruptError: if it is missing, is not what was saved, or belongs to another step.
+  """
+  try:
+    manifest = read_json(path, sealed=True)
+  except UserError:
+    manifest = {}
+  if manifest.get('step') != step:
+    raise CorruptError(f'file {"/".join(path.parts[-2:])} is not what was saved')
+  if manifest['format'] != FORMAT:
+    raise UserError(f'checkpoint {step} has format {manifest["format"]}; this version reads format {FORMAT}')
+  return manifest
+
+
+def _check_fits(manifest: Mapping[str, Any], abstract_items: Mapping[str, Any]) -> None:
+  """Raises UserError if the leaves of a step differ from what a caller wants to restore in name, dtype or shape.
+
+  Orbax would cast another dtype without a word, and a wrong shape is the caller's mistake, not corruption.
+  """
+  saved, wanted = {}, {}
+  for item, tree in abstract_items.items():
+    saved |= {f'{item}.{name}': _format_type(*leaf[:2]) for name, leaf in manifest['leaves'][item].items()}
+    wanted |= {f'{item}.{name}': _format_type(*type_of(leaf)) for name, leaf in named_leaves(tree, '.')}
+  names = [name for name in {**wanted, **saved} if saved.get(name) != wanted.get(name)]
+  if names:
+    said = [f'{n}: {saved.get(n, "absent")} saved, {wanted.get(n, "absent")} expected' for n in names]
+    raise UserError(f'checkpoint {manifest["step"]} does not fit this model and optimizer: {first_three(said)}')
+
+
+def _format_type(dtype: str, shape: list[int]) -> str:
+  return f'{dtype}[{",".join(map(str, shape))}]'
 
 
 def _without(tree: Mapping[str, Any], names: Sequence[str], saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,13 +171,10 @@ def _open_manager(directory: Path) -> ocp.CheckpointManager:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
   """Keeps a failing reader from printing screens of tracebacks; whoever catches its error says what went wrong."""
-  loggers = [logging.getLogger('absl'), logging.getLogger('asyncio')]
-  before = [logger.disabled for logger in loggers]
-  hook = sys.unraisablehook
+  hook, level = sys.unraisablehook, logging.root.manager.disable
   try:
     sys.unraisablehook = lambda _: None
-    for logger in loggers:
-      logger.disabled = True
+    logging.disable()
     yield
   except Exception:
     with warnings.catch_warnings(action='ignore'):
@@ -133,14 +182,7 @@ def _quiet() -> Iterator[None]:
     raise
   finally:
     sys.unraisablehook = hook
-    for logger, disabled in zip(loggers, before, strict=True):
-      logger.disabled = disabled
-
-
-def _join_threads_but(threads: set[threading.Thread]) -> None:
-  deadline = time.monotonic() + WAIT_SECONDS
-  for thread in set(threading.enumerate()) - threads:
-    thread.join(max(0, deadline - time.monotonic()))
+    logging.disable(level)
 
 
 def _may_pass(error: Exception) -> bool:
@@ -150,11 +192,9 @@ def _may_pass(error: Exception) -> bool:
   return any(word in str(error) for word in PASSING_WORDS)
 
 
-def _locate(item_dir: Path, names: Mapping[str, Any], error: Exception) -> str:
+def _locate(item_dir: Path, names: Mapping[str, Any], said: str) -> str:
   """Names the leaf that an error is about, or else the damaged file."""
-  text = str(error)
-  found = [name for name in names if f"'{name}/'" in text or f'"{name}/' in text]
-  if found:
+  if found := [name for name in names if f"'{name}/'" in said or f'"{name}/' in said]:
     return f'{item_dir.name}.{max(found, key=len)}'
   for path in (item_dir / '_METADATA', item_dir / '_sharding', *item_dir.glob('array_metadatas/*')):
     try:

@@ -24,7 +24,7 @@ from mmjax.model.lm import Params, abstract_params
 from mmjax.run.bank import BANK, bank_identity, recorded_bank
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir, open_run
-from mmjax.run.manifest import leaves_sha256, refuse_non_finite
+from mmjax.run.leaves import leaves_sha256, refuse_non_finite
 from mmjax.run.settings import compare_models
 from mmjax.run.sharding import shardings
 

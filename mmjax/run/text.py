@@ -16,9 +16,9 @@ from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.data.reader import find_files
 from mmjax.errors import UserError
+from mmjax.files import read_json
 from mmjax.run.directory import RunDir
 from mmjax.run.processes import is_main
-from mmjax.run.sealed import read_json
 from mmjax.run.settings import list_differences
 
 

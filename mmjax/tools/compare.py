@@ -19,7 +19,7 @@ from mmjax import __version__
 from mmjax.config import user_path
 from mmjax.console import table_console
 from mmjax.errors import UserError, run_command
-from mmjax.run.sealed import atomic_write_json, atomic_write_text
+from mmjax.files import write_file, write_json
 from mmjax.tools.compare_plots import write_plots
 from mmjax.tools.compare_runs import (
   Difference,
@@ -105,8 +105,8 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   folder = user_path(out)
   folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
-  atomic_write_json(folder / 'compare.json', {'rows': found})
-  atomic_write_text(folder / 'compare.md', _document(paths, out, allow_other_data, rows, found, plots))
+  write_json(folder / 'compare.json', {'rows': found})
+  write_file(folder / 'compare.md', _document(paths, out, allow_other_data, rows, found, plots))
   print_tables(found)
   return folder / 'compare.md'
 

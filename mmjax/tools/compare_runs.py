@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 
 from mmjax.config import Config, flatten, user_path
 from mmjax.errors import UserError
+from mmjax.files import read_json
 from mmjax.model.cost import flops_per_token
 from mmjax.model.lm import abstract_params, count_params
 from mmjax.run.bank import BANK
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
-from mmjax.run.sealed import read_json
 from mmjax.run.settings import FREE, FREE_SECTIONS
 from mmjax.tools.run_state import RunState, run_state
 

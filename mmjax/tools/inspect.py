@@ -57,9 +57,9 @@ def main() -> None:
   arguments, overrides = parser.parse_known_args()
   text = text_of(arguments)
 
+  from mmjax.files import write_json
   from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
   from mmjax.inference.measure import WHERE
-  from mmjax.run.sealed import atomic_write_json
 
   prepare_terminal()
   lm = load(arguments.workdir, arguments.checkpoint, **placement_from_flags(arguments))
@@ -67,7 +67,7 @@ def main() -> None:
   found = look(lm, text, arguments)
   print_found(found, arguments.top)
   if arguments.json:
-    atomic_write_json(user_path(arguments.json), found)
+    write_json(user_path(arguments.json), found)
     print(f'Written: {arguments.json}')
 
 

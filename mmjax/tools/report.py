@@ -15,10 +15,10 @@ import jax
 
 from mmjax import __version__
 from mmjax.errors import CommandError, UserError, run_command
+from mmjax.files import read_json, write_file
 from mmjax.run.bank import bank_remark
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
-from mmjax.run.sealed import atomic_write_text, read_json
 from mmjax.tools import report_parts as parts
 from mmjax.tools.plots import write_plots
 
@@ -83,7 +83,7 @@ def _write_report(workdir: str | Path) -> Path:
   head = f'# {config.experiment}\n\nWritten {time} by mmjax {__version__} from the files in this directory.\n'
   body = ''.join(f'\n## {title}\n\n{text.rstrip()}\n' for title, text in sections.items() if text)
   path = run.path / 'report.md'
-  atomic_write_text(path, head + body)
+  write_file(path, head + body)
   return path
 
 
@@ -111,7 +111,7 @@ def _samples(run: RunDir, evaluation: dict[str, Any] | None) -> tuple[dict[str, 
 
 def _notes(path: Path) -> str:
   if not path.exists():
-    atomic_write_text(path, NOTES)
+    write_file(path, NOTES)
   text = path.read_text(encoding='utf-8', errors='replace')
   return f'From notes.md, which is yours to edit and is never overwritten.\n\n{text}'
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from mmjax.config import Config
 from mmjax.data.loader import count_rows, steps_of_epochs
+from mmjax.files import read_json
 from mmjax.run.checkpoint import Checkpoints
-from mmjax.run.sealed import read_json
 from mmjax.training.progress import format_seconds
 
 TAIL_BYTES = 1 << 17  # of metrics.jsonl: some lines, however many layers have a bank

@@ -26,9 +26,8 @@ from rich.text import Text
 from mmjax.config import user_path
 from mmjax.console import table_console
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
-from mmjax.files import locked_directory
+from mmjax.files import locked_directory, read_json, write_json
 from mmjax.run.directory import RunDir
-from mmjax.run.sealed import atomic_write_json, read_json
 from mmjax.run.settings import names_other_text, settings_changed
 from mmjax.run.signals import StopSignals
 from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
@@ -199,7 +198,7 @@ class Sweep:
     }
     names = [planned.name for planned in self.runs]
     ordered = [*names, *(name for name in self.ended if name not in names)]
-    atomic_write_json(self.path, {'runs': {name: self.ended[name] for name in ordered if name in self.ended}})
+    write_json(self.path, {'runs': {name: self.ended[name] for name in ordered if name in self.ended}})
     return self.ended[run.name]
 
   def print_plan(self) -> None:

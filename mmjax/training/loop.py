@@ -23,18 +23,17 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import DivergedError, StoppedError, StorageError
 from mmjax.evaluation.evaluate import EvalResult, evaluate
 from mmjax.evaluation.probes import add_norms, bank_health, plan_probe
-from mmjax.files import path_name
+from mmjax.files import named_leaves, write_json
 from mmjax.model.cost import device_peak_flops, flops_per_token
 from mmjax.model.lm import memory_layers
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
+from mmjax.run.leaves import non_finite
 from mmjax.run.log import MetricsLog, peak_memory
-from mmjax.run.manifest import describe_non_finite, non_finite
 from mmjax.run.nvidia import describe_devices
 from mmjax.run.origin import load_origin
 from mmjax.run.placement import place, slow_scatter_warning, use_compilation_cache
-from mmjax.run.processes import in_any_process, is_main, joined
-from mmjax.run.sealed import atomic_write_json
+from mmjax.run.processes import is_main, joined
 from mmjax.run.sharding import put_batch
 from mmjax.run.signals import StopSignals
 from mmjax.run.text import training_data
@@ -262,11 +261,8 @@ class Trainer:
     Raises:
       DivergedError: if there is NaN or infinity in the state, whatever put it there; the steps saved before stay.
     """
-    broken = non_finite(state)
-    if in_any_process(bool(broken)):
-      raise DivergedError(
-        f'Step {step} was not saved: {describe_non_finite(broken)}; the checkpoints before it are as they were.'
-      )
+    if broken := non_finite(state):
+      raise DivergedError(f'Step {step} was not saved: {broken}; the checkpoints before it are as they were.')
     try:
       with self.window.pause():
         self.checkpoints.save(step, state, {'tokens': self.tokens, 'seconds': self.seconds}, metric)
@@ -326,14 +322,14 @@ def write_divergence_dump(
 ) -> Path:
   """Writes the batch that broke a run and the norms of every parameter and its gradient, and returns the folder."""
   folder = run.path / 'diverged'
-  leaves = jax.tree_util.tree_leaves_with_path(state['params'])
-  names = [path_name(path) for path, _ in leaves]
+  leaves = named_leaves(state['params'])
+  names = [name for name, _ in leaves]
   norms = [float(jax.numpy.linalg.norm(leaf)) for _, leaf in leaves]  # every process has its part of them
   if not is_main():
     return folder
   folder.mkdir(exist_ok=True)
   np.savez(folder / f'batch-{step}.npz', **batch)
-  atomic_write_json(
+  write_json(
     folder / f'step-{step}.json',
     {
       'step': step,

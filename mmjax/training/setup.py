@@ -28,7 +28,7 @@ from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.bank import bank_identity, check_bank
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, write_tokenizer
-from mmjax.run.manifest import refuse_non_finite
+from mmjax.run.leaves import refuse_non_finite
 from mmjax.run.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.run.placement import Placement, is_nvidia
 from mmjax.run.processes import is_main
