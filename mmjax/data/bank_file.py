@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmjax.errors import UserError
 from mmjax.files import check_sha256
+from mmjax.model.lm import BANK
 
 
 def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -33,10 +34,10 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
   check_sha256(path)
   try:
     with safe_open(path, 'numpy') as file:
-      dtype = file.get_slice('memory_bank').get_dtype()
+      dtype = file.get_slice(BANK).get_dtype()
       if dtype != 'F32':
         raise UserError(f"'{path}' holds a bank of {dtype}, must be F32")
-      bank_MP = file.get_tensor('memory_bank')
+      bank_MP = file.get_tensor(BANK)
   except (SafetensorError, OSError) as error:
     raise UserError(f"'{path}' is no bank: {error}") from None
   if bank_MP.shape != tuple(shape):

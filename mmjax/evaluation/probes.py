@@ -42,7 +42,7 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.data.loader import PADDING, TokenSplit
 from mmjax.kernels.norm import ratio_of_norms
-from mmjax.model.lm import Output, Params, memory_layers
+from mmjax.model.lm import BANK, Output, Params, memory_layers
 from mmjax.model.sublayers import row_weights
 
 PROBED_POSITIONS = 65536  # enough to tell losses that differ by 0.01 apart
@@ -157,11 +157,11 @@ def losses_without_bank(
     tokens: predicted in these batches.
     seed: of the permutation.
   """
-  bank_MP, losses = params['memory_bank'], {}
+  bank_MP, losses = params[BANK], {}
   for name, change in INTERVENTIONS.items():
     # One after the other: each needs the room of a bank. Where it lies must not change, or `nll` is compiled again.
     place = jax.jit(change, static_argnums=1, out_shardings=bank_MP.sharding)
-    changed = params | {'memory_bank': place(bank_MP, seed)}
+    changed = params | {BANK: place(bank_MP, seed)}
     sums = [nll(changed, batch) for batch in batches]
     losses[name] = float(sum(np.float64(x) for x in jax.device_get(sums))) / tokens
   return losses

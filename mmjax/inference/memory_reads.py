@@ -26,7 +26,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
-from mmjax.model.lm import LM, Output, Params, memory_layers, model_graph
+from mmjax.model.lm import BANK, LM, Output, Params, memory_layers, model_graph
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds, row_weights
 from mmjax.run.placement import Placement
 
@@ -216,7 +216,7 @@ class MemoryReader:
   def _effect(
     self, row: int, layer: int, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
   ) -> dict[str, Any]:
-    mean_P = jnp.mean(self.lm.params['memory_bank'], axis=0)
+    mean_P = jnp.mean(self.lm.params[BANK], axis=0)
     found = []
     for first in range(0, len(contexts), ROWS):
       part = list(contexts[first : first + ROWS])

@@ -8,16 +8,16 @@ into a file under mmjax's own names, 'layers/0/attention/wq/kernel', as it is.
 import re
 from collections.abc import Mapping
 
+import jax
 import numpy as np
 
 from mmjax.config import Config
 from mmjax.errors import UserError
-from mmjax.files import named_leaves
-from mmjax.model.lm import Params, abstract_params
+from mmjax.files import named_leaves, path_name
+from mmjax.model.lm import BANK, Params, abstract_params
 from mmjax.model.sublayers import SUBLAYERS
 
 ROOT = {'tok_embeddings.weight': 'embedding', 'norm.weight': 'norm/scale'}
-BANK = {'memory_bank': 'memory_bank'}
 BLOCK = {  # below layers.N and layers/N
   'attention_norm.weight': 'attention_norm/scale',
   'attention.wq.weight': 'attention/wq/kernel',
@@ -89,7 +89,7 @@ def paths(config: Config) -> dict[str, str]:
   model = config.model
   if not_in_pytorch(config):
     return {path: path for path, _ in named_leaves(abstract_params(config))}
-  table = ROOT | (BANK if SUBLAYERS[model.sublayer].uses_bank else {})
+  table = ROOT | ({BANK: BANK} if SUBLAYERS[model.sublayer].uses_bank else {})
   block = BLOCK | SUBLAYER[model.sublayer]
   if model.sublayer in EXPERTS:
     name, path = EXPERTS[model.sublayer]

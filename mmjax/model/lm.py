@@ -24,6 +24,7 @@ from mmjax.model.sublayers import SUBLAYERS, any_reads_ngrams, layer_kinds
 from mmjax.model.sublayers.base import SublayerOutput
 
 Params = dict[str, Any]
+BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict
 
 
 class Output(NamedTuple):
@@ -340,10 +341,10 @@ def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) ->
 def count_params(params: Params) -> tuple[int, int]:
   """Returns the number of parameters, and how many of them are not in the bank."""
   total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  bank = params['memory_bank'].size if 'memory_bank' in params else 0
+  bank = params[BANK].size if BANK in params else 0
   return total, total - bank
 
 
 def without_bank(params: Params) -> Params:
   """Returns the dict without the bank."""
-  return {name: value for name, value in params.items() if name != 'memory_bank'}
+  return {name: value for name, value in params.items() if name != BANK}

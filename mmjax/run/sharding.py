@@ -17,13 +17,14 @@ from jax.sharding import PartitionSpec as P
 from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.files import path_name
+from mmjax.model.lm import BANK
 from mmjax.model.sublayers import SUBLAYERS
 
 ROWS = 'rows'  # the axis that divides the bank
 
 # (pattern of the parameter's name, partition); the first match wins. Adam's moments carry their parameter's name.
 RULES = (
-  (r'memory_bank$', P('rows', None)),
+  (rf'{BANK}$', P('rows', None)),
   (r'_MP?$', P('rows')),  # what else there is of every row, by the axes in its name
   (r'.*', P()),
 )

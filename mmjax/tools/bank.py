@@ -36,6 +36,7 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.files import check_room, storage_errors, write_file
 from mmjax.interop.files import write_tensors
+from mmjax.model.lm import BANK
 
 SETTINGS = ('memory.knowledge_length', 'memory.bank_std')  # that decide what a file holds
 SNIPPETS_A_ROW = 8  # snippets considered for each row by default; bounds memory, whatever the text's size
@@ -105,7 +106,7 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   progress.close()
   bank_MP = standardize(vector_SP[row_M], config.memory.bank_std)
   write_texts(texts_path(out), split, tokenizer, start_S[row_M], length)
-  write_tensors(out, {'memory_bank': bank_MP})
+  write_tensors(out, {BANK: bank_MP})
   stages.remove()
   progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {texts_path(out)}')
 

@@ -32,7 +32,7 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.kernels.bank import Reads, add_reads
 from mmjax.kernels.norm import ratio_of_norms
-from mmjax.model.lm import Params, no_taps, without_bank
+from mmjax.model.lm import BANK, Params, no_taps, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 
 CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
@@ -83,7 +83,7 @@ def gradient_by_reads(config: Config, objective: Callable) -> Callable:
     (value, parts), (grads, reads) = both(without_bank(params), taps)
     row_LBTR = parts.pop('row_LBTR')
     row_LBThr = row_LBTR.reshape(*row_LBTR.shape[:-1], config.memory.n_heads, -1)
-    return (value, parts), grads | {'memory_bank': RowReads(row_LBThr, list(reads.values()))}
+    return (value, parts), grads | {BANK: RowReads(row_LBThr, list(reads.values()))}
 
   return gradient
 
@@ -126,12 +126,12 @@ def add_gradients(sums: Params, grads: Params) -> Params:
   Those of the bank are `RowSums`, or (M, P): then they are added up in place, the last layer's first, as they arise.
   """
   others = jax.tree.map(jnp.add, without_bank(sums), without_bank(grads))
-  bank_sums, reads = sums['memory_bank'], grads['memory_bank']
+  bank_sums, reads = sums[BANK], grads[BANK]
   if isinstance(bank_sums, RowSums):
-    return others | {'memory_bank': add_rows(bank_sums, reads)}
+    return others | {BANK: add_rows(bank_sums, reads)}
   for row_BThr, layer in zip(reads.row_LBThr[::-1], reads.layers[::-1], strict=True):
     bank_sums = add_reads(bank_sums, row_BThr, layer)
-  return others | {'memory_bank': bank_sums}
+  return others | {BANK: bank_sums}
 
 
 def init_moments(bank_MP: Array) -> Moments:

@@ -13,7 +13,7 @@ import optax
 
 from mmjax.config import Config, MemoryConfig, TrainConfig
 from mmjax.files import path_name
-from mmjax.model.lm import Params, abstract_params, without_bank
+from mmjax.model.lm import BANK, Params, abstract_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.lazy_bank import is_lazy
 
@@ -59,10 +59,10 @@ def clip_bank_apart(largest: float, largest_of_bank: float) -> optax.GradientTra
   """Clips the norm of the bank's gradient, and on its own that of all others; a limit of 0 does not clip."""
 
   def clip(grads: Params, params: Params | None) -> Params:
-    others = {name: grad for name, grad in grads.items() if name != 'memory_bank'}
+    others = {name: grad for name, grad in grads.items() if name != BANK}
     clipped = _clip(others, largest)
-    if 'memory_bank' in grads:
-      clipped['memory_bank'] = _clip(grads['memory_bank'], largest_of_bank)
+    if BANK in grads:
+      clipped[BANK] = _clip(grads[BANK], largest_of_bank)
     return clipped
 
   return optax.stateless(clip)
@@ -123,14 +123,14 @@ def apart_from_bank(others: optax.GradientTransformation) -> optax.GradientTrans
 
   def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
     updates, state = others.update(without_bank(grads), state, without_bank(params))
-    return updates | {'memory_bank': grads['memory_bank']}, state
+    return updates | {BANK: grads[BANK]}, state
 
   return optax.GradientTransformation(lambda params: others.init(without_bank(params)), update)
 
 
 def _adamw(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
   train, memory = config.train, config.memory
-  learns, bank = gets_gradient(config, params), named(params, 'memory_bank')
+  learns, bank = gets_gradient(config, params), named(params, BANK)
   steps = [optax.scale_by_adam(train.beta1, train.beta2, train.eps)]
   if memory.bank_decay_multiplier == 1:
     steps.append(optax.add_decayed_weights(train.weight_decay, mask=learns))

@@ -23,7 +23,7 @@ from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import EvalStep, make_eval_step
 from mmjax.files import write_file
-from mmjax.model.lm import Params, model_graph
+from mmjax.model.lm import BANK, Params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.bank import bank_identity, check_bank
 from mmjax.run.checkpoint import Checkpoints
@@ -130,9 +130,9 @@ def new_state(config: Config, optimizer: Any, mesh: Mesh, params: Params | None 
   if params is not None:
     return jax.jit(init, out_shardings=places)(params)
   state = jax.jit(init, out_shardings=places)()
-  if config.memory.bank_init == 'file' and 'memory_bank' in state['params']:
-    bank_MP = read_bank(Path(config.memory.bank_file), state['params']['memory_bank'].shape)
-    state['params']['memory_bank'] = jax.device_put(bank_MP, places['params']['memory_bank'])
+  if config.memory.bank_init == 'file' and BANK in state['params']:
+    bank_MP = read_bank(Path(config.memory.bank_file), state['params'][BANK].shape)
+    state['params'][BANK] = jax.device_put(bank_MP, places['params'][BANK])
   return state
 
 

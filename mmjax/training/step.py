@@ -23,7 +23,7 @@ from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import gate_norms, row_update_ratio
 from mmjax.kernels.forms import on_cpu
-from mmjax.model.lm import Params, init_params, without_bank
+from mmjax.model.lm import BANK, Params, init_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.run.sharding import ROWS, spread
 from mmjax.training.lazy_bank import add_gradients, gradient_by_reads, init_moments, is_lazy, no_rows, update_rows
@@ -52,7 +52,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
     'loss_average': jnp.zeros((), jnp.float32),
   }
   if is_lazy(config):
-    state['bank_moments'] = init_moments(params['memory_bank'])
+    state['bank_moments'] = init_moments(params[BANK])
   return state
 
 
@@ -124,7 +124,7 @@ def make_gradient(
     (_, parts), grads = jax.eval_shape(grad, params, first, tokens, key)
     parts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (parts, grads))
     if by_reads:
-      grads['memory_bank'] = no_rows(config) if lazy else jnp.zeros_like(params['memory_bank'])
+      grads[BANK] = no_rows(config) if lazy else jnp.zeros_like(params[BANK])
     return jax.lax.scan(add, (parts, grads), micros)[0]
 
   return spread(gradient, mesh) if mesh else gradient
@@ -157,8 +157,8 @@ def make_train_step(
     tokens = jnp.sum(batch['target'] != PADDING)
     parts, grads = gradient(params, batch, jnp.maximum(tokens, 1).astype(jnp.float32), state['step'])
     if lazy:
-      row_sums = grads['memory_bank']
-      grads['memory_bank'] = row_sums.sum_UP
+      row_sums = grads[BANK]
+      grads[BANK] = row_sums.sum_UP
     with jax.named_scope('optimizer'):
       grad_norm = optax.global_norm(grads)
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
@@ -168,17 +168,17 @@ def make_train_step(
       applied = finite & jnp.logical_not(spikes) & (state['skipped'] != config.train.max_skipped_updates)
       updates, opt_state = optimizer.update(grads, state['opt_state'], params)
       if lazy:
-        params, row_sums = without_bank(params), row_sums._replace(sum_UP=updates.pop('memory_bank'))
+        params, row_sums = without_bank(params), row_sums._replace(sum_UP=updates.pop(BANK))
       new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
       old = {'params': params, 'opt_state': state['opt_state']}
       kept = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
       norms = {'gate_norms': gate_norms(grads)}
       if lazy:
-        kept['params']['memory_bank'], kept['bank_moments'], norms['row_update_ratio'] = update_rows(
-          config, rate_of_bank, state['params']['memory_bank'], state['bank_moments'], row_sums, count, applied
+        kept['params'][BANK], kept['bank_moments'], norms['row_update_ratio'] = update_rows(
+          config, rate_of_bank, state['params'][BANK], state['bank_moments'], row_sums, count, applied
         )
       elif 'usage_LM' in parts:
-        banks = params['memory_bank'], updates['memory_bank']
+        banks = params[BANK], updates[BANK]
         norms['row_update_ratio'] = row_update_ratio(*banks, parts['usage_LM'])
     skipped = jnp.where(applied, 0, state['skipped'] + 1)
     metrics = (
