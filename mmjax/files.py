@@ -198,13 +198,17 @@ def check_sha256(path: Path) -> None:
     raise UserError(f"'{path}': sha256 is {found}, {beside.name} says {ascii((stated or [b''])[0][:64])[2:-1]}")
 
 
-def lock(descriptor: int, waiting: Callable[[], None]) -> None:
-  """Holds an open file or directory for this process alone until it is closed; calls `waiting` if another holds it."""
+def lock(descriptor: int, waiting: Callable[[], None], shared: bool = False) -> None:
+  """Holds an open file or directory for this process until it is closed; calls `waiting` if another holds it.
+
+  The kernel drops the lock when the process dies, however it dies. Several may hold one that is shared.
+  """
+  kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
   try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
   except BlockingIOError:
     waiting()
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    fcntl.flock(descriptor, kind)
 
 
 @contextlib.contextmanager

@@ -13,8 +13,8 @@ from mmjax.data.prepare import prepare
 from mmjax.errors import StoppedError, UserError
 from mmjax.files import read_json
 from mmjax.interop.files import write_tensors
-from mmjax.run.bank import bank_texts
 from mmjax.run.directory import RunDir
+from mmjax.run.identity import bank_texts
 from mmjax.run.log import read_metrics
 from mmjax.run.origin import parse_origin
 from mmjax.training import loop

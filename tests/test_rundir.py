@@ -15,7 +15,7 @@ import pytest
 from mmjax.errors import StorageError, UserError
 from mmjax.files import read_json, write_file, write_json
 from mmjax.run.directory import RunDir, open_run
-from mmjax.run.settings import compare_configs
+from mmjax.run.identity import compare_configs
 from mmjax.training.setup import settle_config
 from tests.helpers import tiny_config
 

@@ -1,16 +1,14 @@
 """A run's directory: one process at a time, its files and where they lie, and a record of every start.
 
 Layout: config.json run.json tokenizer.model metrics.jsonl tensorboard/ checkpoints/<step>/ newest_checkpoint eval.json
-report.md plots/ lock. The lock is flock(2) on `lock`: the kernel drops it when its process dies, however it dies.
-config.json and run.json carry a sha256 of themselves. A directory may come from anywhere, so no link in it is followed
-out of it; the directory itself may be a link.
+report.md plots/ lock. config.json and run.json are sealed. A directory may come from anywhere, so no link in it is
+followed out of it; the directory itself may be a link.
 """
 
 import contextlib
 import datetime
 import difflib
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -26,9 +24,8 @@ import jax
 from mmjax.config import Config, as_of_today, config_from_dict, user_path
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import StorageError, UserError, file_error
-from mmjax.files import read_json, sha256_path, write_file, write_json
+from mmjax.files import lock, read_json, sha256_path, write_file, write_json
 from mmjax.run.processes import is_main
-from mmjax.run.settings import list_differences
 
 # A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it
 # lies beside checkpoints/, not in it.
@@ -48,29 +45,15 @@ class RunDir:
   def __init__(self, path: Path | str):
     """Names a run directory; nothing is touched before `with`."""
     self.path = user_path(path)
+    self.config_path, self.run_path = self.path / 'config.json', self.path / 'run.json'
+    self.metrics_path, self.checkpoints_path = self.path / 'metrics.jsonl', self.path / 'checkpoints'
     self._lock_fd: int | None = None
-
-  @property
-  def config_path(self) -> Path:
-    return self.path / 'config.json'
-
-  @property
-  def run_path(self) -> Path:
-    return self.path / 'run.json'
 
   @property
   def tokenizer_path(self) -> Path:
     """The tokenizer's file: tokenizer.model, or tokenizer.json where that is what the run was given."""
     given = self.path / 'tokenizer.json'
     return given if given.exists() else self.path / 'tokenizer.model'
-
-  @property
-  def metrics_path(self) -> Path:
-    return self.path / 'metrics.jsonl'
-
-  @property
-  def checkpoints_path(self) -> Path:
-    return self.path / 'checkpoints'
 
   @property
   def was_trained(self) -> bool:
@@ -80,8 +63,7 @@ class RunDir:
   @property
   def has_steps(self) -> bool:
     """Whether a checkpoint of a trained model lies here."""
-    names = (path.name for path in self.checkpoints_path.glob('[0-9]*'))
-    return any(name.isdigit() and int(name) > 0 for name in names)
+    return any(path.name.isdigit() and int(path.name) > 0 for path in self.checkpoints_path.glob('[0-9]*'))
 
   def check_usable(self) -> None:
     """Looks whether a run may live here, and writes nothing: what takes long need not be done before it is refused.
@@ -89,12 +71,6 @@ class RunDir:
     Raises:
       UserError: if the path is a file, may not be written, holds a link out of it or belongs to a running process.
     """
-    self._check_path()
-    lock = self.path / 'lock'
-    if jax.process_index() == 0 and lock.exists():
-      os.close(_lock(lock, fcntl.LOCK_SH))
-
-  def _check_path(self) -> None:
     try:
       with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.stat(self.path)  # a name that is too long, a folder that may not be entered
@@ -110,6 +86,8 @@ class RunDir:
       raise UserError(f'{ascii(str(self.path))} cannot be a run directory: the name is not UTF-8') from None
     except OSError as error:
       raise file_error(error, f'{self.path} cannot be a run directory') from error
+    if is_main() and (self.path / 'lock').exists():
+      os.close(_lock(self.path / 'lock', shared=True))
 
   def __enter__(self) -> Self:
     """Creates and locks the directory.
@@ -118,7 +96,7 @@ class RunDir:
       UserError: if the path is a file, may not be written, or belongs to a running process.
       StorageError: if the disk is full.
     """
-    self._check_path()
+    self.check_usable()
     try:
       self.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -165,18 +143,20 @@ class RunDir:
       raise UserError(
         f'{self.tokenizer_path} has {tokenizer.vocab_size} pieces, the model {vocab_size}: they do not belong together'
       )
-    if self.run_path.exists():  # else the weights were imported: nobody has noted a hash
-      trained_with = read_json(self.run_path)['identity']['tokenizer_sha256']
-      if tokenizer.sha256 != trained_with:
-        raise UserError(
-          f'{self.tokenizer_path} is not the tokenizer that the run was trained with (sha256 '
-          f'{tokenizer.sha256[:12]}..., not {trained_with[:12]}...); copy that one back'
-        )
+    trained_with = self.read_record()['identity'].get('tokenizer_sha256', tokenizer.sha256)  # none for an import
+    if tokenizer.sha256 != trained_with:
+      raise UserError(
+        f'{self.tokenizer_path} is not the tokenizer that the run was trained with (sha256 '
+        f'{tokenizer.sha256[:12]}..., not {trained_with[:12]}...); copy that one back'
+      )
     return tokenizer
 
-  def read_origin(self) -> dict[str, Any] | None:
-    """Returns what run.json says of the weights that the run started from; None if they were not another run's."""
-    return read_json(self.run_path).get('init_from') if self.run_path.exists() else None
+  def read_record(self) -> dict[str, Any]:
+    """Reads run.json: `identity`, the hashes of what the run is made of; `starts`; `init_from`, the run before it.
+
+    That of a directory in which no training was started is empty.
+    """
+    return read_json(self.run_path) if self.run_path.exists() else {'identity': {}, 'starts': []}
 
   def record_start(
     self, identity: Mapping[str, str], step: int, origin: Mapping[str, Any] | None = None, **facts: Any
@@ -192,14 +172,11 @@ class RunDir:
     Raises:
       UserError: if run.json names another identity, with the differences, or is missing where a run has been.
     """
-    if self.was_trained:
-      run = read_json(self.run_path)
-    else:
-      run = {'identity': dict(identity), **({'init_from': dict(origin)} if origin else {}), 'starts': []}
+    new = {'identity': dict(identity), **({'init_from': dict(origin)} if origin else {}), 'starts': []}
+    run = read_json(self.run_path) if self.was_trained else new
     # What an earlier version did not record, and what a start that goes on from a checkpoint does not read, is free.
     recorded = {name: value for name, value in run['identity'].items() if name in identity}
-    differences = list_differences(recorded, {name: identity[name] for name in recorded})
-    if differences:
+    if differences := list_differences(recorded, {name: identity[name] for name in recorded}):
       raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
     if origin and run['init_from']['params_sha256'] != origin['params_sha256']:  # a kill came before they were saved
       raise UserError(f'{origin["run"]} changed since {self.path} was started from it; choose another --workdir')
@@ -248,6 +225,11 @@ def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
   write_file(sha256_path(path), f'{tokenizer.sha256}  {path.name}\n')
 
 
+def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+  """Lists what differs as 'name old -> new'."""
+  return [f'{name} {old.get(name)} -> {new.get(name)}' for name in {**old, **new} if old.get(name) != new.get(name)]
+
+
 def describe_environment() -> dict[str, Any]:
   """Returns time (UTC), host, process, device and library versions, as run.json holds them."""
   device = jax.devices()[0]
@@ -271,35 +253,28 @@ def refuse_links_out(directory: Path) -> None:
         raise UserError(f'{path} is a link out of the run directory, to {os.readlink(path)}; remove it')
 
 
-def _lock(path: Path, kind: int = fcntl.LOCK_EX) -> int:
+def _lock(path: Path, shared: bool = False) -> int:
   """Locks a file for this process and returns its descriptor; a shared lock only asks and leaves no name in it."""
   try:
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+      lock(fd, lambda: _refuse(path.parent, fd), shared)
+      if not shared:
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+        os.ftruncate(fd, 0)
+        os.write(fd, json.dumps({'pid': os.getpid(), 'host': socket.gethostname(), 'start': now}).encode())
+    except BaseException:
+      os.close(fd)
+      raise
   except OSError as error:
-    raise file_error(error, f'{path} cannot be opened') from error
-  try:
-    fcntl.flock(fd, kind | fcntl.LOCK_NB)
-    if kind == fcntl.LOCK_EX:
-      os.ftruncate(fd, 0)
-      os.write(fd, json.dumps(_owner()).encode())
-  except BlockingIOError as error:
-    holder = _read_holder(fd)
-    os.close(fd)
-    raise UserError(f'{path.parent} is in use by {holder}; wait for it or choose another --workdir') from error
-  except OSError as error:
-    os.close(fd)
     raise file_error(error, f'{path} cannot be locked') from error
   return fd
 
 
-def _owner() -> dict[str, Any]:
-  now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  return {'pid': os.getpid(), 'host': socket.gethostname(), 'start': now}
-
-
-def _read_holder(fd: int) -> str:
+def _refuse(directory: Path, fd: int) -> None:
   try:
     owner = json.loads(os.pread(fd, 4096, 0))
-    return f'process {owner["pid"]} on {owner["host"]} since {owner["start"]}'
+    holder = f'process {owner["pid"]} on {owner["host"]} since {owner["start"]}'
   except (ValueError, TypeError, KeyError):  # it locked the file and has not written its name yet
-    return 'another process that just started'
+    holder = 'another process that just started'
+  raise UserError(f'{directory} is in use by {holder}; wait for it or choose another --workdir')

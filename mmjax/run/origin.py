@@ -21,11 +21,10 @@ from mmjax.config.wording import quote
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, abstract_params
-from mmjax.run.bank import BANK, bank_identity, recorded_bank
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir, open_run
+from mmjax.run.identity import BANK_SHA256, TEXTS_SHA256, bank_identity, compare_models
 from mmjax.run.leaves import leaves_sha256, refuse_non_finite
-from mmjax.run.settings import compare_models
 from mmjax.run.sharding import shardings
 
 # How parameters start, where they do not come from another run.
@@ -68,7 +67,7 @@ def parse_origin(text: str) -> Origin:
 
 def check_origin(asked: Origin, run: RunDir) -> None:
   """Raises UserError if a directory that is in use was not started from the checkpoint that is asked for."""
-  found = run.read_origin()
+  found = run.read_record().get('init_from')
   if found and str(asked.path) == found['run'] and asked.checkpoint in (found['checkpoint'], found['step']):
     return
   if asked.path == run.path.resolve():
@@ -106,7 +105,8 @@ def refuse_starts(source: RunDir, old: Config, config: Config) -> None:
   """
   before, after, usual = flatten(old.to_dict()), flatten(config.to_dict()), default_settings()
   free = {name: (before[name], usual[name]) for name in STARTS}
-  if (found := bank_identity(config).get(BANK)) and (recorded := recorded_bank(source).get(BANK)):
+  found, recorded = bank_identity(config).get(BANK_SHA256), source.read_record()['identity'].get(BANK_SHA256)
+  if found and recorded:
     free['memory.bank_file'] = (config.memory.bank_file if found == recorded else '',)
   for name, values in free.items():
     if after[name] not in values:
@@ -139,12 +139,13 @@ def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dic
   source = RunDir(origin.path)
   params, counters, step = Checkpoints(source.path, read_only=True).restore_params(target, origin.checkpoint)
   refuse_non_finite(params, f'step {step} of {origin.path} cannot be trained on; choose another with @STEP')
+  record = source.read_record()
   return params, {
     'run': str(origin.path),
     'checkpoint': origin.checkpoint,
     'step': step,
     'tokens': counters['tokens'],
     'params_sha256': leaves_sha256(params),
-    'bank': recorded_bank(source),
-    'init_from': source.read_origin(),
+    'bank': {name: record['identity'][name] for name in (BANK_SHA256, TEXTS_SHA256) if name in record['identity']},
+    'init_from': record.get('init_from'),
   }

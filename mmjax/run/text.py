@@ -16,10 +16,8 @@ from mmjax.data.prepare import prepare
 from mmjax.data.progress import SilentProgress
 from mmjax.data.reader import find_files
 from mmjax.errors import UserError
-from mmjax.files import read_json
-from mmjax.run.directory import RunDir
+from mmjax.run.directory import RunDir, list_differences
 from mmjax.run.processes import is_main
-from mmjax.run.settings import list_differences
 
 
 def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
@@ -74,15 +72,12 @@ def evaluation_data(run: RunDir, config: Config) -> Path:
 
 def find_run_data(run: RunDir, config: Config) -> Path | None:
   """Returns the prepared directory that holds what a run was trained with, or None where it is nowhere to be found."""
-  record = _record(run)
-  if record is None:
-    return None
-  wanted = record['identity']['data_sha256']
+  wanted = run.read_record()['identity'].get('data_sha256')
 
   def fits(index: dict[str, Any]) -> bool:
     return data_sha256(index) == wanted and (config.data.layout == 'packed' or counts_bytes(index))
 
-  return next(filter(None, (find_prepared(place, fits) for place in _places(run, config))), None)
+  return wanted and next(filter(None, (find_prepared(place, fits) for place in _places(run, config))), None)
 
 
 def place_for_shards(run: RunDir, config: Config) -> str:
@@ -112,12 +107,8 @@ def _check_other(run: RunDir, config: Config) -> None:
 
 def _recorded(run: RunDir) -> Iterator[Path]:
   """Yields where the shards were at the last start that noted it."""
-  starts = (_record(run) or {'starts': []})['starts']
+  starts = run.read_record()['starts']
   yield from (Path(start['prepared_dir']) for start in starts[:-2:-1] if 'prepared_dir' in start)
-
-
-def _record(run: RunDir) -> dict[str, Any] | None:
-  return read_json(run.run_path) if run.run_path.exists() else None
 
 
 def _prepare(config: Config, tokenizer: str) -> Path:
@@ -128,8 +119,8 @@ def _prepare(config: Config, tokenizer: str) -> Path:
 def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:
   """Prepares the text of a run and compares it with what the run was trained with."""
   prepared = _prepare(config, tokenizer)
-  record = _record(run)
-  if record and data_sha256(read_index(prepared)) != record['identity']['data_sha256']:
+  recorded = run.read_record()['identity'].get('data_sha256')
+  if recorded and data_sha256(read_index(prepared)) != recorded:
     before, now = (dataclasses.asdict(c.data) for c in (run.read_config(), config))
     different = '; '.join(f'data.{difference}' for difference in list_differences(before, now))
     raise UserError(

@@ -18,10 +18,9 @@ from mmjax.errors import UserError
 from mmjax.files import read_json
 from mmjax.model.cost import flops_per_token
 from mmjax.model.lm import abstract_params, count_params
-from mmjax.run.bank import BANK
 from mmjax.run.directory import RunDir
+from mmjax.run.identity import BANK_SHA256, FREE, FREE_SECTIONS
 from mmjax.run.log import read_metrics
-from mmjax.run.settings import FREE, FREE_SECTIONS
 from mmjax.tools.run_state import RunState, run_state
 
 # Where the data lie says nothing: which they are, their hashes say. These two decide how they are cut into rows.
@@ -124,7 +123,7 @@ def read_run(path: Path) -> FoundRun:
   identity = history['identity']
   origin = {name: identity[name] for name in ('data_sha256', 'tokenizer_sha256')}
   origin |= {'validation_tokens': evaluated['tokens']}  # not bytes: earlier versions counted some otherwise
-  bank = identity.get(BANK, config.memory.bank_file)
+  bank = identity.get(BANK_SHA256, config.memory.bank_file)
   last = history['starts'][-1]
   device = f'{last["device_count"]} x {last["device"]} ({last["host"]})'
   return FoundRun(path, config, run_state(path, config), records, origin, bank, device)

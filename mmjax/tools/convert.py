@@ -48,8 +48,8 @@ from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.lm import Params, abstract_params, count_params
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir, write_tokenizer
+from mmjax.run.identity import compare_models
 from mmjax.run.leaves import refuse_non_finite, warn_non_finite
-from mmjax.run.settings import compare_models
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state
 

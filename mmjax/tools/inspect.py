@@ -104,8 +104,8 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
   """
   from mmjax.inference.measure import open_text
   from mmjax.inference.memory_reads import MemoryReader
-  from mmjax.run.bank import bank_texts
   from mmjax.run.directory import open_run
+  from mmjax.run.identity import bank_texts
 
   run, reader = open_run(arguments.workdir), MemoryReader(lm)
   reader.chosen_layers(arguments.layer)

@@ -16,8 +16,8 @@ import jax
 from mmjax import __version__
 from mmjax.errors import CommandError, UserError, run_command
 from mmjax.files import read_json, write_file
-from mmjax.run.bank import bank_remark
 from mmjax.run.directory import RunDir
+from mmjax.run.identity import bank_remark
 from mmjax.run.log import read_metrics
 from mmjax.tools import report_parts as parts
 from mmjax.tools.plots import write_plots
@@ -56,7 +56,7 @@ def _write_report(workdir: str | Path) -> Path:
     raise UserError(f'{run.path} is not a run directory: {run.config_path.name} is missing')
   config = run.read_config()
   records = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
-  history = read_json(run.run_path) if run.run_path.exists() else {'identity': {}, 'starts': []}
+  history = run.read_record()
   index = _read_optional(run.path / 'data.json')
   evaluation = _read_optional(run.path / 'eval.json')
   plots = write_plots(records, run.path / 'plots')
@@ -65,7 +65,7 @@ def _write_report(workdir: str | Path) -> Path:
   sections = {
     'Result': parts.result(config, records, index),
     'Data': parts.data(index, history['identity'], history['starts']),
-    'Bank file': bank_remark(run, config, history['identity']),
+    'Bank file': bank_remark(run, config),
     'Parameters': parts.parameters(config),
     'Settings': parts.settings(config),
     'Training': parts.origin(history.get('init_from'))

@@ -28,7 +28,7 @@ from mmjax.console import table_console
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
 from mmjax.files import locked_directory, read_json, write_json
 from mmjax.run.directory import RunDir
-from mmjax.run.settings import names_other_text, settings_changed
+from mmjax.run.identity import names_other_text, settings_changed
 from mmjax.run.signals import StopSignals
 from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
 from mmjax.tools.sweep_file import Planned, changed_settings, read_sweep

@@ -25,14 +25,13 @@ from mmjax.evaluation.evaluate import EvalStep, make_eval_step
 from mmjax.files import write_file
 from mmjax.model.lm import BANK, Params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.run.bank import bank_identity, check_bank
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, write_tokenizer
+from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models
 from mmjax.run.leaves import refuse_non_finite
 from mmjax.run.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.run.placement import Placement, is_nvidia
 from mmjax.run.processes import is_main
-from mmjax.run.settings import compare_configs, compare_models
 from mmjax.run.sharding import batch_shapes, replicated, shardings
 from mmjax.training.step import TrainState, init_state, make_train_step
 
@@ -76,7 +75,7 @@ def settle_config(
       new run starts from does not fit.
   """
   run.check_usable()
-  recorded = run.read_origin()
+  recorded = run.read_record().get('init_from')
   origin = parse_origin(init_from) if init_from else None
   if origin and (run.was_trained or run.config_path.exists()):
     check_origin(origin, run)

@@ -1,15 +1,20 @@
-"""Which settings of a run may change when it goes on, and which when its weights are trained on."""
+"""What makes a run the run it is: settings that may not change when it goes on, or when its weights are trained on; the
+bank file that it started from, recorded by its hash in run.json and checked wherever it is used again.
+"""
 
 import dataclasses
 import shlex
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config, flatten
+from mmjax.data.bank_file import read_texts, texts_path
 from mmjax.errors import UserError
+from mmjax.files import sha256_of
 from mmjax.model.lm import build_abstract
+from mmjax.run.directory import RunDir, list_differences
 
+BANK_SHA256, TEXTS_SHA256 = 'bank_sha256', 'bank_texts_sha256'  # in run.json
 # Which text it is: on resume its hash must be that of the first start, under whatever names.
 TEXT = ('data.train_files', 'data.valid_files', 'data.valid_fraction', 'data.text_key', 'data.tokenizer')
 # On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
@@ -99,6 +104,61 @@ def _with(config: Config, name: str, value: Any) -> Config:
   return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
 
 
-def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Lists what differs as 'name old -> new'."""
-  return [f'{name} {old.get(name)} -> {new.get(name)}' for name in {**old, **new} if old.get(name) != new.get(name)]
+def bank_identity(config: Config) -> dict[str, str]:
+  """Returns the hashes of the bank file that the settings name and of its texts, of those that are there."""
+  return {name: sha256_of(path) for name, path in _bank_files(config).items() if path.is_file()}
+
+
+def check_bank(run: RunDir, config: Config) -> None:
+  """Raises UserError if the bank file that the settings name is there and is not what the run started from.
+
+  Going on needs no such file: the checkpoints hold the bank.
+  """
+  found, recorded = bank_identity(config).get(BANK_SHA256), run.read_record()['identity'].get(BANK_SHA256)
+  if found and recorded and found != recorded:
+    raise UserError(
+      f"memory.bank_file='{config.memory.bank_file}' is not the bank that the run in {run.path} started from (sha256 "
+      f'{found[:12]}..., not {recorded[:12]}...); name that one or, as the checkpoints hold the bank, a file that is '
+      'not there, or choose another --workdir'
+    )
+
+
+def bank_texts(run: RunDir, config: Config) -> tuple[dict[int, str], str]:
+  """Returns the texts that the rows of a run's bank started from, where they are known, and what is to be said of that.
+
+  Raises:
+    UserError: if their file is damaged.
+  """
+  path = _bank_files(config).get(TEXTS_SHA256)
+  if path is None:
+    return {}, ''
+  if not path.is_file():
+    return {}, f"The texts that the rows started from are not shown: there is no '{path}'."
+  recorded = run.read_record()['identity'].get(TEXTS_SHA256)
+  if recorded is None:
+    return read_texts(path), f"{_unrecorded(run)}: the texts shown are those in '{path}' now."
+  if sha256_of(path) != recorded:
+    return {}, f"The texts that the rows started from are not shown: '{path}' is not what it was when the run started."
+  return read_texts(path), ''
+
+
+def bank_remark(run: RunDir, config: Config) -> str:
+  """Returns a sentence about the file that a run's bank started from; '' where there is none."""
+  if not _bank_files(config):
+    return ''
+  recorded, now = run.read_record()['identity'].get(BANK_SHA256), bank_identity(config).get(BANK_SHA256)
+  if recorded is None:
+    return f"{_unrecorded(run)}; the settings name '{config.memory.bank_file}'."
+  state = 'is gone' if now is None else 'is still that file' if now == recorded else 'is another file now'
+  return f"The bank started from the file with the hash bank_sha256; '{config.memory.bank_file}' {state}."
+
+
+def _bank_files(config: Config) -> dict[str, Path]:
+  if config.memory.bank_init != 'file':
+    return {}
+  path = Path(config.memory.bank_file)
+  return {BANK_SHA256: path, TEXTS_SHA256: texts_path(path)}
+
+
+def _unrecorded(run: RunDir) -> str:
+  return f'{run.run_path} does not say which bank file the run started from'
