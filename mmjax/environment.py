@@ -1,17 +1,14 @@
-"""What around mmjax decides its numbers, and is not left to chance: the version of jaxlib, and JAX's global settings.
+"""JAX's global settings, which decide numbers and are not left to chance.
 
 A command ignores such settings in its environment (`ignore_jax_settings`). In somebody else's program mmjax changes
 nothing: what it computes on its own account (`mmjax.load`, `fit`) runs within `own_jax_settings`, and its modules and
 kernels name the dtypes that they mean.
 """
 
-import functools
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from importlib import metadata
 
 # As jax.config names them without `jax_`, with JAX's own defaults. They change results, or stop a run that would go on.
 SETTINGS = {
@@ -59,19 +56,3 @@ def own_jax_settings() -> Iterator[None]:
     for name, value in SETTINGS.items():
       stack.enter_context(getattr(jax, name)(value))
     yield
-
-
-@functools.cache
-def wrong_jaxlib() -> str | None:
-  """Returns one sentence where the jaxlib that is installed computes wrong results, else None.
-
-  0.10.2 does on CPUs, where a jitted product over a few columns is reduced: sum((A @ x) ** 2), A 3 x 3, for 40,000 x.
-  Source: jax-ml/jax#39103; 0.10.1, 0.11.0, 0.11.1 and 0.11.2 were found right.
-  """
-  version = metadata.version('jaxlib')
-  if [int(n) for n in re.findall(r'\d+', version)[:3]] != [0, 10, 2]:
-    return None
-  return (
-    f'jaxlib {version} computes wrong results on CPUs (jax-ml/jax#39103); install another with  '
-    "pip install 'jax!=0.10.2,<0.12'"
-  )

@@ -5,13 +5,16 @@ runtime aborts because a process of the run was lost.
 """
 
 import errno
+import functools
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 
-from mmjax.environment import ignore_jax_settings, wrong_jaxlib
+from mmjax.environment import ignore_jax_settings
 
 # Of a disk that is full, broken or read-only: exit code 4. Any other OSError is the user's path: exit code 2.
 STORAGE_ERRNOS = (
@@ -68,14 +71,19 @@ def first_line(error: BaseException) -> str:
   return f'{type(error).__name__}: {lines[0][:160] if lines else "no message"}'
 
 
+@functools.cache
 def refuse_wrong_jaxlib() -> None:
-  """Asks for another jaxlib where the one that is installed computes wrong results.
+  """Raises UserError where the jaxlib that is installed computes wrong results.
 
-  Raises:
-    UserError: if it does.
+  0.10.2 does on CPUs, where a jitted product over a few columns is reduced: sum((A @ x) ** 2), A 3 x 3, for 40,000 x.
+  Source: jax-ml/jax#39103; 0.10.1, 0.11.0, 0.11.1 and 0.11.2 were found right.
   """
-  if sentence := wrong_jaxlib():
-    raise UserError(sentence)
+  version = metadata.version('jaxlib')
+  if [int(n) for n in re.findall(r'\d+', version)[:3]] == [0, 10, 2]:
+    raise UserError(
+      f'jaxlib {version} computes wrong results on CPUs (jax-ml/jax#39103); install another with  '
+      "pip install 'jax!=0.10.2,<0.12'"
+    )
 
 
 def run_command(main: Callable[[], None]) -> None:

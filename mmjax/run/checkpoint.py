@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not used: written by Orbax, verified leaf by leaf against a manifest.
+"""Checkpoints that are whole or not used: the last two and the best, each verified leaf by leaf when it is read.
 
 Orbax writes a step into a temporary directory and renames it when it is complete, so a directory named by a number
 was whole once, and nothing is handed out before every leaf was compared with its checksum (mmjax/run/orbax_io.py).
@@ -18,9 +18,9 @@ from typing import Any
 
 import jax
 
-from mmjax.errors import CommandError, StorageError, UserError, file_error, first_line
-from mmjax.files import write_file
-from mmjax.run.directory import NEWEST
+from mmjax.errors import CommandError, StorageError, UserError, first_line
+from mmjax.files import free_bytes, storage_errors, write_file
+from mmjax.run.directory import NEWEST, RunDir
 from mmjax.run.orbax_io import MANIFEST, TMP_PATTERN, CorruptError, read_manifest, read_step, write_step
 from mmjax.run.processes import barrier, in_any_process, is_main
 
@@ -29,11 +29,7 @@ REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_
 
 
 def checkpoint_name(checkpoint: str | int) -> str | int:
-  """Returns 'best', 'last' or the number of a step, from what a user typed.
-
-  Raises:
-    UserError: if it is none of these.
-  """
+  """Returns 'best', 'last' or the number of a step, from what a user typed; raises UserError if it is none of these."""
   text = str(checkpoint)
   if text in ('best', 'last'):
     return text
@@ -52,33 +48,30 @@ class Checkpoints:
       workdir: run directory; only the process that holds its lock may open it for writing.
       read_only: nothing is removed, renamed or saved: for commands that look at a run while it trains.
     """
-    self.directory = Path(workdir).absolute() / 'checkpoints'
+    self._run = RunDir(Path(workdir).absolute())
+    self.directory = self._run.checkpoints_path
     self._read_only = read_only
     self._rejected: set[int] = set()
     if not read_only:
-      try:
+      with storage_errors(self.directory):
         self.directory.mkdir(parents=True, exist_ok=True)
-      except OSError as error:
-        raise file_error(error, f'{self.directory} cannot be created') from error
       self._remove_leftovers()
       self._remove_superseded()
 
   def steps(self) -> list[int]:
     """Returns the steps whose saving was completed and that were not found corrupt, oldest first."""
-    if not self.directory.is_dir():
-      return []
-    names = (path.name for path in self.directory.iterdir() if path.is_dir())
-    return sorted({int(name) for name in names if name.isascii() and name.isdigit()} - self._rejected)
+    return [step for step in self._run.steps() if step not in self._rejected]
 
   @property
   def ever_saved(self) -> bool:
     """Whether a step was ever saved here: if so, a run must restore and never start afresh."""
-    return bool(self.steps() or self._newest() is not None or self._set_aside_paths('*'))
+    return self._run.ever_saved
 
   @property
   def best_step(self) -> int | None:
     """The step with the lowest metric, the earliest of equals; None where no step has a metric."""
-    return _best(self._read_metrics()[0])
+    metrics, _ = self._read_metrics()
+    return min(metrics, key=lambda step: (metrics[step], step), default=None)
 
   def save(self, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any], metric: float | None = None) -> None:
     """Writes a step, then removes those that are neither the last two nor the best; a step that exists stays as it is.
@@ -96,9 +89,9 @@ class Checkpoints:
     if step in self.steps():
       return
     items = _split(jax.block_until_ready(dict(state)))
-    metric = metric if metric is not None and math.isfinite(metric) else None
     self._remove_leftovers()
     self._check_space(step, items)
+    metric = metric if metric is not None and math.isfinite(metric) else None
     try:
       write_step(self.directory, step, items, metric=metric, metadata=dict(metadata))
     except Exception as error:  # noqa: BLE001 - a full disk comes as OSError, ValueError or a runtime error
@@ -107,12 +100,12 @@ class Checkpoints:
     self._remove_superseded()
     if is_main():
       with contextlib.suppress(CommandError):  # the step is whole; what may be missed is that it vanished
-        write_file(self.directory.parent / NEWEST, f'{step}\n')
+        write_file(self._run.path / NEWEST, f'{step}\n')
 
   def restore(
     self, abstract_state: Mapping[str, Any], which: str | int = 'last', newer: Sequence[str] = ()
   ) -> tuple[dict[str, Any], dict[str, Any], int]:
-    """Reads and verifies a whole state.
+    """Reads and verifies a whole state; returns it, its metadata and its step.
 
     A step that is not what was saved is named on stderr, set aside as `<step>.corrupt`, and the one before is used.
 
@@ -123,9 +116,6 @@ class Checkpoints:
         which nothing replaces.
       newer: entries of the state that steps of earlier versions lack; they are missing from what is returned then.
 
-    Returns:
-      state, metadata, step.
-
     Raises:
       UserError: if nothing was saved yet, or leaves differ from `abstract_state` in name, shape or dtype.
       StorageError: if no whole step is left, or this process may not read it.
@@ -134,12 +124,7 @@ class Checkpoints:
     return {'params': items['params'], **items['rest']}, metadata, step
 
   def restore_params(self, abstract_params: Any, which: str | int = 'best') -> tuple[Any, dict[str, Any], int]:
-    """Reads and verifies the parameters alone, without reading the optimizer's state.
-
-    Args:
-      abstract_params: structure of `state['params']`; for the rest see `restore`.
-      which: see `restore`.
-    """
+    """Reads and verifies `state['params']` as `restore` does, without reading the optimizer's state."""
     items, metadata, step = self._restore({'params': abstract_params}, which)
     return items['params'], metadata, step
 
@@ -165,24 +150,26 @@ class Checkpoints:
         self._set_aside(step, problem)
     steps = self.steps()
     if isinstance(which, int):
-      if which not in steps:
-        if which in self._rejected or self._set_aside_paths(which):
-          raise StorageError(f'no whole checkpoint {which} in {self.directory}; there are {steps}')
-        raise UserError(f'no checkpoint {which} in {self.directory}; there are {steps}')
-      return which
+      if which in steps:
+        return which
+      if self._was_corrupt(which):
+        raise StorageError(f'no whole checkpoint {which} in {self.directory}; there are {steps}')
+      raise UserError(f'no checkpoint {which} in {self.directory}; there are {steps}')
     if not steps:
       if not (self.ever_saved or self._rejected):
         raise UserError(f'no checkpoint was saved in {self.directory} yet')
       raise StorageError(
         f'no whole checkpoint is left in {self.directory}; to begin again, choose another --workdir or remove this one'
       )
-    best = self.best_step
-    if which == 'best' and best is not None:
+    if which == 'best' and (best := self.best_step) is not None:
       return best
-    newest = self._newest()
-    if newest is not None and newest > steps[-1] and not (newest in self._rejected or self._set_aside_paths(newest)):
+    newest = self._run.newest_step
+    if newest is not None and newest > steps[-1] and not self._was_corrupt(newest):
       _warn(f'checkpoint {newest} is gone from {self.directory}; using {steps[-1]}')
     return steps[-1]
+
+  def _was_corrupt(self, step: int) -> bool:
+    return step in self._rejected or any(self.directory.glob(f'{step}.corrupt*'))
 
   def _set_aside(self, step: int, problem: str) -> None:
     self._rejected.add(step)
@@ -191,43 +178,32 @@ class Checkpoints:
     if self._read_only:
       _warn(f'checkpoint {step} in {self.directory} is corrupt ({problem}) and is not used')
       return
-    taken = len(self._set_aside_paths(step))
+    taken = len(list(self.directory.glob(f'{step}.corrupt*')))
     target = self.directory / f'{step}.corrupt{taken + 1 if taken else ""}'
     _warn(f'checkpoint {step} in {self.directory} is corrupt ({problem}); set aside as {target.name}')
     if is_main():
-      try:
+      with storage_errors(target):
         (self.directory / str(step)).rename(target)
-      except OSError as error:
-        raise file_error(error, f'corrupt checkpoint {step} could not be renamed') from error
     barrier(f'checkpoint_{step}_set_aside')
     self._rejected.discard(step)
-
-  def _set_aside_paths(self, step: int | str) -> list[Path]:
-    return list(self.directory.glob(f'{step}.corrupt*'))
 
   def _read_metrics(self) -> tuple[dict[int, float], dict[int, str]]:
     """Returns the metric of every step that has one, and what is wrong with each step whose manifest is corrupt."""
     metrics, problems = {}, {}
     for step in self.steps():
       try:
-        metrics[step] = read_manifest(self.directory / str(step) / MANIFEST, step)['metric']
+        metric = read_manifest(self.directory / str(step) / MANIFEST, step)['metric']
+        metrics |= {} if metric is None else {step: metric}
       except CorruptError as error:
         problems[step] = str(error)
-    return {step: metric for step, metric in metrics.items() if metric is not None}, problems
-
-  def _newest(self) -> int | None:
-    try:
-      return int((self.directory.parent / NEWEST).read_text())
-    except (OSError, ValueError):
-      return None
+    return metrics, problems
 
   def _check_space(self, step: int, items: Mapping[str, Any]) -> None:
-    needed_bytes = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(items))) + 2**20
-    free_bytes = shutil.disk_usage(self.directory).free
-    if in_any_process(free_bytes < needed_bytes):
+    needed = int(1.05 * sum(leaf.nbytes for leaf in jax.tree.leaves(items))) + 2**20
+    free = free_bytes(self.directory)
+    if in_any_process(free < needed):
       raise StorageError(
-        f'step {step} was not saved: it needs {needed_bytes / 1e6:.0f} MB and {self.directory} has '
-        f'{free_bytes / 1e6:.0f} MB free'
+        f'step {step} was not saved: it needs {needed / 1e6:.0f} MB and {self.directory} has {free / 1e6:.0f} MB free'
       )
 
   def _remove_leftovers(self) -> None:
@@ -239,15 +215,13 @@ class Checkpoints:
 
   def _remove_superseded(self) -> None:
     """Removes all steps but the last two, the best and those that cannot be read, each whole: by a rename first."""
-    if not is_main():
-      return
-    metrics, unreadable = self._read_metrics()
-    steps = self.steps()
-    for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, _best(metrics)}:
-      doomed = self.directory / f'{step}{REMOVED}'
-      with contextlib.suppress(OSError):  # it stays, and the next save tries again
-        (self.directory / str(step)).rename(doomed)
-      shutil.rmtree(doomed, ignore_errors=True)
+    if is_main():
+      steps, unreadable = self.steps(), self._read_metrics()[1]
+      for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, self.best_step}:
+        doomed = self.directory / f'{step}{REMOVED}'
+        with contextlib.suppress(OSError):  # it stays, and the next save tries again
+          (self.directory / str(step)).rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _split(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -261,10 +235,6 @@ def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
   except ValueError as error:  # the caller's mistake: told apart here from a step that cannot be read
     raise UserError(f'a leaf of shape {leaf.shape} cannot be sharded over this mesh: {first_line(error)}') from error
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _best(metrics: Mapping[int, float]) -> int | None:
-  return min(metrics, key=lambda step: (metrics[step], step), default=None)
 
 
 def _warn(text: str) -> None:

@@ -16,7 +16,6 @@ import socket
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -58,12 +57,25 @@ class RunDir:
   @property
   def was_trained(self) -> bool:
     """Whether train.py ever started here; an imported model, which is step 0, lies in a directory where it did not."""
-    return self.run_path.exists() or self.has_steps
+    return self.run_path.exists() or any(self.steps())
+
+  def steps(self) -> list[int]:
+    """Returns the steps whose saving was completed, oldest first; 0 is an import."""
+    names = [path.name for path in self.checkpoints_path.glob('[0-9]*') if path.is_dir()]
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
   @property
-  def has_steps(self) -> bool:
-    """Whether a checkpoint of a trained model lies here."""
-    return any(path.name.isdigit() and int(path.name) > 0 for path in self.checkpoints_path.glob('[0-9]*'))
+  def newest_step(self) -> int | None:
+    """The step that was saved last, whether it is still there or not."""
+    try:
+      return int((self.path / NEWEST).read_text())
+    except (OSError, ValueError):
+      return None
+
+  @property
+  def ever_saved(self) -> bool:
+    """Whether a step was ever saved here, and not only an attempt was made."""
+    return bool(self.steps()) or self.newest_step is not None or any(self.checkpoints_path.glob('*.corrupt*'))
 
   def check_usable(self) -> None:
     """Looks whether a run may live here, and writes nothing: what takes long need not be done before it is refused.
@@ -107,9 +119,7 @@ class RunDir:
         leftover.unlink(missing_ok=True)
     return self
 
-  def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-  ) -> None:
+  def __exit__(self, *_: object) -> None:
     if self._lock_fd is not None:
       with contextlib.suppress(OSError):
         os.ftruncate(self._lock_fd, 0)
@@ -210,11 +220,9 @@ def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
     raise UserError(f'{path}: {NO_TOKENIZER}')
   if missing:
     raise UserError(f'{path} is not a run directory: {", ".join(missing)} is missing')
-  steps = [p.name for p in run.checkpoints_path.iterdir() if p.is_dir()]
-  saved = (path / NEWEST).exists() or any('.corrupt' in name for name in steps)
-  if saved and not any(name.isdigit() for name in steps):
+  if run.ever_saved and not run.steps():
     raise StorageError(f'run {path} has no whole checkpoint left; those set aside end in .corrupt')
-  if not any(name.isdigit() for name in steps):
+  if not run.steps():
     raise UserError(f'run {path} has no checkpoint yet; it saves the first after train.checkpoint_interval updates')
   return run
 

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines, which are the truth about it, mirrored to TensorBoard files; and bank health.
+"""The log of a run: JSON lines, which are the truth about it, mirrored to TensorBoard files.
 
 A log that cannot be written (a full disk) is told once and never ends a run.
 """
@@ -10,15 +10,15 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 
 from mmjax.errors import UserError
 from mmjax.files import finite, write_file
+
+if TYPE_CHECKING:
+  from tensorboardX.event_file_writer import EventsWriter
 
 
 class MetricsLog:
@@ -27,9 +27,8 @@ class MetricsLog:
   def __init__(self, workdir: Path | str):
     """Opens the log; call `truncate_after` before the first `write`."""
     self.path = Path(workdir) / 'metrics.jsonl'
-    self._tensorboard_dir = Path(workdir) / 'tensorboard'
     self._events: EventsWriter | None = None
-    self._purge_step: int | None = None
+    self._purge_step = 0
     self._failed: set[str] = set()
 
   def write(self, record: Mapping[str, Any]) -> None:
@@ -52,7 +51,7 @@ class MetricsLog:
     Args:
       step: the step that the run continues from; -1 for a run that starts.
     """
-    self._close_events()
+    self.close()
     self._purge_step = step + 1
     if jax.process_index() or not self.path.exists():
       return
@@ -65,7 +64,10 @@ class MetricsLog:
 
   def close(self) -> None:
     """Closes the TensorBoard file; the JSON lines are on disk already."""
-    self._close_events()
+    if self._events is not None:
+      with contextlib.suppress(OSError):
+        self._events.close()
+      self._events = None
 
   def _attempt(self, what: str, action: Callable[[], None]) -> None:
     try:
@@ -77,22 +79,20 @@ class MetricsLog:
         print(f'Warning: {what} cannot be written ({error.strerror}); the run goes on', file=sys.stderr, flush=True)
 
   def _write_events(self, record: Mapping[str, Any]) -> None:
-    # tensorboardX's SummaryWriter writes from a thread that dies on a full disk, and then blocks the run for good.
+    # Imported here: most who import this module only read logs. And no SummaryWriter of tensorboardX, which writes from
+    # a thread that dies on a full disk, and then blocks the run for good.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+    from tensorboardX.summary import scalar
+
     if self._events is None:
-      self._tensorboard_dir.mkdir(exist_ok=True)
-      self._events = EventsWriter(str(self._tensorboard_dir / 'events'), f'.{os.getpid()}.{self._purge_step}')
-      if self._purge_step is not None:
-        start = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(step=self._purge_step, session_log=start))
+      folder = self.path.parent / 'tensorboard'
+      folder.mkdir(exist_ok=True)
+      self._events = EventsWriter(str(folder / 'events'), f'.{os.getpid()}.{self._purge_step}')
+      self._events.write_event(Event(step=self._purge_step, session_log=SessionLog(status=SessionLog.START)))
     for name, value in _scalars(record):
       self._events.write_event(Event(step=record['step'], summary=scalar(name, value)))
     self._events.flush()
-
-  def _close_events(self) -> None:
-    if self._events is not None:
-      with contextlib.suppress(OSError):
-        self._events.close()
-      self._events = None
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
@@ -106,17 +106,15 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     records = [record for _, record in _parse(path.read_bytes())]
   except FileNotFoundError as error:
     raise UserError(f'{path} is missing: the run has reported nothing yet') from error
-  for number, record in enumerate(records[:-1], 1):
-    if record is None:
-      raise UserError(f'{path}:{number} is not a JSON object')
+  if None in records[:-1]:
+    raise UserError(f'{path}:{records.index(None) + 1} is not a JSON object')
   return [record for record in records if record is not None]
 
 
 def peak_memory() -> tuple[int, str]:
   """Returns the peak memory in bytes and what it is of: 'device' (the fullest one) or, on a CPU, 'process'."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
-  peaks = [stat['peak_bytes_in_use'] for stat in stats if 'peak_bytes_in_use' in stat]
-  if peaks:
+  if peaks := [stat['peak_bytes_in_use'] for stat in stats if 'peak_bytes_in_use' in stat]:
     return max(peaks), 'device'
   unit = 1 if sys.platform == 'darwin' else 1024  # getrusage counts bytes there, KiB elsewhere
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, 'process'
@@ -124,18 +122,14 @@ def peak_memory() -> tuple[int, str]:
 
 def _append(path: Path, data: bytes) -> None:
   """Appends all of `data` or nothing, so that a full disk leaves no half line before the next one."""
-  fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-  try:
-    size = os.fstat(fd).st_size
+  with path.open('ab', buffering=0) as file:
+    size = file.tell()
     try:
-      written = os.write(fd, data)
-      if written < len(data):
-        os.write(fd, data[written:])
+      while data:
+        data = data[file.write(data) :]
     except OSError:
-      os.ftruncate(fd, size)
+      file.truncate(size)
       raise
-  finally:
-    os.close(fd)
 
 
 def _parse(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
@@ -151,11 +145,9 @@ def _parse(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
   """Yields the numbers of a record under TensorBoard names: 'train/loss', 'train/layer_3/used_share'."""
   kind = record['kind']
-  groups = [(kind, {name: x for name, x in record.items() if name != 'step'})]
-  groups += [(f'{kind}/probes', record.get('probes', {}))]
-  for health in record.get('bank', ()):
-    groups.append((f'{kind}/layer_{health["layer"]}', {name: x for name, x in health.items() if name != 'layer'}))
-  for group, values in groups:
+  groups = {kind: record, f'{kind}/probes': record.get('probes', {})}
+  groups |= {f'{kind}/layer_{health["layer"]}': health for health in record.get('bank', ())}
+  for group, values in groups.items():
     for name, value in values.items():
-      if isinstance(value, int | float) and not isinstance(value, bool):
+      if isinstance(value, int | float) and not isinstance(value, bool) and name not in ('step', 'layer'):
         yield f'{group}/{name}', value

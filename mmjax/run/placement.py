@@ -38,13 +38,8 @@ SLOW_SCATTER = (0, 10, 2), (0, 11, 0)  # first and last version of jaxlib
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """How a model runs.
-
-  Attributes:
-    mesh: of the devices that it runs on.
-    attention: backend, as `mmjax.kernels.attention.causal_attention` knows it.
-    dtype: of the matrix products.
-    options: XLA's.
+  """How a model runs: on the devices of `mesh`, with the backend `attention` of mmjax.kernels.attention, matrix products
+  in `dtype`, and these `options` of XLA's.
   """
 
   mesh: Mesh
@@ -62,7 +57,7 @@ class Placement:
     return jax.jit(function, compiler_options=self.options, **settings)
 
   def compile(self, function: Callable, *inputs: Any, options: dict | None = None, **settings: Any) -> Compiled:
-    """Compiles `jax.jit(function, **settings)` for inputs of these shapes, on devices that need not be here.
+    """Compiles `jax.jit(function, **settings)` for such inputs and these devices, which need not be here.
 
     `options` are XLA's, beside those of the placement.
     """
@@ -70,18 +65,13 @@ class Placement:
       return jax.jit(function, **settings).lower(*inputs).compile(self.options | (options or {}))
 
 
-def place(config: Config, devices: Sequence[jax.Device] | None = None, dtype: DTypeLike | None = None) -> Placement:
-  """Returns how a run's settings say that its model runs.
-
-  Args:
-    config: of the run.
-    devices: to take the mesh from; None: those of JAX.
-    dtype: of the matrix products; None: that of training.
+def place(config: Config, devices: Sequence[jax.Device] | None = None) -> Placement:
+  """Returns how a run's settings say that its model runs, on these devices or JAX's.
 
   Raises:
     UserError: if there are too few devices, they do not divide the batch, or attention cannot run there.
   """
-  return _place(config, make_mesh(config, devices), config.runtime.attention, dtype or config.train.dtype)
+  return _place(config, make_mesh(config, devices), config.runtime.attention, config.train.dtype)
 
 
 def place_reader(config: Config, *, dtype: DTypeLike, attention: str | None = None) -> Placement:
@@ -146,13 +136,9 @@ def count_triton(module: str) -> int:
 
 
 def slow_scatter_warning(platform: str, jaxlib_version: str) -> str | None:
-  """Returns one sentence where float32 scatter-adds are slow, else None.
+  """Returns one sentence where float32 scatter-adds are slow, on a platform with a jaxlib such as '0.11.0', else None.
 
   Sorting the rows first does not help: what is slow is every addition to memory, not their order.
-
-  Args:
-    platform: of the devices: 'cpu', 'gpu', 'cuda', ...
-    jaxlib_version: '0.11.1' or '0.11.1.dev20260101'.
   """
   version = tuple(int(n) for n in re.findall(r'\d+', jaxlib_version)[:3])
   if not is_nvidia(platform) or not SLOW_SCATTER[0] <= version <= SLOW_SCATTER[1]:
@@ -176,25 +162,20 @@ def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int
   Raises:
     UserError: if the backend cannot run there.
   """
-  on_nvidia = is_nvidia(platform)
-  is_half = jnp.dtype(dtype).itemsize == 2
+  is_half_on_nvidia = is_nvidia(platform) and jnp.dtype(dtype).itemsize == 2
   fits_cudnn = head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM
   if name == 'auto':
-    if on_nvidia and is_half and fits_cudnn:
+    if is_half_on_nvidia and fits_cudnn:
       return 'cudnn'
     return 'xla_blocked' if platform == 'cpu' and n_devices == 1 else 'xla'
-  if name == 'cudnn' and not (on_nvidia and is_half):
-    raise UserError(
-      f"attention 'cudnn' (runtime.attention) needs an NVIDIA GPU and bfloat16 (train.dtype), not {platform} and "
-      f"{jnp.dtype(dtype).name}; 'auto' picks what runs here"
+  if name == 'cudnn' and not is_half_on_nvidia:
+    needs = f'an NVIDIA GPU and bfloat16 (train.dtype), not {platform} and {jnp.dtype(dtype).name}'
+  elif name == 'cudnn' and not fits_cudnn:
+    needs = (
+      f'heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, not {head_dim} (model.dim / model.n_heads)'
     )
-  if name == 'cudnn' and not fits_cudnn:
-    raise UserError(
-      f"attention 'cudnn' (runtime.attention) needs heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, "
-      f"not {head_dim} (model.dim / model.n_heads); 'auto' picks what runs here"
-    )
-  if name == 'xla_blocked' and n_devices > 1:
-    raise UserError(
-      f"attention 'xla_blocked' (runtime.attention) is for one device, not {n_devices}; use 'xla' or 'auto'"
-    )
-  return name
+  elif name == 'xla_blocked' and n_devices > 1:
+    needs = f'one device, not {n_devices}'
+  else:
+    return name
+  raise UserError(f"attention '{name}' (runtime.attention) needs {needs}; 'auto' picks what runs here")

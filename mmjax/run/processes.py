@@ -76,15 +76,11 @@ def _connect(config: Config) -> None:
     return
   runtime, where = config.runtime, {}
   if runtime.coordinator != 'auto':
-    where = {
-      'coordinator_address': runtime.coordinator,
-      'num_processes': runtime.num_processes,
-      'process_id': runtime.process_id,
-    }
+    where = {name: getattr(runtime, name) for name in ('num_processes', 'process_id')}
+    where['coordinator_address'] = runtime.coordinator
   # Said before: where the others do not appear, JAX aborts the process.
-  print(
-    f'Joining the processes of the run at {runtime.coordinator} within {JOIN_SECONDS} s', file=sys.stderr, flush=True
-  )
+  said = f'Joining the processes of the run at {runtime.coordinator} within {JOIN_SECONDS} s'
+  print(said, file=sys.stderr, flush=True)
   try:
     jax.distributed.initialize(
       **where,
@@ -93,8 +89,8 @@ def _connect(config: Config) -> None:
       shutdown_timeout_seconds=END_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
-    line = first_line(error)
-    raise UserError(f'the processes of the run did not find each other (runtime.coordinator): {line}') from error
+    said = f'the processes of the run did not find each other (runtime.coordinator): {first_line(error)}'
+    raise UserError(said) from error
 
 
 def _compare_settings(config: Config) -> None:
@@ -108,7 +104,10 @@ def _compare_settings(config: Config) -> None:
 
 def _exit(error: Exception) -> None:
   """Says what happened and ends this process alone."""
-  if _is_loss(error):
+  causes = [error]
+  while causes[-1].__cause__ is not None:
+    causes.append(causes[-1].__cause__)
+  if any(not isinstance(cause, UserError) and any(word in str(cause) for word in LOST_WORDS) for cause in causes):
     error = PeerLostError(
       f'Another process of this run was lost ({first_line(error)}); the same commands go on from the last checkpoint.'
     )
@@ -121,11 +120,3 @@ def _exit(error: Exception) -> None:
     sys.stderr.flush()
   finally:  # whoever read the output may be gone
     os._exit(error.exit_code if isinstance(error, CommandError) else 1)
-
-
-def _is_loss(error: BaseException | None) -> bool:
-  while error is not None:
-    if not isinstance(error, UserError) and any(word in str(error) for word in LOST_WORDS):
-      return True
-    error = error.__cause__
-  return False

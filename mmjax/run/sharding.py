@@ -72,9 +72,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   """Returns a tree like `tree` with the NamedSharding of every leaf."""
 
   def place(path: tuple, leaf: Any) -> NamedSharding:
-    name = path_name(path)
-    spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
-    return NamedSharding(mesh, spec)
+    return NamedSharding(mesh, next(spec for pattern, spec in RULES if re.search(pattern, path_name(path))))
 
   return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -129,8 +127,7 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulation_steps: int)
 
 def batch_shapes(mesh: Mesh, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns what `put_batch` gives for a training batch, without its values: int32 (A, B, T)."""
-  train = config.train
-  shape = (train.accumulation_steps, train.batch_size, config.model.max_seq_len)
+  shape = (config.train.accumulation_steps, config.train.batch_size, config.model.max_seq_len)
   array = jax.ShapeDtypeStruct(shape, np.int32, sharding=NamedSharding(mesh, BATCH))
   return dict.fromkeys(('input', 'target', 'segment'), array)
 

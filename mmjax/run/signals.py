@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Self
 
 import jax
@@ -46,9 +46,7 @@ class StopSignals:
       self._previous = {number: signal.signal(number, self._note) for number in numbers}
     return self
 
-  def __exit__(
-    self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-  ) -> None:
+  def __exit__(self, *_: object) -> None:
     if not self._previous:
       return
     for number, handler in self._previous.items():

@@ -81,7 +81,7 @@ def settle_config(
     check_origin(origin, run)
   if recorded:
     origin = Origin(Path(recorded['run']), recorded['step'])
-  if not (run.config_path.exists() or run.has_steps):  # with steps it must be there: reading it says so
+  if not (run.config_path.exists() or any(run.steps())):  # with steps it must be there: reading it says so
     if origin:
       return settle_origin(origin, config), origin
     if config.memory.bank_init == 'file' and SUBLAYERS[config.model.sublayer].uses_bank:
