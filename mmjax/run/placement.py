@@ -38,8 +38,8 @@ SLOW_SCATTER = (0, 10, 2), (0, 11, 0)  # first and last version of jaxlib
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """How a model runs: on the devices of `mesh`, with the backend `attention` of mmjax.kernels.attention, matrix products
-  in `dtype`, and these `options` of XLA's.
+  """How a model runs: on the devices of `mesh`, with a backend of mmjax.kernels.attention, with matrix products
+  in `dtype`, and with these options of XLA's.
   """
 
   mesh: Mesh
