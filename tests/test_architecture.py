@@ -154,6 +154,25 @@ def test_importing_the_package_is_cheap():
   assert out.strip() == '[]'
 
 
+@pytest.mark.parametrize(
+  ('module', 'most', 'never'),
+  [
+    ('training.optimizer', 34, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
+    (
+      'inference.api',
+      46,
+      'mmjax.training mmjax.evaluation mmjax.interop mmjax.tools mmjax.data.loader tensorboardX optax',
+    ),
+  ],
+)
+def test_imports_bring_along_only_what_is_needed(module, most, never):
+  code = f'import sys, mmjax.{module}; print(*sys.modules)'
+  loaded = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+  assert not [name for name in loaded if re.match(rf'({"|".join(never.split())})(\.|$)', name)]
+  own = sorted(name for name in loaded if name.split('.')[0] == 'mmjax')
+  assert len(own) <= most, f'{len(own)}: {own}'
+
+
 def test_every_default_is_written_once():
   for path in SOURCES:
     for node in ast.walk(ast.parse(path.read_text())):
