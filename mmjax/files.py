@@ -29,14 +29,10 @@ def storage_errors(path: Path) -> Iterator[None]:
   try:
     yield
   except OSError as error:
-    raise file_error(error, f"'{path}' cannot be written", _room(path)) from error
-
-
-def _room(path: Path) -> str:
-  try:
-    return f' ({free_bytes(path) / 1e6:.0f} MB free)'
-  except OSError:
-    return ''
+    room = ''
+    with contextlib.suppress(OSError):
+      room = f' ({free_bytes(path) / 1e6:.0f} MB free)'
+    raise file_error(error, f"'{path}' cannot be written", room) from error
 
 
 def free_bytes(path: Path) -> int:
@@ -176,10 +172,9 @@ def _note_key(file: Path, folder: Path) -> str:
 
 def _read_notes(path: Path) -> dict[str, list]:
   try:
-    notes = json.loads(path.read_bytes())
-  except (OSError, ValueError, RecursionError):
+    notes = read_json(path)
+  except (OSError, UserError):
     return {}
-  notes = notes if isinstance(notes, dict) else {}
   return {key: note for key, note in notes.items() if isinstance(note, list) and note and isinstance(note[-1], str)}
 
 

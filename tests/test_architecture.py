@@ -161,7 +161,7 @@ def test_importing_the_package_is_cheap():
     (
       'inference.api',
       46,
-      'mmjax.training mmjax.evaluation mmjax.interop mmjax.tools mmjax.data.loader tensorboardX optax',
+      'mmjax.training mmjax.evaluation mmjax.interop mmjax.tools mmjax.data.loader tensorboardX grain',
     ),
   ],
 )

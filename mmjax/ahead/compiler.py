@@ -57,7 +57,7 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
   from jax.experimental import topologies
 
   from mmjax.run.placement import place
-  from mmjax.run.sharding import shardings
+  from mmjax.run.sharding import placed
   from mmjax.training.optimizer import make_optimizer
   from mmjax.training.setup import compile_step
   from mmjax.training.step import init_state
@@ -65,9 +65,6 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
   topology = topologies.get_topology_desc(platform='cuda', target_config=card.description(), topology=f'1x1x{devices}')
   placement = place(config, topology.devices)
   optimizer = make_optimizer(config, total_steps)
-  shapes = jax.eval_shape(partial(init_state, config, optimizer))
-  state = jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, shardings(placement.mesh, shapes)
-  )
+  state = placed(placement.mesh, jax.eval_shape(partial(init_state, config, optimizer)))
   options = {'xla_gpu_autotune_level': 0}  # which would run kernels
   return compile_step(config, placement, optimizer, state, total_steps=total_steps, options=options)

@@ -12,7 +12,7 @@ from mmjax.data.bank_file import read_texts, texts_path
 from mmjax.errors import UserError
 from mmjax.files import sha256_of
 from mmjax.model.lm import build_abstract
-from mmjax.run.directory import RunDir, list_differences
+from mmjax.run.directory import RunDir
 
 BANK_SHA256, TEXTS_SHA256 = 'bank_sha256', 'bank_texts_sha256'  # in run.json
 # Which text it is: on resume its hash must be that of the first start, under whatever names.
@@ -33,20 +33,23 @@ FIXED_OF_TRAIN = (*MICRO_BATCHES, 'train.dtype')
 def settings_changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
   """Lists as 'name old -> new' the differences that would make a run another run, and those of its schedule."""
   fixed, schedule = [], []
-  before, after = flatten(old.to_dict()), flatten(new.to_dict())
   free = (*FREE, *MICRO_BATCHES) if old.train.update_rows == new.train.update_rows else FREE
-  for name in before:
-    if before[name] == after[name] or name in free or name.startswith(FREE_SECTIONS):
-      continue
-    is_schedule = name.startswith('train.') and name not in FIXED_OF_TRAIN
-    (schedule if is_schedule else fixed).append(f'{name} {before[name]!r} -> {after[name]!r}')
+  for name, (before, after) in _changed(old, new).items():
+    if name not in free and not name.startswith(FREE_SECTIONS):
+      is_schedule = name.startswith('train.') and name not in FIXED_OF_TRAIN
+      (schedule if is_schedule else fixed).append(f'{name} {before!r} -> {after!r}')
   return fixed, schedule
+
+
+def _changed(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+  """Returns before and after of every setting that differs, by its name."""
+  before, after = flatten(old.to_dict()), flatten(new.to_dict())
+  return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 
 def names_other_text(old: Config, new: Config) -> bool:
   """Whether settings may mean another text, which only its hash tells."""
-  before, after = flatten(old.to_dict()), flatten(new.to_dict())
-  return any(before[name] != after[name] for name in TEXT)
+  return not _changed(old, new).keys().isdisjoint(TEXT)
 
 
 def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None:
@@ -57,8 +60,8 @@ def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None
   """
   fixed, schedule = settings_changed(old, new)
   if fixed:
-    rows = f' ({" x ".join(MICRO_BATCHES)} must stay {old.train.update_rows})'
-    keep = rows if any(text.startswith(MICRO_BATCHES) for text in fixed) else ''
+    keep = f' ({" x ".join(MICRO_BATCHES)} must stay {old.train.update_rows})'
+    keep = keep if any(text.startswith(MICRO_BATCHES) for text in fixed) else ''
     raise UserError(
       f'the run was started with other settings: {"; ".join(fixed)}{keep}; undo them or choose another --workdir'
     )
@@ -81,27 +84,26 @@ def compare_models(old: Config, new: Config, source: str) -> None:
   Raises:
     UserError: listing every such setting as old -> new, and what to type.
   """
-  before, after = flatten(old.to_dict()), flatten(new.to_dict())
-  built, differences = build_abstract(old), {}
-  for name, value in before.items():
-    if name.startswith(('model.', 'memory.')) and after[name] != value and name not in LEARNING:
-      try:
-        same = build_abstract(_with(old, name, after[name])) == built
-      except ValueError:  # a setting that does not go with the others at all
-        same = False
-      if not same:
-        differences[name] = value
+  differences = {
+    name: (before, after)
+    for name, (before, after) in _changed(old, new).items()
+    if name.startswith(('model.', 'memory.')) and name not in LEARNING and not _same_model(old, name, after)
+  }
   if differences:
-    said = '; '.join(list_differences(differences, {name: after[name] for name in differences}))
-    flags = ' '.join(shlex.quote(f'--config.{name}={value}') for name, value in differences.items())
+    said = '; '.join(f'{name} {before} -> {after}' for name, (before, after) in differences.items())
+    flags = ' '.join(shlex.quote(f'--config.{name}={before}') for name, (before, _) in differences.items())
     own = Path(source, 'config.json')
     shorter = f', or begin with --config {shlex.quote(str(own))}' if own.exists() else ''
     raise UserError(f'the model in {source} has other settings than the config: {said}; type {flags}{shorter}')
 
 
-def _with(config: Config, name: str, value: Any) -> Config:
+def _same_model(config: Config, name: str, value: Any) -> bool:
   section, _, field = name.partition('.')
-  return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: value})})
+  changed = {section: dataclasses.replace(getattr(config, section), **{field: value})}
+  try:
+    return build_abstract(dataclasses.replace(config, **changed)) == build_abstract(config)
+  except ValueError:  # a setting that does not go with the others at all
+    return False
 
 
 def bank_identity(config: Config) -> dict[str, str]:

@@ -11,9 +11,8 @@ from. From then on the other run is not needed.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
 from jax.sharding import Mesh
 
 from mmjax.config import Config, default_settings, flatten, user_path
@@ -25,20 +24,14 @@ from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.identity import BANK_SHA256, TEXTS_SHA256, bank_identity, compare_models
 from mmjax.run.leaves import leaves_sha256, refuse_non_finite
-from mmjax.run.sharding import shardings
+from mmjax.run.sharding import placed
 
 # How parameters start, where they do not come from another run.
 STARTS = ('memory.bank_init', 'memory.bank_file', 'memory.bank_std', 'memory.keys_init')
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-  """A checkpoint of another run.
-
-  Attributes:
-    path: its directory, absolute.
-    checkpoint: 'best', 'last' or the number of a step.
-  """
+class Origin(NamedTuple):
+  """A checkpoint of another run: its directory, absolute, and 'best', 'last' or the number of a step."""
 
   path: Path
   checkpoint: str | int
@@ -54,11 +47,7 @@ class Origin:
 
 
 def parse_origin(text: str) -> Origin:
-  """Reads RUN[@best|last|STEP]; the best checkpoint where nothing is said. A directory may have an @ in its name.
-
-  Raises:
-    UserError: if what follows the @ is none of these.
-  """
+  """Reads RUN[@best|last|STEP]; the best checkpoint where nothing is said. A directory may have an @ in its name."""
   path, at, checkpoint = text.rpartition('@')
   if not at or '/' in checkpoint or user_path(text).is_dir():
     path, checkpoint = text, 'best'
@@ -110,8 +99,8 @@ def refuse_starts(source: RunDir, old: Config, config: Config) -> None:
     free['memory.bank_file'] = (config.memory.bank_file if found == recorded else '',)
   for name, values in free.items():
     if after[name] not in values:
-      instead = 'bank_init' if name == 'memory.bank_file' else name.partition('.')[2]
-      flag = f'--config.memory.{instead}={usual[f"memory.{instead}"]}'
+      instead = 'memory.bank_init' if name == 'memory.bank_file' else name
+      flag = f'--config.{instead}={usual[instead]}'
       raise UserError(
         f'{name}={quote(after[name])} does nothing where parameters come from {source.path}; leave it out '
         f'or type {flag}'
@@ -132,11 +121,7 @@ def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dic
   Raises:
     UserError: if there is no such checkpoint. StorageError: if it is not whole.
   """
-  shapes = abstract_params(config)
-  target = jax.tree.map(
-    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), shapes, shardings(mesh, shapes)
-  )
-  source = RunDir(origin.path)
+  source, target = RunDir(origin.path), placed(mesh, abstract_params(config))
   params, counters, step = Checkpoints(source.path, read_only=True).restore_params(target, origin.checkpoint)
   refuse_non_finite(params, f'step {step} of {origin.path} cannot be trained on; choose another with @STEP')
   record = source.read_record()

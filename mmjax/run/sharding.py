@@ -77,6 +77,15 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
   return jax.tree_util.tree_map_with_path(place, tree)
 
 
+def placed(mesh: Mesh, shapes: Any) -> Any:
+  """Returns a tree of `jax.ShapeDtypeStruct` like `shapes`, each with its sharding, to compile for or to restore."""
+
+  def place(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+  return jax.tree.map(place, shapes, shardings(mesh, shapes))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
   """Returns the sharding of what every device holds whole."""
   return NamedSharding(mesh, P())

@@ -32,7 +32,7 @@ from mmjax.run.leaves import refuse_non_finite
 from mmjax.run.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.run.placement import Placement, is_nvidia
 from mmjax.run.processes import is_main
-from mmjax.run.sharding import batch_shapes, replicated, shardings
+from mmjax.run.sharding import batch_shapes, placed, replicated, shardings
 from mmjax.training.step import TrainState, init_state, make_train_step
 
 GIB = 1 << 30
@@ -143,16 +143,14 @@ def restore_state(
   Raises:
     UserError: if there is NaN or infinity in it, with the leaves.
   """
-  shapes = jax.eval_shape(partial(init_state, config, optimizer))
-  places = shardings(mesh, shapes)
-  target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, places)
+  target = placed(mesh, jax.eval_shape(partial(init_state, config, optimizer)))
   if checkpoints.steps() == [0]:
     params, metadata, step = checkpoints.restore_params(target['params'], 'last')
     state = new_state(config, optimizer, mesh, params)
   else:
     state, metadata, step = checkpoints.restore(target, 'last', newer=('loss_average',))
   if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
-    state['loss_average'] = jax.device_put(np.float32(0), places['loss_average'])
+    state['loss_average'] = jax.device_put(np.float32(0), target['loss_average'].sharding)
   refuse_non_finite(state, f'step {step} in {checkpoints.directory} cannot be trained on; begin again elsewhere')
   return state, metadata
 
