@@ -40,7 +40,9 @@ def flags_for(config_file: str, settings: dict[str, object]) -> list[str]:
 
 def xla_flags(n_devices: int) -> str:
   """Returns XLA_FLAGS for a process with so many CPU devices that otherwise compiles as this one does."""
-  return f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={n_devices}'
+  # A machine that is busy keeps a thread waiting for others longer than the 40 s after which XLA aborts the process.
+  patient = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
+  return f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={n_devices} {patient}'
 
 
 def random_batch(config: Config, seed: int = 0) -> dict[str, Array]:
