@@ -382,9 +382,9 @@ def test_run_that_moves_between_one_device_and_eight_keeps_its_losses(
   eight = subprocess.run(
     [sys.executable, '-c', DEVICES, str(text), str(moved),
      json.dumps(ONE_BATCH | more | {'runtime__row_devices': row_devices})],
-    cwd=REPOSITORY, env=os.environ | flags, check=True, timeout=300, capture_output=True, text=True,
+    cwd=REPOSITORY, env=os.environ | flags, timeout=600, capture_output=True, text=True, check=False,
   )  # fmt: skip
-  assert 'stopped' in eight.stdout
+  assert 'stopped' in eight.stdout, eight.stderr[-3000:]
   fit(config, moved)
   starts = json.loads((moved / 'run.json').read_text())['starts']
   assert [(start['step'], start['device_count']) for start in starts][-2:] == [(first, 8), (5, 1)]
