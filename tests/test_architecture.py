@@ -26,6 +26,7 @@ ORDER = (
   'training',
   'ahead',
   'interop',
+  'serve',
   'tools',
 )
 

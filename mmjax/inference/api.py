@@ -2,6 +2,7 @@
 
 import codecs
 import contextlib
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -62,6 +63,19 @@ class LanguageModel:
     if self._tokenizer is None:
       raise UserError(NO_TOKENIZER)
     return self._tokenizer
+
+  def with_bank(self, bank_MP: ArrayLike) -> 'LanguageModel':
+    """Returns this model with other values in its bank, to hold against it; nothing is compiled again.
+
+    Raises:
+      UserError: if it has no bank, or one of another shape.
+    """
+    bank_MP, shape = jnp.asarray(bank_MP, jnp.float32), self.params.get('memory_bank', np.zeros(0)).shape
+    if bank_MP.shape != shape:
+      raise UserError(f'a bank of shape {bank_MP.shape} does not fit: the model has one of {shape}')
+    other = copy.copy(self)
+    other.params, other._decoder = self.params | {'memory_bank': bank_MP}, self._decoder.with_bank(bank_MP)
+    return other
 
   @own_jax_settings()
   def logits(self, tokens_BT: ArrayLike) -> Array:

@@ -5,6 +5,7 @@ length rarely needs a new compilation. A block of steps is one call; the host se
 what streaming needs, and asks the device no more often than that. How a token is chosen: mmjax/inference/sampling.py.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -63,6 +64,13 @@ class Decoder:
     self._params = jax.tree.map(jnp.asarray, params)  # once: arrays of NumPy would be copied at every call
     self._decode_params = _transpose_kernels(self._params) if transposed else self._params
     self._eos_id, self._vocab_size = eos_id, config.model.vocab_size
+
+  def with_bank(self, bank_MP: Array) -> 'Decoder':
+    """Returns this decoder with another bank; the compiled functions are the same."""
+    other = copy.copy(self)
+    other._params = self._params | {'memory_bank': bank_MP}
+    other._decode_params = self._decode_params | {'memory_bank': bank_MP}
+    return other
 
   def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
     """Continues every prompt to its end.

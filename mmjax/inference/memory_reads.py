@@ -170,17 +170,43 @@ class MemoryReader:
     self.check_row(row)
     layers = self.chosen_layers(layer)
     best, taken, read = self._best_contexts(row, split, layers, positions)
+    found = [self.describe_row(row, number, split, best[number], top) | {'taken': taken[number]} for number in layers]
+    return {'row': row, 'positions': read, 'layers': found}
 
-    def found(number: int) -> dict[str, Any]:
-      return {
-        'layer': number,
-        'taken': taken[number],
-        'strength_is': '' if self.ngrams[number] else 'weight' if self.scores_weigh else 'score',
-        'contexts': [self._context(split, *context) for context in best[number][:top]],
-        'effect': self._effect(row, number, split, best[number], top) if best[number] else None,
-      }
+  @own_jax_settings()
+  def describe_row(
+    self, row: int, layer: int, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
+  ) -> dict[str, Any]:
+    """Returns what `read_row` says of one layer, but for `taken`.
 
-    return {'row': row, 'positions': read, 'layers': list(map(found, layers))}
+    Args:
+      row: of the bank.
+      layer: one that has a memory.
+      split: the corpus.
+      contexts: (strength, corpus row, position) of those that take it most, strongest first; the effect is measured on
+        all of them.
+      top: contexts and tokens to return.
+    """
+    return {
+      'layer': layer,
+      'strength_is': '' if self.ngrams[layer] else 'weight' if self.scores_weigh else 'score',
+      'contexts': [self._context(split, *context) for context in contexts[:top]],
+      'effect': self._effect(row, layer, split, contexts, top) if contexts else None,
+    }
+
+  @own_jax_settings()
+  def read_batch(self, split: TokenSplit, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns which rows of the bank the positions of a corpus take, and how much.
+
+    Args:
+      split: the corpus.
+      batch: from its `rows`.
+
+    Returns:
+      row_LBTR: int32. strength_LBTR: float32, absolute weights, or scores where scores do not weigh.
+    """
+    row_LBTR, score_LBTR, weight_LBTR = self._reads(self.lm.params, *_inputs(split, batch))
+    return np.asarray(row_LBTR), np.asarray(jnp.abs(weight_LBTR) if self.scores_weigh else score_LBTR)
 
   def _best_contexts(
     self, row: int, split: TokenSplit, layers: list[int], positions: int

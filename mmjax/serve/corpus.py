@@ -1,0 +1,96 @@
+"""Who reads a row: the reads of the validation text, collected a batch at a time, so that one can ask meanwhile."""
+
+from collections import Counter
+from itertools import islice
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmjax.data.loader import PADDING, TokenSplit, eval_batches
+from mmjax.inference.memory_reads import ROWS, MemoryReader, token_text
+
+MOST_POSITIONS = 65536
+MOST_READS = 2**24  # kept, of all layers together: 8 bytes each
+STRIP = 96  # parts that the text is cut into, to show where in it a row is read
+COUNTED_NGRAMS = 512  # readers of a row that are asked for their n-gram
+
+
+class Part(NamedTuple):
+  """The positions of one batch that predict a token, and what they read."""
+
+  corpus_row_X: np.ndarray
+  position_X: np.ndarray
+  row_LXR: np.ndarray
+  strength_LXR: np.ndarray
+
+
+class CorpusReads:
+  """The rows that the first positions of a corpus read. Call `grow` until `done`; all else may be asked before.
+
+  Attributes:
+    done: whether all is read that will be.
+    positions: read so far.
+    wanted: to be read.
+    usage_LM: int64, reads of each row by each layer.
+  """
+
+  def __init__(self, reader: MemoryReader, split: TokenSplit):
+    """Reads nothing yet."""
+    self.reader, self.split = reader, split
+    config, layers = reader.lm.config, len(reader.layers)
+    reads = layers * config.memory.n_heads * config.model.num_selected
+    self.wanted = min(MOST_POSITIONS, MOST_READS // reads, split.n_rows * split.max_seq_len)
+    self.usage_LM = np.zeros((layers, config.model.knowledge_num), np.int64)
+    self.positions, self.done = 0, False
+    self._parts: list[Part] = []
+    self._batches = islice(eval_batches(split, ROWS), -(-self.wanted // (ROWS * split.max_seq_len)))
+
+  def grow(self) -> None:
+    """Reads one batch more."""
+    batch = next(self._batches, None)
+    if batch is None:
+      self.wanted, self.done = self.positions, True
+      return
+    row_LBTR, strength_LBTR = self.reader.read_batch(self.split, batch)
+    at_B, at_T = np.nonzero(batch['target'] != PADDING)
+    part = Part(batch['row_id'][at_B], at_T, row_LBTR[:, at_B, at_T], strength_LBTR[:, at_B, at_T])
+    self.usage_LM += [np.bincount(row_XR.ravel(), minlength=self.usage_LM.shape[1]) for row_XR in part.row_LXR]
+    self._parts.append(part)
+    self.positions += len(at_T)
+
+  def readers(self, row: int, layer: int, most: int) -> dict[str, Any]:
+    """Finds the positions that read a row in a layer.
+
+    Returns:
+      `taken`, how many; `strip`, how many in each of STRIP equal parts of what was read; `contexts`, as
+      `MemoryReader.describe_row` takes them, at most `most`; `ngrams`, where these address rows: texts and counts.
+    """
+    at, found, before, n_of_R = self.reader.layers.index(layer), [], 0, self._ngram_of_slots(layer)
+    for part in self._parts:
+      hit_XR = part.row_LXR[at] == row
+      for x in np.flatnonzero(hit_XR.any(axis=-1)):
+        strength = float(part.strength_LXR[at, x][hit_XR[x]].max())
+        n = int(n_of_R[hit_XR[x]].max()) if len(n_of_R) else 0
+        found.append((strength, int(part.corpus_row_X[x]), int(part.position_X[x]), before + int(x), n))
+      before += len(part.position_X)
+    strip = np.histogram([place for *_, place, _ in found], STRIP, (0, max(1, before)))[0].tolist()
+    best = sorted(found, key=lambda reader: -reader[0])[:most]
+    return {
+      'taken': len(found),
+      'strip': strip,
+      'contexts': [reader[:3] for reader in best],
+      'ngrams': self._ngrams([(corpus_row, position, n) for _, corpus_row, position, _, n in found if n]),
+    }
+
+  def _ngram_of_slots(self, layer: int) -> np.ndarray:
+    """Returns of how many tokens the address of each read of a layer is made; empty where a gate picks rows."""
+    return np.repeat(self.reader.ngrams[layer], self.reader.lm.config.model.num_selected).astype(int)
+
+  def _ngrams(self, places: list[tuple[int, int, int]]) -> list[tuple[str, int]]:
+    counts, tokenizer = Counter(), self.reader.lm.tokenizer
+    for corpus_row, position, n in places[:COUNTED_NGRAMS]:
+      inputs = self.split.rows(np.array([corpus_row]))['input'][0]
+      counts[
+        ''.join(token_text(tokenizer, int(token)) for token in inputs[max(0, position + 1 - n) : position + 1])
+      ] += 1
+    return counts.most_common(8)

@@ -1,0 +1,472 @@
+// The page of mmjax.tools.serve. What it knows of a run it asks for (`ask`); a saved page has all answers with it.
+'use strict'
+
+const saved = JSON.parse(document.getElementById('saved')?.textContent ?? 'null')
+const $ = id => document.getElementById(id)
+const COLOURS = ['#1f77b4', '#e07b39', '#3a9a6b', '#b04a8f', '#8a7a2f', '#4aa3a8', '#c2453d', '#6f6fc4']
+const FULL_NATS = 9 // surprise of the strongest colour
+
+const state = {
+  runs: [], text: '', reads: [], nexts: [], changes: [], // the last four by run
+  held: null, // {run, at}: the token whose reads are shown when nothing is pointed at
+  row: null, // {run, row, layer}: shown instead of a token
+  map: { run: 0, layer: null }, byChange: false, stop: null,
+}
+
+// Elements: h('p.soft', {title: 'x', onclick: f, '--w': 3}, 'text', child)
+function h(what, props, ...children) {
+  const [tag, ...classes] = what.split('.')
+  const element = document.createElement(tag)
+  element.classList.add(...classes)
+  for (const [name, value] of Object.entries(props ?? {})) {
+    if (name.startsWith('--')) element.style.setProperty(name, value)
+    else if (name.startsWith('on')) element.addEventListener(name.slice(2), value)
+    else if (typeof value === 'boolean' && !name.startsWith('aria-')) element[name] = value
+    else if (value != null) element.setAttribute(name, value)
+  }
+  return fill(element, ...children)
+}
+
+function fill(element, ...children) {
+  element.replaceChildren(...children.flat(Infinity).filter(child => child != null))
+  return element
+}
+
+const number = (value, digits = 2) => value == null ? '' : value.toLocaleString('en', { maximumFractionDigits: digits })
+const percent = share => share >= 0.1 ? `${(100 * share).toFixed(0)} %` : `${(100 * share).toPrecision(2)} %`
+const visible = token => token.replaceAll('\n', '⏎').replaceAll('\t', '⇥').replace(/^ +| +$/g, s => '␣'.repeat(s.length))
+const bar = (share, kind = '') => h('span.fill' + kind, { '--w': Math.min(100, 100 * share) })
+
+function say(sentence, isError = false) {
+  $('status').textContent = sentence
+  $('status').classList.toggle('error', isError)
+}
+
+function key(question, fields) {
+  const { sampling, ...rest } = fields
+  return `${question} ${JSON.stringify(rest)}`
+}
+
+async function ask(question, fields, signal) {
+  if (saved) {
+    const answer = saved.answers[key(question, fields)]
+    if (answer === undefined) throw Error('This is a saved page: it has the answers for its own text alone.')
+    return answer
+  }
+  const response = await fetch(`api/${question}`, {
+    method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(fields), signal,
+  }).catch(error => { throw error.name === 'AbortError' ? error : Error('The server does not answer; is it still running?') })
+  if (!response.ok) throw Error((await response.json()).error)
+  return question === 'stream' ? response : response.json()
+}
+
+// Runs what the user asked for, says that it is being computed, and says what went wrong.
+async function doing(what, work) {
+  const waiting = setTimeout(() => say(what), 150)
+  try {
+    await work()
+    clearTimeout(waiting)
+    say('')
+  } catch (error) {
+    clearTimeout(waiting)
+    if (error.name !== 'AbortError') say(error.message, true)
+  }
+}
+
+// --- the text -------------------------------------------------------------------------------------------------------
+
+async function read() {
+  const text = $('text').value
+  await doing('Reading… the first text of a length compiles the model for it.', async () => {
+    const reads = await Promise.all(state.runs.map((_, run) => ask('read', { run, text })))
+    Object.assign(state, { text, reads, row: null, stories: {} })
+    state.held = { run: 0, at: mostSurprising(reads[0].tokens) }
+    await predict()
+    drawMap()
+  })
+}
+
+async function predict() {
+  state.nexts = await Promise.all(state.runs.map((_, run) => ask('next', { run, text: state.text, changes: state.changes[run] })))
+  if (!state.nexts.some(next => next.nats)) state.byChange = false
+  drawTokens()
+  drawInspector()
+  drawComing()
+}
+
+const mostSurprising = tokens => tokens.reduce((best, token, at) => (token.nats ?? 0) > (tokens[best].nats ?? 0) ? at : best, 0)
+
+function drawTokens() {
+  $('reading').classList.toggle('two', state.runs.length > 1)
+  fill($('reading'), ...state.reads.map((found, run) => {
+    const changed = state.nexts[run]?.nats
+    const nats = found.tokens.slice(1).reduce((sum, token) => sum + token.nats, 0)
+    const after = changed?.slice(1).reduce((sum, value) => sum + value, 0)
+    const bytes = new TextEncoder().encode(found.tokens.slice(1).map(token => token.token).join('')).length
+    const mean = value => number(value / Math.max(1, found.tokens.length - 1), 3)
+    const field = h('div.tokens', { role: 'group', 'aria-label': 'tokens', onkeydown: event => moveToken(event, run) })
+    found.tokens.forEach((token, at) => field.append(...tokenElements(token, run, at, changed)))
+    return h('div.card', null,
+      h('div.head', null, h('h2', null, state.runs.length > 1 ? state.runs[run].name : 'Surprise'),
+        h('small', null, `${mean(nats)} nats a token`, changed ? ` → ${mean(after)} changed` : '', `, ${number(nats / Math.LN2 / Math.max(1, bytes), 3)} bits a byte`)),
+      field,
+      found.cut ? h('p.note', null, `The text is longer; its first ${found.tokens.length} tokens are shown.`) : null,
+      h('div.row', null, legend(), changed ? h('button', { type: 'button', 'aria-pressed': `${state.byChange}`,
+        onclick: () => { state.byChange = !state.byChange; drawTokens() } }, 'Colour by change') : null))
+  }))
+  markShown()
+}
+
+function legend() {
+  return state.byChange
+    ? h('small', null, 'less surprised by the change', h('span.scale.change'), 'more')
+    : h('small', null, 'as expected', h('span.scale.hot'), `surprising (${FULL_NATS} nats and more)`)
+}
+
+function tokenElements(token, run, at, changed) {
+  const change = state.byChange && changed && at ? changed[at] - token.nats : 0
+  const strength = state.byChange ? Math.min(1, Math.abs(change)) : Math.min(1, (token.nats ?? 0) / FULL_NATS)
+  const text = token.token
+  const element = h('span.t', {
+    role: 'button', tabindex: state.held?.run === run && state.held.at === at ? 0 : -1,
+    '--s': 85 * strength, '--tone': state.byChange && change < 0 ? 'var(--cold)' : 'var(--hot)',
+    'aria-label': `${text.trim() || visible(text)}${token.nats == null ? '' : `, ${token.nats.toFixed(1)} nats`}`,
+    'data-at': at,
+    onclick: () => hold(run, at), onmouseenter: () => point(run, at), onmouseleave: () => point(), onfocus: () => point(run, at),
+  }, text.replaceAll('\n', '⏎'))
+  if (/^<.*>$/.test(text)) element.classList.add('control')
+  return text.includes('\n') ? [element, ...Array.from(text.match(/\n/g), () => h('br'))] : [element]
+}
+
+function hold(run, at) {
+  Object.assign(state, { held: { run, at }, row: null, pointed: null })
+  drawInspector()
+  drawMap()
+}
+
+// Shows the reads of a token while it is pointed at; an open row stays.
+function point(run, at) {
+  if (state.row) return
+  state.pointed = run == null ? null : { run, at }
+  drawInspector()
+}
+
+function moveToken(event, run) {
+  const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 8, ArrowUp: -8, Home: -1e9, End: 1e9 }[event.key]
+  if (event.key === 'Escape') { state.row = null; drawInspector() }
+  if (event.key === 'Enter' || event.key === ' ') hold(run, +document.activeElement.dataset.at)
+  else if (!step) return
+  event.preventDefault()
+  if (!step) return
+  const tokens = [...event.currentTarget.querySelectorAll('.t')]
+  const at = Math.max(0, Math.min(tokens.length - 1, tokens.indexOf(document.activeElement) + step))
+  tokens.forEach((token, i) => { token.tabIndex = i === at ? 0 : -1 })
+  tokens[at].focus()
+}
+
+function markShown() {
+  const shown = state.pointed ?? state.held
+  document.querySelectorAll('#reading .tokens').forEach((field, run) => field.querySelectorAll('.t').forEach((token, at) => {
+    token.classList.toggle('shown', shown?.run === run && shown.at === at)
+    token.setAttribute('aria-pressed', state.held?.run === run && state.held.at === at)
+  }))
+}
+
+// --- what a token read, and what a row does ---------------------------------------------------------------------------
+
+function drawInspector() {
+  markShown()
+  const shown = state.pointed ?? state.held
+  if (state.row) return
+  if (!shown) return fill($('inspector'), h('p.soft', null, 'Read a text, then point at a token.'))
+  const token = state.reads[shown.run].tokens[shown.at]
+  const memory = state.runs[shown.run].memory
+  const rows = token.layers.flatMap(reads => reads.map(([row]) => row))
+  fill($('inspector'), 
+    h('div.head', null, h('span.big', null, visible(token.token)),
+      h('small', null, state.runs.length > 1 ? `${state.runs[shown.run].name}, ` : '', `token ${shown.at}`)),
+    token.nats == null ? h('p.soft', null, 'Every row of text begins with this token.')
+      : h('p', null, h('b', null, `${token.nats.toFixed(2)} nats`), ` of surprise: it had a probability of ${percent(Math.exp(-token.nats))}.`),
+    token.likely.length ? h('table', null, h('tr', null, h('th', { colspan: 3 }, 'What seemed likely here')), token.likely.map(([text, share]) =>
+      h('tr', null, h('td', null, h('code', null, visible(text))), h('td.bar', null, bar(share)), h('td.n', null, percent(share))))) : null,
+    memory ? h('div.layers', null, memory.layers.map((layer, i) => layerReads(shown.run, layer, token.layers[i]))) : h('p.note', null, state.runs[shown.run].remarks[0]),
+    memory && !saved ? h('p', null, h('button', { type: 'button', onclick: () => change(shown.run, [...new Set(rows)].map(row => ({ row, scale: 0 }))) },
+      'Switch off all rows that this token read')) : null)
+}
+
+function layerReads(run, layer, reads) {
+  const ngrams = state.runs[run].memory.ngrams[layer]
+  const weighs = reads.some(([, , , weight]) => weight != null)
+  const scores = reads.map(([, , score, weight]) => weight ?? score ?? 0)
+  const least = weighs ? 0 : Math.min(...scores), most = Math.max(...scores.map(Math.abs))
+  const share = value => most === least ? 1 : weighs ? Math.abs(value) / most : 0.12 + 0.88 * (value - least) / (most - least)
+  let head = -1
+  const lines = [...reads].sort((a, b) => a[1] - b[1]).map(([row, of, score, weight, ngram]) => {
+    const first = of !== head
+    head = of
+    const snippet = state.reads[run].snippets[row]
+    return h('tr', { title: snippet ?? '' },
+      h('td.n', null, first && state.runs[run].memory.heads > 1 ? `head ${of}` : ''),
+      h('td', null, rowButton(run, row, layer), snippet ? h('small', null, ` ${snippet.slice(0, 40)}…`) : null),
+      ngram != null ? h('td', { colspan: 2 }, h('code', null, `“${visible(ngram)}”`))
+        : [h('td.bar', null, bar(share(weight ?? score))), h('td.n', null, weight != null ? weight.toFixed(3) : score.toFixed(1))])
+  })
+  const what = ngrams.length ? 'rows that its last tokens address' : weighs ? 'rows and their weights' : 'rows and their scores'
+  return h('section', null, h('h3', null, `Layer ${layer}: ${what}`), h('table', null, lines))
+}
+
+function rowButton(run, row, layer, text = `#${row}`) {
+  const isOff = state.changes[run].some(change => change.row === row && change.scale === 0)
+  const known = !saved || key('row', { run, row, layer }) in saved.answers
+  return h('button.link' + (isOff ? '.off' : ''), { type: 'button', disabled: !known, 'aria-label': `open row ${row} of layer ${layer}`, onclick: () => openRow(run, row, layer) }, text)
+}
+
+async function openRow(run, row, layer) {
+  await doing(`Looking up row ${row}…`, async () => {
+    const found = await ask('row', { run, row, layer })
+    Object.assign(state, { row: { run, row, layer }, pointed: null })
+    drawRow(run, found)
+    drawMap()
+    $('inspector').scrollTop = 0
+    $('inspector').focus({ preventScroll: innerWidth > 900 })
+  })
+}
+
+function drawRow(run, found) {
+  const { row, layer, effect } = found
+  const scale = h('input', { type: 'number', step: 'any', value: 2, 'aria-label': 'factor' })
+  const other = h('input', { type: 'number', min: 0, max: state.runs[run].memory.rows - 1, 'aria-label': 'other row' })
+  if (found.nearest.length) other.value = found.nearest[0][0]
+  const edits = h('div.row', null,
+    h('button', { type: 'button', onclick: () => change(run, [{ row, scale: 0 }]) }, 'Switch off'),
+    h('span.row', null, h('button', { type: 'button', onclick: () => change(run, [{ row, scale: +scale.value }]) }, 'Scale by'), scale),
+    h('span.row', null, h('button', { type: 'button', onclick: () => change(run, [{ row, other: +other.value }]) }, 'Exchange with'), other))
+  const strongest = (tokens, kind) => h('div', null, h('h3', null, kind === '.up' ? 'made more likely' : 'made less likely'),
+    h('table', null, tokens.slice(0, 8).map(token => h('tr', { title: `${percent(token.probability_without)} without, ${percent(token.probability)} with` },
+      h('td', null, h('code', null, visible(token.token))), h('td.bar', null, bar(Math.abs(token.log_change) / Math.abs(tokens[0].log_change || 1), kind)),
+      h('td.n', null, token.log_change.toFixed(3))))))
+  fill($('inspector'), 
+    h('div.head', null, h('h2', null, `Row ${row}`),
+      h('button', { type: 'button', onclick: () => { state.row = null; drawInspector(); drawMap() } }, '← back to the token')),
+    h('div.tabs', null, state.runs[run].memory.layers.map(number => h('button', { type: 'button', 'aria-pressed': `${number === layer}`,
+      disabled: saved && !(key('row', { run, row, layer: number }) in saved.answers), onclick: () => openRow(run, row, number) }, `layer ${number}`))),
+    found.snippet ? h('p.note', null, 'It started from the text: ', h('i', null, found.snippet)) : null,
+    found.taken == null ? h('p.note', null, state.runs[run].remarks.at(-1) ?? 'The validation text is still being read.') : [
+      h('p', null, h('b', null, `Read at ${number(found.taken)}`), ` of ${number(found.positions)} tokens of the validation text (${percent(found.taken / found.positions)}): number ${number(found.rank)} of ${number(state.runs[run].memory.rows)} rows in this layer.`),
+      strip(found.strip)],
+    saved ? null : edits,
+    found.ngrams?.length ? [h('h3', null, 'n-grams that address it, by how often'), h('p', null, found.ngrams.map(([text, count]) => [h('code', null, `“${visible(text)}”`), h('small', null, ` ×${count}  `)]))] : null,
+    effect ? [h('div.pair', null, strongest(effect.up, '.up'), strongest(effect.down, '.down')),
+      h('small', null, `Change of the next token's log-probability by this row's value, against an average row, over the ${effect.contexts} texts that read it most. The token that really follows: ${effect.next_token_gain > 0 ? '+' : ''}${effect.next_token_gain.toFixed(3)} nats.`)] : null,
+    contextList(found),
+    h('h3', null, 'Rows nearest to it, by the cosine of their values'),
+    h('table', null, found.nearest.map(([at, cosine, reads]) => h('tr', null, h('td', null, rowButton(run, at, layer)), h('td.bar', null, bar(Math.max(0, cosine))),
+      h('td.n', null, cosine.toFixed(2)), h('td.n', null, reads == null ? '' : `${number(reads)} reads`)))))
+}
+
+function contextList({ contexts, strength_is }) {
+  if (!contexts?.length) return null
+  const lines = contexts.map(context => h('div.context', null, strength_is ? h('span', { title: strength_is }, number(context.strength, 2)) : null,
+    context.before, h('mark', null, context.token), context.after))
+  return [h('h3', null, 'Where it is read most: after the marked token'), lines.slice(0, 6),
+    lines.length > 6 ? h('details', null, h('summary.soft', null, `${lines.length - 6} more`), lines.slice(6)) : null]
+}
+
+function strip(counts) {
+  const canvas = h('canvas.strip', { width: counts.length, height: 1, role: 'img', 'aria-label': 'where in the text it is read' })
+  paint(canvas, counts, 0)
+  return h('div', null, canvas, h('div.head', null, h('small', null, 'first token read'), h('small', null, 'where in the text'), h('small', null, 'last')))
+}
+
+// One pixel a count, the darker the larger, on a logarithmic scale from the smallest of them and `ground` on.
+function paint(canvas, counts, ground = Infinity) {
+  const context = canvas.getContext('2d'), image = context.createImageData(canvas.width, canvas.height)
+  const least = Math.log1p(Math.min(...counts, ground)), range = Math.log1p(Math.max(...counts, 1)) - least, dark = matchMedia('(prefers-color-scheme: dark)').matches
+  counts.forEach((count, i) => {
+    const share = (Math.log1p(count) - least) / (range || 1)
+    const [from, to] = dark ? [[40, 42, 50], [255, 196, 110]] : [[240, 236, 229], [120, 22, 60]]
+    const middle = dark ? [150, 60, 90] : [226, 120, 60]
+    const [a, b, t] = share < 0.5 ? [from, middle, share * 2] : [middle, to, share * 2 - 1]
+    image.data.set([0, 1, 2].map(c => a[c] + (b[c] - a[c]) * t).concat(255), 4 * i)
+  })
+  context.putImageData(image, 0, 0)
+}
+
+// --- changes, next tokens, continuations ----------------------------------------------------------------------------
+
+async function change(run, changes) {
+  const rows = new Set(changes.map(entry => entry.row))
+  state.changes[run] = [...state.changes[run].filter(entry => entry.other != null || !rows.has(entry.row)), ...changes]
+  await compare()
+}
+
+async function compare() {
+  await doing('Reading with the changed bank…', predict)
+  if (state.row) await openRow(state.row.run, state.row.row, state.row.layer)
+}
+
+function drawComing() {
+  const chips = state.changes.flatMap((changes, run) => changes.map((entry, i) => h('span.chip', null,
+    `${state.runs.length > 1 ? `${state.runs[run].name}: ` : ''}row ${entry.row} ${entry.other != null ? `⇄ row ${entry.other}` : entry.scale === 0 ? 'off' : `× ${entry.scale}`}`,
+    h('button', { type: 'button', 'aria-label': `undo the change of row ${entry.row}`, onclick: () => { state.changes[run].splice(i, 1); compare() } }, '×'))))
+  const all = chips.length > 12 ? [...chips.slice(0, 12), h('small', null, `and ${chips.length - 12} more`)] : chips
+  if (chips.length) all.push(h('button', { type: 'button', onclick: () => { state.changes = state.runs.map(() => []); compare() } }, 'Undo all'))
+  fill($('changes'), ...all)
+  fill($('variants'), ...state.nexts.map((found, run) => {
+    const isChanged = found.nats != null
+    const most = Math.max(...found.next.flatMap(([, before, after]) => [before, after ?? 0]))
+    return h('div', null, state.runs.length > 1 ? h('h2', null, state.runs[run].name) : null,
+      h('table', null, h('tr', null, h('th', null, 'next token'), h('th', { colspan: 2 }, isChanged ? 'as it is' : 'probability'), isChanged ? h('th', { colspan: 2 }, 'changed') : null),
+        found.next.map(([text, before, after]) => h('tr', null, h('td', null, h('code', null, visible(text))),
+          h('td.bar', null, bar(before / most)), h('td.n', null, percent(before)),
+          isChanged ? [h('td.bar', null, bar(after / most, '.changed')), h('td.n', null, percent(after))] : null))),
+      h('div.stories', null, variantsOf(run).map(variant => h('div', null, isChanged ? h('small', null, variant ? 'changed' : 'as it is') : null,
+        h('div.story' + (variant ? '.changed' : ''), { id: `story-${run}-${variant}`, 'aria-label': 'continuation' }, state.stories[`${run}-${variant}`] ?? h('span.soft', null, 'Press Continue.'))))))
+  }))
+}
+
+const variantsOf = run => state.nexts[run]?.nats ? [0, 1] : [0]
+
+async function proceed(event) {
+  event.preventDefault()
+  state.stop?.abort()
+  const stop = state.stop = new AbortController()
+  const sampling = Object.fromEntries([...new FormData($('sampling'))].map(([name, value]) => [name, +value]))
+  $('stop').disabled = false
+  await doing('Writing… the first continuation of a length compiles the model for it.', () => Promise.all(state.runs.flatMap((_, run) =>
+    variantsOf(run).map(variant => write(run, variant, sampling, stop.signal)))))
+  if (state.stop === stop) $('stop').disabled = true
+}
+
+async function write(run, variant, sampling, signal) {
+  const name = `${run}-${variant}`, place = () => $(`story-${name}`)
+  const fields = { run, text: state.text, changes: variant ? state.changes[run] : [], sampling }
+  const add = piece => { state.stories[name] += piece; place()?.replaceChildren(state.stories[name]) }
+  state.stories[name] = ''
+  place().replaceChildren()
+  const response = await ask('stream', fields, signal)
+  if (saved) return add(response)
+  const lines = response.body.pipeThrough(new TextDecoderStream()).getReader()
+  for (let rest = ''; ;) {
+    const { value, done } = await lines.read()
+    if (done) return
+    const parts = (rest + value).split('\n')
+    rest = parts.pop()
+    for (const part of parts.map(line => JSON.parse(line))) {
+      if (part.error) throw Error(part.error)
+      if (part.text) add(part.text)
+    }
+  }
+}
+
+// --- the bank and the log -------------------------------------------------------------------------------------------
+
+function choices(label, names, chosen, choose) {
+  return h('div.tabs', { role: 'group', 'aria-label': label }, names.map(([value, text]) =>
+    h('button', { type: 'button', 'aria-pressed': `${value === chosen}`, onclick: () => choose(value) }, text)))
+}
+
+const runChoice = (chosen, choose) => state.runs.length > 1 ? choices('run', state.runs.map((run, i) => [i, run.name]), chosen, choose) : null
+
+async function drawMap() {
+  const { run, layer } = state.map, { memory, corpus, remarks } = state.runs[run]
+  const title = h('div.head', null, h('h2', { id: 'bank-title' }, 'The bank, by use'), runChoice(run, value => { state.map = { run: value, layer: null }; drawMap() }))
+  if (!memory || !corpus) return fill($('bank'), title, h('p.note', null, memory ? remarks.at(-1) : `${state.runs[run].name} has no memory: nothing is read.`))
+  const found = await ask('map', { run, layer }).catch(error => ({ error }))
+  if (found.error) return say(found.error.message, true)
+  const ofLayer = layer ?? memory.layers[0], sub = Math.round(Math.sqrt(memory.rows)), side = found.side
+  const rowAt = (x, y) => Math.min(sub - 1, y * found.rows_per_cell) * sub + Math.min(sub - 1, x * found.rows_per_cell)
+  const canvas = h('canvas.map', { width: side, height: side, role: 'img', 'aria-label': 'map of the bank: each point is a row, the darker the more it is read' })
+  const cell = event => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight].map(part => Math.max(0, Math.min(side - 1, Math.floor(part * side))))
+  const gate = memory.ngrams[ofLayer].length === 0
+  const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${corpus.done || found.positions >= corpus.wanted ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. `,
+    gate ? 'A line is the first sub-key of a row, a column its second.' : 'Rows stand in the order of their hash.')
+  const under = h('p', null, caption)
+  canvas.addEventListener('mousemove', event => {
+    const [x, y] = cell(event), row = rowAt(x, y)
+    under.replaceChildren(h('small', null, `row ${row}${found.rows_per_cell > 1 ? ' and its neighbours' : ''}${gate ? `, sub-keys ${Math.floor(row / sub)} and ${row % sub}` : ''}: read ${number(found.cells[y * side + x])} times; click opens it`))
+  })
+  canvas.addEventListener('mouseleave', () => under.replaceChildren(caption))
+  canvas.addEventListener('click', event => openRow(run, rowAt(...cell(event)), ofLayer))
+  paint(canvas, found.cells)
+  markRows(canvas, run, layer, sub, found.rows_per_cell)
+  const go = h('input', { type: 'number', min: 0, max: memory.rows - 1, 'aria-label': 'row to open', placeholder: 'row' })
+  fill($('bank'), title,
+    choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, `layer ${number}`])], layer, value => { state.map.layer = value; drawMap() }),
+    h('div.bank', null, h('div', null, h('p', null, canvas), under),
+      h('div', null, h('h3', null, 'Read most'), h('div.hottest', null, found.hottest.map(([row, reads]) => h('span', null, rowButton(run, row, ofLayer), h('small', null, ` ${number(reads)}`)))),
+        saved ? null : h('form.row', { onsubmit: event => { event.preventDefault(); openRow(run, +go.value, ofLayer) } }, go, h('button', null, 'Open')))))
+  if (!saved && !corpus.done && found.positions < corpus.wanted) {
+    clearTimeout(state.polling)
+    state.polling = setTimeout(drawMap, 2000)
+  }
+}
+
+// Rings around the rows that the held token read, or the open row.
+function markRows(canvas, run, layer, sub, pooled) {
+  const context = canvas.getContext('2d'), { held, row } = state
+  const layers = state.runs[run].memory.layers
+  let rows = []
+  if (row?.run === run) rows = [row.row]
+  else if (held?.run === run) rows = state.reads[run].tokens[held.at].layers.flatMap((reads, i) => layer == null || layers[i] === layer ? reads.map(([at]) => at) : [])
+  context.fillStyle = matchMedia('(prefers-color-scheme: dark)').matches ? '#7ce0ff' : '#0b63d1'
+  for (const at of rows) context.fillRect(Math.floor(at % sub / pooled), Math.floor(Math.floor(at / sub) / pooled), 1, 1)
+}
+
+async function drawHealth() {
+  const found = await Promise.all(state.runs.map((_, run) => ask('health', { run })))
+  const evals = found.map(log => log.evals)
+  const named = (run, what) => state.runs.length > 1 ? `${state.runs[run].name} ${what}` : what
+  const layers = name => evals.flatMap((log, run) => (log.at(-1)?.bank ?? []).map(({ layer }, i) => ({
+    name: named(run, `layer ${layer}`), dash: run, points: log.map(at => [at.step, at.bank[i]?.[name]]) })))
+  const worth = evals.map((log, run) => ({ name: named(run, ''), points: log.filter(at => at.probes.loss_zeroed != null).map(at => [at.step, at.probes.loss_zeroed - at.probes.loss]) }))
+  fill($('training'), h('h2', { id: 'training-title' }, 'Training'),
+    h('div.charts', null, chart('Loss, nats a token', found.flatMap((log, run) => [{ name: named(run, 'training'), thin: true, points: log.train }, { name: named(run, 'validation'), dash: run, points: log.evals.map(at => [at.step, at.loss]) }])),
+    chart('Loss with all rows switched off, less the loss', worth),
+    chart('Share of the rows that are read', layers('used_share')),
+    chart('Same best row where the next token is the same', layers('row_agreement'))))
+}
+
+function chart(title, lines) {
+  lines = lines.map(line => ({ ...line, points: line.points.filter(([, y]) => y != null) })).filter(line => line.points.length)
+  if (!lines.length) return null
+  const W = 300, H = 112, points = lines.flatMap(line => line.points), ys = points.map(([, y]) => y)
+  const right = Math.max(...points.map(([x]) => x), 1), sorted = [...ys].sort((a, b) => a - b)
+  const low = sorted[0], high = Math.max(sorted[Math.floor(sorted.length * 0.985)], low + 1e-9)
+  const px = x => 44 + (W - 50) * x / right, py = y => 8 + (H - 24) * (1 - Math.min(1.05, (y - low) / (high - low)))
+  const text = (x, y, content, anchor = 'end') => `<text x="${x}" y="${y}" text-anchor="${anchor}">${content}</text>`
+  const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg')
+  svg.setAttribute('viewBox', `0 0 ${W} ${H}`)
+  svg.setAttribute('role', 'img')
+  svg.setAttribute('aria-label', `${title}: ${lines.map(line => `${line.name} ${number(line.points.at(-1)[1], 3)} at the end`).join(', ')}`)
+  const shape = line => line.points.map(([x, y], i) => `${i ? 'L' : 'M'}${px(x).toFixed(1)} ${py(y).toFixed(1)}`).join('')
+  svg.innerHTML = `<path class="axis" d="M44 ${H - 16}H${W - 6}"/>` + text(40, py(low) + 3, number(low, 3)) + text(40, py(high) + 5, number(high, 3)) +
+    text(44, H - 3, '0', 'start') + text(W - 6, H - 3, `update ${number(right)}`) +
+    lines.map((line, i) => `<path d="${shape(line)}" stroke="${COLOURS[i % COLOURS.length]}" ${line.thin ? 'opacity=".55"' : ''} ${line.dash ? 'stroke-dasharray="5 3"' : ''}/>` +
+      (line.points.length === 1 ? `<circle cx="${px(line.points[0][0])}" cy="${py(line.points[0][1])}" r="2.5" fill="${COLOURS[i % COLOURS.length]}"/>` : '')).join('')
+  const names = lines.filter(line => line.name).map((line, i) => {
+    const name = h('small', null, line.name)
+    name.style.color = COLOURS[i % COLOURS.length]
+    return name
+  })
+  return h('div', null, h('h3', null, title), svg, h('div.row', null, names))
+}
+
+async function start() {
+  state.runs = saved ? saved.runs : await fetch('api/runs').then(response => response.json())
+  state.changes = state.runs.map(() => [])
+  fill($('runs'), ...state.runs.map(run => h('span', null, h('b', null, run.name), ` ${run.sublayer}, update ${number(run.step)}, ${number(run.parameters / 1e6)} M parameters, `,
+    run.memory ? `${number(run.memory.rows)} rows of ${run.memory.width} in ${run.memory.layers.length} of ${run.n_layers} layers` : 'no memory')))
+  if (saved) {
+    $('text').value = saved.text
+    for (const id of ['text', 'read']) $(id).disabled = true
+    for (const input of $('sampling').querySelectorAll('input')) input.disabled = true
+  }
+  $('ask').addEventListener('submit', event => { event.preventDefault(); read() })
+  $('text').addEventListener('keydown', event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) read() })
+  $('sampling').addEventListener('submit', proceed)
+  $('stop').addEventListener('click', () => { state.stop.abort(); $('stop').disabled = true })
+  await drawHealth()
+}
+
+doing('Starting…', start).then(read)

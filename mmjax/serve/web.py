@@ -1,0 +1,310 @@
+"""The page over HTTP: a few fixed files and questions in JSON. One thread computes, one question after the other.
+
+What the page may ask of a run is the table QUESTIONS; every field is checked before anything is computed, and an error
+is one sentence. Only hosts that the server was started for are answered, so that no other page that the browser has
+open can ask through it (DNS rebinding). Sizes, times and the number of those that wait are bounded. No name of a file
+is ever taken from a request.
+"""
+
+import asyncio
+import contextlib
+import json
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mmjax.errors import CommandError, UserError, first_line
+from mmjax.inference.settings import Sampling
+from mmjax.run.sealed import finite
+from mmjax.serve.view import Change, RunView
+
+MOST_CHARS = 20_000  # of a text
+MOST_BODY_BYTES = 2**17
+MOST_CHANGES = 1024
+MOST_NEW_TOKENS = 512
+MOST_WAITING = 64  # questions at a time
+MOST_STREAMS = 8
+BODY_SECONDS = 10  # for a request to arrive
+SEND_SECONDS = 30  # for a client to take what it asked for
+
+LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
+SERVER = {'limit_concurrency': 128, 'timeout_keep_alive': 5, 'timeout_graceful_shutdown': 2}
+FILES = {
+  '/': ('page.html', 'text/html'),
+  '/page.css': ('page.css', 'text/css'),
+  '/page.js': ('page.js', 'text/javascript'),
+}
+HEADERS = {
+  'Content-Security-Policy': "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+  "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+  'X-Content-Type-Options': 'nosniff',
+  'Referrer-Policy': 'no-referrer',
+  'Cache-Control': 'no-store',
+}
+# Questions, each a method of RunView, and the fields that it takes.
+QUESTIONS = {
+  'describe': (),
+  'read': ('text',),
+  'next': ('text', 'changes'),
+  'row': ('row', 'layer'),
+  'map': ('layer',),
+  'health': (),
+}
+STREAM = ('text', 'changes', 'sampling')
+
+
+class Refusal(UserError):
+  """A request that is not answered, with its HTTP status."""
+
+  def __init__(self, sentence: str, status: int):
+    super().__init__(sentence)
+    self.status = status
+
+
+class Worker:
+  """One thread for all that computes; who waits for it is bounded."""
+
+  def __init__(self):
+    self._pool, self._waiting = ThreadPoolExecutor(1, 'compute'), 0
+
+  async def __call__(self, function: Callable, *arguments: Any) -> Any:
+    """Returns function(*arguments), computed there.
+
+    Raises:
+      Refusal: if too many wait already.
+    """
+    if self._waiting >= MOST_WAITING:
+      raise Refusal(f'busy: {MOST_WAITING} questions wait already; ask again later', 503)
+    self._waiting += 1
+    try:
+      return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
+    finally:
+      self._waiting -= 1
+
+
+def serve(views: Sequence[RunView], host: str, port: int) -> None:
+  """Prints the address and answers until Ctrl-C or SIGTERM.
+
+  Args:
+    views: the runs that are shown, one or two.
+    host: name or address to listen on; the page is then opened by it, by the machine's name or by one of LOOPBACK.
+    port: 0: any that is free.
+
+  Raises:
+    UserError: if nothing can listen there.
+  """
+  try:
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family)
+  except OSError as error:
+    raise UserError(f'--host {host} --port {port}: {error.strerror}; --port 0 takes any that is free') from None
+  port = listening.getsockname()[1]
+  shown = f'[{host}]' if ':' in host else host
+  app = make_app(views, [f'{name}:{port}' for name in (*LOOPBACK, shown, socket.gethostname())])
+  config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, http='h11', **SERVER)
+  print(f'http://{shown}:{port}   (Ctrl-C ends it)', flush=True)
+  uvicorn.Server(config).run([listening])
+
+
+def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
+  """Returns the application.
+
+  Args:
+    views: the runs that are shown, one or two.
+    hosts: 'name:port' that a request may be for.
+  """
+  worker, streams = Worker(), asyncio.Semaphore(MOST_STREAMS)
+
+  async def ask(request: Request) -> Response:
+    question = request.path_params['question']
+    if question not in QUESTIONS:
+      raise Refusal(f'no question {question!r:.40}; there are {", ".join(QUESTIONS)}', 404)
+    view, fields = read_fields(await _body(request), QUESTIONS[question], views)
+    return _json(await worker(lambda: getattr(view, question)(**fields)))
+
+  async def runs(request: Request) -> Response:
+    return _json([view.describe() for view in views])
+
+  async def stream(request: Request) -> Response:
+    view, fields = read_fields(await _body(request), STREAM, views)
+    if streams.locked():
+      raise Refusal(f'busy: {MOST_STREAMS} continuations are being written already; ask again later', 503)
+    iterator = await worker(lambda: view.stream(**fields))
+    return StreamingResponse(_pieces(worker, streams, iterator), media_type='application/x-ndjson')
+
+  async def file(request: Request) -> Response:
+    name, kind = FILES[request.url.path]
+    return Response(static(name), media_type=kind)
+
+  @contextlib.asynccontextmanager
+  async def lifespan(app: Starlette) -> AsyncIterator[None]:
+    growing = asyncio.create_task(_grow(worker, views))
+    yield
+    growing.cancel()
+
+  routes = [Route(path, file) for path in FILES]
+  routes += [Route('/api/runs', runs), Route('/api/stream', stream, methods=['POST'])]
+  routes += [Route('/api/{question}', ask, methods=['POST'])]
+  handlers = {CommandError: _refuse, Exception: _fail, 404: _unknown, 405: _unknown}
+  return Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), hosts)
+
+
+class Guard:
+  """Answers no other host, no other page and no client that does not take its answer; adds HEADERS."""
+
+  def __init__(self, app: ASGIApp, hosts: Sequence[str]):
+    self.app, self.hosts = app, {host.lower() for host in hosts}
+
+  async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    """See ASGI."""
+    if scope['type'] != 'http':
+      return await self.app(scope, receive, send)
+
+    async def send_in_time(message: Message) -> None:
+      if message['type'] == 'http.response.start':
+        message['headers'] = [*message['headers'], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
+      async with asyncio.timeout(SEND_SECONDS):
+        await send(message)
+
+    headers = {name: value.decode('latin-1').lower() for name, value in scope['headers']}
+    host, origin = headers.get(b'host', ''), headers.get(b'origin')
+    with contextlib.suppress(TimeoutError, ClientDisconnect):
+      if host not in self.hosts or origin not in (None, f'http://{host}'):
+        sentence = f'this server answers for {", ".join(sorted(self.hosts))} and its own page only'
+        return await _error(sentence, 421)(scope, receive, send_in_time)
+      return await self.app(scope, receive, send_in_time)
+
+
+def read_fields(body: Any, names: Sequence[str], views: Sequence[RunView]) -> tuple[RunView, dict[str, Any]]:
+  """Returns the run that a question is for and its checked fields.
+
+  Raises:
+    UserError: if a field is missing, unknown, or breaks its rule.
+  """
+  names = ('run', *names)
+  if not isinstance(body, dict) or set(body) != set(names):
+    given = ', '.join(map(repr, list(body)[:8])) if isinstance(body, dict) else type(body).__name__
+    raise UserError(f'send a JSON object with the fields {", ".join(names)}, not {given or "none"}')
+  fields = {name: CHECKS[name](body[name], name) for name in names}
+  run = fields.pop('run')
+  if run is None or run >= len(views):
+    raise UserError(f'run={run} must be a whole number from 0 to {len(views) - 1}')
+  return views[run], fields
+
+
+def _number(value: Any, name: str) -> int | None:
+  if value is None or (type(value) is int and 0 <= value < 2**31):
+    return value
+  raise UserError(f'{name}={value!r:.40} must be a whole number of at least 0')
+
+
+def _row(value: Any, name: str) -> int:
+  if value is None:
+    raise UserError(f'{name} must be a whole number of at least 0, not null')
+  return _number(value, name)
+
+
+def _text(value: Any, name: str) -> str:
+  if not isinstance(value, str) or len(value) > MOST_CHARS:
+    raise UserError(f'{name} must be a text of at most {MOST_CHARS:,} characters')
+  return value
+
+
+def _changes(value: Any, name: str) -> list[Change]:
+  if not isinstance(value, list) or len(value) > MOST_CHANGES:
+    raise UserError(f'{name} must be a list of at most {MOST_CHANGES:,} objects')
+  found = []
+  for change in value:
+    if not isinstance(change, dict) or not {'row'} <= set(change) <= {'row', 'scale', 'other'}:
+      raise UserError(f"each of {name} must be an object with 'row' and 'scale' or 'other'")
+    scale = change.get('scale', 1)
+    if type(scale) not in (int, float) or not abs(scale) <= 1e3:
+      raise UserError(f'scale={scale!r:.40} must be a number from -1000 to 1000')
+    found.append(Change(_row(change['row'], 'row'), float(scale), _number(change.get('other'), 'other')))
+  return found
+
+
+def _sampling(value: Any, name: str) -> Any:
+  if not isinstance(value, dict):
+    raise UserError(f'{name} must be an object')
+  sampling = Sampling.of(value)
+  if sampling.max_new_tokens > MOST_NEW_TOKENS:
+    raise UserError(f'max_new_tokens={sampling.max_new_tokens} must be at most {MOST_NEW_TOKENS} here')
+  return sampling
+
+
+CHECKS = {'run': _number, 'row': _row, 'layer': _number, 'text': _text, 'changes': _changes, 'sampling': _sampling}
+
+
+async def _body(request: Request) -> Any:
+  if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
+    raise Refusal('send JSON, with Content-Type: application/json', 415)
+  raw = b''
+  try:
+    async with asyncio.timeout(BODY_SECONDS):
+      async for part in request.stream():
+        raw += part
+        if len(raw) > MOST_BODY_BYTES:
+          raise Refusal(f'the request is larger than {MOST_BODY_BYTES:,} bytes', 413)
+    return json.loads(raw)
+  except TimeoutError:
+    raise Refusal(f'the request took longer than {BODY_SECONDS} seconds to arrive', 408) from None
+  except (ValueError, RecursionError) as error:
+    raise UserError('the request is not JSON') if not isinstance(error, UserError) else error from None
+
+
+async def _pieces(worker: Worker, streams: asyncio.Semaphore, iterator: Any) -> AsyncIterator[str]:
+  """Yields a line of JSON for each piece of a continuation; ends with the client."""
+  async with streams:
+    try:
+      while (piece := await worker(next, iterator, None)) is not None:
+        yield json.dumps({'text': piece}) + '\n'
+      yield json.dumps({'done': True}) + '\n'
+    except CommandError as error:
+      yield json.dumps({'error': str(error)}) + '\n'
+
+
+async def _grow(worker: Worker, views: Sequence[RunView]) -> None:
+  """Reads the validation texts, a batch at a time, between questions."""
+  for view in views:
+    while view.corpus is not None and not view.corpus.done:
+      try:
+        await worker(view.corpus.grow)
+      except CommandError as error:
+        print(f'{view.name}: {error}', file=sys.stderr, flush=True)
+        await asyncio.sleep(1)
+
+
+def static(name: str) -> str:
+  """Returns a file of the page."""
+  return resources.files('mmjax.serve').joinpath('static', name).read_text()
+
+
+def _json(value: Any, status: int = 200) -> Response:
+  return JSONResponse(finite(value), status)
+
+
+def _error(sentence: str, status: int) -> Response:
+  return _json({'error': sentence}, status)
+
+
+async def _refuse(request: Request, error: CommandError) -> Response:
+  return _error(str(error), getattr(error, 'status', 400))
+
+
+async def _fail(request: Request, error: Exception) -> Response:
+  return _error(f'the server failed: {first_line(error)}', 500)
+
+
+async def _unknown(request: Request, error: Exception) -> Response:
+  return _error('there is nothing here', error.status_code)

@@ -1,0 +1,400 @@
+"""The page of a run: what it says against other routes to the same numbers, its server, and a real browser."""
+
+import contextlib
+import http.client
+import json
+import re
+import shutil
+import socket
+import sys
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.errors import UserError, run_command
+from mmjax.inference.api import LanguageModel
+from mmjax.inference.memory_reads import MemoryReader
+from mmjax.inference.settings import Sampling
+from mmjax.model.lm import build_model
+from mmjax.run.directory import open_run
+from mmjax.serve.view import Change, RunView
+from tests.browser import CHROMIUM, Browser
+from tests.helpers import tiny_config
+
+uvicorn = pytest.importorskip('uvicorn', reason="needs the extra 'serve'")
+pytest.importorskip('starlette', reason="needs the extra 'serve'")
+
+from mmjax.serve import web  # noqa: E402
+from mmjax.serve.saving import saved_page  # noqa: E402
+from mmjax.tools import serve  # noqa: E402
+
+TEXT = 'the memory reads a row of its bank'
+MODELS = {
+  'bag': {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__layers': '1', 'memory__bank_std': 2.0},
+  'ngrams': {'model__sublayer': 'ngram_bag', 'model__num_selected': 1, 'memory__n_heads': 2, 'memory__ngrams': '1,2'},
+  'mixed': {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__ngram_layers': '1', 'memory__ngrams': '2'},
+  'cross_attention': {'model__sublayer': 'cross_attention', 'memory__bank_std': 2.0},
+  'dense': {'model__sublayer': 'dense'},
+}
+
+
+def make_view(tiny_run, name):
+  """The page's view of a model with random weights, with the tokenizer and the text of a run."""
+  config = tiny_config(**MODELS[name])
+  view = RunView(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]), open_run(tiny_run))
+  while view.corpus and not view.corpus.done:
+    view.corpus.grow()
+  return view
+
+
+@pytest.fixture(scope='module')
+def bag(tiny_run):
+  return make_view(tiny_run, 'bag')
+
+
+@pytest.fixture(scope='module')
+def dense(tiny_run):
+  return make_view(tiny_run, 'dense')
+
+
+def most_read(view):
+  """The row that a view's first layer reads most."""
+  return view.map(view.reader.layers[0])['hottest'][0][0]
+
+
+def test_surprise_is_that_of_the_logits_and_reads_are_those_of_read_text(bag):
+  found, reads = bag.read(TEXT), bag.reader.read_text(TEXT)
+  ids = [token['id'] for token in reads]
+  logits_TV = bag.lm.logits([ids[:8]])[0]
+  log_TV = jax.nn.log_softmax(logits_TV[:, : bag.lm.tokenizer.vocab_size])
+  nats = [token['nats'] for token in found['tokens']]
+  assert nats[0] is None and nats[1:9] == pytest.approx([-float(log_TV[t, ids[t + 1]]) for t in range(8)], abs=1e-5)
+  best = found['tokens'][3]['likely'][0]
+  assert best[1] == pytest.approx(float(jnp.exp(log_TV[2].max())), abs=1e-6)
+  assert [token['token'] for token in found['tokens']] == [token['token'] for token in reads]
+  for token, expected in zip(found['tokens'], reads, strict=True):
+    rows = [[r[name] for name in ('row', 'head', 'score', 'weight', 'ngram')] for r in expected['layers'][0]['rows']]
+    assert token['layers'] == [rows]
+
+
+@pytest.mark.parametrize('name', ['bag', 'ngrams'])
+def test_who_reads_a_row_is_what_inspect_finds(tiny_run, name):
+  view = make_view(tiny_run, name)
+  row, layer = most_read(view), view.reader.layers[0]
+  found = view.row(row, layer)
+  expected = view.reader.read_row(row, view.corpus.split, layer=layer, top=16)
+  [of_layer] = expected['layers']
+  assert found['positions'] == expected['positions'] and found['taken'] == of_layer['taken'] == sum(found['strip']) > 16
+  assert [c['before'] for c in found['contexts']] == [c['before'] for c in of_layer['contexts']]
+  strengths = [[c['strength'] for c in side['contexts']] for side in (found, of_layer)]
+  assert strengths[0] == pytest.approx(strengths[1], abs=1e-5)
+  assert found['rank'] == 1 and found['strength_is'] == of_layer['strength_is']
+  if name == 'ngrams':  # all that hash there end in the token of a context
+    assert sum(count for _, count in found['ngrams']) == min(found['taken'], 512)
+    assert all(any(text.endswith(c['token']) for text, _ in found['ngrams']) for c in found['contexts'])
+
+
+def test_map_holds_every_read_once(bag, monkeypatch):
+  model, memory = bag.lm.config.model, bag.lm.config.memory
+  found = bag.map(None)
+  assert sum(found['cells']) == bag.corpus.positions * memory.n_heads * model.num_selected
+  assert len(found['cells']) == model.knowledge_num and found['used'] == np.count_nonzero(found['cells'])
+  assert [reads for _, reads in found['hottest']] == sorted(found['cells'], reverse=True)[: len(found['hottest'])]
+  monkeypatch.setattr('mmjax.serve.view.MAP_SIDE', 3)
+  pooled = bag.map(1)
+  assert pooled['side'] <= 3 and sum(pooled['cells']) == sum(found['cells'])
+
+
+def test_changed_bank_computes_what_a_model_with_that_bank_does(bag):
+  row, other = most_read(bag), 3
+  bank_MP = np.array(bag.lm.params['memory_bank'])
+  bank_MP[[row, other]] = bank_MP[[other, row]]
+  bank_MP[other] *= 0
+  changes = [Change(row, other=other), Change(other, scale=0)]
+  config = bag.lm.config
+  anew = LanguageModel(config, bag.lm.tokenizer, bag.lm.params | {'memory_bank': jnp.asarray(bank_MP)})
+  changed = bag.changed(changes)
+  ids = bag.lm.encode_prompt(TEXT)
+  np.testing.assert_array_equal(changed.logits([ids]), anew.logits([ids]))
+  assert np.any(changed.logits([ids]) != bag.lm.logits([ids]))
+  assert changed.generate(TEXT, max_new_tokens=20) == anew.generate(TEXT, max_new_tokens=20)
+  found = bag.next(TEXT, changes)
+  assert found['nats'][1:] != [token['nats'] for token in bag.read(TEXT)['tokens']][1:]
+  probability_V = jax.nn.softmax(anew.logits([ids])[0, -1, : bag.lm.tokenizer.vocab_size])
+  assert max(after for _, _, after in found['next']) == pytest.approx(float(probability_V.max()), abs=1e-6)
+  np.testing.assert_array_equal(bag.changed([Change(row, other=other)] * 2).logits([ids]), bag.lm.logits([ids]))
+
+
+def test_bank_of_another_shape_is_refused(bag, dense):
+  for lm in (bag.lm, dense.lm):
+    with pytest.raises(UserError, match='does not fit'):
+      lm.with_bank(np.zeros((2, 2)))
+
+
+def test_dense_model_says_that_it_has_no_memory_and_reads_all_the_same(dense):
+  described = dense.describe()
+  assert described['memory'] is None and "no memory to look into: model.sublayer='dense'" in described['remarks'][0]
+  tokens = dense.read(TEXT)['tokens']
+  assert all(token['nats'] > 0 and token['layers'] == [] for token in tokens[1:])
+  assert ''.join(dense.stream(TEXT, [], Sampling(max_new_tokens=5))) == dense.lm.generate(TEXT, max_new_tokens=5)[0]
+  for question in (lambda: dense.row(0, 0), lambda: dense.map(None), lambda: dense.next(TEXT, [Change(0, 0.0)])):
+    with pytest.raises(UserError, match='has no memory'):
+      question()
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize('name', MODELS)
+def test_every_question_is_answered_as_json_for_every_kind(tiny_run, name):
+  view = make_view(tiny_run, name)
+  text = json.dumps([view.describe(), view.read(TEXT), view.next(TEXT, []), view.health()])
+  assert 'loss_zeroed' in text
+  if view.reader:
+    for layer in view.reader.layers:
+      assert json.dumps([view.map(layer), view.row(most_read(view), layer)])
+
+
+@contextlib.contextmanager
+def serving(views):
+  """Answers on a free port meanwhile."""
+  with socket.create_server(('127.0.0.1', 0)) as listening:
+    port = listening.getsockname()[1]
+    config = uvicorn.Config(web.make_app(views, [f'127.0.0.1:{port}']), log_level='error', **web.SERVER)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, args=([listening],))
+    thread.start()
+    try:
+      yield port
+    finally:
+      server.should_exit = True
+      thread.join(30)
+
+
+@pytest.fixture(scope='module')
+def port(bag, dense):
+  with serving([bag, dense]) as port:
+    yield port
+
+
+def request(port, path, body=None, **headers):
+  """Returns status, headers and body of an answer."""
+  connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+  body = json.dumps(body) if isinstance(body, dict | list) else body
+  sent = ({} if body is None else {'Content-Type': 'application/json'}) | headers
+  connection.request('GET' if body is None else 'POST', path, body, sent)
+  answer = connection.getresponse()
+  with contextlib.closing(connection):
+    return answer.status, answer.headers, answer.read().decode()
+
+
+def test_page_asks_nobody_else_and_its_questions_are_answered(bag, port):
+  for path in web.FILES:
+    status, headers, text = request(port, path)
+    assert status == 200 and "default-src 'none'" in headers['Content-Security-Policy']
+    assert not re.search(r'(src|href)="(?!page\.|data:)|url\(|@import|https?://(?!www\.w3\.org/2000/svg)', text)
+  assert [run['name'] for run in json.loads(request(port, '/api/runs')[2])] == ['run', 'run']
+  status, _, text = request(port, '/api/read', {'run': 0, 'text': TEXT})
+  assert status == 200 and json.loads(text)['tokens'] == bag.read(TEXT)['tokens']
+  sampling = {'max_new_tokens': 30, 'seed': 3}
+  status, _, text = request(port, '/api/stream', {'run': 0, 'text': TEXT, 'changes': [], 'sampling': sampling})
+  lines = [json.loads(line) for line in text.splitlines()]
+  assert lines.pop() == {'done': True} and len(lines) > 1
+  assert ''.join(line['text'] for line in lines) == bag.lm.generate(TEXT, **sampling)[0]
+
+
+@pytest.mark.parametrize(
+  ('path', 'body', 'headers', 'status', 'sentence'),
+  [
+    ('/api/runs', None, {'Host': 'evil.example'}, 421, 'this server answers for'),
+    ('/api/runs', None, {'Origin': 'http://evil.example'}, 421, 'its own page only'),
+    ('/api/read', '{}', {'Content-Type': 'text/plain'}, 415, 'send JSON'),
+    ('/api/read', '{"run": 0', {}, 400, 'not JSON'),
+    ('/api/read', '[' * 100000, {}, 400, 'not JSON'),
+    ('/api/read', ' ' * 200000, {}, 413, 'larger than'),
+    ('/api/read', [], {}, 400, 'fields run, text'),
+    ('/api/read', {'run': 0, 'text': TEXT, 'file': '/etc/passwd'}, {}, 400, 'fields run, text'),
+    ('/api/read', {'run': 2, 'text': TEXT}, {}, 400, 'run=2 must be'),
+    ('/api/read', {'run': True, 'text': TEXT}, {}, 400, 'run=True must be'),
+    ('/api/read', {'run': 0, 'text': 'a' * 20001}, {}, 400, 'at most 20,000 characters'),
+    ('/api/read', {'run': 0, 'text': ''}, {}, 400, 'the text is empty'),
+    ('/api/read', '{"run": 0, "text": "\\ud800"}', {}, 400, 'lone surrogate'),
+    ('/api/row', {'run': 0, 'row': 10**6, 'layer': 1}, {}, 400, 'row 1000000 is not in the bank'),
+    ('/api/row', {'run': 0, 'row': None, 'layer': 1}, {}, 400, 'row must be a whole number'),
+    ('/api/row', {'run': 0, 'row': 1, 'layer': 0}, {}, 400, 'layer 0 has no memory'),
+    ('/api/next', {'run': 0, 'text': TEXT, 'changes': [{'row': 1, 'scale': 1e9}]}, {}, 400, 'scale='),
+    ('/api/next', {'run': 0, 'text': TEXT, 'changes': [{'scale': 1}]}, {}, 400, "object with 'row'"),
+    ('/api/next', {'run': 0, 'text': TEXT, 'changes': [{'row': 1}] * 1025}, {}, 400, 'at most 1,024'),
+    ('/api/next', {'run': 1, 'text': TEXT, 'changes': [{'row': 1, 'scale': 0}]}, {}, 400, 'has no memory'),
+    ('/api/stream', {'run': 0, 'text': TEXT, 'changes': [], 'sampling': {'top_p': 2}}, {}, 400, 'top_p=2'),
+    ('/api/stream', {'run': 0, 'text': TEXT, 'changes': [], 'sampling': {'max_new_tokens': 513}}, {}, 400, 'at most'),
+    ('/api/grow', {'run': 0}, {}, 404, "no question 'grow'"),
+    ('/../view.py', None, {}, 404, 'nothing here'),
+    ('/%2e%2e/view.py', None, {}, 404, 'nothing here'),
+    ('/page.css', '{}', {}, 405, 'nothing here'),
+  ],
+)  # fmt: skip
+def test_bad_request_is_refused_in_one_sentence(port, path, body, headers, status, sentence):
+  found, _, text = request(port, path, body, **headers)
+  error = json.loads(text)['error']
+  assert found == status and sentence in error and '\n' not in error and 'Traceback' not in error
+
+
+def test_failure_inside_is_one_sentence_and_the_server_goes_on(port, bag, monkeypatch):
+  monkeypatch.setattr(RunView, 'health', lambda self: 1 / 0)
+  status, _, text = request(port, '/api/health', {'run': 0})
+  assert status == 500 and json.loads(text) == {'error': 'the server failed: ZeroDivisionError: division by zero'}
+  assert request(port, '/api/map', {'run': 0, 'layer': 1})[0] == 200
+
+
+def test_client_that_leaves_frees_its_place(port):
+  asked = {'run': 0, 'text': TEXT, 'changes': [], 'sampling': {'max_new_tokens': 512, 'temperature': 1.5}}
+  for _ in range(web.MOST_STREAMS + 2):
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+    connection.request('POST', '/api/stream', json.dumps(asked), {'Content-Type': 'application/json'})
+    answer = connection.getresponse()
+    assert answer.status == 200 and answer.readline()
+    answer.close()
+    connection.close()
+    time.sleep(0.1)
+  short = asked | {'sampling': {'max_new_tokens': 2}}
+  assert '{"done": true}' in request(port, '/api/stream', short)[2]
+
+
+def test_request_that_never_arrives_is_dropped(port, monkeypatch):
+  monkeypatch.setattr(web, 'BODY_SECONDS', 0.2)
+  with socket.create_connection(('127.0.0.1', port), timeout=30) as slow:
+    head = ['POST /api/read HTTP/1.1', f'Host: 127.0.0.1:{port}', 'Content-Type: application/json', 'Content-Length: 9']
+    slow.sendall('\r\n'.join([*head, '', '{']).encode())
+    assert b'408' in slow.recv(4096)
+
+
+def test_saved_page_holds_its_answers_and_no_markup_of_the_text(bag, dense):
+  text = 'the </script><script>alert(1)</script> row'
+  page = saved_page([bag, dense], text)
+  assert 'alert(1)</script>' not in page and not re.search(r'(src|href)="(?!data:)', page)
+  data = re.search(r'<script type="application/json" id="saved">(.*?)</script>', page)[1]
+  saved = json.loads(data)
+  assert saved['text'] == text
+  read = json.dumps({'run': 0, 'text': text}, separators=(',', ':'))
+  assert saved['answers'][f'read {read}']['tokens'][1:] == bag.read(text)['tokens'][1:]
+  assert any(question.startswith('row {"run":0') for question in saved['answers'])
+
+
+@pytest.mark.parametrize(
+  ('flags', 'sentence'),
+  [
+    (['--workdir', 'nowhere'], 'no run directory'),
+    (['--workdir', 'a', '--workdir', 'b', '--workdir', 'c'], 'at most two'),
+    (['--workdir', 'a', '--save', 'x.html'], '--save FILE and --text TEXT belong together'),
+    (['--workdir', 'a', '--port', '99999'], '--port 99999 must be'),
+  ],
+)
+def test_command_refuses_in_one_sentence(flags, sentence, monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['serve', *flags])
+  with pytest.raises(SystemExit) as stopped:
+    run_command(serve.main)
+  assert stopped.value.code == 2 and sentence in capsys.readouterr().err
+
+
+def test_port_that_is_taken_is_refused(bag):
+  with socket.create_server(('127.0.0.1', 0)) as taken, pytest.raises(UserError, match='Address already in use'):
+    web.serve([bag], '127.0.0.1', taken.getsockname()[1])
+
+
+def test_command_saves_a_page(tiny_run, tmp_path, monkeypatch, capsys):
+  flags = ['--workdir', str(tiny_run), '--text', TEXT, '--save', str(tmp_path / 'page.html')]
+  monkeypatch.setattr(sys, 'argv', ['serve', *flags])
+  run_command(serve.main)
+  assert TEXT in (tmp_path / 'page.html').read_text() and 'Written' in capsys.readouterr().out
+
+
+@pytest.fixture
+def browser():
+  if not CHROMIUM:
+    pytest.skip('there is no Chromium here (apt-get install chromium)')
+  with Browser() as browser:
+    yield browser
+    assert not browser.errors
+
+
+TOKENS = "document.querySelectorAll('#reading .card:first-child .t').length"
+STOPPED = "document.getElementById('stop').disabled"
+
+
+@pytest.mark.thorough
+def test_browser_types_points_opens_switches_off_compares_streams_and_stops(browser, port, tmp_path):
+  browser.open(f'http://127.0.0.1:{port}/')
+  browser.wait(f'{TOKENS} > 3')
+  browser.js("document.getElementById('text').select(); document.getElementById('text').focus()")
+  browser.type(TEXT)
+  browser.click('#read')
+  browser.wait(f"document.querySelector('#reading').textContent.includes('its bank') && {TOKENS} > 3")
+  # The keyboard moves from token to token, and what is shown follows.
+  browser.js("document.querySelector('#reading .t').focus()")
+  browser.press('ArrowRight')
+  browser.press('ArrowRight')
+  browser.wait("document.querySelector('#inspector').textContent.includes('token 2')")
+  browser.press('Enter')
+  browser.wait("document.querySelectorAll('#reading .t')[2].getAttribute('aria-pressed') === 'true'")
+  assert 'nats of surprise' in browser.text('#inspector') and 'head 1' in browser.text('#inspector')
+  assert 'no memory' in browser.text('#bank') or browser.js("Boolean(document.querySelector('canvas.map'))")
+  browser.click('#inspector button.link')
+  browser.wait("document.querySelector('#inspector h2')?.textContent.startsWith('Row ')")
+  assert 'of the validation text' in browser.text('#inspector')
+  browser.click('#inspector button', 'Switch off')
+  browser.wait("document.querySelector('.chip')?.textContent.includes('off')")
+  browser.wait("document.querySelectorAll('.fill.changed').length > 3")
+  browser.click('button', 'Colour by change')
+  browser.wait("document.querySelector('#reading').textContent.includes('less surprised')")
+  browser.js("document.querySelector('[name=max_new_tokens]').value = 20")
+  browser.click('#go')
+  browser.wait(
+    f"{STOPPED} && ['0-0', '0-1', '1-0'].every(v => document.getElementById('story-' + v).textContent.length > 9)"
+  )
+  browser.js("document.querySelector('[name=max_new_tokens]').value = 512")
+  browser.click('#go')
+  browser.wait(f"!{STOPPED} && document.getElementById('story-0-0').textContent.length > 9")
+  browser.click('#stop')
+  browser.wait(STOPPED)
+  stopped = browser.text('#story-0-0')
+  time.sleep(0.5)
+  assert browser.text('#story-0-0') == stopped
+  browser.click('#changes button', 'Undo all')
+  browser.wait("!document.querySelector('.chip')")
+  browser.screenshot(tmp_path / 'desktop.png', whole=True)
+  browser.resize(390, 844)
+  assert browser.js('document.documentElement.scrollWidth') <= 390
+  browser.screenshot(tmp_path / 'phone.png', whole=True)
+
+
+@pytest.mark.thorough
+def test_browser_opens_a_saved_page_without_a_server(browser, bag, dense, tmp_path):
+  page = tmp_path / 'page.html'
+  page.write_text(saved_page([bag, dense], TEXT))
+  browser.open(page.as_uri())
+  browser.wait(f'{TOKENS} > 3')
+  browser.click('#inspector button.link:not(:disabled)')
+  browser.wait("document.querySelector('#inspector h2')?.textContent.startsWith('Row ')")
+  browser.click('#go')
+  browser.wait("document.getElementById('story-0-0').textContent.length > 9")
+
+
+@pytest.mark.thorough
+def test_text_that_is_gone_is_said_and_the_rest_works(tiny_run, tmp_path):
+  run = shutil.copytree(tiny_run, tmp_path / 'run')
+  record = json.loads((run / 'run.json').read_text())
+  del record['sha256']
+  record['starts'][-1]['prepared_dir'] = str(tmp_path / 'gone')
+  (run / 'run.json').write_text(json.dumps(record))
+  config = json.loads((run / 'config.json').read_text())
+  del config['sha256']
+  config['data'] |= {'train_files': str(tmp_path / 'gone.jsonl'), 'prepared_dir': str(tmp_path / 'gone')}
+  (run / 'config.json').write_text(json.dumps(config))
+  view = RunView(mmjax.load(run), open_run(run))
+  assert view.corpus is None and 'who reads a row' in view.describe()['remarks'][-1]
+  assert view.row(1, view.reader.layers[0])['nearest'] and view.read(TEXT)['tokens']
+  assert isinstance(view.reader, MemoryReader)
