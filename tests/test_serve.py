@@ -265,7 +265,7 @@ def test_client_that_leaves_frees_its_place(port):
 
 
 def test_request_that_never_arrives_is_dropped(port, monkeypatch):
-  monkeypatch.setattr(web, 'BODY_SECONDS', 0.2)
+  monkeypatch.setattr('mmjax.serve.requests.BODY_SECONDS', 0.2)
   with socket.create_connection(('127.0.0.1', port), timeout=30) as slow:
     head = ['POST /api/read HTTP/1.1', f'Host: 127.0.0.1:{port}', 'Content-Type: application/json', 'Content-Length: 9']
     slow.sendall('\r\n'.join([*head, '', '{']).encode())

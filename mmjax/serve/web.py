@@ -11,8 +11,7 @@ import contextlib
 import json
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from importlib import resources
 from typing import Any
 
@@ -26,15 +25,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mmjax.errors import CommandError, UserError, first_line
 from mmjax.inference.settings import Sampling
 from mmjax.run.sealed import finite
+from mmjax.serve.requests import Refusal, Worker, read_body
 from mmjax.serve.view import Change, RunView
 
 MOST_CHARS = 20_000  # of a text
-MOST_BODY_BYTES = 2**17
 MOST_CHANGES = 1024
 MOST_NEW_TOKENS = 512
 MOST_WAITING = 64  # questions at a time
 MOST_STREAMS = 8
-BODY_SECONDS = 10  # for a request to arrive
 SEND_SECONDS = 30  # for a client to take what it asked for
 
 LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
@@ -61,35 +59,6 @@ QUESTIONS = {
   'health': (),
 }
 STREAM = ('text', 'changes', 'sampling')
-
-
-class Refusal(UserError):
-  """A request that is not answered, with its HTTP status."""
-
-  def __init__(self, sentence: str, status: int):
-    super().__init__(sentence)
-    self.status = status
-
-
-class Worker:
-  """One thread for all that computes; who waits for it is bounded."""
-
-  def __init__(self):
-    self._pool, self._waiting = ThreadPoolExecutor(1, 'compute'), 0
-
-  async def __call__(self, function: Callable, *arguments: Any) -> Any:
-    """Returns function(*arguments), computed there.
-
-    Raises:
-      Refusal: if too many wait already.
-    """
-    if self._waiting >= MOST_WAITING:
-      raise Refusal(f'busy: {MOST_WAITING} questions wait already; ask again later', 503)
-    self._waiting += 1
-    try:
-      return await asyncio.get_running_loop().run_in_executor(self._pool, function, *arguments)
-    finally:
-      self._waiting -= 1
 
 
 def serve(views: Sequence[RunView], host: str, port: int) -> None:
@@ -129,14 +98,16 @@ def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
     question = request.path_params['question']
     if question not in QUESTIONS:
       raise Refusal(f'no question {question!r:.40}; there are {", ".join(QUESTIONS)}', 404)
-    view, fields = read_fields(await _body(request), QUESTIONS[question], views)
+    view, fields = read_fields(await read_body(request), QUESTIONS[question], views)
+    if worker.waiting >= MOST_WAITING:
+      raise Refusal(f'busy: {MOST_WAITING} questions wait already; ask again later', 503)
     return _json(await worker(lambda: getattr(view, question)(**fields)))
 
   async def runs(request: Request) -> Response:
     return _json([view.describe() for view in views])
 
   async def stream(request: Request) -> Response:
-    view, fields = read_fields(await _body(request), STREAM, views)
+    view, fields = read_fields(await read_body(request), STREAM, views)
     if streams.locked():
       raise Refusal(f'busy: {MOST_STREAMS} continuations are being written already; ask again later', 503)
     iterator = await worker(lambda: view.stream(**fields))
@@ -244,23 +215,6 @@ def _sampling(value: Any, name: str) -> Any:
 
 
 CHECKS = {'run': _number, 'row': _row, 'layer': _number, 'text': _text, 'changes': _changes, 'sampling': _sampling}
-
-
-async def _body(request: Request) -> Any:
-  if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
-    raise Refusal('send JSON, with Content-Type: application/json', 415)
-  raw = b''
-  try:
-    async with asyncio.timeout(BODY_SECONDS):
-      async for part in request.stream():
-        raw += part
-        if len(raw) > MOST_BODY_BYTES:
-          raise Refusal(f'the request is larger than {MOST_BODY_BYTES:,} bytes', 413)
-    return json.loads(raw)
-  except TimeoutError:
-    raise Refusal(f'the request took longer than {BODY_SECONDS} seconds to arrive', 408) from None
-  except (ValueError, RecursionError) as error:
-    raise UserError('the request is not JSON') if not isinstance(error, UserError) else error from None
 
 
 async def _pieces(worker: Worker, streams: asyncio.Semaphore, iterator: Any) -> AsyncIterator[str]:

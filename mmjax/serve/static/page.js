@@ -126,16 +126,16 @@ function legend() {
 function tokenElements(token, run, at, changed) {
   const change = state.byChange && changed && at ? changed[at] - token.nats : 0
   const strength = state.byChange ? Math.min(1, Math.abs(change)) : Math.min(1, (token.nats ?? 0) / FULL_NATS)
-  const text = token.token
+  const space = /^ [^]/.test(token.token) ? ' ' : '', text = token.token.slice(space.length)
   const element = h('span.t', {
     role: 'button', tabindex: state.held?.run === run && state.held.at === at ? 0 : -1,
     '--s': 85 * strength, '--tone': state.byChange && change < 0 ? 'var(--cold)' : 'var(--hot)',
-    'aria-label': `${text.trim() || visible(text)}${token.nats == null ? '' : `, ${token.nats.toFixed(1)} nats`}`,
+    'aria-label': `${text.trim() || visible(token.token)}${token.nats == null ? '' : `, ${token.nats.toFixed(1)} nats`}`,
     'data-at': at,
     onclick: () => hold(run, at), onmouseenter: () => point(run, at), onmouseleave: () => point(), onfocus: () => point(run, at),
   }, text.replaceAll('\n', '⏎'))
   if (/^<.*>$/.test(text)) element.classList.add('control')
-  return text.includes('\n') ? [element, ...Array.from(text.match(/\n/g), () => h('br'))] : [element]
+  return [space, element, ...Array.from(text.match(/\n/g) ?? [], () => h('br'))]
 }
 
 function hold(run, at) {
