@@ -182,9 +182,7 @@ def bank_case(B: int, dtype: str, platform: str) -> Case:
   """Lookup of rows spread evenly, and its gradient."""
   bank_MP, row_BTR = _normal('float32', M, P), _integers(M, B, T, R)
   variants = {'reference': _compile(lambda b, r: bank.bank_lookup_reference(b, r, dtype), (bank_MP,), row_BTR)}
-  for name in bank.BACKWARD:
-    look_up = functools.partial(bank.bank_lookup, dtype=dtype, backward=name)
-    variants[name] = _compile(look_up, (bank_MP,), row_BTR)
+  variants['scatter'] = _compile(functools.partial(bank.bank_lookup, dtype=dtype), (bank_MP,), row_BTR)
   return Case('bank', dtype, f'B={B} T={T} R={R} M={M} P={P}', variants)
 
 
@@ -221,9 +219,7 @@ def bag_case(B: int, dtype: str, platform: str) -> Case:
   row_BThr = _integers(M, B, T, 4, 16)
   inputs = _normal('float32', M, P), _normal('float32', *row_BThr.shape)
   variants = {'reference': _compile(lambda b, w, r: bank.bank_bag_reference(b, r, w), inputs, row_BThr)}
-  for name in bank.BACKWARD:
-    bag = functools.partial(bank.bank_bag, backward=name)
-    variants[name] = _compile(lambda b, w, r, bag=bag: bag(b, r, w), inputs, row_BThr)
+  variants['scatter'] = _compile(lambda b, w, r: bank.bank_bag(b, r, w), inputs, row_BThr)
   return Case('bag', dtype, f'B={B} T={T} h=4 r=16 M={M} P={P}', variants)
 
 

@@ -88,10 +88,8 @@ throughput limit_24gb_1_4_2 90 "${BATCHES[1]}" --config configs/exp_1_4_2.py --o
 ENVIRONMENT=()
 throughput triton_1_4_2 90 "${BATCHES[0]}" --config configs/exp_1_4_2.py
 part sublayer 90 "$PYTHON" benchmarks/kernels.py --json "$OUT/sublayer.json" "${KERNELS[@]}" "${SUBLAYER[@]}"
-# As a scan over layers, which compiles once instead of eight times.
 part memory_scaling 150 "$PYTHON" benchmarks/memory_scaling.py --rows "$ROWS" --selected "$SELECTED" \
-  --repeats "${TURNS[1]}" --json "$OUT/memory_scaling.json" --config.train.batch_size="${BATCHES[0]}" \
-  --config.runtime.scan_layers=True "${SIZES[@]}"
+  --repeats "${TURNS[1]}" --json "$OUT/memory_scaling.json" --config.train.batch_size="${BATCHES[0]}" "${SIZES[@]}"
 if "$PYTHON" -c 'import pytest' 2>/dev/null && "$PYTHON" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then
   part tests 120 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py
 fi

@@ -41,13 +41,11 @@ def get_config() -> ConfigDict:
   memory.n_heads = 1  # 1 to 8; each has its own query and sub-keys, or hashes; all read the one bank
   memory.ngrams = '1'  # of 'ngram_bag': how many of the last tokens address a head's rows; '2,3': heads take turns
   memory.scores = 'none'  # 'scale': each row times its weight, so that the gate learns; a 'memory_bag' always weighs
-  memory.score_activation = 'softmax'  # scores to weights, within a head's rows: also 'relu', 'none' (as they are)
-  memory.query_key_norm = 'none'  # of each half of a query and of each sub-key: 'l2' with a learned scale, 'layer_norm'
+  memory.score_activation = 'softmax'  # scores to weights, within a head's rows: also 'relu'
+  memory.query_key_norm = 'none'  # of each half of a query and of each sub-key; 'l2': to length 1, with a learned scale
   memory.key_dim = 0  # width of a query, two sub-keys wide; even; 0: that of a row
-  memory.keys_init = 'normal'  # sub-keys start N(0, 1); 'uniform': U(-1, 1) / sqrt(their width)
   memory.bag_gate = True  # a bag's sums times silu(m W1), element by element; False: the sums alone are projected
   memory.ffn_dim = 0  # F of a dense sublayer that stands beside each memory; 0: none
-  memory.balance_loss_weight = 0.0  # of a loss against uneven use of the sub-keys; 0: none
   memory.selection_bias = False  # True: a bias on sub-scores, for the choice alone, learns to even out their use
   memory.bank_init = 'normal'  # how the bank starts; 'file': from bank_file
   memory.bank_file = ''  # made by python -m mmjax.tools.bank
@@ -56,7 +54,6 @@ def get_config() -> ConfigDict:
   memory.bank_lr_multiplier = 1.0  # the bank's learning rate over everyone's, at the first update
   memory.bank_lr_final_multiplier = 1.0  # the same at the last update; linear in between
   memory.bank_decay_multiplier = 1.0  # the bank's weight decay over train.weight_decay; 0: none
-  memory.bank_grad_clip = 0.0  # largest norm of the bank's gradient alone; 0: it is clipped with all the others
   memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those an update read; pays where these are few
 
   data = config.data = ConfigDict()
@@ -98,7 +95,6 @@ def get_config() -> ConfigDict:
   runtime.row_devices = 1  # mesh axis over the rows of the bank (and the batch)
   runtime.attention = 'auto'  # 'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU
   runtime.remat = 'none'  # 'block' recomputes each block in the backward pass: less memory, more time
-  runtime.scan_layers = False  # True compiles layers of one kind once, as a scan: no faster on a CPU, not even to start
   runtime.triton_gemm = False  # True lets XLA use its Triton kernels on NVIDIA; False: cuBLAS and XLA's own fusions
   runtime.coordinator = ''  # of several processes: host:port of the first; 'auto': as JAX detects; '': one process
   runtime.num_processes = 1  # processes of the run, where runtime.coordinator is a host:port

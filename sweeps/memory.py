@@ -90,7 +90,6 @@ BAG = INPUT_AND_BANK | {
 BALANCED = BAG | {'memory.selection_bias': True}
 EVERYWHERE = BALANCED | {'memory.layers': 'all'}
 FAST_BANK = EVERYWHERE | {'memory.bank_lr_multiplier': 16.0}
-SHORT_KEYS = FAST_BANK | {'memory.key_dim': 'knowledge_dim / 2'}
 # Rows that the last tokens address. There is no gate to pay for, so the feed-forward layer stays almost as it is.
 NGRAMS = INPUT_AND_BANK | {
   'model.sublayer': 'ngram_bag',
@@ -101,7 +100,7 @@ NGRAMS = INPUT_AND_BANK | {
   'memory.bank_lr_multiplier': 16.0,
   'memory.ffn_dim': 'what is left',
 }
-MODELS = {
+MODELS = {  # numbers that are missing were dropped before they ran
   'g0': {'model.sublayer': 'dense'},
   'g1': FAITHFUL,
   'g2': INPUT_AND_BANK,
@@ -112,52 +111,30 @@ MODELS = {
   'g7': BAG | {'memory.score_activation': 'relu'},
   # As many values in the bank, and as many read, in a quarter of the rows.
   'g8': BAG | {'model.knowledge_num': 16384, 'model.knowledge_dim': '4 * knowledge_dim', 'memory.n_heads': 1},
-  # Scores against 2 x 1024 sub-keys are dear: half the heads, with twice the rows each. g12 tells the two apart.
-  'g9': BAG | {'model.knowledge_num': 1048576, 'memory.n_heads': 2, 'model.num_selected': 32},
-  'g10': BAG | {'memory.balance_loss_weight': 0.01},
-  'g11': BAG | {'memory.query_key_norm': 'layer_norm'},
-  'g12': BAG | {'memory.n_heads': 2, 'model.num_selected': 32},
   'g13': EVERYWHERE,
-  'g14': {'model.sublayer': 'cross_attention'},
   'g15': BALANCED,
   'g16': BALANCED | {'memory.n_heads': 2},
-  'g17': BALANCED | {'memory.layers': '2'},
   # Adam's step for a row that is read once in a while is up to (1 - beta2)^-0.5 = 10 learning rates.
   'g18': BALANCED | {'memory.bank_lr_multiplier': 1.0},
-  'g19': GATE_LEARNS | {'memory.layers': 'middle', 'memory.selection_bias': True},
-  'g20': BALANCED | {'model.knowledge_num': 1048576, 'memory.n_heads': 2},
-  'g21': FAITHFUL | {'memory.selection_bias': True},
-  'g22': BALANCED | {'memory.bank_update': 'lazy'},
   'g23': FAST_BANK,
-  'g24': EVERYWHERE | {'memory.n_heads': 5},
   'g25': EVERYWHERE | {'memory.bank_lr_multiplier': 64.0},
   'g26': FAST_BANK | {'model.knowledge_num': 1048576, 'memory.n_heads': 3},
-  # Cheaper memories leave more to the feed-forward layer.
-  'g27': SHORT_KEYS,
-  'g28': SHORT_KEYS | {'memory.bag_gate': False},
-  'g29': FAST_BANK | {'memory.bag_gate': False},
+  # A cheaper memory leaves more to the feed-forward layer.
+  'g28': FAST_BANK | {'memory.key_dim': 'knowledge_dim / 2', 'memory.bag_gate': False},
   'g30': {'model.sublayer': 'dense', 'model.hidden_dim': "g23's"},  # what is left of G23 without its memory
-  # 31 and 32 are free: what they were was dropped before it ran.
-  'g33': NGRAMS | {'memory.bank_lr_multiplier': 4.0},
   'g34': NGRAMS,
   'g35': NGRAMS | {'memory.layers': 'all'},
-  'g36': NGRAMS | {'memory.layers': '1', 'memory.n_heads': 8},
   'g37': NGRAMS | {'memory.ngrams': '1'},  # a second embedding: what is in reach without a context
   'g38': NGRAMS | {'model.knowledge_num': 1048576},
-  # Both in one bank: one layer that n-grams address, gates that learn in others.
-  'g39': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3'},
+  # Both in one bank: a layer that n-grams address, and one with a gate that learns.
   'g40': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3', 'memory.layers': '1,2'},
   'g41': NGRAMS | {'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},  # what lazy updates cost in loss
   # With the token itself, which G37 has alone.
   'g42': NGRAMS | {'memory.ngrams': '1,2'},
   'g43': NGRAMS | {'memory.ngrams': '1,2,3', 'memory.n_heads': 6},
-  'g44': NGRAMS | {'memory.ngrams': '1,2', 'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},
-  'g45': NGRAMS
-  | {'memory.ngrams': '1,2,3', 'memory.n_heads': 6, 'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},
   # How much of that is an embedding that learns too slowly?
   'g46': {'model.sublayer': 'dense', 'train.embedding_lr_multiplier': 4.0},
   'g47': NGRAMS | {'memory.ngrams': '1,2', 'train.embedding_lr_multiplier': 4.0},
-  'g48': {'model.sublayer': 'dense', 'train.embedding_lr_multiplier': 16.0},
 }
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from mmjax.kernels.bank import (
-  BACKWARD,
   TappedBank,
   add_reads,
   bank_bag,
@@ -23,9 +22,9 @@ def make_inputs(M, P, shape, seed=0):
   return bank, jnp.asarray(rng.integers(0, M, shape), jnp.int32), rng.standard_normal((*shape, P))
 
 
-def gradient(bank, row, grad, dtype, backward):
+def gradient(bank, row, grad, dtype):
   def pull(bank, grad):
-    rows, pullback = jax.vjp(lambda b: bank_lookup(b, row, dtype, backward=backward), bank)
+    rows, pullback = jax.vjp(lambda b: bank_lookup(b, row, dtype), bank)
     return pullback(grad.astype(rows.dtype))[0]
 
   return jax.jit(pull)(bank, grad)
@@ -46,28 +45,25 @@ def test_values_are_the_rows(dtype):
   np.testing.assert_array_equal(rows, np.asarray(bank.astype(dtype))[np.asarray(row)])
 
 
-@pytest.mark.parametrize('backward', BACKWARD)
 @pytest.mark.parametrize(
   'M, P, shape', [(9, 3, (2, 5, 4)), (1, 1, (1, 1, 1)), (4, 8, (3, 127, 1)), (1000, 2, (1, 3, 2))]
 )
-def test_gradient_matches_float64(M, P, shape, backward):
+def test_gradient_matches_float64(M, P, shape):
   bank, row, grad = make_inputs(M, P, shape)
-  actual = gradient(bank, row, jnp.asarray(grad, jnp.float32), jnp.float32, backward)
+  actual = gradient(bank, row, jnp.asarray(grad, jnp.float32), jnp.float32)
   assert actual.dtype == jnp.float32
   np.testing.assert_allclose(actual, gradient_float64(M, row, grad), rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize('backward', BACKWARD)
-def test_bfloat16_gradients_of_one_row_add_up_in_float32(backward):
+def test_bfloat16_gradients_of_one_row_add_up_in_float32():
   bank, row = jnp.zeros((5, 2)), jnp.full((4, 512, 8), 3, jnp.int32)
   grad = jnp.ones((4, 512, 8, 2), jnp.bfloat16)  # in bf16, adding 1 stops at 256
-  actual = gradient(bank, row, grad, jnp.bfloat16, backward)
+  actual = gradient(bank, row, grad, jnp.bfloat16)
   np.testing.assert_array_equal(actual, gradient_float64(5, row, grad))
   assert actual[3, 0] == 4 * 512 * 8
 
 
-@pytest.mark.parametrize('backward', BACKWARD)
-def test_works_rematerialised_inside_a_scan(backward):
+def test_works_rematerialised_inside_a_scan():
   bank, row, grad = make_inputs(7, 3, (2, 4, 2))
 
   def loss(bank, look_up):
@@ -76,22 +72,14 @@ def test_works_rematerialised_inside_a_scan(backward):
 
     return jax.lax.scan(layer, 0.0, row)[0]
 
-  actual = jax.jit(
-    jax.grad(lambda b: loss(b, jax.checkpoint(lambda b, r: bank_lookup(b, r, jnp.float32, backward=backward))))
-  )(bank)
+  actual = jax.jit(jax.grad(lambda b: loss(b, jax.checkpoint(lambda b, r: bank_lookup(b, r, jnp.float32)))))(bank)
   expected = gradient_float64(7, row, grad[0] * np.cos(np.asarray(bank)[np.asarray(row)]))
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_unknown_backward_is_refused():
-  with pytest.raises(ValueError, match='magic'):
-    bank_lookup(jnp.ones((2, 2)), jnp.zeros((1, 1, 1), jnp.int32), jnp.float32, backward='magic')
-
-
-@pytest.mark.parametrize('backward', BACKWARD)
 @pytest.mark.parametrize('M, P, shape', [(9, 3, (2, 5, 2, 4)), (1, 1, (1, 1)), (5, 8, (3, 17, 1, 3))])
 @pytest.mark.parametrize('platform', ('cpu', 'default'))
-def test_bag_and_its_gradients_match_float64(M, P, shape, backward, platform, monkeypatch):
+def test_bag_and_its_gradients_match_float64(M, P, shape, platform, monkeypatch):
   monkeypatch.setattr(jax.lax, 'platform_dependent', lambda *inputs, **forms: forms[platform](*inputs))
   bank, row, _ = make_inputs(M, P, shape)
   rng = np.random.default_rng(1)
@@ -110,7 +98,7 @@ def test_bag_and_its_gradients_match_float64(M, P, shape, backward, platform, mo
     gradient_float64(M, row, weight[..., None] * grad[..., None, :]),
     (rows * grad[..., None, :]).sum(-1),
   )
-  for function in (lambda *inputs: bank_bag(*inputs, backward=backward), bank_bag_reference):
+  for function in (bank_bag, bank_bag_reference):
     for actual, want in zip(run(function), expected, strict=True):
       assert actual.dtype == jnp.float32
       np.testing.assert_allclose(actual, want, rtol=1e-5, atol=1e-5)
@@ -140,8 +128,3 @@ def test_reads_of_a_tapped_bank_add_up_to_its_gradient(bag):
   assert value == tapped_value and not np.any(none)
   np.testing.assert_allclose(add_reads(jnp.zeros((9, 3)), row, reads), want, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(got_weight, want_weight, rtol=1e-5, atol=1e-6)
-
-
-def test_unknown_backward_of_a_bag_is_refused():
-  with pytest.raises(ValueError, match='magic'):
-    bank_bag(jnp.ones((2, 2)), jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1)), backward='magic')

@@ -1,4 +1,4 @@
-"""Own learning rates of the embedding and the bank, and the decay and clip of the bank, against AdamW in numpy."""
+"""Own learning rates of the embedding and the bank, and the decay of the bank, against AdamW in numpy."""
 
 import math
 
@@ -18,14 +18,12 @@ OPTIONS = {
   'rate': {'memory__bank_lr_multiplier': 4.0},
   'rising_rate': {'memory__bank_lr_multiplier': 0.0, 'memory__bank_lr_final_multiplier': 2.0},
   'no_decay': {'memory__bank_decay_multiplier': 0.0},
-  'clip': {'memory__bank_grad_clip': 0.3},
   'embedding': {'train__embedding_lr_multiplier': 4.0},
   'all': {
     'train__embedding_lr_multiplier': 0.5,
     'memory__bank_lr_multiplier': 4.0,
     'memory__bank_lr_final_multiplier': 0.5,
     'memory__bank_decay_multiplier': 0.5,
-    'memory__bank_grad_clip': 0.01,
   },
 }
 
@@ -37,11 +35,7 @@ def adamw_numpy(config, params, gradients):
   mean, square = ({name: np.zeros_like(value) for name, value in params.items()} for _ in range(2))
   learns = [name for name in params if '/gate/keys' not in name and '/gate/query/' not in name]
   for t, gradient in enumerate(gradients):
-    norm = lambda names: math.sqrt(sum((gradient[n].astype(np.float64) ** 2).sum() for n in names))  # noqa: B023, E731
-    others = [name for name in params if name != 'memory_bank']
-    clips = dict.fromkeys(params, min(1, train.grad_clip / norm(others if memory.bank_grad_clip else params)))
-    if memory.bank_grad_clip:
-      clips['memory_bank'] = min(1, memory.bank_grad_clip / norm(['memory_bank']))
+    norm = math.sqrt(sum((slope.astype(np.float64) ** 2).sum() for slope in gradient.values()))
     rate = 0.5 * train.learning_rate * (1 + math.cos(math.pi * t / STEPS))
     for name in learns:
       is_bank = name == 'memory_bank'
@@ -49,7 +43,7 @@ def adamw_numpy(config, params, gradients):
       multiplier = (1 - share) * memory.bank_lr_multiplier + share * memory.bank_lr_final_multiplier
       own_rate = rate * {'memory_bank': multiplier, 'embedding': train.embedding_lr_multiplier}.get(name, 1)
       decay = train.weight_decay * (memory.bank_decay_multiplier if is_bank else 1)
-      clipped = gradient[name] * clips[name]
+      clipped = gradient[name] * min(1, train.grad_clip / norm)
       mean[name] = train.beta1 * mean[name] + (1 - train.beta1) * clipped
       square[name] = train.beta2 * square[name] + (1 - train.beta2) * clipped**2
       corrected = np.sqrt(square[name] / (1 - train.beta2 ** (t + 1))) + train.eps

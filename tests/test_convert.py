@@ -147,11 +147,7 @@ def run_of(config: Config, path: Path) -> dict[str, np.ndarray]:
 
 
 MIXED = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__ngram_layers': '1', 'memory__ffn_dim': 8}
-
-
-MIXED |= {'memory__query_key_norm': 'layer_norm', 'memory__selection_bias': True, 'data__layout': 'padded'}
-
-
+MIXED |= {'memory__query_key_norm': 'l2', 'memory__selection_bias': True, 'data__layout': 'padded'}
 SMALL = {**TINY, 'model.num_selected': 1}  # what is left makes it this experiment
 
 

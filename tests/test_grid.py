@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import random
+import re
 import runpy
 import subprocess
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 
@@ -62,22 +64,14 @@ def test_models_differ_as_the_experiment_says(models):
   }  # fmt: skip
   assert changes('g5', 'g6') == {'model.knowledge_num': 256}
   assert changes('g5', 'g7') == {'memory.score_activation': 'relu'}
-  assert changes('g5', 'g10') == {'memory.balance_loss_weight': 0.01}
-  assert changes('g5', 'g11') == {'memory.query_key_norm': 'layer_norm'}
-  assert changes('g5', 'g12') == {'memory.n_heads': 2, 'model.num_selected': 32}
   assert changes('g15', 'g13') == {'memory.layers': 'all'}
-  assert changes('g1', 'g14') == {'model.sublayer': 'cross_attention'}
-  assert changes('g5', 'g15') == changes('g4', 'g19') == changes('g1', 'g21') == {'memory.selection_bias': True}
+  assert changes('g5', 'g15') == {'memory.selection_bias': True}
   assert changes('g15', 'g16') == {'memory.n_heads': 2}
-  assert changes('g15', 'g17') == {'memory.layers': '2'}
   assert changes('g15', 'g18') == {'memory.bank_lr_multiplier': 1.0}
-  assert changes('g15', 'g22') == {'memory.bank_update': 'lazy'}
+  assert changes('g38', 'g41') == {'memory.bank_update': 'lazy'}
   assert changes('g13', 'g23') == {'memory.bank_lr_multiplier': 16.0}
-  assert changes('g13', 'g24') == {'memory.n_heads': 5}
   assert changes('g13', 'g25') == {'memory.bank_lr_multiplier': 64.0}
   assert changes('g23', 'g26') == {'model.knowledge_num': 2**20, 'memory.n_heads': 3}
-  assert changes('g16', 'g20') == {'model.knowledge_num': 2**20}
-  assert changes('g12', 'g9') == {'model.knowledge_num': 2**20}
   wide = models['g8']
   assert (wide.model.knowledge_num, wide.model.knowledge_dim, wide.memory.n_heads) == (2**14, 4 * width, 1)
   assert wide.memory.bank_std == pytest.approx((4 * width) ** -0.5)
@@ -99,7 +93,8 @@ def test_list_grows_with_what_is_known():
 
   tuning, all_models = names(), names('learning_rate=2e-3')
   assert tuning == ['g0-lr0.001-s0', 'g0-lr0.002-s0', 'g0-lr0.004-s0']
-  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in range(1, 49) if i not in (31, 32)]
+  measured = {int(number) for number in re.findall(r'^\| \*{0,2}G(\d+)', Path('docs/experiments.md').read_text(), re.M)}
+  assert all_models == tuning + [f'g{i}-lr0.002-s0' for i in sorted(measured) if i]  # what ran, and nothing else
   seeds = [f'{name}-lr0.002-s{seed}' for name in ('g0', 'g5', 'g4') for seed in (1, 2)]
   checked = ['g5-lr0.001-s0', 'g5-lr0.004-s0']
   assert names('learning_rate=2e-3', 'winners=g5,g4') == all_models + seeds + checked

@@ -31,7 +31,7 @@ def main():
   from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
   from mmjax.kernels.attention import causal_attention
-  from mmjax.kernels.bank import BACKWARD, bank_bag, bank_lookup
+  from mmjax.kernels.bank import bank_bag, bank_lookup
   from mmjax.kernels.cross_entropy import cross_entropy_sums
   from mmjax.kernels.fusion import gated_projection
   from mmjax.kernels.matmul import matmul
@@ -63,21 +63,15 @@ def main():
     assert not any(op in text for op in forbidden), name
     for a, e in zip(jax.tree.leaves(run(*sharded)), jax.tree.leaves(run(*inputs)), strict=True):
       np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(e, np.float32), rtol=2e-3, atol=1e-3)
-    if name:
-      print(name)
+    print(name)
 
   qkv = [normal(4, 9, n, 4) for n in (4, 2, 2)]
   check(
     'attention', lambda q, k, v, s: causal_attention(q, k, v, s, backend='xla'), [*qkv, integers(2, 4, 9)], [batch] * 4
   )
   check('product_key', lambda q, k: product_key_topk(q, k, 4), [normal(4, 6, 4, 4), normal(4, 8, 4)], [batch, whole])
-  for backward in BACKWARD:
-    check(
-      'bank' if backward == 'sorted' else '',
-      lambda b, r, backward=backward: bank_lookup(b, r, jnp.float32, backward=backward),
-      [normal(16, 4), integers(16, 4, 6, 3)],
-      [rows, batch],
-    )
+  lookup_inputs = [normal(16, 4), integers(16, 4, 6, 3)]
+  check('bank', lambda b, r: bank_lookup(b, r, jnp.float32), lookup_inputs, [rows, batch])
   check('bag', bank_bag, [normal(16, 4), integers(16, 4, 6, 2, 3), normal(4, 6, 2, 3)], [rows, batch, batch])
   kernels = [normal(10, 5), normal(10, 5)]
   projection_inputs = [normal(4, 6, 4), normal(4, 6, 6), *kernels]

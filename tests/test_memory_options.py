@@ -14,7 +14,7 @@ from mmjax.evaluation.probes import bank_health
 from mmjax.files import path_name
 from mmjax.model.layers import RMSNorm
 from mmjax.model.lm import abstract_params, build_model, memory_layers, model_graph
-from mmjax.model.memory import BALANCING_SLOPE, ProductKeyGate, balance_loss
+from mmjax.model.memory import BALANCING_SLOPE, ProductKeyGate
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.optimizer import gets_gradient
 from tests.helpers import random_batch, tiny_config
@@ -34,11 +34,9 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'residual': {'input': 'residual'},
   'scale': {'scores': 'scale'},
   'scale_relu': {'scores': 'scale', 'score_activation': 'relu'},
-  'scale_plain': {'scores': 'scale', 'score_activation': 'none', 'keys_init': 'uniform'},
-  'two_heads': {'scores': 'scale', 'n_heads': 2, 'query_key_norm': 'layer_norm'},
+  'two_heads': {'scores': 'scale', 'n_heads': 2, 'query_key_norm': 'l2'},
   'bag': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'input': 'residual', 'ffn_dim': 12},
   'bag_relu': {'sublayer': 'memory_bag', 'n_heads': 3, 'score_activation': 'relu'},
-  'bag_plain': {'sublayer': 'memory_bag', 'score_activation': 'none', 'query_key_norm': 'layer_norm'},
   'bag_bias': {'sublayer': 'memory_bag', 'n_heads': 2, 'selection_bias': True},
   'bag_cheap': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'key_dim': 4, 'bag_gate': False},
   'ngram': {'sublayer': 'ngram_bag', 'n_heads': 2, 'ngrams': '2', 'ffn_dim': 12},
@@ -92,9 +90,6 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
   if memory.query_key_norm == 'l2':
     query, keys = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (query, keys))
     query = query * params['gate']['norm']['scale'][:, None]
-  elif memory.query_key_norm == 'layer_norm':
-    query, keys = ((x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True) for x in (query, keys))
-    query = query * params['gate']['norm']['scale'] / np.sqrt(keys.shape[-1])
   taken, weighted = [], []
   for head in range(heads):
     first, second = (query[:, :, 2 * head + i] @ keys[2 * head + i].T for i in range(2))
@@ -107,7 +102,7 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
     row = row if fixed_rows is None else fixed_rows[:, :, head]
     score = np.take_along_axis(scores, row, -1)
     softmax = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
-    weight = {'softmax': softmax, 'relu': np.maximum(score, 0), 'none': score}[memory.score_activation]
+    weight = {'softmax': softmax, 'relu': np.maximum(score, 0)}[memory.score_activation]
     taken.append(row)
     weighted.append((weight[..., None], bank[row]))
   if config.model.sublayer == 'memory_bag':
@@ -190,7 +185,6 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   [
     pytest.param({}, False, marks=THOROUGH),  # tests/test_step.py has it
     pytest.param({'memory__scores': 'scale'}, True, marks=THOROUGH),
-    ({'memory__balance_loss_weight': 0.1}, True),
     ({'memory__selection_bias': True}, False),
     pytest.param({'model__sublayer': 'cross_attention', 'memory__query_key_norm': 'l2'}, False, marks=THOROUGH),
     pytest.param(PLUS, True, marks=THOROUGH),
@@ -245,32 +239,10 @@ def test_layers_of_usage_are_those_with_a_memory():
   assert memory_layers(dense) == [] and set(layer_kinds(dense.model, dense.memory)) == {'dense'}
 
 
-def test_uniform_keys_are_bounded_by_the_half_query():
-  config = tiny_config(memory__keys_init='uniform', memory__n_heads=2)
-  keys = build_model(config)[1]['layers'][0]['sublayer']['gate']['keys']
-  bound = (config.model.knowledge_dim / 2) ** -0.5
-  assert keys.shape == (4, 8, 4) and 0.9 * bound < np.abs(keys).max() <= bound
-
-
 @pytest.mark.parametrize(('key_dim', 'half'), [(0, 4), (2, 1), (12, 6)])
 def test_width_of_sub_keys_is_that_of_half_a_row_or_the_one_asked_for(key_dim, half):
   gate = build_model(tiny_config(memory__key_dim=key_dim, memory__n_heads=2))[1]['layers'][0]['sublayer']['gate']
   assert gate['keys'].shape == (4, 8, half) and gate['query']['kernel'].shape == (32, 4 * half)
-
-
-def test_balance_loss_equals_counting():
-  rng = np.random.default_rng(0)
-  score, row = rng.standard_normal((2, 3, 4, 5)), rng.integers(0, 25, (2, 3, 2, 6))
-  p = (np.exp(score) / np.exp(score).sum(-1, keepdims=True)).mean((0, 1))
-  want = 0
-  for head in range(2):
-    for half in range(2):
-      sub_key = (row[:, :, head] // 5, row[:, :, head] % 5)[half]
-      want += 5 * (np.bincount(sub_key.ravel(), minlength=5) / 36 * p[2 * head + half]).sum() / 4
-  got = balance_loss(jnp.asarray(score.reshape(6, 4, 5).transpose(1, 0, 2), jnp.float32), jnp.asarray(row))
-  assert float(got) == pytest.approx(want, rel=1e-5)
-  even = balance_loss(jnp.zeros((2, 25, 5)), jnp.arange(25).reshape(1, 25, 1, 1))
-  assert float(even) == pytest.approx(1)
 
 
 def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_loss():
@@ -281,7 +253,7 @@ def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_los
 
   def loss(gate):
     selection = nnx.merge(graphdef, gate)(m_BTD, RMSNorm(32, 1e-5), jnp.float32)
-    return selection.balance_loss, selection
+    return selection.balance, selection
 
   (value, selection), slope = jax.value_and_grad(loss, has_aux=True)(gate)
   assert value == 0 and not np.any(slope['keys'][...]) and not np.any(slope['query']['kernel'][...])
@@ -293,22 +265,21 @@ def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_los
     assert np.linalg.norm(want) < 1e-3  # takes no part in clipping
 
 
-@pytest.mark.parametrize('means', ['balance_loss_weight', 'selection_bias'])
-def test_use_of_sub_keys_becomes_more_even(means):
+def test_use_of_sub_keys_becomes_more_even():
   """Inputs that share a direction, as hidden states do, all take the sub-keys along it until something spreads them."""
-  config = tiny_config(**{f'memory__{means}': 1.0 if means == 'balance_loss_weight' else True})
+  config = tiny_config(memory__selection_bias=True)
   graphdef, gate = nnx.split(ProductKeyGate(config.model, config.memory, rngs=nnx.Rngs(0)))
   rng = np.random.default_rng(0)
   m_BTD = jnp.asarray(rng.standard_normal((8, 32, 32)) + 2 * rng.standard_normal(32), jnp.float32)
 
-  optimizer = optax.sgd(0.05) if means == 'balance_loss_weight' else optax.adam(0.05)
+  optimizer = optax.adam(0.05)
 
   def descend(state, _):
     gate, moments = state
 
     def loss(gate):
       selection = nnx.merge(graphdef, gate)(m_BTD, RMSNorm(32, 1e-5), jnp.float32)
-      return selection.balance_loss, selection.row_BThr
+      return selection.balance, selection.row_BThr
 
     (_, row_BThr), slope = jax.value_and_grad(loss, has_aux=True)(gate)
     update, moments = optimizer.update(slope, moments)
@@ -327,7 +298,6 @@ def test_use_of_sub_keys_becomes_more_even(means):
     ('memory.n_heads=0', 'memory.n_heads=0 must be a finite number of at least 1'),
     ('memory.scores=bag', 'memory.scores=.bag. must be one of none, scale'),
     ('memory.key_dim=5', 'memory.key_dim=5 must be even: it is two halves; nearest: 6'),
-    ('memory.balance_loss_weight=-1', 'balance_loss_weight=-1.0 must be a finite number of at least 0'),
   ],
 )
 def test_memory_settings_against_a_rule_are_refused(override, said):

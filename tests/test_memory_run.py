@@ -21,7 +21,6 @@ pytestmark = pytest.mark.thorough  # tests of the model, the optimizer and of ge
 
 SMALLER = TINY | {
   'memory.ffn_dim': 16,
-  'memory.bank_grad_clip': 1.0,
   'data.valid_fraction': 0.1,
   'data.workers': 1,
   'train.dtype': 'bfloat16',
@@ -33,7 +32,7 @@ SMALLER = TINY | {
 
 
 RUNS = {  # config file, and what differs
-  'gate': ('memory_bag', {'memory.layers': '1', 'memory.balance_loss_weight': 0.01}),
+  'gate': ('memory_bag', {'memory.layers': '1'}),
   'ngrams': ('memory_plus', {'memory.layers': '1'}),
   'both': ('memory_bag', {'memory.ngram_layers': '0', 'memory.ngrams': '2'}),
 }
@@ -67,7 +66,7 @@ def test_metrics_name_the_layers_that_have_a_memory(run):
     assert [health for health in record['bank'] if 'gate_grad_norm' in health] == gated
     assert 0 < record['probes']['row_update_ratio'] < 2  # the bank learns 16 times as fast as the rest
   trained = [record for record in records if record['kind'] == 'train']
-  assert all((record['aux_loss'] > 0) == (config.memory.balance_loss_weight > 0) for record in trained)
+  assert all(record['aux_loss'] == 0 for record in trained)
   [probes] = [record['probes'] for record in records if record['kind'] == 'eval']
   assert len({probes['loss'], probes['loss_zeroed'], probes['loss_shuffled']}) == 3
 

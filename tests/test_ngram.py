@@ -154,7 +154,6 @@ def test_layers_of_both_kinds_share_the_bank():
       "ngram_layers='1' does nothing in a model of moe layers: it belongs to model.sublayer 'cross_att",
     ),
     (['model.sublayer=ngram_bag', 'memory.selection_bias=True'], 'selection_bias=True does nothing in'),
-    (['model.sublayer=ngram_bag', 'memory.balance_loss_weight=0.1'], 'balance_loss_weight=0.1 does nothing'),
     (['memory.ngram_layers=9'], "memory.ngram_layers='9' must be 'all', 'middle' or different layers"),
     (['memory.ngram_layers=0,1', 'memory.layers=1,2'], "memory.ngram_layers='0,1' has layer 0, which is not among"),
   ],

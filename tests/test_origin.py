@@ -31,7 +31,7 @@ KINDS = {
   'bag': BAG,
   'lazy bag': BAG | {'memory__bank_update': 'lazy'},
   'n-grams': NGRAMS,
-  'both': BAG | {'memory__ngram_layers': '1', 'memory__balance_loss_weight': 0.01},
+  'both': BAG | {'memory__ngram_layers': '1'},
 }
 
 
@@ -163,7 +163,6 @@ def test_bank_from_a_file_comes_from_the_run_and_not_from_the_file(text, tmp_pat
       {'memory__bank_std': 0.3},
       'memory.bank_std=0.3 does nothing where parameters come from .*; leave it out or',
     ),
-    ({'memory__keys_init': 'uniform'}, "memory.keys_init='uniform' does nothing where parameters come from"),
     ({'data__tokenizer': 'OTHER'}, "data.tokenizer='.*' is not the tokenizer of .*; leave it out"),
     ({'data__tokenizer': '/nowhere'}, "no tokenizer file '/nowhere'"),
   ],
@@ -197,7 +196,7 @@ def test_text_that_another_tokenizer_cut_is_not_used(text, source, tmp_path):
     {'model__max_seq_len': 64, 'model__dropout': 0.1},
     {'memory__layers': '0,1', 'memory__key_dim': 8},  # said otherwise, the same
     {'memory__bank_update': 'lazy'},
-    {'memory__balance_loss_weight': 0.1, 'train__dtype': 'bfloat16', 'seed': 3, 'data__layout': 'padded'},
+    {'train__dtype': 'bfloat16', 'seed': 3, 'data__layout': 'padded'},
   ],
 )
 def test_what_does_not_change_the_model_is_free(source, tmp_path, changes):

@@ -18,43 +18,56 @@ BEFORE = {
   'train.embedding_lr_multiplier': 1.0,
   'train.max_loss_factor': 0.0,
   'train.profile_steps': 0,
-  'runtime.scan_layers': False,
   'runtime.triton_gemm': False,
   'runtime.coordinator': '',
   'runtime.num_processes': 1,
   'runtime.process_id': 0,
 }
-# Settings that no run of ours was better for, and the value at which they did nothing. None: it does nothing by itself.
+# Settings that no run of ours was better for, and the value at which they did nothing; None: none matters. How weights
+# are read has no part in these, so that any run can be read; it goes on only where it was trained without them.
 REMOVED = {
   'memory.revive_after': 0,
   'memory.revive_noise': None,
   'memory.revive_keys': None,
+  'memory.keys_init': 'normal',
+  'memory.balance_loss_weight': 0.0,
+  'memory.bank_grad_clip': 0.0,
+  'runtime.scan_layers': None,
 }
-LAST_WITH_REMOVED = '1e0ca4d'  # the last commit that has them
+REMOVED_CHOICES = {'memory.query_key_norm': 'layer_norm', 'memory.score_activation': 'none'}  # these change the reading
+LAST_WITH_REMOVED = '1e0ca4d'  # the last commit that has them all
 
 
-def as_of_today(settings: Any) -> Any:
+def as_of_today(settings: Any, *, to_train: bool) -> Any:
   """Returns the content of a config.json with the settings that came after it, and without those that went.
 
+  Args:
+    settings: as it was read.
+    to_train: whether something is to be trained with it, and not only read.
+
   Raises:
-    UserError: if a setting that went did something in that run.
+    UserError: if a setting that went matters.
   """
   if not isinstance(settings, Mapping):
     return settings
   settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+  sections = {name: value for name, value in settings.items() if isinstance(value, dict)}
   for name, value in BEFORE.items():
     section, field = name.split('.')
-    if isinstance(settings.get(section), dict):
-      settings[section].setdefault(field, value)
+    sections.get(section, {}).setdefault(field, value)
   for name, neutral in REMOVED.items():
     section, field = name.split('.')
-    if isinstance(settings.get(section), dict) and field in settings[section]:
-      value = settings[section].pop(field)
-      if neutral is not None and value != neutral:
-        raise UserError(f'{name}={quote(value)}{removed_remark(name)}; commit {LAST_WITH_REMOVED} reads this run')
+    value = sections.get(section, {}).pop(field, neutral)
+    if to_train and neutral is not None and value != neutral:
+      raise UserError(f'{name}={quote(value)}{removed_remark(name)}; commit {LAST_WITH_REMOVED} trains with it')
+  for name, gone in REMOVED_CHOICES.items():
+    section, field = name.split('.')
+    if sections.get(section, {}).get(field) == gone:
+      raise UserError(f'{name}={quote(gone)}{removed_remark(name, gone)}; commit {LAST_WITH_REMOVED} reads it')
   return settings
 
 
-def removed_remark(name: str) -> str:
-  """Returns what to say of a setting that went, and '' of any other."""
-  return ': mmjax no longer has it, since no run was better for it' if name in REMOVED else ''
+def removed_remark(name: str, choice: Any = None) -> str:
+  """Returns what to say of a setting, or a choice for one, that went; '' of any other."""
+  gone = name in REMOVED or (choice is not None and REMOVED_CHOICES.get(name) == choice)
+  return ': mmjax no longer has it, since no run was better for it' if gone else ''

@@ -232,7 +232,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     raise UserError(f"config file '{path}' is not JSON: {error}") from None
   if not isinstance(settings, dict):
     raise UserError(f"config file '{path}' must hold a JSON object of settings")
-  return as_of_today(settings)
+  return as_of_today(settings, to_train=True)
 
 
 def _apply_override(settings: ConfigDict, override: str) -> str:
@@ -277,7 +277,8 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
   fields = {field.name: field.type for field in dataclasses.fields(cls)}
   for name in settings:
     if name not in fields:
-      raise UserError(f'no setting {quote(prefix + name)}{nearest(name, fields, prefix)}')
+      remark = removed_remark(prefix + name) or nearest(name, fields, prefix)
+      raise UserError(f'no setting {quote(prefix + name)}{remark}')
   values = {}
   for name, kind in fields.items():
     if name not in settings:

@@ -2,6 +2,7 @@
 
 import math
 
+from mmjax.config.history import removed_remark
 from mmjax.config.schema import Config, ModelConfig, RuntimeConfig, flatten
 from mmjax.config.sublayers import SUBLAYERS
 from mmjax.config.wording import nearest, quote, short
@@ -11,9 +12,8 @@ CHOICES = {
   'model.sublayer': SUBLAYERS,
   'memory.input': ('attention', 'residual'),
   'memory.scores': ('none', 'scale'),
-  'memory.score_activation': ('softmax', 'relu', 'none'),
-  'memory.query_key_norm': ('none', 'l2', 'layer_norm'),
-  'memory.keys_init': ('normal', 'uniform'),
+  'memory.score_activation': ('softmax', 'relu'),
+  'memory.query_key_norm': ('none', 'l2'),
   'memory.bank_init': ('normal', 'file'),
   'memory.bank_update': ('dense', 'lazy'),
   'data.on_bad_line': ('fail', 'skip'),
@@ -37,9 +37,8 @@ RANGES = {
   'model.num_selected': (1, INT_MOST), 'model.n_experts': (1, INT_MOST), 'model.experts_per_token': (1, INT_MOST),
   'model.aux_loss_weight': WEIGHT,
   'memory.n_heads': (1, 8), 'memory.key_dim': (0, INT_MOST), 'memory.ffn_dim': (0, INT_MOST),
-  'memory.balance_loss_weight': WEIGHT, 'memory.bank_std': WEIGHT, 'memory.bank_lr_multiplier': MULTIPLIER,
+  'memory.bank_std': WEIGHT, 'memory.bank_lr_multiplier': MULTIPLIER,
   'memory.bank_lr_final_multiplier': MULTIPLIER, 'memory.bank_decay_multiplier': MULTIPLIER,
-  'memory.bank_grad_clip': (0, 1e19),
   'memory.knowledge_length': (2, INT_MOST),
   'data.valid_fraction': (0, 1), 'data.workers': (0, 4096),
   'train.batch_size': (1, INT_MOST), 'train.accumulation_steps': (1, INT_MOST), 'train.epochs': (0, 1e9),
@@ -62,7 +61,8 @@ def check_fields(config: Config) -> None:
   flat = flatten(config.to_dict())
   for name, choices in CHOICES.items():
     if flat[name] not in choices:
-      raise UserError(f'{name}={quote(flat[name])} must be one of {", ".join(choices)}{nearest(flat[name], choices)}')
+      remark = removed_remark(name, flat[name]) or nearest(flat[name], choices)
+      raise UserError(f'{name}={quote(flat[name])} must be one of {", ".join(choices)}{remark}')
   for name in BELOW_ONE:
     if not 0 <= flat[name] < 1:
       raise UserError(f'{name}={flat[name]} must be at least 0 and below 1')
@@ -75,9 +75,8 @@ def check_fields(config: Config) -> None:
       raise UserError(f'{name}={short(flat[name])} must be a finite number of at least {least}')
     if flat[name] > most:
       raise UserError(f'{name}={short(flat[name])} must be at most {most:g}')
-  for name in ('train.grad_clip', 'memory.bank_grad_clip'):
-    if 0 < flat[name] < LEAST_CLIP:
-      raise UserError(f'{name}={flat[name]} must be at least {LEAST_CLIP}, or 0 for no clip of its own')
+  if 0 < config.train.grad_clip < LEAST_CLIP:
+    raise UserError(f'train.grad_clip={config.train.grad_clip} must be at least {LEAST_CLIP}, or 0 for no clipping')
   if 0 < config.train.max_loss_factor <= 1:
     raise UserError(f'train.max_loss_factor={config.train.max_loss_factor} must be above 1, or 0 to skip no spikes')
   if config.memory.key_dim % 2:
@@ -95,8 +94,6 @@ def check_together(config: Config) -> None:
   _check_decay(config)
   if config.memory.bank_init == 'file' and not config.memory.bank_file:
     raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
-  if config.memory.bank_update == 'lazy' and config.runtime.scan_layers:
-    raise UserError("memory.bank_update='lazy' needs runtime.scan_layers=False: a scan reads one bank in all layers")
   _check_ngrams(config)
   _check_model(config.model)
   _check_processes(config.runtime)

@@ -61,10 +61,8 @@ class MemoryConfig:
   ngrams: str
   query_key_norm: str
   key_dim: int
-  keys_init: str
   bag_gate: bool
   ffn_dim: int
-  balance_loss_weight: float
   selection_bias: bool
   bank_init: str
   bank_file: str
@@ -73,7 +71,6 @@ class MemoryConfig:
   bank_lr_multiplier: float
   bank_lr_final_multiplier: float
   bank_decay_multiplier: float
-  bank_grad_clip: float
   bank_update: str
 
   def ngram_of_heads(self) -> tuple[int, ...]:
@@ -187,7 +184,6 @@ class RuntimeConfig:
   row_devices: int
   attention: str
   remat: str
-  scan_layers: bool
   triton_gemm: bool
   coordinator: str
   num_processes: int

@@ -19,11 +19,10 @@ BANK = (
   'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.layers', 'memory.input', 'memory.n_heads',
   'memory.ffn_dim', 'memory.bank_init', 'memory.bank_file', 'memory.knowledge_length', 'memory.bank_std',
   'memory.bank_lr_multiplier', 'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier',
-  'memory.bank_grad_clip', 'memory.bank_update',
+  'memory.bank_update',
 )  # fmt: skip
 GATE = (
-  'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.keys_init', 'memory.balance_loss_weight',
-  'memory.selection_bias',
+  'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.selection_bias',
 )  # fmt: skip
 SCORES = ('memory.scores', 'memory.score_activation')
 
@@ -80,9 +79,8 @@ def _scaled(memory: MemoryConfig) -> bool:
 
 
 def _frozen_gate(memory: MemoryConfig) -> tuple[str, ...]:
-  """The gate's parameters, unless its scores reach the output or a loss of their own."""
-  learns = _scaled(memory) or memory.balance_loss_weight > 0
-  return () if learns else (r'gate/keys$', r'gate/query/kernel$', r'gate/norm/scale$')
+  """The gate's parameters, unless its scores reach the output."""
+  return () if _scaled(memory) else (r'gate/keys$', r'gate/query/kernel$', r'gate/norm/scale$')
 
 
 def _swiglu(config: Config, hidden_dim: int) -> int:

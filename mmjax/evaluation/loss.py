@@ -62,7 +62,6 @@ def make_loss(
       dtype=dtype,
       attention=attention,
       remat=config.runtime.remat,
-      scan_layers=config.runtime.scan_layers,
       dropout_key=key,
       bank_of_layer=bank_of_layer(taps),
     )

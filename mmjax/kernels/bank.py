@@ -104,32 +104,26 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
 
 
 @jax.named_scope('lookup')
-def bank_lookup(
-  bank_MP: Array | BankShard | TappedBank, row_BTR: Array, dtype: DTypeLike, *, backward: str = 'scatter'
-) -> Array:
+def bank_lookup(bank_MP: Array | BankShard | TappedBank, row_BTR: Array, dtype: DTypeLike) -> Array:
   """Gathers rows of the bank.
 
   Args:
     bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped.
     row_BTR: int32 in [0, M), in any order and number, any number of axes.
     dtype: of the result.
-    backward: how gradients are added up: 'scatter' as they come, 'sorted' after sorting them by row.
 
   Returns:
     rows_BTRP in `dtype`.
-
-  Raises:
-    ValueError: if there is no such backward.
   """
-  _check_call(backward)
+  refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
     row_BTR, own_BTR = _gather_rows(bank_MP, row_BTR)
-    rows_BTRP = _lookup(bank_MP.part_MP, row_BTR, dtype, backward)
+    rows_BTRP = _lookup(bank_MP.part_MP, row_BTR, dtype)
     return _hand_back(bank_MP, jnp.where(own_BTR[..., None], rows_BTRP, 0))
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
     return _tapped(jax.lax.stop_gradient(bank_MP)[row_BTR].astype(dtype), tap.grad)
-  return _lookup(bank_MP, row_BTR, dtype, backward)
+  return _lookup(bank_MP, row_BTR, dtype)
 
 
 def bank_lookup_reference(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> Array:
@@ -138,9 +132,7 @@ def bank_lookup_reference(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> A
 
 
 @jax.named_scope('lookup')
-def bank_bag(
-  bank_MP: Array | BankShard | TappedBank, row_BThr: Array, weight_BThr: Array, *, backward: str = 'scatter'
-) -> Array:
+def bank_bag(bank_MP: Array | BankShard | TappedBank, row_BThr: Array, weight_BThr: Array) -> Array:
   """Sums rows of the bank, weighted: an embedding bag for each head.
 
   The rows are read again in the backward pass instead of kept: r times the memory of the sums.
@@ -149,24 +141,20 @@ def bank_bag(
     bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped.
     row_BThr: int32 in [0, M), in any order and number, any number of axes; the last is summed over.
     weight_BThr: float32, like `row_BThr`.
-    backward: how the bank's gradients are added up, see `bank_lookup`.
 
   Returns:
     sum_BThP, float32.
-
-  Raises:
-    ValueError: if there is no such backward.
   """
-  _check_call(backward)
+  refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
     row_BThr, own_BThr = _gather_rows(bank_MP, row_BThr)
     weight_BThr = jnp.where(own_BThr, jax.lax.all_gather(weight_BThr, bank_MP.axis, tiled=True), 0)
-    return _hand_back(bank_MP, _bag(bank_MP.part_MP, row_BThr, weight_BThr, backward))
+    return _hand_back(bank_MP, _bag(bank_MP.part_MP, row_BThr, weight_BThr, True))
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
-    sum_BThP = _bag(bank_MP, row_BThr, _tapped_weights(weight_BThr, tap.weight_BThr), None)
+    sum_BThP = _bag(bank_MP, row_BThr, _tapped_weights(weight_BThr, tap.weight_BThr), False)
     return _tapped(sum_BThP, tap.grad)
-  return _bag(bank_MP, row_BThr, weight_BThr, backward)
+  return _bag(bank_MP, row_BThr, weight_BThr, True)
 
 
 def bank_bag_reference(bank_MP: Array, row_BThr: Array, weight_BThr: Array) -> Array:
@@ -194,43 +182,28 @@ def _add_scatter(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
   return sums_MP.at[row_X].add(grad_XP.astype(sums_MP.dtype))
 
 
-def _add_sorted(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
-  order_X = jnp.argsort(row_X)
-  grad_XP = grad_XP[order_X].astype(sums_MP.dtype)
-  return sums_MP.at[row_X[order_X]].add(grad_XP, indices_are_sorted=True)
-
-
-BACKWARD = {'scatter': _add_scatter, 'sorted': _add_sorted}
-
-
-def _check_call(backward: str) -> None:
-  refuse_wrong_jaxlib()
-  if backward not in BACKWARD:
-    raise ValueError(f'backward={backward!r} must be one of {", ".join(BACKWARD)}')
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _lookup(bank_MP: Array, row_BTR: Array, dtype: DTypeLike, backward: str) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _lookup(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> Array:
   return bank_MP[row_BTR].astype(dtype)
 
 
-def _lookup_fwd(bank_MP, row_BTR, dtype, backward):
+def _lookup_fwd(bank_MP, row_BTR, dtype):
   shape_M0 = jnp.zeros((len(bank_MP), 0), bank_MP.dtype)  # all that the backward pass needs of the bank
-  return _lookup(bank_MP, row_BTR, dtype, backward), (shape_M0, row_BTR)
+  return _lookup(bank_MP, row_BTR, dtype), (shape_M0, row_BTR)
 
 
-def _lookup_bwd(dtype, backward, residuals, grad_BTRP):
+def _lookup_bwd(dtype, residuals, grad_BTRP):
   shape_M0, row_BTR = residuals
   grad_XP = grad_BTRP.reshape(-1, grad_BTRP.shape[-1])
   zeros_MP = jnp.zeros((len(shape_M0), grad_XP.shape[1]), jnp.float32)
-  return BACKWARD[backward](zeros_MP, row_BTR.reshape(-1), grad_XP).astype(shape_M0.dtype), None
+  return _add_scatter(zeros_MP, row_BTR.reshape(-1), grad_XP).astype(shape_M0.dtype), None
 
 
 _lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, backward: str | None) -> Array:
+def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, differentiable: bool) -> Array:
   def whole(bank_MP, row_BThr, weight_BThr):
     return jnp.sum(bank_MP[row_BThr] * weight_BThr[..., None], axis=-2)
 
@@ -241,18 +214,18 @@ def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, backward: str | No
   return jax.lax.platform_dependent(bank_MP, row_BThr, weight_BThr, cpu=one_by_one, default=whole)
 
 
-def _bag_fwd(bank_MP, row_BThr, weight_BThr, backward):
-  return _bag(bank_MP, row_BThr, weight_BThr, backward), (bank_MP, row_BThr, weight_BThr)
+def _bag_fwd(bank_MP, row_BThr, weight_BThr, differentiable):
+  return _bag(bank_MP, row_BThr, weight_BThr, differentiable), (bank_MP, row_BThr, weight_BThr)
 
 
-def _bag_bwd(backward, residuals, grad_BThP):
+def _bag_bwd(differentiable, residuals, grad_BThP):
   def no_sums(bank_MP):
-    return jnp.zeros((), jnp.float32) if backward is None else jnp.zeros_like(bank_MP)
+    return jnp.zeros_like(bank_MP) if differentiable else jnp.zeros((), jnp.float32)
 
   def add_rows(sums_MP, bank_MP, row, weight, grad):
-    if backward is not None:
+    if differentiable:
       grad_XP = (weight[..., None] * grad).reshape(-1, grad.shape[-1])
-      sums_MP = BACKWARD[backward](sums_MP, row.reshape(-1), grad_XP)
+      sums_MP = _add_scatter(sums_MP, row.reshape(-1), grad_XP)
     return sums_MP, jnp.sum(bank_MP[row] * grad, axis=-1)
 
   def whole(bank_MP, row_BThr, weight_BThr, grad_BThP):
@@ -266,7 +239,7 @@ def _bag_bwd(backward, residuals, grad_BThP):
     return grad_MP, jnp.moveaxis(grad_weight_rBTh, 0, -1)
 
   grad_MP, grad_weight_BThr = jax.lax.platform_dependent(*residuals, grad_BThP, cpu=one_by_one, default=whole)
-  return None if backward is None else grad_MP, None, grad_weight_BThr
+  return grad_MP if differentiable else None, None, grad_weight_BThr
 
 
 _bag.defvjp(_bag_fwd, _bag_bwd)

@@ -4,7 +4,6 @@ A model is a graph definition and a nested dict of float32 parameters; `nnx.merg
 it. The sublayer comes from the table in mmjax.model.sublayers; the bank is one parameter, passed to every block.
 """
 
-import itertools
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -110,36 +109,7 @@ class LayerOutput(NamedTuple):
   kv: LayerCache
 
 
-RunLayer = Callable[[int, Block, Array, Array | None], tuple[Array, LayerOutput]]
 BankOfLayer = Callable[[int, Array], BankShard | TappedBank]
-
-
-def _unroll_layers(
-  run: RunLayer, layers: list[Block], x_BTD: Array, keys: list[Array | None]
-) -> tuple[Array, list[LayerOutput]]:
-  outs = []
-  for number, (layer, key) in enumerate(zip(layers, keys, strict=True)):
-    x_BTD, out = run(number, layer, x_BTD, key)
-    outs.append(out)
-  return x_BTD, outs
-
-
-def _scan_layers(
-  run: RunLayer, layers: list[Block], x_BTD: Array, keys: list[Array | None]
-) -> tuple[Array, list[LayerOutput]]:
-  outs = []
-  for _, group in itertools.groupby(zip(layers, keys, strict=True), key=lambda pair: type(pair[0].sublayer)):
-    neighbours = list(group)
-    first, graphdef = len(outs), nnx.graphdef(neighbours[0][0])
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *((nnx.state(layer), key) for layer, key in neighbours))
-
-    def step(x_BTD: Array, layer: tuple, first: int = first, graphdef: nnx.GraphDef = graphdef) -> tuple:
-      params, key = layer
-      return run(first, nnx.merge(graphdef, params), x_BTD, key)
-
-    x_BTD, out = jax.lax.scan(step, x_BTD, stacked)
-    outs += [jax.tree.map(lambda leaf, i=i: leaf[i], out) for i in range(len(neighbours))]
-  return x_BTD, outs
 
 
 class LM(nnx.Module):
@@ -171,7 +141,6 @@ class LM(nnx.Module):
     dtype: DTypeLike = jnp.float32,
     attention: str = 'xla',
     remat: str = 'none',
-    scan_layers: bool = False,
     dropout_key: Array | None = None,
     bank_of_layer: BankOfLayer | None = None,
   ) -> Output:
@@ -183,15 +152,13 @@ class LM(nnx.Module):
       dtype: of the matrix products; the residual stream is float32.
       attention: backend, see mmjax.kernels.attention.
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
-      scan_layers: compiles neighbours of the same kind once and scans over their stacked parameters.
       dropout_key: a PRNG key turns dropout on.
-      bank_of_layer: of the number of a layer with a memory and the bank, what it reads instead; a scan asks
-        for the first of its layers only.
+      bank_of_layer: of the number of a layer with a memory and the bank, what it reads instead.
 
     Returns:
       Output.
     """
-    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, scan_layers, dropout_key, bank_of_layer)
+    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, dropout_key, bank_of_layer)
     return out
 
   def logits(self, hidden: Array) -> Array:
@@ -211,7 +178,7 @@ class LM(nnx.Module):
     Returns:
       hidden_BTD in `dtype`, and the filled cache.
     """
-    out, kvs = self._run(tokens_BT, None, dtype, attention, 'none', False, None)
+    out, kvs = self._run(tokens_BT, None, dtype, attention, 'none', None)
 
     def fill(slots: Array, found: Array) -> Array:
       return jax.lax.dynamic_update_slice(slots, found.astype(slots.dtype), (0,) * slots.ndim)
@@ -255,7 +222,6 @@ class LM(nnx.Module):
     dtype: DTypeLike,
     attention: str,
     remat: str,
-    scan_layers: bool,
     dropout_key: Array | None,
     bank_of_layer: BankOfLayer | None = None,
   ) -> tuple[Output, list[LayerCache]]:
@@ -276,7 +242,10 @@ class LM(nnx.Module):
       x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, ngram_BThr, key)
       return x_BTD, LayerOutput(sublayer.row_BTR, sublayer.score_BTR, jnp.asarray(sublayer.aux_loss), kv)
 
-    x_BTD, outs = (_scan_layers if scan_layers else _unroll_layers)(run, list(self.layers), x_BTD, keys[:-1])
+    outs = []
+    for number, (layer, key) in enumerate(zip(self.layers, keys[:-1], strict=True)):
+      x_BTD, out = run(number, layer, x_BTD, key)
+      outs.append(out)
     reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
     row_LBTR, score_LBTR = (jnp.stack(x) for x in zip(*reads, strict=True)) if reads else (None, None)
     hidden_BTD = self.norm(x_BTD, dtype).astype(dtype)

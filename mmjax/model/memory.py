@@ -16,18 +16,18 @@ from jax.typing import DTypeLike
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.product_key import best_rows, sub_key_scores
-from mmjax.model.layers import Linear, RMSNorm, uniform_init
+from mmjax.model.layers import Linear, RMSNorm
 
 
 class Selection(NamedTuple):
-  """Rows in [0, M), int32, best first; their float32 scores before any softmax; the weighted balance loss.
+  """Rows in [0, M), int32, best first; their float32 scores before any softmax; `balancing_slope`.
 
   With a selection bias, which the scores are without, the order is that of score plus bias.
   """
 
   row_BThr: Array
   score_BThr: Array
-  balance_loss: Array | float
+  balance: Array | float
 
 
 class ProductKeyGate(nnx.Module):
@@ -36,11 +36,9 @@ class ProductKeyGate(nnx.Module):
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     half, sets = memory.query_dim(model) // 2, 2 * memory.n_heads
     self.query = Linear(model.dim, sets * half, rngs=rngs)
-    init = jax.random.normal if memory.keys_init == 'normal' else uniform_init(half)
-    self.keys = nnx.Param(init(rngs.params(), (sets, model.n_sub_keys, half), jnp.float32))
+    self.keys = nnx.Param(jax.random.normal(rngs.params(), (sets, model.n_sub_keys, half), jnp.float32))
     self.norm = QUERY_KEY_NORMS[memory.query_key_norm](sets, half)
     self.num_selected = model.num_selected
-    self.balance_loss_weight = memory.balance_loss_weight
     self.bias = nnx.Param(jnp.zeros((sets, model.n_sub_keys), jnp.float32)) if memory.selection_bias else None
 
   @jax.named_scope('gate')
@@ -62,8 +60,6 @@ class ProductKeyGate(nnx.Module):
     best = best_rows(score_KXC, self.num_selected, bias_KC)
     row_BThr, score_BThr = (x.reshape(*x_BTD.shape[:-1], *x.shape[1:]) for x in best)
     balance = 0.0 if bias_KC is None else balancing_slope(bias_KC, row_BThr)
-    if self.balance_loss_weight:
-      balance += self.balance_loss_weight * balance_loss(score_KXC, row_BThr)
     return Selection(row_BThr, score_BThr, balance)
 
 
@@ -89,45 +85,14 @@ class L2Norm(nnx.Module):
     return _unit(query_BTKp) * self.scale[...][:, None], _unit(keys_KCp)
 
 
-class LayerNorm(nnx.Module):
-  """LayerNorm (Ba et al. 2016, arXiv:1607.06450) of both, with a learned gain; scores start with variance 1."""
-
-  def __init__(self, sets: int, half: int):
-    self.scale = nnx.Param(
-      jnp.ones((sets, half), jnp.float32)
-    )  # one for both: a score only sees the product of two gains
-
-  def __call__(self, query_BTKp: Array, keys_KCp: Array) -> tuple[Array, Array]:
-    """Returns normed queries, over sqrt(p), and normed sub-keys."""
-    return _standard(query_BTKp) * self.scale[...] * keys_KCp.shape[-1] ** -0.5, _standard(keys_KCp)
-
-
-QUERY_KEY_NORMS = {'none': NoNorm, 'l2': L2Norm, 'layer_norm': LayerNorm}
+QUERY_KEY_NORMS = {'none': NoNorm, 'l2': L2Norm}
 NORM_EPS = 1e-6
 BALANCING_SLOPE = 1e-4  # 1 gave a norm of 8, beside 0.5 of all other gradients
 
 
 def score_weights(score_BThr: Array, activation: str) -> Array:
-  """Turns the scores of each head's rows into weights: softmax over the head's rows, ReLU, or 'none'."""
-  if activation == 'softmax':
-    return jax.nn.softmax(score_BThr, axis=-1)
-  return jax.nn.relu(score_BThr) if activation == 'relu' else score_BThr
-
-
-def balance_loss(score_KXC: Array, row_BThr: Array) -> Array:
-  """Measures how unevenly the sub-keys are used, over all positions, padding too.
-
-  In each set: C * sum_c f_c p_c, with f the share of the selected rows that have sub-key c, and p the mean over tokens
-  of the softmax over sub-scores; p alone carries the gradient. 1 where either is even; the mean over sets.
-  Source: Fedus et al. 2021, arXiv:2101.03961, equation 4, for experts.
-
-  Args:
-    score_KXC: float32 sub-scores of X = B * T tokens.
-    row_BThr: int32 in [0, C * C).
-  """
-  C = score_KXC.shape[-1]
-  probability_KC = jnp.mean(jax.nn.softmax(score_KXC, axis=-1), axis=1)
-  return C * jnp.mean(jnp.sum(sub_key_shares(row_BThr, C) * probability_KC, axis=-1))
+  """Turns the scores of each head's rows into weights: 'softmax' over the head's rows, or 'relu'."""
+  return jax.nn.softmax(score_BThr, axis=-1) if activation == 'softmax' else jax.nn.relu(score_BThr)
 
 
 def balancing_slope(bias_KC: Array, row_BThr: Array) -> Array:
@@ -161,8 +126,3 @@ def init_bank(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> Ar
 
 def _unit(x: Array) -> Array:
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPS)
-
-
-def _standard(x: Array) -> Array:
-  x -= jnp.mean(x, axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + NORM_EPS)

@@ -130,15 +130,15 @@ class RunDir:
     """Writes config.json."""
     write_json(self.config_path, config.to_dict(), sealed=True)
 
-  def read_config(self) -> Config:
-    """Reads and checks config.json.
+  def read_config(self, *, to_train: bool = False) -> Config:
+    """Reads and checks config.json; `to_train`: so that the run goes on.
 
     Raises:
-      UserError: if it is not a config of this version or an earlier one.
+      UserError: if it is not a config of this version or an earlier one, or trains with what there is no more.
     """
     settings = read_json(self.config_path)
     try:
-      return config_from_dict(as_of_today(settings))
+      return config_from_dict(as_of_today(settings, to_train=to_train))
     except UserError as error:
       raise UserError(f'{self.config_path}: {error}') from error
 

@@ -27,7 +27,7 @@ from mmjax.run.leaves import leaves_sha256, refuse_non_finite
 from mmjax.run.sharding import placed
 
 # How parameters start, where they do not come from another run.
-STARTS = ('memory.bank_init', 'memory.bank_file', 'memory.bank_std', 'memory.keys_init')
+STARTS = ('memory.bank_init', 'memory.bank_file', 'memory.bank_std')
 
 
 class Origin(NamedTuple):

@@ -118,7 +118,8 @@ def read_header(source: Path) -> dict[str, Any]:
     return {}
   try:
     header = json.loads(metadata[HEADER])
-    settings = as_of_today({section: dict(values) for section, values in header['settings'].items()})
+    settings = {section: dict(values) for section, values in header['settings'].items()}
+    settings = as_of_today(settings, to_train=False)
   except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{source}: its header {HEADER!r} is damaged: {error!r}') from None
   unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in READING]

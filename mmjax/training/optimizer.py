@@ -1,6 +1,6 @@
 """AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient.
 
-The embedding may have a learning rate of its own, the bank also a decay and a clip; mmjax/training/lazy_bank.py updates
+The embedding may have a learning rate of its own, the bank also a decay; mmjax/training/lazy_bank.py updates
 the bank row by row.
 """
 
@@ -55,26 +55,6 @@ def named(params: Params, name: str) -> Params:
   return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) == name, params)
 
 
-def clip_bank_apart(largest: float, largest_of_bank: float) -> optax.GradientTransformation:
-  """Clips the norm of the bank's gradient, and on its own that of all others; a limit of 0 does not clip."""
-
-  def clip(grads: Params, params: Params | None) -> Params:
-    others = {name: grad for name, grad in grads.items() if name != BANK}
-    clipped = _clip(others, largest)
-    if BANK in grads:
-      clipped[BANK] = _clip(grads[BANK], largest_of_bank)
-    return clipped
-
-  return optax.stateless(clip)
-
-
-def _clip(grads: Params, largest: float) -> Params:
-  if not largest:
-    return grads
-  scale = jnp.minimum(1.0, largest / jnp.maximum(optax.global_norm(grads), 1e-30))
-  return jax.tree.map(lambda grad: grad * scale, grads)
-
-
 def bank_rate(config: Config, total_steps: int) -> optax.Schedule:
   """Returns the bank's learning rate as a function of the updates made before."""
   everyones, own = learning_rate_schedule(config.train, total_steps), bank_lr_multiplier(config.memory, total_steps)
@@ -90,14 +70,9 @@ def bank_lr_multiplier(memory: MemoryConfig, total_steps: int) -> optax.Schedule
 def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
   """Returns the gradient transformation of a run of `total_steps` optimizer updates.
 
-  Where the bank is updated lazily its gradient, then of another shape, is clipped with the others and no more.
+  A bank that is updated lazily has its gradient, then of another shape, clipped with the others and no more.
   """
-  train, memory = config.train, config.memory
-  clip = []
-  if memory.bank_grad_clip:
-    clip.append(clip_bank_apart(train.grad_clip, memory.bank_grad_clip))
-  elif train.grad_clip:
-    clip.append(optax.clip_by_global_norm(train.grad_clip))
+  clip = [optax.clip_by_global_norm(config.train.grad_clip)] if config.train.grad_clip else []
   params = abstract_params(config)
   if is_lazy(config):
     return optax.chain(*clip, apart_from_bank(optax.chain(*_adamw(config, without_bank(params), total_steps))))
@@ -113,7 +88,7 @@ def may_overflow(config: Config) -> bool:
   eps bounds it.
   """
   train, float32 = config.train, jnp.finfo(jnp.float32)
-  largest_mean = max(train.grad_clip or float(float32.max) ** 0.5, config.memory.bank_grad_clip)
+  largest_mean = train.grad_clip or float(float32.max) ** 0.5
   bounded = train.beta1**2 < train.beta2 or train.beta1 == 0
   return train.eps < float(float32.tiny) or not (bounded or largest_mean / train.eps < 1e20)
 

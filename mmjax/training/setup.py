@@ -87,7 +87,7 @@ def settle_config(
     if config.memory.bank_init == 'file' and SUBLAYERS[config.model.sublayer].uses_bank:
       read_bank(Path(config.memory.bank_file), (config.model.knowledge_num, config.model.knowledge_dim))
     return config, None
-  old, given = run.read_config(), config
+  old, given = run.read_config(to_train=run.was_trained), config
   if recorded:
     config = with_bank_of(old, config)
   if run.was_trained:

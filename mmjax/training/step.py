@@ -75,7 +75,7 @@ def adds_reads_in_place(config: Config, mesh: Mesh | None) -> bool:
   kinds = [SUBLAYERS[kind] for kind in layer_kinds(config.model, config.memory)]
   whole = mesh is None or mesh.shape[ROWS] == 1
   alone = config.model.num_selected == 1 or not any(kind.sums_rows for kind in kinds)
-  return whole and alone and any(kind.uses_bank for kind in kinds) and not (on_cpu() or config.runtime.scan_layers)
+  return whole and alone and any(kind.uses_bank for kind in kinds) and not on_cpu()
 
 
 def make_gradient(

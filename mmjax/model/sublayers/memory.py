@@ -64,7 +64,7 @@ class MemorySublayer(nnx.Module):
     if self.ffn is not None:
       delta_BTD += self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD
     row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
-    return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.balance_loss)
+    return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.balance)
 
   def _check(self, h_BTD: Array, bank_MP: Array | BankShard | TappedBank | None) -> None:
     """Raises ValueError where a wrong shape would read other rows without a word, or fail far from here."""
