@@ -1,13 +1,13 @@
 """A run's settings: read a config file, apply overrides, check every value, explain what is wrong.
 
-Defaults live in configs/base.py and nowhere else; here are the types and the rules. The dataclasses are frozen: after
-`load_config` nothing changes a setting.
+mmjax/config/schema.py states every setting once. The dataclasses are frozen: after `load_config` nothing changes one.
 """
 
 from mmjax.config.history import as_of_today
 from mmjax.config.idle import idle_settings
 from mmjax.config.paths import expand_home, user_path
 from mmjax.config.reading import (
+  base_config,
   call_python_file,
   config_from_dict,
   default_settings,
@@ -16,11 +16,11 @@ from mmjax.config.reading import (
   overrides_of,
   own_config,
 )
-from mmjax.config.rules import BELOW_ONE, CHOICES
-from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig, flatten
+from mmjax.config.rules import CHOICES
+from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig
+from mmjax.config.setting import flatten
 
 __all__ = [
-  'BELOW_ONE',
   'CHOICES',
   'Config',
   'DataConfig',
@@ -28,6 +28,7 @@ __all__ = [
   'ModelConfig',
   'RuntimeConfig',
   'TrainConfig',
+  'base_config',
   'call_python_file',
   'config_from_dict',
   'default_settings',

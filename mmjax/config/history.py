@@ -3,26 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mmjax.config.schema import SETTINGS
 from mmjax.config.wording import quote
 from mmjax.errors import UserError
 
-# What runs did before a setting existed. These are no defaults, which configs/base.py alone states: they stay when a
-# default changes.
-BEFORE = {
-  'memory.bank_update': 'dense',
-  'memory.ngram_layers': '',
-  'memory.ngrams': '1',
-  'memory.key_dim': 0,
-  'memory.bag_gate': True,
-  'memory.selection_bias': False,
-  'train.embedding_lr_multiplier': 1.0,
-  'train.max_loss_factor': 0.0,
-  'train.profile_steps': 0,
-  'runtime.triton_gemm': False,
-  'runtime.coordinator': '',
-  'runtime.num_processes': 1,
-  'runtime.process_id': 0,
-}
 # Settings that no run of ours was better for, and the value at which they did nothing; None: none matters. How weights
 # are read has no part in these, so that any run can be read; it goes on only where it was trained without them.
 REMOVED = {
@@ -52,9 +36,10 @@ def as_of_today(settings: Any, *, to_train: bool) -> Any:
     return settings
   settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
   sections = {name: value for name, value in settings.items() if isinstance(value, dict)}
-  for name, value in BEFORE.items():
-    section, field = name.split('.')
-    sections.get(section, {}).setdefault(field, value)
+  for name, setting in SETTINGS.items():
+    if setting.before is not None:
+      section, field = name.split('.')
+      sections.get(section, {}).setdefault(field, setting.before)
   for name, neutral in REMOVED.items():
     section, field = name.split('.')
     value = sections.get(section, {}).pop(field, neutral)

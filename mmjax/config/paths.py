@@ -5,9 +5,6 @@ from pathlib import Path
 
 from mmjax.errors import UserError
 
-# Settings that are one path. Lists of files are taken apart, and their `~` read, where files are found.
-PATHS = ('data.tokenizer', 'data.prepared_dir', 'memory.bank_file', 'runtime.compilation_cache_dir')
-
 
 def expand_home(text: str) -> str:
   """Returns a path with its leading `~` or `~user` replaced by that home.

@@ -3,7 +3,6 @@
 import ast
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import inspect
 import json
@@ -17,9 +16,10 @@ from ml_collections import ConfigDict
 
 from mmjax.config.history import as_of_today, removed_remark
 from mmjax.config.idle import idle_settings
-from mmjax.config.paths import PATHS, expand_home, user_path
+from mmjax.config.paths import expand_home, user_path
 from mmjax.config.rules import check_fields, check_together
-from mmjax.config.schema import Config, flatten
+from mmjax.config.schema import SETTINGS, Config
+from mmjax.config.setting import flatten
 from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
@@ -121,10 +121,14 @@ def overrides_of(config: Config, path: str) -> dict[str, Any]:
   return {name: value for name, value in flat.items() if value != usual[name] and name not in idle}
 
 
-@functools.cache
 def default_settings() -> dict[str, Any]:
-  """Returns what configs/base.py says, by name."""
-  return flatten(_read_config_file(str(own_config('base.py'))).to_dict())
+  """Returns every setting as a run has it that says nothing of it, by name."""
+  return {name: setting.default for name, setting in SETTINGS.items()}
+
+
+def base_config() -> ConfigDict:
+  """Returns every setting at its default, to be changed by an experiment's config file."""
+  return ConfigDict(Config().to_dict())
 
 
 def _without_idle(config: Config, used: Collection[str] = ()) -> tuple[Config, dict[str, tuple[Any, str]]]:
@@ -293,5 +297,5 @@ def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
       value = _convert(prefix + name, value, float)
     if type(value) is not kind:
       raise UserError(f'{prefix + name}={quote(value)} must be of type {kind.__name__}')
-    values[name] = expand_home(value) if prefix + name in PATHS else value
+    values[name] = expand_home(value) if SETTINGS[prefix + name].is_path else value
   return cls(**values)

@@ -1,36 +1,66 @@
-"""What a run's settings are: frozen dataclasses, a section each. Their meaning and defaults are in configs/base.py."""
+"""Every setting of a run, stated once: name, type, default, meaning, least and most or choices, what it needs.
+
+A setting is a field of a frozen dataclass. configs/base.py lists them all for users, as `python -m mmjax.config` prints
+them; mmjax/config/sublayers.py says which belong to which sublayer.
+"""
 
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
+from mmjax.config.parameters import MOST, first_row, read_rows
+from mmjax.config.setting import field, settings_of
 from mmjax.config.wording import quote
 from mmjax.errors import UserError
+
+NEAREST_ONE = 1 - 1e-6  # what is nearer to 1 may be 1 in float32
+MULTIPLIER = {'least': 0, 'most': MOST}  # of a rate or a decay
+
+
+def _unsaid(name: str, what: str) -> Callable[['Config'], bool]:
+  """Tells whether train.parameters leaves the rate or the decay of a parameter to other settings."""
+  return lambda config: first_row(read_rows(config.train.parameters), name, what) is None
+
+
+# fmt: off
+# What a setting needs: whether a config has it, and what is said after 'does nothing' where it has not.
+BANK_FILE = (lambda c: c.memory.bank_init == 'file', "without memory.bank_init='file'")
+NO_BANK_FILE = (lambda c: c.memory.bank_init != 'file', "where memory.bank_init='file' gives the rows")
+BANK_RATE = (_unsaid('memory_bank', 'lr'), "beside train.parameters, which gives the bank's rate")
+EMBEDDING_RATE = (_unsaid('embedding', 'lr'), "beside train.parameters, which gives the embedding's rate")
+BANK_DECAY = (lambda c: c.train.weight_decay > 0 and _unsaid('memory_bank', 'decay')(c),
+  'where train.weight_decay is 0 or train.parameters gives the decay of the bank')
+TRAIN_FILES = (lambda c: c.data.train_files, 'without data.train_files')
+NO_VALID_FILES = (lambda c: not c.data.valid_files, 'beside data.valid_files')
+PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
+NO_STEPS = (lambda c: not c.train.max_steps, 'beside train.max_steps, which ends the run: 0 leaves it to epochs')
+ADDRESS = (lambda c: c.runtime.coordinator != 'auto', "with runtime.coordinator='auto'")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """Sizes of the network. See configs/base.py for what each field means."""
+  """Sizes of the network."""
 
-  vocab_size: int
-  dim: int
-  n_layers: int
-  n_heads: int
-  n_kv_heads: int
-  max_seq_len: int
-  norm_eps: float
-  rope_theta: float
-  dropout: float
-  sublayer: str
-  hidden_dim: int
-  knowledge_num: int
-  knowledge_dim: int
-  num_selected: int
-  n_experts: int
-  experts_per_token: int
-  aux_loss_weight: float
+  vocab_size: int = field(6400, 'V: a tokenizer that is trained gets as many pieces, a given one may have fewer', 2)
+  dim: int = field(512, 'D: width of the residual stream', 2)
+  n_layers: int = field(8, '', 1, 10_000)
+  n_heads: int = field(32, 'N: query heads, each dim / n_heads wide', 1)
+  n_kv_heads: int = field(8, 'K: key and value heads; the record does not say, 8 gives its parameter count', 1)
+  max_seq_len: int = field(512, 'T: positions in a row', 2)
+  norm_eps: float = field(1e-5, '', 1e-20, 1)
+  rope_theta: float = field(1e6, '', 1, 1e15)
+  dropout: float = field(0.0, 'on the embedding and on what each sublayer adds; attention weights are never dropped',
+    0, NEAREST_ONE)
+  sublayer: str = field('gated_fusion', 'after attention: also dense, cross_attention, memory_bag, ngram_bag, moe')
+  hidden_dim: int = field(0, 'F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)')
+  knowledge_num: int = field(65536, 'M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half', 1)
+  knowledge_dim: int = field(128, 'P: width of a row; even', 2)
+  num_selected: int = field(8, 'rows retrieved for each token, layer and head of the memory', 1)
+  n_experts: int = field(4, "E: routed experts of the 'moe' sublayer", 1)
+  experts_per_token: int = field(2, 'routed experts that a token uses; a shared one comes on top', 1)
+  aux_loss_weight: float = field(0.1, "of the experts' load-balance loss", 0, 1e3)
 
   @property
   def head_dim(self) -> int:
@@ -52,26 +82,42 @@ class ModelConfig:
 class MemoryConfig:
   """Which memory there is, where it stands, how it starts and learns."""
 
-  layers: str
-  ngram_layers: str
-  input: str
-  n_heads: int
-  scores: str
-  score_activation: str
-  ngrams: str
-  query_key_norm: str
-  key_dim: int
-  bag_gate: bool
-  ffn_dim: int
-  selection_bias: bool
-  bank_init: str
-  bank_file: str
-  knowledge_length: int
-  bank_std: float
-  bank_lr_multiplier: float
-  bank_lr_final_multiplier: float
-  bank_decay_multiplier: float
-  bank_update: str
+  layers: str = field(
+    'all', "layers that have a memory: also 'middle' (not the first and last quarter), '2,3'; 0 is first")
+  ngram_layers: str = field('', "those of these layers that have an 'ngram_bag' and no gate: '1', 'all'; '': none",
+    before='')
+  input: str = field('attention', "what gate and fusion read: what attention added, or the 'residual' stream after it",
+    choices=('attention', 'residual'))
+  n_heads: int = field(1, '1 to 8; each has its own query and sub-keys, or hashes; all read the one bank', 1, 8)
+  ngrams: str = field('1', "of 'ngram_bag': how many of the last tokens address a head's rows; '2,3': heads take turns",
+    before='1')
+  scores: str = field(
+    'none', "'scale': each row times its weight, so that the gate learns; a 'memory_bag' always weighs",
+    choices=('none', 'scale'))
+  score_activation: str = field('softmax', "scores to weights, within a head's rows: also 'relu'",
+    choices=('softmax', 'relu'))
+  query_key_norm: str = field(
+    'none', "of each half of a query and of each sub-key; 'l2': to length 1, with a learned scale",
+    choices=('none', 'l2'))
+  key_dim: int = field(0, 'width of a query, two sub-keys wide; even; 0: that of a row', before=0)
+  bag_gate: bool = field(True, "a bag's sums times silu(m W1), element by element; False: the sums alone are projected",
+    before=True)
+  ffn_dim: int = field(0, 'F of a dense sublayer that stands beside each memory; 0: none')
+  selection_bias: bool = field(False, 'True: a bias on sub-scores, for the choice alone, learns to even out their use',
+    before=False)
+  bank_init: str = field('normal', "how the bank starts; 'file': from bank_file", choices=('normal', 'file'))
+  bank_file: str = field('', 'made by python -m mmjax.tools.bank', is_path=True, needs=BANK_FILE)
+  knowledge_length: int = field(32, 'tokens in a snippet of text that becomes a row of such a file', 2, needs=BANK_FILE)
+  bank_std: float = field(1.0, 'standard deviation of its values; of those of a file when it is built',
+    0, 1e3, needs=NO_BANK_FILE)
+  bank_lr_multiplier: float = field(1.0, "the bank's learning rate over everyone's, at the first update",
+    **MULTIPLIER, needs=BANK_RATE)
+  bank_lr_final_multiplier: float = field(1.0, 'the same at the last update; linear in between',
+    **MULTIPLIER, needs=BANK_RATE)
+  bank_decay_multiplier: float = field(1.0, "the bank's weight decay over train.weight_decay; 0: none",
+    **MULTIPLIER, needs=BANK_DECAY)
+  bank_update: str = field('dense', "Adam on all rows; 'lazy': on those an update read; pays where these are few",
+    choices=('dense', 'lazy'), before='dense')
 
   def ngram_of_heads(self) -> tuple[int, ...]:
     """Returns how many tokens each head looks at where n-grams address rows: those of `ngrams`, in turns.
@@ -133,42 +179,55 @@ def _layer_numbers(field: str, text: str, n_layers: int) -> tuple[int, ...]:
 class DataConfig:
   """Where text comes from and how it becomes rows."""
 
-  train_files: str
-  valid_files: str
-  valid_fraction: float
-  text_key: str
-  on_bad_line: str
-  tokenizer: str
-  layout: str
-  isolate_documents: bool
-  prepared_dir: str
-  workers: int
+  train_files: str = field('', "paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus")
+  valid_files: str = field('', "the same, held out; '': a share of the training documents")
+  valid_fraction: float = field(0.01, "that share, chosen by a hash of each document's text; 0 (prepare only): none",
+    0, NEAREST_ONE, needs=NO_VALID_FILES)
+  text_key: str = field('text', 'key of the text in a jsonl line', needs=TRAIN_FILES)
+  on_bad_line: str = field('fail', "'fail' names the first bad line; 'skip' counts and reports them",
+    choices=('fail', 'skip'), needs=TRAIN_FILES)
+  tokenizer: str = field('', "a SentencePiece model or a tokenizer.json; '': train one on the training text",
+    is_path=True)
+  layout: str = field('packed', "'packed': one stream cut into rows; 'padded': one document a row, as in the record",
+    choices=('packed', 'padded'))
+  isolate_documents: bool = field(False, 'packed rows only: True keeps attention within a document', needs=PACKED)
+  prepared_dir: str = field(
+    'out/data', 'where token shards are kept and found again; without train_files also a finished one', is_path=True)
+  workers: int = field(0, 'tokenizer processes; 0: one for each CPU core, at most 16', 0, 4096)
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
   """Optimization, and when to report, evaluate and save."""
 
-  batch_size: int
-  accumulation_steps: int
-  epochs: float
-  max_steps: int
-  learning_rate: float
-  embedding_lr_multiplier: float
-  final_learning_rate: float
-  warmup_steps: int
-  beta1: float
-  beta2: float
-  eps: float
-  weight_decay: float
-  grad_clip: float
-  dtype: str
-  log_interval: int
-  eval_interval: int
-  checkpoint_interval: int
-  max_loss_factor: float
-  max_skipped_updates: int
-  profile_steps: int
+  batch_size: int = field(64, 'B: rows in a micro-batch, over all devices', 1)
+  accumulation_steps: int = field(
+    8, 'micro-batches in one optimizer update; a run may go on where the product of both stays', 1)
+  epochs: float = field(3.0, 'passes over the training rows; ignored where max_steps is set', 0, 1e9, needs=NO_STEPS)
+  max_steps: int = field(0, 'optimizer updates; 0: as many as the epochs give')
+  learning_rate: float = field(2e-4, 'peak', 0, 10)
+  embedding_lr_multiplier: float = field(
+    1.0, "the learning rate of the embedding, which the output shares, over everyone's",
+    **MULTIPLIER, before=1.0, needs=EMBEDDING_RATE)
+  parameters: str = field('', "rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none", before='')
+  final_learning_rate: float = field(0.0, 'at the end of the cosine', 0, 10)
+  warmup_steps: int = field(0, 'linear, before the cosine')
+  beta1: float = field(0.9, '', 0, NEAREST_ONE)
+  beta2: float = field(0.999, '', 0, NEAREST_ONE)
+  eps: float = field(1e-8, '', 1e-30, 1)
+  weight_decay: float = field(0.01, 'on every parameter that gets a gradient', 0, 100)
+  grad_clip: float = field(1.0, 'largest global gradient norm; 0: no clipping', 0, 1e19)
+  dtype: str = field('bfloat16', 'of the matrix products; parameters, optimizer and row selection stay float32',
+    choices=('float32', 'bfloat16'))
+  log_interval: int = field(10, 'updates between lines of metrics', 1)
+  eval_interval: int = field(500, 'updates between evaluations on the whole validation set', 1)
+  checkpoint_interval: int = field(500, 'updates between checkpoints', 1)
+  max_loss_factor: float = field(
+    0.0, 'an update whose loss is above this many times its running average is skipped; 0: none', 0, 1e6, before=0.0)
+  max_skipped_updates: int = field(10, 'updates in a row that were skipped, as spikes or not finite, which end the run',
+    1)
+  profile_steps: int = field(0, 'updates to trace, from the second of this start on, into <workdir>/profile; 0: none',
+    before=0)
 
   @property
   def update_rows(self) -> int:
@@ -180,40 +239,39 @@ class TrainConfig:
 class RuntimeConfig:
   """How the machine is used; none of it changes what is computed beyond rounding."""
 
-  data_devices: int
-  row_devices: int
-  attention: str
-  remat: str
-  triton_gemm: bool
-  coordinator: str
-  num_processes: int
-  process_id: int
-  compilation_cache_dir: str
+  data_devices: int = field(0, 'mesh axis over the batch; 0: all devices that row_devices leaves')
+  row_devices: int = field(1, 'mesh axis over the rows of the bank (and the batch)', 1)
+  attention: str = field('auto', "'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU",
+    choices=('auto', 'xla', 'xla_blocked', 'cudnn'))
+  remat: str = field('none', "'block' recomputes each block in the backward pass: less memory, more time",
+    choices=('none', 'block'))
+  triton_gemm: bool = field(
+    False, "True lets XLA use its Triton kernels on NVIDIA; False: cuBLAS and XLA's own fusions", before=False)
+  coordinator: str = field('', "of several processes: host:port of the first; 'auto': as JAX detects; '': one process",
+    before='')
+  num_processes: int = field(1, 'processes of the run, where runtime.coordinator is a host:port',
+    1, before=1, needs=ADDRESS)
+  process_id: int = field(0, 'number of this process, from 0', before=0, needs=ADDRESS)
+  compilation_cache_dir: str = field('', "keep compiled steps here between runs; '': off", is_path=True)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
   """All settings of a run."""
 
-  experiment: str
-  seed: int
-  model: ModelConfig
-  memory: MemoryConfig
-  data: DataConfig
-  train: TrainConfig
-  runtime: RuntimeConfig
+  experiment: str = field(
+    'base', "the run's name; its work directory is out/<experiment> unless --workdir says otherwise")
+  seed: int = field(0, 'initial weights, dropout and the order of the rows')
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
 
   def to_dict(self) -> dict[str, Any]:
     """Returns nested plain dicts, as config.json holds them."""
     return dataclasses.asdict(self)
 
+# fmt: on
 
-def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Turns nested dicts into one dict with dotted names."""
-  flat = {}
-  for name, value in settings.items():
-    if isinstance(value, Mapping):
-      flat |= flatten(value, f'{prefix}{name}.')
-    else:
-      flat[prefix + name] = value
-  return flat
+SETTINGS = dict(settings_of(Config))

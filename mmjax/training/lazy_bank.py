@@ -30,6 +30,7 @@ import optax
 from jax import Array
 
 from mmjax.config import Config
+from mmjax.config.parameters import first_row, parameter_table
 from mmjax.kernels.bank import Reads, add_reads
 from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.lm import BANK, Params, no_taps, without_bank
@@ -166,7 +167,7 @@ def update_rows(
     The bank, the moments, and the row_update_ratio of mmjax.evaluation.probes.
   """
   train, step_rate, t = config.train, rate(count), count + 1
-  decay = train.weight_decay * config.memory.bank_decay_multiplier
+  decay = train.weight_decay * first_row(parameter_table(config), BANK, 'decay').decay
   log_decay_after = moments['log_decay'] + jnp.where(applied, jnp.log1p(-step_rate * decay), 0)
   chunk = min(CHUNK_ROWS, len(sums.row_U))
 

@@ -37,7 +37,7 @@ from mmjax.run.processes import is_main, joined
 from mmjax.run.sharding import put_batch
 from mmjax.run.signals import StopSignals
 from mmjax.run.text import training_data
-from mmjax.training.optimizer import make_optimizer
+from mmjax.training.optimizer import check_parameters, make_optimizer
 from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import MicroBatchWatch, Progress
 from mmjax.training.setup import (
@@ -83,6 +83,7 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
   run = RunDir(workdir)
   workdir = run.path
   config, origin = settle_config(run, config, allow_config_change, init_from)
+  check_parameters(config)
   placement = place(config)  # or it is refused, before anything is written
   mesh = placement.mesh
   if is_main():

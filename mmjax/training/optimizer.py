@@ -1,17 +1,20 @@
 """AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient.
 
-The embedding may have a learning rate of its own, the bank also a decay; mmjax/training/lazy_bank.py updates
-the bank row by row.
+Any parameter may have a rate and a decay of its own: mmjax/config/parameters.py has the table. A bank that is updated
+row by row is the work of mmjax/training/lazy_bank.py.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from mmjax.config import Config, MemoryConfig, TrainConfig
+from mmjax.config import Config, TrainConfig
+from mmjax.config.parameters import Row, first_row, parameter_table, read_rows
+from mmjax.errors import UserError
 from mmjax.files import path_name
 from mmjax.model.lm import BANK, Params, abstract_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
@@ -50,21 +53,33 @@ def gets_gradient(config: Config, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(learns, params)
 
 
-def named(params: Params, name: str) -> Params:
-  """Returns a dict like `params` with True for the parameter of this name alone."""
-  return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path) == name, params)
+def check_parameters(config: Config) -> None:
+  """Raises UserError if a row of train.parameters says nothing of any parameter that learns."""
+  rows = read_rows(config.train.parameters)
+  if not rows:
+    return
+  learning = jax.tree_util.tree_leaves_with_path(gets_gradient(config, abstract_params(config)))
+  names = [path_name(path) for path, learns in learning if learns]
+  for row in rows:
+    for what in ('lr', 'decay'):
+      if getattr(row, what) is not None and not any(first_row(rows, name, what) is row for name in names):
+        known = dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names)
+        raise UserError(
+          f'train.parameters: no parameter that learns, and whose {what} no earlier row gives, has {row.pattern!r} in '
+          f'its name; there are {", ".join(known)}'
+        )
+
+
+def rate_multiplier(row: Row, total_steps: int) -> optax.Schedule:
+  """Returns what a row makes of everyone's learning rate: linear from the first update to the last."""
+  return optax.linear_schedule(*row.rates, max(total_steps - 1, 1))
 
 
 def bank_rate(config: Config, total_steps: int) -> optax.Schedule:
   """Returns the bank's learning rate as a function of the updates made before."""
-  everyones, own = learning_rate_schedule(config.train, total_steps), bank_lr_multiplier(config.memory, total_steps)
+  everyones = learning_rate_schedule(config.train, total_steps)
+  own = rate_multiplier(first_row(parameter_table(config), BANK, 'lr'), total_steps)
   return lambda count: everyones(count) * own(count)
-
-
-def bank_lr_multiplier(memory: MemoryConfig, total_steps: int) -> optax.Schedule:
-  """Returns the bank's learning rate over that of all others: linear from the first update to the last."""
-  first, last = memory.bank_lr_multiplier, memory.bank_lr_final_multiplier
-  return optax.linear_schedule(first, last, max(total_steps - 1, 1))
 
 
 def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
@@ -73,6 +88,7 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
   A bank that is updated lazily has its gradient, then of another shape, clipped with the others and no more.
   """
   clip = [optax.clip_by_global_norm(config.train.grad_clip)] if config.train.grad_clip else []
+  check_parameters(config)
   params = abstract_params(config)
   if is_lazy(config):
     return optax.chain(*clip, apart_from_bank(optax.chain(*_adamw(config, without_bank(params), total_steps))))
@@ -104,18 +120,26 @@ def apart_from_bank(others: optax.GradientTransformation) -> optax.GradientTrans
 
 
 def _adamw(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
-  train, memory = config.train, config.memory
-  learns, bank = gets_gradient(config, params), named(params, BANK)
+  """Returns the steps after clipping. Their order, with none for a row at 1, is the layout of the state on disk."""
+  train, table = config.train, parameter_table(config)
+  decays = [row for row in table if row.decay not in (None, 1)]
+  learns = gets_gradient(config, params)
+
+  def mask(what: str, follows: Callable[[Row | None], bool]) -> Params:
+    """Returns a dict like `params` with True where one learns and the row that says `what` of it `follows`."""
+    return jax.tree_util.tree_map_with_path(
+      lambda path, learns: learns and follows(first_row(table, path_name(path), what)), learns
+    )
+
   steps = [optax.scale_by_adam(train.beta1, train.beta2, train.eps)]
-  if memory.bank_decay_multiplier == 1:
-    steps.append(optax.add_decayed_weights(train.weight_decay, mask=learns))
-  else:
-    others = jax.tree.map(lambda learns, bank: learns and not bank, learns, bank)
-    steps.append(optax.add_decayed_weights(train.weight_decay, mask=others))
-    steps.append(optax.add_decayed_weights(train.weight_decay * memory.bank_decay_multiplier, mask=bank))
-  if (memory.bank_lr_multiplier, memory.bank_lr_final_multiplier) != (1, 1):
-    steps.append(optax.masked(optax.scale_by_schedule(bank_lr_multiplier(memory, total_steps)), bank))
-  if train.embedding_lr_multiplier != 1:
-    steps.append(optax.masked(optax.scale(train.embedding_lr_multiplier), named(params, 'embedding')))
+  steps.append(optax.add_decayed_weights(train.weight_decay, mask=mask('decay', lambda row: row not in decays)))
+  for row in decays:
+    own = mask('decay', lambda other, row=row: other is row)
+    steps.append(optax.add_decayed_weights(train.weight_decay * row.decay, mask=own))
+  for row in table:
+    if row.rates != (1, 1):
+      changes = isinstance(row.lr, tuple)
+      scale = optax.scale_by_schedule(rate_multiplier(row, total_steps)) if changes else optax.scale(row.lr)
+      steps.append(optax.masked(scale, mask('lr', lambda other, row=row: other is row)))
   steps.append(optax.scale_by_learning_rate(learning_rate_schedule(train, total_steps)))
   return steps

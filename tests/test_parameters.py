@@ -1,0 +1,136 @@
+"""The table of parameters: rates and decays from a config alone against optax by hand, and rows that say nothing."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mmjax.config import load_config
+from mmjax.config.parameters import Row, first_row, parameter_table, read_rows
+from mmjax.errors import UserError
+from mmjax.files import path_name
+from mmjax.model.lm import abstract_params
+from mmjax.training.optimizer import bank_rate, check_parameters, learning_rate_schedule, make_optimizer
+from tests.helpers import tiny_config
+
+STEPS = 4
+BAG = {'model__sublayer': 'memory_bag', 'memory__bank_lr_multiplier': 16.0, 'memory__bank_decay_multiplier': 0.5}
+TABLE = r'embedding lr=4; layers/1/.*gate lr=0.5 decay=0; bank lr=3..1; norm/scale$ decay=2; layers/.* lr=0.25'
+
+
+def test_rows_are_read_and_the_first_that_says_it_counts():
+  rows = read_rows(' a/.* lr=2 ;b decay=0 lr=16..1;; ')
+  assert rows == (Row('a/.*', 2.0), Row('b', (16.0, 1.0), 0.0))
+  assert first_row(rows, 'a/b', 'lr') is rows[0] and first_row(rows, 'a/b', 'decay') is rows[1]
+  assert first_row(rows, 'c', 'lr') is None
+  config = tiny_config(**BAG, train__embedding_lr_multiplier=2.0)
+  rates = {name: first_row(parameter_table(config), name, 'lr') for name in ('embedding', 'memory_bank', 'norm/scale')}
+  assert [row and row.rates for row in rates.values()] == [(2.0, 2.0), (16.0, 1.0), None]
+
+
+def by_hand(name: str, count: int) -> tuple[float, float]:
+  """Rate and decay of a parameter over everyone's by TABLE and BAG."""
+  rate = decay = 1.0
+  if re.search('embedding', name):
+    rate = 4.0
+  elif re.search('layers/1/.*gate', name):
+    rate = 0.5
+  elif name == 'memory_bank':
+    rate = 3 - 2 * count / (STEPS - 1)
+  elif name.startswith('layers/'):
+    rate = 0.25
+  if re.search('layers/1/.*gate', name):
+    decay = 0.0
+  elif name.endswith('norm/scale'):
+    decay = 2.0
+  elif name == 'memory_bank':
+    decay = 0.5
+  return rate, decay
+
+
+def test_rates_and_decays_of_groups_from_a_config_equal_optax_by_hand():
+  config = tiny_config(**BAG | {'memory__bank_lr_multiplier': 1.0}, train__parameters=TABLE, train__weight_decay=0.2)
+  train = config.train
+  leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
+  names, rng = [path_name(path) for path, _ in leaves], np.random.default_rng(0)
+  draw = lambda: [jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32) for _, leaf in leaves]  # noqa: E731
+  params, gradients = draw(), [draw() for _ in range(STEPS)]
+  optimizer, everyones = make_optimizer(config, STEPS), learning_rate_schedule(train, STEPS)
+  got = jax.tree.unflatten(treedef, params)
+  state = optimizer.init(got)
+  adam = optax.chain(
+    optax.clip_by_global_norm(train.grad_clip), optax.scale_by_adam(train.beta1, train.beta2, train.eps)
+  )
+  adam_state = adam.init(params)
+  update, step = jax.jit(optimizer.update), jax.jit(adam.update)
+  for count, gradient in enumerate(gradients):
+    updates, state = update(jax.tree.unflatten(treedef, gradient), state, got)
+    got = optax.apply_updates(got, updates)
+    steps, adam_state = step(gradient, adam_state)
+    for i, name in enumerate(names):
+      rate, decay = by_hand(name, count)
+      rate *= float(everyones(count))
+      params[i] -= rate * (steps[i] + train.weight_decay * decay * params[i])
+  for name, a, b in zip(names, jax.tree.leaves(got), params, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_lazy_bank_follows_the_table():
+  config = tiny_config(train__parameters='memory_bank lr=4..2 decay=0.25', memory__bank_update='lazy')
+  everyones = learning_rate_schedule(config.train, 5)
+  rates = [float(bank_rate(config, 5)(count) / everyones(count)) for count in range(4)]
+  np.testing.assert_allclose(rates, [4, 3.5, 3, 2.5], rtol=1e-6)
+  assert first_row(parameter_table(config), 'memory_bank', 'decay').decay == 0.25
+
+
+@pytest.mark.parametrize(
+  ('table', 'said'),
+  [
+    ('embedding', "'embedding' must be a pattern and then lr=NUMBER, lr=FIRST..LAST or decay=NUMBER"),
+    ('embedding lr4', "'embedding lr4' must be a pattern and then"),
+    ('embedding rate=4', "'embedding rate=4' must be a pattern and then"),
+    ('embedding lr=1 lr=2', 'must be a pattern and then'),
+    ('embedding lr=4x', "'lr=4x' must be a number from 0 to 10000"),
+    ('embedding lr=-1', "'lr=-1' must be a number from 0 to 10000"),
+    ('embedding lr=nan', "'lr=nan' must be a number from 0 to 10000"),
+    ('embedding decay=1..2', "'decay=1..2' must be a number from 0 to 10000"),
+    ('( lr=1', "'(' is not a regular expression: missing )"),
+    ('gate lr=1e4; a decay=1e4', 'train.learning_rate x train.parameters, 100, times its weight decay, 0.01,'),
+  ],
+)  # fmt: skip
+def test_rows_that_are_not_understood_are_refused(table, said):
+  with pytest.raises(UserError, match=re.escape(said)):
+    tiny_config(train__parameters=table)
+
+
+@pytest.mark.parametrize(
+  ('settings', 'said'),
+  [
+    ({'memory__bank_lr_multiplier': 2}, 'bank_lr_multiplier=2.0 does nothing beside train.parameters, which gives'),
+    ({'memory__bank_lr_final_multiplier': 2}, 'does nothing beside train.parameters, which gives the bank'),
+    ({'memory__bank_decay_multiplier': 2}, 'or train.parameters gives the decay of the bank'),
+    ({'train__embedding_lr_multiplier': 2}, "does nothing beside train.parameters, which gives the embedding's rate"),
+    ({'train__weight_decay': 0}, 'a decay does nothing where train.weight_decay is 0'),
+  ],
+)  # fmt: skip
+def test_settings_that_a_row_takes_the_place_of_are_refused(settings, said):
+  with pytest.raises(UserError, match=re.escape(said)):
+    tiny_config(train__parameters='memory_bank|embedding lr=2 decay=1', **settings)
+  kept = load_config('configs/memory_plus.py', ['--config.train.parameters=memory_bank lr=2'])
+  assert kept.memory.bank_lr_multiplier == 1 and kept.memory.bank_decay_multiplier == 0  # of the file
+
+
+@pytest.mark.parametrize('table', ['gatte lr=2', 'embedding lr=2; ^embed lr=3', 'embedding lr=2; layers/9 decay=0'])
+def test_pattern_that_is_in_no_name_is_refused_by_name(table):
+  last = table.rpartition(';')[2].split()[0]
+  check_parameters(tiny_config(train__parameters='embedding lr=2; layers/1 lr=3'))
+  with pytest.raises(UserError, match=rf"no parameter that learns.* has '{re.escape(last)}' in its name; there"):
+    make_optimizer(tiny_config(train__parameters=table), STEPS)
+
+
+def test_parameters_without_a_gradient_have_no_rate():
+  with pytest.raises(UserError, match='no parameter that learns, and whose lr no earlier row gives, has'):
+    check_parameters(tiny_config(train__parameters='gate/keys lr=2'))  # the gate of 1.4.2
