@@ -15,6 +15,6 @@ Everything lies in $workdir: report.md with plots, eval.json, metrics.jsonl, che
 What to type next (after  source .venv/bin/activate):
   python -m mmjax.tools.sample --workdir $workdir
   python train.py --config configs/quickstart.py --config.model.sublayer=dense --workdir out/quickstart_dense
-  python train.py --config configs/quickstart_plus.py     # a memory that beats that one
+  python train.py --config configs/quickstart_ngram_rows.py   # a memory that beats that one
   python train.py --config configs/exp_1_4_2.py --config.data.train_files='my_text/*.jsonl'
 TXT

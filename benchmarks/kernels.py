@@ -226,7 +226,7 @@ def bag_case(B: int, dtype: str, platform: str) -> Case:
 def sublayer_case(B: int, dtype: str, platform: str) -> Case:
   """All that follows attention, with its norm and the gradient of the bank; the reference is the SwiGLU of 1.4.0."""
   files = {'reference': 'exp_1_4_0', '1.4.1': 'exp_1_4_1', '1.4.2': 'exp_1_4_2'}
-  files |= {name: name for name in ('memory_bag', 'memory_plus')}
+  files |= {name: name for name in ('product_key_bag', 'ngram_rows')}
   inputs = _normal('float32', B, T, D), _normal(dtype, B, T, D), _normal('float32', M, P)
   tokens_BT = _integers(V, B, T)
   variants = {}

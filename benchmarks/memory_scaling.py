@@ -6,7 +6,7 @@ which the optimizer's share is the rest, with one micro-batch of random tokens. 
 last update. Memory is the compiler's sum for the update, and on a GPU also the allocator's peak so far, with the base
 in it. On a CPU make the model smaller with `--config.model.dim=256` and the like. What lazy updates cost and gain:
 
-  python benchmarks/memory_scaling.py --config configs/memory_bag.py --rows 65536,1048576 --updates dense,lazy \
+  python benchmarks/memory_scaling.py --config configs/product_key_bag.py --rows 65536,1048576 --updates dense,lazy \
     --selected '' --config.train.dtype=float32 --config.train.batch_size=4 --config.model.max_seq_len=256 \
     --config.model.dim=256 --config.model.n_layers=4 --config.model.n_heads=8 --config.model.n_kv_heads=2
 """

@@ -1,35 +1,12 @@
-"""The best memory found at the cost of 1.4.0: rows that the last one or two tokens address, G42 of docs/experiments.md.
+"""The old name of configs/ngram_rows.py; the published Memory+ (arXiv:2412.09764) is what product_key_bag.py follows.
 
-docs/experiments.md measured it at small scale; at this size nobody has.
-
-python train.py --config configs/memory_plus.py                            # text that is read once or twice
-python train.py --config configs/memory_plus.py --config.memory.ngrams=1   # more often: n-grams learn it by heart
-
-What differs from 1.4.2, and why (docs/memory.md explains the mechanisms and names the sources):
-  sublayer       an n-gram bag of 4 heads: two read a row for the token, two a row for it and the one before, at hashes.
-                 No gate must learn, nothing is searched, and every row is in reach from the first update on
-  input          the whole residual stream, instead of only what attention added, gates what the rows say
-  bank           starts at standard deviation P^-0.5; learns 16 times as fast as the rest at first, as fast at the end;
-                 does not decay, because decay would shrink rows while nobody reads them
-  layers         memories in the middle half gain more than memories in all layers
-  ffn_dim        the widest feed-forward layer next to a memory that costs no more FLOPs a token than 1.4.0:
-                 python -m mmjax.tools.cost --config configs/memory_plus.py --match configs/exp_1_4_0.py
+Its experiment keeps that name, so that runs in out/memory_plus go on.
 """
 
-from configs import base
+from configs import ngram_rows
 
 
 def get_config():
-  config = base.get_config()
+  config = ngram_rows.get_config()
   config.experiment = 'memory_plus'
-  config.model.sublayer = 'ngram_bag'
-  config.model.num_selected = 1
-  config.memory.layers = 'middle'
-  config.memory.input = 'residual'
-  config.memory.n_heads = 4
-  config.memory.ngrams = '1,2'
-  config.memory.ffn_dim = 1064
-  config.memory.bank_std = config.model.knowledge_dim**-0.5
-  config.memory.bank_lr_multiplier = 16.0
-  config.memory.bank_decay_multiplier = 0.0
   return config

@@ -1,5 +1,6 @@
 """Settings: what is accepted, and that what is refused is refused by name with a way out."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -35,6 +36,15 @@ def test_record_settings_of_1_4_2_are_the_base():
 @pytest.mark.parametrize('path', sorted(Path('configs').glob('*.py')), ids=lambda p: p.stem)
 def test_every_config_file_loads_and_names_its_experiment(path):
   assert load_config(str(path)).experiment == path.stem
+
+
+@pytest.mark.parametrize(
+  ('old', 'new'),
+  [('memory_plus', 'ngram_rows'), ('memory_bag', 'product_key_bag'), ('quickstart_plus', 'quickstart_ngram_rows')],
+)
+def test_old_name_of_a_config_is_the_same_but_for_its_work_directory(old, new):
+  config = load_config(f'configs/{old}.py')
+  assert dataclasses.replace(config, experiment=new) == load_config(f'configs/{new}.py')
 
 
 def test_dense_hidden_dim_is_the_seeds_rounding():
@@ -181,15 +191,15 @@ def test_missing_config_file_suggests_the_nearest():
 
 @pytest.mark.parametrize('installed', [True, False])
 def test_configs_are_found_from_any_folder(tmp_path, monkeypatch, installed):
-  usual = load_config('configs/memory_plus.py')
+  usual = load_config('configs/ngram_rows.py')
   if installed:  # as pip lays files out; `pip install --target` puts share/ beside the package instead
     package = tmp_path / 'lib' / 'python3' / 'site-packages' / 'mmjax' / 'config' / 'reading.py'
     shutil.copytree('configs', tmp_path / 'share' / 'mmjax' / 'configs')
     monkeypatch.setattr(reading, '__file__', str(package))
   monkeypatch.chdir(tmp_path)
-  assert load_config('configs/memory_plus.py') == usual
-  with pytest.raises(UserError, match=r"no config file 'configs/memory_plu.py'; did you mean 'configs/memory_plus.py'"):
-    load_config('configs/memory_plu.py')
+  assert load_config('configs/ngram_rows.py') == usual
+  with pytest.raises(UserError, match=r"no config file 'configs/ngram_row.py'; did you mean 'configs/ngram_rows.py'"):
+    load_config('configs/ngram_row.py')
 
 
 def test_installed_without_its_configs_says_so(tmp_path, monkeypatch):
@@ -212,14 +222,14 @@ def get_config():
 
 def test_configs_of_several_folders_do_not_get_into_each_others_way(tmp_path, monkeypatch):
   """`configs` is each file's own folder, then mmjax's, whatever another file or the program imported by that name."""
-  before = load_config('configs/memory_plus.py')
+  before = load_config('configs/ngram_rows.py')
   for folder, layers in (('a', 3), ('b', 5)):
     (tmp_path / folder / 'configs').mkdir(parents=True)
     (tmp_path / folder / 'configs' / 'mine.py').write_text(MINE.format(other='theirs', layers=layers))
-    theirs = MINE.format(other='memory_plus', layers=1).replace('return', f'config.model.dim = {64 * layers}\n  return')
+    theirs = MINE.format(other='ngram_rows', layers=1).replace('return', f'config.model.dim = {64 * layers}\n  return')
     (tmp_path / folder / 'configs' / 'theirs.py').write_text(theirs)
   (tmp_path / 'plain.py').write_text(MINE.format(other='quickstart', layers=7))
-  (tmp_path / 'b' / 'configs' / 'memory_plus.py').write_text('raise ValueError("not mine")')
+  (tmp_path / 'b' / 'configs' / 'ngram_rows.py').write_text('raise ValueError("not mine")')
   monkeypatch.chdir(tmp_path)
   path, imported = list(sys.path), {name for name in sys.modules if name.startswith('configs')}
   for _ in range(2):
@@ -228,7 +238,7 @@ def test_configs_of_several_folders_do_not_get_into_each_others_way(tmp_path, mo
     with pytest.raises(UserError, match='not mine'):
       load_config('b/configs/mine.py')
     assert load_config(str(tmp_path / 'plain.py')).model.n_layers == 7
-    assert load_config('configs/memory_plus.py') == before
+    assert load_config('configs/ngram_rows.py') == before
   assert sys.path == path and {name for name in sys.modules if name.startswith('configs')} == imported
 
 
@@ -263,10 +273,10 @@ IDLE = [  # config, override, what is said
   ('exp_1_4_2', 'memory.score_activation=relu', "score_activation='relu' does nothing without memory.scores='scale'"),
   ('exp_1_4_3', 'memory.bank_std=0.5', "memory.bank_std=0.5 does nothing where memory.bank_init='file' gives the rows"),
   ('exp_1_4_2', 'memory.bank_file=x', "memory.bank_file='x' does nothing without memory.bank_init='file'"),
-  ('memory_bag', 'memory.scores=scale', "it belongs to model.sublayer 'cross_attention', 'gated_fusion'"),
-  ('memory_plus', 'memory.scores=scale', 'does nothing in a model of dense and ngram_bag layers'),
-  ('memory_plus', 'memory.query_key_norm=l2', NEEDS_GATE),
-  ('memory_plus', 'memory.ngram_layers=3', NEEDS_GATE),
+  ('product_key_bag', 'memory.scores=scale', "it belongs to model.sublayer 'cross_attention', 'gated_fusion'"),
+  ('ngram_rows', 'memory.scores=scale', 'does nothing in a model of dense and ngram_bag layers'),
+  ('ngram_rows', 'memory.query_key_norm=l2', NEEDS_GATE),
+  ('ngram_rows', 'memory.ngram_layers=3', NEEDS_GATE),
   ('base', 'data.isolate_documents=True --config.data.layout=padded', "does nothing without data.layout='packed'"),
   (
     'base',
@@ -287,13 +297,13 @@ def test_setting_that_does_nothing_is_refused_with_what_it_belongs_to(file, flag
 
 def test_settings_of_all_kinds_of_layers_count():
   gate_and_ngrams = ['memory.ngram_layers=1', 'memory.ngrams=2', 'memory.query_key_norm=l2']
-  load_config('configs/memory_bag.py', [f'--config.{setting}' for setting in gate_and_ngrams])
+  load_config('configs/product_key_bag.py', [f'--config.{setting}' for setting in gate_and_ngrams])
   load_config('configs/exp_1_4_2.py', ['--config.memory.layers=0,3', '--config.model.hidden_dim=64'])
   load_config('configs/exp_1_4_0.py', ['--config.memory.ffn_dim=0', '--config.model.n_experts=4'])  # as they are anyway
 
 
 def test_override_takes_with_it_what_the_file_says_of_what_it_takes_away(tmp_path):
-  dense = load_config('configs/memory_bag.py', ['--config.model.sublayer=dense', '--config.experiment=exp_1_4_0'])
+  dense = load_config('configs/product_key_bag.py', ['--config.model.sublayer=dense', '--config.experiment=exp_1_4_0'])
   assert dense == load_config('configs/exp_1_4_0.py')
   mine = tmp_path / 'mine.py'
   text = 'from configs import base\n\n\ndef get_config():\n  config = base.get_config()\n'

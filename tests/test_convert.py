@@ -29,9 +29,8 @@ from tests.torch_reference import Sizes, TorchLM  # noqa: E402
 from tests.weights import BASE_CONFIG, SUBLAYERS, assert_same_bits, make_state, save, take  # noqa: E402
 
 CONFIGS = sorted(Path('configs').glob('*.py'))
-
-
-OWN_NAMES = ('memory_bag', 'memory_plus', 'quickstart_plus', 'mixed')
+OWN_NAMES = ('product_key_bag', 'ngram_rows', 'quickstart_ngram_rows', 'mixed')
+KINDS = [path.stem for path in CONFIGS if path.stem not in ('memory_bag', 'memory_plus', 'quickstart_plus')]
 
 
 @pytest.mark.parametrize('sublayer', SUBLAYERS)
@@ -151,7 +150,10 @@ MIXED |= {'memory__query_key_norm': 'l2', 'memory__selection_bias': True, 'data_
 SMALL = {**TINY, 'model.num_selected': 1}  # what is left makes it this experiment
 
 
-@pytest.mark.parametrize('name', rarely([*(path.stem for path in CONFIGS), 'mixed'], 'memory_bag', 'memory_plus'))
+@pytest.mark.parametrize(
+  'name',
+  rarely([*KINDS, 'mixed'], 'product_key_bag', 'ngram_rows'),
+)
 def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_config(name, tmp_path, capsys):
   if name == 'mixed':
     config = tiny_config(**MIXED)

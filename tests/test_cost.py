@@ -72,13 +72,13 @@ def test_bytes_are_those_of_rows_and_weights():
 
 
 def test_tool_prints_the_costs_and_the_width_that_matches(monkeypatch, capsys):
-  flags = ['--config', 'configs/memory_bag.py', '--match', RECORD, '--config.memory.ffn_dim=8']
+  flags = ['--config', 'configs/product_key_bag.py', '--match', RECORD, '--config.memory.ffn_dim=8']
   monkeypatch.setattr(sys, 'argv', ['cost', *flags])
   monkeypatch.setenv('COLUMNS', '200')
   cost_tool.main()
   said = capsys.readouterr().out
-  config = load_config('configs/memory_bag.py', ['--config.memory.ffn_dim=8'])
-  shown = [config, load_config('configs/memory_bag.py'), load_config(RECORD)]
+  config = load_config('configs/product_key_bag.py', ['--config.memory.ffn_dim=8'])
+  shown = [config, load_config('configs/product_key_bag.py'), load_config(RECORD)]
   total = next(line for line in said.splitlines() if 'FLOPs a token, total' in line)
   assert [f'{flops_per_token(c)["total"]:,.0f}' in total for c in shown] == [True] * 3
   assert '--config.memory.ffn_dim=800 costs 99.77% of the FLOPs a token of configs/exp_1_4_0.py' in said

@@ -77,7 +77,7 @@ def test_models_differ_as_the_experiment_says(models):
   assert wide.memory.bank_std == pytest.approx((4 * width) ** -0.5)
 
 
-@pytest.mark.parametrize(('name', 'model'), [('memory_bag', 'g23'), ('memory_plus', 'g42')])
+@pytest.mark.parametrize(('name', 'model'), [('product_key_bag', 'g23'), ('ngram_rows', 'g42')])
 @pytest.mark.thorough
 def test_configs_are_the_best_of_the_grid_at_the_sizes_of_the_record(name, model):
   runs = read_sweep(GRID, ['scale=gpu', 'learning_rate=1e-3'])

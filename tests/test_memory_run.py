@@ -1,4 +1,4 @@
-"""Whole tiny runs with every choice of memory_bag.py and memory_plus.py: train, restore, evaluate, generate, report."""
+"""Whole tiny runs with every choice of product_key_bag.py and ngram_rows.py: train, restore, evaluate, report."""
 
 import json
 import random
@@ -32,9 +32,9 @@ SMALLER = TINY | {
 
 
 RUNS = {  # config file, and what differs
-  'gate': ('memory_bag', {'memory.layers': '1'}),
-  'ngrams': ('memory_plus', {'memory.layers': '1'}),
-  'both': ('memory_bag', {'memory.ngram_layers': '0', 'memory.ngrams': '2'}),
+  'gate': ('product_key_bag', {'memory.layers': '1'}),
+  'ngrams': ('ngram_rows', {'memory.layers': '1'}),
+  'both': ('product_key_bag', {'memory.ngram_layers': '0', 'memory.ngrams': '2'}),
 }
 
 

@@ -119,7 +119,7 @@ def test_rows_that_are_not_understood_are_refused(table, said):
 def test_settings_that_a_row_takes_the_place_of_are_refused(settings, said):
   with pytest.raises(UserError, match=re.escape(said)):
     tiny_config(train__parameters='memory_bank|embedding lr=2 decay=1', **settings)
-  kept = load_config('configs/memory_plus.py', ['--config.train.parameters=memory_bank lr=2'])
+  kept = load_config('configs/ngram_rows.py', ['--config.train.parameters=memory_bank lr=2'])
   assert kept.memory.bank_lr_multiplier == 1 and kept.memory.bank_decay_multiplier == 0  # of the file
 
 

@@ -75,7 +75,7 @@ def test_own_settings_are_settings():
 def test_table_and_refusals_need_no_jax():
   code = (
     'import sys; from mmjax.config import load_config; from mmjax.config.sublayers import SUBLAYERS as S; '
-    'load_config("configs/memory_bag.py"); print(S["ngram_bag"].reads_ngrams, "jax" in sys.modules)'
+    'load_config("configs/product_key_bag.py"); print(S["ngram_bag"].reads_ngrams, "jax" in sys.modules)'
   )
   out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
   assert out.split() == ['True', 'False']

@@ -1,4 +1,4 @@
-"""Says what a config costs:   python -m mmjax.tools.cost --config configs/memory_plus.py [--match configs/exp_1_4_0.py]
+"""Says what a config costs:   python -m mmjax.tools.cost --config configs/ngram_rows.py [--match configs/exp_1_4_0.py]
 
 Prints exact FLOPs, parameters and bytes for each token. With --match it also prints the costs of a second config and
 the width of the feed-forward layers (memory.ffn_dim beside a memory, else model.hidden_dim) with which the first costs

@@ -1,0 +1,19 @@
+"""Quickstart with a memory that beats the feed-forward layer: ngram_rows at small scale, for the last token alone.
+
+python train.py --config configs/quickstart_ngram_rows.py   -> BENCHMARKS.md, "Quickstart"
+python train.py --config configs/quickstart.py --config.model.sublayer=dense   # the same without a memory
+
+Rows for longer n-grams would learn this text by heart, because it is read three times: docs/experiments.md.
+"""
+
+from configs import ngram_rows, quickstart
+
+
+def get_config():
+  config = ngram_rows.get_config()
+  config.experiment = 'quickstart_ngram_rows'
+  quickstart.make_small(config)
+  config.memory.ngrams = '1'
+  config.memory.ffn_dim = 296
+  config.memory.bank_std = config.model.knowledge_dim**-0.5
+  return config
