@@ -19,7 +19,7 @@ from mmjax.config.idle import idle_settings
 from mmjax.config.paths import expand_home, user_path
 from mmjax.config.rules import check_fields, check_together
 from mmjax.config.schema import SETTINGS, Config
-from mmjax.config.setting import flatten
+from mmjax.config.setting import Setting, flatten
 from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
@@ -44,19 +44,14 @@ def load_config(path: str, overrides: Sequence[str] = (), used: Collection[str] 
   Raises:
     UserError: if there is no such file, it has no get_config, or a setting is unknown, breaks a rule or does nothing.
   """
-  settings = _read_config_file(path)
-  of_file = settings.to_dict()
-  given = [_apply_override(settings, override) for override in overrides]
-  config = _build(Config, settings.to_dict(), '')
-  check_fields(config)
-  config, dropped = _without_idle(config, used)
-  if dropped:
-    at_fault = {*given, *_dropped_without_overrides(of_file, used)}
-    for name, (value, why) in dropped.items():
-      if name in at_fault:
-        where = '' if name in given else f'config file {path!r}: '
-        raise UserError(f'{where}{name}={quote(value)} does nothing {why}')
-  check_together(config)
+  of_file = _read_config_file(path)
+  given = dict(_read_override(override) for override in overrides)
+  config, idle = _settle(of_file | given, used)
+  of_file_alone = _idle_by_itself(of_file, used) if idle else ()
+  for name, (value, why) in idle.items():
+    if name in given or name in of_file_alone:
+      where = '' if name in given else f'config file {path!r}: '
+      raise UserError(f'{where}{name}={quote(value)} does nothing {why}')
   return config
 
 
@@ -71,11 +66,10 @@ def override_config(config: Config, overrides: Sequence[str], free: Sequence[str
   Raises:
     UserError: if another one is, or the result breaks a rule.
   """
-  settings = ConfigDict(config.to_dict())
-  for override in overrides:
-    if (name := _apply_override(settings, override)) not in free:
-      raise UserError(f'{name} belongs to the run and cannot be given here; these can: {", ".join(free)}')
-  return config_from_dict(settings.to_dict())
+  given = dict(_read_override(override) for override in overrides)
+  if others := [name for name in given if name not in free]:
+    raise UserError(f'{others[0]} belongs to the run and cannot be given here; these can: {", ".join(free)}')
+  return _settle(flatten(config.to_dict()) | given)[0]
 
 
 def config_from_dict(settings: Mapping[str, Any]) -> Config:
@@ -86,11 +80,7 @@ def config_from_dict(settings: Mapping[str, Any]) -> Config:
   Raises:
     UserError: if a field is missing, unknown, of the wrong type or against a rule.
   """
-  config = _build(Config, {name: value for name, value in settings.items() if name != 'sha256'}, '')
-  check_fields(config)
-  config, _ = _without_idle(config)
-  check_together(config)
-  return config
+  return _settle(flatten({name: value for name, value in settings.items() if name != 'sha256'}))[0]
 
 
 def own_config(name: str) -> Path:
@@ -131,22 +121,19 @@ def base_config() -> ConfigDict:
   return ConfigDict(Config().to_dict())
 
 
-def _without_idle(config: Config, used: Collection[str] = ()) -> tuple[Config, dict[str, tuple[Any, str]]]:
-  """Returns the config with settings that do nothing at their defaults, and what those that were not were, and why."""
-  flat, usual = flatten(config.to_dict()), default_settings()
-  idle = {n: why for n, why in idle_settings(config).items() if flat[n] != usual[n] and n not in used}
-  for name in idle:
-    section, _, field = name.partition('.')
-    changed = dataclasses.replace(getattr(config, section), **{field: usual[name]})
-    config = dataclasses.replace(config, **{section: changed})
-  return config, {name: (flat[name], why) for name, why in idle.items()}
+def _settle(flat: Mapping[str, Any], used: Collection[str] = ()) -> tuple[Config, dict[str, tuple[Any, str]]]:
+  """Returns the checked config with settings that do nothing at their defaults, and what they were, and why."""
+  config, usual = _build(flat), default_settings()
+  check_fields(config)
+  idle = {n: (flat[n], why) for n, why in idle_settings(config).items() if flat[n] != usual[n] and n not in used}
+  config = _build({**flat, **{name: usual[name] for name in idle}})
+  check_together(config)
+  return config, idle
 
 
-def _dropped_without_overrides(settings: Mapping[str, Any], used: Collection[str]) -> Collection[str]:
+def _idle_by_itself(of_file: Mapping[str, Any], used: Collection[str]) -> Collection[str]:
   try:
-    config = _build(Config, settings, '')
-    check_fields(config)
-    return _without_idle(config, used)[1]
+    return _settle(of_file, used)[1]
   except UserError:  # a file that is no config without overrides
     return ()
 
@@ -218,13 +205,14 @@ def _imported_configs() -> dict[str, Any]:
   return {name: module for name, module in sys.modules.items() if name.partition('.')[0] == PACKAGE}
 
 
-def _read_config_file(path: str) -> ConfigDict:
+def _read_config_file(path: str) -> dict[str, Any]:
+  """Returns its settings by name."""
   if path.endswith('.json'):
-    return ConfigDict(config_from_dict(_read_json(user_path(path))).to_dict())
+    return flatten(config_from_dict(_read_json(user_path(path))).to_dict())
   settings = call_python_file(path, 'config file', 'get_config', {})
   if not isinstance(settings, ConfigDict):
     raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict')
-  return settings
+  return flatten(settings.to_dict())
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -239,19 +227,18 @@ def _read_json(path: Path) -> dict[str, Any]:
   return as_of_today(settings, to_train=True)
 
 
-def _apply_override(settings: ConfigDict, override: str) -> str:
-  """Sets what an override says and returns the name of the setting."""
+def _read_override(override: str) -> tuple[str, Any]:
+  """Returns the name of the setting, and its value."""
   name, equals, text = override.removeprefix('--config.').partition('=')
   if not override.startswith('--config.') or not equals:
     raise UserError(f'argument {quote(override)} is not understood; overrides look like --config.train.batch_size=32')
-  flat = flatten(settings.to_dict())
-  if name not in flat:
-    raise UserError(f'no setting {quote(name)}{removed_remark(name) or nearest(name, flat)}')
-  section, _, field = name.rpartition('.')
-  owner = settings[section] if section else settings
-  with owner.ignore_type():
-    owner[field] = _parse_value(name, text, type(flat[name]))
-  return name
+  return name, _parse_value(name, text, type(_setting(name).default))
+
+
+def _setting(name: str) -> Setting:
+  if name not in SETTINGS:
+    raise UserError(f'no setting {quote(name)}{removed_remark(name) or nearest(name, SETTINGS)}')
+  return SETTINGS[name]
 
 
 def _parse_value(name: str, text: str, kind: type) -> Any:
@@ -277,25 +264,17 @@ def _convert(name: str, value: float, kind: type) -> float:
     raise UserError(f'{name}={short(value)} must be a finite number') from None
 
 
-def _build(cls: type, settings: Mapping[str, Any], prefix: str) -> Any:
-  fields = {field.name: field.type for field in dataclasses.fields(cls)}
-  for name in settings:
-    if name not in fields:
-      remark = removed_remark(prefix + name) or nearest(name, fields, prefix)
-      raise UserError(f'no setting {quote(prefix + name)}{remark}')
-  values = {}
-  for name, kind in fields.items():
-    if name not in settings:
-      raise UserError(f'setting {prefix + name!r} is missing')
-    value = settings[name]
-    if dataclasses.is_dataclass(kind):
-      if not isinstance(value, Mapping):
-        raise UserError(f'{prefix + name}={quote(value)} must be a section of settings')
-      values[name] = _build(kind, value, f'{prefix}{name}.')
-      continue
+def _build(flat: Mapping[str, Any]) -> Config:
+  values: dict[str, dict[str, Any]] = {}
+  for name, value in flat.items():
+    kind = type(_setting(name).default)
     if kind is float and type(value) is int:
-      value = _convert(prefix + name, value, float)
+      value = _convert(name, value, float)
     if type(value) is not kind:
-      raise UserError(f'{prefix + name}={quote(value)} must be of type {kind.__name__}')
-    values[name] = expand_home(value) if SETTINGS[prefix + name].is_path else value
-  return cls(**values)
+      raise UserError(f'{name}={quote(value)} must be of type {kind.__name__}')
+    section, _, field = name.rpartition('.')
+    values.setdefault(section, {})[field] = expand_home(value) if SETTINGS[name].is_path else value
+  if missing := SETTINGS.keys() - flat.keys():
+    raise UserError(f'setting {min(missing)!r} is missing')
+  sections = {field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
+  return Config(**values.pop(''), **{name: sections[name](**fields) for name, fields in values.items()})
