@@ -329,9 +329,10 @@ def test_every_command_of_the_documents_is_accepted():
   commands = re.findall(
     r'(?:train|cost|throughput|bank build|import)(?:\.py)? [^`#]*', '\n'.join(texts).replace('\\\n', ' ')
   )
+  commands = [re.sub("='[^'\n]*'", lambda quoted: quoted[0].replace(' ', '\0'), command) for command in commands]
   checked = 0
   for words in map(str.split, commands):
-    flags = [word.replace("'", '') for word in words if word.startswith('--config.')]
+    flags = [word.replace("'", '').replace('\0', ' ') for word in words if word.startswith('--config.')]
     if '--config' in words and (file := words[words.index('--config') + 1]).endswith('.py'):
       load_config(file.replace('1_4_X', '1_4_2'), [flag for flag in flags if 'num_processes=2' not in flag])
       checked += 1
