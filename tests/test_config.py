@@ -357,9 +357,8 @@ def test_unknown_and_missing_fields_of_a_saved_config_are_refused():
 
 
 def test_base_config_lists_every_setting_with_its_meaning():
-  assert f'\n\n{list_settings()}"""\n' in Path('configs/base.py').read_text(), (
-    'paste what python -m mmjax.config prints'
-  )
+  listed = f'\n\n{list_settings()}\n"""\n'
+  assert listed in Path('configs/base.py').read_text(), 'paste what python -m mmjax.config prints'
   obvious = {'model.n_layers', 'model.norm_eps', 'model.rope_theta', 'train.beta1', 'train.beta2', 'train.eps'}
   assert {name for name, setting in SETTINGS.items() if not setting.meaning} == obvious
   assert load_config('configs/base.py') == Config()
