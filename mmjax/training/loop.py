@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.data.loader import eval_batches, train_batches
@@ -32,7 +31,7 @@ from mmjax.run.leaves import non_finite
 from mmjax.run.log import MetricsLog, peak_memory
 from mmjax.run.nvidia import describe_devices
 from mmjax.run.origin import load_origin
-from mmjax.run.placement import place, slow_scatter_warning, use_compilation_cache
+from mmjax.run.placement import Placement, place, slow_scatter_warning, use_compilation_cache
 from mmjax.run.processes import is_main, joined
 from mmjax.run.sharding import put_batch
 from mmjax.run.signals import StopSignals
@@ -122,16 +121,16 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
     if warning:
       progress.message(warning)
     watch = MicroBatchWatch(config.train, config.model.max_seq_len, start, total, progress)
-    told = watch if has_slow_updates(config, mesh) else None
+    told = watch if has_slow_updates(config, placement) else None
     program = compile_program(config, inputs, placement, optimizer, state, told)
     progress.message(f'Attention: {placement.attention}. The step needs {describe_memory(program.memory)}.')
     Trainer(config, run, inputs, program, checkpoints, log, progress, counters).train(state, stop)
 
 
-def has_slow_updates(config: Config, mesh: Mesh) -> bool:
+def has_slow_updates(config: Config, placement: Placement) -> bool:
   """Tells whether an update takes many seconds: on a CPU, so that the host can be told of its micro-batches cheaply."""
   tokens = config.train.update_rows * config.model.max_seq_len
-  on_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == 'cpu'
+  on_cpu = placement.mesh.size == 1 and placement.platform == 'cpu'
   return on_cpu and flops_per_token(config)['total'] * tokens > SLOW_UPDATE_FLOPS
 
 
