@@ -1,70 +1,71 @@
 """Every setting of a run, with its default and its meaning. An experiment imports this and states only what differs.
 
-A setting that is not at its default and does nothing beside the others is refused.
+A setting that would do nothing in a run is refused, unless it is at its default.
 
-The defaults are those of experiment 1.4.2 as its record gives them; where the record is silent, the defaults of the
-code base that it was run in. Sizes are in tokens, rows or values unless the name says otherwise. The list below is what
-`python -m mmjax.config` prints of mmjax/config/schema.py, which also has ranges and choices.
+The defaults are those of experiment 1.4.2 in the record, the log of the original PyTorch experiments. Where the record
+says nothing, they are the defaults of the code that it ran. Sizes are in tokens, rows or values unless the name says
+otherwise. The list below is what `python -m mmjax.config` prints of mmjax/config/schema.py, which also has ranges and
+choices.
 
 experiment = 'base'  # the run's name; its work directory is out/<experiment> unless --workdir says otherwise
-seed = 0  # initial weights, dropout and the order of the rows
+seed = 0  # initial weights, dropout and the order of rows
 
-model.vocab_size = 6400  # V: a tokenizer that is trained gets as many pieces, a given one may have fewer
+model.vocab_size = 6400  # V: pieces of a tokenizer that is trained; a given tokenizer may have fewer
 model.dim = 512  # D: width of the residual stream
 model.n_layers = 8
 model.n_heads = 32  # N: query heads, each dim / n_heads wide
-model.n_kv_heads = 8  # K: key and value heads; the record does not say, 8 gives its parameter count
+model.n_kv_heads = 8  # K: key and value heads; the record names none, and 8 gives its parameter count
 model.max_seq_len = 512  # T: positions in a row
 model.norm_eps = 1e-05
 model.rope_theta = 1000000.0
-model.dropout = 0.0  # on the embedding and on what each sublayer adds; attention weights are never dropped
-model.sublayer = 'gated_fusion'  # after attention: also dense, cross_attention, memory_bag, ngram_bag, moe
+model.dropout = 0.0  # drops values of the embedding and of what each sublayer adds, but no attention weights
+model.sublayer = 'gated_fusion'  # follows attention; also dense, cross_attention, memory_bag, ngram_bag, moe
 model.hidden_dim = 0  # F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)
 model.knowledge_num = 65536  # M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half
 model.knowledge_dim = 128  # P: width of a row; even
-model.num_selected = 8  # rows retrieved for each token, layer and head of the memory
+model.num_selected = 8  # rows that each head of a memory reads for a token
 model.n_experts = 4  # E: routed experts of the 'moe' sublayer
 model.experts_per_token = 2  # routed experts that a token uses; a shared one comes on top
-model.aux_loss_weight = 0.1  # of the experts' load-balance loss
+model.aux_loss_weight = 0.1  # weight of the experts' load-balance loss
 
-memory.layers = 'all'  # layers that have a memory: also 'middle' (not the first and last quarter), '2,3'; 0 is first
-memory.ngram_layers = ''  # those of these layers that have an 'ngram_bag' and no gate: '1', 'all'; '': none
-memory.input = 'attention'  # what gate and fusion read: what attention added, or the 'residual' stream after it
-memory.n_heads = 1  # 1 to 8; each has its own query and sub-keys, or hashes; all read the one bank
-memory.ngrams = '1'  # of 'ngram_bag': how many of the last tokens address a head's rows; '2,3': heads take turns
-memory.scores = 'none'  # 'scale': each row times its weight, so that the gate learns; a 'memory_bag' always weighs
-memory.score_activation = 'softmax'  # scores to weights, within a head's rows: also 'relu'
-memory.query_key_norm = 'none'  # of each half of a query and of each sub-key; 'l2': to length 1, with a learned scale
-memory.key_dim = 0  # width of a query, two sub-keys wide; even; 0: that of a row
-memory.bag_gate = True  # a bag's sums times silu(m W1), element by element; False: the sums alone are projected
-memory.ffn_dim = 0  # F of a dense sublayer that stands beside each memory; 0: none
-memory.selection_bias = False  # True: a bias on sub-scores, for the choice alone, learns to even out their use
-memory.bank_init = 'normal'  # how the bank starts; 'file': from bank_file
-memory.bank_file = ''  # made by python -m mmjax.tools.bank
-memory.knowledge_length = 32  # tokens in a snippet of text that becomes a row of such a file
-memory.bank_std = 1.0  # standard deviation of its values; of those of a file when it is built
-memory.bank_lr_multiplier = 1.0  # the bank's learning rate over everyone's, at the first update
+memory.layers = 'all'  # layers with a memory: also 'middle' (all but the first and last quarter), '2,3'; 0 is first
+memory.ngram_layers = ''  # which of these layers have an 'ngram_bag' instead of a gate: '1', 'all'; '': none
+memory.input = 'attention'  # the memory reads what attention added; 'residual': it reads the residual stream
+memory.n_heads = 1  # 1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank
+memory.ngrams = '1'  # how many of the last tokens address a row of an 'ngram_bag'; '2,3': heads take turns
+memory.scores = 'none'  # 'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does
+memory.score_activation = 'softmax'  # makes weights of the scores of a head's rows; also 'relu'
+memory.query_key_norm = 'none'  # 'l2': halves of queries and sub-keys have length 1, and scores have a learned scale
+memory.key_dim = 0  # width of a query, which is two sub-keys; even; 0: the width of a row
+memory.bag_gate = True  # multiplies a bag's sums by silu(m W1); False: projects the sums alone
+memory.ffn_dim = 0  # F of a feed-forward layer next to each memory; 0: none
+memory.selection_bias = False  # True: biases that count in the choice of rows alone learn to even out their use
+memory.bank_init = 'normal'  # how the bank starts; 'file': as in bank_file
+memory.bank_file = ''  # made by python -m mmjax.tools.bank build
+memory.knowledge_length = 32  # tokens in a snippet of text that becomes a row of a bank file
+memory.bank_std = 1.0  # standard deviation of the first values; when a bank file is built, of its values
+memory.bank_lr_multiplier = 1.0  # the bank's learning rate over that of all others, at the first update
 memory.bank_lr_final_multiplier = 1.0  # the same at the last update; linear in between
 memory.bank_decay_multiplier = 1.0  # the bank's weight decay over train.weight_decay; 0: none
-memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those an update read; pays where these are few
+memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those that an update read; pays if they are few
 
 data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
 data.valid_files = ''  # the same, held out; '': a share of the training documents
-data.valid_fraction = 0.01  # that share, chosen by a hash of each document's text; 0 (prepare only): none
+data.valid_fraction = 0.01  # that share, chosen by a hash of each text; 0 (prepare only): none
 data.text_key = 'text'  # key of the text in a jsonl line
 data.on_bad_line = 'fail'  # 'fail' names the first bad line; 'skip' counts and reports them
 data.tokenizer = ''  # a SentencePiece model or a tokenizer.json; '': train one on the training text
 data.layout = 'packed'  # 'packed': one stream cut into rows; 'padded': one document a row, as in the record
 data.isolate_documents = False  # packed rows only: True keeps attention within a document
-data.prepared_dir = 'out/data'  # where token shards are kept and found again; without train_files also a finished one
+data.prepared_dir = 'out/data'  # where token shards are kept and found again; without train_files a finished one
 data.workers = 0  # tokenizer processes; 0: one for each CPU core, at most 16
 
 train.batch_size = 64  # B: rows in a micro-batch, over all devices
-train.accumulation_steps = 8  # micro-batches in one optimizer update; a run may go on where the product of both stays
-train.epochs = 3.0  # passes over the training rows; ignored where max_steps is set
+train.accumulation_steps = 8  # micro-batches in an update; a run may go on with another split of the same product
+train.epochs = 3.0  # passes over the training rows; max_steps takes their place
 train.max_steps = 0  # optimizer updates; 0: as many as the epochs give
 train.learning_rate = 0.0002  # peak
-train.embedding_lr_multiplier = 1.0  # the learning rate of the embedding, which the output shares, over everyone's
+train.embedding_lr_multiplier = 1.0  # the embedding's learning rate over that of all others; the output layer shares it
 train.parameters = ''  # rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none
 train.final_learning_rate = 0.0  # at the end of the cosine
 train.warmup_steps = 0  # linear, before the cosine
@@ -73,21 +74,21 @@ train.beta2 = 0.999
 train.eps = 1e-08
 train.weight_decay = 0.01  # on every parameter that gets a gradient
 train.grad_clip = 1.0  # largest global gradient norm; 0: no clipping
-train.dtype = 'bfloat16'  # of the matrix products; parameters, optimizer and row selection stay float32
+train.dtype = 'bfloat16'  # dtype of matrix products; parameters, optimizer and row selection stay float32
 train.log_interval = 10  # updates between lines of metrics
 train.eval_interval = 500  # updates between evaluations on the whole validation set
 train.checkpoint_interval = 500  # updates between checkpoints
-train.max_loss_factor = 0.0  # an update whose loss is above this many times its running average is skipped; 0: none
-train.max_skipped_updates = 10  # updates in a row that were skipped, as spikes or not finite, which end the run
-train.profile_steps = 0  # updates to trace, from the second of this start on, into <workdir>/profile; 0: none
+train.max_loss_factor = 0.0  # skips updates whose loss is above this many times its running average; 0: none
+train.max_skipped_updates = 10  # this many skipped updates in a row end the run
+train.profile_steps = 0  # updates to trace into <workdir>/profile, from the second one of a start; 0: none
 
-runtime.data_devices = 0  # mesh axis over the batch; 0: all devices that row_devices leaves
-runtime.row_devices = 1  # mesh axis over the rows of the bank (and the batch)
+runtime.data_devices = 0  # devices that divide the batch; 0: all that row_devices leaves
+runtime.row_devices = 1  # devices that divide the rows of the bank, and the batch too
 runtime.attention = 'auto'  # 'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU
 runtime.remat = 'none'  # 'block' recomputes each block in the backward pass: less memory, more time
 runtime.triton_gemm = False  # True lets XLA use its Triton kernels on NVIDIA; False: cuBLAS and XLA's own fusions
-runtime.coordinator = ''  # of several processes: host:port of the first; 'auto': as JAX detects; '': one process
-runtime.num_processes = 1  # processes of the run, where runtime.coordinator is a host:port
+runtime.coordinator = ''  # host:port of the first of several processes; 'auto': JAX detects it; '': one process
+runtime.num_processes = 1  # processes of the run, if runtime.coordinator is a host:port
 runtime.process_id = 0  # number of this process, from 0
 runtime.compilation_cache_dir = ''  # keep compiled steps here between runs; '': off
 """

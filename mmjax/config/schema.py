@@ -43,24 +43,24 @@ ADDRESS = (lambda c: c.runtime.coordinator != 'auto', "with runtime.coordinator=
 class ModelConfig:
   """Sizes of the network."""
 
-  vocab_size: int = field(6400, 'V: a tokenizer that is trained gets as many pieces, a given one may have fewer', 2)
+  vocab_size: int = field(6400, 'V: pieces of a tokenizer that is trained; a given tokenizer may have fewer', 2)
   dim: int = field(512, 'D: width of the residual stream', 2)
   n_layers: int = field(8, '', 1, 10_000)
   n_heads: int = field(32, 'N: query heads, each dim / n_heads wide', 1)
-  n_kv_heads: int = field(8, 'K: key and value heads; the record does not say, 8 gives its parameter count', 1)
+  n_kv_heads: int = field(8, 'K: key and value heads; the record names none, and 8 gives its parameter count', 1)
   max_seq_len: int = field(512, 'T: positions in a row', 2)
   norm_eps: float = field(1e-5, '', 1e-20, 1)
   rope_theta: float = field(1e6, '', 1, 1e15)
-  dropout: float = field(0.0, 'on the embedding and on what each sublayer adds; attention weights are never dropped',
+  dropout: float = field(0.0, 'drops values of the embedding and of what each sublayer adds, but no attention weights',
     0, NEAREST_ONE)
-  sublayer: str = field('gated_fusion', 'after attention: also dense, cross_attention, memory_bag, ngram_bag, moe')
+  sublayer: str = field('gated_fusion', 'follows attention; also dense, cross_attention, memory_bag, ngram_bag, moe')
   hidden_dim: int = field(0, 'F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)')
   knowledge_num: int = field(65536, 'M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half', 1)
   knowledge_dim: int = field(128, 'P: width of a row; even', 2)
-  num_selected: int = field(8, 'rows retrieved for each token, layer and head of the memory', 1)
+  num_selected: int = field(8, 'rows that each head of a memory reads for a token', 1)
   n_experts: int = field(4, "E: routed experts of the 'moe' sublayer", 1)
   experts_per_token: int = field(2, 'routed experts that a token uses; a shared one comes on top', 1)
-  aux_loss_weight: float = field(0.1, "of the experts' load-balance loss", 0, 1e3)
+  aux_loss_weight: float = field(0.1, "weight of the experts' load-balance loss", 0, 1e3)
 
   @property
   def head_dim(self) -> int:
@@ -83,40 +83,40 @@ class MemoryConfig:
   """Which memory there is, where it stands, how it starts and learns."""
 
   layers: str = field(
-    'all', "layers that have a memory: also 'middle' (not the first and last quarter), '2,3'; 0 is first")
-  ngram_layers: str = field('', "those of these layers that have an 'ngram_bag' and no gate: '1', 'all'; '': none",
+    'all', "layers with a memory: also 'middle' (all but the first and last quarter), '2,3'; 0 is first")
+  ngram_layers: str = field('', "which of these layers have an 'ngram_bag' instead of a gate: '1', 'all'; '': none",
     before='')
-  input: str = field('attention', "what gate and fusion read: what attention added, or the 'residual' stream after it",
+  input: str = field('attention', "the memory reads what attention added; 'residual': it reads the residual stream",
     choices=('attention', 'residual'))
-  n_heads: int = field(1, '1 to 8; each has its own query and sub-keys, or hashes; all read the one bank', 1, 8)
-  ngrams: str = field('1', "of 'ngram_bag': how many of the last tokens address a head's rows; '2,3': heads take turns",
+  n_heads: int = field(1, '1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank', 1, 8)
+  ngrams: str = field('1', "how many of the last tokens address a row of an 'ngram_bag'; '2,3': heads take turns",
     before='1')
   scores: str = field(
-    'none', "'scale': each row times its weight, so that the gate learns; a 'memory_bag' always weighs",
+    'none', "'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does",
     choices=('none', 'scale'))
-  score_activation: str = field('softmax', "scores to weights, within a head's rows: also 'relu'",
+  score_activation: str = field('softmax', "makes weights of the scores of a head's rows; also 'relu'",
     choices=('softmax', 'relu'))
   query_key_norm: str = field(
-    'none', "of each half of a query and of each sub-key; 'l2': to length 1, with a learned scale",
+    'none', "'l2': halves of queries and sub-keys have length 1, and scores have a learned scale",
     choices=('none', 'l2'))
-  key_dim: int = field(0, 'width of a query, two sub-keys wide; even; 0: that of a row', before=0)
-  bag_gate: bool = field(True, "a bag's sums times silu(m W1), element by element; False: the sums alone are projected",
+  key_dim: int = field(0, 'width of a query, which is two sub-keys; even; 0: the width of a row', before=0)
+  bag_gate: bool = field(True, "multiplies a bag's sums by silu(m W1); False: projects the sums alone",
     before=True)
-  ffn_dim: int = field(0, 'F of a dense sublayer that stands beside each memory; 0: none')
-  selection_bias: bool = field(False, 'True: a bias on sub-scores, for the choice alone, learns to even out their use',
+  ffn_dim: int = field(0, 'F of a feed-forward layer next to each memory; 0: none')
+  selection_bias: bool = field(False, 'True: biases that count in the choice of rows alone learn to even out their use',
     before=False)
-  bank_init: str = field('normal', "how the bank starts; 'file': from bank_file", choices=('normal', 'file'))
-  bank_file: str = field('', 'made by python -m mmjax.tools.bank', is_path=True, needs=BANK_FILE)
-  knowledge_length: int = field(32, 'tokens in a snippet of text that becomes a row of such a file', 2, needs=BANK_FILE)
-  bank_std: float = field(1.0, 'standard deviation of its values; of those of a file when it is built',
+  bank_init: str = field('normal', "how the bank starts; 'file': as in bank_file", choices=('normal', 'file'))
+  bank_file: str = field('', 'made by python -m mmjax.tools.bank build', is_path=True, needs=BANK_FILE)
+  knowledge_length: int = field(32, 'tokens in a snippet of text that becomes a row of a bank file', 2, needs=BANK_FILE)
+  bank_std: float = field(1.0, 'standard deviation of the first values; when a bank file is built, of its values',
     0, 1e3, needs=NO_BANK_FILE)
-  bank_lr_multiplier: float = field(1.0, "the bank's learning rate over everyone's, at the first update",
+  bank_lr_multiplier: float = field(1.0, "the bank's learning rate over that of all others, at the first update",
     **MULTIPLIER, needs=BANK_RATE)
   bank_lr_final_multiplier: float = field(1.0, 'the same at the last update; linear in between',
     **MULTIPLIER, needs=BANK_RATE)
   bank_decay_multiplier: float = field(1.0, "the bank's weight decay over train.weight_decay; 0: none",
     **MULTIPLIER, needs=BANK_DECAY)
-  bank_update: str = field('dense', "Adam on all rows; 'lazy': on those an update read; pays where these are few",
+  bank_update: str = field('dense', "Adam on all rows; 'lazy': on those that an update read; pays if they are few",
     choices=('dense', 'lazy'), before='dense')
 
   def ngram_of_heads(self) -> tuple[int, ...]:
@@ -181,7 +181,7 @@ class DataConfig:
 
   train_files: str = field('', "paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus")
   valid_files: str = field('', "the same, held out; '': a share of the training documents")
-  valid_fraction: float = field(0.01, "that share, chosen by a hash of each document's text; 0 (prepare only): none",
+  valid_fraction: float = field(0.01, "that share, chosen by a hash of each text; 0 (prepare only): none",
     0, NEAREST_ONE, needs=NO_VALID_FILES)
   text_key: str = field('text', 'key of the text in a jsonl line', needs=TRAIN_FILES)
   on_bad_line: str = field('fail', "'fail' names the first bad line; 'skip' counts and reports them",
@@ -192,7 +192,7 @@ class DataConfig:
     choices=('packed', 'padded'))
   isolate_documents: bool = field(False, 'packed rows only: True keeps attention within a document', needs=PACKED)
   prepared_dir: str = field(
-    'out/data', 'where token shards are kept and found again; without train_files also a finished one', is_path=True)
+    'out/data', 'where token shards are kept and found again; without train_files a finished one', is_path=True)
   workers: int = field(0, 'tokenizer processes; 0: one for each CPU core, at most 16', 0, 4096)
 
 
@@ -202,12 +202,12 @@ class TrainConfig:
 
   batch_size: int = field(64, 'B: rows in a micro-batch, over all devices', 1)
   accumulation_steps: int = field(
-    8, 'micro-batches in one optimizer update; a run may go on where the product of both stays', 1)
-  epochs: float = field(3.0, 'passes over the training rows; ignored where max_steps is set', 0, 1e9, needs=NO_STEPS)
+    8, 'micro-batches in an update; a run may go on with another split of the same product', 1)
+  epochs: float = field(3.0, 'passes over the training rows; max_steps takes their place', 0, 1e9, needs=NO_STEPS)
   max_steps: int = field(0, 'optimizer updates; 0: as many as the epochs give')
   learning_rate: float = field(2e-4, 'peak', 0, 10)
   embedding_lr_multiplier: float = field(
-    1.0, "the learning rate of the embedding, which the output shares, over everyone's",
+    1.0, "the embedding's learning rate over that of all others; the output layer shares it",
     **MULTIPLIER, before=1.0, needs=EMBEDDING_RATE)
   parameters: str = field('', "rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none", before='')
   final_learning_rate: float = field(0.0, 'at the end of the cosine', 0, 10)
@@ -217,16 +217,16 @@ class TrainConfig:
   eps: float = field(1e-8, '', 1e-30, 1)
   weight_decay: float = field(0.01, 'on every parameter that gets a gradient', 0, 100)
   grad_clip: float = field(1.0, 'largest global gradient norm; 0: no clipping', 0, 1e19)
-  dtype: str = field('bfloat16', 'of the matrix products; parameters, optimizer and row selection stay float32',
+  dtype: str = field('bfloat16', 'dtype of matrix products; parameters, optimizer and row selection stay float32',
     choices=('float32', 'bfloat16'))
   log_interval: int = field(10, 'updates between lines of metrics', 1)
   eval_interval: int = field(500, 'updates between evaluations on the whole validation set', 1)
   checkpoint_interval: int = field(500, 'updates between checkpoints', 1)
   max_loss_factor: float = field(
-    0.0, 'an update whose loss is above this many times its running average is skipped; 0: none', 0, 1e6, before=0.0)
-  max_skipped_updates: int = field(10, 'updates in a row that were skipped, as spikes or not finite, which end the run',
+    0.0, 'skips updates whose loss is above this many times its running average; 0: none', 0, 1e6, before=0.0)
+  max_skipped_updates: int = field(10, 'this many skipped updates in a row end the run',
     1)
-  profile_steps: int = field(0, 'updates to trace, from the second of this start on, into <workdir>/profile; 0: none',
+  profile_steps: int = field(0, 'updates to trace into <workdir>/profile, from the second one of a start; 0: none',
     before=0)
 
   @property
@@ -239,17 +239,17 @@ class TrainConfig:
 class RuntimeConfig:
   """How the machine is used; none of it changes what is computed beyond rounding."""
 
-  data_devices: int = field(0, 'mesh axis over the batch; 0: all devices that row_devices leaves')
-  row_devices: int = field(1, 'mesh axis over the rows of the bank (and the batch)', 1)
+  data_devices: int = field(0, 'devices that divide the batch; 0: all that row_devices leaves')
+  row_devices: int = field(1, 'devices that divide the rows of the bank, and the batch too', 1)
   attention: str = field('auto', "'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU",
     choices=('auto', 'xla', 'xla_blocked', 'cudnn'))
   remat: str = field('none', "'block' recomputes each block in the backward pass: less memory, more time",
     choices=('none', 'block'))
   triton_gemm: bool = field(
     False, "True lets XLA use its Triton kernels on NVIDIA; False: cuBLAS and XLA's own fusions", before=False)
-  coordinator: str = field('', "of several processes: host:port of the first; 'auto': as JAX detects; '': one process",
+  coordinator: str = field('', "host:port of the first of several processes; 'auto': JAX detects it; '': one process",
     before='')
-  num_processes: int = field(1, 'processes of the run, where runtime.coordinator is a host:port',
+  num_processes: int = field(1, 'processes of the run, if runtime.coordinator is a host:port',
     1, before=1, needs=ADDRESS)
   process_id: int = field(0, 'number of this process, from 0', before=0, needs=ADDRESS)
   compilation_cache_dir: str = field('', "keep compiled steps here between runs; '': off", is_path=True)
@@ -261,7 +261,7 @@ class Config:
 
   experiment: str = field(
     'base', "the run's name; its work directory is out/<experiment> unless --workdir says otherwise")
-  seed: int = field(0, 'initial weights, dropout and the order of the rows')
+  seed: int = field(0, 'initial weights, dropout and the order of rows')
   model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
   memory: MemoryConfig = dataclasses.field(default_factory=MemoryConfig)
   data: DataConfig = dataclasses.field(default_factory=DataConfig)
