@@ -44,9 +44,9 @@ memory.bank_init = 'normal'  # how the bank starts; 'file': as in bank_file
 memory.bank_file = ''  # made by python -m mmjax.tools.bank build
 memory.knowledge_length = 32  # tokens in a snippet of text that becomes a row of a bank file
 memory.bank_std = 1.0  # standard deviation of the first values; when a bank file is built, of its values
-memory.bank_lr_multiplier = 1.0  # the bank's learning rate over that of all others, at the first update
+memory.bank_lr_multiplier = 1.0  # factor of the bank's learning rate at the first update
 memory.bank_lr_final_multiplier = 1.0  # the same at the last update; linear in between
-memory.bank_decay_multiplier = 1.0  # the bank's weight decay over train.weight_decay; 0: none
+memory.bank_decay_multiplier = 1.0  # factor of the bank's weight decay; 0: none
 memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those that an update read; pays if they are few
 
 data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
@@ -65,7 +65,7 @@ train.accumulation_steps = 8  # micro-batches in an update; a run may go on with
 train.epochs = 3.0  # passes over the training rows; max_steps takes their place
 train.max_steps = 0  # optimizer updates; 0: as many as the epochs give
 train.learning_rate = 0.0002  # peak
-train.embedding_lr_multiplier = 1.0  # the embedding's learning rate over that of all others; the output layer shares it
+train.embedding_lr_multiplier = 1.0  # factor of the embedding's learning rate; the embedding is also the output layer
 train.parameters = ''  # rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none
 train.final_learning_rate = 0.0  # at the end of the cosine
 train.warmup_steps = 0  # linear, before the cosine

@@ -110,11 +110,11 @@ class MemoryConfig:
   knowledge_length: int = field(32, 'tokens in a snippet of text that becomes a row of a bank file', 2, needs=BANK_FILE)
   bank_std: float = field(1.0, 'standard deviation of the first values; when a bank file is built, of its values',
     0, 1e3, needs=NO_BANK_FILE)
-  bank_lr_multiplier: float = field(1.0, "the bank's learning rate over that of all others, at the first update",
+  bank_lr_multiplier: float = field(1.0, "factor of the bank's learning rate at the first update",
     **MULTIPLIER, needs=BANK_RATE)
   bank_lr_final_multiplier: float = field(1.0, 'the same at the last update; linear in between',
     **MULTIPLIER, needs=BANK_RATE)
-  bank_decay_multiplier: float = field(1.0, "the bank's weight decay over train.weight_decay; 0: none",
+  bank_decay_multiplier: float = field(1.0, "factor of the bank's weight decay; 0: none",
     **MULTIPLIER, needs=BANK_DECAY)
   bank_update: str = field('dense', "Adam on all rows; 'lazy': on those that an update read; pays if they are few",
     choices=('dense', 'lazy'), before='dense')
@@ -207,7 +207,7 @@ class TrainConfig:
   max_steps: int = field(0, 'optimizer updates; 0: as many as the epochs give')
   learning_rate: float = field(2e-4, 'peak', 0, 10)
   embedding_lr_multiplier: float = field(
-    1.0, "the embedding's learning rate over that of all others; the output layer shares it",
+    1.0, "factor of the embedding's learning rate; the embedding is also the output layer",
     **MULTIPLIER, before=1.0, needs=EMBEDDING_RATE)
   parameters: str = field('', "rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none", before='')
   final_learning_rate: float = field(0.0, 'at the end of the cosine', 0, 10)
