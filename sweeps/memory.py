@@ -1,11 +1,13 @@
-"""The memory experiment: which memory, if any, beats the feed-forward layer at equal tokens and no more FLOPs a token.
+"""The memory experiment: which memory beats the feed-forward layer at equal tokens and no more FLOPs a token?
 
 python -m mmjax.tools.sweep sweeps/memory.py --config.data.train_files=... --config.data.valid_files=...
-  and then, with what that found, --set learning_rate=2e-3, and then --set winners=g4,g5 beside it: docs/experiments.md.
+Add --set learning_rate=4e-3 when that has found the best rate, and --set winners=g42,g41 when that has found the best
+models: docs/experiments.md.
 
-Without a learning rate: G0 at three of them. With one: every model at that rate. With winners: G0 and the winners with
-two more seeds, and the best winner at the other rates. The list only grows, so what is done is done.
---set scale=gpu takes the record's sizes, scale=small those of a first look; --set tokens=300e6 another length.
+Without a learning rate the runs are G0 at three of them. With one, they are every model at that rate. With winners,
+they are also two more seeds of G0 and the winners, and the best winner at the other rates. The list only grows, so
+what is done stays done. --set scale=gpu takes the record's sizes, scale=small those of a first look, and
+--set tokens=300e6 another length.
 """
 
 import contextlib
@@ -17,14 +19,14 @@ from mmjax.model.cost import flops_per_token, matching_width
 from mmjax.tools.sweep_file import Run
 
 CONFIGS = Path(__file__).resolve().parents[1] / 'configs'
-SEEDS = (1, 2)  # beside 0, for G0 and the winners
+SEEDS = (1, 2)  # in addition to 0, for G0 and the winners
 
-# Every size of a scale, once. P = dim / 4 and 4 query heads a key head, as in the record.
+# Every size of a scale, once. P is dim / 4, and 4 query heads share a key head, as in the record.
 SCALES = {
   'small': {
     'tokens': 3e6,
     'learning_rates': (2e-3, 4e-3, 8e-3),
-    'evaluations': 1,  # one takes as long as an eighth of the training
+    'evaluations': 1,  # each takes an eighth of the time of the training
     'settings': {
       'model.dim': 128, 'model.n_layers': 4, 'model.n_heads': 8, 'model.n_kv_heads': 2, 'model.max_seq_len': 256,
       'model.knowledge_dim': 32, 'train.batch_size': 8, 'train.accumulation_steps': 1, 'train.dtype': 'bfloat16',
@@ -51,7 +53,7 @@ SCALES = {
       'train.log_interval': 20,
     },
   },
-  'tiny': {  # to try the machinery: minutes for everything, numbers that say nothing
+  'tiny': {  # tries the machinery in minutes; its numbers say nothing
     'tokens': 2560,
     'learning_rates': (1e-3, 2e-3, 4e-3),
     'evaluations': 5,
@@ -62,13 +64,12 @@ SCALES = {
     },
   },
 }  # fmt: skip
-# For runs this short, beside the record's AdamW: with 4 % and 0.999 G0 lost 0.17 nats a token at scale=small, which
-# is more than any memory is worth there.
+# Runs this short need another warm-up and beta2 than the record: docs/experiments.md, "Tune the baseline first".
 WARMUP_SHARE = 0.2  # of the updates
 BETA2 = 0.99
 CHECKPOINTS = 10
 
-# G1 to G4: the fusion of 1.4.2, each with what the one before has.
+# G1 to G4: the fusion of 1.4.2. Each has the changes of the one before.
 FAITHFUL = {'model.sublayer': 'gated_fusion'}
 INPUT_AND_BANK = FAITHFUL | {
   'memory.input': 'residual',
@@ -78,7 +79,7 @@ INPUT_AND_BANK = FAITHFUL | {
   'memory.bank_decay_multiplier': 0.0,
 }
 GATE_LEARNS = INPUT_AND_BANK | {'memory.scores': 'scale', 'memory.query_key_norm': 'l2'}
-# G5 and its variants: the bag, in the middle layers, beside a feed-forward layer that takes what is left of G0's FLOPs.
+# G5 and its variants: the bag in the middle layers, next to a feed-forward layer that uses the rest of G0's FLOPs.
 BAG = INPUT_AND_BANK | {
   'model.sublayer': 'memory_bag',
   'model.num_selected': 16,
@@ -90,7 +91,7 @@ BAG = INPUT_AND_BANK | {
 BALANCED = BAG | {'memory.selection_bias': True}
 EVERYWHERE = BALANCED | {'memory.layers': 'all'}
 FAST_BANK = EVERYWHERE | {'memory.bank_lr_multiplier': 16.0}
-# Rows that the last tokens address. There is no gate to pay for, so the feed-forward layer stays almost as it is.
+# Rows that the last tokens address. There is no gate to pay for, so the feed-forward layer keeps almost all its width.
 NGRAMS = INPUT_AND_BANK | {
   'model.sublayer': 'ngram_bag',
   'model.num_selected': 1,
@@ -100,16 +101,16 @@ NGRAMS = INPUT_AND_BANK | {
   'memory.bank_lr_multiplier': 16.0,
   'memory.ffn_dim': 'what is left',
 }
-MODELS = {  # numbers that are missing were dropped before they ran
+MODELS = {  # models whose numbers are missing were dropped before they ran
   'g0': {'model.sublayer': 'dense'},
   'g1': FAITHFUL,
   'g2': INPUT_AND_BANK,
   'g3': GATE_LEARNS,
   'g4': GATE_LEARNS | {'memory.layers': 'middle'},
   'g5': BAG,
-  'g6': BAG | {'model.knowledge_num': 256},  # is capacity the cause? 16 sub-keys a half, of which 16 are selected
+  'g6': BAG | {'model.knowledge_num': 256},  # is capacity the cause? All 16 sub-keys of a half are selected
   'g7': BAG | {'memory.score_activation': 'relu'},
-  # As many values in the bank, and as many read, in a quarter of the rows.
+  # A quarter of the rows, but as many values in the bank and as many read.
   'g8': BAG | {'model.knowledge_num': 16384, 'model.knowledge_dim': '4 * knowledge_dim', 'memory.n_heads': 1},
   'g13': EVERYWHERE,
   'g15': BALANCED,
@@ -124,12 +125,12 @@ MODELS = {  # numbers that are missing were dropped before they ran
   'g30': {'model.sublayer': 'dense', 'model.hidden_dim': "g23's"},  # what is left of G23 without its memory
   'g34': NGRAMS,
   'g35': NGRAMS | {'memory.layers': 'all'},
-  'g37': NGRAMS | {'memory.ngrams': '1'},  # a second embedding: what is in reach without a context
+  'g37': NGRAMS | {'memory.ngrams': '1'},  # a second embedding: how much needs no context?
   'g38': NGRAMS | {'model.knowledge_num': 1048576},
-  # Both in one bank: a layer that n-grams address, and one with a gate that learns.
+  # Both in one bank: one layer reads n-grams, another has a gate that learns.
   'g40': FAST_BANK | {'memory.ngram_layers': '1', 'memory.ngrams': '2,3', 'memory.layers': '1,2'},
-  'g41': NGRAMS | {'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},  # what lazy updates cost in loss
-  # With the token itself, which G37 has alone.
+  'g41': NGRAMS | {'model.knowledge_num': 1048576, 'memory.bank_update': 'lazy'},  # how much loss do lazy updates cost?
+  # With rows for the token itself, which is all that G37 has.
   'g42': NGRAMS | {'memory.ngrams': '1,2'},
   'g43': NGRAMS | {'memory.ngrams': '1,2,3', 'memory.n_heads': 6},
   # How much of that is an embedding that learns too slowly?
@@ -156,7 +157,7 @@ def get_runs(scale='cpu', learning_rate='', winners='', tokens=''):
   if unknown:
     raise UserError(f'winners={winners!r}: no model {unknown[0]!r}; there are {", ".join(MODELS)}')
   if best and tuned is None:
-    raise UserError(f'winners={winners!r} need a learning_rate beside them, one of {rates}')
+    raise UserError(f'winners={winners!r} need a learning_rate too, one of {rates}')
   wanted = [('g0', rate, 0) for rate in rates]
   if tuned is not None:
     wanted += [(name, tuned, 0) for name in MODELS]
@@ -210,7 +211,7 @@ def sized(model: dict, settings: dict) -> dict:
 
 
 def without_idle_sizes(settings: dict) -> dict:
-  """Leaves out sizes of a scale, which has those of every model, that mean nothing in this one: it has no bank, say."""
+  """Leaves out those sizes of a scale that mean nothing in this model, such as those of a bank that it lacks."""
   kinds = {name: settings[name] for name in ('model.sublayer', 'model.n_layers', 'memory.layers') if name in settings}
   idle = idle_settings(load(kinds)).keys() & SCALES['tiny']['settings']
   return {name: value for name, value in settings.items() if name not in idle}

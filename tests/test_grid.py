@@ -106,7 +106,7 @@ def test_list_grows_with_what_is_known():
   ('settings', 'said'),
   [
     (['scale=huge'], "scale='huge' must be one of small, cpu, gpu, tiny"),
-    (['winners=g5'], "winners='g5' need a learning_rate beside them"),
+    (['winners=g5'], "winners='g5' need a learning_rate too"),
     (['learning_rate=2e-3', 'winners=g55'], "winners='g55': no model 'g55'; there are g0, g1"),
   ],
 )

@@ -56,7 +56,7 @@ class Decoder:
       placement: how to run it; None: in float32, which is also the fastest on a CPU, and with the run's attention.
     """
     placement = placement or place_reader(config, dtype='float32')
-    # A CPU reads (out, in) matrices faster where a product has a single row: 1.16 times the tokens/s of 1.4.2.
+    # A CPU reads (out, in) matrices faster where a product has a single row: BENCHMARKS.md, Generation.
     transposed = placement.platform == 'cpu'
     steps = _Steps(model_graph(config), config.model, placement, eos_id, n_ids, transposed)
     self._prefill = placement.jit(steps.prefill, static_argnames='length')

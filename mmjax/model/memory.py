@@ -87,7 +87,7 @@ class L2Norm(nnx.Module):
 
 QUERY_KEY_NORMS = {'none': NoNorm, 'l2': L2Norm}
 NORM_EPS = 1e-6
-BALANCING_SLOPE = 1e-4  # 1 gave a norm of 8, beside 0.5 of all other gradients
+BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/experiments.md
 
 
 def score_weights(score_BThr: Array, activation: str) -> Array:
