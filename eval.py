@@ -45,8 +45,8 @@ def main() -> None:
       read_prompts,
       text_remarks,
     )
+    from mmjax.report.write import write_report
     from mmjax.run.directory import open_run
-    from mmjax.tools.report import write_report
 
   prepare_terminal()
   prompts = read_prompts(arguments.prompts or PROMPTS)
@@ -71,41 +71,16 @@ def main() -> None:
 
 def print_evaluation(found: dict[str, Any]) -> None:
   """Prints what was found as tables."""
-  from rich.console import Console
-  from rich.table import Table
   from rich.text import Text
 
-  from mmjax.console import printable
-  from mmjax.tools.memory_tables import memory_tables, update_ratio_sentence
+  from mmjax.console import printable, show
+  from mmjax.report import sections
+  from mmjax.report.numbers import memory_tables
 
-  console = Console(highlight=False)
-  numbers = Table(title=f'Held-out text, checkpoint {found["checkpoint"]}', show_header=False)
-  for name, text in (
-    ('tokens', f'{found["tokens"]:,}'),
-    ('UTF-8 bytes', f'{found["text_bytes"]:,}'),
-    ('loss, nats per token', f'{found["loss"]:.4f}'),
-    ('perplexity', f'{found["perplexity"]:.2f}'),
-    ('bits per byte', f'{found["bits_per_byte"]:.4f}'),
-    ('accuracy', f'{found["accuracy"]:.2%}'),
-    ('computed with', f'{found["attention"]} attention in {found["dtype"]}'),
-  ):
-    numbers.add_row(name, text)
-  console.print(numbers)
-  for remark in found['remarks']:
-    console.print(remark, end='\n\n')
-  for title, header, rows in memory_tables(found['bank'], found['probes']):
-    table = Table(*header, title=title)
-    for row in rows:
-      table.add_row(*row)
-    console.print(table)
-  if sentence := update_ratio_sentence(found['probes']):
-    console.print(sentence)
+  show(*sections.evaluation(found), *memory_tables(found['bank'], found['probes']))
   for sample in found['samples']:
-    console.print(
-      Text(printable(sample['prompt']), 'bold') + Text(printable(sample['continuation']), 'not bold'), end='\n\n'
-    )
-  varied = ('distinct_1', 'distinct_2', 'distinct_3', 'repeated_4grams')
-  console.print(', '.join(f'{name} {found[name]:.3f}' for name in varied if found[name] is not None))
+    show(Text(printable(sample['prompt']), 'bold') + Text(printable(sample['continuation']) + '\n', 'not bold'))
+  show(sections.variety(found))
 
 
 if __name__ == '__main__':

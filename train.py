@@ -27,8 +27,8 @@ def main() -> None:
   config = load_config(args.config, overrides)
 
   with interrupt_ends_at_once():  # only now: bad settings need not wait for JAX
+    from mmjax.report.write import write_report
     from mmjax.run.processes import is_main
-    from mmjax.tools.report import write_report
     from mmjax.training.loop import fit
 
   workdir = user_path(args.workdir or f'out/{config.experiment}')

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from mmjax.config import load_config
+from mmjax.console import Progress
 from mmjax.data import blocks, shards
 from mmjax.data.index import read_index
 from mmjax.data.prepare import prepare
-from mmjax.data.progress import SilentProgress
 from mmjax.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,10 +26,11 @@ def some_texts(count):
   return [f'{n} ' + ' '.join(rng.choices(WORDS, k=rng.randint(1, 120))) for n in range(count)]
 
 
-class Said(SilentProgress):
+class Said(Progress):
   """Keeps what was said."""
 
   def __init__(self):
+    super().__init__(quiet=True)
     self.lines = []
 
   def say(self, message):

@@ -26,6 +26,7 @@ ORDER = (
   'training',
   'ahead',
   'interop',
+  'report',
   'serve',
   'tools',
 )
@@ -147,6 +148,11 @@ def test_no_pallas_and_no_triton_in_the_source():
   for path in SOURCES:
     found = re.search(r'import.*(pallas|triton)|(pallas|triton)_call', path.read_text(), re.IGNORECASE)
     assert not found, f'{path}: {found}'
+
+
+@pytest.mark.parametrize('path', ['train.py', 'eval.py'])
+def test_commands_that_train_and_evaluate_need_no_tools(path):
+  assert not [name for name in imported_modules(ast.parse(Path(path).read_text())) if name.startswith('mmjax.tools')]
 
 
 def test_importing_the_package_is_cheap():

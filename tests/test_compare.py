@@ -6,16 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 from scipy import stats
 
 from mmjax.errors import UserError
 from mmjax.model.cost import flops_per_token
+from mmjax.report import compare as compare_module
+from mmjax.report.compare import compare
+from mmjax.report.compare_plots import curve, difference_lines, differences, write_plots
+from mmjax.report.found import FoundRun
+from mmjax.report.rows import find_runs, make_rows
 from mmjax.run.directory import RunDir
-from mmjax.tools import compare as compare_tool
-from mmjax.tools.compare import compare
-from mmjax.tools.compare_plots import curve, differences, draw_differences, write_plots
-from mmjax.tools.compare_runs import find_runs, make_rows, read_run
 from tests.helpers import tiny_config
 
 IDENTITY = {'data_sha256': 'd' * 64, 'tokenizer_sha256': 't' * 64}
@@ -26,7 +26,7 @@ STEPS = 10
 @pytest.fixture(autouse=True)
 def without_plots(monkeypatch):
   """Drawing takes longer than everything else; one test does it."""
-  monkeypatch.setattr(compare_tool, 'write_plots', lambda rows, folder, other_data: {})
+  monkeypatch.setattr(compare_module, 'write_plots', lambda rows, folder, other_data: {})
 
 
 def make_run(path: Path, losses, *, seed=0, done=STEPS, identity=IDENTITY, valid_tokens=1000, rate=500.0, **changes):
@@ -185,16 +185,16 @@ def test_runs_are_rows_by_settings_and_not_by_where_they_wrote(tmp_path):
 def test_folder_stands_for_its_runs_in_the_order_of_its_sweep(tmp_path):
   for name in ('g10-s0', 'g2-s0', 'g1-s0'):
     make_run(tmp_path / name, (6, 5.5))
-  assert [p.name for p in find_runs([tmp_path])] == ['g1-s0', 'g2-s0', 'g10-s0']
+  assert [run.path.name for run in find_runs([tmp_path])] == ['g1-s0', 'g2-s0', 'g10-s0']
   (tmp_path / 'sweep.json').write_text(json.dumps({'runs': {'g10-s0': {}, 'g1-s0': {}}}))
-  assert [p.name for p in find_runs([tmp_path, tmp_path / 'g2-s0'])] == ['g10-s0', 'g1-s0', 'g2-s0']
+  assert [run.path.name for run in find_runs([tmp_path, tmp_path / 'g2-s0'])] == ['g10-s0', 'g1-s0', 'g2-s0']
   with pytest.raises(UserError, match='neither a run directory'):
     find_runs([tmp_path / 'g1-s0' / 'checkpoints'])
 
 
 def test_curves_count_flops_of_whole_rows_and_differences_are_at_equal_tokens(tmp_path):
-  dense = read_run(make_run(tmp_path / 'a', (7, 5), **DENSE))
-  half = read_run(make_run(tmp_path / 'b', (6, 4), train__batch_size=2))
+  dense = FoundRun(make_run(tmp_path / 'a', (7, 5), **DENSE))
+  half = FoundRun(make_run(tmp_path / 'b', (6, 4), train__batch_size=2))
   found = curve(half, 'eval')
   cost = flops_per_token(half.config)['total']
   np.testing.assert_allclose(found.x['flops'], np.array([5, 10]) * 2 * 2 * 16 * cost)  # updates, A, B, T
@@ -207,7 +207,7 @@ def test_curves_count_flops_of_whole_rows_and_differences_are_at_equal_tokens(tm
 
 def test_plots_are_drawn_also_for_runs_that_only_began(tmp_path):
   runs = [make_run(tmp_path / 'a', (6,), done=5), make_run(tmp_path / 'b', (), done=0, **DENSE)]
-  captions = write_plots(make_rows([read_run(run) for run in runs]), tmp_path, [False, False])
+  captions = write_plots(make_rows([FoundRun(run) for run in runs]), tmp_path, [False, False])
   assert list(captions) == ['loss_tokens.png', 'loss_flops.png', 'loss_seconds.png', 'difference.png']
   for name in captions:
     data = (tmp_path / name).read_bytes()
@@ -218,11 +218,8 @@ def test_difference_of_other_data_and_of_other_batches_is_not_drawn_as_one(tmp_p
   first = [make_run(tmp_path / f'a-s{i}', (6, 5 + i), seed=i) for i in range(2)]
   other = [make_run(tmp_path / f'b-s{i}', (6, 4), seed=i, identity=IDENTITY | {'data_sha256': 'x'}) for i in range(2)]
   batch = [make_run(tmp_path / f'c-s{i}', (6, 5.1 + i), seed=i, train__batch_size=2) for i in range(2)]
-  rows = make_rows([read_run(path) for path in (*first, *other, *batch)])
-  styles = [{'color': 'k', 'linestyle': '-'}] * 3
-  axes = Figure().subplots()
+  rows = make_rows([FoundRun(path) for path in (*first, *other, *batch)])
   curves = [[curve(run, 'eval') for run in row.runs] for row in rows]
-  draw_differences(axes, curves, rows, styles, 'o', [False, True, False])
-  [line] = axes.lines
-  np.testing.assert_allclose(line.get_ydata()[-1], 0.1)
-  assert not axes.collections  # no band of an error: the seeds of other batches are no pairs
+  [line] = difference_lines(curves, rows, [{'color': 'k'}] * 3, {}, [False, True, False])
+  np.testing.assert_allclose(line.y[-1], 0.1)
+  assert line.error is None  # no band of an error: the seeds of other batches are no pairs

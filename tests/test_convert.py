@@ -17,11 +17,12 @@ torch = pytest.importorskip('torch')
 from mmjax.config import Config, load_config  # noqa: E402
 from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
+from mmjax.interop.convert import export_run, import_run  # noqa: E402
 from mmjax.interop.files import read_metadata, read_tensors, write_tensors  # noqa: E402
 from mmjax.model.lm import abstract_params  # noqa: E402
 from mmjax.run.checkpoint import Checkpoints  # noqa: E402
 from mmjax.run.directory import RunDir  # noqa: E402
-from mmjax.tools.convert import export_run, import_run, main  # noqa: E402
+from mmjax.tools.convert import main  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
 from mmjax.training.step import init_state  # noqa: E402
 from tests.helpers import TINY, arrays_of, flags_for, rarely, tiny_config  # noqa: E402

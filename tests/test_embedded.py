@@ -8,9 +8,9 @@ import time
 
 import pytest
 
+from mmjax.console import Progress
 from mmjax.data import embedded
 from mmjax.data.embedded import build_embedded_corpus, embedded_documents
-from mmjax.data.progress import SilentProgress
 from mmjax.errors import UserError
 
 LIBRARY = {
@@ -46,12 +46,12 @@ def test_docstrings_are_taken_from_sources_by_module_without_copies(library):
 def test_corpus_is_built_once_and_recorded(tmp_path, monkeypatch):
   said = []
 
-  class Said(SilentProgress):
+  class Said(Progress):
     def say(self, message):
       said.append(message)
 
   start = time.monotonic()
-  corpus = build_embedded_corpus(tmp_path / 'data', Said())
+  corpus = build_embedded_corpus(tmp_path / 'data', Said(quiet=True))
   assert time.monotonic() - start < 60  # seconds on an idle machine; others may be busy
   record = json.loads((tmp_path / 'data' / 'embedded.json').read_text())
   data = corpus.read_bytes()
@@ -60,15 +60,15 @@ def test_corpus_is_built_once_and_recorded(tmp_path, monkeypatch):
   assert all(set(json.loads(line)) == {'text'} for line in data.splitlines())
   assert said == [f'building the embedded corpus {corpus}']
   monkeypatch.setattr(embedded, 'embedded_documents', lambda: ['x' * 10**6])
-  assert build_embedded_corpus(tmp_path / 'data', Said()).read_bytes() == data and len(said) == 1
+  assert build_embedded_corpus(tmp_path / 'data', Said(quiet=True)).read_bytes() == data and len(said) == 1
   corpus.write_bytes(data[:-1])
-  assert build_embedded_corpus(tmp_path / 'data', Said()).read_bytes() != data and len(said) == 2
+  assert build_embedded_corpus(tmp_path / 'data', Said(quiet=True)).read_bytes() != data and len(said) == 2
 
 
 def test_python_without_sources_or_topics_is_one_sentence(library, tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r'carries only \d+ bytes of documentation: its standard library has no sources'):
-    build_embedded_corpus(tmp_path / 'data', SilentProgress())
+    build_embedded_corpus(tmp_path / 'data', Progress(quiet=True))
   assert not list((tmp_path / 'data').iterdir())
   monkeypatch.setitem(sys.modules, 'pydoc_data.topics', None)
   with pytest.raises(UserError, match='lacks pydoc_data'):
-    build_embedded_corpus(tmp_path / 'data', SilentProgress())
+    build_embedded_corpus(tmp_path / 'data', Progress(quiet=True))

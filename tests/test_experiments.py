@@ -11,12 +11,12 @@ import mmjax
 from mmjax.config import Config, load_config
 from mmjax.errors import StoppedError
 from mmjax.inference.measure import measure_text
+from mmjax.interop.convert import export_run, import_run
 from mmjax.interop.files import read_tensors
+from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
 from mmjax.tools.bank import build_bank
-from mmjax.tools.convert import export_run, import_run
-from mmjax.tools.report import write_report
 from mmjax.training import loop
 from tests.helpers import TINY, StopAfter, flags_for
 

@@ -14,7 +14,7 @@ USE = """
 import dataclasses, json, sys
 import mmjax
 from mmjax.data.prepare import prepare
-from mmjax.data.progress import SilentProgress
+from mmjax.console import Progress
 from mmjax.errors import UserError
 from mmjax.inference.measure import measure_text
 from mmjax.run.directory import open_run
@@ -25,7 +25,7 @@ for file in files:
   data = {'train_files': file, 'valid_fraction': 0.0, 'prepared_dir': f'{file}-prepared', 'workers': 2}
   data |= {'tokenizer': f'{run}/tokenizer.model'}
   try:
-    directory = prepare(dataclasses.replace(lm.config.data, **data), 300, SilentProgress())
+    directory = prepare(dataclasses.replace(lm.config.data, **data), 300, Progress(quiet=True))
     shards = {path.name: path.read_bytes().hex() for path in sorted(directory.glob('train*'))}
     found[file] = [shards, measure_text(lm, open_run(run), file).to_dict()]
   except UserError as error:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from mmjax.config import flatten, idle_settings, load_config
+from mmjax.console import Progress
 from mmjax.data.index import read_index
 from mmjax.data.prepare import prepare
-from mmjax.data.progress import SilentProgress
 from mmjax.errors import UserError
 from mmjax.model.cost import flops_per_token, matching_width
 from mmjax.tools.sweep_file import read_sweep
@@ -138,12 +138,12 @@ def test_packed_data_are_used_where_they_are_unpacked(archive, tmp_path):
   index = read_index(tmp_path)
   assert 150 < index['splits']['train']['documents'] < 250 and index['splits']['valid']['documents'] == 20
   data = dataclasses.replace(load_config('configs/base.py').data, prepared_dir=str(tmp_path))
-  assert prepare(data, 300, SilentProgress()) == tmp_path
+  assert prepare(data, 300, Progress(quiet=True)) == tmp_path
   with pytest.raises(UserError, match=r'model.vocab_size=299 does not fit .* set --config.model.vocab_size=300'):
-    prepare(data, 299, SilentProgress())
+    prepare(data, 299, Progress(quiet=True))
   (tmp_path / 'train-00000.bin').write_bytes(b'other')
   with pytest.raises(UserError, match='is not what index.json describes'):
-    prepare(data, 300, SilentProgress())
+    prepare(data, 300, Progress(quiet=True))
 
 
 def test_script_names_what_is_missing(archive, tmp_path):

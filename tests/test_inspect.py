@@ -1,6 +1,5 @@
 """Looking into a memory: rows, contexts and effects against plain loops, the command, and what is refused."""
 
-import io
 import json
 import shutil
 import sys
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from rich.console import Console
 
 import mmjax
+from mmjax.console import show
 from mmjax.data.loader import PADDING
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import LanguageModel
@@ -75,7 +74,7 @@ def test_rows_of_a_text_are_those_that_the_model_read(reader, forward):
   assert [len(t['layers'][0]['rows']) for t in reader.read_text(TEXT, layer=1, top=2)] == [2] * len(ids)
 
 
-def test_rows_that_ngrams_address_are_shown_with_these(tiny_run):
+def test_rows_that_ngrams_address_are_shown_with_these(tiny_run, capsys):
   config = tiny_config(model__sublayer='ngram_bag', model__num_selected=1, memory__n_heads=2, memory__ngrams='1,2')
   reader = MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
   found = reader.read_text(TEXT)
@@ -89,11 +88,10 @@ def test_rows_that_ngrams_address_are_shown_with_these(tiny_run):
     assert reads[0]['row'] == row_of.setdefault(token['id'], reads[0]['row'])  # the same token, the same row
   tables = inspect.tokens_tables(found, 5, 80)
   assert tables[0].title == 'Rows that each token took: row, ngram'
-  screen = Console(file=io.StringIO(), width=200)  # brackets in a text are no markup
   read = {'row': 1, 'score': None, 'weight': None, 'ngram': 'a[/i]'}
-  screen.print(*inspect.tokens_tables([{'token': 'x', 'layers': [{'layer': 0, 'rows': [read]}]}], 5, 200))
-  assert 'a[/i]' in screen.file.getvalue()
-  assert inspect.contexts_table([], '').columns[0].header == 'contexts that take it; the token that took it is in «»'
+  show(*inspect.tokens_tables([{'token': 'x', 'layers': [{'layer': 0, 'rows': [read]}]}], 5, 200))
+  assert 'a[/i]' in capsys.readouterr().out  # brackets in a text are no markup
+  assert inspect.contexts_table([], '').header == ['contexts that take it; the token that took it is in «»']
 
 
 def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):

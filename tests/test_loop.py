@@ -17,12 +17,12 @@ import pytest
 import mmjax
 from mmjax.data.loader import train_batches
 from mmjax.errors import DivergedError, StoppedError, UserError
+from mmjax.report.write import write_report
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
 from mmjax.run.sharding import make_mesh, put_batch
 from mmjax.run.text import training_data
-from mmjax.tools.report import write_report
 from mmjax.training import loop
 from mmjax.training.loop import fit
 from mmjax.training.optimizer import make_optimizer

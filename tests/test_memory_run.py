@@ -11,9 +11,9 @@ from mmjax.config import load_config
 from mmjax.inference.measure import measure_text
 from mmjax.model.lm import memory_layers
 from mmjax.model.sublayers import layer_kinds
+from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
-from mmjax.tools.report import write_report
 from mmjax.training.loop import fit
 from tests.helpers import TINY
 

@@ -10,8 +10,8 @@ torch = pytest.importorskip('torch')
 from mmjax.config import idle_settings, load_config  # noqa: E402
 from mmjax.errors import UserError  # noqa: E402
 from mmjax.interop import names  # noqa: E402
+from mmjax.interop.convert import fitting_config  # noqa: E402
 from mmjax.interop.files import read_tensors  # noqa: E402
-from mmjax.tools.convert import fitting_config  # noqa: E402
 from tests.torch_reference import Sizes, TorchLM  # noqa: E402
 from tests.weights import BASE_CONFIG, HEADS, SUBLAYERS, assert_same_bits, make_state, save  # noqa: E402
 

@@ -7,14 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from rich.console import Console
 
+from mmjax import console
+from mmjax.console import Progress
 from mmjax.data import prepare as prepare_module
-from mmjax.data import progress
 from mmjax.data.index import read_index
 from mmjax.data.loader import PADDING, open_split
 from mmjax.data.prepare import prepare
-from mmjax.data.progress import SilentProgress
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.data.worker import is_held_out
 from mmjax.errors import UserError, run_command
@@ -127,12 +126,12 @@ def test_skipped_lines_are_counted_in_the_index(tmp_path, texts):
 
 
 def test_input_that_changes_while_it_is_read_is_refused(tmp_path, corpus):
-  class Changing(SilentProgress):
+  class Changing(Progress):
     def say(self, message):
       os.utime(corpus, (1, 1))
 
   with pytest.raises(UserError, match='train.jsonl. was changed while it was read'):
-    prepare(settings(tmp_path, corpus), VOCAB, Changing())
+    prepare(settings(tmp_path, corpus), VOCAB, Changing(quiet=True))
 
 
 def test_validation_text_that_is_training_text_is_counted(tmp_path, corpus, texts):
@@ -155,11 +154,12 @@ def test_prepared_dir_that_is_a_file_is_one_sentence(tmp_path, corpus):
 @pytest.mark.parametrize('terminal', [True, False])
 def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path, corpus, monkeypatch, terminal):
   screen = io.StringIO()
-  monkeypatch.setattr(progress, 'LINE_SECONDS', 0)
-  monkeypatch.setattr(progress, 'Console', lambda **_: Console(file=screen, force_terminal=terminal, width=100))
-  prepare(settings(tmp_path, corpus), VOCAB)
+  screen.isatty = lambda: terminal
+  monkeypatch.setattr(console, 'LINE_SECONDS', 0)
+  monkeypatch.setenv('COLUMNS', '100')
+  prepare(settings(tmp_path, corpus), VOCAB, Progress(screen))
   shown = screen.getvalue()
-  assert 'sampling text' in shown and 'tokenizing train' in shown and 'MB/s' in shown and 'prepared' in shown
+  assert 'sampling text: ' in shown and 'tokenizing train: ' in shown and 'MB/s' in shown and 'prepared' in shown
   assert ('\x1b[' in shown) == terminal
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 
 from mmjax.config import load_config
+from mmjax.console import Table, markdown
 from mmjax.errors import UserError
 from mmjax.model.lm import build_model, count_params
+from mmjax.report import sections
+from mmjax.report.plots import write_plots
+from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
-from mmjax.tools import report_parts
-from mmjax.tools.plots import write_plots
-from mmjax.tools.report import write_report
 from tests.helpers import tiny_config
 
 
@@ -64,12 +65,13 @@ def cells(text: str) -> dict[str, str]:
 def test_report_says_whose_weights_a_run_started_from():
   first = {'run': '/runs/a', 'step': 500, 'tokens': 4096000, 'params_sha256': 'abc', 'init_from': None}
   second = {'run': '/runs/b c', 'step': 7, 'tokens': 9, 'params_sha256': 'def', 'init_from': first}
-  assert report_parts.origin(None) == ''
-  text = report_parts.origin(second)
+  assert sections.origin(None) == ''
+  text = sections.origin(second)
   assert 'from the weights of `/runs/b c` at update 7, after 9 tokens (parameters sha256 `def`)' in text
-  assert text.endswith('which started from the weights of `/runs/a` at update 500, after 4,096,000 tokens '
-                       '(parameters sha256 `abc`).\n\n')  # fmt: skip
-  shown = report_parts.commands(tiny_config(), 'out/x', second)
+  assert text.endswith(
+    'which started from the weights of `/runs/a` at update 500, after 4,096,000 tokens (parameters sha256 `abc`).'
+  )
+  shown = sections.commands(tiny_config(), 'out/x', second)
   assert "--init_from '/runs/b c@7' " in shown
 
 
@@ -96,7 +98,7 @@ def test_report_of_a_finished_run_has_every_part(tiny_run, tmp_path):
   total, without_bank = count_params(build_model(config)[1])
   found = cells(text)
   assert found['parameters'] == f'{total:,}'
-  assert found['of these not in the bank'] == f'{without_bank:,}'
+  assert found['parameters not in the bank'] == f'{without_bank:,}'
   assert found['optimizer updates'] == '6 of 6'
   index, run_json = (json.loads((run / name).read_text()) for name in ('data.json', 'run.json'))
   assert found['train-00000.bin'] == f'`{index["splits"]["train"]["shards"][0]["sha256"]}`'
@@ -108,10 +110,10 @@ def test_report_of_a_finished_run_has_every_part(tiny_run, tmp_path):
 
 def test_best_and_last_evaluation_are_told_apart(tmp_path):
   records = [train_line(4), eval_line(2, 3.5), eval_line(3, None), eval_line(4, 4.25)]
-  found = cells(write_report(make_run(tmp_path / 'run', records)).read_text())
-  assert found['best validation loss (update 2)'] == '3.5000'
-  assert found['last validation loss (update 4)'] == '4.2500'
-  assert found['training loss, mean of the last 1 reports'] == '4.6000'
+  text = write_report(make_run(tmp_path / 'run', records)).read_text()
+  assert '| on the validation set | best (update 2) | last (update 4) |' in text
+  assert '| loss, nats a token | 3.5000 | 4.2500 |' in text
+  assert cells(text)['training loss, mean of the last 1 reports'] == '4.6000'
 
 
 def test_stopped_run_without_checkpoint_says_what_is_missing(tmp_path):
@@ -130,7 +132,7 @@ def test_dense_run_has_no_bank(tmp_path):
   records = [train_line(2, layers=0), eval_line(2, 3.0, layers=0)]
   run = make_run(tmp_path / 'run', records, model__sublayer='dense')
   text = write_report(run).read_text()
-  assert '## Bank health' not in text and 'in the bank' not in text.replace('not in the bank', '')
+  assert '## Bank health' not in text
   assert not list((run / 'plots').glob('bank_*'))
 
 
@@ -166,7 +168,7 @@ def test_notes_of_a_person_are_never_overwritten(tmp_path):
 def test_the_command_makes_the_same_config(experiment):
   overrides = [f'--config.experiment={experiment}', "--config.data.train_files=it's; a $HOME/*.jsonl"]
   config = load_config('configs/quickstart.py', [*overrides, '--config.train.learning_rate=0.00123'])
-  lines = report_parts.commands(config, 'out/a run').splitlines()
+  lines = sections.commands(config, 'out/a run').splitlines()
   words = shlex.split('\n'.join(lines[1:-1]).replace('\\\n', ''))
   command = words[: words.index('eval.py') - 1]
   assert command[:2] == ['python', 'train.py'] and command[-2:] == ['--workdir', 'out/a run']
@@ -176,10 +178,10 @@ def test_the_command_makes_the_same_config(experiment):
 def test_text_cannot_break_out_of_its_place():
   sample = {'prompt': 'a```\n# b', 'continuation': '````\n\x1b[2J', 'tokens': 3, 'ended': True}
   found = {'sampling': {'seed': 0}, 'samples': [sample], 'distinct_1': 1.0, 'distinct_2': None, 'distinct_3': None}
-  text = report_parts.samples(found | {'repeated_4grams': None}, 'Here.')
+  text = markdown(*sections.samples(found | {'repeated_4grams': None}, 'Here.'))
   assert '````text\na```\n# b\n````\n' in text
   assert '`````text\n````\n\\x1b[2J\n`````\n' in text
-  assert report_parts.table(('a',), [('x|y\nz',)]).splitlines()[-1] == '| x\\|y z |'
+  assert markdown(Table(('a',), [('x|y\nz',)])).splitlines()[-1] == '| x\\|y z |'
 
 
 @pytest.mark.thorough

@@ -12,9 +12,10 @@ from safetensors.numpy import save_file
 from mmjax.config import load_config
 from mmjax.errors import UserError
 from mmjax.files import read_json, seal
+from mmjax.report.found import FoundRun
+from mmjax.report.rows import changed, make_rows
+from mmjax.report.write import write_report
 from mmjax.tools import inspect
-from mmjax.tools.compare_runs import changed, make_rows, read_run
-from mmjax.tools.report import write_report
 from mmjax.training.loop import fit
 from tests.helpers import TINY_CONFIG, overrides
 
@@ -141,5 +142,5 @@ def test_comparison_tells_runs_from_other_banks_apart_and_takes_runs_without_one
   (other / 'run.json').write_text(json.dumps(seal(record)))
   shutil.copytree(run, old)
   forget(old)
-  rows = make_rows([read_run(path) for path in (run, other, old)])
+  rows = make_rows([FoundRun(path) for path in (run, other, old)])
   assert [list(changed(rows[0], row)) for row in rows] == [[], ['memory.bank_file'], ['memory.bank_file']]

@@ -11,7 +11,7 @@ from mmjax.config import flatten, load_config
 from mmjax.config.sublayers import SUBLAYERS, Sublayer
 from mmjax.errors import UserError
 from mmjax.model.cost import flops_per_token
-from mmjax.tools.report import write_report
+from mmjax.report.write import write_report
 from mmjax.training.loop import fit
 from tests.helpers import TINY_CONFIG, overrides, tiny_config
 

@@ -3,6 +3,7 @@
 Most tests put a small stand-in in the place of the process that trains: it leaves in its directory what a run leaves.
 """
 
+import io
 import json
 import os
 import re
@@ -14,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from mmjax import console
+from mmjax.console import Progress
 from mmjax.errors import CommandError, StoppedError, UserError
+from mmjax.report.found import FoundRun
 from mmjax.tools import sweep as sweep_tool
-from mmjax.tools.compare_runs import read_run
-from mmjax.tools.run_state import LiveLine, last_reports, planned_steps, run_state
-from mmjax.tools.sweep_file import read_sweep
+from mmjax.tools.sweep import Sweep
+from mmjax.tools.sweep_file import Planned, read_sweep
 from tests.helpers import TINY, rarely, tiny_config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -112,16 +115,18 @@ def test_runs_are_made_once_and_a_failure_does_not_end_the_sweep(sweep, tmp_path
 
 def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path, monkeypatch):
   class Clock:  # an hour passes once the run has reported
+    time = time.time
+
     @staticmethod
     def monotonic() -> float:
-      return 3600.0 if last_reports(tmp_path / 'out' / 'a-s0') else 0.0
+      return 3600.0 if FoundRun(tmp_path / 'out' / 'a-s0').last_reports() else 0.0
 
   flags = ('--set', 'steps=40', '--only', 'a-s0,b-*')
   with monkeypatch.context() as patch:
     patch.setattr(sweep_tool, 'time', Clock)
     error = sweep(*flags, '--max_minutes', '59')
   assert isinstance(error, StoppedError) and 'the same command goes on' in str(error)
-  step = run_state(tmp_path / 'out' / 'a-s0', tiny_config(train__max_steps=40)).step
+  step = FoundRun(tmp_path / 'out' / 'a-s0', tiny_config(train__max_steps=40)).step
   assert 0 < step < 40 and f'Stopped in a-s0, step {step};' in str(error)
   assert recorded(tmp_path)['a-s0']['state'] == 'stopped' and not (tmp_path / 'out' / 'b-s0').exists()
   assert sweep(*flags) is None
@@ -135,13 +140,13 @@ def test_signal_saves_the_running_one_and_exits_75(sweep, tmp_path, number):
   flags = [str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out'), '--set', 'steps=2000']
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   process = subprocess.Popen([sys.executable, '-c', command, *flags], cwd=REPOSITORY, start_new_session=True, **pipes)
-  wait_for(lambda: last_reports(tmp_path / 'out' / 'a-s0'))
+  wait_for(lambda: FoundRun(tmp_path / 'out' / 'a-s0').last_reports())
   os.killpg(process.pid, number)  # as Ctrl-C does: to the whole group of the terminal
   out, err = process.communicate(timeout=60)
   assert process.returncode == 75, err
   assert 'Stopped in a-s0, step' in err and 'a-s0  stopped' in out and 'not begun' in out
-  step = run_state(tmp_path / 'out' / 'a-s0', tiny_config()).step
-  assert last_reports(tmp_path / 'out' / 'a-s0')['train']['step'] == step > 0
+  step = FoundRun(tmp_path / 'out' / 'a-s0', tiny_config()).step
+  assert FoundRun(tmp_path / 'out' / 'a-s0').last_reports()['train']['step'] == step > 0
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -217,25 +222,30 @@ def test_second_sweep_in_a_folder_is_refused(sweep, tmp_path):
 
 
 def test_steps_of_a_run_by_epochs_come_from_its_data(tiny_run):
-  config = read_run(tiny_run).config
-  assert planned_steps(tiny_run, config) == 6 and run_state(tiny_run, config).finished
+  assert FoundRun(tiny_run).total == 6 and FoundRun(tiny_run).finished
   index = json.loads((tiny_run / 'data.json').read_text())
   by_epochs = tiny_config(train__max_steps=0, train__epochs=2)
   tokens, rows = index['splits']['train']['tokens'], by_epochs.train.batch_size * by_epochs.train.accumulation_steps
-  assert planned_steps(tiny_run, by_epochs) == 2 * -(-tokens // by_epochs.model.max_seq_len) // rows
-  assert planned_steps(tiny_run / 'nowhere', by_epochs) is None
+  assert FoundRun(tiny_run, by_epochs).total == 2 * -(-tokens // by_epochs.model.max_seq_len) // rows
+  assert FoundRun(tiny_run / 'nowhere', by_epochs).total is None
 
 
-def test_live_line_shows_steps_loss_and_time_left(tmp_path):
-  line = LiveLine('[1/1] a', tmp_path, tiny_config(train__max_steps=40))
-  assert line.text() == '[1/1] a  starting'
-  line.begun -= 60
+def test_live_line_shows_steps_loss_and_time_left(tmp_path, monkeypatch):
+  monkeypatch.setattr(console, 'LINE_SECONDS', 0)
+  now, begun = [100.0], time.time() - 60
+  monkeypatch.setattr(console.time, 'monotonic', lambda: now[0])
+  run = Planned('a', tiny_config(train__max_steps=40), [])
+  (tmp_path / 'a').mkdir()
+  shown = Sweep(tmp_path, [run])
+  shown.progress = Progress(stream := io.StringIO())
   report = {'kind': 'train', 'step': 10, 'loss': 5.25}
-  (tmp_path / 'metrics.jsonl').write_text(json.dumps(report) + '\n{"kind": "tra')
-  assert line.text() == '[1/1] a  step 10/40  loss 5.2500'
-  line.first = (10, time.monotonic() - 20)
-  (tmp_path / 'metrics.jsonl').write_text(json.dumps(report | {'step': 20, 'loss': None}) + '\n')
-  assert line.text() == '[1/1] a  step 20/40  loss not finite  40 s left'
+  for line in ('', json.dumps(report) + '\n{"kind": "tra', json.dumps(report | {'step': 20, 'loss': None}) + '\n'):
+    (tmp_path / 'a' / 'metrics.jsonl').write_text(line)
+    shown.show(run, '[1/1] a', begun)
+    now[0] += 20
+  assert stream.getvalue().splitlines() == [
+    '[1/1] a  step 10/40  loss 5.2500', '[1/1] a  step 20/40  loss not finite  40 s left'
+  ]  # fmt: skip
 
 
 @pytest.mark.thorough
@@ -250,7 +260,7 @@ def test_killed_sweep_leaves_a_saved_run_that_the_same_command_finishes(tmp_path
   (tmp_path / 'sweep.py').write_text(f'from mmjax.tools.sweep_file import Run\n\n\ndef get_runs():\n  return {runs}\n')
   command = [sys.executable, '-m', 'mmjax.tools.sweep', str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out')]
   process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
-  wait_for(lambda: last_reports(tmp_path / 'out' / 'one-s0'), 120)
+  wait_for(lambda: FoundRun(tmp_path / 'out' / 'one-s0').last_reports(), 120)
   process.kill()
   process.wait()
   log = tmp_path / 'out' / 'logs' / 'one-s0.log'
@@ -258,5 +268,5 @@ def test_killed_sweep_leaves_a_saved_run_that_the_same_command_finishes(tmp_path
   done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
   assert 'Resuming' in log.read_text() and done.stdout.count('validation loss') >= 2
-  config = read_run(tmp_path / 'out' / 'one-s1').config
-  assert run_state(tmp_path / 'out' / 'one-s1', config).finished and config.seed == 1
+  other = FoundRun(tmp_path / 'out' / 'one-s1')
+  assert other.finished and other.config.seed == 1

@@ -74,7 +74,7 @@ def bits_per_byte(lm: mmjax.LanguageModel, folder: Path) -> tuple[float, int]:
 
 @pytest.mark.thorough
 def test_weights_and_tokenizer_json_go_through_every_command(folder, monkeypatch, capfd):
-  monkeypatch.setattr('mmjax.tools.report.write_report', lambda run: run)  # seconds of plots, whatever the tokenizer
+  monkeypatch.setattr('mmjax.report.write.write_report', lambda run: run)  # seconds of plots, whatever the tokenizer
 
   def run(command, *flags: object) -> str:
     monkeypatch.setattr(sys, 'argv', ['command', *map(str, flags)])

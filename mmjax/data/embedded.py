@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mmjax.data.progress import ProgressSink
+from mmjax.console import Progress
 from mmjax.errors import UserError
 from mmjax.files import locked_directory, sha256_of, write_file, write_json
 
@@ -26,7 +26,7 @@ LEFT_OUT = {'__pycache__', 'dist-packages', 'encodings', 'idle_test', 'site-pack
 LEAST_BYTES = 10**6  # a Python without its sources or topics gives less than this, a whole one over twice as much
 
 
-def build_embedded_corpus(directory: Path, progress: ProgressSink) -> Path:
+def build_embedded_corpus(directory: Path, progress: Progress) -> Path:
   """Writes embedded.jsonl (key `text`) and, beside it, embedded.json with its sha256; reuses them where they are whole.
 
   Args:

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import DataConfig
+from mmjax.console import Progress
 from mmjax.data.embedded import build_embedded_corpus
 from mmjax.data.formats import ending_of
 from mmjax.data.index import FORMAT, VERIFIED, counts_bytes
-from mmjax.data.progress import ProgressSink
 from mmjax.data.reader import find_files
 from mmjax.data.spm_tokenizer import LEAST_VOCABULARY
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
@@ -56,7 +56,7 @@ class Plan:
     return all(_same_input(old, new) for files in pairs for old, new in files)
 
 
-def make_plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan:
+def make_plan(data: DataConfig, vocab_size: int, progress: Progress) -> Plan:
   """Finds the text and the tokenizer that the settings name, and hashes them.
 
   Raises:
@@ -88,7 +88,7 @@ def make_plan(data: DataConfig, vocab_size: int, progress: ProgressSink) -> Plan
   return Plan(directory, identity, files, inputs, settings, data.layout == 'padded')
 
 
-def _find_text(data: DataConfig, progress: ProgressSink) -> dict[str, list[Path]]:
+def _find_text(data: DataConfig, progress: Progress) -> dict[str, list[Path]]:
   """Returns the files of both splits."""
   if not data.train_files:
     if data.valid_files:

@@ -5,6 +5,7 @@ What decides its content, and so which one it is, is in mmjax.data.plan; its lay
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ import sentencepiece
 
 import mmjax
 from mmjax.config import DataConfig
+from mmjax.console import Progress
 from mmjax.data.formats import PACKINGS, ending_of
 from mmjax.data.index import FORMAT, INDEX, VERIFIED, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
 from mmjax.data.plan import Plan, given_tokenizer, identify, make_plan
-from mmjax.data.progress import ConsoleProgress, Meter, ProgressSink
+from mmjax.data.progress import Meter
 from mmjax.data.reader import Tally, read_documents
 from mmjax.data.shards import ShardBuilder
 from mmjax.data.spm_tokenizer import sample_text, train_tokenizer
@@ -31,13 +33,13 @@ SAMPLE_BYTES = 12 * 2**20  # of training text that a tokenizer is trained on
 MOST_WORKERS = 16  # that data.workers=0 starts: one reading process feeds no more, and memory stays within bounds
 
 
-def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = None) -> Path:
+def prepare(data: DataConfig, vocab_size: int, progress: Progress | None = None) -> Path:
   """Prepares text for training, or finds what an earlier call prepared from the same text and settings.
 
   Args:
     data: where the text is and how to read it; without train_files the embedded corpus is built and used.
     vocab_size: V of the model; a tokenizer that is trained gets as many pieces, a given one has at most so many.
-    progress: where to report; by default the terminal.
+    progress: where to report; by default stderr.
 
   Returns:
     The prepared directory: `data.prepared_dir`/<name>-<hash>; or, where no files are given and it is one itself, made
@@ -47,7 +49,7 @@ def prepare(data: DataConfig, vocab_size: int, progress: ProgressSink | None = N
     UserError: for bad input; nothing is left behind then.
     StorageError: if there is no room or a file cannot be written; the next call goes on after the last whole shard.
   """
-  progress = progress or ConsoleProgress()
+  progress = progress or Progress(sys.stderr)
   try:
     if (Path(data.prepared_dir) / INDEX).is_file() and not (data.train_files or data.valid_files):
       directory, index = Path(data.prepared_dir), _check_brought(data, vocab_size)
@@ -93,7 +95,7 @@ def _check_brought(data: DataConfig, vocab_size: int) -> dict[str, Any]:
   return index
 
 
-def _build(plan: Plan, data: DataConfig, progress: ProgressSink) -> dict[str, Any]:
+def _build(plan: Plan, data: DataConfig, progress: Progress) -> dict[str, Any]:
   """Makes the directory whole and returns its index.
 
   After a user's mistake it is removed again: the corrected input has another hash.
@@ -127,7 +129,7 @@ def _cores() -> int:
   return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def _tokenizer(plan: Plan, data: DataConfig, progress: ProgressSink) -> Tokenizer:
+def _tokenizer(plan: Plan, data: DataConfig, progress: Progress) -> Tokenizer:
   """Copies the given tokenizer into the directory, or trains one there, unless an earlier start did."""
   if data.tokenizer:
     path = plan.directory / tokenizer_file_name(data.tokenizer)
@@ -141,7 +143,7 @@ def _tokenizer(plan: Plan, data: DataConfig, progress: ProgressSink) -> Tokenize
   return load_tokenizer(path)
 
 
-def _training_documents(plan: Plan, on_bad_line: str, progress: ProgressSink) -> Iterator[str]:
+def _training_documents(plan: Plan, on_bad_line: str, progress: Progress) -> Iterator[str]:
   """Yields the training documents, without those that will be held out."""
   files, settings = plan.files['train'], plan.settings
   meter = Meter('sampling text', files, progress)

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.console import Progress
 from mmjax.data.index import shard_files
 from mmjax.data.plan import Plan
-from mmjax.data.progress import Meter, ProgressSink
+from mmjax.data.progress import Meter
 from mmjax.data.reader import START, Place, Tally, read_files
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.data.worker import TokenBlock, tokenize_blocks
@@ -117,7 +118,7 @@ class ShardBuilder:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
       return None  # not there, or damaged: everything is made again
 
-  def build(self, workers: int, progress: ProgressSink) -> None:
+  def build(self, workers: int, progress: Progress) -> None:
     """Reads and tokenizes everything that is not done yet; leaves the result in `state`.
 
     Raises:
@@ -132,7 +133,7 @@ class ShardBuilder:
       for writer in self._writers.values():
         writer.abandon()
 
-  def _build_pass(self, split: str, files: list[Path], workers: int, progress: ProgressSink) -> None:
+  def _build_pass(self, split: str, files: list[Path], workers: int, progress: Progress) -> None:
     settings, names = self._settings, [str(file) for file in files]
     tally = Tally(settings['on_bad_line'], **self.state['tallies'][split])
     meter = Meter(f'tokenizing {split}', files, progress)

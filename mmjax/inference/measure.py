@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config
+from mmjax.console import Progress
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, cut_remark, eval_batches, open_split
 from mmjax.data.overlap import overlap_remark, shared_documents
 from mmjax.data.prepare import prepare
-from mmjax.data.progress import ProgressSink, SilentProgress
 from mmjax.data.reader import read_text
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
@@ -74,7 +74,7 @@ def evaluation_placement(lm: LanguageModel) -> Placement:
 
 def text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:
   """Returns what a user should know of the text of an evaluation: what of it is cut off, or was learned."""
-  split = open_text(config, run, files, SilentProgress())
+  split = open_text(config, run, files, Progress(quiet=True))
   entry, training = split.index['splits'][split.split], find_run_data(run, config)
   shared = None
   if files and training:
@@ -84,14 +84,14 @@ def text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:
   return list(filter(None, [cut_remark({'validation': split}), overlap_remark(entry, shared)]))
 
 
-def open_text(config: Config, run: RunDir, files: str = '', progress: ProgressSink | None = None) -> TokenSplit:
+def open_text(config: Config, run: RunDir, files: str = '', progress: Progress | None = None) -> TokenSplit:
   """Opens the run's validation set, or other files cut into rows with the run's tokenizer.
 
   Args:
     config: of the run.
     run: its directory.
     files: comma-separated paths or globs; '': the validation set of the run.
-    progress: where to report what is prepared for it; by default the terminal.
+    progress: where to report what is prepared for it; by default stderr.
 
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config
+from mmjax.console import Progress
 from mmjax.data.index import INDEX, counts_bytes, data_sha256, find_prepared, read_index
 from mmjax.data.prepare import prepare
-from mmjax.data.progress import SilentProgress
 from mmjax.data.reader import find_files
 from mmjax.errors import UserError
 from mmjax.run.directory import RunDir, list_differences
@@ -113,7 +113,7 @@ def _recorded(run: RunDir) -> Iterator[Path]:
 
 def _prepare(config: Config, tokenizer: str) -> Path:
   data = dataclasses.replace(config.data, tokenizer=tokenizer)
-  return prepare(data, config.model.vocab_size, None if is_main() else SilentProgress())
+  return prepare(data, config.model.vocab_size, None if is_main() else Progress(quiet=True))
 
 
 def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:

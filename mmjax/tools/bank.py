@@ -6,11 +6,11 @@ finished stage, and after the last part of an encoder's work. Use it with memory
 configs/exp_1_4_3.py does.
 """
 
-import argparse
 import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from mmjax.config import Config, expand_home, load_config, own_config, user_path
+from mmjax.console import Progress, command_parser
 from mmjax.data.bank_file import texts_path
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, open_split
 from mmjax.data.prepare import prepare
-from mmjax.data.progress import ConsoleProgress
 from mmjax.data.snippets import (
   choose_rows,
   cut_snippets,
@@ -46,7 +46,7 @@ SNIPPETS_A_PART = 2048  # of an encoder's work, saved one after the other
 
 def main() -> None:
   """Reads flags and builds."""
-  parser = argparse.ArgumentParser(prog='python -m mmjax.tools.bank', description=__doc__.partition('\n')[0])
+  parser = command_parser('bank', __doc__)
   commands = parser.add_subparsers(dest='command', required=True)
   build = commands.add_parser('build', help='make a bank file from text')
   build.add_argument('--files', required=True, help='comma-separated paths or globs of .jsonl or .txt')
@@ -86,7 +86,7 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
     raise UserError(f'--snippets_a_row {snippets_a_row} must be at least 1')
   embed = None if encoder == 'lsa' else load_encoder(encoder)
   model, length = config.model, config.memory.knowledge_length
-  progress = ConsoleProgress()
+  progress = Progress(sys.stderr)
   prepared = prepare(config.data, model.vocab_size)
   split = open_split(prepared, 'train', max_seq_len=length, layout='packed', isolate_documents=False)
   tokenizer = load_tokenizer(prepared / read_index(prepared)['tokenizer']['file'])
@@ -113,7 +113,7 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
 
 def encode(
   stages: 'Stages',
-  progress: ConsoleProgress,
+  progress: Progress,
   split: TokenSplit,
   tokenizer: Tokenizer,
   start_S: np.ndarray,

@@ -6,22 +6,16 @@ at most as many FLOPs a token. Overrides --config.section.field=value apply to t
 error.
 """
 
-import argparse
-
-from rich.console import Console
-from rich.table import Table
-
-from mmjax.config import Config, load_config
+from mmjax.config import load_config
+from mmjax.console import command_parser, show
 from mmjax.errors import run_command
-from mmjax.model.cost import bytes_per_token, flops_per_token, matching_width, width_field, with_width
-from mmjax.model.lm import abstract_params, count_params
+from mmjax.model.cost import flops_per_token, matching_width, width_field, with_width
+from mmjax.report.numbers import cost_table, costs
 
 
 def main() -> None:
   """Reads flags and prints the table."""
-  parser = argparse.ArgumentParser(
-    prog='python -m mmjax.tools.cost', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command_parser('cost', __doc__)
   parser.add_argument('--config', required=True, help='config file')
   parser.add_argument('--match', help='config file of the model that it shall cost as much as')
   arguments, overrides = parser.parse_known_args()
@@ -36,36 +30,9 @@ def main() -> None:
     columns |= {f'with {setting}': matched, f'to match: {other.experiment}': costs(other)}
     share = matched['FLOPs a token, total'] / budget
     said = f'--config.{setting} costs {share:.2%} of the FLOPs a token of {arguments.match}'
-  print_table(columns)
+  show(cost_table(columns))
   if said:
     print(said)
-
-
-def costs(config: Config) -> dict[str, float]:
-  """Returns what the table shows of a config, by the label of its line."""
-  flops = flops_per_token(config)
-  touched = bytes_per_token(config)
-  total, without_bank = count_params(abstract_params(config))
-  return {
-    **{f'FLOPs a token, {name.replace("_", " ")}': value for name, value in flops.items()},
-    'parameters': total,
-    'parameters not in the bank': without_bank,
-    'bytes of parameters and optimizer state': 3 * 4 * total,
-    'bytes of rows that a token reads': touched['bank'],
-    'bytes of other parameters that a token reads': touched['weights'],
-  }
-
-
-def print_table(columns: dict[str, dict[str, float]]) -> None:
-  """Prints one column for each config; a part that a config does not have is left empty."""
-  table = Table('float32; FLOPs forward and backward')
-  for name in columns:
-    table.add_column(name, justify='right')
-  labels = dict.fromkeys(label for column in columns.values() for label in column)
-  order = sorted(labels, key=lambda label: (not label.startswith('FLOPs'), label.endswith('total')))
-  for label in order:
-    table.add_row(label, *(f'{column[label]:,.0f}' if label in column else '' for column in columns.values()))
-  Console().print(table)
 
 
 if __name__ == '__main__':

@@ -14,12 +14,11 @@ import argparse
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
+from rich.cells import cell_len
 from rich.text import Text
 
 from mmjax.config import override_config, user_path
-from mmjax.console import prepare_terminal, printable
+from mmjax.console import Table, command_parser, number, prepare_terminal, printable, show, table_console
 from mmjax.data.reader import read_text
 from mmjax.errors import UserError, run_command
 from mmjax.inference.settings import add_placement_flags, placement_from_flags
@@ -36,9 +35,7 @@ EFFECT = (
 
 def main() -> None:
   """Reads flags, looks, prints, writes JSON."""
-  parser = argparse.ArgumentParser(
-    prog='python -m mmjax.tools.inspect', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command_parser('inspect', __doc__)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
   parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--text', help='text to read')
@@ -130,7 +127,7 @@ def most_taken(tokens: list[dict[str, Any]], top: int, snippets: dict[int, str])
     `layer`, `row`, `tokens` that took it, `weight` (sum over them, None where scores do not weigh) and `snippet`.
   """
   found = []
-  for at, number in enumerate([entry['layer'] for entry in tokens[0]['layers']]):
+  for at, layer in enumerate([entry['layer'] for entry in tokens[0]['layers']]):
     taken, weight = Counter(), Counter()
     for token in tokens:
       reads = token['layers'][at]['rows']
@@ -141,7 +138,7 @@ def most_taken(tokens: list[dict[str, Any]], top: int, snippets: dict[int, str])
     for row in sorted(taken, key=lambda row: (-weight[row], -taken[row], row))[:top]:
       found.append(
         {
-          'layer': number,
+          'layer': layer,
           'row': row,
           'tokens': taken[row],
           'weight': weight[row] if weighs else None,
@@ -153,27 +150,22 @@ def most_taken(tokens: list[dict[str, Any]], top: int, snippets: dict[int, str])
 
 def print_found(found: dict[str, Any], top: int) -> None:
   """Prints what `look` found as tables."""
-  console = Console(highlight=False)
-  if found['remark']:
-    console.print(Text(plain(found['remark'])))
+  show(plain(found['remark']))
   if found['text'] is not None:
-    for table in tokens_tables(found['text']['tokens'], top, console.width):
-      console.print(table)
-    console.print(most_taken_table(found['text']['most_taken'], len(found['text']['tokens'])))
+    tokens = found['text']['tokens']
+    show(*tokens_tables(tokens, top, table_console().width), most_taken_table(found['text']['most_taken'], len(tokens)))
   row = found['row']
   if row is None:
     return
-  console.print(f'Row {row["row"]} over {row["positions"]:,} positions of the corpus', style='bold')
+  show(Text(f'Row {row["row"]} over {row["positions"]:,} positions of the corpus', 'bold'))
   if row['snippet'] is not None:
-    console.print(Text('It started from the text: ') + Text(plain(row['snippet']), 'italic'))
+    show(Text('It started from the text: ') + Text(plain(row['snippet']), 'italic'))
   for layer in row['layers']:
-    console.print(f'\nLayer {layer["layer"]}: taken at {layer["taken"]:,} ({layer["taken"] / row["positions"]:.3%})')
+    show(f'\nLayer {layer["layer"]}: taken at {layer["taken"]:,} ({layer["taken"] / row["positions"]:.3%})')
     if layer['effect'] is not None:
-      console.print(contexts_table(layer['contexts'], layer['strength_is']))
-      console.print(effect_table(layer['effect']))
-      gain = layer['effect']['next_token_gain']
-      console.print(f'The token that really follows: {gain:+.4f} nats.')
-  console.print(f'\nChange: {row["effect_is"]}.')
+      gain = f'The token that really follows: {layer["effect"]["next_token_gain"]:+.4f} nats.'
+      show(contexts_table(layer['contexts'], layer['strength_is']), effect_table(layer['effect']), gain)
+  show(f'\nChange: {row["effect_is"]}.')
 
 
 # What is shown of a read beside its row, where it has it.
@@ -184,69 +176,63 @@ def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Ta
   """One line for each token and one of its rows, one column for each layer, as many side by side as fit `width`."""
   layers = [entry['layer'] for entry in tokens[0]['layers']]
   cells = [[_reads_cell(entry['rows'][:top]) for entry in token['layers']] for token in tokens]
-  names = [Text(visible(token['token'])) for token in tokens]
-  cell_width = max(line.cell_len for row in cells for cell in row for line in cell.split())
-  beside = max(1, (width - 4 - min(16, max(name.cell_len for name in names))) // (cell_width + 3))
+  names = [visible(token['token']) for token in tokens]
+  cell_width = max(cell_len(line) for row in cells for cell in row for line in cell.split('\n'))
+  beside = max(1, (width - 4 - min(16, max(map(cell_len, names)))) // (cell_width + 3))
   reads = [layer['rows'][0] for layer in tokens[0]['layers']]
   shown = [name for name in READ_CELLS if any(read[name] is not None for read in reads)]
   title = 'Rows that each token took: ' + ', '.join(['row', *shown])
   tables = []
   for first in range(0, len(layers), beside):
-    table = Table('token', title=title)
-    for layer in layers[first : first + beside]:
-      table.add_column(f'layer {layer}', no_wrap=True)
-    for name, row in zip(names, cells, strict=True):
-      table.add_row(name, *row[first : first + beside])
-    tables.append(table)
+    header = ['token', *(f'layer {layer}' for layer in layers[first : first + beside])]
+    rows = [[name, *row[first : first + beside]] for name, row in zip(names, cells, strict=True)]
+    tables.append(Table(header, rows, title))
   return tables
 
 
-def _reads_cell(reads: list[dict[str, Any]]) -> Text:
+def _reads_cell(reads: list[dict[str, Any]]) -> str:
   cells = [
-    [f'{read["row"]:>5}', *(show(read[n]) for n, show in READ_CELLS.items() if read[n] is not None)] for read in reads
+    [f'{read["row"]:>5}', *(write(read[n]) for n, write in READ_CELLS.items() if read[n] is not None)] for read in reads
   ]
-  return Text('\n'.join(map(' '.join, cells)))
+  return '\n'.join(map(' '.join, cells))
 
 
 def most_taken_table(rows: list[dict[str, Any]], n_tokens: int) -> Table:
   """The rows that a text took most."""
-  columns = {'layer': 'layer', 'row': 'row', 'tokens': f'of {n_tokens} tokens', 'weight': 'sum of weights'}
-  columns |= {'snippet': 'text that the row started from'}
-  shown = [name for name in columns if any(row[name] is not None for row in rows)]
-  table = Table(*(columns[name] for name in shown), title='Rows that this text took most')
-  for row in rows:
-    cells = {name: str(row[name]) for name in ('layer', 'row', 'tokens')}
-    cells |= {
-      'weight': '-' if row['weight'] is None else f'{row["weight"]:.2f}',
-      'snippet': Text(plain(row['snippet'] or '')),
-    }
-    table.add_row(*(cells[name] for name in shown))
-  return table
+  columns = {
+    'layer': ('layer', str),
+    'row': ('row', str),
+    'tokens': (f'of {n_tokens} tokens', str),
+    'weight': ('sum of weights', lambda weight: number(weight, '.2f')),
+    'snippet': ('text that the row started from', lambda text: plain(text or '')),
+  }
+  shown = {name: column for name, column in columns.items() if any(row[name] is not None for row in rows)}
+  header = [heading for heading, _ in shown.values()]
+  cells = [[write(row[name]) for name, (_, write) in shown.items()] for row in rows]
+  return Table(header, cells, 'Rows that this text took most')
 
 
 def contexts_table(contexts: list[dict[str, Any]], strength_is: str) -> Table:
   """Snippets of text with the token that took the row in quotes."""
   headings = [strength_is, 'contexts that take it most'] if strength_is else ['contexts that take it']
-  table = Table(*headings[:-1], f'{headings[-1]}; the token that took it is in «»')
+  rows = []
   for context in contexts:
     token = Text(f'«{plain(context["token"])}»', 'bold reverse')
-    strength = [f'{context["strength"]:.3f}'] if strength_is else []
-    table.add_row(*strength, Text(plain(context['before'])) + token + Text(plain(context['after'])))
-  return table
+    text = Text(plain(context['before'])) + token + Text(plain(context['after']))
+    rows.append([f'{context["strength"]:.3f}', text] if strength_is else [text])
+  return Table([*headings[:-1], f'{headings[-1]}; the token that took it is in «»'], rows)
 
 
 def effect_table(effect: dict[str, Any]) -> Table:
   """The tokens that gain and lose most, side by side."""
-  table = Table(title=f'Next tokens that its value changes most, mean over {effect["contexts"]} contexts')
-  for heading in ('up', 'nats', 'probability', 'down', 'nats', 'probability'):
-    table.add_column(heading)
-  for pair in zip(effect['up'], effect['down'], strict=True):
-    cells = []
-    for token in pair:
-      change = f'{token["probability_without"]:.2e} -> {token["probability"]:.2e}'
-      cells += [Text(visible(token['token'])), f'{token["log_change"]:+.4f}', change]
-    table.add_row(*cells)
-  return table
+
+  def cells(token: dict[str, Any]) -> list[str]:
+    change = f'{token["probability_without"]:.2e} -> {token["probability"]:.2e}'
+    return [visible(token['token']), f'{token["log_change"]:+.4f}', change]
+
+  rows = [cells(up) + cells(down) for up, down in zip(effect['up'], effect['down'], strict=True)]
+  header = ('up', 'nats', 'probability', 'down', 'nats', 'probability')
+  return Table(header, rows, f'Next tokens that its value changes most, mean over {effect["contexts"]} contexts')
 
 
 def plain(text: str) -> str:

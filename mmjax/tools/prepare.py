@@ -8,6 +8,7 @@ import argparse
 import sys
 
 from mmjax.config import load_config, own_config
+from mmjax.console import command_parser
 from mmjax.data.formats import FORMATS, PACKINGS
 from mmjax.data.index import read_index
 from mmjax.data.overlap import overlap_remark
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(prog='python -m mmjax.tools.prepare', description=__doc__.partition('\n')[0])
+  parser = command_parser('prepare', __doc__)
   parser.add_argument('--config', default=str(own_config('base.py')), help='config file that the defaults come from')
   parser.add_argument(
     '--train_files', help=f'comma-separated paths or globs: {" or ".join(FORMATS)}, plain{", ".join(PACKINGS)}'

@@ -4,14 +4,13 @@ Shows the continuation while it is made. Without --prompt it asks for prompts, o
 Ctrl-C while text is made ends that text. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
-import argparse
 import contextlib
 import dataclasses
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from mmjax.console import prepare_terminal, printable
+from mmjax.console import command_parser, prepare_terminal, printable
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import (
   Sampling,
@@ -27,9 +26,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
   """Reads flags, loads the model, and continues one prompt or many."""
-  parser = argparse.ArgumentParser(
-    prog='python -m mmjax.tools.sample', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command_parser('sample', __doc__)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
   parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--prompt', help='text to continue; without it you are asked')

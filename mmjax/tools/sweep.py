@@ -20,19 +20,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Column, Table
-from rich.text import Text
-
-from mmjax.config import user_path
-from mmjax.console import table_console
+from mmjax.config import overrides_of, user_path
+from mmjax.console import Progress, Table, command_parser, format_seconds, number, show
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
 from mmjax.files import locked_directory, read_json, write_json
-from mmjax.run.directory import RunDir
+from mmjax.report.found import FoundRun
 from mmjax.run.identity import names_other_text, settings_changed
 from mmjax.run.signals import StopSignals
-from mmjax.tools.run_state import LiveLine, RunState, last_reports, run_state
-from mmjax.tools.sweep_file import Planned, changed_settings, read_sweep
-from mmjax.training.progress import format_seconds
+from mmjax.tools.sweep_file import Planned, read_sweep
 
 CHILD = (sys.executable, '-m', 'mmjax.tools.sweep_child')
 LOOK_SECONDS = 0.5  # between looks at the process and its metrics
@@ -62,9 +57,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-  parser = argparse.ArgumentParser(
-    prog='python -m mmjax.tools.sweep', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command_parser('sweep', __doc__)
   parser.add_argument('file', help='a sweep file, such as sweeps/memory.py')
   parser.add_argument('--out', help='folder of the runs (default: out/<name of the file>)')
   parser.add_argument(
@@ -84,7 +77,7 @@ class Sweep:
     self.folder, self.runs = folder, runs
     self.path = folder / 'sweep.json'
     self.ended = self.read_ended()
-    self.console = table_console()
+    self.progress = Progress()
 
   def read_ended(self) -> dict[str, dict[str, Any]]:
     """Returns what sweep.json holds; {} where there is none."""
@@ -94,24 +87,19 @@ class Sweep:
     """Called where another process holds the folder."""
     raise UserError(f'another sweep works in {self.folder}; wait for it or choose another --out')
 
-  def state(self, run: Planned) -> RunState:
-    """Reads how far a run came.
+  def find(self, run: Planned) -> FoundRun:
+    """Returns what there is of a run.
 
     Raises:
       UserError: if its directory holds a run with other settings.
     """
-    directory = RunDir(self.folder / run.name)
-    if directory.was_trained and directory.config_path.exists():
-      fixed, schedule = settings_changed(directory.read_config(), run.config)
+    found = FoundRun(self.folder / run.name, run.config)
+    if found.dir.was_trained and found.dir.config_path.exists():
+      fixed, schedule = settings_changed(found.dir.read_config(), run.config)
       if fixed or schedule:
         different = '; '.join(fixed + schedule)
-        raise UserError(f'{directory.path} was made with other settings: {different}; choose another --out')
-    return run_state(directory.path, run.config)
-
-  def names_other_text(self, run: Planned) -> bool:
-    """Whether the settings of a run may mean another text than those that it was made with."""
-    directory = RunDir(self.folder / run.name)
-    return directory.config_path.exists() and names_other_text(directory.read_config(), run.config)
+        raise UserError(f'{found.path} was made with other settings: {different}; choose another --out')
+    return found
 
   def make(self, stop: StopSignals, deadline: float, retry: bool) -> str:
     """Makes every run that is not done; returns where it was stopped, '' if it was not.
@@ -121,43 +109,55 @@ class Sweep:
       deadline: on time.monotonic(); to stop there.
       retry: whether a run that diverged is started again.
     """
-    states = [self.state(run) for run in self.runs]  # of all, so that a changed setting is refused before any starts
-    for number, (run, state) in enumerate(zip(self.runs, states, strict=True), 1):
-      label = f'[{number}/{len(self.runs)}] {run.name}'
+    all_found = [self.find(run) for run in self.runs]  # so that a changed setting is refused before any starts
+    for at, (run, found) in enumerate(zip(self.runs, all_found, strict=True), 1):
+      label = f'[{at}/{len(self.runs)}] {run.name}'
       outcome = self.ended[run.name]['state'] if run.name in self.ended else ''
-      if state.finished and not self.names_other_text(run):  # else the run itself looks whether it is
+      # Where the settings may mean another text, the run itself looks whether it is another.
+      if found.finished and not names_other_text(found.dir.read_config(), run.config):
         if outcome != 'done':
           self.note(run, 0, 0.0)
-        self.console.print(f'{label}  was done before', markup=False)
+        self.progress.say(f'{label}  was done before')
         continue
       if outcome == 'diverged' and not retry:
-        self.console.print(f'{label}  diverged before; --retry starts it again', markup=False)
+        self.progress.say(f'{label}  diverged before; --retry starts it again')
         continue
       if stop.requested(0) or time.monotonic() > deadline:
         return f'before {run.name}'
       if self.make_one(run, label, stop, deadline) == 'stopped':
-        return f'in {run.name}, step {self.state(run).step:,}'
+        return f'in {run.name}, step {self.find(run).step:,}'
     return ''
 
   def make_one(self, run: Planned, label: str, stop: StopSignals, deadline: float) -> str:
     """Makes one run and prints its line; returns how it ended."""
-    start, asked = time.monotonic(), False
-    with self.child(run) as child, self.console.status('') as status:
-      shown = LiveLine(label, self.folder / run.name, run.config)
-      if not self.console.is_terminal:
-        self.console.print(f'{label}  runs; its output: {self.log_path(run)}', markup=False, soft_wrap=True)
+    start, begun, asked = time.monotonic(), time.time(), False
+    with self.child(run) as child, contextlib.closing(self.progress):
+      if not self.progress.has_bar:
+        self.progress.say(f'{label}  runs; its output: {self.log_path(run)}')
       while child.poll() is None:
         if not asked and (stop.requested(0) or time.monotonic() > deadline):
           child.terminate()  # once: a second signal would end it without saving
           asked = True
-        status.update(Text(shown.text() + ('  stopping' if asked else '')))
+        if self.progress.has_bar:
+          self.show(run, f'{label}  stopping' if asked else label, begun)
         with contextlib.suppress(subprocess.TimeoutExpired):
           child.wait(LOOK_SECONDS)
     # A run that has not begun to train has nothing to save: there the signal ends it.
     code = StoppedError.exit_code if asked and child.returncode < 0 else child.returncode
     ended = self.note(run, code, time.monotonic() - start)
-    self.console.print(f'{label}  {one_line(ended)}', markup=False, soft_wrap=True)
+    self.progress.say(f'{label}  {one_line(ended)}')
     return ended['state']
+
+  def show(self, run: Planned, label: str, begun: float) -> None:
+    """Shows how far a run is that began to run at a time, in seconds since 1970."""
+    found = FoundRun(self.folder / run.name, run.config)
+    train = found.last_reports().get('train')
+    if train is None or found.dir.metrics_path.stat().st_mtime < begun:
+      self.progress.update(label, note='starting')
+      return
+    loss = 'loss not finite' if train['loss'] is None else f'loss {train["loss"]:.4f}'
+    steps = f'{label}  step {train["step"]:,}/{found.total or 0:,}'
+    self.progress.update(run.name, train['step'], found.total, loss, shown=steps)
 
   @contextlib.contextmanager
   def child(self, run: Planned) -> Iterator[subprocess.Popen]:
@@ -180,18 +180,18 @@ class Sweep:
 
   def note(self, run: Planned, code: int, seconds: float) -> dict[str, Any]:
     """Writes into sweep.json how a run ended, and returns that."""
-    reports = last_reports(self.folder / run.name)
-    train, valid = reports.get('train'), reports.get('eval')
+    reports = FoundRun(self.folder / run.name, run.config).last_reports()
+    train, valid = reports.get('train', {}), reports.get('eval', {})
     spent = self.ended[run.name]['seconds'] if run.name in self.ended else 0.0
     said = f'killed by signal {-code}' if code < 0 else last_line(self.log_path(run)) if code else ''
     self.ended[run.name] = {
       'state': STATES.get(code, 'failed'),
       'exit_code': code,
-      'step': train and train['step'],
-      'tokens': train and train['tokens'],
-      'train_loss': train and train['loss'],
-      'loss': valid and valid['loss'],
-      'bits_per_byte': valid and valid['bits_per_byte'],
+      'step': train.get('step'),
+      'tokens': train.get('tokens'),
+      'train_loss': train.get('loss'),
+      'loss': valid.get('loss'),
+      'bits_per_byte': valid.get('bits_per_byte'),
       'seconds': spent + seconds,  # of all starts, compiling and evaluating included
       'said': said,
       'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
@@ -203,32 +203,34 @@ class Sweep:
 
   def print_plan(self) -> None:
     """Prints every run, how far it is, and what it changes in its config file; what all change stands below."""
-    table = Table(*(Column(name, overflow='fold') for name in ('run', 'so far', 'config', 'settings')))
-    changed = [{n: str(v) for n, v in changed_settings(run).items() if n != 'experiment'} for run in self.runs]
+    changed = [
+      {name: str(value) for name, value in overrides_of(run.config, run.arguments[1]).items() if name != 'experiment'}
+      for run in self.runs
+    ]
     common = dict(set.intersection(*(set(settings.items()) for settings in changed)))
+    rows = []
     for run, settings in zip(self.runs, changed, strict=True):
-      state = self.state(run)
-      outcome = self.ended[run.name]['state'] if run.name in self.ended and not state.finished else ''
-      step = f'{state.step:,} of {state.total:,}' if state.step and state.total else ''
-      done = 'done' if state.finished else ' '.join((outcome, step)).strip() or 'new'
+      found = self.find(run)
+      outcome = self.ended[run.name]['state'] if run.name in self.ended and not found.finished else ''
+      step = f'{found.step:,} of {found.total:,}' if found.step and found.total else ''
+      done = 'done' if found.finished else ' '.join((outcome, step)).strip() or 'new'
       own = ' '.join(f'{name}={value}' for name, value in settings.items() if name not in common)
-      table.add_row(run.name, done, os.path.relpath(run.arguments[1]), own)
-    self.console.print(table)
+      rows.append((run.name, done, os.path.relpath(run.arguments[1]), own))
+    show(Table(('run', 'so far', 'config', 'settings'), rows))
     everywhere = ' '.join(f'{name}={common[name]}' for name in sorted(common))
     print(f'{len(self.runs)} runs, in {self.folder}; all with {everywhere or "their own settings"}')
 
   def print_summary(self) -> None:
     """Prints how every run stands."""
-    table = Table('run', 'state', 'updates', 'tokens', 'validation loss', 'bits per byte', 'time')
-    for run in self.runs:
-      if run.name not in self.ended:
-        table.add_row(run.name, 'not begun')
+    rows = []
+    for ended in (self.ended.get(run.name) for run in self.runs):
+      if ended is None:
+        rows.append(['not begun'] + [''] * 5)
         continue
-      ended = self.ended[run.name]
-      numbers = [('step', ','), ('tokens', ','), ('loss', '.4f'), ('bits_per_byte', '.4f')]
-      cells = ['' if ended[name] is None else format(ended[name], spec) for name, spec in numbers]
-      table.add_row(run.name, ended['state'], *cells, format_seconds(ended['seconds']))
-    self.console.print(table)
+      numbers = [number(ended[name]) for name in ('step', 'tokens', 'loss', 'bits_per_byte')]
+      rows.append([ended['state'], *numbers, format_seconds(ended['seconds'])])
+    header = ('run', 'state', 'updates', 'tokens', 'validation loss', 'bits per byte', 'time')
+    show(Table(header, [(run.name, *row) for run, row in zip(self.runs, rows, strict=True)]))
 
   def raise_first_failure(self) -> None:
     """Raises what stands for the first run that is not done."""

@@ -3,12 +3,12 @@
 Takes train.py's arguments and trains as it does, without a report at the end. It ends with the sweep that started it.
 """
 
-import argparse
 import ctypes
 import signal
 import sys
 
 from mmjax.config import load_config, user_path
+from mmjax.console import command_parser
 from mmjax.errors import run_command
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
@@ -17,9 +17,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl(2)
 def main() -> None:
   """Flags -> config -> fit."""
   die_with_parent()
-  parser = argparse.ArgumentParser(
-    prog='python -m mmjax.tools.sweep_child', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command_parser('sweep_child', __doc__)
   parser.add_argument('--config', required=True, help='config file')
   parser.add_argument('--workdir', required=True, help='where the run lives')
   arguments, overrides = parser.parse_known_args()

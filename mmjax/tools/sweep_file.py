@@ -8,7 +8,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mmjax.config import Config, call_python_file, load_config, overrides_of
+from mmjax.config import Config, call_python_file, load_config
 from mmjax.errors import UserError
 
 
@@ -80,8 +80,3 @@ def _plan(run: Run, overrides: Sequence[str]) -> Planned:
   if (config.experiment, config.seed) != (run.name, run.seed):
     raise UserError('experiment and seed belong to a run of a sweep; they cannot be overridden for all of them')
   return Planned(f'{run.name}-s{run.seed}', config, ['--config', run.config, *arguments])
-
-
-def changed_settings(run: Planned) -> dict[str, Any]:
-  """Returns the settings that differ from those of the run's config file alone."""
-  return overrides_of(run.config, run.arguments[1])

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from mmjax.config import Config
+from mmjax.console import Progress
 from mmjax.data.loader import eval_batches, train_batches
 from mmjax.environment import own_jax_settings
 from mmjax.errors import DivergedError, StoppedError, StorageError
@@ -38,7 +39,7 @@ from mmjax.run.signals import StopSignals
 from mmjax.run.text import training_data
 from mmjax.training.optimizer import check_parameters, make_optimizer
 from mmjax.training.profile import StepProfiler
-from mmjax.training.progress import MicroBatchWatch, Progress
+from mmjax.training.progress import MicroBatchWatch, show_step
 from mmjax.training.setup import (
   Inputs,
   Program,
@@ -95,7 +96,7 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
   with (
     run,
     StopSignals() as stop,
-    closing(Progress(total, quiet=not is_main())) as progress,
+    closing(Progress(quiet=not is_main())) as progress,
     closing(MetricsLog(workdir)) as log,
   ):
     checkpoints = Checkpoints(workdir)
@@ -103,27 +104,28 @@ def _fit(config: Config, workdir: Path, allow_config_change: bool, init_from: st
     with explain_out_of_memory(config):
       if checkpoints.ever_saved:
         state, counters = restore_state(config, optimizer, mesh, checkpoints)
-        progress.message(f'Resuming {workdir} at step {int(state["step"])} of {total}')
+        progress.say(f'Resuming {workdir} at step {int(state["step"])} of {total}')
       else:
         state, counters = new_state(config, optimizer, mesh, params), {'tokens': 0, 'seconds': 0.0}
     start = int(state['step'])
     record_run(run, config, inputs, start, read_from)
     if read_from:
       checkpoints.save(0, state, counters)  # and not from the other run again, if this one is stopped before it saves
-      progress.message(f'Starting from {read_from["run"]}, step {read_from["step"]} ({origin.checkpoint})')
+      progress.say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({origin.checkpoint})')
     log.truncate_after(start if checkpoints.ever_saved else -1)
     if start >= total:
-      progress.message(f'{workdir} is finished: all {total} steps are done')
+      progress.say(f'{workdir} is finished: all {total} steps are done')
       return
     for remark in inputs.remarks:
-      progress.message(remark)
+      progress.say(remark)
     warning = slow_scatter_warning(placement.platform, metadata.version('jaxlib'))
     if warning:
-      progress.message(warning)
+      progress.say(warning)
     watch = MicroBatchWatch(config.train, config.model.max_seq_len, start, total, progress)
     told = watch if has_slow_updates(config, placement) else None
+    progress.update('compiling')
     program = compile_program(config, inputs, placement, optimizer, state, told)
-    progress.message(f'Attention: {placement.attention}. The step needs {describe_memory(program.memory)}.')
+    progress.say(f'Attention: {placement.attention}. The step needs {describe_memory(program.memory)}.')
     Trainer(config, run, inputs, program, checkpoints, log, progress, counters).train(state, stop)
 
 
@@ -165,7 +167,7 @@ class Trainer:
     unchecked = None
     batches = train_batches(self.inputs.train, global_batch_rows=rows, seed=self.config.seed, start_step=start)
     traced = train.profile_steps if is_main() else 0
-    profile = StepProfiler(self.run.path / 'profile', traced, self.program.step, self.progress.message)
+    profile = StepProfiler(self.run.path / 'profile', traced, self.program.step, self.progress.say)
     with closing(batches), closing(profile):
       for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
         with explain_out_of_memory(self.config, self.program.memory):
@@ -189,7 +191,7 @@ class Trainer:
           self.save(step, state, metric, final=stopping or step == total)
         if stopping:
           raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')
-    self.progress.message(f'Done: {total} steps, {self.tokens:,} tokens, {self.seconds / 60:.1f} minutes of training')
+    self.progress.say(f'Done: {total} steps, {self.tokens:,} tokens, {self.seconds / 60:.1f} minutes of training')
 
   def check(self, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState) -> None:
     """Logs an update that was skipped; ends the run after too many in a row."""
@@ -210,7 +212,7 @@ class Trainer:
       }
     )
     what = f'loss {loss:.4f} after an average of {average:.4f}' if reason == 'spike' else 'update not finite'
-    self.progress.message(f'Step {step}: {what}; update skipped ({skipped} in a row)')
+    self.progress.say(f'Step {step}: {what}; update skipped ({skipped} in a row)')
     if skipped >= self.config.train.max_skipped_updates:
       folder = write_divergence_dump(self.run, step, batch, metrics, state)
       raise DivergedError(
@@ -239,7 +241,7 @@ class Trainer:
     }
     line = add_norms(line, self.window.steps)
     self.log.write(line)
-    self.progress.update(line)
+    show_step(self.progress, self.inputs.total_steps, line)
     self.window = Window()
 
   def evaluate(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> EvalResult:
@@ -249,7 +251,7 @@ class Trainer:
       batches, plan = eval_batches(split, self.config.train.batch_size), plan_probe(self.config, split)
       result = evaluate(self.program.evaluate, state['params'], batches, split.scored_bytes, plan)
     self.log.write(add_norms({'kind': 'eval', 'step': step, **result.to_dict()}, [metrics]))
-    self.progress.message(
+    self.progress.say(
       f'Step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, '
       f'{result.bits_per_byte:.4f} bits per byte, accuracy {result.accuracy:.2%}'
     )
@@ -269,7 +271,7 @@ class Trainer:
       self.failed_saves = 0
     except StorageError as error:
       self.failed_saves += 1
-      self.progress.message(f'Checkpoint {step} failed ({self.failed_saves} in a row): {error}')
+      self.progress.say(f'Checkpoint {step} failed ({self.failed_saves} in a row): {error}')
       if final or self.failed_saves >= MAX_FAILED_SAVES:
         raise
 

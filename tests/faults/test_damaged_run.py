@@ -14,8 +14,8 @@ import mmjax
 import train
 from mmjax.config import flatten
 from mmjax.errors import CommandError, StorageError, UserError, run_command
+from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
-from mmjax.tools.report import write_report
 from mmjax.training.loop import fit
 from tests.helpers import rarely, tiny_config
 

@@ -12,11 +12,11 @@ import pytest
 
 import mmjax
 from mmjax.config import Config
+from mmjax.console import Progress
 from mmjax.data import prepare as prepare_module
 from mmjax.data import shards
 from mmjax.data.index import verify
 from mmjax.data.prepare import prepare
-from mmjax.data.progress import SilentProgress
 from mmjax.errors import StorageError
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
@@ -135,7 +135,7 @@ def test_disk_that_fills_up_while_text_is_prepared_ends_with_code_4_and_goes_on(
   config = settings(tiny_run)
   data = dataclasses.replace(config.data, prepared_dir=f'{small_disk}/out', tokenizer=f'{tiny_run}/tokenizer.model')
   with pytest.raises(StorageError, match=r'needs about \d+ MB, 6 MB are free') as caught:
-    prepare(data, 300, SilentProgress())
+    prepare(data, 300, Progress(quiet=True))
   assert caught.value.exit_code == 4 and not list(small_disk.glob('out/*/*'))
   monkeypatch.setattr(prepare_module, 'check_room', lambda *_: None)  # as if the room went after the look at it
   monkeypatch.setattr(shards, 'check_room', lambda *_: None)
@@ -152,11 +152,11 @@ def test_disk_that_fills_up_while_text_is_prepared_ends_with_code_4_and_goes_on(
   with monkeypatch.context() as patch:
     patch.setattr(shards.ShardBuilder, '_finish_shards', fill_up)
     with pytest.raises(StorageError, match='cannot be written: No space left on device'):
-      prepare(data, 300, SilentProgress())
+      prepare(data, 300, Progress(quiet=True))
   (small_disk / 'ballast').unlink()
   [directory] = (small_disk / 'out').iterdir()
   assert not (directory / 'index.json').exists()  # nothing half-written is taken for whole
-  assert prepare(data, 300, SilentProgress()) == directory
+  assert prepare(data, 300, Progress(quiet=True)) == directory
   found, whole = verify(directory), json.loads((tiny_run / 'data.json').read_text())
   for split in ('train', 'valid'):
     assert {key: found['splits'][split][key] for key in ('tokens', 'documents')} == {

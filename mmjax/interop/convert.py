@@ -1,0 +1,268 @@
+"""A run directory from a file of weights, and a file from a run. The commands: mmjax/tools/convert.py.
+
+A model that the PyTorch code has goes under its names, any other under mmjax's own. A .safetensors that `export_run`
+wrote tells all settings of its model; what a state dict of the PyTorch code cannot tell comes from a config.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from mmjax import __version__
+from mmjax.config import (
+  Config,
+  as_of_today,
+  config_from_dict,
+  flatten,
+  idle_settings,
+  load_config,
+  overrides_of,
+)
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
+from mmjax.errors import UserError
+from mmjax.files import sha256_of
+from mmjax.interop.files import TORCH_SUFFIXES, check_suffix, read_metadata, read_tensors, write_tensors
+from mmjax.interop.names import (
+  TIED,
+  canonical,
+  check_accounted,
+  not_in_pytorch,
+  tensor_shapes,
+  to_params,
+  to_tensors,
+)
+from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
+from mmjax.model.lm import Params, abstract_params, count_params
+from mmjax.run.checkpoint import Checkpoints, checkpoint_name
+from mmjax.run.directory import RunDir, write_tokenizer
+from mmjax.run.identity import compare_models
+from mmjax.run.leaves import refuse_non_finite, warn_non_finite
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.step import init_state
+
+EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
+HEADER = 'mmjax'  # key in the header of a .safetensors: a JSON object
+READING = ('data.layout', 'data.isolate_documents')  # how the model learned to read, which no tensor tells
+NO_TRAINING = {'tokens': 0, 'seconds': 0.0}  # the training loop's counters
+
+
+def import_run(
+  source: Path, out: Path, config_file: str, overrides: Sequence[str], tokenizer: str | None, dtype: str | None
+) -> None:
+  """Makes a run directory at step 0 from a file of weights. Nothing is written before everything fits.
+
+  Args:
+    source: .pth, .pt or .safetensors with the PyTorch code's names, or a .safetensors with mmjax's.
+    out: new run directory.
+    config_file: where settings come from that the file does not tell.
+    overrides: `--config.section.field=value` arguments.
+    tokenizer: file of the tokenizer that the weights were trained with.
+    dtype: 'float32' casts tensors of other dtypes; None refuses them.
+
+  Raises:
+    UserError: if the file, the settings and the tokenizer do not fit each other, or `out` is in use.
+  """
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise UserError(f'{str(out)!r} is there already; choose another --out')
+  tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
+  header = read_header(source)
+  shapes = {name: value.shape for name, value in tensors.items()}
+  config = fitting_config(shapes, str(source), config_file, overrides, header.get('settings', {}))
+  check_accounted(shapes, tensor_shapes(config), str(source))
+  vocabulary = _load_tokenizer(tokenizer, config.model.vocab_size) if tokenizer else None
+  if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
+    raise UserError(f'tokenizer {tokenizer!r} is not the one that {source} was trained with, by the hash in its header')
+
+  params = to_params(tensors, config)
+  with RunDir(out) as run:
+    Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), NO_TRAINING)
+    if vocabulary:
+      write_tokenizer(out / tokenizer_file_name(vocabulary.path), vocabulary)
+    run.write_config(config)
+  _say_imported(config, params, out, vocabulary)
+
+
+def read_header(source: Path) -> dict[str, Any]:
+  """Returns what `export_run` wrote into the header of a file: `settings` and more; {} for files of others.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  metadata = read_metadata(source)
+  if HEADER not in metadata:
+    return {}
+  try:
+    header = json.loads(metadata[HEADER])
+    settings = {section: dict(values) for section, values in header['settings'].items()}
+    settings = as_of_today(settings, to_train=False)
+  except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(f'{source}: its header {HEADER!r} is damaged: {error!r}') from None
+  unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in READING]
+  if unknown:
+    raise UserError(f'{source}: its header {HEADER!r} sets {unknown[0][:80]!r}, which is not of a model')
+  return header | {'settings': settings}
+
+
+def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> None:
+  """Writes a run's weights into a file, under the PyTorch code's names if it has such a model, else under mmjax's.
+
+  The header of a .safetensors holds the settings of the model, the step and the hash of the tokenizer.
+
+  Args:
+    workdir: run directory.
+    target: new file, .pth, .pt or .safetensors; `<target>.sha256` is written beside it.
+    which: 'best', 'last' or the number of a step.
+    dtype: cast to this; None keeps float32.
+
+  Raises:
+    UserError: if there is no such run, a .pth is asked for and the PyTorch code has no such model, a value is too large
+      for `dtype`, or `target` is there already.
+  """
+  check_suffix(target)
+  run = RunDir(workdir)
+  config = run.read_config()
+  foreign = not_in_pytorch(config)
+  if foreign and target.suffix.lower() in TORCH_SUFFIXES:
+    raise UserError(f'{foreign} is not in the PyTorch code, which could not read {str(target)!r}; use .safetensors')
+  params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), checkpoint_name(which))
+  warn_non_finite(params, f'step {step} of {workdir}')
+  tensors = to_tensors(params, config)
+  if not foreign:
+    tensors[TIED] = tensors['tok_embeddings.weight']
+  if dtype:
+    tensors = {name: _cast(name, value, dtype) for name, value in tensors.items()}
+  own = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal', bank_file=''))
+  settings: dict[str, dict[str, Any]] = {}  # the file holds the bank, however it started
+  for name, value in flatten(own.to_dict()).items():
+    section, _, field = name.partition('.')
+    if (section in ('model', 'memory') or name in READING) and name not in idle_settings(own):
+      settings.setdefault(section, {})[field] = value
+  header = {'version': __version__, 'names': 'mmjax' if foreign else 'pytorch', 'step': step, 'settings': settings}
+  if run.tokenizer_path.exists():
+    header['tokenizer_sha256'] = sha256_of(run.tokenizer_path)
+  digest = write_tensors(target, tensors, {HEADER: json.dumps(header)} | ({} if foreign else {'format': 'pt'}))
+  print(f'{target}: {len(tensors)} tensors of {dtype or "float32"} from step {step} of {workdir}; sha256 {digest}')
+  if foreign:
+    print(f"Under mmjax's names, because {foreign} is not in the PyTorch code")
+  if target.suffix.lower() in TORCH_SUFFIXES:
+    print(f'Not told by the tensors: {untold_sizes(config.model)}')
+  else:
+    print('All settings of the model are in the header: import needs no --config')
+
+
+def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+  with np.errstate(over='ignore'):
+    cast = value.astype(EXPORT_DTYPES[dtype])
+  if np.isfinite(value).all() and not np.isfinite(cast).all():
+    raise UserError(f'{name} has values up to {np.abs(value).max():.3g}, too large for {dtype}; bfloat16 holds them')
+  return cast
+
+
+def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) -> dict[str, np.ndarray]:
+  """Returns float32 tensors.
+
+  Raises:
+    UserError: if some have another dtype and `cast` is False, or values that are not finite in float32.
+  """
+  others = sorted({value.dtype.name for value in tensors.values()} - {'float32'})
+  if others and not cast:
+    raise UserError(
+      f'{source} holds tensors of {" and ".join(others)}; run directories hold float32: --dtype float32 casts them'
+    )
+  if others:
+    print(f'Casting tensors of {" and ".join(others)} to float32')
+  with np.errstate(over='ignore'):
+    tensors = {name: value.astype(np.float32, copy=False) for name, value in tensors.items()}
+  refuse_non_finite(tensors, f'{source} cannot be imported')
+  return tensors
+
+
+def fitting_config(
+  shapes: Mapping[str, tuple[int, ...]],
+  source: str,
+  config_file: str,
+  overrides: Sequence[str],
+  told: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Config:
+  """Returns the config with every setting that the file tells, and says which ones those are.
+
+  Args:
+    shapes: canonical name -> shape.
+    source: the file, for messages.
+    config_file: where all other settings come from.
+    overrides: `--config.section.field=value` arguments.
+    told: sections of settings in the file's header; without any, sizes are read off PyTorch's names and shapes.
+
+  Raises:
+    UserError: if an override contradicts the file, or the result breaks a rule.
+  """
+  if told:
+    settings = load_config(config_file).to_dict()
+    try:
+      own = config_from_dict(settings | {section: settings[section] | values for section, values in told.items()})
+    except UserError as error:
+      raise UserError(f'{source}, its header: {error}') from None
+    config = load_config(config_file, [*_as_overrides(overrides_of(own, config_file)), *overrides])
+    compare_models(own, config, source)
+    print('Read from the header: the settings of the model')
+    return config
+  if any('/' in name for name in shapes):
+    print(f'{source} has no settings in its header: all are taken from the config')
+    return load_config(config_file, overrides)
+  sizes = read_sizes(shapes, source)
+  for override in overrides:  # before the others, which mean nothing in another model
+    name, _, kind = override.partition('=')
+    if name == '--config.model.sublayer' and kind != sizes['sublayer']:
+      raise UserError(
+        f'model.sublayer={kind!r} contradicts {source}, whose tensors say {sizes["sublayer"]!r}; leave it out'
+      )
+  first = load_config(config_file, [*_size_overrides(sizes), *overrides, '--config.model.n_kv_heads=1']).model
+  sizes['n_kv_heads'] = read_kv_heads(shapes, first.dim, first.n_heads, source)
+  hidden_dim = sizes.get('hidden_dim')
+  if hidden_dim == dataclasses.replace(first, hidden_dim=0).dense_hidden_dim:
+    sizes['hidden_dim'] = 0  # what the config calls the usual width
+  config = load_config(config_file, [*_size_overrides(sizes), *overrides])
+  if foreign := not_in_pytorch(config):
+    raise UserError(f'{foreign} is not in the PyTorch code, whose names {source} has; leave it out')
+  for name, value in sizes.items():
+    given = getattr(config.model, name)
+    if given != value and not (name == 'hidden_dim' and config.model.dense_hidden_dim == hidden_dim):
+      raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
+  print('Read off the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
+  print(f'Taken from the config: {untold_sizes(config.model)}')
+  return config
+
+
+def _size_overrides(sizes: Mapping[str, int | str]) -> list[str]:
+  return _as_overrides({f'model.{name}': value for name, value in sizes.items()})
+
+
+def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
+  return [f'--config.{name}={value}' for name, value in settings.items()]
+
+
+def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+  tokenizer = load_tokenizer(path)
+  if tokenizer.vocab_size > vocab_size:
+    raise UserError(
+      f'tokenizer {path!r} has {tokenizer.vocab_size} pieces, the embedding {vocab_size} rows: '
+      'they do not belong together'
+    )
+  return tokenizer
+
+
+def _say_imported(config: Config, params: Params, out: Path, tokenizer: Tokenizer | None) -> None:
+  total, without_bank = count_params(params)
+  print(f'{out}: {total:,} parameters ({without_bank:,} without the bank), step 0, fresh optimizer')
+  if tokenizer:
+    if spare := config.model.vocab_size - tokenizer.vocab_size:
+      print(f'The tokenizer has {tokenizer.vocab_size} pieces: {spare} rows of the embedding are spare')
+    print(f'Evaluate: python eval.py --workdir {out}\nSample:   python -m mmjax.tools.sample --workdir {out}')
+  else:
+    print('No --tokenizer was given: this run takes and gives token ids, no text')
+  print(f"Train on: python train.py --config {out}/config.json --workdir {out} --config.data.train_files='TEXT'")

@@ -1,0 +1,177 @@
+"""Compares runs: one table of rows of runs, its notes and plots, as compare.md, and its numbers as compare.json."""
+
+import datetime
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mmjax import __version__
+from mmjax.config import user_path
+from mmjax.console import Table, markdown, number, show
+from mmjax.errors import UserError
+from mmjax.files import write_file, write_json
+from mmjax.report.compare_plots import write_plots
+from mmjax.report.found import FoundRun
+from mmjax.report.numbers import READS, probe_difference
+from mmjax.report.rows import Row, changed, difference, find_runs, make_rows, other_origin, summary
+
+Summary = dict[str, Any]
+Columns = dict[str, Callable[[Summary], str]]
+
+# Heading -> cell. {} in a heading is the name of the first row.
+RESULT: Columns = {
+  'model': lambda s: s['name'] + ''.join(f' [{mark}]' for mark in s['marks']),
+  'runs': lambda s: str(len(s['seeds'])),
+  'validation loss, nats a token': lambda s: number(s['loss']),
+  'difference to {}': lambda s: _difference(s['difference']),
+  'taken': lambda s: _taken(s['difference']),
+  'bits per byte': lambda s: number(s['bits_per_byte']),
+}
+COST: Columns = {
+  'tokens seen': lambda s: number(s['tokens'] and round(s['tokens'])),
+  'MFLOPs a token': lambda s: number(s['flops_per_token'] / 1e6, ',.2f'),
+  'parameters': lambda s: number(s['parameters']),
+  'without the bank': lambda s: number(s['parameters_without_bank']),
+  'tokens/s': lambda s: number(s['tokens_per_second'], ',.0f'),
+  'peak memory, GB': lambda s: number(s['peak_bytes'] and s['peak_bytes'] / 1e9, ',.2f'),
+}
+BANK: Columns = {
+  'rows used': lambda s: _by_layer(s['bank'], 'used_share'),
+  'effective rows': lambda s: _by_layer(s['bank'], 'effective_rows'),
+  'hottest row': lambda s: _by_layer(s['bank'], 'hottest_share'),
+  'bank zeroed': lambda s: probe_difference(s['probes'], 'loss_zeroed'),
+  'bank zeroed, over {}': lambda s: number(s['zeroed_over_first'], '+.4f'),
+  'rows shuffled': lambda s: probe_difference(s['probes'], 'loss_shuffled'),
+}
+# A note -> whether it belongs to these rows.
+NOTES: dict[str, Callable[[Sequence[Summary]], bool]] = {
+  'Loss is that of the last evaluation of each run, the mean over runs that differ only in their seed. ± is one '
+  'standard error of the difference: paired, over the differences of runs with the same seed, which saw the same '
+  'batches in the same order; or Welch, from the variances of both rows. One seed gives none.': bool,
+  'The rows saw different numbers of tokens: their differences are not at equal tokens.': lambda found: (
+    len({s['tokens'] for s in found}) > 1
+  ),
+  'The runs were made on different machines: tokens/s and memory do not compare.': lambda found: (
+    len({device for s in found for device in s['devices']}) > 1
+  ),
+  'Rows marked "other data" have no difference: their losses are those of other text or other tokens.': lambda found: (
+    any('other data' in s['marks'] for s in found)
+  ),
+  'A run that is not finished counts only in a row where none is; such a row has no difference.': lambda found: any(
+    s['marks'] for s in found
+  ),
+  "Rows used, effective rows (exp of the entropy of their use) and the hottest row's share of all reads: at the last "
+  'evaluation, over the whole validation set, by layer. Bank zeroed, rows shuffled: how much that raises the loss, '
+  'nats a token, on the positions that are probed; "over" another row: how far it is then above that.': lambda found: (
+    any(s['bank'] for s in found)
+  ),
+}
+
+
+def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool = False) -> Path:
+  """Compares runs, prints the table and writes compare.md, compare.json and the plots.
+
+  Args:
+    paths: run directories or folders of them.
+    out: folder for the result, made if it does not exist.
+    allow_other_data: keep runs on other data than the first's, marked and without a difference.
+
+  Returns:
+    The path of compare.md.
+
+  Raises:
+    UserError: if a path is no run, or a run learned from or was evaluated on other text.
+    StorageError: if the result cannot be written.
+  """
+  runs = find_runs(paths)
+  others = {run.path: other_origin(runs[0], run) for run in runs}
+  for path, what in others.items():
+    if what and not allow_other_data:
+      raise UserError(
+        f'{path} and {runs[0].path} are on other data: {what}; their losses cannot be compared '
+        '(--allow_other_data marks such runs)'
+      )
+  rows = make_rows(runs)
+  found = [_summary(rows[0], row, others) for row in rows]
+  folder = user_path(out)
+  folder.mkdir(parents=True, exist_ok=True)
+  plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
+  write_json(folder / 'compare.json', {'rows': found})
+  flags = ['--out', str(out), *(['--allow_other_data'] if allow_other_data else [])]
+  command = shlex.join(['python', '-m', 'mmjax.tools.compare', *map(str, paths), *flags])
+  write_file(folder / 'compare.md', _document(command, runs[0].origin, found, plots))
+  bank = BANK if any(s['bank'] for s in found) else {}
+  for columns in (RESULT, {'model': lambda s: s['name']} | COST | bank):  # two halves, which fit a terminal
+    show(_table(columns, found))
+  return folder / 'compare.md'
+
+
+def _summary(first: Row, row: Row, others: dict[Path, str]) -> Summary:
+  """Returns the numbers of a row with what must be said about them, its marks."""
+  is_other = any(others[run.path] for run in row.runs)
+  marks = (['other data'] if is_other else []) + [_mark(run) for run in row.runs if not run.finished]
+  comparable = row is not first and not is_other and all(any(run.finished for run in r.runs) for r in (first, row))
+  found = difference(first, row) if comparable else None
+  numbers, probes = summary(row), summary(first)['probes'] if comparable else {}
+  zeroed, whole = numbers['probes'].get('loss_zeroed'), probes.get('loss')
+  known = None not in (zeroed, whole) and numbers['probes']['positions'] == probes['positions']
+  return numbers | {
+    'difference': found and found._asdict(),
+    'zeroed_over_first': zeroed - whole if known else None,
+    'changed': changed(first, row),
+    'marks': marks,
+  }
+
+
+def _mark(run: FoundRun) -> str:
+  how_far = f'{run.step:,} of {run.total:,} updates' if run.total else 'not begun'
+  return f'seed {run.config.seed} {"diverged" if (run.path / "diverged").is_dir() else "not finished"}, {how_far}'
+
+
+def _table(columns: Columns, found: Sequence[Summary]) -> Table:
+  header = [name.format(found[0]['name']) for name in columns]
+  return Table(header, [[cell(s) for cell in columns.values()] for s in found])
+
+
+def _document(command: str, origin: dict[str, Any], found: list[Summary], plots: dict[str, str]) -> str:
+  time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  bank = BANK if any(s['bank'] for s in found) else {}
+  notes = [note for note, belongs in NOTES.items() if belongs(found)]
+  if skipped := [f'{s["name"]}: {s["skipped_updates"]}' for s in found if s['skipped_updates']]:
+    notes.append(f'Updates skipped, as not finite or as loss spikes: {", ".join(skipped)}.')
+  different = [(s['name'], ', '.join(f'{name}={value!r}' for name, value in s['changed'].items())) for s in found[1:]]
+  where = [(s['name'], ', '.join(map(str, s['seeds'])), ', '.join(s['runs']), ', '.join(s['devices'])) for s in found]
+  return markdown(
+    '# Comparison',
+    f'Written {time} by mmjax {__version__}: `{command}`',
+    _table(RESULT | COST | bank, found),
+    '\n'.join(f'- {note}' for note in notes),
+    *(f'![{caption}]({name})\n\n{caption}' for name, caption in plots.items()),
+    '## Settings that differ from those of the first row',
+    Table(('model', 'settings'), different) if different else 'There is one row.',
+    '## Runs',
+    Table(('model', 'seeds counted', 'directories', 'on'), where),
+    Table(('of the data', ''), [(name, f'`{value}`') for name, value in origin.items()]),
+  )
+
+
+def _difference(found: dict[str, Any] | None) -> str:
+  error = found and found['standard_error']
+  return number(found and found['mean'], '+.4f') + ('' if error is None else f' ± {error:.4f}')
+
+
+def _taken(found: dict[str, Any] | None) -> str:
+  if found is None:
+    return '-'
+  if found['kind'] == 'paired':
+    said = 'paired, 1 seed' if found['n'] == 1 else f'paired, {found["n"]} seeds'
+  else:
+    kind = 'unpaired' if found['standard_error'] is None else 'Welch'
+    said = f'{kind}, {found["n"]} and {found["n_first"]} runs'
+  return said if found['standard_error'] is not None else f'{said}: no standard error'
+
+
+def _by_layer(bank: Sequence[dict[str, Any]], name: str) -> str:
+  spec = READS[name][1]
+  return ', '.join(f'{h["layer"]}: {h[name]:{spec}}' for h in bank if h[name] is not None) or '-'

@@ -1,0 +1,223 @@
+"""Runs put into rows that differ only in their seed, and what a row comes to.
+
+A row's loss is the mean over its finished runs. Its difference to the first row is taken seed by seed where both have
+runs with the same seeds, because these saw the same batches in the same order.
+"""
+
+import math
+import os
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mmjax.config import flatten, user_path
+from mmjax.errors import UserError
+from mmjax.files import read_json
+from mmjax.model.cost import flops_per_token
+from mmjax.model.lm import abstract_params, count_params
+from mmjax.report.found import FoundRun
+from mmjax.run.identity import FREE, FREE_SECTIONS
+
+# Where the data lie says nothing: which they are, their hashes say. These two decide how they are cut into rows.
+DATA_THAT_COUNTS = ('data.layout', 'data.isolate_documents')
+
+
+class Difference(NamedTuple):
+  """A row's loss minus the first row's, with its standard error: None where there are too few seeds for one.
+
+  `kind` is 'paired' (over `n` seeds that both have) or 'Welch' (over `n` and `n_first` runs).
+  """
+
+  mean: float
+  standard_error: float | None
+  kind: str
+  n: int
+  n_first: int
+
+
+class Row(NamedTuple):
+  """Runs that differ only in their seed, and their name."""
+
+  name: str
+  runs: list[FoundRun]
+
+  @property
+  def counted(self) -> list[FoundRun]:
+    """The finished runs; all where none is."""
+    return [run for run in self.runs if run.finished] or self.runs
+
+  def losses(self) -> dict[int, float]:
+    """Returns the last validation loss by seed."""
+    return {run.config.seed: run.finite_evals[-1]['loss'] for run in self.counted if run.finite_evals}
+
+
+def find_runs(paths: Sequence[str | Path]) -> list[FoundRun]:
+  """Returns runs; a folder of runs, as a sweep makes it, stands for all that it holds, in their order.
+
+  Raises:
+    UserError: if a path is neither, or a run never trained.
+  """
+  found: list[Path] = []
+  for path in map(user_path, paths):
+    inside = [path]
+    if not (path / 'config.json').is_file():
+      inside = [config.parent for config in path.glob('*/config.json')]
+      order = list(read_json(path / 'sweep.json')['runs']) if (path / 'sweep.json').is_file() else []
+      inside.sort(key=lambda p: (order.index(p.name) if p.name in order else len(order), _natural(p.name)))
+    if not inside:
+      raise UserError(f'{path} is neither a run directory, which holds config.json, nor a folder of them')
+    found += [path for path in inside if path not in found]
+  runs = [FoundRun(path) for path in found]
+  for run in runs:
+    if not run.dir.was_trained:
+      raise UserError(f'{run.path} was never trained: {run.dir.run_path.name} is missing')
+  return runs
+
+
+def make_rows(runs: Sequence[FoundRun]) -> list[Row]:
+  """Puts runs that differ only in their seed together, in the order of their first.
+
+  Raises:
+    UserError: if two runs are the same, seed included.
+  """
+  rows: list[list[FoundRun]] = []
+  for run in runs:
+    same = (row for row in rows if _what_counts(row[0]) == _what_counts(run))
+    row = next((row for row in same if not other_origin(row[0], run)), None)
+    if row is None:
+      rows.append(row := [])
+    twin = next((other for other in row if other.config.seed == run.config.seed), None)
+    if twin:
+      raise UserError(f'{twin.path} and {run.path} have the same settings and the same seed; leave one out')
+    row.append(run)
+  names = [_common_name(row) for row in rows]
+  ends = _distinct_ends([run.path for run in runs])
+  full = [', '.join(ends[run.path] for run in row) for row in rows]
+  unique = [name if names.count(name) == 1 else whole for name, whole in zip(names, full, strict=True)]
+  return [Row(name, row) for name, row in zip(unique, rows, strict=True)]
+
+
+def _common_name(runs: Sequence[FoundRun]) -> str:
+  """Returns what the names of the directories have in common, without the seed at their end.
+
+  In the name of a single run a number without -s or -seed before it may be anything: exp_1_4_0.
+  """
+  mark = r'[-_.](s|seed)[-_.]?' if len(runs) == 1 else r'[-_.]?(s|seed)?[-_.]?'
+  full = [Path(os.path.abspath(run.path)).name for run in runs]
+  names = {re.sub(f'{mark}{run.config.seed}$', '', name) or name for name, run in zip(full, runs, strict=True)}
+  return names.pop() if len(names) == 1 else ', '.join(full)
+
+
+def _distinct_ends(paths: Sequence[Path]) -> dict[Path, str]:
+  """Returns the shortest end of each path that no other path has: A/run and B/run, but only `other` of C/other."""
+  parts = {path: Path(os.path.abspath(path)).parts for path in paths}
+
+  def end(own: tuple[str, ...]) -> str:
+    lengths = range(1, len(own) + 1)
+    least = next((n for n in lengths if sum(other[-n:] == own[-n:] for other in parts.values()) == 1), len(own))
+    return str(Path(*own[-least:]))
+
+  return {path: end(own) for path, own in parts.items()}
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+  """Sorts g2 before g10."""
+  return [(int(part), '') if part.isdecimal() else (-1, part) for part in re.split(r'(\d+)', name)]
+
+
+def other_origin(first: FoundRun, run: FoundRun) -> str:
+  """Says in what the text that a run learned from or was evaluated on differs from the first's; '' if in nothing.
+
+  A run that was not evaluated yet says nothing of the size of its validation text.
+  """
+  pairs = ((name, first.origin[name], run.origin[name]) for name in first.origin)
+  return ', '.join(f'{name} {_short(a)} and {_short(b)}' for name, a, b in pairs if None not in (a, b) and a != b)
+
+
+def _short(value: Any) -> str:
+  return value[:12] if isinstance(value, str) else f'{value:,}'
+
+
+def changed(first: Row, row: Row) -> dict[str, Any]:
+  """Returns the settings in which a row differs from the first."""
+  a, b = _what_counts(first.runs[0]), _what_counts(row.runs[0])
+  return {name: b[name] for name in b if b[name] != a[name]}
+
+
+def _what_counts(run: FoundRun) -> dict[str, Any]:
+  return {'memory.bank_file': run.bank} | {
+    name: value
+    for name, value in flatten(run.config.to_dict()).items()
+    if name not in ('seed', *FREE)
+    and not name.startswith(FREE_SECTIONS)
+    and (not name.startswith('data.') or name in DATA_THAT_COUNTS)
+  }
+
+
+def same_batches(first: Row, row: Row) -> bool:
+  """Whether runs of one seed saw the same rows of text at each update."""
+  a, b = first.runs[0].config, row.runs[0].config
+  cut = [(c.train.update_rows, c.model.max_seq_len, c.data.layout, c.data.isolate_documents) for c in (a, b)]
+  return cut[0] == cut[1]
+
+
+def difference(first: Row, row: Row) -> Difference | None:
+  """Returns how much higher a row's loss is than the first's; None where one of them has none.
+
+  Paired over common seeds, if these saw the same batches. A single common seed gives no standard error: where both rows
+  have several runs, Welch's is taken instead.
+  """
+  a, b = first.losses(), row.losses()
+  if not a or not b:
+    return None
+  common = [seed for seed in b if seed in a] if same_batches(first, row) else []
+  if len(common) > 1 or (common and min(len(a), len(b)) == 1):
+    differences = [b[seed] - a[seed] for seed in common]
+    error = statistics.stdev(differences) / math.sqrt(len(common)) if len(common) > 1 else None
+    return Difference(statistics.fmean(differences), error, 'paired', len(common), len(common))
+  mean, error = statistics.fmean(b.values()) - statistics.fmean(a.values()), None
+  if min(len(a), len(b)) > 1:
+    error = math.sqrt(sum(statistics.variance(x.values()) / len(x) for x in (a, b)))
+  return Difference(mean, error, 'Welch', len(b), len(a))
+
+
+def summary(row: Row) -> dict[str, Any]:
+  """Returns what the table shows of a row; numbers are means over its counted runs, None where there are none."""
+  runs, config = row.counted, row.runs[0].config
+  evals = [run.finite_evals[-1] for run in runs if run.finite_evals]
+  train = [run.of_kind('train') for run in runs]
+  last = [records[-1] for records in train if records]
+  losses = list(row.losses().values())
+  total, without_bank = count_params(abstract_params(config))
+  rates = [record['tokens_per_second'] for records in train for record in records]
+  return {
+    'name': row.name,
+    'runs': [str(run.path) for run in row.runs],
+    'seeds': [run.config.seed for run in runs],
+    'loss': _mean(losses),
+    'loss_deviation': statistics.stdev(losses) if len(losses) > 1 else None,
+    **{name: _mean([e[name] for e in evals]) for name in ('bits_per_byte', 'accuracy')},
+    **{name: _mean([record[name] for record in last]) for name in ('tokens', 'seconds')},
+    'flops_per_token': flops_per_token(config)['total'],
+    'parameters': total,
+    'parameters_without_bank': without_bank,
+    'tokens_per_second': statistics.median(rates) if rates else None,
+    'peak_bytes': max((r['peak_bytes'] or 0 for records in train for r in records), default=None),
+    'bank': [_means(layer) for layer in zip(*(e['bank'] for e in evals), strict=True)],
+    'probes': _means([e['probes'] for e in evals if e.get('probes')]),
+    'skipped_updates': sum(len(run.of_kind('skipped')) for run in row.runs),
+    'devices': sorted({run.devices for run in row.runs}),
+  }
+
+
+def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+  """Returns the mean of each number over runs; the number of a layer is the same in all."""
+  means = {name: _mean([numbers[name] for numbers in found]) for name in found[0]} if found else {}
+  return means | ({'layer': found[0]['layer']} if 'layer' in means else {})
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+  known = [value for value in values if value is not None]
+  return statistics.fmean(known) if known else None

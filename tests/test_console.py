@@ -1,0 +1,158 @@
+"""The console: tables; progress as plain lines, as a bar on a terminal, and never the end of a run."""
+
+import errno
+import io
+import os
+
+import numpy as np
+import pytest
+
+from mmjax import console
+from mmjax.config import load_config
+from mmjax.console import Progress, Table, format_seconds, markdown, number, show
+from mmjax.training.progress import MicroBatchWatch, describe_times, show_step
+
+
+def metrics(step: int) -> dict:
+  return {'step': step, 'loss': 2.5, 'learning_rate': 2e-4, 'tokens_per_second': 1234.5}
+
+
+class Terminal(io.StringIO):
+  def isatty(self) -> bool:
+    return True
+
+
+class Gone(io.StringIO):
+  """A terminal that was closed; a pipe without a reader is no different but for the number."""
+
+  def write(self, text: str) -> int:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(console.time, 'monotonic', lambda: now[0])
+  return now
+
+
+def test_plain_lines_say_where_the_run_is_and_how_long_it_takes(clock):
+  stream = io.StringIO()
+  progress = Progress(stream)
+  progress.update('compiling')
+  clock[0] += 60
+  show_step(progress, 100, metrics(10))
+  clock[0] += 20
+  show_step(progress, 100, metrics(20))  # 10 steps in 20 s, 80 to go
+  progress.say('[bold]saved[/bold]')
+  progress.close()
+  first, second, message = stream.getvalue().splitlines()
+  assert first == 'step 10/100  loss 2.5000  lr 2.00e-04  1,234 tokens/s'
+  assert second.endswith('tokens/s  2 min 40 s left')
+  assert message == '[bold]saved[/bold]'
+
+
+def test_stages_are_told_now_and_then_and_each_has_its_own_time(clock):
+  stream = io.StringIO()
+  progress = Progress(stream)
+  for done in range(0, 50, 10):
+    progress.update('reading', done, 100, f'{done} rows')
+    clock[0] += 10
+  progress.update('writing', 0, 100)
+  assert stream.getvalue().splitlines() == [
+    'reading: 20%  20 rows  1 min 20 s left', 'reading: 40%  40 rows  1 min 00 s left'
+  ]  # fmt: skip
+  clock[0] += 20
+  progress.update('writing', 50, 100)
+  assert stream.getvalue().splitlines()[-1] == 'writing: 50%  20 s left'
+
+
+def test_slow_updates_are_timed_and_shown_within(clock):
+  train, stream = load_config('configs/exp_1_4_2.py').train, io.StringIO()
+  watch = MicroBatchWatch(train, 512, 0, 8, Progress(stream))
+  for index in [*range(8), 0]:
+    clock[0] += 32 if index else 20
+    watch(np.int32(index), np.float32(8.8 / 8))
+  lines = stream.getvalue().splitlines()
+  assert lines[0] == 'update 1/8  micro-batch 1/8  loss about 8.800'
+  assert lines[1] == (
+    'Timed on this machine: a micro-batch of 64 x 512 tokens takes 32.0 s, so an update of 8 takes 4 min 16 s, and the '
+    '8 updates to come 34 min 08 s, evaluations aside.'
+  )
+  # 300 s at 0.5 s a row: 75 updates of 8 rows.
+  assert lines[2].endswith(
+    '--workdir out/short --config.train.batch_size=8 --config.train.accumulation_steps=1 --config.train.max_steps=75'
+  )
+  assert [line[:27] for line in lines[4:]] == [
+    *(f'update 1/8  micro-batch {n}/8' for n in range(2, 9)), 'update 2/8  micro-batch 1/8'
+  ]  # fmt: skip
+  assert lines[4].endswith('loss about 8.800  33 min 36 s left')
+
+
+def test_short_runs_are_timed_without_advice():
+  train = load_config('configs/exp_1_4_2.py').train
+  assert describe_times(train, 512, 8, 1.0).endswith(
+    'an update of 8 takes 8 s, and the 8 updates to come 1 min 04 s, evaluations aside.'
+  )
+
+
+def test_terminal_shows_a_bar_and_messages_as_they_are():
+  stream = Terminal()
+  progress = Progress(stream)
+  progress.update('compiling')
+  show_step(progress, 100, metrics(60))
+  progress.say('[bold]saved[/bold]')
+  progress.close()
+  progress.close()
+  shown = stream.getvalue()
+  assert all(said in shown for said in ('[bold]saved[/bold]', 'step 60/100', 'compiling', '━'))
+
+
+@pytest.mark.parametrize('terminal', [False, True])
+def test_reader_that_went_away_does_not_end_the_run(terminal):
+  stream = Terminal() if terminal else io.StringIO()
+  progress = Progress(stream)
+  stream.write = Gone().write
+  progress.update('compiling')
+  progress.update('reading', 1, 2, every=0)
+  show_step(progress, 10, metrics(1))
+  progress.say('x')
+  progress.close()
+
+
+def test_quiet_progress_says_nothing(capsys):
+  progress = Progress(quiet=True)
+  progress.update('reading', 1, 2, every=0)
+  progress.say('x')
+  assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('seconds', 'text'), [(0.4, '0 s'), (59.6, '1 min 00 s'), (3600, '1 h 00 min'), (90061, '25 h 01 min')]
+)
+def test_durations_are_readable(seconds, text):
+  assert format_seconds(seconds) == text
+
+
+def test_a_table_is_the_same_on_the_terminal_and_in_markdown(capsys):
+  table = Table(('name', 'loss'), [('a|b\x1b[2J', number(2.5)), ('[bold]c[/bold]', number(None))], 'Losses')
+  show(table, '', Table(('x',), []))
+  shown = capsys.readouterr().out
+  assert all(said in shown for said in ('Losses', 'name', 'a|b\\x1b[2J', '[bold]c[/bold]', ' 2.5000 │', '      - │'))
+  assert markdown('Text.', table, '') == (
+    'Text.\n\nLosses:\n\n| name | loss |\n| --- | --- |\n| a\\|b\\x1b[2J | 2.5000 |\n| [bold]c[/bold] | - |\n'
+  )
+
+
+@pytest.mark.parametrize(
+  ('value', 'spec', 'text'),
+  [
+    (None, '', '-'),
+    (12345, '', '12,345'),
+    (2.04166, '', '2.0417'),
+    (0.5, '.1%', '50.0%'),
+    (1e9, ',.0f', '1,000,000,000'),
+  ],
+)
+def test_numbers_of_tables_are_readable(value, spec, text):
+  assert number(value, spec) == text
