@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
 from rich import progress as rich_progress
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -112,8 +113,9 @@ def _rich_table(table: Table) -> RichTable:
   for at, name in enumerate(table.header):
     texts = [str(row[at]) for row in table.rows]
     numeric = all(NUMERIC.fullmatch(text) for text in texts)
-    laid_out = numeric or any('\n' in text for text in texts)
-    shown.add_column(Text(name), justify='right' if numeric else 'left', no_wrap=laid_out, overflow='fold')
+    whole = numeric or any('\n' in text for text in texts)
+    least = max((cell_len(line) for text in texts for line in text.split('\n')), default=0) if whole else None
+    shown.add_column(Text(name), justify='right' if numeric else 'left', min_width=least, overflow='fold')
   for row in table.rows:
     shown.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
   return shown

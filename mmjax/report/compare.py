@@ -1,6 +1,7 @@
 """Compares runs: one table of rows of runs, its notes and plots, as compare.md, and its numbers as compare.json."""
 
 import datetime
+import itertools
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -101,9 +102,8 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   flags = ['--out', str(out), *(['--allow_other_data'] if allow_other_data else [])]
   command = shlex.join(['python', '-m', 'mmjax.tools.compare', *map(str, paths), *flags])
   write_file(folder / 'compare.md', _document(command, runs[0].origin, found, plots))
-  bank = BANK if any(s['bank'] for s in found) else {}
-  for columns in (RESULT, {'model': lambda s: s['name']} | COST | bank):  # two halves, which fit a terminal
-    show(_table(columns, found))
+  for columns in _columns(found):  # parts that fit a terminal
+    show(_table({'model': lambda s: s['name']} | columns, found))
   return folder / 'compare.md'
 
 
@@ -129,6 +129,10 @@ def _mark(run: FoundRun) -> str:
   return f'seed {run.config.seed} {"diverged" if (run.path / "diverged").is_dir() else "not finished"}, {how_far}'
 
 
+def _columns(found: Sequence[Summary]) -> list[Columns]:
+  return [RESULT, COST, BANK] if any(s['bank'] for s in found) else [RESULT, COST]
+
+
 def _table(columns: Columns, found: Sequence[Summary]) -> Table:
   header = [name.format(found[0]['name']) for name in columns]
   return Table(header, [[cell(s) for cell in columns.values()] for s in found])
@@ -136,7 +140,6 @@ def _table(columns: Columns, found: Sequence[Summary]) -> Table:
 
 def _document(command: str, origin: dict[str, Any], found: list[Summary], plots: dict[str, str]) -> str:
   time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
-  bank = BANK if any(s['bank'] for s in found) else {}
   notes = [note for note, belongs in NOTES.items() if belongs(found)]
   if skipped := [f'{s["name"]}: {s["skipped_updates"]}' for s in found if s['skipped_updates']]:
     notes.append(f'Updates skipped, as not finite or as loss spikes: {", ".join(skipped)}.')
@@ -145,7 +148,7 @@ def _document(command: str, origin: dict[str, Any], found: list[Summary], plots:
   return markdown(
     '# Comparison',
     f'Written {time} by mmjax {__version__}: `{command}`',
-    _table(RESULT | COST | bank, found),
+    _table(dict(itertools.chain(*(columns.items() for columns in _columns(found)))), found),
     '\n'.join(f'- {note}' for note in notes),
     *(f'![{caption}]({name})\n\n{caption}' for name, caption in plots.items()),
     '## Settings that differ from those of the first row',

@@ -97,7 +97,7 @@ def training(run: FoundRun) -> Blocks:
   return [
     origin(run.history.get('init_from')),
     Table(('started (UTC)', 'at update', 'on'), starts),
-    Table(['update', *names(QUALITY)], [[number(r['step']), *written(r, QUALITY)] for r in shown]),
+    Table(['evaluated after update', *names(QUALITY)], [[number(r['step']), *written(r, QUALITY)] for r in shown]),
     said + (f' (updates {", ".join(map(str, skipped[:20]))}).' if skipped else '.'),
   ]
 
