@@ -181,17 +181,17 @@ class Sweep:
   def note(self, run: Planned, code: int, seconds: float) -> dict[str, Any]:
     """Writes into sweep.json how a run ended, and returns that."""
     reports = FoundRun(self.folder / run.name, run.config).last_reports()
-    train, valid = reports.get('train', {}), reports.get('eval', {})
+    trained, evaluated = reports.get('train', {}), reports.get('eval', {})
     spent = self.ended[run.name]['seconds'] if run.name in self.ended else 0.0
     said = f'killed by signal {-code}' if code < 0 else last_line(self.log_path(run)) if code else ''
     self.ended[run.name] = {
       'state': STATES.get(code, 'failed'),
       'exit_code': code,
-      'step': train.get('step'),
-      'tokens': train.get('tokens'),
-      'train_loss': train.get('loss'),
-      'loss': valid.get('loss'),
-      'bits_per_byte': valid.get('bits_per_byte'),
+      'step': trained.get('step'),
+      'tokens': trained.get('tokens'),
+      'train_loss': trained.get('loss'),
+      'loss': evaluated.get('loss'),
+      'bits_per_byte': evaluated.get('bits_per_byte'),
       'seconds': spent + seconds,  # of all starts, compiling and evaluating included
       'said': said,
       'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
