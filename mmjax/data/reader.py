@@ -1,7 +1,6 @@
 """Finds text files, reads them in blocks, and counts what is in them: nothing is dropped without being counted."""
 
 import codecs
-import copy
 import glob
 import os
 import stat
@@ -147,17 +146,14 @@ def _read_file(file: Path, line: int, byte: int, on_read: Callable[[int], None])
 class Tally:
   """Counts lines by file; in 'fail' mode the first bad line ends the reading, in 'skip' mode too many bad lines do.
 
-  `files` maps each file to {'lines', 'empty', 'skipped': {kind: count}}; plain values, so that they can be saved.
+  `files` maps each file to {'lines', 'empty', 'skipped': {kind: count}}, `examples` each kind to its first line: plain
+  values, so that they can be saved. A Tally counts in those that it is given.
   """
 
-  def __init__(self, on_bad_line: str, files: dict | None = None, examples: dict | None = None):
+  def __init__(self, on_bad_line: str, files: dict[str, dict] | None = None, examples: dict[str, str] | None = None):
     self.on_bad_line = on_bad_line
-    self.files: dict[str, dict] = copy.deepcopy(files or {})
-    self.examples: dict[str, str] = dict(examples or {})
-
-  def to_dict(self) -> dict[str, dict]:
-    """Returns what a new Tally needs to go on from here."""
-    return copy.deepcopy({'files': self.files, 'examples': self.examples})
+    self.files = {} if files is None else files
+    self.examples = {} if examples is None else examples
 
   def add(self, file: str, lines: int, empty: int, bad: Sequence[BadLine]) -> None:
     """Counts one block; files come one after the other. Raises UserError for a bad line in 'fail' mode."""

@@ -146,10 +146,8 @@ class ShardBuilder:
         self._add(split, done)
         meter.add(int(done.text_bytes.sum()), len(done.tokens))
         if any(writer.tokens >= SHARD_TOKENS for writer in self._writers.values()):
-          self.state['tallies'][split] = tally.to_dict()
           self._finish_shards({'place': Place(names.index(block.file), *block.end)})
     tally.end()
-    self.state['tallies'][split] = tally.to_dict()
 
   def _add(self, split: str, done: TokenBlock) -> None:
     for name, document in ((split, ~done.held_out), ('valid', done.held_out)):

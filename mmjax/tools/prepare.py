@@ -16,23 +16,18 @@ from mmjax.data.prepare import prepare
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import run_command
 
-FLAGS = {
-  'train_files': 'train_files', 'valid_files': 'valid_files', 'out': 'prepared_dir', 'tokenizer': 'tokenizer',
-  'text_key': 'text_key', 'on_bad_line': 'on_bad_line', 'workers': 'workers', 'valid_fraction': 'valid_fraction',
-}  # fmt: skip
-
 
 def main() -> None:
   """Reads flags and prepares; prints the directory on stdout."""
   arguments, overrides = _parser().parse_known_args()
-  given = {field: getattr(arguments, flag) for flag, field in FLAGS.items()}
+  given = vars(arguments)
+  config_file, vocab_size = given.pop('config'), given.pop('vocab_size')
   overrides += [f'--config.data.{field}={value}' for field, value in given.items() if value is not None]
-  vocab_size = arguments.vocab_size
   if vocab_size is None and arguments.tokenizer:
     vocab_size = load_tokenizer(arguments.tokenizer).vocab_size
   if vocab_size is not None:
     overrides.append(f'--config.model.vocab_size={vocab_size}')
-  config = load_config(arguments.config, overrides)
+  config = load_config(config_file, overrides)
   directory = prepare(config.data, config.model.vocab_size)
   valid = read_index(directory)['splits'].get('valid', {})
   if remark := overlap_remark(valid, valid.get('also_in_train')):
@@ -48,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
   )
   parser.add_argument('--valid_files', help='the same, held out')
   parser.add_argument('--valid_fraction', help='share of training documents held out where there are no valid_files')
-  parser.add_argument('--out', help='folder for prepared directories')
+  parser.add_argument('--out', dest='prepared_dir', metavar='OUT', help='folder for prepared directories')
   parser.add_argument('--vocab_size', help='pieces of the tokenizer; by default those of --tokenizer, or the config')
   parser.add_argument('--tokenizer', help='a SentencePiece model or a tokenizer.json; by default one is trained')
   parser.add_argument('--text_key', help='key of the text in a jsonl line')
