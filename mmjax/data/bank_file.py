@@ -6,13 +6,14 @@ bank.jsonl                {"row": r, "text": ...} for each row, in order: what a
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from mmjax.errors import UserError
-from mmjax.files import check_sha256
+from mmjax.files import check_sha256, write_file
 from mmjax.model.lm import BANK
 
 
@@ -52,6 +53,12 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
 def texts_path(bank: Path) -> Path:
   """Returns where the texts of a bank file lie."""
   return bank.with_suffix('.jsonl')
+
+
+def write_texts(path: Path, texts: Iterable[str]) -> None:
+  """Writes the text of every row, in order."""
+  lines = (json.dumps({'row': row, 'text': text}, ensure_ascii=False) for row, text in enumerate(texts))
+  write_file(path, '\n'.join(lines).encode('utf-8', 'replace') + b'\n')
 
 
 def read_texts(texts: Path) -> dict[int, str]:

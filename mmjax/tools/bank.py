@@ -19,7 +19,7 @@ import numpy as np
 
 from mmjax.config import Config, expand_home, load_config, own_config, user_path
 from mmjax.console import Progress, command_parser
-from mmjax.data.bank_file import texts_path
+from mmjax.data.bank_file import texts_path, write_texts
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, open_split
 from mmjax.data.prepare import prepare
@@ -34,7 +34,7 @@ from mmjax.data.snippets import (
 )
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError, run_command
-from mmjax.files import check_room, storage_errors, write_file
+from mmjax.files import check_room, storage_errors
 from mmjax.interop.files import write_tensors
 from mmjax.model.lm import BANK
 
@@ -105,7 +105,8 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   row_M = stages.run('rows', lambda: choose_rows(vector_SP, model.n_sub_keys, report))
   progress.close()
   bank_MP = standardize(vector_SP[row_M], config.memory.bank_std)
-  write_texts(texts_path(out), split, tokenizer, start_S[row_M], length)
+  texts = (tokenizer.decode(split.stream(start, start + length).tolist()) for start in start_S[row_M])
+  write_texts(texts_path(out), texts)
   write_tensors(out, {BANK: bank_MP})
   stages.remove()
   progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {texts_path(out)}')
@@ -151,13 +152,6 @@ def load_encoder(encoder: str) -> Callable[[list[str]], np.ndarray]:
   except (OSError, ValueError, KeyError) as error:
     raise UserError(f"--encoder: '{directory}' is no sentence-transformers model: {error}") from None
   return lambda texts: np.asarray(model.encode(texts, show_progress_bar=False), np.float32)
-
-
-def write_texts(path: Path, split: TokenSplit, tokenizer: Tokenizer, start_M: np.ndarray, length: int) -> None:
-  """Writes the text of every row, as JSON lines."""
-  texts = (tokenizer.decode(split.stream(start, start + length).tolist()) for start in start_M)
-  lines = (json.dumps({'row': row, 'text': text}, ensure_ascii=False) for row, text in enumerate(texts))
-  write_file(path, '\n'.join(lines).encode('utf-8', 'replace') + b'\n')
 
 
 class Stages:
