@@ -35,7 +35,9 @@ print(json.dumps(found))
 
 
 def test_new_format_is_one_row_and_is_prepared_and_evaluated_with(tiny_run, tmp_path):
-  shutil.copytree(REPOSITORY / 'mmjax', tmp_path / 'mmjax', ignore=shutil.ignore_patterns('__pycache__'))
+  for folder in ('mmjax', 'configs'):
+    shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns('__pycache__'))
+  shutil.copy(REPOSITORY / 'pyproject.toml', tmp_path)
   table = tmp_path / 'mmjax' / 'data' / 'formats.py'
   [added] = re.findall(r'```python\n(def third_field.*?)```', (REPOSITORY / 'docs' / 'guide.md').read_text(), re.DOTALL)
   table.write_text(table.read_text().replace('FORMATS = {\n', added))
