@@ -35,62 +35,40 @@ class Block(NamedTuple):
     return self.line + self.data.count(b'\n'), self.byte + len(self.data)
 
 
-def cut_lines(file: str, handle: BinaryIO, line: int, byte: int) -> Iterator[Block]:
-  """Yields blocks that end at the last line end before each multiple of BLOCK_BYTES, wherever reading began."""
+def cut_lines(handle: BinaryIO) -> Iterator[bytes | int]:
+  """Yields whole lines, up to the last line end before each multiple of BLOCK_BYTES, wherever reading began.
+
+  Of a line that is too long, and is passed over, it yields the size.
+  """
   rest = b''
-  for chunk in _chunks(handle):
-    cut = chunk.rfind(b'\n') + 1
+  while chunk := handle.read(BLOCK_BYTES - handle.tell() % BLOCK_BYTES):
     if len(rest) > LONGEST_LINE_BYTES:
-      after, chunk = _skip_line(handle, chunk)
-      block = Block(file, line, byte, b'', len(rest) + after)
-      line, byte = block.end
-      yield block
-      rest, cut = b'', chunk.rfind(b'\n') + 1
-    rest += chunk[:cut]
+      size = len(rest)
+      while chunk and not (cut := chunk.find(b'\n') + 1):
+        size += len(chunk)
+        chunk = handle.read(BLOCK_BYTES)
+      yield size + cut
+      rest, chunk = b'', chunk[cut:]
+    cut = chunk.rfind(b'\n') + 1
     if cut:
-      block = Block(file, line, byte, rest)
-      line, byte = block.end
-      yield block
+      yield rest + chunk[:cut]
       rest = b''
     rest += chunk[cut:]
-  if rest or not byte:  # an empty file gives one empty block
-    yield Block(file, line, byte, rest)
+  if rest:
+    yield rest
 
 
-def _chunks(handle: BinaryIO) -> Iterator[bytes]:
-  while chunk := handle.read(BLOCK_BYTES - handle.tell() % BLOCK_BYTES):
-    yield chunk
-
-
-def _skip_line(handle: BinaryIO, chunk: bytes) -> tuple[int, bytes]:
-  """Passes over the rest of an overlong line, which begins with `chunk`.
-
-  Returns:
-    How many bytes it was, and what was read after it.
-  """
-  size = 0
-  while chunk:
-    cut = chunk.find(b'\n') + 1
-    if cut:
-      return size + cut, chunk[cut:]
-    size += len(chunk)
-    chunk = handle.read(BLOCK_BYTES)
-  return size, b''
-
-
-def cut_text(file: str, handle: BinaryIO, line: int, byte: int) -> Iterator[Block]:
-  """Yields the documents of a plain text, the first from where `handle` stands, at `line` and `byte` of the file."""
+def cut_text(handle: BinaryIO) -> Iterator[bytes]:
+  """Yields the documents of a plain text, from where `handle` stands."""
   data = b''
   while chunk := handle.read(BLOCK_BYTES):
     data += chunk
     while len(data) > TEXT_DOCUMENT_BYTES:
       cut = _document_end(data)
-      block = Block(file, line, byte, data[:cut])
+      yield data[:cut]
       data = data[cut:]
-      line, byte = block.end
-      yield block
-  if data or not byte:
-    yield Block(file, line, byte, data)
+  if data:
+    yield data
 
 
 def _document_end(data: bytes) -> int:

@@ -63,12 +63,12 @@ class Format(NamedTuple):
   """How a file's bytes become documents, once they are unpacked.
 
   Attributes:
-    cut: (name, file, line, byte) -> its blocks, from where it stands, at `line` and `byte`.
+    cut: unpacked file -> the data of its blocks, from where it stands; of what is too long to keep, the size.
     parse: (block, text_key) -> its documents and bad lines. `partial(parse_lines, text_of)` where each line is one:
       text_of(line, text_key) returns its document, '' for none, or raises NotText.
   """
 
-  cut: Callable[[str, BinaryIO, int, int], Iterator[Block]]
+  cut: Callable[[BinaryIO], Iterator[bytes | int]]
   parse: Callable[[Block, str], Parsed]
 
 

@@ -128,17 +128,22 @@ def read_files(
 
 
 def _read_file(file: Path, line: int, byte: int, on_read: Callable[[int], None]) -> Iterator[Block]:
-  at = byte
   content, packing = ending_of(file)
   try:
     with file.open('rb') as raw, PACKINGS[packing].unpack(raw) as handle:
       handle.seek(byte)
-      for block in FORMATS[content].cut(str(file), handle, line, byte):
-        at = block.end[1]
+      for piece in FORMATS[content].cut(handle):
+        too_long = piece if isinstance(piece, int) else 0
+        block = Block(str(file), line, byte, b'' if too_long else piece, too_long)
+        line, byte = block.end
         on_read(raw.tell())
         yield block
+      if not byte:  # an empty file gives one empty block
+        yield Block(str(file), line, byte, b'')
   except DAMAGED as error:
-    raise UserError(f"'{file}' is damaged or cut short: {error} (after byte {at} of its uncompressed text)") from error
+    raise UserError(
+      f"'{file}' is damaged or cut short: {error} (after byte {byte} of its uncompressed text)"
+    ) from error
   except OSError as error:
     raise file_error(error, f"'{file}' cannot be read") from error
 
