@@ -13,7 +13,6 @@ import lzma
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import BinaryIO, NamedTuple
 
 from mmjax.data.blocks import LONGEST_LINE_BYTES, Block, cut_lines, cut_text
@@ -64,12 +63,13 @@ class Format(NamedTuple):
 
   Attributes:
     cut: unpacked file -> the data of its blocks, from where it stands; of what is too long to keep, the size.
-    parse: (block, text_key) -> its documents and bad lines. `partial(parse_lines, text_of)` where each line is one:
-      text_of(line, text_key) returns its document, '' for none, or raises NotText.
+    text_of: (data, text_key) -> the document in it, '' for none; raises NotText where it can be none.
+    one_a_line: whether each line of a block holds a document; else the whole block is one.
   """
 
   cut: Callable[[BinaryIO], Iterator[bytes | int]]
-  parse: Callable[[Block, str], Parsed]
+  text_of: Callable[[bytes, str], str]
+  one_a_line: bool = True
 
 
 class Packing(NamedTuple):
@@ -90,27 +90,12 @@ def parse_block(block: Block, text_key: str) -> Parsed:
   if block.too_long:
     bad = _too_long(block.too_long)
     return Parsed([], [BadLine(block.file, block.line, block.byte, bad.kind, bad.what)], 1, 0)
-  return FORMATS[ending_of(block.file)[0]].parse(block, text_key)
-
-
-def parse_text(block: Block, text_key: str) -> Parsed:
-  """Returns the one document of a block of plain text, which has no keys."""
-  data, start = _without_mark(block)
-  if not data.strip():
-    return Parsed([], [], 0, 1)
-  try:
-    return Parsed([decode(data)], [], 1, 0)
-  except NotText as bad:
-    line = block.line + data.count(b'\n', 0, bad.byte)
-    return Parsed([], [BadLine(block.file, line, block.byte + start + bad.byte, bad.kind, bad.what)], 1, 0)
-
-
-def parse_lines(text_of: Callable[[bytes, str], str], block: Block, text_key: str) -> Parsed:
-  """Returns the documents of a block in which each line holds one; `text_of` gives it, see Format."""
+  content, _ = ending_of(block.file)
+  _, text_of, one_a_line = FORMATS[content]
+  marked = not block.byte and block.data.startswith(codecs.BOM_UTF8)
+  data, byte = (block.data[3:], 3) if marked else (block.data, block.byte)
   documents, bad_lines, lines, empty = [], [], 0, 0
-  data, start = _without_mark(block)
-  byte = block.byte + start
-  for number, raw in enumerate(data.split(b'\n'), block.line):
+  for number, raw in enumerate(data.split(b'\n') if one_a_line else [data], block.line):
     if raw.strip():
       lines += 1
       try:
@@ -118,19 +103,15 @@ def parse_lines(text_of: Callable[[bytes, str], str], block: Block, text_key: st
           raise _too_long(len(raw))
         text = text_of(raw, text_key)
       except NotText as bad:
-        bad_lines.append(BadLine(block.file, number, byte + bad.byte, bad.kind, bad.what))
+        line = number + raw.count(b'\n', 0, bad.byte)
+        bad_lines.append(BadLine(block.file, line, byte + bad.byte, bad.kind, bad.what))
       else:
         empty += not text
         documents += [text] if text else []
+    elif not one_a_line:
+      empty += 1
     byte += len(raw) + 1
   return Parsed(documents, bad_lines, lines, empty)
-
-
-def _without_mark(block: Block) -> tuple[bytes, int]:
-  """Returns a block's data without the byte order mark that may open a file, and how many bytes were taken off."""
-  if not block.byte and block.data.startswith(codecs.BOM_UTF8):
-    return block.data[3:], 3
-  return block.data, 0
 
 
 def _too_long(n_bytes: int) -> NotText:
@@ -224,8 +205,8 @@ def _kind(value: object) -> str:
 
 
 FORMATS = {
-  '.jsonl': Format(cut_lines, partial(parse_lines, json_text)),
-  '.txt': Format(cut_text, parse_text),
+  '.jsonl': Format(cut_lines, json_text),
+  '.txt': Format(cut_text, lambda data, text_key: decode(data), one_a_line=False),
 }
 PACKINGS = {
   '': Packing(lambda file: file, 1.0),
