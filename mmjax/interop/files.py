@@ -5,8 +5,10 @@ a safetensors file is checked by its library.
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -19,7 +21,7 @@ from mmjax.interop.torch_files import DTYPES, read_torch, torch_bytes
 
 TORCH_SUFFIXES = ('.pth', '.pt')
 SUFFIXES = ('.safetensors', *TORCH_SUFFIXES)
-_SAFETENSORS_DTYPES = {'F32': 'float32', 'F16': 'float16', 'BF16': 'bfloat16', 'F64': 'float64'}
+_SAFETENSORS_DTYPES = ('F32', 'F16', 'BF16', 'F64')
 
 
 def check_suffix(path: Path) -> None:
@@ -58,11 +60,8 @@ def read_metadata(path: Path) -> dict[str, str]:
   """
   if path.suffix.lower() in TORCH_SUFFIXES:
     return {}
-  try:
-    with safe_open(path, framework='numpy') as file:
-      return file.metadata() or {}
-  except (SafetensorError, OSError, ValueError) as error:
-    raise UserError(f'{path}: not a whole safetensors file: {error}') from error
+  with _open_safetensors(path) as file:
+    return file.metadata() or {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
@@ -97,17 +96,22 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
   tensors = {}
-  try:
-    with safe_open(path, framework='numpy') as file:
-      for name in file.keys():  # noqa: SIM118 - not a dict
-        if is_buffer(name):
-          continue
+  with _open_safetensors(path) as file:
+    for name in file.keys():  # noqa: SIM118 - not a dict
+      if not is_buffer(name):
         dtype = file.get_slice(name).get_dtype()
         if dtype not in _SAFETENSORS_DTYPES:
           raise UserError(f'{path}: tensor {name[:80]!r} is {dtype}, must be one of {", ".join(DTYPES)}')
         tensors[name] = file.get_tensor(name)
+  return tensors
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+  try:
+    with safe_open(path, framework='numpy') as file:
+      yield file
   except UserError:
     raise
   except (SafetensorError, OSError, ValueError) as error:
     raise UserError(f'{path}: not a whole safetensors file: {error}') from error
-  return tensors
