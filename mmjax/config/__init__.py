@@ -19,26 +19,3 @@ from mmjax.config.reading import (
 from mmjax.config.rules import CHOICES
 from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig
 from mmjax.config.setting import flatten
-
-__all__ = [
-  'CHOICES',
-  'Config',
-  'DataConfig',
-  'MemoryConfig',
-  'ModelConfig',
-  'RuntimeConfig',
-  'TrainConfig',
-  'base_config',
-  'call_python_file',
-  'config_from_dict',
-  'default_settings',
-  'expand_home',
-  'flatten',
-  'idle_settings',
-  'load_config',
-  'override_config',
-  'overrides_of',
-  'own_config',
-  'user_path',
-  'as_of_today',
-]

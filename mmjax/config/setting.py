@@ -38,11 +38,11 @@ def field(default: Any, meaning: str, least: float = 0, most: float = INT_MOST, 
 
 def settings_of(section: type, prefix: str = '') -> Iterator[tuple[str, Setting]]:
   """Yields all settings of a dataclass of sections, with dotted names."""
-  for field in dataclasses.fields(section):
-    if dataclasses.is_dataclass(field.type):
-      yield from settings_of(field.type, f'{prefix}{field.name}.')
+  for part in dataclasses.fields(section):
+    if dataclasses.is_dataclass(part.type):
+      yield from settings_of(part.type, f'{prefix}{part.name}.')
     else:
-      yield prefix + field.name, field.metadata['setting']
+      yield prefix + part.name, part.metadata['setting']
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
