@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.config import CHOICES, Config, config_from_dict, flatten, load_config, reading
+from mmjax.config import CHOICES, Config, config_from_dict, flatten, load_config, python_files
 from mmjax.config.__main__ import list_settings
 from mmjax.config.schema import SETTINGS
 from mmjax.config.sublayers import layer_kinds
@@ -193,9 +193,9 @@ def test_missing_config_file_suggests_the_nearest():
 def test_configs_are_found_from_any_folder(tmp_path, monkeypatch, installed):
   usual = load_config('configs/ngram_rows.py')
   if installed:  # as pip lays files out; `pip install --target` puts share/ beside the package instead
-    package = tmp_path / 'lib' / 'python3' / 'site-packages' / 'mmjax' / 'config' / 'reading.py'
+    package = tmp_path / 'lib' / 'python3' / 'site-packages' / 'mmjax' / 'config' / 'python_files.py'
     shutil.copytree('configs', tmp_path / 'share' / 'mmjax' / 'configs')
-    monkeypatch.setattr(reading, '__file__', str(package))
+    monkeypatch.setattr(python_files, '__file__', str(package))
   monkeypatch.chdir(tmp_path)
   assert load_config('configs/ngram_rows.py') == usual
   with pytest.raises(UserError, match=r"no config file 'configs/ngram_row.py'; did you mean 'configs/ngram_rows.py'"):
@@ -203,9 +203,9 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch, installed):
 
 
 def test_installed_without_its_configs_says_so(tmp_path, monkeypatch):
-  monkeypatch.setattr(reading, '__file__', str(tmp_path / 'mmjax' / 'config' / 'reading.py'))
+  monkeypatch.setattr(python_files, '__file__', str(tmp_path / 'mmjax' / 'config' / 'python_files.py'))
   with pytest.raises(UserError, match=r'configs/base.py is not where pip puts it'):
-    reading.own_config('base.py')
+    python_files.own_config('base.py')
 
 
 MINE = """from configs import base, {other}

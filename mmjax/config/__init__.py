@@ -6,15 +6,14 @@ mmjax/config/schema.py states every setting once. The dataclasses are frozen: af
 from mmjax.config.history import as_of_today
 from mmjax.config.idle import idle_settings
 from mmjax.config.paths import expand_home, user_path
+from mmjax.config.python_files import call_python_file, own_config
 from mmjax.config.reading import (
   base_config,
-  call_python_file,
   config_from_dict,
   default_settings,
   load_config,
   override_config,
   overrides_of,
-  own_config,
 )
 from mmjax.config.rules import CHOICES
 from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig

@@ -1,14 +1,9 @@
 """From a config file and overrides of the command line, or from config.json, to a checked Config."""
 
 import ast
-import contextlib
 import dataclasses
-import importlib.util
-import inspect
 import json
-import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from importlib.machinery import ModuleSpec
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +12,12 @@ from ml_collections import ConfigDict
 from mmjax.config.history import as_of_today, removed_remark
 from mmjax.config.idle import idle_settings
 from mmjax.config.paths import expand_home, user_path
+from mmjax.config.python_files import call_python_file
 from mmjax.config.rules import check_fields, check_together
 from mmjax.config.schema import SETTINGS, Config
 from mmjax.config.setting import Setting, flatten
 from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
-
-PACKAGE = 'configs'  # what a config file imports others from: `from configs import base`
 
 
 def load_config(path: str, overrides: Sequence[str] = (), used: Collection[str] = ()) -> Config:
@@ -83,27 +77,6 @@ def config_from_dict(settings: Mapping[str, Any]) -> Config:
   return _settle(flatten({name: value for name, value in settings.items() if name != 'sha256'}))[0]
 
 
-def own_config(name: str) -> Path:
-  """Returns where a file of mmjax's own configs/ lies: in the checkout, or where pip put it.
-
-  Raises:
-    UserError: if it is not there.
-  """
-  found = [folder / name for folder in own_configs() if (folder / name).is_file()]
-  if not found:
-    raise UserError(f'configs/{name} is not where pip puts it, in share/mmjax below a folder above {__file__}')
-  return found[0]
-
-
-def own_configs() -> tuple[Path, ...]:
-  """Returns where mmjax's own configs/ may lie. pip puts data under the prefix that the package itself lies under."""
-  checkout = Path(__file__).parents[2]
-  if (checkout / 'pyproject.toml').is_file():
-    return (checkout / PACKAGE,)
-  shares = (parent / 'share' / 'mmjax' / PACKAGE for parent in Path(__file__).resolve().parents)
-  return tuple(share for share in shares if share.is_dir())
-
-
 def overrides_of(config: Config, path: str) -> dict[str, Any]:
   """Returns the settings that turn a config file into a config, by name."""
   usual, idle = flatten(load_config(path).to_dict()), idle_settings(config)
@@ -136,73 +109,6 @@ def _idle_by_itself(of_file: Mapping[str, Any], used: Collection[str]) -> Collec
     return _settle(of_file, used)[1]
   except UserError:  # a file that is no config without overrides
     return ()
-
-
-def call_python_file(path: str, what: str, function: str, arguments: Mapping[str, Any]) -> Any:
-  """Runs a Python file of settings and returns what a function in it returns.
-
-  Args:
-    path: the file, as in configs/ and sweeps/; 'configs/NAME' that is not there is looked for among mmjax's own.
-    what: 'config file', 'sweep file': for messages.
-    function: its name.
-    arguments: of the function, by name.
-
-  Raises:
-    UserError: if there is no such file, it or the function fails, or the function has no such argument.
-  """
-  path = expand_home(path)
-  places = [Path(path), *(folder.parent / path for folder in own_configs())]
-  file = next((place for place in places if place.is_file()), None)
-  if file is None:
-    known = {str(Path(path).with_name(near.name)) for place in places for near in place.parent.glob('*.py')}
-    raise UserError(f'no {what} {path!r}{nearest(path, sorted(known))}')
-  spec = importlib.util.spec_from_file_location(f'settings_{file.stem}', file)
-  if spec is None or spec.loader is None:
-    raise UserError(f'{what} {path!r} must be a Python file (.py)')
-  module = importlib.util.module_from_spec(spec)
-  try:
-    with _importing_from(file.resolve().parent):
-      spec.loader.exec_module(module)
-      called = getattr(module, function, None)
-      if called is None:
-        raise UserError(f'it has no {function}()')
-      known = inspect.signature(called).parameters
-      for name in arguments:
-        if name not in known:
-          raise UserError(f'{function}() has no argument {name!r}{nearest(name, known)}')
-      return called(**arguments)
-  except UserError as error:
-    raise UserError(f'{what} {path!r}: {error}') from error
-  except Exception as error:  # noqa: BLE001 - a user's file may raise anything
-    raise UserError(f'{what} {path!r} failed: {type(error).__name__}: {error}') from error
-
-
-@contextlib.contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
-  """Lets a file in a folder say `from configs import base`, and import what lies beside that folder.
-
-  `configs` is for it what lies in its own folder of that name, then what mmjax has, whatever was imported as `configs`
-  before; and nothing of it stays imported for the next file.
-  """
-  spec = ModuleSpec(PACKAGE, None, is_package=True)
-  nearby = (folder,) if folder.name == PACKAGE else (folder / PACKAGE, folder.parent / PACKAGE)
-  spec.submodule_search_locations = [str(place) for place in (*nearby, *own_configs()) if place.is_dir()]
-  others = _imported_configs()
-  for name in others:
-    del sys.modules[name]
-  sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, str(folder.parent))
-  try:
-    yield
-  finally:
-    sys.path.remove(str(folder.parent))
-    for name in _imported_configs():
-      del sys.modules[name]
-    sys.modules.update(others)
-
-
-def _imported_configs() -> dict[str, Any]:
-  return {name: module for name, module in sys.modules.items() if name.partition('.')[0] == PACKAGE}
 
 
 def _read_config_file(path: str) -> dict[str, Any]:
