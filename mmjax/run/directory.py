@@ -185,8 +185,8 @@ class RunDir:
     new = {'identity': dict(identity), **({'init_from': dict(origin)} if origin else {}), 'starts': []}
     run = read_json(self.run_path) if self.was_trained else new
     # What an earlier version did not record, and what a start that goes on from a checkpoint does not read, is free.
-    recorded = {name: value for name, value in run['identity'].items() if name in identity}
-    if differences := list_differences(recorded, {name: identity[name] for name in recorded}):
+    recorded = run['identity'].items()
+    if differences := [f'{name} {old} -> {identity[name]}' for name, old in recorded if identity.get(name, old) != old]:
       raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
     if origin and run['init_from']['params_sha256'] != origin['params_sha256']:  # a kill came before they were saved
       raise UserError(f'{origin["run"]} changed since {self.path} was started from it; choose another --workdir')
@@ -231,11 +231,6 @@ def write_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
   """Copies a tokenizer's file, with its hash beside it, which `load_tokenizer` checks."""
   write_file(path, tokenizer.path.read_bytes())
   write_file(sha256_path(path), f'{tokenizer.sha256}  {path.name}\n')
-
-
-def list_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Lists what differs as 'name old -> new'."""
-  return [f'{name} {old.get(name)} -> {new.get(name)}' for name in {**old, **new} if old.get(name) != new.get(name)]
 
 
 def describe_environment() -> dict[str, Any]:

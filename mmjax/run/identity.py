@@ -34,14 +34,14 @@ def settings_changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
   """Lists as 'name old -> new' the differences that would make a run another run, and those of its schedule."""
   fixed, schedule = [], []
   free = (*FREE, *MICRO_BATCHES) if old.train.update_rows == new.train.update_rows else FREE
-  for name, (before, after) in _changed(old, new).items():
+  for name, (before, after) in differences(old, new).items():
     if name not in free and not name.startswith(FREE_SECTIONS):
       is_schedule = name.startswith('train.') and name not in FIXED_OF_TRAIN
       (schedule if is_schedule else fixed).append(f'{name} {before!r} -> {after!r}')
   return fixed, schedule
 
 
-def _changed(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+def differences(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
   """Returns before and after of every setting that differs, by its name."""
   before, after = flatten(old.to_dict()), flatten(new.to_dict())
   return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
@@ -49,7 +49,7 @@ def _changed(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 def names_other_text(old: Config, new: Config) -> bool:
   """Whether settings may mean another text, which only its hash tells."""
-  return not _changed(old, new).keys().isdisjoint(TEXT)
+  return not differences(old, new).keys().isdisjoint(TEXT)
 
 
 def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None:
@@ -84,14 +84,14 @@ def compare_models(old: Config, new: Config, source: str) -> None:
   Raises:
     UserError: listing every such setting as old -> new, and what to type.
   """
-  differences = {
+  wrong = {
     name: (before, after)
-    for name, (before, after) in _changed(old, new).items()
+    for name, (before, after) in differences(old, new).items()
     if name.startswith(('model.', 'memory.')) and name not in LEARNING and not _same_model(old, name, after)
   }
-  if differences:
-    said = '; '.join(f'{name} {before} -> {after}' for name, (before, after) in differences.items())
-    flags = ' '.join(shlex.quote(f'--config.{name}={before}') for name, (before, _) in differences.items())
+  if wrong:
+    said = '; '.join(f'{name} {before} -> {after}' for name, (before, after) in wrong.items())
+    flags = ' '.join(shlex.quote(f'--config.{name}={before}') for name, (before, _) in wrong.items())
     own = Path(source, 'config.json')
     shorter = f', or begin with --config {shlex.quote(str(own))}' if own.exists() else ''
     raise UserError(f'the model in {source} has other settings than the config: {said}; type {flags}{shorter}')

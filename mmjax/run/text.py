@@ -16,7 +16,8 @@ from mmjax.data.index import INDEX, counts_bytes, data_sha256, find_prepared, re
 from mmjax.data.prepare import prepare
 from mmjax.data.reader import find_files
 from mmjax.errors import UserError
-from mmjax.run.directory import RunDir, list_differences
+from mmjax.run.directory import RunDir
+from mmjax.run.identity import differences
 from mmjax.run.processes import is_main
 
 
@@ -121,8 +122,8 @@ def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:
   prepared = _prepare(config, tokenizer)
   recorded = run.read_record()['identity'].get('data_sha256')
   if recorded and data_sha256(read_index(prepared)) != recorded:
-    before, now = (dataclasses.asdict(c.data) for c in (run.read_config(), config))
-    different = '; '.join(f'data.{difference}' for difference in list_differences(before, now))
+    settings = differences(run.read_config(), config).items()
+    different = '; '.join(f'{name} {old} -> {new}' for name, (old, new) in settings if name.startswith('data.'))
     raise UserError(
       f'{run.path} was started with other data: the text that the settings name gives other shards '
       f'({different or "the text itself has changed"}); name the text that it was started with, or choose other '
