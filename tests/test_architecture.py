@@ -180,6 +180,20 @@ def test_imports_bring_along_only_what_is_needed(module, most, never):
   assert len(own) <= most, f'{len(own)}: {own}'
 
 
+@pytest.mark.parametrize(
+  ('what', 'where'),
+  [
+    (r'flock\(', 'files.py'),
+    (r'tree_leaves_with_path|keystr', 'files.py'),
+    (r"'memory_bank'", 'model/lm.py config/schema.py interop/sizes.py'),  # a name in settings and in others' files, too
+    (r'compiler_options=|traced_for\(|xla_gpu', 'run/placement.py kernels/forms.py ahead/compiler.py'),
+  ],
+)
+def test_each_thing_is_said_in_one_place(what, where):
+  found = [path for path in SOURCES if re.search(what, path.read_text())]
+  assert {str(path) for path in found} <= {f'mmjax/{name}' for name in where.split()}
+
+
 def test_every_default_is_written_once():
   for path in SOURCES:
     for node in ast.walk(ast.parse(path.read_text())):

@@ -20,7 +20,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.inference.generate import NO_EOS, Decoder, padded_length
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import Params, abstract_params, model_graph
+from mmjax.model.lm import BANK, Params, abstract_params, model_graph
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
 from mmjax.run.leaves import warn_non_finite
@@ -70,11 +70,11 @@ class LanguageModel:
     Raises:
       UserError: if it has no bank, or one of another shape.
     """
-    bank_MP, shape = jnp.asarray(bank_MP, jnp.float32), self.params.get('memory_bank', np.zeros(0)).shape
+    bank_MP, shape = jnp.asarray(bank_MP, jnp.float32), self.params.get(BANK, np.zeros(0)).shape
     if bank_MP.shape != shape:
       raise UserError(f'a bank of shape {bank_MP.shape} does not fit: the model has one of {shape}')
     other = copy.copy(self)
-    other.params, other._decoder = self.params | {'memory_bank': bank_MP}, self._decoder.with_bank(bank_MP)
+    other.params, other._decoder = self.params | {BANK: bank_MP}, self._decoder.with_bank(bank_MP)
     return other
 
   @own_jax_settings()

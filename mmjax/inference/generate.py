@@ -20,7 +20,7 @@ from mmjax.config import Config, ModelConfig
 from mmjax.environment import own_jax_settings
 from mmjax.inference.sampling import Sampler
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import Cache, Params, init_cache, model_graph
+from mmjax.model.lm import BANK, Cache, Params, init_cache, model_graph
 from mmjax.run.placement import Placement, place_reader
 
 BLOCK_STEPS = 16  # tokens between two looks of the host: smooth to read, and the call costs 1/16 of its time a token
@@ -68,8 +68,8 @@ class Decoder:
   def with_bank(self, bank_MP: Array) -> 'Decoder':
     """Returns this decoder with another bank; the compiled functions are the same."""
     other = copy.copy(self)
-    other._params = self._params | {'memory_bank': bank_MP}
-    other._decode_params = self._decode_params | {'memory_bank': bank_MP}
+    other._params = self._params | {BANK: bank_MP}
+    other._decode_params = self._decode_params | {BANK: bank_MP}
     return other
 
   def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:

@@ -11,7 +11,7 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import MemoryReader, token_text
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import count_params
+from mmjax.model.lm import BANK, count_params
 from mmjax.run.bank import bank_texts
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
@@ -203,7 +203,7 @@ class RunView:
     if not changes:
       return self.lm
     reader = self._needed_reader()
-    bank_MP = np.array(self.lm.params['memory_bank'])
+    bank_MP = np.array(self.lm.params[BANK])
     for change in changes:
       reader.check_row(change.row)
       if change.other is not None:
@@ -251,7 +251,7 @@ class RunView:
     return token_text(self.lm.tokenizer, int(token))
 
   def _nearest(self, row: int, layer: int) -> list[list[float]]:
-    bank_MP = np.asarray(self.lm.params['memory_bank'])
+    bank_MP = np.asarray(self.lm.params[BANK])
     with np.errstate(divide='ignore', invalid='ignore'):
       cosine_M = np.nan_to_num(bank_MP @ bank_MP[row] / np.linalg.norm(bank_MP, axis=1) / np.linalg.norm(bank_MP[row]))
     cosine_M[row] = -np.inf

@@ -122,7 +122,7 @@ def add_rows(sums: RowSums, reads: RowReads) -> RowSums:
 
 
 def add_gradients(sums: Params, grads: Params) -> Params:
-  """Adds gradients of a micro-batch, whose 'memory_bank' is `RowReads`, to sums.
+  """Adds gradients of a micro-batch, whose bank is `RowReads`, to sums.
 
   Those of the bank are `RowSums`, or (M, P): then they are added up in place, the last layer's first, as they arise.
   """

@@ -15,7 +15,7 @@ import optax
 from mmjax.config import Config, TrainConfig
 from mmjax.config.parameters import Row, first_row, parameter_table, read_rows
 from mmjax.errors import UserError
-from mmjax.files import path_name
+from mmjax.files import named_leaves, path_name
 from mmjax.model.lm import BANK, Params, abstract_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.lazy_bank import is_lazy
@@ -58,8 +58,7 @@ def check_parameters(config: Config) -> None:
   rows = read_rows(config.train.parameters)
   if not rows:
     return
-  learning = jax.tree_util.tree_leaves_with_path(gets_gradient(config, abstract_params(config)))
-  names = [path_name(path) for path, learns in learning if learns]
+  names = [name for name, learns in named_leaves(gets_gradient(config, abstract_params(config))) if learns]
   for row in rows:
     for what in ('lr', 'decay'):
       if getattr(row, what) is not None and not any(first_row(rows, name, what) is row for name in names):
