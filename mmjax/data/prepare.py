@@ -20,8 +20,7 @@ from mmjax.data.formats import PACKINGS, ending_of
 from mmjax.data.index import FORMAT, INDEX, VERIFIED, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
 from mmjax.data.plan import Plan, given_tokenizer, identify, make_plan
-from mmjax.data.progress import Meter
-from mmjax.data.reader import Tally, read_documents
+from mmjax.data.reader import Meter, Tally, read_documents
 from mmjax.data.shards import ShardBuilder
 from mmjax.data.spm_tokenizer import sample_text, train_tokenizer
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name

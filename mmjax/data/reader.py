@@ -4,12 +4,14 @@ import codecs
 import glob
 import os
 import stat
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from mmjax.config import expand_home, user_path
+from mmjax.console import Progress
 from mmjax.data.blocks import Block
 from mmjax.data.formats import DAMAGED, FORMATS, PACKINGS, BadLine, NotText, decode, ending_of, parse_block
 from mmjax.errors import UserError, file_error
@@ -196,6 +198,28 @@ class Tally:
   def report(self) -> str:
     """Returns '3 x not JSON (first: FILE:LINE: ...), ...', or '' where nothing was skipped."""
     return ', '.join(f'{n} x {kind} (first: {self.examples[kind]})' for kind, n in sorted(self.skipped().items()))
+
+
+class Meter:
+  """Sums up a pass over files, and shows its share of the bytes on disk, its tokens and its speed."""
+
+  def __init__(self, stage: str, files: Sequence[Path], progress: Progress):
+    self._stage, self._progress = stage, progress
+    self._total_bytes = sum(file.stat().st_size for file in files)
+    self._read_bytes = self._text_bytes = self._tokens = 0
+    self._start_seconds = time.monotonic()
+
+  def read(self, disk_bytes: int) -> None:
+    """Notes how much has been read from the disk."""
+    self._read_bytes = disk_bytes
+
+  def add(self, text_bytes: int, tokens: int = 0) -> None:
+    """Adds text that is done, and shows the sums."""
+    self._text_bytes += text_bytes
+    self._tokens += tokens
+    speed = self._text_bytes / 1e6 / max(time.monotonic() - self._start_seconds, 1e-3)
+    note = f'{self._tokens / 1e6:.1f} M tokens, {speed:.1f} MB/s' if self._tokens else f'{speed:.1f} MB/s'
+    self._progress.update(self._stage, self._read_bytes, self._total_bytes, note)
 
 
 def read_documents(

@@ -13,8 +13,7 @@ import numpy as np
 from mmjax.console import Progress
 from mmjax.data.index import shard_files
 from mmjax.data.plan import Plan
-from mmjax.data.progress import Meter
-from mmjax.data.reader import START, Place, Tally, read_files
+from mmjax.data.reader import START, Meter, Place, Tally, read_files
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.data.worker import TokenBlock, tokenize_blocks
 from mmjax.files import check_room, flush_directory, sha256_of, storage_errors, write_file, write_json
