@@ -69,24 +69,15 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 
 def is_held_out(text_utf8: bytes, share: float) -> bool:
-  """Tells whether a document is held out: decided by its text alone, so that copies of it fall on the same side.
+  """Tells whether a document is held out, as about `share` of all are, in [0, 1).
 
-  Args:
-    text_utf8: the document.
-    share: about this share of all documents is held out, in [0, 1).
+  Its text alone decides, so that copies of it fall on the same side.
   """
   return share > 0 and int.from_bytes(hashlib.sha256(text_utf8).digest()[:8], 'big') < share * 2**64
 
 
 def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out_share: float) -> TokenBlock:
-  """Reads and tokenizes the documents of a block.
-
-  Args:
-    block: a stretch of a file.
-    tokenizer: the tokenizer.
-    text_key: key of the text in a jsonl line.
-    held_out_share: share of the documents to mark as held out, 0 for none.
-  """
+  """Reads and tokenizes the documents of a block, and marks about `held_out_share` of them as held out."""
   parsed = parse_block(block, text_key)
   dtype = token_dtype(tokenizer.vocab_size)
   parts, length, text_bytes, held_out, more_bytes = [np.empty(0, dtype)], [], [], [], [np.empty((2, 0), np.int64)]
@@ -113,17 +104,13 @@ def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out_s
 def tokenize_blocks(
   blocks: Iterable[Block], tokenizer: Tokenizer, text_key: str, held_out_share: float, workers: int
 ) -> Iterator[tuple[Block, TokenBlock]]:
-  """Tokenizes blocks in other processes and yields them in order; few are in flight, so memory is bounded.
+  """Tokenizes blocks in `workers` other processes and yields them in order, see `tokenize_block`.
 
-  Args:
-    blocks: what to tokenize.
-    tokenizer: read anew from its file in each process.
-    text_key: key of the text in a jsonl line.
-    held_out_share: share of the documents to mark as held out, 0 for none.
-    workers: number of processes. They end when the generator is closed.
+  Few are in flight, so memory is bounded. The processes read the tokenizer from its file, and end when the generator is
+  closed.
 
   Raises:
-    UserError: if a worker process died.
+    UserError: if one of them died.
   """
   settings = {'tokenizer': str(tokenizer.path), 'text_key': text_key, 'held_out_share': held_out_share}
   dtype = token_dtype(tokenizer.vocab_size)
