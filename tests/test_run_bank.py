@@ -13,7 +13,7 @@ from mmjax.config import load_config
 from mmjax.errors import UserError
 from mmjax.files import read_json, seal
 from mmjax.report.found import FoundRun
-from mmjax.report.rows import changed, make_rows
+from mmjax.report.rows import make_rows, summary
 from mmjax.report.write import write_report
 from mmjax.tools import inspect
 from mmjax.training.loop import fit
@@ -143,4 +143,4 @@ def test_comparison_tells_runs_from_other_banks_apart_and_takes_runs_without_one
   shutil.copytree(run, old)
   forget(old)
   rows = make_rows([FoundRun(path) for path in (run, other, old)])
-  assert [list(changed(rows[0], row)) for row in rows] == [[], ['memory.bank_file'], ['memory.bank_file']]
+  assert [list(summary(rows[0], row)['changed']) for row in rows] == [[], ['memory.bank_file'], ['memory.bank_file']]

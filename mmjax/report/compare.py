@@ -13,9 +13,8 @@ from mmjax.console import Table, markdown, number, show
 from mmjax.errors import UserError
 from mmjax.files import write_file, write_json
 from mmjax.report.compare_plots import write_plots
-from mmjax.report.found import FoundRun
 from mmjax.report.numbers import READS, probe_difference
-from mmjax.report.rows import Row, changed, difference, find_runs, make_rows, other_origin, summary
+from mmjax.report.rows import find_runs, make_rows, other_origin, summary
 
 Summary = dict[str, Any]
 Columns = dict[str, Callable[[Summary], str]]
@@ -86,15 +85,14 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
     StorageError: if the result cannot be written.
   """
   runs = find_runs(paths)
-  others = {run.path: other_origin(runs[0], run) for run in runs}
-  for path, what in others.items():
-    if what and not allow_other_data:
+  for run in runs:
+    if (what := other_origin(runs[0], run)) and not allow_other_data:
       raise UserError(
-        f'{path} and {runs[0].path} are on other data: {what}; their losses cannot be compared '
+        f'{run.path} and {runs[0].path} are on other data: {what}; their losses cannot be compared '
         '(--allow_other_data marks such runs)'
       )
   rows = make_rows(runs)
-  found = [_summary(rows[0], row, others) for row in rows]
+  found = [summary(rows[0], row) for row in rows]
   folder = user_path(out)
   folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
@@ -105,28 +103,6 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   for columns in _columns(found):  # parts that fit a terminal
     show(_table({'model': lambda s: s['name']} | columns, found))
   return folder / 'compare.md'
-
-
-def _summary(first: Row, row: Row, others: dict[Path, str]) -> Summary:
-  """Returns the numbers of a row with what must be said about them, its marks."""
-  is_other = any(others[run.path] for run in row.runs)
-  marks = (['other data'] if is_other else []) + [_mark(run) for run in row.runs if not run.finished]
-  comparable = row is not first and not is_other and all(any(run.finished for run in r.runs) for r in (first, row))
-  found = difference(first, row) if comparable else None
-  numbers, probes = summary(row), summary(first)['probes'] if comparable else {}
-  zeroed, whole = numbers['probes'].get('loss_zeroed'), probes.get('loss')
-  known = None not in (zeroed, whole) and numbers['probes']['positions'] == probes['positions']
-  return numbers | {
-    'difference': found and found._asdict(),
-    'zeroed_over_first': zeroed - whole if known else None,
-    'changed': changed(first, row),
-    'marks': marks,
-  }
-
-
-def _mark(run: FoundRun) -> str:
-  how_far = f'{run.step:,} of {run.total:,} updates' if run.total else 'not begun'
-  return f'seed {run.config.seed} {"diverged" if (run.path / "diverged").is_dir() else "not finished"}, {how_far}'
 
 
 def _columns(found: Sequence[Summary]) -> list[Columns]:

@@ -164,7 +164,7 @@ def _styles(n: int) -> list[dict[str, Any]]:
 
 def _legend(rows: Sequence[Row], styles: Sequence[dict]) -> list[tuple[str, dict[str, Any]]]:
   """Names the rows, the best first, with their loss."""
-  losses = [np.mean(list(row.losses().values())) if row.losses() else np.inf for row in rows]
+  losses = [np.mean(list(row.losses.values())) if row.losses else np.inf for row in rows]
   return [
     (f'{rows[at].name}  {losses[at]:.3f}' if np.isfinite(losses[at]) else rows[at].name, styles[at])
     for at in np.argsort(losses, kind='stable')

@@ -68,24 +68,19 @@ class FoundRun:
   @functools.cached_property
   def index(self) -> dict[str, Any] | None:
     """What data.json says of the text; None where it was not prepared yet."""
-    return self._optional('data.json')
+    return _optional(self.path / 'data.json')
 
   @functools.cached_property
   def evaluation(self) -> dict[str, Any] | None:
     """What eval.py found; None where it was never called."""
-    return self._optional('eval.json')
-
-  def _optional(self, name: str) -> dict[str, Any] | None:
-    return read_json(self.path / name) if (self.path / name).exists() else None
+    return _optional(self.path / 'eval.json')
 
   @property
   def origin(self) -> dict[str, Any]:
     """What must be equal for its losses to be compared with those of others."""
-    identity, evals = self.history['identity'], self.of_kind('eval')
-    # Not bytes: earlier versions counted some otherwise.
-    return {name: identity[name] for name in ('data_sha256', 'tokenizer_sha256')} | {
-      'validation_tokens': evals[0]['tokens'] if evals else None
-    }
+    found = {name: self.history['identity'][name] for name in ('data_sha256', 'tokenizer_sha256')}
+    evals = self.of_kind('eval')  # of which not the bytes count: earlier versions counted some otherwise
+    return found | {'validation_tokens': evals[0]['tokens'] if evals else None}
 
   @property
   def bank(self) -> str:
@@ -144,3 +139,7 @@ class FoundRun:
 def where(start: dict[str, Any]) -> str:
   """Says what a start of run.json ran on."""
   return f'{start["device_count"]} x {start["device"]} ({start["host"]})'
+
+
+def _optional(path: Path) -> dict[str, Any] | None:
+  return read_json(path) if path.exists() else None

@@ -24,19 +24,6 @@ from mmjax.run.identity import FREE, FREE_SECTIONS
 DATA_THAT_COUNTS = ('data.layout', 'data.isolate_documents')
 
 
-class Difference(NamedTuple):
-  """A row's loss minus the first row's, with its standard error: None where there are too few seeds for one.
-
-  `kind` is 'paired' (over `n` seeds that both have) or 'Welch' (over `n` and `n_first` runs).
-  """
-
-  mean: float
-  standard_error: float | None
-  kind: str
-  n: int
-  n_first: int
-
-
 class Row(NamedTuple):
   """Runs that differ only in their seed, and their name."""
 
@@ -48,9 +35,20 @@ class Row(NamedTuple):
     """The finished runs; all where none is."""
     return [run for run in self.runs if run.finished] or self.runs
 
+  @property
+  def evals(self) -> dict[int, dict[str, Any]]:
+    """The last evaluation of each run that counts, by seed."""
+    return {run.config.seed: run.finite_evals[-1] for run in self.counted if run.finite_evals}
+
+  @property
   def losses(self) -> dict[int, float]:
-    """Returns the last validation loss by seed."""
-    return {run.config.seed: run.finite_evals[-1]['loss'] for run in self.counted if run.finite_evals}
+    """The last validation loss by seed."""
+    return {seed: found['loss'] for seed, found in self.evals.items()}
+
+  @property
+  def probes(self) -> dict[str, float | None]:
+    """What its last evaluations found without the bank, and with it, mean over runs."""
+    return _means([found['probes'] for found in self.evals.values() if found.get('probes')])
 
 
 def find_runs(paths: Sequence[str | Path]) -> list[FoundRun]:
@@ -140,12 +138,6 @@ def _short(value: Any) -> str:
   return value[:12] if isinstance(value, str) else f'{value:,}'
 
 
-def changed(first: Row, row: Row) -> dict[str, Any]:
-  """Returns the settings in which a row differs from the first."""
-  a, b = _what_counts(first.runs[0]), _what_counts(row.runs[0])
-  return {name: b[name] for name in b if b[name] != a[name]}
-
-
 def _what_counts(run: FoundRun) -> dict[str, Any]:
   return {'memory.bank_file': run.bank} | {
     name: value
@@ -163,35 +155,50 @@ def same_batches(first: Row, row: Row) -> bool:
   return cut[0] == cut[1]
 
 
-def difference(first: Row, row: Row) -> Difference | None:
+def difference(first: Row, row: Row) -> dict[str, Any] | None:
   """Returns how much higher a row's loss is than the first's; None where one of them has none.
 
   Paired over common seeds, if these saw the same batches. A single common seed gives no standard error: where both rows
   have several runs, Welch's is taken instead.
+
+  Returns:
+    mean, and its standard_error, None where there are too few seeds for one; kind, 'paired' (over the `n` seeds that
+    both have) or 'Welch' (over `n` and `n_first` runs).
   """
-  a, b = first.losses(), row.losses()
+  a, b = first.losses, row.losses
   if not a or not b:
     return None
   common = [seed for seed in b if seed in a] if same_batches(first, row) else []
   if len(common) > 1 or (common and min(len(a), len(b)) == 1):
     differences = [b[seed] - a[seed] for seed in common]
     error = statistics.stdev(differences) / math.sqrt(len(common)) if len(common) > 1 else None
-    return Difference(statistics.fmean(differences), error, 'paired', len(common), len(common))
-  mean, error = statistics.fmean(b.values()) - statistics.fmean(a.values()), None
-  if min(len(a), len(b)) > 1:
-    error = math.sqrt(sum(statistics.variance(x.values()) / len(x) for x in (a, b)))
-  return Difference(mean, error, 'Welch', len(b), len(a))
+    found = (statistics.fmean(differences), error, 'paired', len(common), len(common))
+  else:
+    error = None
+    if min(len(a), len(b)) > 1:
+      error = math.sqrt(sum(statistics.variance(x.values()) / len(x) for x in (a, b)))
+    found = (statistics.fmean(b.values()) - statistics.fmean(a.values()), error, 'Welch', len(b), len(a))
+  return dict(zip(('mean', 'standard_error', 'kind', 'n', 'n_first'), found, strict=True))
 
 
-def summary(row: Row) -> dict[str, Any]:
-  """Returns what the table shows of a row; numbers are means over its counted runs, None where there are none."""
+def summary(first: Row, row: Row) -> dict[str, Any]:
+  """Returns what a comparison shows of a row, and what must be said of it, `marks`.
+
+  Numbers are means over its counted runs, None where there are none. Against the first row: the difference of the loss,
+  how far the loss without the bank is above that of the whole first model, and the settings that differ.
+  """
   runs, config = row.counted, row.runs[0].config
-  evals = [run.finite_evals[-1] for run in runs if run.finite_evals]
+  evals, losses = list(row.evals.values()), list(row.losses.values())
   train = [run.of_kind('train') for run in runs]
   last = [records[-1] for records in train if records]
-  losses = list(row.losses().values())
   total, without_bank = count_params(abstract_params(config))
   rates = [record['tokens_per_second'] for records in train for record in records]
+  marks = ['other data'] if any(other_origin(first.runs[0], run) for run in row.runs) else []
+  comparable = row is not first and not marks and all(any(run.finished for run in r.runs) for r in (first, row))
+  probes, whole = row.probes, first.probes if comparable else {}
+  zeroed = probes.get('loss_zeroed'), whole.get('loss')
+  known = None not in zeroed and probes['positions'] == whole['positions']
+  settings = _what_counts(row.runs[0])
   return {
     'name': row.name,
     'runs': [str(run.path) for run in row.runs],
@@ -206,10 +213,19 @@ def summary(row: Row) -> dict[str, Any]:
     'tokens_per_second': statistics.median(rates) if rates else None,
     'peak_bytes': max((r['peak_bytes'] or 0 for records in train for r in records), default=None),
     'bank': [_means(layer) for layer in zip(*(e['bank'] for e in evals), strict=True)],
-    'probes': _means([e['probes'] for e in evals if e.get('probes')]),
+    'probes': probes,
     'skipped_updates': sum(len(run.of_kind('skipped')) for run in row.runs),
     'devices': sorted({run.devices for run in row.runs}),
+    'difference': difference(first, row) if comparable else None,
+    'zeroed_over_first': zeroed[0] - zeroed[1] if known else None,
+    'changed': {name: x for name, x in settings.items() if x != _what_counts(first.runs[0])[name]},
+    'marks': marks + [_mark(run) for run in row.runs if not run.finished],
   }
+
+
+def _mark(run: FoundRun) -> str:
+  how_far = f'{run.step:,} of {run.total:,} updates' if run.total else 'not begun'
+  return f'seed {run.config.seed} {"diverged" if (run.path / "diverged").is_dir() else "not finished"}, {how_far}'
 
 
 def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

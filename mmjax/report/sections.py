@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmjax.config import Config, flatten, load_config, overrides_of, own_config
+from mmjax.config import Config, default_settings, flatten, overrides_of, own_config
 from mmjax.console import Table, facts, format_seconds, number, printable
 from mmjax.report.found import FoundRun, where
 from mmjax.report.numbers import HELD_OUT, QUALITY, cost_table, costs, memory_tables, names, written
@@ -66,7 +66,7 @@ def parameters(run: FoundRun) -> Blocks:
 
 def settings(run: FoundRun) -> Blocks:
   """Every setting; those that are not at their default are marked with it."""
-  default = flatten(load_config(str(own_config('base.py'))).to_dict())
+  default = default_settings()
   rows = [
     (name, f'`{value!r}`', '' if value == default[name] else f'`{default[name]!r}`')
     for name, value in flatten(run.config.to_dict()).items()
