@@ -211,7 +211,7 @@ def fitting_config(
     compare_models(own, config, source)
     print('Read from the header: the settings of the model')
     return config
-  if any('/' in name for name in shapes):
+  if any('/' in name for name in shapes) and 'tok_embeddings.weight' not in shapes:
     print(f'{source} has no settings in its header: all are taken from the config')
     return load_config(config_file, overrides)
   sizes = read_sizes(shapes, source)
