@@ -68,7 +68,8 @@ def _finish(axes: Axes, panel: Panel) -> None:
   axes.set_xlim(left=0)
   axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
   axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
-  if panel.scale == 'log' and not any((np.asarray(line.y, float) <= 0).any() for line in panel.lines):  # NaN is a gap
+  values = np.array([value for line in panel.lines for value in line.y], float)  # NaN is a gap
+  if panel.scale == 'log' and (values > 0).any() and not (values <= 0).any():
     axes.set_yscale('log')
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_formatter(NullFormatter())
