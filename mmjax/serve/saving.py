@@ -5,8 +5,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from mmjax.files import finite
 from mmjax.inference.settings import Sampling
-from mmjax.run.sealed import finite
 from mmjax.serve.view import RunView
 from mmjax.serve.web import static
 

@@ -12,8 +12,8 @@ from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import MemoryReader, token_text
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import BANK, count_params
-from mmjax.run.bank import bank_texts
 from mmjax.run.directory import RunDir
+from mmjax.run.identity import bank_texts
 from mmjax.run.log import read_metrics
 from mmjax.serve.corpus import CorpusReads
 

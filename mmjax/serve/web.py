@@ -23,8 +23,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mmjax.errors import CommandError, UserError, first_line
+from mmjax.files import finite
 from mmjax.inference.settings import Sampling
-from mmjax.run.sealed import finite
 from mmjax.serve.requests import Refusal, Worker, read_body
 from mmjax.serve.view import Change, RunView
 
