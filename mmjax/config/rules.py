@@ -1,10 +1,11 @@
 """Which settings are allowed, and what is said of those that are not: field, value, rule and nearest fix."""
 
 import math
+from typing import Any
 
 from mmjax.config.history import removed_remark
 from mmjax.config.parameters import Row, parameter_table, read_rows
-from mmjax.config.schema import SETTINGS, Config, ModelConfig, RuntimeConfig
+from mmjax.config.schema import SETTINGS, Config, ModelConfig, TrainConfig
 from mmjax.config.setting import flatten
 from mmjax.config.sublayers import SUBLAYERS
 from mmjax.config.wording import nearest, quote, short
@@ -22,112 +23,95 @@ def check_fields(config: Config) -> None:
       remark = removed_remark(name, value) or nearest(value, CHOICES[name])
       raise UserError(f'{name}={quote(value)} must be one of {", ".join(CHOICES[name])}{remark}')
     if type(value) in (int, float):
-      _check_range(name, value, SETTINGS[name].least, SETTINGS[name].most)
-  if 0 < config.train.grad_clip < LEAST_CLIP:
-    raise UserError(f'train.grad_clip={config.train.grad_clip} must be at least {LEAST_CLIP}, or 0 for no clipping')
-  if 0 < config.train.max_loss_factor <= 1:
-    raise UserError(f'train.max_loss_factor={config.train.max_loss_factor} must be above 1, or 0 to skip no spikes')
-  if config.memory.key_dim % 2:
-    raise UserError(
-      f'memory.key_dim={config.memory.key_dim} must be even: it is two halves; nearest: {config.memory.key_dim + 1}'
-    )
+      _check_range(f'{name}={short(value)}', value, SETTINGS[name].least, SETTINGS[name].most)
+  clip, spike, key_dim = config.train.grad_clip, config.train.max_loss_factor, config.memory.key_dim
+  _refuse(0 < clip < LEAST_CLIP, f'train.grad_clip={clip} must be at least {LEAST_CLIP}, or 0 for no clipping')
+  _refuse(0 < spike <= 1, f'train.max_loss_factor={spike} must be above 1, or 0 to skip no spikes')
+  _refuse(key_dim % 2, f'memory.key_dim={key_dim} must be even: it is two halves; nearest: {key_dim + 1}')
   read_rows(config.train.parameters)
-  if not config.experiment or set(config.experiment) & set('/\\\0') or config.experiment.startswith('.'):
-    raise UserError(f'experiment={quote(config.experiment)} must be a plain folder name')
+  name = config.experiment
+  strange = not name or set(name) & set('/\\\0') or name.startswith('.')
+  _refuse(strange, f'experiment={quote(name)} must be a plain folder name')
 
 
-def _check_range(name: str, value: float, least: float, most: float) -> None:
+def _refuse(broken: Any, said: str) -> None:
+  if broken:
+    raise UserError(said)
+
+
+def _check_range(said: str, value: float, least: float, most: float) -> None:
   # With these ranges, and what `_check_decay` says, an update of finite parameters by a finite gradient is finite in
   # float32, but for what `may_overflow` of mmjax.training.optimizer names.
-  if isinstance(value, int) and value > most:  # first: it may be too large for a float
-    raise UserError(f'{name}={short(value)} must be at most {most}')
-  if not (math.isfinite(value) and value >= least):
-    raise UserError(f'{name}={short(value)} must be a finite number of at least {least}')
-  if value > most:
-    raise UserError(f'{name}={short(value)} must be at most {most:g}')
+  _refuse(isinstance(value, int) and value > most, f'{said} must be at most {most}')  # it may be too large for a float
+  _refuse(not (math.isfinite(value) and value >= least), f'{said} must be a finite number of at least {least}')
+  _refuse(value > most, f'{said} must be at most {most:g}')
 
 
 def check_together(config: Config) -> None:
   """Raises UserError with field, value, rule and nearest fix if settings break a rule together."""
-  if not config.train.epochs and not config.train.max_steps:
-    raise UserError('train.epochs=0.0 must be above 0, or train.max_steps: nothing would be trained')
-  _check_decay(config)
-  if config.memory.bank_init == 'file' and not config.memory.bank_file:
-    raise UserError("memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one")
-  _check_ngrams(config)
+  memory, train, runtime = config.memory, config.train, config.runtime
+  untrained = not train.epochs and not train.max_steps
+  _refuse(untrained, 'train.epochs=0.0 must be above 0, or train.max_steps: nothing would be trained')
+  _check_decay(train, parameter_table(config))
+  _refuse(
+    memory.bank_init == 'file' and not memory.bank_file,
+    "memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one",
+  )
+  memory.ngram_of_heads()  # raises
+  _refuse(
+    memory.ngram_layer_numbers(config.model.n_layers) and memory.score_activation != 'softmax',
+    f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers: n-grams "
+    'have no scores',
+  )
   _check_model(config.model)
-  _check_processes(config.runtime)
+  _check_processes(runtime.coordinator, runtime.num_processes, runtime.process_id)
 
 
-def _check_decay(config: Config) -> None:
+def _check_decay(train: TrainConfig, table: tuple[Row, ...]) -> None:
   """Raises UserError if an update would take more from a parameter than there is: it would grow without end."""
-  train = config.train
-  if not train.weight_decay and any(row.decay is not None for row in read_rows(train.parameters)):
-    raise UserError(f'train.parameters={quote(train.parameters)}: a decay does nothing where train.weight_decay is 0')
+  _refuse(
+    not train.weight_decay and any(row.decay is not None for row in read_rows(train.parameters)),
+    f'train.parameters={quote(train.parameters)}: a decay does nothing where train.weight_decay is 0',
+  )
   peak = max(train.learning_rate, train.final_learning_rate)
-  for row in (Row('', stated_in=''), *parameter_table(config)):
-    rate = peak * max(row.rates)
-    decay = train.weight_decay * (1 if row.decay is None else row.decay)
-    if rate * decay >= 1:
-      what = f'train.learning_rate x {row.stated_in}'.removesuffix(' x ')
-      raise UserError(
-        f'{what}, {rate:g}, times its weight decay, {decay:g}, must be below 1: an update would take more from a '
-        'parameter than there is (train.weight_decay)'
-      )
-
-
-def _check_ngrams(config: Config) -> None:
-  memory = config.memory
-  memory.ngram_of_heads()
-  if not memory.ngram_layer_numbers(config.model.n_layers):
-    return
-  if memory.score_activation != 'softmax':
-    raise UserError(
-      f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers: "
-      'n-grams have no scores'
+  for row in (Row('', stated_in=''), *table):
+    rate, decay = peak * max(row.rates), train.weight_decay * (1 if row.decay is None else row.decay)
+    what = f'train.learning_rate x {row.stated_in}'.removesuffix(' x ')
+    _refuse(
+      rate * decay >= 1,
+      f'{what}, {rate:g}, times its weight decay, {decay:g}, must be below 1: an update would take more from a '
+      'parameter than there is (train.weight_decay)',
     )
 
 
 def _check_model(model: ModelConfig) -> None:
-  if model.dim % model.n_heads:
-    small = [n for n in range(1, math.isqrt(model.dim) + 1) if model.dim % n == 0]
-    nearest = min([*small, *(model.dim // n for n in small)], key=lambda n: abs(n - model.n_heads))
-    raise UserError(
-      f'model.dim={model.dim} must be divisible by model.n_heads={model.n_heads}; nearest: {nearest} heads'
-    )
-  if model.n_heads % model.n_kv_heads:
-    raise UserError(f'model.n_heads={model.n_heads} must be divisible by model.n_kv_heads={model.n_kv_heads}')
-  if model.head_dim % 2:
-    raise UserError(
-      f'model.dim={model.dim} / model.n_heads={model.n_heads} = {model.head_dim} must be even: RoPE turns pairs'
-    )
-  c = model.n_sub_keys
-  if c * c != model.knowledge_num:
-    raise UserError(f'model.knowledge_num={model.knowledge_num} must be a square; nearest: {c * c} and {(c + 1) ** 2}')
-  if model.knowledge_dim % 2:
-    raise UserError(
-      f'model.knowledge_dim={model.knowledge_dim} must be even: it is two halves; nearest: {model.knowledge_dim + 1}'
-    )
-  if model.experts_per_token > model.n_experts:
-    raise UserError(
-      f'model.experts_per_token={model.experts_per_token} must be at most model.n_experts={model.n_experts}'
-    )
-  if model.num_selected > c:
-    raise UserError(
-      f'model.num_selected={model.num_selected} must be at most the {c} sub-keys that '
-      f'model.knowledge_num={model.knowledge_num} gives each half'
-    )
+  dim, heads, C = model.dim, model.n_heads, model.n_sub_keys
+  bank, row_dim, experts = model.knowledge_num, model.knowledge_dim, model.n_experts
+  rule = f'model.dim={dim} must be divisible by model.n_heads={heads}'
+  _refuse(dim % heads, f'{rule}; nearest: {_nearest_divisor(dim, heads)} heads')
+  kv_heads = model.n_kv_heads
+  _refuse(heads % kv_heads, f'model.n_heads={heads} must be divisible by model.n_kv_heads={kv_heads}')
+  width = f'model.dim={dim} / model.n_heads={heads} = {model.head_dim}'
+  _refuse(model.head_dim % 2, f'{width} must be even: RoPE turns pairs')
+  _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {C * C} and {(C + 1) ** 2}')
+  _refuse(row_dim % 2, f'model.knowledge_dim={row_dim} must be even: it is two halves; nearest: {row_dim + 1}')
+  chosen = f'model.experts_per_token={model.experts_per_token}'
+  _refuse(model.experts_per_token > experts, f'{chosen} must be at most model.n_experts={experts}')
+  selected = f'model.num_selected={model.num_selected}'
+  halves = f'the {C} sub-keys that model.knowledge_num={bank} gives each half'
+  _refuse(model.num_selected > C, f'{selected} must be at most {halves}')
 
 
-def _check_processes(runtime: RuntimeConfig) -> None:
-  if runtime.process_id >= runtime.num_processes:
-    raise UserError(
-      f'runtime.process_id={runtime.process_id} must be below runtime.num_processes={runtime.num_processes}'
-    )
-  _, colon, port = runtime.coordinator.rpartition(':')
-  if runtime.coordinator not in ('', 'auto') and not (colon and port.isascii() and port.isdigit()):
-    raise UserError(f"runtime.coordinator={runtime.coordinator!r} must be host:port, such as 'node0:1234', or 'auto'")
-  if not runtime.coordinator and runtime.num_processes > 1:
-    raise UserError(
-      f'runtime.num_processes={runtime.num_processes} needs runtime.coordinator, the host:port of process 0'
-    )
+def _nearest_divisor(number: int, wanted: int) -> int:
+  small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+  return min([*small, *(number // n for n in small)], key=lambda n: abs(n - wanted))
+
+
+def _check_processes(address: str, processes: int, process: int) -> None:
+  rule = f'runtime.process_id={process} must be below runtime.num_processes={processes}'
+  _refuse(process >= processes, rule)
+  _, colon, port = address.rpartition(':')
+  known = address in ('', 'auto') or (colon and port.isascii() and port.isdigit())
+  _refuse(not known, f"runtime.coordinator={address!r} must be host:port, such as 'node0:1234', or 'auto'")
+  rule = f'runtime.num_processes={processes} needs runtime.coordinator, the host:port of process 0'
+  _refuse(not address and processes > 1, rule)
