@@ -8,7 +8,7 @@ import argparse
 
 
 def main() -> None:
-  """Flags -> config -> fit -> report."""
+  """Flags -> config -> `fit`, in mmjax/training/loop.py, which comes next on the way to the gradient -> report."""
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--config', required=True, help='a config file, such as configs/exp_1_4_2.py')
   parser.add_argument('--workdir', help='where the run lives (default: out/<experiment>)')

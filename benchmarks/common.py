@@ -1,4 +1,4 @@
-"""What the benchmarks share: the repository on the path, one compiled update, statistics, tables and JSON.
+"""What the benchmarks share: the repository on the path, statistics, tables and JSON.
 
 `import common` comes before anything that imports JAX, because it sets JAX's allocator.
 """
@@ -20,9 +20,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # for a bare checkout, and for the port in tests/
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # or nothing would be left for torch on a GPU
-
-FIRST_TOKEN = 4  # after the special ones
-TOTAL_STEPS = 1000  # of the learning rate's schedule
 
 Statistics = dict[str, float]
 
@@ -116,56 +113,6 @@ def parser(doc: str, config: str = 'configs/exp_1_4_2.py') -> argparse.ArgumentP
   made.add_argument('--repeats', type=int, default=5, help='turns of each side')
   made.add_argument('--json', type=Path, help='file to write the measurements to')
   return made
-
-
-class Step:
-  """The train step of a config, compiled as a run compiles it, its state, and one batch of random tokens.
-
-  `variants` are compiled programs of the same update, which share the state.
-  """
-
-  def __init__(self, config: Any):
-    import jax.numpy as jnp
-    import numpy as np
-
-    from mmjax.run.placement import place
-    from mmjax.run.sharding import put_batch
-    from mmjax.training.optimizer import make_optimizer
-    from mmjax.training.setup import new_state
-
-    self.mesh = place(config).mesh
-    self.optimizer = make_optimizer(config, TOTAL_STEPS)
-    self.state = new_state(config, self.optimizer, self.mesh)
-    batch = {name: value.astype(np.int32) for name, value in random_rows(config).items()}
-    self.batch = put_batch(self.mesh, batch, config.train.accumulation_steps)
-    self.jnp = jnp
-    self.compiled = self.compile(config)
-
-  def compile(self, config: Any) -> Any:
-    """Compiles the update with other runtime settings."""
-
-    from mmjax.run.placement import place
-    from mmjax.training.setup import compile_step
-
-    self.placement = place(config)
-    return compile_step(config, self.placement, self.optimizer, self.state, total_steps=TOTAL_STEPS)
-
-  def run(self, compiled: Any, updates: int = 1) -> None:
-    """Makes updates and waits for the last."""
-    for _ in range(updates):
-      self.state, metrics = compiled(self.state, self.batch)
-    metrics['loss'].block_until_ready()
-    self.state['step'].block_until_ready()
-
-
-def random_rows(config: Any) -> dict[str, Any]:
-  """Returns the rows of one update, without padding: `input`, `target`, `segment`, int64 (A * B, T)."""
-  import numpy as np
-
-  rows = config.train.update_rows
-  shape = (rows, config.model.max_seq_len + 1)
-  tokens = np.random.default_rng(0).integers(FIRST_TOKEN, config.model.vocab_size, shape)
-  return {'input': tokens[:, :-1], 'target': tokens[:, 1:], 'segment': np.zeros_like(tokens[:, 1:])}
 
 
 def resident_bytes(field: str) -> int:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from mmjax.config import Config, load_config
 from mmjax.model.lm import model_graph
 from mmjax.training.step import make_gradient
+from mmjax.training.trial import Trial
 
 GIB = 1 << 30
 ONE_MICRO_BATCH = '--config.train.accumulation_steps=1'
@@ -66,17 +67,17 @@ class Point:
   """One size, compiled: the gradient alone, and the update."""
 
   def __init__(self, config: Config):
-    self.config, self.step = config, common.Step(config)
-    self.step.run(self.step.compiled)
-    gradient = make_gradient(config, model_graph(config), self.step.placement.attention)
+    self.config, self.step = config, Trial(config)
+    self.step.run()
+    gradient = make_gradient(config, model_graph(config), self.step.learner.placement.attention)
     total = jnp.float32(config.train.batch_size * config.model.max_seq_len)
-    compiled = self.step.placement.jit(lambda params, batch: gradient(params, batch, total, 0))
+    compiled = self.step.learner.placement.jit(lambda params, batch: gradient(params, batch, total, 0))
     self.gradient = lambda: jax.block_until_ready(compiled(self.step.state['params'], self.step.batch))
     self.gradient()
 
   def runs(self) -> dict[str, Callable[[], Any]]:
     """Returns what is timed."""
-    return {'gradient': self.gradient, 'update': lambda: self.step.run(self.step.compiled)}
+    return {'gradient': self.gradient, 'update': self.step.run}
 
 
 def measure(base: Point, config: Config, repeats: int) -> dict[str, Any]:

@@ -27,7 +27,9 @@ import jax.numpy as jnp
 
 from mmjax.config import Config, load_config
 from mmjax.model.cost import device_peak_flops, flops_per_token
-from mmjax.run.placement import count_triton, is_nvidia
+from mmjax.run.nvidia import count_triton
+from mmjax.run.placement import is_nvidia
+from mmjax.training.trial import Trial, random_rows
 
 RECORD_POSITIONS = 3.79e9
 GIB = 1 << 30
@@ -90,7 +92,7 @@ def report(config: Config, arguments: argparse.Namespace) -> None:
 
 def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[dict[str, Update], dict[str, dict[str, Any]]]:
   """Returns the update of each program, warmed up, and what the compiler says of it."""
-  step = common.Step(config)
+  step = Trial(config)
   updates, facts = {}, {}
   variants = {'mmjax': config}
   if compare_triton and is_nvidia(jax.devices()[0].platform):
@@ -103,7 +105,7 @@ def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[dict[str, Upda
     updates[name]()
     memory, stats = compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
     facts[name] = {
-      'attention': step.placement.attention,
+      'attention': step.learner.placement.attention,
       'triton_calls': count_triton(compiled.as_text()),
       'analysis_bytes': common.program_bytes(memory),
       'peak_bytes': stats.get('peak_bytes_in_use') if variant is config else None,  # of all programs after the first
@@ -147,8 +149,8 @@ def torch_update(config: Config, compile_model: bool) -> Update:
   model = TorchLM(Sizes.of(config.model)).to(place)
   betas, settings = (train.beta1, train.beta2), {'eps': train.eps, 'weight_decay': train.weight_decay, 'fused': True}
   optimizer = torch.optim.AdamW(model.parameters(), lr=train.learning_rate, betas=betas, **settings)
-  rows = common.random_rows(config)
-  micros = [torch.from_numpy(rows[key]).to(place).chunk(train.accumulation_steps) for key in ('input', 'target')]
+  rows = random_rows(config)
+  micros = [torch.from_numpy(rows[key]).long().to(place).chunk(train.accumulation_steps) for key in ('input', 'target')]
 
   def loss_of(tokens_BT: Any, target_BT: Any) -> Any:
     out = model(tokens_BT)
@@ -256,8 +258,8 @@ def resident_growth(config: Config, side: str) -> int:
 
   before = common.resident_bytes('VmRSS')
   if side == 'mmjax':
-    step = common.Step(config)
-    update = lambda: step.run(step.compiled)  # noqa: E731
+    step = Trial(config)
+    update = step.run
   else:
     torch.set_num_threads(common.thread_count())
     update = torch_update(config, compile_model=False)

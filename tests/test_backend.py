@@ -11,7 +11,8 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from mmjax.kernels.forms import traced_for
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
-from mmjax.run.placement import TRITON, compiler_options, count_triton, slow_scatter_warning
+from mmjax.run.nvidia import TRITON, count_triton
+from mmjax.run.placement import compiler_options, slow_scatter_warning
 from mmjax.training import loop
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step

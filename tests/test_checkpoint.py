@@ -275,25 +275,22 @@ def test_lack_of_memory_is_not_taken_for_corruption(tmp_path, monkeypatch, error
 
 
 def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path):
-  from mmjax.run.sharding import make_mesh
-  from mmjax.training.optimizer import make_optimizer
-  from mmjax.training.setup import restore_state
-  from mmjax.training.step import init_state
+  from mmjax.run.placement import place
+  from mmjax.training.learner import Learner
 
   config = tiny_config()
-  optimizer, mesh = make_optimizer(config, 10), make_mesh(config)
-  shapes = jax.eval_shape(lambda: init_state(config, optimizer))
-  state = jax.tree.map(lambda x: jnp.full(x.shape, 3, x.dtype), shapes) | {'loss_average': jnp.float32(0)}
+  learner = Learner(config, place(config), 10)
+  state = jax.tree.map(lambda x: jnp.full(x.shape, 3, x.dtype), learner.shapes) | {'loss_average': jnp.float32(0)}
   older = {name: entry for name, entry in state.items() if name != 'loss_average'}
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(3, older, {'tokens': 5})
-  restored, metadata = restore_state(config, optimizer, mesh, checkpoints)
+  restored, metadata = learner.restore_state(checkpoints)
   assert metadata == {'tokens': 5}
   assert_same(restored, state)
   del older['skipped']  # what was there from the beginning stays required
   checkpoints.save(4, older, {})
   with pytest.raises(UserError, match='rest.skipped: absent saved'):
-    restore_state(config, optimizer, mesh, checkpoints)
+    learner.restore_state(checkpoints)
 
 
 def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import traced_for
 from mmjax.kernels.product_key import product_key_topk, product_key_topk_reference
 from mmjax.model.lm import model_graph
-from mmjax.run.placement import attention_backend, compiler_options, count_triton
+from mmjax.run.nvidia import count_triton
+from mmjax.run.placement import attention_backend, compiler_options
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step
 from tests.helpers import random_batch, tiny_config

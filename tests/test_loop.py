@@ -21,12 +21,13 @@ from mmjax.report.write import write_report
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
+from mmjax.run.placement import place
 from mmjax.run.sharding import make_mesh, put_batch
 from mmjax.run.text import training_data
 from mmjax.training import loop
+from mmjax.training.learner import Learner, explain_out_of_memory
 from mmjax.training.loop import fit
-from mmjax.training.optimizer import make_optimizer
-from mmjax.training.setup import explain_out_of_memory, open_inputs, restore_state
+from mmjax.training.setup import open_inputs
 from tests.helpers import (
   REPOSITORY,
   StopAfter,
@@ -214,9 +215,9 @@ def broken_step(real, bad_steps, factor=np.nan):
 
 
 def test_non_finite_update_is_skipped_logged_and_survived(text, tmp_path, monkeypatch):
-  from mmjax.training import setup
+  from mmjax.training import learner
 
-  monkeypatch.setattr(setup, 'make_train_step', broken_step(setup.make_train_step, [3, 4]))
+  monkeypatch.setattr(learner, 'make_train_step', broken_step(learner.make_train_step, [3, 4]))
   fit(run_config(text), tmp_path)
   log = read_metrics(tmp_path / 'metrics.jsonl')
   skipped = [line for line in log if line['kind'] == 'skipped']
@@ -228,7 +229,7 @@ def test_non_finite_update_is_skipped_logged_and_survived(text, tmp_path, monkey
 
 @pytest.mark.thorough
 def test_state_that_is_not_finite_is_never_saved(text, tmp_path, monkeypatch):
-  from mmjax.training import setup
+  from mmjax.training import learner
 
   def poisoned(real):
     def make(*args, **kwargs):
@@ -243,7 +244,7 @@ def test_state_that_is_not_finite_is_never_saved(text, tmp_path, monkeypatch):
 
     return make
 
-  monkeypatch.setattr(setup, 'make_train_step', poisoned(setup.make_train_step))
+  monkeypatch.setattr(learner, 'make_train_step', poisoned(learner.make_train_step))
   monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(5))
   with pytest.raises(DivergedError, match='Step 5 was not saved: values that are not finite: 2 in params.memory_bank;'):
     fit(run_config(text), tmp_path)
@@ -254,7 +255,7 @@ def test_state_that_is_not_finite_is_never_saved(text, tmp_path, monkeypatch):
 def test_checkpoint_that_holds_nan_says_so_and_is_not_trained_on(tiny_run, tmp_path, capfd):
   run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
   config, checkpoints = RunDir(run).read_config(), Checkpoints(run)
-  state, metadata = restore_state(config, make_optimizer(config, 6), make_mesh(config), checkpoints)
+  state, metadata = Learner(config, place(config), 6).restore_state(checkpoints)
   state['params']['memory_bank'] = state['params']['memory_bank'].at[1, 1].set(np.inf)
   checkpoints.save(7, state, metadata)
   assert mmjax.load(run, 'last').step == 7
@@ -268,9 +269,9 @@ def test_checkpoint_that_holds_nan_says_so_and_is_not_trained_on(tiny_run, tmp_p
 @pytest.mark.thorough
 @pytest.mark.parametrize(('reason', 'factor'), [('spike', 100.0), ('not finite', np.nan)])
 def test_too_many_skipped_updates_end_the_run_with_a_dump(text, tmp_path, monkeypatch, reason, factor):
-  from mmjax.training import setup
+  from mmjax.training import learner
 
-  monkeypatch.setattr(setup, 'make_train_step', broken_step(setup.make_train_step, [1, 4, 5, 6], factor))
+  monkeypatch.setattr(learner, 'make_train_step', broken_step(learner.make_train_step, [1, 4, 5, 6], factor))
   with pytest.raises(DivergedError, match='3 updates in a row were not finite or spikes, up to step 7'):
     fit(run_config(text, train__max_skipped_updates=3, train__max_loss_factor=3), tmp_path)
   log = read_metrics(tmp_path / 'metrics.jsonl')

@@ -165,7 +165,7 @@ def test_fifty_updates_equal_torch(sublayer):
 @pytest.fixture
 def rows_as_usage(monkeypatch):
   """Makes the train step report the rows it read instead of their counts (without accumulation, they pass as are)."""
-  monkeypatch.setattr(step_module, 'count_rows', lambda row_LBTR, weight_BT, knowledge_num: row_LBTR)
+  monkeypatch.setattr('mmjax.evaluation.loss.sum_by_row', lambda row_LBTR, value_LBTR, knowledge_num: row_LBTR)
   monkeypatch.setattr(step_module, 'row_update_ratio', lambda *_: jnp.zeros(()))
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.data.loader import PADDING
-from mmjax.evaluation.loss import chunk_tokens, count_rows, make_loss
+from mmjax.evaluation.loss import chunk_tokens, make_loss, sum_by_row
 from mmjax.files import path_name
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
@@ -333,12 +333,11 @@ def test_dense_model_has_no_bank_metrics():
   assert 'usage_LM' not in metrics
 
 
-def test_count_rows_equals_bincount():
-  rows = np.random.default_rng(0).integers(0, 9, (2, 3, 4, 5))
-  weight = np.random.default_rng(1).integers(0, 2, (3, 4))
-  got = count_rows(jnp.array(rows), jnp.array(weight, jnp.float32), 9)
+def test_sum_by_row_equals_bincount():
+  rows, values = (np.random.default_rng(seed).integers(0, 9, (2, 3, 4, 5)) for seed in (0, 1))
+  got = sum_by_row(jnp.array(rows), jnp.array(values), 9)
   for layer in range(2):
-    np.testing.assert_array_equal(got[layer], np.bincount(rows[layer][weight == 1].ravel(), minlength=9))
+    np.testing.assert_array_equal(got[layer], np.bincount(rows[layer].ravel(), values[layer].ravel(), minlength=9))
 
 
 def test_chunk_of_the_loss_keeps_logits_small():

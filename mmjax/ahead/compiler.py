@@ -5,7 +5,6 @@ JAX must be told before it is imported: `prepare_environment`.
 
 import os
 import sys
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -53,18 +52,11 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
   Raises:
     UserError: if the settings do not divide by the devices, or attention does not run there.
   """
-  import jax
   from jax.experimental import topologies
 
   from mmjax.run.placement import place
-  from mmjax.run.sharding import placed
-  from mmjax.training.optimizer import make_optimizer
-  from mmjax.training.setup import compile_step
-  from mmjax.training.step import init_state
+  from mmjax.training.learner import Learner
 
   topology = topologies.get_topology_desc(platform='cuda', target_config=card.description(), topology=f'1x1x{devices}')
-  placement = place(config, topology.devices)
-  optimizer = make_optimizer(config, total_steps)
-  state = placed(placement.mesh, jax.eval_shape(partial(init_state, config, optimizer)))
-  options = {'xla_gpu_autotune_level': 0}  # which would run kernels
-  return compile_step(config, placement, optimizer, state, total_steps=total_steps, options=options)
+  learner = Learner(config, place(config, topology.devices), total_steps)
+  return learner.compile(learner.shapes, options={'xla_gpu_autotune_level': 0})  # which would run kernels

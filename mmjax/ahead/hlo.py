@@ -22,14 +22,16 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
+from mmjax.run.nvidia import TRITON
+
 BITS = {'pred': 8, 's4': 4, 'u4': 4, 'token': 0, 'opaque': 0}  # the others carry their width in their name
 FREE = {
   'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'after-all', 'partition-id', 'replica-id',
   'opt-barrier', 'optimization-barrier', 'add-dependency', 'domain',
 }  # fmt: skip
 HELPER = 'matmul.py'  # multiplies for everybody: its callers say more
+IN_PLACE = ('dynamic-update-slice', 'scatter')  # what changes a part of its first operand
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all', 'collective-permute', 'ragged-all-to-all')
-TRITON = re.compile(r'__triton|triton|pallas|mosaic', re.IGNORECASE)
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
 _LEAF = re.compile(r'\b(pred|token|opaque|[a-z]+\d+\w*)\[([\d,<=]*)\](?:\{([\d,]*)[^}]*\})?')
@@ -78,6 +80,22 @@ class Instruction:
     """Returns `name={0,1}` as numbers."""
     found = re.search(rf'\b{name}=\{{([\d,]*)\}}', self.rest)
     return tuple(int(n) for n in found[1].split(',') if n) if found else ()
+
+  @property
+  def size(self) -> int:
+    """Elements of the result."""
+    return sum(shape.size for shape in self.shapes)
+
+  @property
+  def bytes(self) -> float:
+    """Bytes of the result."""
+    return sum(shape.bytes for shape in self.shapes)
+
+  @property
+  def branches(self) -> list[str]:
+    """The computations of which a call runs its only one, a conditional one."""
+    called = re.findall(r'(?:to_apply|calls|_computations?)=\{?%?([\w.\-, %]+)', self.rest)
+    return [name.strip(' %') for names in called for name in names.split(',')]
 
   @property
   def op_name(self) -> str:
@@ -164,14 +182,8 @@ class Module:
         trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
         around = (*loops, instruction.op_name or instruction.name)
         yield from self._walk(instruction.attribute('body'), runs * (int(trips[1]) if trips else 1), around)
-      elif opcode in ('call', 'async-start'):
-        yield from self._walk(instruction.attribute('calls') or instruction.attribute('to_apply'), runs, loops)
-      elif opcode == 'conditional':
-        names = re.search(r'branch_computations=\{([^}]*)\}', instruction.rest)
-        branches = [name.strip().lstrip('%') for name in names[1].split(',')] if names else [
-          instruction.attribute('true_computation'), instruction.attribute('false_computation')
-        ]  # fmt: skip
-        costs = [list(self._walk(branch, runs, loops)) for branch in branches]
+      elif opcode in ('call', 'async-start', 'conditional'):
+        costs = [list(self._walk(branch, runs, loops)) for branch in instruction.branches]
         yield from max(costs, key=lambda kernels: sum(kernel.bytes * kernel.runs for kernel in kernels))
       elif opcode not in FREE and not opcode.endswith(('-done', '-update')):
         yield self._kernel(self.computations[computation], instruction, runs, loops)
@@ -180,12 +192,10 @@ class Module:
     opcode = instruction.opcode.removesuffix('-start')
     inputs = [around[name] for name in instruction.operands if name in around]
     flops, sends, target = {}, 0.0, ''
-    results = instruction.shapes
-    if instruction.opcode == 'fusion-start':  # operands, results, context
-      results = results[len([shape for operand in inputs for shape in operand.shapes]) : -1]
+    results = results_of(instruction, inputs)
     if opcode in COLLECTIVES:
       kind, target = 'collective', opcode
-      size = sum(shape.bytes for operand in inputs for shape in operand.shapes)
+      size = sum(operand.bytes for operand in inputs)
       sends, moved = _collective(opcode, size, _group_size(instruction))
     elif opcode == 'fusion':
       inner = self.computations[instruction.attribute('calls')]
@@ -197,7 +207,8 @@ class Module:
           flops = dict(Counter(flops) + Counter(found))
     elif opcode == 'custom-call':
       kind, target, flops = _library_call(around, instruction)
-      moved = _sum_bytes(inputs) + sum(shape.bytes for shape in results if not _is_scratch(shape, results))
+      scratch = results[-1].bytes if len(results) > 1 and str(results[-1]).startswith(('s8[', 'u8[')) else 0
+      moved = sum(x.bytes for x in (*inputs, instruction)) - scratch
     else:
       lone = {operand.name: dataclasses.replace(operand, opcode='parameter', rest='') for operand in inputs}
       lone[instruction.name] = dataclasses.replace(instruction, root=True)
@@ -263,12 +274,11 @@ def _source_lines(tables: dict[str, dict[int, str]], package: str) -> dict[int, 
   return {frame: find(frame) for frame in frames}
 
 
-def _sum_bytes(instructions: list[Instruction]) -> float:
-  return sum(shape.bytes for instruction in instructions for shape in instruction.shapes)
-
-
-def _is_scratch(shape: Shape, results: tuple[Shape, ...]) -> bool:
-  return shape.dtype in ('s8', 'u8') and len(shape.dims) == 1 and len(results) > 1 and shape is results[-1]
+def results_of(instruction: Instruction, inputs: list[Instruction]) -> tuple[Shape, ...]:
+  """Returns the shapes that a kernel writes; one that is only started also has its operands and a context."""
+  if instruction.opcode != 'fusion-start':
+    return instruction.shapes
+  return instruction.shapes[sum(len(operand.shapes) for operand in inputs) : -1]
 
 
 def _collective(opcode: str, size: float, devices: int) -> tuple[float, float]:
@@ -355,44 +365,36 @@ def _fusion_bytes(inner: dict, inputs: list[Instruction], results: tuple[Shape, 
   """Returns what a fused computation reads of its parameters and writes of its results, by the rules at the top."""
   need: Counter[str] = Counter()  # elements of each value that are used
   written = 0.0
-  root = next(part for part in inner.values() if part.root)
-  outputs = [inner[name] for name in root.operands] if root.opcode == 'tuple' else [root]
-  for output in outputs:
+  for output in _outputs(inner):
     source = _behind(inner, output)
-    if source.opcode in ('dynamic-update-slice', 'scatter'):
-      changed = _changed(inner, source)
-      need[output.name] = max(need[output.name], changed)
-      written += changed * output.shapes[0].bytes / max(output.shapes[0].size, 1)
-    else:
-      need[output.name] = sum(shape.size for shape in output.shapes)
-      written += _sum_bytes([output])
+    made = _changed(inner, source) if source.opcode in IN_PLACE else output.size
+    need[output.name] = max(need[output.name], made)
+    written += made * output.bytes / max(output.size, 1)
   for part in reversed(list(inner.values())):
     wanted = need[part.name]
     for position, name in enumerate(part.operands):
       if name in inner and wanted:
-        operand = inner[name]
-        size = sum(shape.size for shape in operand.shapes)
+        size = inner[name].size
         need[name] = min(size, need[name] + _used(inner, part, position, wanted, size))
-  read = sum(
-    need[part.name] / max(sum(shape.size for shape in part.shapes), 1) * _sum_bytes([part])
-    for part in inner.values()
-    if part.opcode == 'parameter'
-  )
-  return read + written
+  parameters = [part for part in inner.values() if part.opcode == 'parameter']
+  return sum(need[part.name] / max(part.size, 1) * part.bytes for part in parameters) + written
+
+
+def _outputs(inner: dict) -> list[Instruction]:
+  root = next(part for part in inner.values() if part.root)
+  return [inner[name] for name in root.operands] if root.opcode == 'tuple' else [root]
 
 
 def base_of_update(module: 'Module', instruction: Instruction) -> dict[int, int]:
   """Returns, for results that are an operand changed in place, the numbers of the result and of that operand."""
   inner = module.computations.get(instruction.attribute('calls') or '', {})
   if not instruction.opcode.startswith('fusion') or not inner:
-    return {0: 0} if instruction.opcode in ('dynamic-update-slice', 'scatter') else {}
-  root = next(part for part in inner.values() if part.root)
-  outputs = [inner[name] for name in root.operands] if root.opcode == 'tuple' else [root]
+    return {0: 0} if instruction.opcode in IN_PLACE else {}
   numbers = {part.name: int(part.operands[0]) for part in inner.values() if part.opcode == 'parameter'}
   bases = {}
-  for leaf, output in enumerate(outputs):
+  for leaf, output in enumerate(_outputs(inner)):
     source = _behind(inner, output)
-    if source.opcode in ('dynamic-update-slice', 'scatter'):
+    if source.opcode in IN_PLACE:
       base = _behind(inner, inner[source.operands[0]])
       if base.name in numbers and base.shapes == output.shapes:
         bases[leaf] = numbers[base.name]
@@ -415,13 +417,10 @@ def _changed(inner: dict, part: Instruction) -> float:
 def _used(inner: dict, part: Instruction, position: int, wanted: float, size: float) -> float:
   """Returns how many elements of its operand at `position` an instruction uses to give `wanted` elements."""
   opcode = part.opcode
-  if opcode in ('slice', 'dynamic-slice', 'gather') and position == 0:
+  if opcode in ('slice', 'dynamic-slice', 'gather', 'scatter') and position == 0:
     return wanted
   if opcode == 'dynamic-update-slice' and position == 0:
     return max(wanted - _changed(inner, part), 0)
-  if opcode == 'scatter' and position == 0:
-    return wanted
-  if opcode in ('dynamic-update-slice', 'scatter', 'reduce', 'dot', 'sort', 'broadcast', 'concatenate', 'gather'):
+  if opcode in (*IN_PLACE, 'reduce', 'dot', 'sort', 'broadcast', 'concatenate', 'gather'):
     return size
-  total = sum(shape.size for shape in part.shapes)
-  return size * wanted / total if total else 0
+  return size * wanted / part.size if part.size else 0

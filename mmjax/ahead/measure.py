@@ -6,7 +6,6 @@ It prints one line of JSON: device, seconds_an_update (median), peak_bytes.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -40,36 +39,20 @@ def main() -> None:
 
 
 def measure(config: Config, devices: int) -> dict[str, Any]:
-  """Makes some updates on random tokens with JAX's first devices and returns what they took."""
+  """Makes some updates with JAX's first devices and returns what they took."""
   import jax
-  import numpy as np
 
-  from mmjax.run.placement import place
-  from mmjax.run.sharding import put_batch
-  from mmjax.training.optimizer import make_optimizer
-  from mmjax.training.setup import compile_step, new_state
+  from mmjax.training.trial import Trial
 
-  config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal'))
-  placement = place(config, jax.devices()[:devices])
-  mesh = placement.mesh
-  optimizer = make_optimizer(config, 1000)
-  state, device = new_state(config, optimizer, mesh), mesh.devices.flat[0]
-  step = compile_step(config, placement, optimizer, state, total_steps=1000)
-  train, model = config.train, config.model
-  shape = train.update_rows, model.max_seq_len + 1
-  tokens = np.random.default_rng(0).integers(1, model.vocab_size, shape, dtype=np.int32)
-  rows = {'input': tokens[:, :-1], 'target': tokens[:, 1:], 'segment': np.zeros_like(tokens[:, 1:])}
-  batch, seconds = put_batch(mesh, rows, train.accumulation_steps), []
+  trial, seconds = Trial(config, jax.devices()[:devices]), []
   for _ in range(WARM_UPDATES + UPDATES):
     start = time.perf_counter()
-    state, metrics = step(state, batch)
-    jax.block_until_ready((state, metrics))
+    trial.run()
     seconds.append(time.perf_counter() - start)
-  peak = (device.memory_stats() or {}).get('peak_bytes_in_use')
   return {
-    'device': device.device_kind,
+    'device': jax.devices()[0].device_kind,
     'seconds_an_update': statistics.median(seconds[WARM_UPDATES:]),
-    'peak_bytes': peak,
+    'peak_bytes': (jax.devices()[0].memory_stats() or {}).get('peak_bytes_in_use'),
   }
 
 

@@ -5,10 +5,9 @@ argument gives its place to, has one place. The sum is the compiler's own `peak_
 (tests/test_ahead.py).
 """
 
-import re
 from collections import Counter
 
-from mmjax.ahead.hlo import FREE, Instruction, Module, base_of_update
+from mmjax.ahead.hlo import FREE, Instruction, Module, base_of_update, results_of
 from mmjax.training.profile import innermost_scope
 
 ALIASES = FREE - {'parameter', 'constant', 'tuple', 'get-tuple-element', 'after-all', 'partition-id', 'replica-id'}
@@ -93,19 +92,14 @@ class _Liveness:
       self.places[name] = [self._new(0, 'other', now)]
     else:
       if opcode in ('call', 'conditional'):
-        called = re.findall(r'(?:to_apply|_computations?)=\{?%?([\w.\-, %]+)', instruction.rest)
-        branches = [branch.strip(' %') for names in called for branch in names.split(',')]
-        inner = [_Liveness(self.module, branch, entry=False).peak() for branch in branches]
+        inner = [_Liveness(self.module, branch, entry=False).peak() for branch in instruction.branches]
         self.inside[now] = max(inner, key=lambda parts: sum(parts.values()), default=Counter())
       part = innermost_scope(self.module.name_of(instruction)) or _file(self.module.line_of(instruction))
       inputs = [self.body[operand] for operand in operands if operand in self.body]
-      shapes = instruction.shapes
-      if opcode == 'fusion-start':
-        shapes = shapes[sum(len(operand.shapes) for operand in inputs) : -1]
       bases = base_of_update(self.module, instruction)
       self.places[name] = [
         self.places[operands[bases[leaf]]][0] if leaf in bases else self._new(shape.bytes, part, now)
-        for leaf, shape in enumerate(shapes)
+        for leaf, shape in enumerate(results_of(instruction, inputs))
       ]
 
 

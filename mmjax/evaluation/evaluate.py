@@ -16,22 +16,20 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import Config
+from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.errors import UserError
 from mmjax.evaluation.loss import make_loss
-from mmjax.evaluation.probes import (
-  PADDING,
-  ProbePlan,
-  losses_without_bank,
-  make_read_probe,
-  read_health,
-  row_agreement,
-)
-from mmjax.model.lm import Params
+from mmjax.evaluation.probes import ProbePlan, bank_health, make_read_probe, plan_probe, row_agreement
+from mmjax.model.lm import BANK, Params
 from mmjax.run.placement import Placement
 from mmjax.run.sharding import put_batch, replicated
 
 Batch = dict[str, np.ndarray]
 EvalStep = Callable[[Params, Batch], dict[str, Array]]
+INTERVENTIONS = {  # of the bank and a seed
+  'loss_zeroed': lambda bank_MP, _: jnp.zeros_like(bank_MP),
+  'loss_shuffled': lambda bank_MP, seed: bank_MP[jax.random.permutation(jax.random.key(seed), len(bank_MP))],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +85,16 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, placement: Placement)
 
   compiled = placement.jit(sums, out_shardings=replicated(placement.mesh))
   return lambda params, batch: compiled(params, put_batch(placement.mesh, batch, 1))
+
+
+def evaluate_split(config: Config, eval_step: EvalStep, params: Params, split: TokenSplit) -> EvalResult:
+  """Evaluates on all rows of a split.
+
+  Raises:
+    UserError: if there is no token to predict.
+  """
+  batches = eval_batches(split, config.train.batch_size)
+  return evaluate(eval_step, params, batches, split.scored_bytes, plan_probe(config, split))
 
 
 def evaluate(
@@ -146,7 +154,13 @@ def _bank(layers: Sequence[int], reads: dict[str, Array], sums: list, probed: li
   usage_LM, weight_LM = (np.asarray(reads[name]) for name in ('usage_LM', 'weight_LM'))
   each = zip(layers, usage_LM, weight_LM, overlap_L, agreement_L, strict=True)
   return [
-    {'layer': layer, **read_health(usage_M, weight_M), 'head_overlap': overlap, **agreement}
+    {
+      'layer': layer,
+      **bank_health(usage_M),
+      'kl_weighted': bank_health(weight_M)['kl_to_uniform'],
+      'head_overlap': overlap,
+      **agreement,
+    }
     for layer, usage_M, weight_M, overlap, agreement in each
   ]
 
@@ -155,7 +169,11 @@ def _probes(eval_step: EvalStep, params: Params, sums: list, probed: list, seed:
   """Returns what EvalResult.probes holds, from the sums of the probed batches and, of a memory model, these."""
   nll, positions = (_total(sums, name) for name in ('nll', 'tokens'))
   found = {'positions': int(positions), 'loss': float(nll / positions) if positions else None}
-  if not probed:
-    return found
-  batches = [batch for batch, _ in probed]
-  return found | losses_without_bank(lambda *at: eval_step(*at)['nll'], params, batches, found['positions'], seed)
+  for name, change in INTERVENTIONS.items() if probed else ():
+    # One after the other: each needs the room of a bank. Where it lies must not change, or it is compiled again.
+    bank_MP = params[BANK]
+    place = jax.jit(change, static_argnums=1, out_shardings=bank_MP.sharding)
+    changed = params | {BANK: place(bank_MP, seed)}
+    nlls = jax.device_get([eval_step(changed, batch)['nll'] for batch, _ in probed])
+    found[name] = float(sum(map(np.float64, nlls))) / found['positions']
+  return found

@@ -39,43 +39,29 @@ def make_loss(
 
   With `mesh` it runs inside `jax.shard_map` on the rows of one device, and the sum over devices is that of all rows.
   """
-  dtype = jnp.dtype(config.train.dtype)
-  isolate = config.data.isolate_documents
   shares = config.train.accumulation_steps * (mesh.size if mesh else 1)
 
-  def bank_of_layer(taps: dict[int, Reads] | None) -> BankOfLayer | None:
-    if taps is not None:
-      return lambda number, bank_MP: TappedBank(bank_MP, taps[number])
-    return (lambda _, part_MP: BankShard(part_MP, ROWS)) if mesh and mesh.shape[ROWS] > 1 else None
-
   def objective(
-    params: Params,
-    rows: dict[str, Array],
-    total_weight: Array,
-    key: Array | None,
-    taps: dict[int, Reads] | None = None,
+    params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None, taps: dict[int, Reads] | None = None
   ) -> tuple[Array, dict[str, Array]]:
     model = nnx.merge(graphdef, params)
     out = model(
       rows['input'],
-      rows['segment'] if isolate else None,
-      dtype=dtype,
+      rows['segment'] if config.data.isolate_documents else None,
+      dtype=jnp.dtype(config.train.dtype),
       attention=attention,
       remat=config.runtime.remat,
       dropout_key=key,
-      bank_of_layer=bank_of_layer(taps),
+      bank_of_layer=_bank_of_layer(taps, mesh),
     )
     weight_BT = (rows['target'] != PADDING).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
     with jax.named_scope('loss'):
       nll, correct = cross_entropy_sums(out.hidden_BTD, model.embedding[...], rows['target'], weight_BT, chunk)
-    parts = {
-      'loss': nll / total_weight,
-      'accuracy': correct / total_weight,
-      'aux_loss': out.aux_loss / shares,
-    }
+    parts = {'loss': nll / total_weight, 'accuracy': correct / total_weight, 'aux_loss': out.aux_loss / shares}
     if out.row_LBTR is not None:
-      parts['usage_LM'] = count_rows(out.row_LBTR, weight_BT, config.model.knowledge_num)
+      read_LBTR = jnp.broadcast_to((weight_BT > 0)[None, :, :, None], out.row_LBTR.shape).astype(jnp.int32)
+      parts['usage_LM'] = sum_by_row(out.row_LBTR, read_LBTR, config.model.knowledge_num)
       parts |= probe(out, weight_BT) if probe else {}
     if taps is not None:
       parts['row_LBTR'] = out.row_LBTR
@@ -84,11 +70,16 @@ def make_loss(
   return objective
 
 
+def _bank_of_layer(taps: dict[int, Reads] | None, mesh: Mesh | None) -> BankOfLayer | None:
+  """Returns what each layer reads instead of the whole bank: one whose reads are tapped, or a part of it."""
+  if taps is not None:
+    return lambda number, bank_MP: TappedBank(bank_MP, taps[number])
+  return (lambda _, part_MP: BankShard(part_MP, ROWS)) if mesh and mesh.shape[ROWS] > 1 else None
+
+
 @jax.named_scope('bank_usage')
-def count_rows(row_LBTR: Array, weight_BT: Array, knowledge_num: int) -> Array:
-  """Returns how often each layer read each row at positions that are not padding: int32 (L, M)."""
-  n_layers = row_LBTR.shape[0]
-  read_LBTR = jnp.broadcast_to((weight_BT > 0)[None, :, :, None], row_LBTR.shape).astype(jnp.int32)
-  layer_L1 = jnp.arange(n_layers)[:, None]
-  counts_LM = jnp.zeros((n_layers, knowledge_num), jnp.int32)
-  return counts_LM.at[layer_L1, row_LBTR.reshape(n_layers, -1)].add(read_LBTR.reshape(n_layers, -1))
+def sum_by_row(row_LBTR: Array, value_LBTR: Array, knowledge_num: int) -> Array:
+  """Returns the sum of what stands at each row of the bank, for each layer: (L, M) in the dtype of the values."""
+  L = len(row_LBTR)
+  zeros_LM = jnp.zeros((L, knowledge_num), value_LBTR.dtype)
+  return zeros_LM.at[jnp.arange(L)[:, None], row_LBTR.reshape(L, -1)].add(value_LBTR.reshape(L, -1))

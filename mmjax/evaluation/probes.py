@@ -1,6 +1,6 @@
 """Whether a memory works: what the model loses without its bank, what its rows stand for, and whether it learns.
 
-Three kinds of numbers, beside those of `metrics.bank_health`. Models without a memory have but the loss on the probed
+Three kinds of numbers, beside those of `bank_health`. Models without a memory have but the loss on the probed
 positions, to hold against that of others with their bank zeroed, and pay nothing.
 
 Of every evaluation, over all positions that are not padding, for each layer with a memory:
@@ -41,8 +41,9 @@ from jax import Array
 
 from mmjax.config import Config
 from mmjax.data.loader import PADDING, TokenSplit
+from mmjax.evaluation.loss import sum_by_row
 from mmjax.kernels.norm import ratio_of_norms
-from mmjax.model.lm import BANK, Output, Params, memory_layers
+from mmjax.model.lm import Output, Params, memory_layers
 from mmjax.model.sublayers import row_weights
 
 PROBED_POSITIONS = 65536  # enough to tell losses that differ by 0.01 apart
@@ -79,8 +80,7 @@ def make_read_probe(config: Config) -> Callable[[Output, Array], dict[str, Array
     L, B, T, _ = out.row_LBTR.shape
     row_LBThr = out.row_LBTR.reshape(L, B, T, memory.n_heads, -1)
     read_LBTR = jnp.abs(row_weights(model, memory, out.score_LBTR)) * weight_BT[..., None]
-    zeros_LM = jnp.zeros((L, model.knowledge_num))
-    weight_LM = zeros_LM.at[jnp.arange(L)[:, None], out.row_LBTR.reshape(L, -1)].add(read_LBTR.reshape(L, -1))
+    weight_LM = sum_by_row(out.row_LBTR, read_LBTR, model.knowledge_num)
     # The first row of a head is its best but for a selection bias, which takes part in the order.
     best_LBTh1 = jnp.argmax(out.score_LBTR.reshape(row_LBThr.shape), axis=-1, keepdims=True)
     best_LhBT = jnp.moveaxis(jnp.take_along_axis(row_LBThr, best_LBTh1, axis=-1)[..., 0], 3, 1)
@@ -132,41 +132,6 @@ def row_agreement(best_LhX: np.ndarray, target_X: np.ndarray) -> list[dict[str, 
   return [dict(zip(('row_agreement', 'row_agreement_chance'), found, strict=True)) for found in found_L2]
 
 
-def zeroed(bank_MP: Array, seed: int) -> Array:
-  """Returns zeros like the bank."""
-  return jnp.zeros_like(bank_MP)
-
-
-def shuffled(bank_MP: Array, seed: int) -> Array:
-  """Returns the bank with its rows in an order that `seed` gives."""
-  return bank_MP[jax.random.permutation(jax.random.key(seed), len(bank_MP))]
-
-
-INTERVENTIONS = {'loss_zeroed': zeroed, 'loss_shuffled': shuffled}
-
-
-def losses_without_bank(
-  nll: Callable[[Params, Any], Array], params: Params, batches: Sequence[Any], tokens: int, seed: int
-) -> dict[str, float]:
-  """Returns the loss after each of INTERVENTIONS, nats a token.
-
-  Args:
-    nll: compiled; sums the negative log-likelihood of a batch.
-    params: of a memory model.
-    batches: what to evaluate.
-    tokens: predicted in these batches.
-    seed: of the permutation.
-  """
-  bank_MP, losses = params[BANK], {}
-  for name, change in INTERVENTIONS.items():
-    # One after the other: each needs the room of a bank. Where it lies must not change, or `nll` is compiled again.
-    place = jax.jit(change, static_argnums=1, out_shardings=bank_MP.sharding)
-    changed = params | {BANK: place(bank_MP, seed)}
-    sums = [nll(changed, batch) for batch in batches]
-    losses[name] = float(sum(np.float64(x) for x in jax.device_get(sums))) / tokens
-  return losses
-
-
 def gate_norms(grads: Params) -> dict[int, dict[str, Array]]:
   """Returns a training step's gate_grad_norm and key_grad_norm, see the top of this file, of each layer with a gate.
 
@@ -213,16 +178,6 @@ def add_norms(record: dict[str, Any], steps: Sequence[Mapping[str, Any]]) -> dic
   return record | {'bank': bank, 'probes': probes}
 
 
-def read_health(usage_M: np.ndarray, weight_M: np.ndarray) -> dict[str, float]:
-  """Returns `bank_health` of the reads of a layer, and their kl_weighted.
-
-  Args:
-    usage_M: int, reads of each row.
-    weight_M: float, their weights.
-  """
-  return bank_health(usage_M) | {'kl_weighted': bank_health(weight_M)['kl_to_uniform']}
-
-
 def bank_health(counts_M: np.ndarray) -> dict[str, float]:
   """Measures how evenly the rows of a bank are used.
 
@@ -235,19 +190,14 @@ def bank_health(counts_M: np.ndarray) -> dict[str, float]:
     Without any selection: 0, log M, 0, 0, as for a bank of which nothing is used.
   """
   counts_M = np.asarray(counts_M)
-  total = counts_M.sum(dtype=np.float64)
+  total, log_M = counts_M.sum(dtype=np.float64), float(np.log(counts_M.size))
   if total == 0:
-    return {
-      'used_share': 0.0,
-      'kl_to_uniform': float(np.log(counts_M.size)),
-      'effective_rows': 0.0,
-      'hottest_share': 0.0,
-    }
+    return {'used_share': 0.0, 'kl_to_uniform': log_M, 'effective_rows': 0.0, 'hottest_share': 0.0}
   usage = counts_M[counts_M > 0].astype(np.float64) / total
   entropy = -float(np.sum(usage * np.log(usage)))
   return {
     'used_share': usage.size / counts_M.size,
-    'kl_to_uniform': max(0.0, float(np.log(counts_M.size)) - entropy),
+    'kl_to_uniform': max(0.0, log_M - entropy),
     'effective_rows': float(np.exp(entropy)),
     'hottest_share': float(usage.max()),
   }

@@ -8,14 +8,14 @@ from typing import Any
 from mmjax.config import Config
 from mmjax.console import Progress
 from mmjax.data.index import read_index
-from mmjax.data.loader import TokenSplit, cut_remark, eval_batches, open_split
+from mmjax.data.loader import TokenSplit, cut_remark, open_split
 from mmjax.data.overlap import overlap_remark, shared_documents
 from mmjax.data.prepare import prepare
 from mmjax.data.reader import read_text
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
-from mmjax.evaluation.evaluate import EvalResult, evaluate, make_eval_step
-from mmjax.evaluation.probes import LAYER_NORMS, plan_probe
+from mmjax.evaluation.evaluate import EvalResult, evaluate_split, make_eval_step
+from mmjax.evaluation.probes import LAYER_NORMS
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import model_graph
@@ -63,8 +63,7 @@ def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalR
   config = dataclasses.replace(lm.config, train=dataclasses.replace(lm.config.train, dtype=placement.dtype.name))
   split = open_text(config, run, valid_files)
   step = make_eval_step(model_graph(config), config, placement)
-  batches = eval_batches(split, config.train.batch_size)
-  return evaluate(step, lm.params, batches, split.scored_bytes, plan_probe(config, split))
+  return evaluate_split(config, step, lm.params, split)
 
 
 def evaluation_placement(lm: LanguageModel) -> Placement:

@@ -15,6 +15,8 @@ from importlib import util
 from pathlib import Path
 from typing import Any
 
+# Custom calls of Triton, Pallas and Mosaic (what Pallas becomes on NVIDIA), and XLA's own Triton fusions.
+TRITON = re.compile(r'triton|pallas|mosaic', re.IGNORECASE)
 PROC = Path('/proc/driver/nvidia/version')
 OLDEST_PYTHON = (3, 12)  # of the builds that the extras cuda12 and cuda13 name
 CUDA13_CAPABILITY = 7.5  # of the oldest GPU that CUDA 13 knows
@@ -92,6 +94,11 @@ def describe_devices(devices: Sequence[Any]) -> str:
     f'{said}, although NVIDIA driver {driver.name} runs: JAX uses the GPU after  '
     f"{Path(sys.executable).name} -m pip install 'jax[{extra}]'"
   )
+
+
+def count_triton(module: str) -> int:
+  """Counts the lines of a compiled module in which Triton, Pallas or Mosaic is called."""
+  return sum(bool(TRITON.search(line)) for line in module.splitlines())
 
 
 if __name__ == '__main__' and (seen := find_driver()):

@@ -6,8 +6,8 @@ model (evaluation, generation, inspection) may be elsewhere: it takes the run's 
 training; generation and inspection have float32, so that what they show does not hang on the machine.
 
 Without Triton is a promise of this package, and XLA has a Triton of its own for matrix products, normalisations and
-reductions on NVIDIA: it is off unless `runtime.triton_gemm` asks for it. `TRITON` finds what is left of it, or of
-Pallas, in a lowered or compiled module.
+reductions on NVIDIA: it is off unless `runtime.triton_gemm` asks for it. `TRITON` in
+mmjax/run/nvidia.py finds what is left of it in a compiled module.
 """
 
 import contextlib
@@ -28,8 +28,6 @@ from mmjax.errors import UserError
 from mmjax.kernels.forms import traced_for
 from mmjax.run.sharding import make_mesh, one_device
 
-# Custom calls of Triton, Pallas and Mosaic (what Pallas becomes on NVIDIA), and XLA's own Triton fusions.
-TRITON = re.compile(r'triton|pallas|mosaic', re.IGNORECASE)
 # The passes of XLA that make Triton fusions of what is no matrix product.
 TRITON_PASSES = 'triton-softmax-rewriter,fusion-block-level-rewriter'
 CUDNN_HEAD_DIM = 128  # the most channels of a head that its flash attention takes on every GPU
@@ -128,11 +126,6 @@ def use_compilation_cache(config: Config) -> None:
   """Keeps compiled programs in runtime.compilation_cache_dir; to be called before the first is compiled."""
   if config.runtime.compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(Path(config.runtime.compilation_cache_dir).absolute()))
-
-
-def count_triton(module: str) -> int:
-  """Counts the lines of a compiled module in which Triton, Pallas or Mosaic is called."""
-  return sum(bool(TRITON.search(line)) for line in module.splitlines())
 
 
 def slow_scatter_warning(platform: str, jaxlib_version: str) -> str | None:

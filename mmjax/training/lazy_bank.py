@@ -21,9 +21,6 @@ Elsewhere: torch.optim.SparseAdam and LazyAdam of TensorFlow Addons leave the mo
 where these decay, and have no weight decay.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -31,108 +28,14 @@ from jax import Array
 
 from mmjax.config import Config
 from mmjax.config.parameters import first_row, parameter_table
-from mmjax.kernels.bank import Reads, add_reads
 from mmjax.kernels.norm import ratio_of_norms
-from mmjax.model.lm import BANK, Params, no_taps, without_bank
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds
-
-CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
+from mmjax.model.lm import BANK
+from mmjax.training.row_gradients import CHUNK_ROWS, RowSums
 
 MOST_DRIFT = 0.999  # of a mean from one update to the next; dense Adam would move unread rows ever faster above 1
 
 Moments = dict[str, Array]
 ROW_MOMENTS = ('mean_MP', 'square_MP', 'count_M', 'missed_M', 'log_decay_M')  # those that have a part for each row
-
-
-class RowReads(NamedTuple):
-  """Rows that a micro-batch read, int32, and each layer's gradients of them."""
-
-  row_LBThr: Array
-  layers: list[Reads]
-
-
-class RowSums(NamedTuple):
-  """Summed gradients of rows, each in a slot of its own.
-
-  Attributes:
-    sum_UP: float32; 0 in free slots.
-    row_U: int32, the slot's row; in free slots a number that is no row's, each another.
-    slot_M: int32, the row's slot; -1 where it was not read.
-    used: int32, slots in use; they are the first.
-  """
-
-  sum_UP: Array
-  row_U: Array
-  slot_M: Array
-  used: Array
-
-
-def is_lazy(config: Config) -> bool:
-  """Tells whether the config has a bank that is updated row by row."""
-  return config.memory.bank_update == 'lazy' and SUBLAYERS[config.model.sublayer].uses_bank
-
-
-def gradient_by_reads(config: Config, objective: Callable) -> Callable:
-  """Returns what `jax.value_and_grad(objective, has_aux=True)` does, with `RowReads` as the bank's gradient."""
-
-  def gradient(params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None) -> tuple:
-    def tapped(others: Params, taps: dict[int, Reads]) -> tuple[Array, dict[str, Array]]:
-      return objective(params | others, rows, total_weight, key, taps)
-
-    taps = no_taps(config, *rows['target'].shape)
-    both = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
-    (value, parts), (grads, reads) = both(without_bank(params), taps)
-    row_LBTR = parts.pop('row_LBTR')
-    row_LBThr = row_LBTR.reshape(*row_LBTR.shape[:-1], config.memory.n_heads, -1)
-    return (value, parts), grads | {BANK: RowReads(row_LBThr, list(reads.values()))}
-
-  return gradient
-
-
-def no_rows(config: Config) -> RowSums:
-  """Returns slots, all free, for as many rows as an update can read."""
-  model, train = config.model, config.train
-  layers = sum(SUBLAYERS[kind].uses_bank for kind in layer_kinds(model, config.memory))
-  reads = layers * model.max_seq_len * train.update_rows
-  most = min(model.knowledge_num, reads * config.memory.n_heads * model.num_selected)
-  chunk = min(CHUNK_ROWS, most)
-  slots = -(-most // chunk) * chunk
-  return RowSums(
-    jnp.zeros((slots, model.knowledge_dim)),
-    model.knowledge_num + jnp.arange(slots),
-    jnp.full(model.knowledge_num, -1),
-    jnp.zeros((), jnp.int32),
-  )
-
-
-@jax.named_scope('optimizer')
-def add_rows(sums: RowSums, reads: RowReads) -> RowSums:
-  """Adds the gradients of a micro-batch; rows that are new get the next free slots."""
-  sum_UP, row_U, slot_M, used = sums
-  slots, M, row_X = len(row_U), len(slot_M), reads.row_LBThr.reshape(-1)
-  read_X = jnp.arange(len(row_X))
-  last_read_M = jnp.full(M, -1).at[row_X].max(read_X)  # of the reads of one row, the last asks for the slot
-  asks_X = (last_read_M[row_X] == read_X) & (slot_M[row_X] < 0)
-  slot_X = used + jnp.cumsum(asks_X) - 1
-  slot_M = slot_M.at[jnp.where(asks_X, row_X, M)].set(slot_X, mode='drop')
-  row_U = row_U.at[jnp.where(asks_X, slot_X, slots)].set(row_X, mode='drop')
-  for row_BThr, layer in zip(reads.row_LBThr, reads.layers, strict=True):
-    sum_UP = add_reads(sum_UP, slot_M[row_BThr], layer)
-  return RowSums(sum_UP, row_U, slot_M, used + jnp.sum(asks_X))
-
-
-def add_gradients(sums: Params, grads: Params) -> Params:
-  """Adds gradients of a micro-batch, whose bank is `RowReads`, to sums.
-
-  Those of the bank are `RowSums`, or (M, P): then they are added up in place, the last layer's first, as they arise.
-  """
-  others = jax.tree.map(jnp.add, without_bank(sums), without_bank(grads))
-  bank_sums, reads = sums[BANK], grads[BANK]
-  if isinstance(bank_sums, RowSums):
-    return others | {BANK: add_rows(bank_sums, reads)}
-  for row_BThr, layer in zip(reads.row_LBThr[::-1], reads.layers[::-1], strict=True):
-    bank_sums = add_reads(bank_sums, row_BThr, layer)
-  return others | {BANK: bank_sums}
 
 
 def init_moments(bank_MP: Array) -> Moments:

@@ -18,7 +18,7 @@ from mmjax.errors import UserError
 from mmjax.files import named_leaves, path_name
 from mmjax.model.lm import BANK, Params, abstract_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
-from mmjax.training.lazy_bank import is_lazy
+from mmjax.training.row_gradients import is_lazy
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedule:

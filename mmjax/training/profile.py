@@ -68,7 +68,9 @@ class StepProfiler:
     jax.profiler.stop_trace()
     if self._traced:
       trace = max(self._folder.rglob('*.xplane.pb'), key=lambda path: path.stat().st_mtime)
-      times = scope_times(operation_times(trace), operation_scopes(self._compiled.as_text()))
+      scopes, times = operation_scopes(self._compiled.as_text()), Counter()
+      for name, spent in operation_times(trace).items():
+        times[scopes.get(name, UNKNOWN)] += spent
       opened = next(trace.parent.glob('*.trace.json.gz'), trace)
       self._show(describe(times, seconds, self._traced, opened))
 
@@ -131,14 +133,6 @@ def self_times(events: Iterable[tuple[str, float, float]]) -> Counter[str]:
     seconds[name] += duration / 1e9
     open_events.append((name, start + duration))
   return seconds
-
-
-def scope_times(times: Counter[str], scopes: dict[str, str]) -> Counter[str]:
-  """Sums seconds of operations by their scope."""
-  found = Counter()
-  for name, seconds in times.items():
-    found[scopes.get(name, UNKNOWN)] += seconds
-  return found
 
 
 def describe(times: Counter[str], seconds: float, steps: int, trace: Path) -> str:

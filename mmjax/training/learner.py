@@ -1,0 +1,136 @@
+"""What learns: states of a run and its update, compiled for a mesh, and one sentence where memory is too small."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from mmjax.config import Config
+from mmjax.data.bank_file import read_bank
+from mmjax.errors import UserError
+from mmjax.evaluation.evaluate import EvalStep, make_eval_step
+from mmjax.model.cost import flops_per_token
+from mmjax.model.lm import BANK, Params, model_graph
+from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.leaves import refuse_non_finite
+from mmjax.run.placement import Placement, is_nvidia
+from mmjax.run.sharding import batch_shapes, placed, replicated
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.step import TrainState, init_state, make_train_step
+
+GIB = 1 << 30
+SLOW_UPDATE_FLOPS = 1e12  # 3 to 30 s on a CPU
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+  """Makes states and updates of a model, for a run of so many updates."""
+
+  config: Config
+  placement: Placement
+  total_steps: int
+
+  @property
+  def has_slow_updates(self) -> bool:
+    """Whether an update takes many seconds: on a CPU, so that the host can be told of its micro-batches cheaply."""
+    tokens = self.config.train.update_rows * self.config.model.max_seq_len
+    on_cpu = self.placement.mesh.size == 1 and self.placement.platform == 'cpu'
+    return on_cpu and flops_per_token(self.config)['total'] * tokens > SLOW_UPDATE_FLOPS
+
+  @cached_property
+  def optimizer(self) -> optax.GradientTransformation:
+    return make_optimizer(self.config, self.total_steps)
+
+  @cached_property
+  def shapes(self) -> TrainState:
+    """The state as jax.ShapeDtypeStructs, each with its sharding."""
+    return placed(self.placement.mesh, jax.eval_shape(partial(init_state, self.config, self.optimizer)))
+
+  @property
+  def places(self) -> Any:
+    """The sharding of each leaf of the state."""
+    return jax.tree.map(lambda x: x.sharding, self.shapes)
+
+  def new_state(self, params: Params | None = None) -> TrainState:
+    """Returns the state before the first update, of new parameters or of those given, all where the rules put it."""
+    init = jax.jit(partial(init_state, self.config, self.optimizer), out_shardings=self.places)
+    if params is not None:
+      return init(params)
+    state = init()
+    if self.config.memory.bank_init == 'file' and BANK in state['params']:
+      bank_MP = read_bank(Path(self.config.memory.bank_file), state['params'][BANK].shape)
+      state['params'][BANK] = jax.device_put(bank_MP, self.places['params'][BANK])
+    return state
+
+  def restore_state(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
+    """Returns the newest whole state, and its metadata; of an import, which is step 0, the parameters.
+
+    Raises:
+      UserError: if there is NaN or infinity in it, with the leaves.
+    """
+    if checkpoints.steps() == [0]:
+      params, metadata, step = checkpoints.restore_params(self.shapes['params'], 'last')
+      state = self.new_state(params)
+    else:
+      state, metadata, step = checkpoints.restore(self.shapes, 'last', newer=('loss_average',))
+    if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
+      state['loss_average'] = jax.device_put(np.float32(0), self.places['loss_average'])
+    refuse_non_finite(state, f'step {step} in {checkpoints.directory} cannot be trained on; begin again elsewhere')
+    return state, metadata
+
+  def compile(
+    self, state: TrainState, on_micro_batch: Callable | None = None, options: dict[str, Any] | None = None
+  ) -> jax.stages.Compiled:
+    """Compiles the update.
+
+    Args:
+      state: which the update takes over, or its `shapes`.
+      on_micro_batch: see `make_gradient`.
+      options: of the compiler, beside those of the placement.
+
+    Raises:
+      UserError: if the device has too little memory, with the settings to change.
+    """
+    config, mesh, attention = self.config, self.placement.mesh, self.placement.attention
+    settings = {'attention': attention, 'total_steps': self.total_steps, 'mesh': mesh, 'on_micro_batch': on_micro_batch}
+    step = make_train_step(config, model_graph(config), self.optimizer, **settings)
+    places = {'donate_argnums': 0, 'out_shardings': (self.places, replicated(mesh))}
+    with explain_out_of_memory(config):
+      return self.placement.compile(step, state, batch_shapes(mesh, config), options=options, **places)
+
+  def eval_step(self) -> EvalStep:
+    """Returns the evaluation of a batch, which is compiled at its first call."""
+    return make_eval_step(model_graph(self.config), self.config, self.placement)
+
+
+@contextlib.contextmanager
+def explain_out_of_memory(config: Config, memory: Any = None) -> Iterator[None]:
+  """Turns the runtime's out-of-memory error into one sentence with the settings to change."""
+  try:
+    yield
+  except Exception as error:
+    if not (isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)):
+      raise
+    need = '' if memory is None else f' The step needs {describe_memory(memory)}.'
+    fit = ' `python -m mmjax.tools.fit` with the same --config and --gpu finds the largest micro-batch that fits.'
+    train = config.train
+    raise UserError(
+      f'Out of memory.{need} Lower train.batch_size={train.batch_size} and raise '
+      f'train.accumulation_steps={train.accumulation_steps}, keeping their product {train.update_rows} and so the '
+      f"update, or set runtime.remat='block' (now {config.runtime.remat!r}): a run goes on with either. A new run may "
+      f'also lower model.max_seq_len={config.model.max_seq_len}.{fit if is_nvidia(jax.default_backend()) else ""}'
+    ) from error
+
+
+def describe_memory(memory: Any) -> str:
+  """Says what the compiler's memory analysis found, in GiB."""
+  return (
+    f'{memory.temp_size_in_bytes / GIB:.2f} GiB for activations and gradients beside '
+    f'{memory.argument_size_in_bytes / GIB:.2f} GiB of state and batch'
+  )

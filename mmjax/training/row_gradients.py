@@ -1,0 +1,141 @@
+"""The gradient of the bank as what was read, for where it is not worth an array like the bank for each layer.
+
+Every layer's reads keep their gradients, and these are added up row by row: in slots of their own, for rows that are
+updated alone (lazy_bank.py), or on a GPU in one array for all layers. step.py asks for it; the rest of it is spared.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from mmjax.config import Config
+from mmjax.kernels.bank import Reads, add_reads
+from mmjax.kernels.forms import on_cpu
+from mmjax.model.lm import BANK, Params, no_taps, without_bank
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.run.sharding import ROWS
+
+CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
+
+
+class RowReads(NamedTuple):
+  """Rows that a micro-batch read, int32, and each layer's gradients of them."""
+
+  row_LBThr: Array
+  layers: list[Reads]
+
+
+class RowSums(NamedTuple):
+  """Summed gradients of rows, each in a slot of its own.
+
+  Attributes:
+    sum_UP: float32; 0 in free slots.
+    row_U: int32, the slot's row; in free slots a number that is no row's, each another.
+    slot_M: int32, the row's slot; -1 where it was not read.
+    used: int32, slots in use; they are the first.
+  """
+
+  sum_UP: Array
+  row_U: Array
+  slot_M: Array
+  used: Array
+
+
+def is_lazy(config: Config) -> bool:
+  """Tells whether the config has a bank that is updated row by row."""
+  return config.memory.bank_update == 'lazy' and SUBLAYERS[config.model.sublayer].uses_bank
+
+
+def adds_reads_in_place(config: Config, mesh: Mesh | None) -> bool:
+  """Whether a GPU adds the gradients of all layers to one array: each would else fill and add up one of its own.
+
+  A CPU does not: its sums would have another order than those of every run before. Nor do sums of several rows, whose
+  reads would be kept with their weights and added one by one.
+  """
+  kinds = [SUBLAYERS[kind] for kind in layer_kinds(config.model, config.memory)]
+  whole = mesh is None or mesh.shape[ROWS] == 1
+  alone = config.model.num_selected == 1 or not any(kind.sums_rows for kind in kinds)
+  return whole and alone and any(kind.uses_bank for kind in kinds) and not on_cpu()
+
+
+def gradient_and_sum(
+  config: Config, objective: Callable, mesh: Mesh | None
+) -> tuple[Callable, Callable, Callable[[Array], Array | RowSums] | None]:
+  """Returns the gradient of a micro-batch, what adds one to a sum, and what makes an empty sum of the bank.
+
+  To be asked while a program is traced. The gradient is called and returns like `jax.value_and_grad(objective,
+  has_aux=True)`; the last is None where the sum of gradients is like a gradient.
+  """
+  if is_lazy(config):
+    return gradient_by_reads(config, objective), add_gradients, lambda _: no_rows(config)
+  if adds_reads_in_place(config, mesh):
+    return gradient_by_reads(config, objective), add_gradients, jnp.zeros_like
+  return jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add), None
+
+
+def gradient_by_reads(config: Config, objective: Callable) -> Callable:
+  """Returns what `jax.value_and_grad(objective, has_aux=True)` does, with `RowReads` as the bank's gradient."""
+
+  def gradient(params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None) -> tuple:
+    def tapped(others: Params, taps: dict[int, Reads]) -> tuple[Array, dict[str, Array]]:
+      return objective(params | others, rows, total_weight, key, taps)
+
+    taps = no_taps(config, *rows['target'].shape)
+    both = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
+    (value, parts), (grads, reads) = both(without_bank(params), taps)
+    row_LBTR = parts.pop('row_LBTR')
+    row_LBThr = row_LBTR.reshape(*row_LBTR.shape[:-1], config.memory.n_heads, -1)
+    return (value, parts), grads | {BANK: RowReads(row_LBThr, list(reads.values()))}
+
+  return gradient
+
+
+def no_rows(config: Config) -> RowSums:
+  """Returns slots, all free, for as many rows as an update can read."""
+  model, train = config.model, config.train
+  layers = sum(SUBLAYERS[kind].uses_bank for kind in layer_kinds(model, config.memory))
+  reads = layers * model.max_seq_len * train.update_rows
+  most = min(model.knowledge_num, reads * config.memory.n_heads * model.num_selected)
+  chunk = min(CHUNK_ROWS, most)
+  slots = -(-most // chunk) * chunk
+  return RowSums(
+    jnp.zeros((slots, model.knowledge_dim)),
+    model.knowledge_num + jnp.arange(slots),
+    jnp.full(model.knowledge_num, -1),
+    jnp.zeros((), jnp.int32),
+  )
+
+
+@jax.named_scope('optimizer')
+def add_rows(sums: RowSums, reads: RowReads) -> RowSums:
+  """Adds the gradients of a micro-batch; rows that are new get the next free slots."""
+  sum_UP, row_U, slot_M, used = sums
+  slots, M, row_X = len(row_U), len(slot_M), reads.row_LBThr.reshape(-1)
+  read_X = jnp.arange(len(row_X))
+  last_read_M = jnp.full(M, -1).at[row_X].max(read_X)  # of the reads of one row, the last asks for the slot
+  asks_X = (last_read_M[row_X] == read_X) & (slot_M[row_X] < 0)
+  slot_X = used + jnp.cumsum(asks_X) - 1
+  slot_M = slot_M.at[jnp.where(asks_X, row_X, M)].set(slot_X, mode='drop')
+  row_U = row_U.at[jnp.where(asks_X, slot_X, slots)].set(row_X, mode='drop')
+  for row_BThr, layer in zip(reads.row_LBThr, reads.layers, strict=True):
+    sum_UP = add_reads(sum_UP, slot_M[row_BThr], layer)
+  return RowSums(sum_UP, row_U, slot_M, used + jnp.sum(asks_X))
+
+
+def add_gradients(sums: Params, grads: Params) -> Params:
+  """Adds gradients of a micro-batch, whose bank is `RowReads`, to sums.
+
+  Those of the bank are `RowSums`, or (M, P): then they are added up in place, the last layer's first, as they arise.
+  """
+  others = jax.tree.map(jnp.add, without_bank(sums), without_bank(grads))
+  bank_sums, reads = sums[BANK], grads[BANK]
+  if isinstance(bank_sums, RowSums):
+    return others | {BANK: add_rows(bank_sums, reads)}
+  for row_BThr, layer in zip(reads.row_LBThr[::-1], reads.layers[::-1], strict=True):
+    bank_sums = add_reads(bank_sums, row_BThr, layer)
+  return others | {BANK: bank_sums}

@@ -1,0 +1,94 @@
+"""What the loop reports of its steps: means between two reports, and the dump of a run that diverged."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from mmjax.config import Config
+from mmjax.evaluation.probes import add_norms, bank_health
+from mmjax.files import named_leaves, write_json
+from mmjax.model.cost import device_peak_flops, flops_per_token
+from mmjax.model.lm import memory_layers
+from mmjax.run.log import peak_memory
+from mmjax.run.processes import is_main
+from mmjax.training.step import TrainState
+
+MEANS = ('loss', 'aux_loss', 'accuracy', 'grad_norm')
+
+
+class Window:
+  """Sums the metrics of the steps between two reports, on the device, and reads them once."""
+
+  def __init__(self) -> None:
+    self.steps: list[dict[str, jax.Array]] = []
+    self.usage_LM: jax.Array | None = None
+    self.paused_seconds = 0.0
+    self.start = time.perf_counter()
+
+  def add(self, metrics: dict[str, jax.Array]) -> None:
+    """Takes the metrics of one step without waiting for them."""
+    self.steps.append({name: value for name, value in metrics.items() if name not in ('usage_LM', 'grad_norm_N')})
+    if 'usage_LM' in metrics:
+      self.usage_LM = metrics['usage_LM'] if self.usage_LM is None else self.usage_LM + metrics['usage_LM']
+
+  @contextmanager
+  def pause(self) -> Iterator[None]:
+    """Stops the clock while something other than training runs."""
+    jax.block_until_ready(self.steps)
+    start = time.perf_counter()
+    yield
+    self.paused_seconds += time.perf_counter() - start
+
+  def report(self, config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Returns a line of metrics.jsonl, but for its step.
+
+    Means over the updates that were applied, NaN if none was; the last learning rate; tokens and seconds of all steps;
+    their speed, the memory, and for each layer with a memory how evenly it used the bank.
+    """
+    steps = jax.device_get(self.steps)
+    seconds = time.perf_counter() - self.start - self.paused_seconds
+    applied = [step for step in steps if step['applied']]
+    line = {name: float(np.mean([step[name] for step in applied])) if applied else math.nan for name in MEANS}
+    tokens = int(sum(step['tokens'] for step in steps))
+    peak_flops = device_peak_flops(jax.devices()[0].device_kind, config.train.dtype)
+    flops_per_second = tokens / seconds * flops_per_token(config)['total']
+    peak_bytes, peak_of = peak_memory()
+    usage_LM = () if self.usage_LM is None else np.asarray(self.usage_LM)
+    bank = zip(memory_layers(config) if len(usage_LM) else (), usage_LM, strict=True)
+    line |= {
+      'learning_rate': float(steps[-1]['learning_rate']),
+      'tokens': tokens,
+      'seconds': seconds,
+      'kind': 'train',
+      'tokens_per_second': tokens / seconds,
+      'mfu': flops_per_second / peak_flops / mesh.size if peak_flops else None,
+      'peak_bytes': peak_bytes,
+      'peak_bytes_of': peak_of,
+      'bank': [{'layer': layer, **bank_health(counts_M)} for layer, counts_M in bank],
+    }
+    return add_norms(line, self.steps)
+
+
+def write_divergence_dump(
+  folder: Path, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState
+) -> None:
+  """Writes the batch that broke a run and the norms of every parameter and its gradient."""
+  leaves = named_leaves(state['params'])
+  names = [name for name, _ in leaves]
+  norms = [float(jax.numpy.linalg.norm(leaf)) for _, leaf in leaves]  # every process has its part of them
+  if not is_main():
+    return
+  folder.mkdir(exist_ok=True)
+  np.savez(folder / f'batch-{step}.npz', **batch)
+  content = {'step': step, 'row_ids': batch['row_id'].tolist()}
+  content |= {name: float(metrics[name]) for name in ('loss', 'grad_norm', 'loss_average')}
+  content['parameter_norms'] = dict(zip(names, norms, strict=True))
+  content['gradient_norms'] = dict(zip(names, metrics['grad_norm_N'].tolist(), strict=True))
+  write_json(folder / f'step-{step}.json', content)
