@@ -50,8 +50,7 @@ class Estimate:
   @property
   def tokens(self) -> int:
     """Positions in an update."""
-    train = self.config.train
-    return train.update_rows * self.config.model.max_seq_len
+    return tokens_of(self.config)
 
   @property
   def usable_bytes(self) -> float:
@@ -77,18 +76,6 @@ class Estimate:
   def hours(self) -> float:
     """Least time of the whole run."""
     return self.positions / self.tokens * self.seconds / 3600
-
-  def products(self) -> dict[str, float]:
-    """Counted FLOPs of a device in an update by dtype."""
-    return {dtype: sum(k.runs * k.flops.get(dtype, 0) for k in self.kernels) for dtype in ('bf16', 'tf32', 'f32')}
-
-  def bytes_moved(self) -> float:
-    """Counted bytes of a device in an update."""
-    return sum(kernel.runs * kernel.bytes for kernel in self.kernels)
-
-  def bytes_sent(self) -> float:
-    """Bytes that a device sends to others in an update."""
-    return sum(kernel.runs * kernel.sends for kernel in self.kernels)
 
 
 def memory_share() -> float:

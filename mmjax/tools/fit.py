@@ -11,10 +11,9 @@ commas between them. Exit codes: 0 done, 2 user error.
 
 import argparse
 import json
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-from rich.table import Table
 
 from mmjax.ahead.cards import CARDS, find_card
 from mmjax.ahead.compiler import compile_for, prepare_environment
@@ -31,7 +30,7 @@ from mmjax.ahead.estimate import (
 )
 from mmjax.ahead.measure import measured_here
 from mmjax.config import load_config
-from mmjax.console import table_console
+from mmjax.console import Table, markdown, show
 from mmjax.errors import UserError, run_command
 from mmjax.run.nvidia import find_driver
 
@@ -60,11 +59,12 @@ def main() -> None:
     check_card(config, card)
   has_gpu = find_driver() is not None
   prepare_environment()  # which keeps this process from it
-  for number, card in enumerate(cards):
+  rows = []
+  for card in cards:
     found = estimate(config, card, arguments.devices)
     batches = {} if arguments.no_search else search(found)
     if arguments.markdown:
-      print_markdown(found, batches, header=number == 0)
+      rows.append(markdown_row(found, batches))
       continue
     measured = measured_here(arguments.config, overrides, arguments.devices) if has_gpu else None
     content = as_dict(found, batches, arguments.top) | {'measured': measured}
@@ -72,6 +72,8 @@ def main() -> None:
       print(json.dumps(content, indent=2))
     else:
       print_report(found, content)
+  if rows:
+    print(markdown(Table(list(rows[0]), [list(row.values()) for row in rows])), end='')
 
 
 def search(found: Estimate) -> dict[str, dict[str, Any]]:
@@ -103,8 +105,11 @@ def search(found: Estimate) -> dict[str, dict[str, Any]]:
 
 def as_dict(found: Estimate, batches: dict[str, dict[str, Any]], top: int) -> dict[str, Any]:
   """Returns everything that there is to say, as --json prints it; times in seconds."""
-  kernels = found.kernels
-  train = found.config.train
+  kernels, train = found.kernels, found.config.train
+  runs = Counter()
+  for kernel in kernels:
+    runs[kernel.kind] += kernel.runs
+  columns = ('seconds', 'bytes', 'runs', 'kind', 'operation', 'line')
   return {
     'experiment': found.config.experiment,
     'card': found.card.name,
@@ -124,29 +129,20 @@ def as_dict(found: Estimate, batches: dict[str, dict[str, Any]], top: int) -> di
       'positions': found.positions,
       'hours': found.hours,
     },
-    'products': found.products(),
+    'products': {dtype: sum(k.runs * k.flops.get(dtype, 0) for k in kernels) for dtype in ('bf16', 'tf32', 'f32')},
     'model_flops': found.model_flops,
-    'bytes': found.bytes_moved(),
-    'sends': found.bytes_sent(),
-    'kernels': sum(kernel.runs for kernel in kernels),
+    'bytes': sum(kernel.runs * kernel.bytes for kernel in kernels),
+    'sends': sum(kernel.runs * kernel.sends for kernel in kernels),
+    'kernels': runs.total(),
     'different_kernels': len(kernels),
     'triton': sum(kernel.kind == 'triton' for kernel in kernels),
     'kinds': [
-      {'kind': kind, 'seconds': spent, 'runs': sum(k.runs for k in kernels if k.kind == kind)}
+      {'kind': kind, 'seconds': spent, 'runs': runs[kind]}
       for kind, spent in seconds_by_kind(kernels, found.card).most_common()
     ],
-    'costliest': [
-      dict(zip(('seconds', 'bytes', 'runs', 'kind', 'operation', 'line'), entry, strict=True))
-      for entry in costliest(kernels, found.card)[:top]
-    ],
+    'costliest': [dict(zip(columns, entry, strict=True)) for entry in costliest(kernels, found.card)[:top]],
     'collectives': [
-      {
-        'kind': k.target,
-        'runs': k.runs,
-        'sends': k.sends,
-        'arrays': [str(shape) for shape in k.shapes],
-        'line': k.source,
-      }
+      {'kind': k.target, 'runs': k.runs, 'sends': k.sends, 'arrays': list(map(str, k.shapes)), 'line': k.source}
       for k in kernels
       if k.kind == 'collective'
     ],
@@ -155,77 +151,81 @@ def as_dict(found: Estimate, batches: dict[str, dict[str, Any]], top: int) -> di
 
 def print_report(found: Estimate, content: dict[str, Any]) -> None:
   """Prints what `as_dict` holds for people."""
-  console, bound = table_console(), content['bound']
   devices = f'{found.devices} x ' if found.devices > 1 else ''
   shape = ' x '.join(map(str, content['micro_batch']))
-  share, limit = memory_share(), found.usable_bytes / GB
-  print(f'{found.config.experiment} on {devices}{found.card.name}, {shape} tokens an update, remat {content["remat"]}')
   print(
-    f'\n{"Fits" if found.fits else "Does not fit"}: {found.peak_bytes / GB:.2f} GB at the peak, of {limit:.1f} GB that '
-    f'JAX takes ({share:.0%} of the card; XLA_CLIENT_MEM_FRACTION changes it)'
+    f'{found.config.experiment} on {devices}{found.card.name}, {shape} tokens an update, remat {content["remat"]}\n\n'
+    f'{"Fits" if found.fits else "Does not fit"}: {found.peak_bytes / GB:.2f} GB at the peak, of '
+    f'{found.usable_bytes / GB:.1f} GB that JAX takes ({memory_share():.0%} of the card; XLA_CLIENT_MEM_FRACTION '
+    'changes it)'
   )
-  parts = Table('at the peak', 'GB', box=None)
-  names = {'state': 'state and batch', 'gradients': 'gradients, summed up', 'loss': 'loss'}
-  for name, size in found.parts.items():
-    if size >= found.peak_bytes / 200:
-      parts.add_row(names.get(name, f'activations: {name}'), f'{size / GB:.2f}')
-  console.print(parts)
+  show(memory_table(found))
   for remat, batch in content['largest_micro_batch'].items():
-    what = f'Largest micro-batch, remat {remat}: '
-    if not batch['batch_size']:
-      print(f'{what}none fits')
-      continue
-    same = batch['settings']
-    print(f'{what}{batch["batch_size"]} rows ({batch["peak_bytes"] / GB:.2f} GB)', end='')
-    print(f'; the same update: {same}' if same else '')
-  products = ', '.join(f'{flops / 1e12:.2f} TFLOP {dtype}' for dtype, flops in content['products'].items() if flops)
-  print(
-    f'\nAn update{" on each device" if devices else ""}: {products} in products, {content["bytes"] / GB:.1f} GB', end=''
-  )
-  print(f' moved, {content["sends"] / GB:.2f} GB sent' if devices else ' moved', end='')
-  print(f', {content["kernels"]:,} kernels; Triton or Pallas: {content["triton"]}')
-  run = 'the configured run' if found.config.train.max_steps else "as many tokens as the record's"
-  print(
-    f'Bound, not measured: at least {1e3 * bound["seconds_an_update"]:.1f} ms an update, at most '
-    f'{bound["tokens_per_second"]:,.0f} tokens/s, {bound["share_of_peak"]:.0%} of {found.devices} x '
-    f'{found.card.peak_rate / 1e12:.0f} TFLOP/s; {bound["hours"]:.3g} h for {run} ({bound["positions"]:,.0f})'
-  )
+    same = f'; the same update: {batch["settings"]}' if batch['settings'] else ''
+    fits = f'{batch["batch_size"]} rows ({batch["peak_bytes"] / GB:.2f} GB){same}'
+    print(f'Largest micro-batch, remat {remat}: {fits if batch["batch_size"] else "none fits"}')
+  print(cost_sentences(found, content))
   if measured := content['measured']:
-    seconds = measured['seconds_an_update']
-    rate = found.tokens / seconds
-    print(
-      f'Measured here, on {measured["device"]}: {1e3 * seconds:.1f} ms an update, {rate:,.0f} tokens/s'
-      + (f', {measured["peak_bytes"] / GB:.2f} GB at the peak' if measured['peak_bytes'] else '')
-    )
-  kinds = Table('kernels', 'ms', 'runs', box=None)
-  for kind in content['kinds']:
-    kinds.add_row(kind['kind'], f'{1e3 * kind["seconds"]:.2f}', f'{kind["runs"]:,}')
-  costly = Table('ms', 'GB', 'runs', 'kind', 'operation', 'line', box=None)
-  for entry in content['costliest']:
-    row = f'{1e3 * entry["seconds"]:.2f}', f'{entry["bytes"] / GB:.2f}', f'{entry["runs"]:,}'
-    costly.add_row(*row, entry['kind'], entry['operation'], entry['line'])
-  tables = [kinds, costly]
-  if content['collectives']:
-    sent = Table('collective', 'runs', 'MB sent', 'array', 'line', box=None)
-    for entry in content['collectives']:
-      row = entry['kind'], str(entry['runs']), f'{entry["sends"] / 1e6:.1f}'
-      sent.add_row(*row, ', '.join(entry['arrays'][:3]), entry['line'])
-    tables.append(sent)
-  for table in tables:
-    print()
-    console.print(table)
+    seconds, peak = measured['seconds_an_update'], measured['peak_bytes']
+    at_the_peak = f', {peak / GB:.2f} GB at the peak' if peak else ''
+    rate = f'{1e3 * seconds:.1f} ms an update, {found.tokens / seconds:,.0f} tokens/s'
+    print(f'Measured here, on {measured["device"]}: {rate}{at_the_peak}')
+  show(*kernel_tables(content))
 
 
-def print_markdown(found: Estimate, batches: dict[str, dict[str, Any]], *, header: bool) -> None:
-  """Prints a row for BENCHMARKS.md."""
+def memory_table(found: Estimate) -> Table:
+  """What lies in memory at the peak, without what is less than 0.5 % of it."""
+  names = {'state': 'state and batch', 'gradients': 'gradients, summed up', 'loss': 'loss'}
+  parts = [(part, size) for part, size in found.parts.items() if size >= found.peak_bytes / 200]
+  rows = [(names.get(part, f'activations: {part}'), f'{size / GB:.2f}') for part, size in parts]
+  return Table(('at the peak', 'GB'), rows)
+
+
+def cost_sentences(found: Estimate, content: dict[str, Any]) -> str:
+  """What an update multiplies, moves and starts, and the least time of that."""
+  several, bound = found.devices > 1, content['bound']
+  products = ', '.join(f'{flops / 1e12:.2f} TFLOP {dtype}' for dtype, flops in content['products'].items() if flops)
+  sent = f' moved, {content["sends"] / GB:.2f} GB sent' if several else ' moved'
+  run = 'the configured run' if found.config.train.max_steps else "as many tokens as the record's"
+  return (
+    f'\nAn update{" on each device" if several else ""}: {products} in products, {content["bytes"] / GB:.1f} GB{sent}, '
+    f'{content["kernels"]:,} kernels; Triton or Pallas: {content["triton"]}\n'
+    f'Bound, not measured: at least {1e3 * found.seconds:.1f} ms an update, at most '
+    f'{bound["tokens_per_second"]:,.0f} tokens/s, {found.share_of_peak:.0%} of {found.devices} x '
+    f'{found.card.peak_rate / 1e12:.0f} TFLOP/s; {found.hours:.3g} h for {run} ({found.positions:,.0f})'
+  )
+
+
+def kernel_tables(content: dict[str, Any]) -> list[Table]:
+  """Time by kind of kernel, the costliest lines, and what devices send each other."""
+
+  def ms(entry: dict[str, Any]) -> str:
+    return f'{1e3 * entry["seconds"]:.2f}'
+
+  costly = [
+    (ms(entry), f'{entry["bytes"] / GB:.2f}', f'{entry["runs"]:,}', *(entry[n] for n in ('kind', 'operation', 'line')))
+    for entry in content['costliest']
+  ]
+  sent = [
+    (entry['kind'], entry['runs'], f'{entry["sends"] / 1e6:.1f}', ', '.join(entry['arrays'][:3]), entry['line'])
+    for entry in content['collectives']
+  ]
+  return [
+    Table(('kernels', 'ms', 'runs'), [(kind['kind'], ms(kind), f'{kind["runs"]:,}') for kind in content['kinds']]),
+    Table(('ms', 'GB', 'runs', 'kind', 'operation', 'line'), costly),
+    Table(('collective', 'runs', 'MB sent', 'array', 'line'), sent),
+  ]
+
+
+def markdown_row(found: Estimate, batches: dict[str, dict[str, Any]]) -> dict[str, Any]:
+  """Returns a row for BENCHMARKS.md."""
   content = as_dict(found, batches, 0)
-  bound = content['bound']
-  row = {
+  return {
     'config': found.config.experiment + (', remat' if content['remat'] == 'block' else ''),
     'card': f'{found.devices} x {found.card.name}' if found.devices > 1 else found.card.name,
     'peak, GB': f'{found.peak_bytes / GB:.2f}',
     'bound, ms': f'{1e3 * found.seconds:.1f}',
-    'tokens/s': f'{bound["tokens_per_second"]:,.0f}',
+    'tokens/s': f'{content["bound"]["tokens_per_second"]:,.0f}',
     'of peak': f'{found.share_of_peak:.0%}',
     'hours': f'{found.hours:.2f}',
     'largest micro-batch': batches['none']['batch_size'] if batches else '-',
@@ -233,9 +233,6 @@ def print_markdown(found: Estimate, batches: dict[str, dict[str, Any]], *, heade
     'kernels': f'{content["kernels"]:,}',
     'sent, MB': f'{content["sends"] / 1e6:.0f}',
   }
-  if header:
-    print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
-  print('| ' + ' | '.join(map(str, row.values())) + ' |', flush=True)
 
 
 if __name__ == '__main__':
