@@ -22,7 +22,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 
-from mmjax.run.nvidia import TRITON
+from mmjax.run import nvidia
 
 BITS = {'pred': 8, 's4': 4, 'u4': 4, 'token': 0, 'opaque': 0}  # the others carry their width in their name
 FREE = {
@@ -214,7 +214,7 @@ class Module:
       lone[instruction.name] = dataclasses.replace(instruction, root=True)
       kind, moved = _fusion_kind(lone, instruction), _fusion_bytes(lone, inputs, results)
       flops = _dot_flops(around, instruction)
-    if TRITON.search(re.sub(r'metadata=\{[^}]*\}', '', instruction.rest)):
+    if nvidia.TRITON.search(re.sub(r'metadata=\{[^}]*\}', '', instruction.rest)):
       kind = 'triton'
     return Kernel(
       instruction.name, kind, target, runs, moved, flops, sends, results,
