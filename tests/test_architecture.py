@@ -201,12 +201,6 @@ def test_every_default_is_written_once():
         pytest.fail(f'{path}:{node.lineno} reads a setting with a default of its own')
 
 
-def test_the_optimizer_needs_neither_data_nor_a_log():
-  code = 'import sys, mmjax.training.optimizer; print(sorted({"grain", "tensorboardX", "orbax"} & set(sys.modules)))'
-  out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-  assert out.strip() == '[]'
-
-
 @pytest.mark.parametrize('path', [path for path in EVERYTHING if path.parts[0] != 'configs'], ids=str)
 def test_functions_fit_two_screens(path):
   for node in ast.walk(ast.parse(path.read_text())):

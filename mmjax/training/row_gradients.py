@@ -11,14 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.kernels.bank import Reads, add_reads
 from mmjax.kernels.forms import on_cpu
 from mmjax.model.lm import BANK, Params, no_taps, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
-from mmjax.run.sharding import ROWS
 
 CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
 
@@ -51,29 +49,28 @@ def is_lazy(config: Config) -> bool:
   return config.memory.bank_update == 'lazy' and SUBLAYERS[config.model.sublayer].uses_bank
 
 
-def adds_reads_in_place(config: Config, mesh: Mesh | None) -> bool:
+def adds_reads_in_place(config: Config, *, whole: bool) -> bool:
   """Whether a GPU adds the gradients of all layers to one array: each would else fill and add up one of its own.
 
   A CPU does not: its sums would have another order than those of every run before. Nor do sums of several rows, whose
   reads would be kept with their weights and added one by one.
   """
   kinds = [SUBLAYERS[kind] for kind in layer_kinds(config.model, config.memory)]
-  whole = mesh is None or mesh.shape[ROWS] == 1
   alone = config.model.num_selected == 1 or not any(kind.sums_rows for kind in kinds)
   return whole and alone and any(kind.uses_bank for kind in kinds) and not on_cpu()
 
 
 def gradient_and_sum(
-  config: Config, objective: Callable, mesh: Mesh | None
+  config: Config, objective: Callable, *, whole: bool
 ) -> tuple[Callable, Callable, Callable[[Array], Array | RowSums] | None]:
   """Returns the gradient of a micro-batch, what adds one to a sum, and what makes an empty sum of the bank.
 
-  To be asked while a program is traced. The gradient is called and returns like `jax.value_and_grad(objective,
-  has_aux=True)`; the last is None where the sum of gradients is like a gradient.
+  To be asked while a program is traced; `whole` says that every device has the whole bank. The gradient is called and
+  returns like `jax.value_and_grad(objective, has_aux=True)`; the last is None where the sum is like a gradient.
   """
   if is_lazy(config):
     return gradient_by_reads(config, objective), add_gradients, lambda _: no_rows(config)
-  if adds_reads_in_place(config, mesh):
+  if adds_reads_in_place(config, whole=whole):
     return gradient_by_reads(config, objective), add_gradients, jnp.zeros_like
   return jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add), None
 

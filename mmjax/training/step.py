@@ -25,7 +25,7 @@ from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import gate_norms, row_update_ratio
 from mmjax.model.lm import BANK, Params, init_params, without_bank
-from mmjax.run.sharding import spread
+from mmjax.run.sharding import ROWS, spread
 from mmjax.training.lazy_bank import init_moments, update_rows
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
 from mmjax.training.row_gradients import RowSums, gradient_and_sum, is_lazy
@@ -64,9 +64,10 @@ def make_gradient(
   """
   mesh = None if is_lazy(config) or mesh is None or mesh.size == 1 else mesh
   objective = make_loss(config, graphdef, attention, mesh=mesh)
+  whole = mesh is None or mesh.shape[ROWS] == 1
 
   def gradient(params: Params, batch: dict[str, Array], tokens: Array, step: Array) -> tuple[dict[str, Array], Params]:
-    grad, add_up, empty_bank = gradient_and_sum(config, objective, mesh)
+    grad, add_up, empty_bank = gradient_and_sum(config, objective, whole=whole)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     if mesh and config.model.dropout:
       key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
