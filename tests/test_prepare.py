@@ -173,7 +173,7 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_elsewhere(tmp_path, corpus, m
     ),
     (['--tokenizer', 'none.model'], "no tokenizer file 'none.model'"),
     (['--vocab_size', '100'], 'model.vocab_size=100 must be'),
-    (['--valid_fraction', '2'], 'data.valid_fraction=2.0 must be at least 0 and below 1'),
+    (['--valid_fraction', '2'], 'data.valid_fraction=2.0 must be at most 0.999999'),
     (['--wrokers', '2'], "argument '--wrokers' is not understood"),
   ],
 )

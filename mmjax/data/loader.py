@@ -14,7 +14,7 @@ import grain
 import numpy as np
 
 from mmjax.data.index import counts_bytes, open_shards, verify
-from mmjax.data.tokenizer import load_tokenizer
+from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
 
 PADDING = -1  # the target where there is nothing to predict: no token, whatever the tokenizer
@@ -48,6 +48,11 @@ class TokenSplit:
     self.index = index
 
   @functools.cached_property
+  def tokenizer(self) -> Tokenizer:
+    """What made tokens of the text."""
+    return load_tokenizer(self.directory / self.index['tokenizer']['file'])
+
+  @functools.cached_property
   def scored_bytes(self) -> int:
     """UTF-8 bytes of the text that the targets of all rows stand for: all of it but what padded rows cut off.
 
@@ -63,7 +68,7 @@ class TokenSplit:
         f"'{self.directory}' is of an earlier version, which did not count the bytes of documents that are cut "
         f'({len(cut)} at model.max_seq_len={self.max_seq_len}) where the tokenizer changes text; prepare it again'
       )
-    piece_bytes = load_tokenizer(self.directory / self.index['tokenizer']['file']).bytes_per_token()
+    piece_bytes = self.tokenizer.bytes_per_token()
     parts = [np.zeros((2, 0), np.int64)]
     for shard, start in zip(self.index['splits'][self.split]['shards'], self._shard_start[:-1], strict=True):
       if 'bytes_file' in shard:

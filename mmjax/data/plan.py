@@ -9,7 +9,6 @@ import hashlib
 import json
 import os
 import re
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,8 @@ class Plan:
       return False
     if index['settings'] | {'tokenizer_sha256': own} != self.settings or (self.may_cut and not counts_bytes(index)):
       return False
-    pairs = [zip_longest(index['inputs'][split], files, fillvalue={}) for split, files in self.inputs.items()]
-    return all(_same_input(old, new) for files in pairs for old, new in files)
+    pairs = [(index['inputs'][split], files) for split, files in self.inputs.items()]
+    return all(len(old) == len(new) and all(map(_same_input, old, new)) for old, new in pairs)
 
 
 def make_plan(data: DataConfig, vocab_size: int, progress: Progress) -> Plan:
@@ -129,7 +128,7 @@ def _content(file: dict[str, Any]) -> str | None:
 
 def _same_input(old: dict[str, Any], new: dict[str, Any]) -> bool:
   """Whether two entries of an index are of one text; old ones have its path, links resolved, size and time, no hash."""
-  if not (old and new) or _content(old) != _content(new):
+  if _content(old) != _content(new):
     return False
   if 'sha256' in old:
     return old['sha256'] == new['sha256']

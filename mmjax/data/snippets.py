@@ -40,6 +40,11 @@ def read_snippets(split: TokenSplit, start_S: np.ndarray, length: int) -> np.nda
   return np.stack([split.stream(start, start + length) for start in start_S])
 
 
+def snippet_texts(split: TokenSplit, start_S: np.ndarray, length: int) -> list[str]:
+  """Returns the texts of snippets."""
+  return [split.tokenizer.decode(tokens) for tokens in read_snippets(split, start_S, length)]
+
+
 def latent_semantic_vectors(token_SL: np.ndarray, vocab_size: int, dim: int) -> np.ndarray:
   """Encodes snippets by latent semantic analysis.
 

@@ -20,7 +20,6 @@ import numpy as np
 from mmjax.config import Config, expand_home, load_config, own_config, user_path
 from mmjax.console import Progress, command_parser
 from mmjax.data.bank_file import texts_path, write_texts
-from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, open_split
 from mmjax.data.prepare import prepare
 from mmjax.data.snippets import (
@@ -29,10 +28,10 @@ from mmjax.data.snippets import (
   latent_semantic_vectors,
   read_snippets,
   reduce_dim,
+  snippet_texts,
   standardize,
   unit_rows,
 )
-from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.files import check_room, storage_errors
 from mmjax.interop.files import write_tensors
@@ -89,14 +88,13 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   progress = Progress(sys.stderr)
   prepared = prepare(config.data, model.vocab_size)
   split = open_split(prepared, 'train', max_seq_len=length, layout='packed', isolate_documents=False)
-  tokenizer = load_tokenizer(prepared / read_index(prepared)['tokenizer']['file'])
   start_S = cut_snippets(split, length, snippets_a_row * model.knowledge_num)
   check_room(out, 8 * (len(start_S) + model.knowledge_num) * model.knowledge_dim)
   if len(start_S) < model.knowledge_num:
     choose_rows(np.empty((len(start_S), 1)), model.n_sub_keys, lambda done: None)
   stages = Stages(out, [prepared.name, encoder, length, snippets_a_row, model.knowledge_num, model.knowledge_dim])
   progress.say(f'{len(start_S):,} snippets of {length} tokens; encoding with {encoder}')
-  vector_SP = encode(stages, progress, split, tokenizer, start_S, config, embed)
+  vector_SP = encode(stages, progress, split, start_S, config, embed)
   progress.say(f'choosing {model.knowledge_num:,} rows')
 
   def report(done: int) -> None:
@@ -105,8 +103,7 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   row_M = stages.run('rows', lambda: choose_rows(vector_SP, model.n_sub_keys, report))
   progress.close()
   bank_MP = standardize(vector_SP[row_M], config.memory.bank_std)
-  texts = (tokenizer.decode(split.stream(start, start + length).tolist()) for start in start_S[row_M])
-  write_texts(texts_path(out), texts)
+  write_texts(texts_path(out), snippet_texts(split, start_S[row_M], length))
   write_tensors(out, {BANK: bank_MP})
   stages.remove()
   progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {texts_path(out)}')
@@ -116,7 +113,6 @@ def encode(
   stages: 'Stages',
   progress: Progress,
   split: TokenSplit,
-  tokenizer: Tokenizer,
   start_S: np.ndarray,
   config: Config,
   embed: Callable[[list[str]], np.ndarray] | None,
@@ -131,9 +127,9 @@ def encode(
     return stages.run('vectors', semantic)
   parts = []
   for start in range(0, len(start_S), SNIPPETS_A_PART):
-    token_SL = read_snippets(split, start_S[start : start + SNIPPETS_A_PART], length)
-    parts.append(stages.run(f'embedded-{start}', lambda tokens=token_SL: embed([tokenizer.decode(t) for t in tokens])))
-    done = start + len(token_SL)
+    part_S = start_S[start : start + SNIPPETS_A_PART]
+    parts.append(stages.run(f'embedded-{start}', lambda part_S=part_S: embed(snippet_texts(split, part_S, length))))
+    done = start + len(part_S)
     progress.update('encoding', done, len(start_S), f'{done:,} snippets')
   return stages.run('vectors', lambda: unit_rows(reduce_dim(parts, dim)))
 

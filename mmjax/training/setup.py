@@ -14,7 +14,7 @@ from mmjax.data.bank_file import read_bank
 from mmjax.data.index import INDEX, data_sha256, read_index
 from mmjax.data.loader import TokenSplit, check_fills_batch, cut_remark, open_split, steps_of_epochs
 from mmjax.data.overlap import overlap_remark
-from mmjax.data.tokenizer import Tokenizer, load_tokenizer
+from mmjax.data.tokenizer import Tokenizer
 from mmjax.files import write_file
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.checkpoint import Checkpoints
@@ -94,8 +94,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
     cut_remark({'training': train_split, 'validation': valid_split}),
     overlap_remark(valid, valid.get('also_in_train')),
   ]
-  tokenizer = load_tokenizer(prepared / index['tokenizer']['file'])
-  return Inputs(tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
+  return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
 
 
 def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: Mapping[str, Any] | None = None) -> None:
