@@ -146,7 +146,7 @@ def _training_documents(plan: Plan, on_bad_line: str, progress: Progress) -> Ite
   """Yields the training documents, without those that will be held out."""
   files, settings = plan.files['train'], plan.settings
   meter = Meter('sampling text', files, progress)
-  for text in read_documents(files, settings['text_key'], Tally(on_bad_line), meter.read):
+  for text in read_documents(files, settings['text_key'], Tally(on_bad_line), meter):
     raw = text.encode()
     meter.add(len(raw))
     if not is_held_out(raw, settings['valid_fraction']):

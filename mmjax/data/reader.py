@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -108,15 +108,35 @@ class Place(NamedTuple):
 START = Place()
 
 
-def read_files(
-  files: Sequence[Path], start: Place = START, on_read: Callable[[int], None] = lambda disk_bytes: None
-) -> Iterator[Block]:
+class Meter:
+  """Sums up a pass over files, and shows its share of the bytes on disk, its tokens and its speed."""
+
+  def __init__(self, stage: str, files: Sequence[Path], progress: Progress):
+    self._stage, self._progress = stage, progress
+    self._total_bytes = sum(file.stat().st_size for file in files)
+    self._read_bytes = self._text_bytes = self._tokens = 0
+    self._start_seconds = time.monotonic()
+
+  def read(self, disk_bytes: int) -> None:
+    """Notes how much has been read from the disk."""
+    self._read_bytes = disk_bytes
+
+  def add(self, text_bytes: int, tokens: int = 0) -> None:
+    """Adds text that is done, and shows the sums."""
+    self._text_bytes += text_bytes
+    self._tokens += tokens
+    speed = self._text_bytes / 1e6 / max(time.monotonic() - self._start_seconds, 1e-3)
+    note = f'{self._tokens / 1e6:.1f} M tokens, {speed:.1f} MB/s' if self._tokens else f'{speed:.1f} MB/s'
+    self._progress.update(self._stage, self._read_bytes, self._total_bytes, note)
+
+
+def read_files(files: Sequence[Path], start: Place = START, meter: Meter | None = None) -> Iterator[Block]:
   """Yields the blocks of all files in order.
 
   Args:
     files: as `find_files` gives them.
     start: where to begin; where a block ended.
-    on_read: called with the bytes read so far, as they lie on the disk, before each block.
+    meter: told before each block how many bytes were read, as they lie on the disk.
 
   Raises:
     UserError: if a file cannot be opened, is damaged, or ends before its compressed data do.
@@ -124,12 +144,15 @@ def read_files(
   before = sum(file.stat().st_size for file in files[: start.file])
   line, byte = start.line, start.byte
   for file in files[start.file :]:
-    yield from _read_file(file, line, byte, lambda disk_bytes, before=before: on_read(before + disk_bytes))
+    for block, disk_bytes in _read_file(file, line, byte):
+      if meter:
+        meter.read(before + disk_bytes)
+      yield block
     before += file.stat().st_size
     line, byte = 1, 0
 
 
-def _read_file(file: Path, line: int, byte: int, on_read: Callable[[int], None]) -> Iterator[Block]:
+def _read_file(file: Path, line: int, byte: int) -> Iterator[tuple[Block, int]]:
   content, packing = ending_of(file)
   try:
     with file.open('rb') as raw, PACKINGS[packing].unpack(raw) as handle:
@@ -138,10 +161,9 @@ def _read_file(file: Path, line: int, byte: int, on_read: Callable[[int], None])
         too_long = piece if isinstance(piece, int) else 0
         block = Block(str(file), line, byte, b'' if too_long else piece, too_long)
         line, byte = block.end
-        on_read(raw.tell())
-        yield block
+        yield block, raw.tell()
       if not byte:  # an empty file gives one empty block
-        yield Block(str(file), line, byte, b'')
+        yield Block(str(file), line, byte, b''), 0
   except DAMAGED as error:
     raise UserError(
       f"'{file}' is damaged or cut short: {error} (after byte {byte} of its uncompressed text)"
@@ -200,37 +222,13 @@ class Tally:
     return ', '.join(f'{n} x {kind} (first: {self.examples[kind]})' for kind, n in sorted(self.skipped().items()))
 
 
-class Meter:
-  """Sums up a pass over files, and shows its share of the bytes on disk, its tokens and its speed."""
-
-  def __init__(self, stage: str, files: Sequence[Path], progress: Progress):
-    self._stage, self._progress = stage, progress
-    self._total_bytes = sum(file.stat().st_size for file in files)
-    self._read_bytes = self._text_bytes = self._tokens = 0
-    self._start_seconds = time.monotonic()
-
-  def read(self, disk_bytes: int) -> None:
-    """Notes how much has been read from the disk."""
-    self._read_bytes = disk_bytes
-
-  def add(self, text_bytes: int, tokens: int = 0) -> None:
-    """Adds text that is done, and shows the sums."""
-    self._text_bytes += text_bytes
-    self._tokens += tokens
-    speed = self._text_bytes / 1e6 / max(time.monotonic() - self._start_seconds, 1e-3)
-    note = f'{self._tokens / 1e6:.1f} M tokens, {speed:.1f} MB/s' if self._tokens else f'{speed:.1f} MB/s'
-    self._progress.update(self._stage, self._read_bytes, self._total_bytes, note)
-
-
-def read_documents(
-  files: Sequence[Path], text_key: str, tally: Tally, on_read: Callable[[int], None] = lambda disk_bytes: None
-) -> Iterator[str]:
+def read_documents(files: Sequence[Path], text_key: str, tally: Tally, meter: Meter | None = None) -> Iterator[str]:
   """Yields the documents of all files in order, never more than a block of them in memory.
 
   Raises:
     UserError: for a bad file, and for bad lines as `tally` decides.
   """
-  for block in read_files(files, on_read=on_read):
+  for block in read_files(files, meter=meter):
     parsed = parse_block(block, text_key)
     tally.add(block.file, parsed.lines, parsed.empty, parsed.bad)
     yield from parsed.documents

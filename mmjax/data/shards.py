@@ -136,7 +136,7 @@ class ShardBuilder:
     settings, names = self._settings, [str(file) for file in files]
     tally = Tally(settings['on_bad_line'], **self.state['tallies'][split])
     meter = Meter(f'tokenizing {split}', files, progress)
-    blocks = read_files(files, Place(*self.state['place']), meter.read)
+    blocks = read_files(files, Place(*self.state['place']), meter)
     tokenized = tokenize_blocks(blocks, self._tokenizer, settings['text_key'], settings['valid_fraction'], workers)
     with contextlib.closing(tokenized):  # ends the processes at once, also when a line is bad
       for block, done in tokenized:
