@@ -82,7 +82,7 @@ def refuse_wrong_jaxlib() -> None:
   if [int(n) for n in re.findall(r'\d+', version)[:3]] == [0, 10, 2]:
     raise UserError(
       f'jaxlib {version} computes wrong results on CPUs (jax-ml/jax#39103); install another with  '
-      "pip install 'jax!=0.10.2,<0.12'"
+      "pip install 'jax!=0.10.2,!=0.11.0,<0.12'"
     )
 
 

@@ -1,6 +1,4 @@
-"""No Triton and no Pallas in a step lowered for CUDA, which needs no GPU; compiler options and warnings by device."""
-
-from importlib import metadata
+"""No Triton and no Pallas in a step lowered for CUDA, which needs no GPU; compiler options by device."""
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +10,7 @@ from mmjax.kernels.forms import traced_for
 from mmjax.model.lm import model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.nvidia import TRITON, count_triton
-from mmjax.run.placement import compiler_options, slow_scatter_warning
-from mmjax.training import loop
+from mmjax.run.placement import compiler_options
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step
 from tests.helpers import random_batch, rarely, tiny_config
@@ -79,25 +76,3 @@ def test_triton_gemm_sets_the_compiler_option_on_nvidia(platform, wanted):
 @pytest.mark.parametrize('platform', ['cpu', 'tpu', 'rocm'])
 def test_triton_gemm_sets_nothing_elsewhere(platform):
   assert compiler_options(tiny_config(), platform) == {}
-
-
-@pytest.mark.parametrize('version', ['0.10.2', '0.10.3', '0.11.0', '0.11.0.dev20260401'])
-def test_slow_scatter_is_told_in_one_sentence_on_nvidia(version):
-  warning = slow_scatter_warning('gpu', version)
-  assert version in warning and '0.11.1' in warning and warning.count('. ') == 0
-  assert slow_scatter_warning('cpu', version) is None
-
-
-@pytest.mark.parametrize('version', ['0.10.1', '0.11.1', '0.12.0', '1.0.0'])
-def test_other_versions_give_no_warning(version):
-  assert slow_scatter_warning('gpu', version) is None
-
-
-@pytest.mark.thorough
-def test_run_tells_the_warning(monkeypatch, tmp_path, tiny_run, capsys):
-  from mmjax.run.directory import RunDir
-
-  monkeypatch.setattr(loop, 'slow_scatter_warning', lambda platform, version: f'Warning: {platform} {version}')
-  config = RunDir(tiny_run).read_config()
-  loop.fit(config, tmp_path)
-  assert f'Warning: cpu {metadata.version("jaxlib")}' in capsys.readouterr().out

@@ -12,7 +12,6 @@ mmjax/run/nvidia.py finds what is left of it in a compiled module.
 
 import contextlib
 import dataclasses
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from mmjax.run.sharding import make_mesh, one_device
 # The passes of XLA that make Triton fusions of what is no matrix product.
 TRITON_PASSES = 'triton-softmax-rewriter,fusion-block-level-rewriter'
 CUDNN_HEAD_DIM = 128  # the most channels of a head that its flash attention takes on every GPU
-SLOW_SCATTER = (0, 10, 2), (0, 11, 0)  # first and last version of jaxlib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,20 +124,6 @@ def use_compilation_cache(config: Config) -> None:
   """Keeps compiled programs in runtime.compilation_cache_dir; to be called before the first is compiled."""
   if config.runtime.compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(Path(config.runtime.compilation_cache_dir).absolute()))
-
-
-def slow_scatter_warning(platform: str, jaxlib_version: str) -> str | None:
-  """Returns one sentence where float32 scatter-adds are slow, on a platform with a jaxlib such as '0.11.0', else None.
-
-  Sorting the rows first does not help: what is slow is every addition to memory, not their order.
-  """
-  version = tuple(int(n) for n in re.findall(r'\d+', jaxlib_version)[:3])
-  if not is_nvidia(platform) or not SLOW_SCATTER[0] <= version <= SLOW_SCATTER[1]:
-    return None
-  return (
-    f'Warning: jaxlib {jaxlib_version} adds up the gradient of the bank and of the embedding by compare-and-swap on '
-    'NVIDIA GPUs, up to hundreds of times slower where rows repeat; install jaxlib 0.11.1 or later.'
-  )
 
 
 def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int, head_dim: int) -> str:

@@ -10,7 +10,6 @@ step number, so a resumed run goes on bit for bit (on a CPU).
 
 import dataclasses
 from contextlib import closing
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from mmjax.run.leaves import non_finite
 from mmjax.run.log import MetricsLog
 from mmjax.run.nvidia import describe_devices
 from mmjax.run.origin import load_origin
-from mmjax.run.placement import place, slow_scatter_warning, use_compilation_cache
+from mmjax.run.placement import place, use_compilation_cache
 from mmjax.run.processes import is_main, joined
 from mmjax.run.sharding import put_batch
 from mmjax.run.signals import StopSignals
@@ -120,8 +119,7 @@ class Trainer:
   def compile(self, state: TrainState) -> jax.stages.Compiled:
     """Returns the update, and says what is to be known before the first."""
     learner, config, say = self.learner, self.learner.config, self.progress.say
-    warning = slow_scatter_warning(learner.placement.platform, metadata.version('jaxlib'))
-    for remark in filter(None, [*self.inputs.remarks, warning]):
+    for remark in self.inputs.remarks:
       say(remark)
     start, total = int(state['step']), self.inputs.total_steps
     watch = MicroBatchWatch(config.train, config.model.max_seq_len, start, total, self.progress)
