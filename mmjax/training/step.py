@@ -126,10 +126,12 @@ def make_train_step(
     with jax.named_scope('optimizer'):
       grad_norm = optax.global_norm(grads)
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
+      factor, average = config.train.max_loss_factor, state['loss_average']
+      spikes = (factor > 0) & (average > 0) & (parts['loss'] > factor * average)  # never before there is an average
       # The update after the last one that may be skipped is not made: the loop looks back one step, and its dump shall
       # hold the parameters of the step that diverged.
       given_up = state['skipped'] == config.train.max_skipped_updates
-      applied = finite & ~is_spike(config, parts['loss'], state['loss_average']) & ~given_up
+      applied = finite & ~spikes & ~given_up
       after, ratio = apply(state, grads, row_sums, parts.get('usage_LM'), applied)
     after |= counters(state, parts['loss'], applied)
     metrics = {
@@ -140,7 +142,7 @@ def make_train_step(
       'tokens': tokens,
       'finite': finite,
       'applied': applied,
-      'loss_average': state['loss_average'],
+      'loss_average': average,
       'skipped': after['skipped'],
     }
     return after, parts | metrics | ratio
@@ -174,11 +176,6 @@ def make_apply(config: Config, optimizer: optax.GradientTransformation, total_st
     return after, metrics
 
   return apply
-
-
-def is_spike(config: Config, loss: Array, average: Array) -> Array:
-  """Tells whether a loss is above max_loss_factor times the average; never before there is one, or for factor 0."""
-  return (config.train.max_loss_factor > 0) & (average > 0) & (loss > config.train.max_loss_factor * average)
 
 
 def counters(state: TrainState, loss: Array, applied: Array) -> TrainState:
