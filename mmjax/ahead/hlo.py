@@ -191,33 +191,29 @@ class Module:
   def _kernel(self, around: dict, instruction: Instruction, runs: int, loops: tuple[str, ...]) -> Kernel:
     opcode = instruction.opcode.removesuffix('-start')
     inputs = [around[name] for name in instruction.operands if name in around]
-    flops, sends, target = {}, 0.0, ''
+    flops, sends, target = Counter(), 0.0, ''
     results = results_of(instruction, inputs)
     if opcode in COLLECTIVES:
       kind, target = 'collective', opcode
       size = sum(operand.bytes for operand in inputs)
       sends, moved = _collective(opcode, size, _group_size(instruction))
-    elif opcode == 'fusion':
-      inner = self.computations[instruction.attribute('calls')]
-      kind, moved = _fusion_kind(inner, instruction), _fusion_bytes(inner, inputs, results)
-      flops = dict(sum((Counter(_dot_flops(inner, part)) for part in inner.values()), Counter()))
-      for part in inner.values():  # a library call may be wrapped together with the slice that it writes
-        if part.opcode == 'custom-call':
-          kind, target, found = _library_call(inner, part)
-          flops = dict(Counter(flops) + Counter(found))
     elif opcode == 'custom-call':
-      kind, target, flops = _library_call(around, instruction)
+      kind, target, found = _library_call(around, instruction)
+      flops.update(found)
       scratch = results[-1].bytes if len(results) > 1 and str(results[-1]).startswith(('s8[', 'u8[')) else 0
       moved = sum(x.bytes for x in (*inputs, instruction)) - scratch
     else:
-      lone = {operand.name: dataclasses.replace(operand, opcode='parameter', rest='') for operand in inputs}
-      lone[instruction.name] = dataclasses.replace(instruction, root=True)
-      kind, moved = _fusion_kind(lone, instruction), _fusion_bytes(lone, inputs, results)
-      flops = _dot_flops(around, instruction)
+      inner = self.computations[instruction.attribute('calls')] if opcode == 'fusion' else _alone(instruction, inputs)
+      kind, moved = _fusion_kind(inner), _fusion_bytes(inner)
+      for part in inner.values():
+        flops.update(_dot_flops(inner, part))
+        if part.opcode == 'custom-call':  # it may be wrapped together with the slice that it writes
+          kind, target, found = _library_call(inner, part)
+          flops.update(found)
     if nvidia.TRITON.search(re.sub(r'metadata=\{[^}]*\}', '', instruction.rest)):
       kind = 'triton'
     return Kernel(
-      instruction.name, kind, target, runs, moved, flops, sends, results,
+      instruction.name, kind, target, runs, moved, dict(flops), sends, results,
       self.name_of(instruction), self.line_of(instruction), loops,
     )  # fmt: skip
 
@@ -344,8 +340,14 @@ def _dot_flops(around: dict, instruction: Instruction) -> dict[str, float]:
   return {_rate(lhs.dtype, exact): 2.0 * summed * instruction.shapes[0].size}
 
 
-def _fusion_kind(inner: dict, instruction: Instruction) -> str:
-  """Names what a fusion, or an instruction that stands alone, does by its most telling operation."""
+def _alone(instruction: Instruction, inputs: list[Instruction]) -> dict[str, Instruction]:
+  """Returns the fused computation that an instruction would be, on its own."""
+  inner = {operand.name: dataclasses.replace(operand, opcode='parameter', rest='') for operand in inputs}
+  return inner | {instruction.name: dataclasses.replace(instruction, root=True)}
+
+
+def _fusion_kind(inner: dict) -> str:
+  """Names what a fused computation does by its most telling operation."""
   opcodes = {part.opcode for part in inner.values()}
   for kind in ('sort', 'scatter', 'gather'):
     if kind in opcodes:
@@ -361,7 +363,7 @@ def _fusion_kind(inner: dict, instruction: Instruction) -> str:
   return 'cast' if moves == {'convert'} else 'element-wise'
 
 
-def _fusion_bytes(inner: dict, inputs: list[Instruction], results: tuple[Shape, ...]) -> float:
+def _fusion_bytes(inner: dict) -> float:
   """Returns what a fused computation reads of its parameters and writes of its results, by the rules at the top."""
   need: Counter[str] = Counter()  # elements of each value that are used
   written = 0.0
