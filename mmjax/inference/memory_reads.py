@@ -58,10 +58,8 @@ class MemoryReader:
     self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
     kinds, ngrams = layer_kinds(config.model, config.memory), config.memory.ngram_of_heads()
     self.ngrams = {layer: ngrams if SUBLAYERS[kinds[layer]].reads_ngrams else () for layer in self.layers}
-    forward = _Forward(model_graph(config), lm.placement, config, self.scores_weigh)
-    self._reads, self._strength, self._log_probs = map(
-      lm.placement.jit, (forward.reads, forward.strength, forward.log_probs)
-    )
+    forward = _Forward(model_graph(config), lm.placement, config)
+    self._reads, self._log_probs = map(lm.placement.jit, (forward.reads, forward.log_probs))
 
   def chosen_layers(self, layer: int | None) -> list[int]:
     """Returns that layer, or all that have a memory for None.
@@ -215,7 +213,8 @@ class MemoryReader:
     best, taken, read = {layer: [] for layer in layers}, Counter(), 0
     most = -(-positions // (ROWS * split.max_seq_len)) if positions else None
     for batch in itertools.islice(eval_batches(split, ROWS), most):
-      strength_LBT = np.asarray(self._strength(self.lm.params, *_inputs(split, batch), row))
+      row_LBTR, strength_LBTR = self.read_batch(split, batch)
+      strength_LBT = np.max(strength_LBTR, axis=-1, initial=-np.inf, where=row_LBTR == row)
       predicted_BT = batch['target'] != PADDING
       read += int(predicted_BT.sum())
       for layer in layers:
@@ -296,7 +295,6 @@ class _Forward:
   graphdef: nnx.GraphDef
   placement: Placement
   config: Config
-  scores_weigh: bool
 
   def run(self, params: Params, tokens_BT: Array, segment_BT: Array | None, **settings: Any) -> tuple[LM, Output]:
     model = nnx.merge(self.graphdef, params)
@@ -307,12 +305,6 @@ class _Forward:
     """Returns rows, scores and weights, each (L, B, T, R)."""
     _, out = self.run(params, tokens_BT, segment_BT)
     return out.row_LBTR, out.score_LBTR, row_weights(self.config.model, self.config.memory, out.score_LBTR)
-
-  def strength(self, params: Params, tokens_BT: Array, segment_BT: Array | None, row: Array) -> Array:
-    """Returns how much each position takes a row, float32 (L, B, T); -inf where it does not."""
-    row_LBTR, score_LBTR, weight_LBTR = self.reads(params, tokens_BT, segment_BT)
-    strength_LBTR = jnp.abs(weight_LBTR) if self.scores_weigh else score_LBTR
-    return jnp.max(jnp.where(row_LBTR == row, strength_LBTR, -jnp.inf), axis=-1)
 
   def log_probs(
     self,
