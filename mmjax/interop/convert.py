@@ -202,15 +202,7 @@ def fitting_config(
     UserError: if an override contradicts the file, or the result breaks a rule.
   """
   if told:
-    settings = load_config(config_file).to_dict()
-    try:
-      own = config_from_dict(settings | {section: settings[section] | values for section, values in told.items()})
-    except UserError as error:
-      raise UserError(f'{source}, its header: {error}') from None
-    config = load_config(config_file, [*_as_overrides(overrides_of(own, config_file)), *overrides])
-    compare_models(own, config, source)
-    print('Read from the header: the settings of the model')
-    return config
+    return _config_of_header(told, source, config_file, overrides)
   if any('/' in name for name in shapes) and 'tok_embeddings.weight' not in shapes:
     print(f'{source} has no settings in its header: all are taken from the config')
     return load_config(config_file, overrides)
@@ -235,6 +227,20 @@ def fitting_config(
       raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
   print('Read off the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
   print(f'Taken from the config: {untold_sizes(config.model)}')
+  return config
+
+
+def _config_of_header(
+  told: Mapping[str, Mapping[str, Any]], source: str, config_file: str, overrides: Sequence[str]
+) -> Config:
+  settings = load_config(config_file).to_dict()
+  try:
+    own = config_from_dict(settings | {section: settings[section] | values for section, values in told.items()})
+  except UserError as error:
+    raise UserError(f'{source}, its header: {error}') from None
+  config = load_config(config_file, [*_as_overrides(overrides_of(own, config_file)), *overrides])
+  compare_models(own, config, source)
+  print('Read from the header: the settings of the model')
   return config
 
 
