@@ -17,49 +17,30 @@ from mmjax.files import named_leaves, path_name
 from mmjax.model.lm import BANK, Params, abstract_params
 from mmjax.model.sublayers import SUBLAYERS
 
-ROOT = {'tok_embeddings.weight': 'embedding', 'norm.weight': 'norm/scale'}
-BLOCK = {  # below layers.N and layers/N
-  'attention_norm.weight': 'attention_norm/scale',
-  'attention.wq.weight': 'attention/wq/kernel',
-  'attention.wk.weight': 'attention/wk/kernel',
-  'attention.wv.weight': 'attention/wv/kernel',
-  'attention.wo.weight': 'attention/wo/kernel',
-}
+
+def _linear(name: str, path: str, **layers: str) -> dict[str, str]:
+  """Returns the entries of linear layers: what PyTorch calls each, and what it is called here."""
+  return {f'{name}.{theirs}.weight': f'{path}/{ours}/kernel' for theirs, ours in layers.items()}
+
+
+ATTENTION = {'wq': 'wq', 'wk': 'wk', 'wv': 'wv', 'wo': 'wo'}
+SWIGLU = {'w1': 'gate', 'w3': 'up', 'w2': 'down'}
+FFN_NORM = {'ffn_norm.weight': 'sublayer/norm/scale'}
 GATE = {
   'memory_norm.weight': 'sublayer/norm/scale',
-  'memory_gate.gate_proj.weight': 'sublayer/gate/query/kernel',
+  **_linear('memory_gate', 'sublayer/gate', gate_proj='query'),
   'memory_gate.keys': 'sublayer/gate/keys',
 }
-
-
-def _swiglu(name: str, path: str) -> dict[str, str]:
-  return {
-    f'{name}.w1.weight': f'{path}/gate/kernel',
-    f'{name}.w3.weight': f'{path}/up/kernel',
-    f'{name}.w2.weight': f'{path}/down/kernel',
-  }
-
-
+ROOT = {'tok_embeddings.weight': 'embedding', 'norm.weight': 'norm/scale'}
+BLOCK = {'attention_norm.weight': 'attention_norm/scale', **_linear('attention', 'attention', **ATTENTION)}
+FUSION = {'gate_proj': 'gate', 'up_proj': 'up', 'down_proj': 'down'}
 SUBLAYER = {  # what every model with this sublayer has; the routed experts are added by their number
-  'dense': {'ffn_norm.weight': 'sublayer/norm/scale', **_swiglu('feed_forward', 'sublayer')},
-  'gated_fusion': GATE
-  | {
-    'gated_memory_fusion.gate_proj.weight': 'sublayer/fusion/gate/kernel',
-    'gated_memory_fusion.up_proj.weight': 'sublayer/fusion/up/kernel',
-    'gated_memory_fusion.down_proj.weight': 'sublayer/fusion/down/kernel',
-  },
-  'cross_attention': GATE
-  | {
-    'cross_attention_memory.wq.weight': 'sublayer/attention/wq/kernel',
-    'cross_attention_memory.wk.weight': 'sublayer/attention/wk/kernel',
-    'cross_attention_memory.wv.weight': 'sublayer/attention/wv/kernel',
-    'cross_attention_memory.wo.weight': 'sublayer/attention/wo/kernel',
-  },
-  'moe': {
-    'ffn_norm.weight': 'sublayer/norm/scale',
-    'feed_forward.gate.weight': 'sublayer/router/kernel',
-    **_swiglu('feed_forward.shared_experts', 'sublayer/shared_expert'),
-  },
+  'dense': FFN_NORM | _linear('feed_forward', 'sublayer', **SWIGLU),
+  'gated_fusion': GATE | _linear('gated_memory_fusion', 'sublayer/fusion', **FUSION),
+  'cross_attention': GATE | _linear('cross_attention_memory', 'sublayer/attention', **ATTENTION),
+  'moe': FFN_NORM
+  | _linear('feed_forward', 'sublayer', gate='router')
+  | _linear('feed_forward.shared_experts', 'sublayer/shared_expert', **SWIGLU),
 }
 EXPERTS = {'moe': ('feed_forward.experts', 'sublayer/experts')}  # what is there for each of them, under its number
 MEMORY = {  # its only one
@@ -94,7 +75,7 @@ def paths(config: Config) -> dict[str, str]:
   if model.sublayer in EXPERTS:
     name, path = EXPERTS[model.sublayer]
     for e in range(model.n_experts):
-      block |= _swiglu(f'{name}.{e}', f'{path}/{e}')
+      block |= _linear(f'{name}.{e}', f'{path}/{e}', **SWIGLU)
   for layer in range(model.n_layers):
     for name, path in block.items():
       table[f'layers.{layer}.{name}'] = f'layers/{layer}/{path}'
