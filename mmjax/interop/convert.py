@@ -213,12 +213,12 @@ def fitting_config(
       raise UserError(
         f'model.sublayer={kind!r} contradicts {source}, whose tensors say {sizes["sublayer"]!r}; leave it out'
       )
-  first = load_config(config_file, [*_size_overrides(sizes), *overrides, '--config.model.n_kv_heads=1']).model
+  first = load_config(config_file, [*_as_overrides(sizes, 'model.'), *overrides, '--config.model.n_kv_heads=1']).model
   sizes['n_kv_heads'] = read_kv_heads(shapes, first.dim, first.n_heads, source)
   hidden_dim = sizes.get('hidden_dim')
   if hidden_dim == dataclasses.replace(first, hidden_dim=0).dense_hidden_dim:
     sizes['hidden_dim'] = 0  # what the config calls the usual width
-  config = load_config(config_file, [*_size_overrides(sizes), *overrides])
+  config = load_config(config_file, [*_as_overrides(sizes, 'model.'), *overrides])
   if foreign := not_in_pytorch(config):
     raise UserError(f'{foreign} is not in the PyTorch code, whose names {source} has; leave it out')
   for name, value in sizes.items():
@@ -244,12 +244,8 @@ def _config_of_header(
   return config
 
 
-def _size_overrides(sizes: Mapping[str, int | str]) -> list[str]:
-  return _as_overrides({f'model.{name}': value for name, value in sizes.items()})
-
-
-def _as_overrides(settings: Mapping[str, Any]) -> list[str]:
-  return [f'--config.{name}={value}' for name, value in settings.items()]
+def _as_overrides(settings: Mapping[str, Any], section: str = '') -> list[str]:
+  return [f'--config.{section}{name}={value}' for name, value in settings.items()]
 
 
 def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:

@@ -10,16 +10,14 @@ Needs `pip install 'mmjax[serve]'`. Exit codes: 0 done, 2 user error, 4 storage.
 import argparse
 
 from mmjax.config import user_path
-from mmjax.console import prepare_terminal
+from mmjax.console import command_parser, prepare_terminal
 from mmjax.errors import UserError, run_command
 from mmjax.inference.settings import add_placement_flags, placement_from_flags
 
 
 def main() -> None:
   """Reads flags; serves until Ctrl-C, or writes a file."""
-  parser = argparse.ArgumentParser(
-    prog='python -m mmjax.tools.serve', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command_parser('serve', __doc__)
   parser.add_argument('--workdir', required=True, action='append', help='run directory; give it twice to compare two')
   parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--port', type=int, default=8517, help='0: any that is free (default: 8517)')
