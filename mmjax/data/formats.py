@@ -24,7 +24,6 @@ WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that 
   codecs.BOM_UTF16_BE: 'UTF-16',
 }
 UNMARKED = ('UTF-16LE', 'UTF-16BE', 'UTF-32LE', 'UTF-32BE')  # what text that is not UTF-8 may be, without a mark
-MOST_DIGITS = 4300  # of an integer; CPython's own limit, whatever PYTHONINTMAXSTRDIGITS says
 KINDS = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a boolean', int: 'a number', float: 'a number'}
 
 
@@ -170,11 +169,13 @@ def json_text(raw: bytes, text_key: str) -> str:
     raise NotText('byte order mark', 'a byte order mark that is not at the start of the file')
   line = decode(raw)
   try:
-    record = json.loads(line, parse_int=_parse_int)
+    record = json.loads(line)
   except json.JSONDecodeError as error:
     byte = len(line[: error.pos].encode())
     ends = '; lines must end in LF or CRLF, not in CR alone' if '\r' in line.strip() else ''
     raise NotText('not JSON', f'not JSON: {error.msg}, character {error.pos} of the line{ends}', byte) from None
+  except ValueError as error:  # of int, which takes 4,300 digits
+    raise NotText('number too long', f'not usable JSON: {error}') from None
   except RecursionError:
     raise NotText('nested too deep', 'not usable JSON: nested too deep') from None
   if not isinstance(record, dict):
@@ -191,13 +192,6 @@ def json_text(raw: bytes, text_key: str) -> str:
     what = f'a lone surrogate \\u{ord(text[error.start]):04x} in {text_key!r}, character {error.start}, is no text'
     raise NotText('lone surrogate', what) from None
   return text
-
-
-def _parse_int(digits: str) -> int:
-  count = len(digits.lstrip('-'))
-  if count > MOST_DIGITS:
-    raise NotText('number too long', f'a number of {count} digits is longer than the limit of {MOST_DIGITS}')
-  return int(digits)
 
 
 def _kind(value: object) -> str:

@@ -31,7 +31,6 @@ from mmjax.config import config_from_dict, flatten, load_config
 from mmjax.data import blocks, reader
 from mmjax.data.bank_file import read_bank
 from mmjax.data.blocks import LONGEST_LINE_BYTES
-from mmjax.data.formats import MOST_DIGITS
 from mmjax.data.reader import Tally, read_documents
 from mmjax.data.spm_tokenizer import train_tokenizer
 from mmjax.data.tokenizer import load_tokenizer
@@ -92,16 +91,12 @@ def _text_by_hand(line: bytes) -> str | None:
   """Returns the document of a line, None where it is bad."""
   if len(line) > LONGEST_LINE_BYTES or b'\0' in line or line.startswith(b'\xef\xbb\xbf'):
     return None
-  digits = sys.get_int_max_str_digits()
   try:
-    sys.set_int_max_str_digits(MOST_DIGITS)
     record = json.loads(line.decode())
     text = record['text'] if isinstance(record, dict) else None
     return text if isinstance(text, str) and text.encode() is not None else None
   except (ValueError, RecursionError, KeyError):
     return None
-  finally:
-    sys.set_int_max_str_digits(digits)
 
 
 def read_compressed(data: bytes, folder: Path) -> None:
