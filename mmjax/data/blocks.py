@@ -16,7 +16,7 @@ TEXT_DOCUMENT_BYTES = 64 * 2**10  # a longer .txt file is cut into documents of 
 
 
 class Block(NamedTuple):
-  """A stretch of one file: whole lines of a .jsonl, or one document of a .txt.
+  """A stretch of one file: whole lines, or one document.
 
   `too_long` > 0 stands for a line of that many bytes that was not kept; `data` is empty then.
   """

@@ -48,7 +48,7 @@ def main() -> None:
   parser = command_parser('bank', __doc__)
   commands = parser.add_subparsers(dest='command', required=True)
   build = commands.add_parser('build', help='make a bank file from text')
-  build.add_argument('--files', required=True, help='comma-separated paths or globs of .jsonl or .txt')
+  build.add_argument('--files', required=True, help='comma-separated paths or globs of text')
   build.add_argument('--out', required=True, help='the .safetensors file to write')
   build.add_argument(
     '--encoder', default='lsa', help=f'lsa (built in), or {SENTENCE_TRANSFORMERS}DIR, a model in that directory'
