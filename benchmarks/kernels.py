@@ -24,9 +24,10 @@ from jax import Array
 
 from mmjax.config import load_config
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
-from mmjax.model.ngram import last_tokens, ngram_rows
+from mmjax.memory.ngram import last_tokens, ngram_rows
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import attention_backend, place_reader
+from tests import references
 
 T, D, V, N, K, H = 512, 512, 6400, 32, 8, 16  # as in the axis legend
 M, P, R, C = 65536, 128, 8, 256
@@ -138,7 +139,7 @@ def attention_case(B: int, dtype: str, platform: str) -> Case:
   qkv = _normal(dtype, B, T, N, H), _normal(dtype, B, T, K, H), _normal(dtype, B, T, K, H)
   segment_BT = jnp.cumsum(_integers(100, B, T) == 0, axis=1)  # documents of 100 tokens
   backend = attention_backend('auto', jnp.dtype(dtype), platform, 1, H)
-  variants = {'reference': _compile(attention.causal_attention_reference, qkv, jnp.zeros_like(segment_BT))}
+  variants = {'reference': _compile(references.causal_attention, qkv, jnp.zeros_like(segment_BT))}
   for name in dict.fromkeys(('xla', backend)):
     variants[name] = _compile(functools.partial(attention.causal_attention, backend=name), qkv)
   attend = functools.partial(attention.causal_attention, backend=backend)
@@ -171,7 +172,7 @@ def _torch_attention(B: int, dtype: str, platform: str) -> dict[str, tuple[Funct
 def product_key_case(B: int, dtype: str, platform: str) -> Case:
   """Selection, and the gradient of the scores, which 1.4.2 does not take."""
   query_BT2p, keys_2Cp = _normal(dtype, B, T, 2, P // 2), _normal('float32', 2, C, P // 2)
-  functions = {'reference': product_key.product_key_topk_reference, 'candidates': product_key.product_key_topk}
+  functions = {'reference': references.product_key_topk, 'candidates': product_key.product_key_topk}
   if B * T * M > MAX_REFERENCE_VALUES:
     del functions['reference']
   variants = {name: _compile(lambda q, k, f=f: f(q, k, R)[1], (query_BT2p, keys_2Cp)) for name, f in functions.items()}
@@ -181,18 +182,20 @@ def product_key_case(B: int, dtype: str, platform: str) -> Case:
 def bank_case(B: int, dtype: str, platform: str) -> Case:
   """Lookup of rows spread evenly, and its gradient."""
   bank_MP, row_BTR = _normal('float32', M, P), _integers(M, B, T, R)
-  variants = {'reference': _compile(lambda b, r: bank.bank_lookup_reference(b, r, dtype), (bank_MP,), row_BTR)}
+  variants = {'reference': _compile(lambda b, r: references.bank_lookup(b, r, dtype), (bank_MP,), row_BTR)}
   variants['scatter'] = _compile(functools.partial(bank.bank_lookup, dtype=dtype), (bank_MP,), row_BTR)
   return Case('bank', dtype, f'B={B} T={T} R={R} M={M} P={P}', variants)
 
 
-def projection_case(B: int, dtype: str, platform: str) -> Case:
-  """The gated projection of 1.4.2."""
+def gated_mlp_case(B: int, dtype: str, platform: str) -> Case:
+  """The gated MLP of 1.4.2."""
   F = R * P
-  inputs = _normal(dtype, B, T, D), _normal(dtype, B, T, F), *(2 * [_normal('float32', D + F, D)])
-  names = {'reference': fusion.gated_projection_reference, 'split': fusion.gated_projection}
+  kernels = _normal('float32', D + F, D), _normal('float32', D + F, D), _normal('float32', D, D)
+  inputs = _normal(dtype, B, T, D), _normal(dtype, B, T, F), *kernels
+  split = lambda *x: fusion.gated_mlp(x[:2], *x[2:], jnp.dtype(dtype))  # noqa: E731
+  names = {'reference': lambda *x: references.gated_mlp(x[:2], *x[2:]), 'split': split}
   variants = {name: _compile(function, inputs) for name, function in names.items()}
-  return Case('projection', dtype, f'B={B} T={T} D={D} F={F}', variants)
+  return Case('gated_mlp', dtype, f'B={B} T={T} D={D} F={F}', variants)
 
 
 def matmul_case(B: int, dtype: str, platform: str) -> Case:
@@ -208,7 +211,7 @@ def cross_entropy_case(B: int, dtype: str, platform: str) -> Case:
   inputs = _normal(dtype, B, T, D), _normal('float32', V, D) * D**-0.5
   rest = _integers(V, B, T), jnp.ones((B, T))
   variants = {
-    'reference': _compile(lambda *inputs: cross_entropy.cross_entropy_sums_reference(*inputs)[0], inputs, *rest),
+    'reference': _compile(lambda *inputs: references.cross_entropy_sums(*inputs)[0], inputs, *rest),
     'chunked': _compile(lambda *inputs: cross_entropy.cross_entropy_sums(*inputs, CHUNK_TOKENS)[0], inputs, *rest),
   }
   return Case('cross_entropy', dtype, f'B={B} T={T} D={D} V={V}', variants)
@@ -218,7 +221,7 @@ def bag_case(B: int, dtype: str, platform: str) -> Case:
   """Weighted sums of 16 rows for each of 4 heads, as memory_bag reads them."""
   row_BThr = _integers(M, B, T, 4, 16)
   inputs = _normal('float32', M, P), _normal('float32', *row_BThr.shape)
-  variants = {'reference': _compile(lambda b, w, r: bank.bank_bag_reference(b, r, w), inputs, row_BThr)}
+  variants = {'reference': _compile(lambda b, w, r: references.bank_bag(b, r, w), inputs, row_BThr)}
   variants['scatter'] = _compile(lambda b, w, r: bank.bank_bag(b, r, w), inputs, row_BThr)
   return Case('bag', dtype, f'B={B} T={T} h=4 r=16 M={M} P={P}', variants)
 
@@ -249,7 +252,7 @@ def sublayer_case(B: int, dtype: str, platform: str) -> Case:
 
 CASES = {
   'attention': attention_case, 'product_key': product_key_case, 'bank': bank_case, 'bag': bag_case,
-  'projection': projection_case, 'matmul': matmul_case, 'cross_entropy': cross_entropy_case,
+  'gated_mlp': gated_mlp_case, 'matmul': matmul_case, 'cross_entropy': cross_entropy_case,
   'sublayer': sublayer_case,
 }  # fmt: skip
 

@@ -12,6 +12,11 @@ __all__ = ['LanguageModel', 'load']
 def __getattr__(name: str):
   """Imports the API when it is first used: `import mmjax` alone does not wait for JAX."""
   if name in __all__:
+    from mmjax.environment import missing_packages
+    from mmjax.errors import UserError
+
+    if sentence := missing_packages():
+      raise UserError(sentence)
     from mmjax.inference import api
 
     return getattr(api, name)

@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
 
 # As jax.config names them without `jax_`, with JAX's own defaults. They change results, or stop a run that would go on.
 SETTINGS = {
@@ -33,6 +34,23 @@ IN_COMMANDS = {
   'transfer_guard': 'allow',
   'use_direct_linearize': True,
 }
+
+# Modules of the extra `train`. mmjax.memory needs none of them.
+TRAIN_PACKAGES = (
+  'grain', 'matplotlib', 'ml_collections', 'optax', 'orbax', 'rich', 'safetensors', 'scipy', 'sentencepiece',
+  'tensorboardX',
+)  # fmt: skip
+
+
+def missing_packages() -> str | None:
+  """Returns one sentence where packages of the extra `train` are not installed, else None."""
+  missing = [name for name in TRAIN_PACKAGES if find_spec(name) is None]
+  if not missing:
+    return None
+  return (
+    f'This needs {", ".join(missing)}, which {"is" if len(missing) == 1 else "are"} not installed: type  '
+    "pip install -e '.[train]'  in the checkout of mmjax"
+  )
 
 
 def ignore_jax_settings() -> str | None:

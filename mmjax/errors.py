@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 
-from mmjax.environment import ignore_jax_settings
+from mmjax.environment import ignore_jax_settings, missing_packages
 
 # Of a disk that is full, broken or read-only: exit code 4. Any other OSError is the user's path: exit code 2.
 STORAGE_ERRNOS = (
@@ -86,11 +86,18 @@ def refuse_wrong_jaxlib() -> None:
     )
 
 
+def stop_without_packages() -> None:
+  """Ends the process with one sentence where the extra `train` is not installed."""
+  if sentence := missing_packages():
+    _stop(sentence, UserError.exit_code)
+
+
 def run_command(main: Callable[[], None]) -> None:
   """Runs a command's `main` and turns what stopped it into one sentence on stderr and an exit code."""
   try:
     if ignored := ignore_jax_settings():
       print(ignored, file=sys.stderr)
+    stop_without_packages()
     refuse_wrong_jaxlib()
     main()
   except CommandError as error:

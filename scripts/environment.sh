@@ -86,8 +86,8 @@ install() {
 }
 
 # set_up_environment EXTRAS [OLDEST]
-#   EXTRAS  of pyproject.toml; `gpu` stands for the CUDA build that this machine's driver runs, if it has one, and `torch`
-#           is left out where there is no CPU build of it
+#   EXTRAS  of pyproject.toml; `gpu` stands for `train` with the CUDA build that this machine's driver runs, if it has
+#           one, and `torch` is left out where there is no CPU build of it
 #   OLDEST  Python version that will do
 set_up_environment() {
   local extras=$1 oldest=${2:-3.11} python stamp
@@ -116,8 +116,10 @@ set_up_environment() {
     fi
   fi
   if [ "$extras" = gpu ]; then
-    extras=$(cuda_extra "$1")
-    [ -z "$extras" ] || echo "An NVIDIA driver is here: JAX with its ${extras/cuda/CUDA } build is installed, several GB" \
+    local cuda
+    cuda=$(cuda_extra "$1")
+    extras=train${cuda:+,$cuda}
+    [ -z "$cuda" ] || echo "An NVIDIA driver is here: JAX with its ${cuda/cuda/CUDA } build is installed, several GB" \
       "(JAX_PLATFORMS=cpu ./quickstart.sh does without)."
   fi
   stamp="$VENV/installed-${extras:-base}-$(cat pyproject.toml | sha256sum | cut -c1-16)"

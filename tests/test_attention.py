@@ -9,8 +9,9 @@ import pytest
 
 from mmjax.errors import UserError
 from mmjax.kernels import attention
-from mmjax.kernels.attention import cached_attention, causal_attention, causal_attention_reference
+from mmjax.kernels.attention import cached_attention, causal_attention
 from mmjax.run.placement import attention_backend
+from tests import references
 
 BACKENDS = ('xla', 'xla_blocked')
 SHAPES = [  # B, T, N, K, H
@@ -92,7 +93,7 @@ def test_backends_match_the_reference(backend):
 
   @jax.jit
   def reference(q, k, v):
-    out, pullback = jax.vjp(lambda *qkv: causal_attention_reference(*qkv, segment), q, k, v)
+    out, pullback = jax.vjp(lambda *qkv: references.causal_attention(*qkv, segment), q, k, v)
     return out, *pullback(dout)
 
   actual = out_and_gradients(q, k, v, segment, dout, backend)
@@ -142,7 +143,7 @@ def test_works_rematerialised_inside_a_scan(backend):
     return causal_attention(x, k, v, backend=backend)
 
   def reference(x):
-    return causal_attention_reference(x, k, v, jnp.zeros((2, 9), jnp.int32))
+    return references.causal_attention(x, k, v, jnp.zeros((2, 9), jnp.int32))
 
   actual = jax.jit(jax.grad(functools.partial(two_layers, jax.checkpoint(layer))))(q)
   expected = jax.jit(jax.grad(functools.partial(two_layers, reference)))(q)

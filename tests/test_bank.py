@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.kernels.bank import (
-  TappedBank,
-  add_reads,
-  bank_bag,
-  bank_bag_reference,
-  bank_lookup,
-  bank_lookup_reference,
-  no_reads,
-)
+from mmjax.kernels.bank import TappedBank, add_reads, bank_bag, bank_lookup, no_reads
+from tests import references
 
 
 def make_inputs(M, P, shape, seed=0):
@@ -41,7 +34,7 @@ def test_values_are_the_rows(dtype):
   bank, row, _ = make_inputs(9, 3, (2, 5, 4))
   rows = jax.jit(lambda b, r: bank_lookup(b, r, dtype))(bank, row)
   assert rows.dtype == dtype and rows.shape == (2, 5, 4, 3)
-  np.testing.assert_array_equal(rows, bank_lookup_reference(bank, row, dtype))
+  np.testing.assert_array_equal(rows, references.bank_lookup(bank, row, dtype))
   np.testing.assert_array_equal(rows, np.asarray(bank.astype(dtype))[np.asarray(row)])
 
 
@@ -98,7 +91,7 @@ def test_bag_and_its_gradients_match_float64(M, P, shape, platform, monkeypatch)
     gradient_float64(M, row, weight[..., None] * grad[..., None, :]),
     (rows * grad[..., None, :]).sum(-1),
   )
-  for function in (bank_bag, bank_bag_reference):
+  for function in (bank_bag, references.bank_bag):
     for actual, want in zip(run(function), expected, strict=True):
       assert actual.dtype == jnp.float32
       np.testing.assert_allclose(actual, want, rtol=1e-5, atol=1e-5)

@@ -5,15 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.kernels.attention import causal_attention, causal_attention_reference
+from mmjax.kernels.attention import causal_attention
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import traced_for
-from mmjax.kernels.product_key import product_key_topk, product_key_topk_reference
+from mmjax.kernels.product_key import product_key_topk
 from mmjax.model.lm import model_graph
 from mmjax.run.nvidia import count_triton
 from mmjax.run.placement import attention_backend, compiler_options
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step
+from tests import references
 from tests.helpers import random_batch, tiny_config
 
 pytestmark = pytest.mark.gpu
@@ -33,7 +34,7 @@ def test_cudnn_attention_and_its_gradients_equal_all_scores(N, K, H, documents):
     return out, *pullback(jnp.ones_like(out))
 
   exact = [x.astype(jnp.float32) for x in (q, k, v)]
-  want = run(lambda *inputs: causal_attention_reference(*inputs, segment_BT), *exact)
+  want = run(lambda *inputs: references.causal_attention(*inputs, segment_BT), *exact)
   got = run(lambda *inputs: causal_attention(*inputs, segment_BT, backend='cudnn'), q, k, v)
   for ours, theirs in zip(got, want, strict=True):
     assert jnp.linalg.norm(ours.astype(jnp.float32) - theirs) < 0.02 * jnp.linalg.norm(theirs)
@@ -45,7 +46,7 @@ def test_rows_selected_are_those_of_all_sums_also_where_scores_tie(heads):
   # Whole numbers: sums are exact, and many are equal.
   query, keys = rng.integers(-2, 3, (4, 64, 2 * heads, 8)), rng.integers(-1, 2, (2 * heads, 32, 8))
   inputs = jnp.asarray(query, jnp.float32), jnp.asarray(keys, jnp.float32)
-  for ours, theirs in zip(product_key_topk(*inputs, 8), product_key_topk_reference(*inputs, 8), strict=True):
+  for ours, theirs in zip(product_key_topk(*inputs, 8), references.product_key_topk(*inputs, 8), strict=True):
     np.testing.assert_array_equal(ours, theirs)
 
 

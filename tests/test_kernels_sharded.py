@@ -21,7 +21,7 @@ def test_kernels_on_four_devices_equal_one_device():
   }
   run = subprocess.run([sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
-  assert run.stdout.split() == ['attention', 'product_key', 'bank', 'bag', 'projection', 'matmul', 'cross_entropy']
+  assert run.stdout.split() == ['attention', 'product_key', 'bank', 'bag', 'gated_mlp', 'matmul', 'cross_entropy']
 
 
 def main():
@@ -33,7 +33,7 @@ def main():
   from mmjax.kernels.attention import causal_attention
   from mmjax.kernels.bank import bank_bag, bank_lookup
   from mmjax.kernels.cross_entropy import cross_entropy_sums
-  from mmjax.kernels.fusion import gated_projection
+  from mmjax.kernels.fusion import gated_mlp
   from mmjax.kernels.matmul import matmul
   from mmjax.kernels.product_key import product_key_topk
 
@@ -73,9 +73,9 @@ def main():
   lookup_inputs = [normal(16, 4), integers(16, 4, 6, 3)]
   check('bank', lambda b, r: bank_lookup(b, r, jnp.float32), lookup_inputs, [rows, batch])
   check('bag', bank_bag, [normal(16, 4), integers(16, 4, 6, 2, 3), normal(4, 6, 2, 3)], [rows, batch, batch])
-  kernels = [normal(10, 5), normal(10, 5)]
-  projection_inputs = [normal(4, 6, 4), normal(4, 6, 6), *kernels]
-  check('projection', gated_projection, projection_inputs, [batch, batch, whole, whole], ('all-gather',))
+  mlp_inputs = [normal(4, 6, 4), normal(4, 6, 6), normal(10, 5), normal(10, 5), normal(5, 4)]
+  mlp = lambda *x: gated_mlp(x[:2], *x[2:], jnp.float32)  # noqa: E731
+  check('gated_mlp', mlp, mlp_inputs, [batch, batch, whole, whole, whole], ('all-gather',))
   check('matmul', matmul, [normal(4, 64, 8, dtype=jnp.bfloat16), normal(8, 5)], [batch, whole], ('all-gather',))
   inputs = [normal(4, 7, 8, dtype=jnp.bfloat16), normal(11, 8), integers(11, 4, 7), jnp.ones((4, 7))]
   check(

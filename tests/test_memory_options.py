@@ -3,18 +3,14 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
 from mmjax.evaluation.loss import make_loss
-from mmjax.evaluation.probes import bank_health
 from mmjax.files import path_name
-from mmjax.model.layers import RMSNorm
 from mmjax.model.lm import abstract_params, build_model, memory_layers, model_graph
-from mmjax.model.memory import BALANCING_SLOPE, ProductKeyGate
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.optimizer import gets_gradient
 from tests.helpers import random_batch, tiny_config
@@ -243,52 +239,6 @@ def test_layers_of_usage_are_those_with_a_memory():
 def test_width_of_sub_keys_is_that_of_half_a_row_or_the_one_asked_for(key_dim, half):
   gate = build_model(tiny_config(memory__key_dim=key_dim, memory__n_heads=2))[1]['layers'][0]['sublayer']['gate']
   assert gate['keys'].shape == (4, 8, half) and gate['query']['kernel'].shape == (32, 4 * half)
-
-
-def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_loss():
-  config = tiny_config(memory__selection_bias=True, memory__n_heads=2)
-  graphdef, gate = nnx.split(ProductKeyGate(config.model, config.memory, rngs=nnx.Rngs(0)))
-  m_BTD = jnp.asarray(np.random.default_rng(0).standard_normal((2, 3, 32)), jnp.float32)
-  gate['bias'][...] = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8)), jnp.float32)
-
-  def loss(gate):
-    selection = nnx.merge(graphdef, gate)(m_BTD, RMSNorm(32, 1e-5), jnp.float32)
-    return selection.balance, selection
-
-  (value, selection), slope = jax.value_and_grad(loss, has_aux=True)(gate)
-  assert value == 0 and not np.any(slope['keys'][...]) and not np.any(slope['query']['kernel'][...])
-  for K in range(4):
-    sub_key = np.divmod(np.asarray(selection.row_BThr)[:, :, K // 2], 8)[K % 2]
-    share = np.bincount(sub_key.ravel(), minlength=8) / sub_key.size
-    want = BALANCING_SLOPE * 4**0.5 * (share - 1 / 8)  # 4: half of knowledge_dim
-    np.testing.assert_allclose(slope['bias'][K], want, rtol=1e-5)
-    assert np.linalg.norm(want) < 1e-3  # takes no part in clipping
-
-
-def test_use_of_sub_keys_becomes_more_even():
-  """Inputs that share a direction, as hidden states do, all take the sub-keys along it until something spreads them."""
-  config = tiny_config(memory__selection_bias=True)
-  graphdef, gate = nnx.split(ProductKeyGate(config.model, config.memory, rngs=nnx.Rngs(0)))
-  rng = np.random.default_rng(0)
-  m_BTD = jnp.asarray(rng.standard_normal((8, 32, 32)) + 2 * rng.standard_normal(32), jnp.float32)
-
-  optimizer = optax.adam(0.05)
-
-  def descend(state, _):
-    gate, moments = state
-
-    def loss(gate):
-      selection = nnx.merge(graphdef, gate)(m_BTD, RMSNorm(32, 1e-5), jnp.float32)
-      return selection.balance, selection.row_BThr
-
-    (_, row_BThr), slope = jax.value_and_grad(loss, has_aux=True)(gate)
-    update, moments = optimizer.update(slope, moments)
-    return (optax.apply_updates(gate, update), moments), row_BThr
-
-  start = nnx.to_pure_dict(gate)
-  _, rows = jax.jit(lambda gate: jax.lax.scan(descend, (gate, optimizer.init(gate)), length=100))(start)
-  first, last = (bank_health(np.bincount(np.ravel(r), minlength=64)) for r in (rows[0], rows[-1]))
-  assert last['kl_to_uniform'] < 0.5 * first['kl_to_uniform'] and last['used_share'] > 1.5 * first['used_share']
 
 
 @pytest.mark.parametrize(

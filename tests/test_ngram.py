@@ -8,10 +8,9 @@ from flax import nnx
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
+from mmjax.memory.ngram import NO_TOKEN, cached_last_tokens, last_tokens, ngram_rows
 from mmjax.model.lm import build_model, memory_layers
-from mmjax.model.ngram import NO_TOKEN, cached_last_tokens, last_tokens, ngram_rows
-from mmjax.model.sublayers import layer_kinds
-from mmjax.model.sublayers.ngram_bag import NgramBag
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from tests.helpers import random_batch, tiny_config
 
 NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}
@@ -103,17 +102,17 @@ def test_earlier_tokens_count_through_the_bank_alone_where_attention_is_off():
 @pytest.mark.parametrize(
   ('changes', 'said'),
   [
-    ({'ngram_BThr': None}, 'needs the rows that they address: mmjax.model.ngram.ngram_rows'),
+    ({'ngram_BThr': None}, 'needs the rows that they address: see NgramBag.rows'),
     ({'ngram_BThr': (1, 2, 2, 2)}, r'must have the shape .*=\(1, 2, 3, 2\), not \(1, 2, 2, 2\)'),
     ({'bank_MP': (63, 8)}, r'=\(64, 8\), not \(63, 8\)'),
     ({'bank_MP': (64, 16)}, r'=\(64, 8\), not \(64, 16\)'),
-    ({'h_BTD': (2, 32)}, r'shape \(B, T, model.dim=32\), not \(2, 32\)'),
-    ({'h_BTD': (1, 2, 48)}, r'shape \(B, T, model.dim=32\), not \(1, 2, 48\)'),
+    ({'h_BTD': (2, 32)}, r'shape \(B, T, dim=32\), not \(2, 32\)'),
+    ({'h_BTD': (1, 2, 48)}, r'shape \(B, T, dim=32\), not \(1, 2, 48\)'),
   ],
 )
 def test_a_memory_refuses_arrays_of_other_shapes(changes, said):
   config = tiny_config(**NGRAM)
-  memory = NgramBag(config.model, config.memory, rngs=nnx.Rngs(0))
+  memory = SUBLAYERS['ngram_bag'].build(config.model, config.memory, rngs=nnx.Rngs(0))
   shapes = {'h_BTD': (1, 2, config.model.dim), 'bank_MP': (64, 8), 'ngram_BThr': (1, 2, 3, 2)} | changes
   h_BTD, bank_MP, ngram_BThr = (shape and jnp.zeros(shape, jnp.int32) for shape in shapes.values())
   with pytest.raises(ValueError, match=said):

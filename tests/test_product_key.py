@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.kernels.product_key import product_key_topk, product_key_topk_reference
+from mmjax.kernels.product_key import product_key_topk
+from tests import references
 
 
 def one_head(function):
@@ -72,7 +73,7 @@ def test_equal_scores_come_in_row_order(first, second, R):
 def test_bias_takes_part_in_the_choice_and_in_nothing_else(forms):
   query, keys, bias = integers((2, 9, 12), 3, 0), integers((4, 11, 3), 3, 1), integers((4, 11), 5, 2)
   halves = query.reshape(2, 9, 4, 3)
-  for function in (product_key_topk, product_key_topk_reference):
+  for function in (product_key_topk, references.product_key_topk):
     row, score = function(halves, keys, 8, bias)
     for head in range(2):
       # A bias is a sub-key's product with one more channel of the query, which is 1.
@@ -84,7 +85,7 @@ def test_bias_takes_part_in_the_choice_and_in_nothing_else(forms):
       np.testing.assert_array_equal(score[:, :, head], biased - bias[2 * head][first] - bias[2 * head + 1][second])
   slopes = [
     jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a[:2], 8, a[2])[1])), argnums=(0, 1, 2))(halves, keys, bias)
-    for f in (product_key_topk, product_key_topk_reference)
+    for f in (product_key_topk, references.product_key_topk)
   ]
   for got, want in zip(*slopes, strict=True):
     np.testing.assert_allclose(got, want, atol=1e-4)
@@ -99,7 +100,7 @@ def test_many_ties_match_brute_force_and_reference(forms, seed, high):
   expected_row, expected_score = brute_force(query, keys, 8)
   np.testing.assert_array_equal(row, expected_row)
   np.testing.assert_array_equal(score, expected_score)
-  reference_row, reference_score = one_head(product_key_topk_reference)(query, keys, 8)
+  reference_row, reference_score = one_head(references.product_key_topk)(query, keys, 8)
   np.testing.assert_array_equal(row, reference_row)
   np.testing.assert_array_equal(score, reference_score)
 
@@ -119,7 +120,7 @@ def test_bfloat16_inputs_are_scored_in_float32():
   np.testing.assert_array_equal(topk(query, keys, 8)[0], brute_force(query, keys, 8)[0])
 
 
-@pytest.mark.parametrize('selection', (product_key_topk, product_key_topk_reference))
+@pytest.mark.parametrize('selection', (product_key_topk, references.product_key_topk))
 def test_each_head_selects_as_if_alone(forms, selection):
   rng = np.random.default_rng(0)
   query = jnp.asarray(rng.standard_normal((2, 5, 6, 4)), jnp.float32)

@@ -133,9 +133,9 @@ def test_driver_decides_what_quickstart_installs(machine, driver, extra, said):
     extra, said = '', said or 'needs Python 3.12 or newer'
   done = machine.set_up('gpu')
   assert done.returncode == 0 and said in done.stderr and done.stderr.count('\n') == 1 + bool(said)
-  assert f'pip -e .{f"[{extra}]" if extra else ""}\n' in done.stderr
+  assert f'pip -e .[train{"," * bool(extra)}{extra}]\n' in done.stderr
   left_alone = machine.set_up('gpu', JAX_PLATFORMS='cpu').stderr
-  assert left_alone == ('pip -e .\n' if extra else '')
+  assert left_alone == ('pip -e .[train]\n' if extra else '')
 
 
 @pytest.mark.parametrize('first', ['old', 'new'])

@@ -2,7 +2,7 @@
 
 A new one is a module in mmjax/model/sublayers, a row here and a config file. The row says all that others must know of
 it: what it reads, which settings are its own (set in a model that has no such layer they are refused), what a token
-costs, what no gradient reaches. It names its class and does not import it, so that the table can be read without JAX.
+costs, what no gradient reaches. It names what makes it and does not import that: the table can be read without JAX.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ class Sublayer:
   """A row of the table.
 
   Attributes:
-    path: module and class, 'package.module:Class'; mmjax.model.sublayers.base says how it is built and called.
+    path: what makes it, 'package.module:name'; mmjax.model.sublayers.base says how it is made and called.
     settings: those of model and memory that mean nothing unless some layer is of this or another kind that names them.
     flops: of a config, the FLOPs of one training step for a token and layer, by part: see mmjax.model.cost.
     uses_bank: whether it reads the bank.
@@ -55,7 +55,7 @@ class Sublayer:
   without_gradient: Callable[[MemoryConfig], tuple[str, ...]] = lambda memory: ()
 
   def build(self, model: ModelConfig, memory: MemoryConfig, *, rngs: Any) -> Any:
-    """Returns a new module of the class."""
+    """Returns a new module."""
     module, _, name = self.path.partition(':')
     return getattr(importlib.import_module(module), name)(model, memory, rngs=rngs)
 
@@ -142,9 +142,9 @@ def _bag(config: Config) -> dict[str, int]:
 
 
 SUBLAYERS = {
-  'dense': Sublayer('mmjax.model.sublayers.dense:DenseFFN', ('model.hidden_dim',), _dense),
+  'dense': Sublayer('mmjax.model.sublayers.dense:dense', ('model.hidden_dim',), _dense),
   'cross_attention': Sublayer(
-    'mmjax.model.sublayers.cross_attention:CrossAttentionMemory',
+    'mmjax.model.sublayers.memory:cross_attention',
     (*BANK, *GATE, *SCORES),
     _cross_attention,
     uses_bank=True,
@@ -153,7 +153,7 @@ SUBLAYERS = {
     without_gradient=_frozen_gate,
   ),
   'gated_fusion': Sublayer(
-    'mmjax.model.sublayers.gated_fusion:GatedMemoryFusion',
+    'mmjax.model.sublayers.memory:gated_fusion',
     (*BANK, *GATE, *SCORES),
     _gated_fusion,
     uses_bank=True,
@@ -162,7 +162,7 @@ SUBLAYERS = {
     without_gradient=_frozen_gate,
   ),
   'memory_bag': Sublayer(
-    'mmjax.model.sublayers.memory_bag:MemoryBag',
+    'mmjax.model.sublayers.memory:memory_bag',
     (*BANK, *GATE, 'memory.score_activation', 'memory.bag_gate'),
     _memory_bag,
     uses_bank=True,
@@ -171,7 +171,7 @@ SUBLAYERS = {
     scores_weigh=lambda memory: True,
   ),
   'ngram_bag': Sublayer(
-    'mmjax.model.sublayers.ngram_bag:NgramBag',
+    'mmjax.model.sublayers.memory:ngram_bag',
     (*BANK, 'memory.ngrams', 'memory.bag_gate'),
     _ngram_bag,
     uses_bank=True,
@@ -179,7 +179,7 @@ SUBLAYERS = {
     sums_rows=True,
   ),
   'moe': Sublayer(
-    'mmjax.model.sublayers.moe:MoEFFN',
+    'mmjax.model.sublayers.moe:moe',
     ('model.hidden_dim', 'model.n_experts', 'model.experts_per_token', 'model.aux_loss_weight'),
     _moe,
   ),

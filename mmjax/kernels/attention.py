@@ -69,26 +69,15 @@ def cached_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: A
   # The queries of all heads that share a kv head, X = G * T, are the rows of one product.
   q_BKXH = q_BTNH.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, H)
   # The softmax needs scores that were not rounded to bf16.
-  score_BKXS = jnp.einsum('bkxh,bskh->bkxs', q_BKXH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
+  score_BKXS = jnp.einsum('BKXH,BSKH->BKXS', q_BKXH, k_BSKH, preferred_element_type=jnp.float32) * H**-0.5
   score_BKGTS = score_BKXS.reshape(B, K, N // K, T, -1)
   weight_BKGTS = jax.nn.softmax(jnp.where(visible_BTS[:, None, None], score_BKGTS, MASKED), axis=-1)
   weight_BKXS = weight_BKGTS.astype(v_BSKH.dtype).reshape(score_BKXS.shape)
-  out_BKXH = jnp.einsum('bkxs,bskh->bkxh', weight_BKXS, v_BSKH)
+  out_BKXH = jnp.einsum('BKXS,BSKH->BKXH', weight_BKXS, v_BSKH)
   return out_BKXH.reshape(B, K, N // K, T, H).transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
 
 
-def causal_attention_reference(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_BT: Array) -> Array:
-  """The definition, head by repeated head, in float32."""
-  q_BTNH, k_BTKH, v_BTKH = (x.astype(jnp.float32) for x in (q_BTNH, k_BTKH, v_BTKH))
-  T, N, H = q_BTNH.shape[1:]
-  k_BTNH, v_BTNH = (jnp.repeat(x, N // x.shape[2], axis=2) for x in (k_BTKH, v_BTKH))
-  score_BNTS = jnp.einsum('btnh,bsnh->bnts', q_BTNH, k_BTNH) / H**0.5
-  visible_BTS = jnp.tril(segment_BT[:, :, None] == segment_BT[:, None, :])
-  weight_BNTS = jax.nn.softmax(jnp.where(visible_BTS[:, None], score_BNTS, MASKED), axis=-1)
-  return jnp.einsum('bnts,bsnh->btnh', weight_BNTS, v_BTNH)
-
-
-# 'xla_blocked'. Z is every pair of batch row and kv head; X is the queries of all G heads in a block, side by side.
+# 'xla_blocked'. Z is every pair of sequence and kv head; X is the queries of all G heads in a block, side by side.
 # Scores are [S, X], keys on the long axis: all large products then multiply row-major matrices as they lie, sums over
 # keys vectorise along X, and masks and statistics broadcast without index arithmetic, which would keep XLA from
 # vectorising exp. Everything is float32: on a CPU without AMX, rounding scores to bf16 costs more than it saves.
@@ -155,8 +144,8 @@ def _head_backward(q_HGT, lse_GT, dout_HGT, delta_GT, k_TH, v_TH, segments):
     weight_SX = jnp.where(_visible(start, end, G, segments), jnp.exp(log_weight_SX), 0)
     dscore_SX = weight_SX * (v_one[:end] @ dout_less_delta[:, :, start:end].reshape(H + 1, -1))
     dqs.append((k_TH[:end].T @ dscore_SX).reshape(H, G, -1))
-    dk_TH = dk_TH.at[:end].add(jnp.einsum('sx,hx->sh', dscore_SX, q_HX))
-    dv_TH = dv_TH.at[:end].add(jnp.einsum('sx,hx->sh', weight_SX, dout_HX))
+    dk_TH = dk_TH.at[:end].add(jnp.einsum('SX,HX->SH', dscore_SX, q_HX))
+    dv_TH = dv_TH.at[:end].add(jnp.einsum('SX,HX->SH', weight_SX, dout_HX))
   return jnp.concatenate(dqs, axis=2), dk_TH, dv_TH
 
 
@@ -171,8 +160,8 @@ def _visible(start: int, end: int, G: int, segments: tuple[Array, Array] | None)
   visible_SX = jnp.arange(end)[:, None] <= jnp.tile(jnp.arange(start, end), G)
   if segments is None:
     return visible_SX
-  key_T, query_Y = segments
-  return visible_SX & (key_T[:end, None] == query_Y[G * start : G * end])
+  key_S, query_X = segments[0], segments[1][G * start : G * end]
+  return visible_SX & (key_S[:end, None] == query_X)
 
 
 def _split(x_BTNH: Array, K: int) -> Array:
@@ -195,8 +184,8 @@ def _split_rows(x_BTKH: Array) -> Array:
 
 
 def _split_segments(segment_BT: Array | None, K: int, G: int) -> tuple[Array, Array] | None:
-  """Segments of keys, (Z, T), and of queries in the order of all blocks' X, (Z, G * T)."""
+  """Segments of keys, (Z, T), and of queries in the order of all blocks, (Z, G * T)."""
   if segment_BT is None:
     return None
-  query_BY = jnp.concatenate([jnp.tile(segment_BT[:, i:j], (1, G)) for i, j in _blocks(segment_BT.shape[1])], axis=1)
-  return jnp.repeat(segment_BT, K, axis=0), jnp.repeat(query_BY, K, axis=0)
+  query_BX = jnp.concatenate([jnp.tile(segment_BT[:, i:j], (1, G)) for i, j in _blocks(segment_BT.shape[1])], axis=1)
+  return jnp.repeat(segment_BT, K, axis=0), jnp.repeat(query_BX, K, axis=0)

@@ -126,11 +126,6 @@ def bank_lookup(bank_MP: Array | BankShard | TappedBank, row_BTR: Array, dtype: 
   return _lookup(bank_MP, row_BTR, dtype)
 
 
-def bank_lookup_reference(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> Array:
-  """The definition; autodiff gives its gradient."""
-  return jnp.take(bank_MP, row_BTR, axis=0).astype(dtype)
-
-
 @jax.named_scope('lookup')
 def bank_bag(bank_MP: Array | BankShard | TappedBank, row_BThr: Array, weight_BThr: Array) -> Array:
   """Sums rows of the bank, weighted: an embedding bag for each head.
@@ -155,11 +150,6 @@ def bank_bag(bank_MP: Array | BankShard | TappedBank, row_BThr: Array, weight_BT
     sum_BThP = _bag(bank_MP, row_BThr, _tapped_weights(weight_BThr, tap.weight_BThr), False)
     return _tapped(sum_BThP, tap.grad)
   return _bag(bank_MP, row_BThr, weight_BThr, True)
-
-
-def bank_bag_reference(bank_MP: Array, row_BThr: Array, weight_BThr: Array) -> Array:
-  """The definition; autodiff gives its gradients."""
-  return jnp.einsum('...r,...rP->...P', weight_BThr, jnp.take(bank_MP, row_BThr, axis=0))
 
 
 def _gather_rows(bank: BankShard, row: Array) -> tuple[Array, Array]:

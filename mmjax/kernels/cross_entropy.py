@@ -51,16 +51,6 @@ def cross_entropy_sums(
   return _by_platform(sums, chunk_tokens, hidden_BTD, output_VD, target_BT, weight_BT)
 
 
-def cross_entropy_sums_reference(
-  hidden_BTD: Array, output_VD: Array, target_BT: Array, weight_BT: Array
-) -> tuple[Array, Array]:
-  """The definition, with all logits at once."""
-  logits_BTV = jnp.einsum('btd,vd->btv', *(x.astype(jnp.float32) for x in (hidden_BTD, output_VD)))
-  log_likelihood_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-  nll_BT = -jnp.take_along_axis(log_likelihood_BTV, target_BT[..., None], axis=-1)[..., 0]
-  return jnp.sum(weight_BT * nll_BT), jnp.sum(weight_BT * (jnp.argmax(logits_BTV, axis=-1) == target_BT))
-
-
 def _by_platform(run: Callable, chunk_tokens: int, *arrays: Array) -> tuple:
   """Runs chunks in the form that the platform likes: small ones in a CPU's cache, few kernels on a GPU."""
   T = arrays[0].shape[1]
@@ -162,9 +152,9 @@ def _scan(step, carry, arrays, chunk_tokens):
 
   parts = []
   if n_whole:
-    carry, out_nBtD = jax.lax.scan(step_at, carry, jnp.arange(n_whole))
-    if out_nBtD is not None:
-      parts.append(out_nBtD.swapaxes(0, 1).reshape(out_nBtD.shape[1], n_whole * chunk_tokens, -1))
+    carry, out = jax.lax.scan(step_at, carry, jnp.arange(n_whole))
+    if out is not None:
+      parts.append(out.swapaxes(0, 1).reshape(out.shape[1], n_whole * chunk_tokens, -1))
   if T % chunk_tokens:
     carry, out_BtD = step(carry, [x[:, n_whole * chunk_tokens :] for x in arrays])
     parts.append(out_BtD)

@@ -1,6 +1,6 @@
 """Gated MLPs: down(silu(x @ gate) * (x @ up)), where x may be a concatenation that is not built.
 
-z @ W == m @ W[:D] + rows @ W[D:] for z = concat(m, rows).
+z @ W == m @ W[:D] + rows @ W[D:] for z = concat(m, rows). Source: Shazeer 2020, arXiv:2002.05202.
 """
 
 import jax
@@ -24,15 +24,21 @@ def gated_mlp(
     down_kernel: [F, D].
     dtype: of the products.
   """
-
   if not on_cpu():  # the concatenation, made while its parts are, and one product for gate and up, which is kept
     z = jnp.concatenate([x.astype(dtype) for x in inputs], axis=-1)
     return _gate_and_project(matmul(z, jnp.concatenate((gate_kernel, up_kernel), axis=1)), down_kernel)
-  if len(inputs) > 1:
-    return matmul(gated_projection(*(x.astype(dtype) for x in inputs), gate_kernel, up_kernel), down_kernel)
-  # Cast for each product alone, so that their gradients are added up in float32.
-  gate, up = (matmul(inputs[0].astype(dtype), kernel) for kernel in (gate_kernel, up_kernel))
-  return matmul(jax.nn.silu(gate) * up, down_kernel)
+  if len(inputs) == 1:
+    # Cast for each product alone, so that their gradients are added up in float32.
+    gate, up = (matmul(inputs[0].astype(dtype), kernel) for kernel in (gate_kernel, up_kernel))
+    return matmul(jax.nn.silu(gate) * up, down_kernel)
+  m_BTD, rows_BTF = (x.astype(dtype) for x in inputs)
+  D = m_BTD.shape[-1]
+  if m_BTD.shape[1] == 1:  # decoding: one token is small, slices of the kernels are not: it takes half the time
+    z = jnp.concatenate((m_BTD, rows_BTF), axis=-1)
+    gate, up = matmul(z, gate_kernel), matmul(z, up_kernel)
+  else:
+    gate, up = (matmul(m_BTD, kernel[:D]) + matmul(rows_BTF, kernel[D:]) for kernel in (gate_kernel, up_kernel))
+  return matmul(_gate(gate, up), down_kernel)
 
 
 @jax.custom_vjp
@@ -54,30 +60,6 @@ def _gate_and_project_bwd(residuals, grad_out):
 
 
 _gate_and_project.defvjp(lambda both, kernel: (_gate_and_project(both, kernel), (both, kernel)), _gate_and_project_bwd)
-
-
-def gated_projection(m_BTD: Array, rows_BTF: Array, gate_kernel: Array, up_kernel: Array) -> Array:
-  """Returns silu(z @ gate) * (z @ up) for z = concat(m, rows), which is not built, except for single tokens.
-
-  Args:
-    m_BTD: float, the compute dtype; the result has it too.
-    rows_BTF: retrieved rows, flattened: F = R * P.
-    gate_kernel: [D + F, width], cast to the compute dtype.
-    up_kernel: the same shape.
-  """
-  D = m_BTD.shape[-1]
-  if m_BTD.shape[1] == 1:  # decoding: one token is small, slices of the kernels are not: it takes half the time
-    z_B1Z = jnp.concatenate((m_BTD, rows_BTF), axis=-1)
-    return _gate(matmul(z_B1Z, gate_kernel), matmul(z_B1Z, up_kernel))
-  gate = matmul(m_BTD, gate_kernel[:D]) + matmul(rows_BTF, gate_kernel[D:])
-  up = matmul(m_BTD, up_kernel[:D]) + matmul(rows_BTF, up_kernel[D:])
-  return _gate(gate, up)
-
-
-def gated_projection_reference(m_BTD: Array, rows_BTF: Array, gate_kernel: Array, up_kernel: Array) -> Array:
-  """The definition, in float32; autodiff gives its gradients."""
-  z_BTZ = jnp.concatenate((m_BTD, rows_BTF), axis=-1).astype(jnp.float32)
-  return jax.nn.silu(z_BTZ @ gate_kernel) * (z_BTZ @ up_kernel)
 
 
 @jax.checkpoint  # keeps two arrays for the backward pass instead of four, and recomputes what costs nothing

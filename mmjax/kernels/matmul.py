@@ -17,6 +17,11 @@ from mmjax.errors import refuse_wrong_jaxlib
 from mmjax.kernels.forms import on_cpu
 
 
+def uniform(key: Array, shape: tuple[int, ...], *, fan_in: int) -> Array:
+  """Returns torch's default for the weight of a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32."""
+  return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
+
+
 def matmul(x: Array, kernel: Array) -> Array:
   """Returns x @ kernel, computed in the dtype of x with float32 sums.
 
@@ -29,11 +34,6 @@ def matmul(x: Array, kernel: Array) -> Array:
   """
   refuse_wrong_jaxlib()
   return _matmul(x, kernel)
-
-
-def matmul_reference(x: Array, kernel: Array) -> Array:
-  """The definition; autodiff gives its gradients."""
-  return (x.astype(jnp.float32) @ kernel.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
 
 
 @jax.custom_vjp

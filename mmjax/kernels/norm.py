@@ -16,6 +16,7 @@ from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.matmul import dot, matmul, together, weight_gradient
 
 
+@jax.named_scope('norm')
 def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32) -> Array:
   """Returns x / rms(x) * scale, float32.
 
@@ -32,6 +33,7 @@ def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32)
   return x * _inverse(x, eps) * scale
 
 
+@jax.named_scope('norm')
 def normed_matmul(x: Array, scale: Array, kernel: Array, eps: float, dtype: DTypeLike) -> Array:
   """Returns rms_norm(x) @ kernel in `dtype`, with float32 sums; the gradient of `kernel` is float32.
 
@@ -47,6 +49,7 @@ def normed_matmul(x: Array, scale: Array, kernel: Array, eps: float, dtype: DTyp
   return _divided_product(x, scale, kernel, eps, jnp.dtype(dtype), False)
 
 
+@jax.named_scope('norm')
 def exact_normed_matmul(x: Array, scale: Array, kernel: Array, eps: float, dtype: DTypeLike) -> Array:
   """Returns rms_norm(x) @ kernel in float32, for choices that must not hang on rounding.
 

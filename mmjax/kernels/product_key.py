@@ -4,7 +4,7 @@ A row is a pair of sub-keys and its score is the sum of two sub-scores. The pair
 j-th best of the other (from 0) has (i+1)(j+1)-1 pairs before it, so only pairs with (i+1)(j+1) <= R can be among the R
 best: 20 of C*C for R = 8. Source: Lample et al. 2019, arXiv:1907.05242, section 3.1.
 
-Axes: h heads, each with two codebooks; K = 2 h codebooks, those of one head side by side; r rows a head.
+Each of the h heads has two of the k = 2 h codebooks, side by side.
 """
 
 from functools import partial
@@ -21,7 +21,12 @@ MOST_MERGED = 32  # rows of a head: longer lists do not fit into a GPU's registe
 
 
 def product_key_topk(
-  query_BTKp: Array, keys_KCp: Array, num_selected: int, bias_KC: Array | None = None
+  query_BTkp: Array,
+  keys_kCp: Array,
+  num_selected: int,
+  bias_kC: Array | None = None,
+  *,
+  gradient_dtype: DTypeLike = jnp.float32,
 ) -> tuple[Array, Array]:
   """Picks, for every head, the exact top `num_selected` of all C*C rows.
 
@@ -29,10 +34,11 @@ def product_key_topk(
   only because float32 rounded them, the last place may go to the pair of the better sub-key instead of the lower row.
 
   Args:
-    query_BTKp: float halves of queries. Scores are computed in float32 whatever its dtype: bf16 would pick other rows.
-    keys_KCp: codebooks of C sub-keys, two a head.
+    query_BTkp: float halves of queries. Scores are computed in float32 whatever its dtype: bf16 would pick other rows.
+    keys_kCp: codebooks of C sub-keys, two a head, side by side.
     num_selected: r, at most C.
-    bias_KC: float32, added to the sub-scores while rows are chosen and ordered; it gets no gradient.
+    bias_kC: float32, added to the sub-scores while rows are chosen and ordered; it gets no gradient.
+    gradient_dtype: in which a GPU multiplies the gradients of the scores, as those of other products.
 
   Returns:
     row_BThr: int32 in [0, C*C), i * C + j for sub-keys i and j. score_BThr: float32, before any softmax and without
@@ -41,74 +47,45 @@ def product_key_topk(
   Raises:
     ValueError: if r > C.
   """
-  found = best_rows(sub_key_scores(query_BTKp, keys_KCp), num_selected, bias_KC)
-  return tuple(x.reshape(*query_BTKp.shape[:2], *x.shape[1:]) for x in found)
-
-
-def best_rows(score_KXC: Array, num_selected: int, bias_KC: Array | None = None) -> tuple[Array, Array]:
-  """Does what `product_key_topk` does, from scores of X tokens as `sub_key_scores` returns them: row_Xhr, score_Xhr."""
-  K, _, C = score_KXC.shape
-  R, heads = num_selected, K // 2
-  if R > C:
-    raise ValueError(f'num_selected={R} must be at most the {C} sub-keys of each half')
-  if bias_KC is not None:
-    score_KXC += jax.lax.stop_gradient(bias_KC)[:, None]
-  row_Xhr, score_Xhr = (_best_by_rounds if on_cpu() or R > MOST_MERGED else _best_by_merging)(score_KXC, R)
-  if bias_KC is not None:
-    head_h1 = jnp.arange(heads)[:, None]
-    first_Xhr, second_Xhr = jnp.divmod(row_Xhr, C)
-    score_Xhr -= jax.lax.stop_gradient(bias_KC[2 * head_h1, first_Xhr] + bias_KC[2 * head_h1 + 1, second_Xhr])
-  return row_Xhr, score_Xhr
-
-
-def product_key_topk_reference(
-  query_BTKp: Array, keys_KCp: Array, num_selected: int, bias_KC: Array | None = None
-) -> tuple[Array, Array]:
-  """The definition: all C*C sums, sorted."""
-  score_KXC = sub_key_scores(query_BTKp, keys_KCp)
-  score_BTKC = jnp.moveaxis(score_KXC, 0, 1).reshape(*query_BTKp.shape[:3], -1)
-
-  def all_sums(score_xKC: Array) -> Array:
-    sums = score_xKC[..., 0::2, :, None] + score_xKC[..., 1::2, None, :]
-    return sums.reshape(*sums.shape[:-2], -1)
-
-  sums_BThM = all_sums(score_BTKC)
-  bias_hM = 0 if bias_KC is None else jax.lax.stop_gradient(all_sums(bias_KC))
-  row_BThr = jax.lax.top_k(sums_BThM + bias_hM, num_selected)[1]
-  return row_BThr, jnp.take_along_axis(sums_BThM, row_BThr, axis=-1)
-
-
-def sub_key_scores(query_BTKp: Array, keys_KCp: Array, dtype: DTypeLike = jnp.float32) -> Array:
-  """Returns the float32 scores (K, X, C) of the sub-keys of each codebook for the X = B * T tokens.
-
-  On a GPU gradients are multiplied in `dtype`, as those of other products; the scores never are.
-  """
   refuse_wrong_jaxlib()
-  query_XKp = query_BTKp.reshape(-1, *query_BTKp.shape[2:]).astype(jnp.float32)
-  return (_scores if on_cpu() else partial(_scores_of_gpu, dtype=jnp.dtype(dtype)))(query_XKp, keys_KCp)
+  B, T, k, p = query_BTkp.shape
+  C, r = keys_kCp.shape[1], num_selected
+  if r > C:
+    raise ValueError(f'num_selected={r} must be at most the {C} sub-keys of each half')
+  query_Xkp = query_BTkp.reshape(-1, k, p).astype(jnp.float32)
+  score = _scores if on_cpu() else partial(_scores_of_gpu, dtype=jnp.dtype(gradient_dtype))
+  score_kXC = score(query_Xkp, keys_kCp)
+  if bias_kC is not None:
+    score_kXC += jax.lax.stop_gradient(bias_kC)[:, None]
+  row_Xhr, score_Xhr = (_best_by_rounds if on_cpu() or r > MOST_MERGED else _best_by_merging)(score_kXC, r)
+  if bias_kC is not None:
+    first_h1 = 2 * jnp.arange(k // 2)[:, None]
+    i_Xhr, j_Xhr = jnp.divmod(row_Xhr, C)
+    score_Xhr -= jax.lax.stop_gradient(bias_kC[first_h1, i_Xhr] + bias_kC[first_h1 + 1, j_Xhr])
+  return row_Xhr.reshape(B, T, k // 2, r), score_Xhr.reshape(B, T, k // 2, r)
 
 
-def _scores(query_XKp: Array, keys_KCp: Array) -> Array:
+def _scores(query_Xkp: Array, keys_kCp: Array) -> Array:
   # K first, as the products come: turning their axes costs a CPU more than the products do.
   # HIGHEST, because GPUs would multiply float32 as TF32, which picks other rows.
-  return jnp.einsum('XKp,KCp->KXC', query_XKp, keys_KCp, precision=jax.lax.Precision.HIGHEST)
+  return jnp.einsum('Xkp,kCp->kXC', query_Xkp, keys_kCp, precision=jax.lax.Precision.HIGHEST)
 
 
 @partial(jax.custom_vjp, nondiff_argnames=('dtype',))
-def _scores_of_gpu(query_XKp: Array, keys_KCp: Array, dtype: jnp.dtype) -> Array:
-  return _scores(query_XKp, keys_KCp)
+def _scores_of_gpu(query_Xkp: Array, keys_kCp: Array, dtype: jnp.dtype) -> Array:
+  return _scores(query_Xkp, keys_kCp)
 
 
-def _scores_of_gpu_fwd(query_XKp, keys_KCp, dtype):
-  return _scores(query_XKp, keys_KCp), (query_XKp.astype(dtype), keys_KCp.astype(dtype))
+def _scores_of_gpu_fwd(query_Xkp, keys_kCp, dtype):
+  return _scores(query_Xkp, keys_kCp), (query_Xkp.astype(dtype), keys_kCp.astype(dtype))
 
 
-def _scores_of_gpu_bwd(dtype, residuals, grad_KXC):
-  query_XKp, keys_KCp = residuals
-  grad_KXC = grad_KXC.astype(dtype)
+def _scores_of_gpu_bwd(dtype, residuals, grad_kXC):
+  query_Xkp, keys_kCp = residuals
+  grad_kXC = grad_kXC.astype(dtype)
   precision = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None
   product = partial(jnp.einsum, precision=precision, preferred_element_type=jnp.float32)
-  return product('KXC,KCp->XKp', grad_KXC, keys_KCp), product('KXC,XKp->KCp', grad_KXC, query_XKp)
+  return product('kXC,kCp->Xkp', grad_kXC, keys_kCp), product('kXC,Xkp->kCp', grad_kXC, query_Xkp)
 
 
 _scores_of_gpu.defvjp(_scores_of_gpu_fwd, _scores_of_gpu_bwd)
@@ -120,89 +97,80 @@ def _pairs(num_selected: int) -> list[tuple[int, int]]:
   return [(i, j) for i in places for j in places if (i + 1) * (j + 1) <= num_selected]
 
 
-def _best_by_rounds(score_KXC: Array, num_selected: int) -> tuple[Array, Array]:
+def _best_by_rounds(score_kXC: Array, num_selected: int) -> tuple[Array, Array]:
   """Finds rows and scores for a CPU: `lax.top_k`, then rounds of maxima."""
-  K, _, C = score_KXC.shape
-  R, heads = num_selected, K // 2
+  k, _, C = score_kXC.shape
+  r, h = num_selected, k // 2
   # Barriers, because only rank 2 gets XLA's fast top-k and reshapes move through it: 30 times slower on a CPU.
-  flat_YC = jax.lax.optimization_barrier(score_KXC.reshape(-1, C))
+  flat_XC = jax.lax.optimization_barrier(score_kXC.reshape(-1, C))
   # One barrier an output: around both, XLA 0.10.2 aborts while it partitions over several devices.
-  best_YR, sub_key_YR = (jax.lax.optimization_barrier(x) for x in jax.lax.top_k(flat_YC, R))
-  # Heads and tokens Z last: what follows is arithmetic on the few candidates n of all of them at a time.
-  best_2RZ, sub_key_2RZ = (
-    x.reshape(heads, 2, -1, R).transpose(1, 3, 0, 2).reshape(2, R, -1) for x in (best_YR, sub_key_YR)
+  best_Xr, sub_key_Xr = (jax.lax.optimization_barrier(x) for x in jax.lax.top_k(flat_XC, r))
+  # Heads and tokens last: what follows is arithmetic on the few candidates of all of them at a time.
+  best_2rX, sub_key_2rX = (
+    x.reshape(h, 2, -1, r).transpose(1, 3, 0, 2).reshape(2, r, -1) for x in (best_Xr, sub_key_Xr)
   )
-  pairs = _pairs(R)
-  sum_nZ = jnp.stack([best_2RZ[0, i] + best_2RZ[1, j] for i, j in pairs])
-  candidate_nZ = jnp.stack([sub_key_2RZ[0, i] * C + sub_key_2RZ[1, j] for i, j in pairs])
-  row_RZ = _best_candidates(jax.lax.stop_gradient(sum_nZ), candidate_nZ, R, C * C - 1)
-  # Row by row, because the gradient of one sum over (R, n, X) would be built at that size.
-  score_RZ = jnp.stack([jnp.sum(jnp.where(candidate_nZ == row_Z, sum_nZ, 0), axis=0) for row_Z in row_RZ])
-  return tuple(x.reshape(R, heads, -1).transpose(2, 1, 0) for x in (row_RZ, score_RZ))
+  pairs = _pairs(r)
+  sum_cX = jnp.stack([best_2rX[0, i] + best_2rX[1, j] for i, j in pairs])
+  candidate_cX = jnp.stack([sub_key_2rX[0, i] * C + sub_key_2rX[1, j] for i, j in pairs])
+  row_rX = _best_candidates(jax.lax.stop_gradient(sum_cX), candidate_cX, r, C * C - 1)
+  # Row by row, because the gradient of one sum over (r, c, X) would be built at that size.
+  score_rX = jnp.stack([jnp.sum(jnp.where(candidate_cX == row_X, sum_cX, 0), axis=0) for row_X in row_rX])
+  return tuple(x.reshape(r, h, -1).transpose(2, 1, 0) for x in (row_rX, score_rX))
 
 
-def _best_candidates(sum_nX: Array, candidate_nX: Array, R: int, last_row: int) -> Array:
-  """Rows of the R greatest sums, (R, X): R rounds of a maximum, then the lowest row that reaches it."""
+def _best_candidates(sum_cX: Array, candidate_cX: Array, r: int, last_row: int) -> Array:
+  """Returns row_rX of the r greatest sums: r rounds of a maximum, then the lowest row that reaches it."""
 
-  def take_best(left_nX, _):
-    reaches_nX = left_nX == jnp.max(left_nX, axis=0)
-    row_X = jnp.min(jnp.where(reaches_nX, candidate_nX, last_row), axis=0)
-    return jnp.where(candidate_nX == row_X, -jnp.inf, left_nX), row_X
+  def take_best(left_cX, _):
+    reaches_cX = left_cX == jnp.max(left_cX, axis=0)
+    row_X = jnp.min(jnp.where(reaches_cX, candidate_cX, last_row), axis=0)
+    return jnp.where(candidate_cX == row_X, -jnp.inf, left_cX), row_X
 
-  return jax.lax.scan(take_best, sum_nX, length=R)[1]
+  return jax.lax.scan(take_best, sum_cX, length=r)[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _best_by_merging(score_KXC: Array, num_selected: int) -> tuple[Array, Array]:
+def _best_by_merging(score_kXC: Array, num_selected: int) -> tuple[Array, Array]:
   """Finds rows and scores for a GPU, where `lax.top_k` of C columns is a sort: one pass over the scores, no more.
 
   X stays an axis of its own, so that no device asks for the tokens of another.
   """
-  K, X, C = score_KXC.shape
-  column_KXC = jax.lax.broadcasted_iota(jnp.int32, score_KXC.shape, 2)
-  found = merge_best(score_KXC, column_KXC, C - 1, num_selected, 2)
-  best, sub_key = ([x.reshape(K // 2, 2, X) for x in each] for each in found)
+  k, X, C = score_kXC.shape
+  column_kXC = jax.lax.broadcasted_iota(jnp.int32, score_kXC.shape, 2)
+  found = _merge_best(score_kXC, column_kXC, C - 1, num_selected)
+  best, sub_key = ([x.reshape(k // 2, 2, X) for x in each] for each in found)
   pairs = _pairs(num_selected)
   # Last, because XLA gives sums over any other axis a tile of shared memory for each of a list's places.
-  sum_hXn = jnp.stack([best[i][:, 0] + best[j][:, 1] for i, j in pairs], axis=-1)
-  candidate_hXn = jnp.stack([sub_key[i][:, 0] * C + sub_key[j][:, 1] for i, j in pairs], axis=-1)
-  score, row = merge_best(sum_hXn, candidate_hXn, C * C - 1, num_selected, 2)
+  sum_hXc = jnp.stack([best[i][:, 0] + best[j][:, 1] for i, j in pairs], axis=-1)
+  candidate_hXc = jnp.stack([sub_key[i][:, 0] * C + sub_key[j][:, 1] for i, j in pairs], axis=-1)
+  score, row = _merge_best(sum_hXc, candidate_hXc, C * C - 1, num_selected)
   return tuple(jnp.stack(each, axis=-1).swapaxes(0, 1) for each in (row, score))
 
 
-def _best_by_merging_fwd(score_KXC, num_selected):
-  found = _best_by_merging(score_KXC, num_selected)
-  return found, (found[0], jnp.zeros((0, score_KXC.shape[-1])))
+def _best_by_merging_fwd(score_kXC, num_selected):
+  found = _best_by_merging(score_kXC, num_selected)
+  return found, (found[0], jnp.zeros((0, score_kXC.shape[-1])))
 
 
 def _best_by_merging_bwd(num_selected, residuals, grads):
   row_Xhr, columns_0C = residuals
   C = columns_0C.shape[-1]
-  sub_key_KXr = jnp.stack(jnp.divmod(row_Xhr, C), axis=2).reshape(len(row_Xhr), -1, num_selected).swapaxes(0, 1)
-  grad_KXr = jnp.repeat(grads[1].swapaxes(0, 1), 2, axis=0)
+  sub_key_kXr = jnp.stack(jnp.divmod(row_Xhr, C), axis=2).reshape(len(row_Xhr), -1, num_selected).swapaxes(0, 1)
+  grad_kXr = jnp.repeat(grads[1].swapaxes(0, 1), 2, axis=0)
   # A comparison with every column instead of a scatter: it writes the gradient once, and reads nothing of its size.
-  hits = [jnp.where(sub_key_KXr[..., r, None] == jnp.arange(C), grad_KXr[..., r, None], 0) for r in range(num_selected)]
+  hits = [jnp.where(sub_key_kXr[..., r, None] == jnp.arange(C), grad_kXr[..., r, None], 0) for r in range(num_selected)]
   return (sum(hits),)
 
 
 _best_by_merging.defvjp(_best_by_merging_fwd, _best_by_merging_bwd)
 
 
-def merge_best(value: Array, index: Array, last: int, number: int, axis: int) -> tuple[list[Array], list[Array]]:
-  """Returns the `number` greatest values along an axis, best first, and their indices; of equal ones the lowest first.
+def _merge_best(value: Array, index: Array, last: int, number: int) -> tuple[list[Array], list[Array]]:
+  """Returns the `number` greatest values along axis 2, best first, and their indices; of equal ones the lowest first.
 
   One reduction, whose sums are sorted lists: two of them are merged by the last stages of a bitonic sort (Batcher
-  1968). It reads its input once and keeps lists in registers, where a sort reads and writes all columns.
-
-  Args:
-    value: float32.
-    index: int32, like `value`.
-    last: the greatest index, which is found where there are too few numbers, with -inf.
-    number: how many.
-    axis: along which.
-
-  Returns:
-    Two lists of `number` arrays without that axis.
+  1968). It reads its input once and keeps lists in registers, where a sort reads and writes all columns. Where there
+  are too few numbers it finds -inf, with the index `last`.
   """
   width = 1 << (number - 1).bit_length()
   rest, worst = width - 1, (-jnp.inf, last)
@@ -215,7 +183,7 @@ def merge_best(value: Array, index: Array, last: int, number: int, axis: int) ->
     merged = _merge_sorted(*(list(zip(x[:width], x[width:], strict=True)) for x in (a, b)))
     return tuple(x for each in zip(*merged, strict=True) for x in each)
 
-  found = jax.lax.reduce(lists, starts, merge, (axis,))
+  found = jax.lax.reduce(lists, starts, merge, (2,))
   return found[:number], found[width : width + number]
 
 

@@ -14,11 +14,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.config import ModelConfig
 from mmjax.kernels.attention import cached_attention, causal_attention
 from mmjax.kernels.forms import on_cpu
-from mmjax.kernels.matmul import matmul
-from mmjax.kernels.norm import exact_normed_matmul, normed_matmul, rms_norm
+from mmjax.kernels.matmul import matmul, uniform
+from mmjax.kernels.norm import normed_matmul, rms_norm
 
 
 class LayerCache(TypedDict):
@@ -28,21 +27,11 @@ class LayerCache(TypedDict):
   v: Array
 
 
-def uniform_init(fan_in: int) -> nnx.Initializer:
-  """Returns torch's default for a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
-
-  def init(key: Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> Array:
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return init
-
-
 class Linear(nnx.Module):
   """A matrix product without bias; `kernel` is (in, out)."""
 
   def __init__(self, in_dim: int, out_dim: int, *, rngs: nnx.Rngs):
-    self.kernel = nnx.Param(uniform_init(in_dim)(rngs.params(), (in_dim, out_dim)))
+    self.kernel = nnx.Param(uniform(rngs.params(), (in_dim, out_dim), fan_in=in_dim))
 
   def __call__(self, x: Array, dtype: DTypeLike) -> Array:
     """Maps (..., in) to (..., out), both operands and the result in `dtype`."""
@@ -56,20 +45,13 @@ class RMSNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones(dim, jnp.float32))
     self.eps = eps
 
-  @jax.named_scope('norm')
   def __call__(self, x: Array, dtype: DTypeLike = jnp.float32) -> Array:
     """Maps (..., D) to float32 (..., D); see mmjax.kernels.norm.rms_norm for `dtype`."""
     return rms_norm(x, self.scale[...], self.eps, dtype)
 
-  @jax.named_scope('norm')
   def matmul(self, x: Array, kernel: Array, dtype: DTypeLike) -> Array:
     """Maps (..., D) to (..., out) in `dtype`: the norm, then a product."""
     return normed_matmul(x, self.scale[...], kernel, self.eps, dtype)
-
-  @jax.named_scope('norm')
-  def exact_matmul(self, x: Array, kernel: Array, dtype: DTypeLike) -> Array:
-    """Maps (..., D) to float32 (..., out), exactly; see mmjax.kernels.norm.exact_normed_matmul for `dtype`."""
-    return exact_normed_matmul(x, self.scale[...], kernel, self.eps, dtype)
 
 
 def add_to_stream(x: Array, delta: Array) -> Array:
@@ -107,7 +89,7 @@ def rope_angles(position: Array, head_dim: int, theta: float) -> Array:
     theta: base of the geometric series of wavelengths.
 
   Returns:
-    (..., T, H/2) in radians.
+    (..., T, a) in radians, a = H / 2.
 
   Source: Su et al. 2021, arXiv:2104.09864.
   """
@@ -115,17 +97,17 @@ def rope_angles(position: Array, head_dim: int, theta: float) -> Array:
   return position.astype(jnp.float32)[..., None] * frequency
 
 
-def apply_rope(x_BTNH: Array, angle_BTh: Array) -> Array:
+def apply_rope(x_BTNH: Array, angle_BTa: Array) -> Array:
   """Rotates interleaved pairs (x[2i], x[2i+1]) by their angles, in float32; keeps the dtype.
 
   Args:
     x_BTNH: queries or keys.
-    angle_BTh: h = H/2 angles a position, from `rope_angles`; a leading axis of 1 is broadcast over B.
+    angle_BTa: a = H / 2 angles a position, from `rope_angles`; a leading axis of 1 is broadcast over B.
 
   Returns:
     Like `x_BTNH`.
   """
-  cos, sin = jnp.cos(angle_BTh)[:, :, None, :], jnp.sin(angle_BTh)[:, :, None, :]
+  cos, sin = jnp.cos(angle_BTa)[:, :, None, :], jnp.sin(angle_BTa)[:, :, None, :]
   pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)  # angles in bf16 would blur positions
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack((even * cos - odd * sin, even * sin + odd * cos), axis=-1)
@@ -135,20 +117,19 @@ def apply_rope(x_BTNH: Array, angle_BTh: Array) -> Array:
 class Attention(nnx.Module):
   """Causal grouped-query self-attention with rotary positions."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-    kv_dim = config.n_kv_heads * config.head_dim
-    self.wq = Linear(config.dim, config.dim, rngs=rngs)
-    self.wk = Linear(config.dim, kv_dim, rngs=rngs)
-    self.wv = Linear(config.dim, kv_dim, rngs=rngs)
-    self.wo = Linear(config.dim, config.dim, rngs=rngs)
-    self.head_dim = config.head_dim
+  def __init__(self, *, dim: int, n_kv_heads: int, head_dim: int, rngs: nnx.Rngs):
+    self.wq = Linear(dim, dim, rngs=rngs)
+    self.wk = Linear(dim, n_kv_heads * head_dim, rngs=rngs)
+    self.wv = Linear(dim, n_kv_heads * head_dim, rngs=rngs)
+    self.wo = Linear(dim, dim, rngs=rngs)
+    self.head_dim = head_dim
 
   @jax.named_scope('attention')
   def __call__(
     self,
     x_BTD: Array,
     norm: RMSNorm,
-    angle_BTh: Array,
+    angle_BTa: Array,
     segment_BT: Array | None,
     dtype: DTypeLike,
     backend: str,
@@ -158,7 +139,7 @@ class Attention(nnx.Module):
     Args:
       x_BTD: float32.
       norm: what comes first.
-      angle_BTh: rotary angles of the T positions.
+      angle_BTa: rotary angles of the T positions.
       segment_BT: int32; a position sees earlier ones of its own segment. None: one segment.
       dtype: of the matrix products.
       backend: a name that `kernels.attention.causal_attention` knows.
@@ -166,19 +147,19 @@ class Attention(nnx.Module):
     Returns:
       (B, T, D) in `dtype`, and the keys (rotated) and values, (B, T, K, H), for a cache.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTh, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, dtype)
     out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_BT, backend=backend)
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BTKH, 'v': v_BTKH}
 
   def decode(
-    self, x_BTD: Array, norm: RMSNorm, angle_BTh: Array, cache: LayerCache, position_BT: Array, dtype: DTypeLike
+    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, cache: LayerCache, position_BT: Array, dtype: DTypeLike
   ) -> tuple[Array, LayerCache]:
     """Attends from new tokens to themselves and to what the cache holds before them.
 
     Args:
       x_BTD: float32.
       norm: what comes first.
-      angle_BTh: rotary angles of `position_BT`.
+      angle_BTa: rotary angles of `position_BT`.
       cache: keys and values, (B, S, K, H); slot s holds position s.
       position_BT: int32 position of each new token, below S.
       dtype: of the matrix products.
@@ -186,7 +167,7 @@ class Attention(nnx.Module):
     Returns:
       (B, T, D) in `dtype`, and the cache with the new keys and values in it.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTh, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, dtype)
     row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
     k_BSKH = cache['k'].at[row_B1, position_BT].set(k_BTKH.astype(cache['k'].dtype))
     v_BSKH = cache['v'].at[row_B1, position_BT].set(v_BTKH.astype(cache['v'].dtype))
@@ -194,29 +175,29 @@ class Attention(nnx.Module):
     out_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BSKH, 'v': v_BSKH}
 
-  def _project(self, x_BTD: Array, norm: RMSNorm, angle_BTh: Array, dtype: DTypeLike) -> tuple[Array, Array, Array]:
+  def _project(self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, dtype: DTypeLike) -> tuple[Array, Array, Array]:
     heads = (*x_BTD.shape[:-1], -1, self.head_dim)
     kernels = [linear.kernel[...] for linear in (self.wq, self.wk, self.wv)]
 
     if not on_cpu():
       x_BTNH = norm.matmul(x_BTD, jnp.concatenate(kernels, axis=1), dtype).reshape(heads)
-      return _split_and_rotate(x_BTNH, angle_BTh, kernels[1].shape[1] // self.head_dim)
+      return _split_and_rotate(x_BTNH, angle_BTa, kernels[1].shape[1] // self.head_dim)
     normed_BTD = norm(x_BTD)  # cast for each product alone, so that their gradients are added up in float32
     q_BTNH, k_BTKH, v_BTKH = (matmul(normed_BTD.astype(dtype), kernel).reshape(heads) for kernel in kernels)
-    return apply_rope(q_BTNH, angle_BTh), apply_rope(k_BTKH, angle_BTh), v_BTKH
+    return apply_rope(q_BTNH, angle_BTa), apply_rope(k_BTKH, angle_BTa), v_BTKH
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _split_and_rotate(x_BTNH: Array, angle_BTh: Array, n_kv_heads: int) -> tuple[Array, Array, Array]:
+def _split_and_rotate(x_BTNH: Array, angle_BTa: Array, n_kv_heads: int) -> tuple[Array, Array, Array]:
   """Splits heads into those of queries, keys and values, and rotates the first two; its gradient is one array, too."""
   n_heads = x_BTNH.shape[2] - 2 * n_kv_heads
   q_BTNH, k_BTKH, v_BTKH = jnp.split(x_BTNH, (n_heads, n_heads + n_kv_heads), axis=2)
-  return apply_rope(q_BTNH, angle_BTh), apply_rope(k_BTKH, angle_BTh), v_BTKH
+  return apply_rope(q_BTNH, angle_BTa), apply_rope(k_BTKH, angle_BTa), v_BTKH
 
 
-def _split_and_rotate_bwd(n_kv_heads, angle_BTh, grads):
+def _split_and_rotate_bwd(n_kv_heads, angle_BTa, grads):
   q_BTNH, k_BTKH, v_BTKH = grads
-  back = apply_rope(q_BTNH, -angle_BTh), apply_rope(k_BTKH, -angle_BTh), v_BTKH
+  back = apply_rope(q_BTNH, -angle_BTa), apply_rope(k_BTKH, -angle_BTa), v_BTKH
   return jnp.concatenate(back, axis=2), None
 
 

@@ -6,7 +6,7 @@ it. The sublayer comes from the table in mmjax.model.sublayers; the bank is one 
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,12 @@ from jax.typing import DTypeLike
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.kernels.bank import BankShard, Reads, TappedBank, no_reads
-from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles, uniform_init
-from mmjax.model.memory import init_bank
-from mmjax.model.ngram import cached_last_tokens, last_tokens, ngram_rows
+from mmjax.kernels.matmul import uniform
+from mmjax.memory.base import Params, SublayerOutput, init_bank
+from mmjax.memory.ngram import cached_last_tokens, last_tokens, ngram_rows
+from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
 from mmjax.model.sublayers import SUBLAYERS, any_reads_ngrams, layer_kinds
-from mmjax.model.sublayers.base import SublayerOutput
 
-Params = dict[str, Any]
 BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict
 
 
@@ -59,7 +58,7 @@ class Block(nnx.Module):
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, kind: str, *, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(model.dim, model.norm_eps)
-    self.attention = Attention(model, rngs=rngs)
+    self.attention = Attention(dim=model.dim, n_kv_heads=model.n_kv_heads, head_dim=model.head_dim, rngs=rngs)
     self.sublayer = SUBLAYERS[kind].build(model, memory, rngs=rngs)
     self.uses_bank = SUBLAYERS[kind].uses_bank
     self.dropout = model.dropout
@@ -68,7 +67,7 @@ class Block(nnx.Module):
     self,
     x_BTD: Array,
     bank_MP: Array | BankShard | TappedBank | None,
-    angle_BTh: Array,
+    angle_BTa: Array,
     segment_BT: Array | None,
     ngram_BThr: Array | None,
     key: Array | None,
@@ -78,7 +77,7 @@ class Block(nnx.Module):
   ) -> tuple[Array, SublayerOutput, LayerCache]:
     """Returns the float32 residual stream, what the sublayer gave, and the keys and values of attention."""
     attention_key, sublayer_key = (None, None) if key is None else jax.random.split(key)
-    h_attn_BTD, kv = self.attention(x_BTD, self.attention_norm, angle_BTh, segment_BT, dtype, attention)
+    h_attn_BTD, kv = self.attention(x_BTD, self.attention_norm, angle_BTa, segment_BT, dtype, attention)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = add_to_stream(x_BTD, h_attn_BTD)
     out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr)
@@ -88,14 +87,14 @@ class Block(nnx.Module):
     self,
     x_BTD: Array,
     bank_MP: Array | None,
-    angle_BTh: Array,
+    angle_BTa: Array,
     ngram_BThr: Array | None,
     cache: LayerCache,
     position_BT: Array,
     dtype: DTypeLike,
   ) -> tuple[Array, LayerCache]:
     """Returns the float32 residual stream of new tokens and the updated cache."""
-    h_attn_BTD, cache = self.attention.decode(x_BTD, self.attention_norm, angle_BTh, cache, position_BT, dtype)
+    h_attn_BTD, cache = self.attention.decode(x_BTD, self.attention_norm, angle_BTa, cache, position_BT, dtype)
     h_BTD = x_BTD + h_attn_BTD
     return h_BTD + self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr).delta_BTD, cache
 
@@ -118,9 +117,11 @@ class LM(nnx.Module):
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     shape = (model.vocab_size, model.dim)
     # The seeds tie the embedding to the output layer's weight, so it starts as a linear layer does.
-    self.embedding = nnx.Param(uniform_init(model.dim)(rngs.params(), shape))
+    self.embedding = nnx.Param(uniform(rngs.params(), shape, fan_in=model.dim))
     if SUBLAYERS[model.sublayer].uses_bank:
-      self.memory_bank = nnx.Param(init_bank(model, memory, rngs=rngs))
+      self.memory_bank = nnx.Param(
+        init_bank(rngs.params(), n_rows=model.knowledge_num, row_dim=model.knowledge_dim, std=memory.bank_std)
+      )
     else:
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
@@ -198,14 +199,14 @@ class LM(nnx.Module):
       hidden_BTD in `dtype`, and the updated cache.
     """
     position_BT = position_B[:, None] + jnp.arange(tokens_BT.shape[1])
-    angle_BTh = rope_angles(position_BT, self.head_dim, self.rope_theta)
+    angle_BTa = rope_angles(position_BT, self.head_dim, self.rope_theta)
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
     token_BS = cache.token_BS.at[jnp.arange(len(tokens_BT))[:, None], position_BT].set(tokens_BT)
     ngram_BThr = self._ngram_rows(lambda n: cached_last_tokens(token_BS, position_BT, n))
     x_BTD = self.embedding[...][tokens_BT]
     layers = []
     for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-      x_BTD, layer_cache = layer.decode(x_BTD, bank_MP, angle_BTh, ngram_BThr, layer_cache, position_BT, dtype)
+      x_BTD, layer_cache = layer.decode(x_BTD, bank_MP, angle_BTa, ngram_BThr, layer_cache, position_BT, dtype)
       layers.append(layer_cache)
     return self.norm(x_BTD, dtype).astype(dtype), Cache(token_BS, layers)
 
@@ -225,7 +226,7 @@ class LM(nnx.Module):
     dropout_key: Array | None,
     bank_of_layer: BankOfLayer | None = None,
   ) -> tuple[Output, list[LayerCache]]:
-    angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
+    angle_BTa = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
     ngram_BThr = self._ngram_rows(lambda n: last_tokens(tokens_BT, n, segment_BT))
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
     keys = [None] * (len(self.layers) + 1)
@@ -239,7 +240,7 @@ class LM(nnx.Module):
       if remat == 'block':
         call = jax.checkpoint(call)
       bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.uses_bank else bank_MP
-      x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTh, segment_BT, ngram_BThr, key)
+      x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTa, segment_BT, ngram_BThr, key)
       return x_BTD, LayerOutput(sublayer.row_BTR, sublayer.score_BTR, jnp.asarray(sublayer.aux_loss), kv)
 
     outs = []

@@ -7,7 +7,7 @@ from jax import Array
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
-from mmjax.model.memory import score_weights
+from mmjax.memory.gate import score_weights
 
 __all__ = ['SUBLAYERS', 'any_reads_ngrams', 'layer_kinds', 'row_weights']
 

@@ -7,8 +7,8 @@ from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.kernels.fusion import gated_mlp
+from mmjax.memory.base import SublayerOutput
 from mmjax.model.layers import Linear, RMSNorm
-from mmjax.model.sublayers.base import SublayerOutput
 
 
 class SwiGLU(nnx.Module):
@@ -28,12 +28,17 @@ class SwiGLU(nnx.Module):
 class DenseFFN(SwiGLU):
   """The whole sublayer: norm, then SwiGLU."""
 
-  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
-    super().__init__(model.dim, model.dense_hidden_dim, rngs=rngs)
-    self.norm = RMSNorm(model.dim, model.norm_eps)
+  def __init__(self, dim: int, hidden_dim: int, norm_eps: float, *, rngs: nnx.Rngs):
+    super().__init__(dim, hidden_dim, rngs=rngs)
+    self.norm = RMSNorm(dim, norm_eps)
 
   def __call__(
     self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
   ) -> SublayerOutput:
     """See mmjax.model.sublayers.base."""
     return SublayerOutput(self.transform(self.norm(h_BTD, dtype), dtype))
+
+
+def dense(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> DenseFFN:
+  """Experiment 1.4.0."""
+  return DenseFFN(model.dim, model.dense_hidden_dim, model.norm_eps, rngs=rngs)

@@ -13,8 +13,8 @@ from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.kernels.forms import on_cpu
+from mmjax.memory.base import SublayerOutput
 from mmjax.model.layers import Linear, RMSNorm
-from mmjax.model.sublayers.base import SublayerOutput
 from mmjax.model.sublayers.dense import SwiGLU
 
 
@@ -25,14 +25,22 @@ class MoEFFN(nnx.Module):
   of a dispatch, and none of its sorting.
   """
 
-  def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
-    hidden = model.dense_hidden_dim
-    self.norm = RMSNorm(model.dim, model.norm_eps)
-    self.router = Linear(model.dim, model.n_experts, rngs=rngs)
-    self.experts = nnx.List([SwiGLU(model.dim, hidden, rngs=rngs) for _ in range(model.n_experts)])
-    self.shared_expert = SwiGLU(model.dim, hidden, rngs=rngs)
-    self.experts_per_token = model.experts_per_token
-    self.aux_loss_weight = model.aux_loss_weight
+  def __init__(
+    self,
+    dim: int,
+    hidden_dim: int,
+    norm_eps: float,
+    *,
+    n_experts: int,
+    experts_per_token: int,
+    aux_loss_weight: float,
+    rngs: nnx.Rngs,
+  ):
+    self.norm = RMSNorm(dim, norm_eps)
+    self.router = Linear(dim, n_experts, rngs=rngs)
+    self.experts = nnx.List([SwiGLU(dim, hidden_dim, rngs=rngs) for _ in range(n_experts)])
+    self.shared_expert = SwiGLU(dim, hidden_dim, rngs=rngs)
+    self.experts_per_token, self.aux_loss_weight = experts_per_token, aux_loss_weight
 
   @jax.named_scope('router')
   def __call__(
@@ -42,9 +50,9 @@ class MoEFFN(nnx.Module):
     x_BTD = self.norm(h_BTD, dtype)
     logits_BTE = jnp.matmul(x_BTD, self.router.kernel[...], precision=jax.lax.Precision.HIGHEST)
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # float32: the choice must not hang on rounding
-    best_BTR, expert_BTR = jax.lax.top_k(probability_BTE, self.experts_per_token)
-    chosen_BTE = jax.nn.one_hot(expert_BTR, len(self.experts), dtype=jnp.float32).sum(axis=-2)
-    weight_BTE = chosen_BTE * probability_BTE / best_BTR.sum(axis=-1, keepdims=True)
+    best_BTe, expert_BTe = jax.lax.top_k(probability_BTE, self.experts_per_token)
+    chosen_BTE = jax.nn.one_hot(expert_BTe, len(self.experts), dtype=jnp.float32).sum(axis=-2)
+    weight_BTE = chosen_BTE * probability_BTE / best_BTe.sum(axis=-1, keepdims=True)
     out_BTD = self.shared_expert.transform(x_BTD, dtype)
     for e, expert in enumerate(self.experts):
       out_BTD += _recomputed_on_gpu(
@@ -58,6 +66,19 @@ class MoEFFN(nnx.Module):
     """Returns the auxiliary loss: per sequence, expert load (1 when even) times mean probability, summed over E."""
     load_BE = chosen_BTE.mean(axis=1) * len(self.experts) / self.experts_per_token
     return self.aux_loss_weight * jnp.mean(jnp.sum(load_BE * probability_BTE.mean(axis=1), axis=-1))
+
+
+def moe(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> MoEFFN:
+  """Experts of the size of 1.4.0's feed-forward layer."""
+  return MoEFFN(
+    model.dim,
+    model.dense_hidden_dim,
+    model.norm_eps,
+    n_experts=model.n_experts,
+    experts_per_token=model.experts_per_token,
+    aux_loss_weight=model.aux_loss_weight,
+    rngs=rngs,
+  )
 
 
 def _recomputed_on_gpu(function: Callable, *inputs: Array) -> Array:

@@ -40,25 +40,25 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
 
 
 @jax.named_scope('ngram')
-def ngram_rows(token_BTn: Array, ngrams: Sequence[int], num_selected: int, knowledge_num: int) -> Array:
+def ngram_rows(token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int) -> Array:
   """Hashes n-grams to rows, each head and each row of a head in its own way.
 
   Args:
     token_BTn: int32, from `last_tokens`.
     ngrams: for each head, how many of these tokens it looks at.
-    num_selected: r, rows of a head.
-    knowledge_num: M.
+    rows_per_head: r.
+    n_rows: M.
 
   Returns:
     int32 (B, T, h, r) in [0, M).
   """
-  r = num_selected
+  r = rows_per_head
   code_BThr = jnp.arange(len(ngrams) * r, dtype=jnp.uint32).reshape(-1, r)
   for back in range(max(ngrams)):
     mixed_BThr = _mix(code_BThr ^ _mix(token_BTn[..., back, None, None].astype(jnp.uint32)))
     looks_at_h1 = jnp.array([back < n for n in ngrams])[:, None]
     code_BThr = jnp.where(looks_at_h1, mixed_BThr, code_BThr)
-  return (code_BThr % jnp.uint32(knowledge_num)).astype(jnp.int32)
+  return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
 
 
 def _mix(x: Array) -> Array:

@@ -1,0 +1,31 @@
+"""Memories for anybody's model: rows of one bank that each token picks and adds to its residual stream.
+
+A memory is a frozen dataclass of sizes, which are named by keyword, with two pure functions:
+
+  memory = MemoryBag(dim=256, n_rows=65_536, row_dim=64, n_heads=4, rows_per_head=16)
+  params = memory.init(key)                    # a nested dict of float32 arrays
+  out = memory.apply(params, x_BTD, bank_MP)   # out.delta_BTD is what to add to x_BTD
+
+`MemoryLayer(memory, rngs=rngs)` is the same as a module of flax.nnx. The bank is an array (`init_bank`), and any number
+of memories may read it. Nothing here needs more than JAX, Flax and NumPy. mmjax's own models are made of the same
+memories (mmjax/model/sublayers/memory.py).
+"""
+
+from mmjax.memory.bag import MemoryBag, NgramBag
+from mmjax.memory.base import Memory, MemoryLayer, SublayerOutput, init_bank
+from mmjax.memory.cross_attention import CrossAttention
+from mmjax.memory.fusion import GatedFusion
+from mmjax.memory.ngram import cached_last_tokens, last_tokens
+
+__all__ = [
+  'CrossAttention',
+  'GatedFusion',
+  'Memory',
+  'MemoryBag',
+  'MemoryLayer',
+  'NgramBag',
+  'SublayerOutput',
+  'cached_last_tokens',
+  'init_bank',
+  'last_tokens',
+]

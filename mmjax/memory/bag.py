@@ -1,0 +1,106 @@
+"""Bags of rows: each head's weighted sum of its rows, gated by the token and projected.
+
+Sources: the output (y * silu(m W1)) W2 follows Memory+ in Berges et al. 2024, arXiv:2412.09764; the weighted sum Lample
+et al. 2019, arXiv:1907.05242; rows that the last tokens address, Cheng et al. 2026, arXiv:2601.07372, and for rows of
+the token alone, Sadhukhan et al. 2026, arXiv:2601.10639.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.kernels.bank import bank_bag
+from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.matmul import matmul
+from mmjax.kernels.norm import normed_matmul
+from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
+from mmjax.memory.gate import GatedMemory
+from mmjax.memory.ngram import last_tokens, ngram_rows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Bag(Memory):
+  """What becomes of a bag's rows.
+
+  Attributes:
+    output_gate: whether the sums are multiplied by silu(m W1), element by element, before they are projected.
+  """
+
+  output_gate: bool = True
+
+  def init_read(self, rngs: nnx.Rngs) -> Params:
+    """Returns the kernels `up`, of the output's gate, (D, h * P), and `down`, (h * P, D)."""
+    width = self.n_heads * self.row_dim
+    up = {'up': (self.dim, width)} if self.output_gate else {}
+    return init_kernels(rngs, **up, down=(width, self.dim))
+
+  @jax.named_scope('bag')
+  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
+    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
+    y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))
+    y_BTF = y_BThP.reshape(*x_BTD.shape[:-1], -1).astype(dtype)
+    down = params['down']['kernel']
+    if not self.output_gate:
+      return matmul(y_BTF, down)
+
+    def project(y_BTF: Array, up_BTF: Array) -> Array:
+      return matmul(y_BTF * jax.nn.silu(up_BTF), down)
+
+    up_BTF = normed_matmul(x_BTD, params['norm']['scale'], params['up']['kernel'], self.norm_eps, dtype)
+    return (project if on_cpu() else jax.checkpoint(project))(y_BTF, up_BTF)  # a GPU keeps the factors alone
+
+  def weights(self, selection: Selection) -> Array:
+    """Returns how much each row counts in the sum of its head, float32 weight_BThr."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryBag(GatedMemory, _Bag):
+  """A bag of rows that a gate selects; their weights come from their scores, so that the gate learns."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NgramBag(_Bag):
+  """A bag of rows that the last tokens address: no gate, and the mean of each head's rows.
+
+  What the rows hold depends on the n-gram alone; what becomes of them, on everything before it, through the gate of the
+  output.
+
+  Attributes:
+    ngrams: how many of the last tokens address a head's rows; heads take turns.
+  """
+
+  ngrams: tuple[int, ...] = (1,)
+
+  def rows(self, tokens_BT: Array, segment_BT: Array | None = None) -> Array:
+    """Returns the rows that the last tokens address at each position, int32 row_BThr.
+
+    Args:
+      tokens_BT: int32, whole rows of a batch.
+      segment_BT: int32; tokens of another segment do not count. None: each row is one segment.
+    """
+    return self.rows_of(last_tokens(tokens_BT, max(self.ngrams), segment_BT))
+
+  def rows_of(self, token_BTn: Array) -> Array:
+    """Does what `rows` does, from the last tokens at each position: see `cached_last_tokens`."""
+    ngrams = [self.ngrams[head % len(self.ngrams)] for head in range(self.n_heads)]
+    return ngram_rows(token_BTn, ngrams, self.rows_per_head, self.n_rows)
+
+  def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
+    """Returns the rows that it got, with scores of 0."""
+    shape = (*x_BTD.shape[:2], self.n_heads, self.rows_per_head)
+    if row_BThr is None:
+      raise ValueError('a memory that reads n-grams needs the rows that they address: see NgramBag.rows')
+    if row_BThr.shape != shape:
+      raise ValueError(
+        f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {row_BThr.shape}'
+      )
+    return Selection(row_BThr, jnp.zeros(shape, jnp.float32))
+
+  def weights(self, selection: Selection) -> Array:
+    """Returns 1 / r for each row."""
+    return jnp.full(selection.row_BThr.shape, 1 / self.rows_per_head, jnp.float32)

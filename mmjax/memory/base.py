@@ -1,0 +1,162 @@
+"""What every memory is: sizes, how its parameters start, and what it computes from them, its input and the bank."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.kernels.bank import BankShard, TappedBank
+from mmjax.kernels.matmul import uniform
+
+Params = dict[str, Any]
+Bank = Array | BankShard | TappedBank
+
+
+class Selection(NamedTuple):
+  """Rows in [0, M), int32, best first; their float32 scores before any softmax; the aux loss of the choice.
+
+  With a selection bias, which the scores are without, the order is that of score plus bias.
+  """
+
+  row_BThr: Array
+  score_BThr: Array
+  aux_loss: Array | float = 0.0
+
+
+class SublayerOutput(NamedTuple):
+  """What a memory, or another sublayer, adds to the residual stream and to the training loss, and what it read.
+
+  Rows are int32, head by head and best first in each; their scores are float32, before any activation.
+  Rows that n-grams address are in no order, and their scores are 0.
+  """
+
+  delta_BTD: Array
+  row_BTR: Array | None = None
+  score_BTR: Array | None = None
+  aux_loss: Array | float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+  """Sizes of a memory. It norms its input, selects rows for each token and reads them.
+
+  Attributes:
+    dim: D, of the residual stream.
+    n_rows: M, of the bank.
+    row_dim: P, of the bank.
+    n_heads: h; each selects rows of its own.
+    rows_per_head: r.
+    norm_eps: of the root-mean-square norm of the input.
+  """
+
+  dim: int
+  n_rows: int
+  row_dim: int
+  n_heads: int = 1
+  rows_per_head: int = 1
+  norm_eps: float = 1e-5
+
+  def init(self, key: Array | nnx.Rngs) -> Params:
+    """Returns the first parameters, a nested dict of float32 arrays.
+
+    Args:
+      key: a key of `jax.random`; or streams of keys, which move on.
+    """
+    rngs = key if isinstance(key, nnx.Rngs) else nnx.Rngs(key)
+    return self.init_gate(rngs) | self.init_read(rngs)
+
+  def apply(
+    self,
+    params: Params,
+    x_BTD: Array,
+    bank_MP: Bank,
+    row_BThr: Array | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+  ) -> SublayerOutput:
+    """Reads the bank.
+
+    Args:
+      params: as `init` makes them.
+      x_BTD: float, the residual stream; it is normed here.
+      bank_MP: float32; as `mmjax.kernels.bank` describes, it may be sharded by rows, a part, or tapped.
+      row_BThr: int32, the rows that n-grams address, for a memory that reads those; see `NgramBag.rows`.
+      dtype: of the matrix products; rows are selected in float32 whatever it is.
+
+    Returns:
+      SublayerOutput. Add `delta_BTD`, in `dtype`, to the stream, and `aux_loss` to the loss: its value is 0, and with a
+      selection bias its gradient evens out the use of the rows.
+
+    Raises:
+      ValueError: if an array has not the shape that the sizes say, or rows of n-grams are missing.
+    """
+    # A wrong shape would read other rows without a word, or fail far from here.
+    if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim:
+      raise ValueError(f'the input must have the shape (B, T, dim={self.dim}), not {x_BTD.shape}')
+    bank_shape = None if bank_MP is None else bank_MP.shape
+    if bank_shape != (self.n_rows, self.row_dim):
+      raise ValueError(f'the bank must have the shape (n_rows, row_dim)={self.n_rows, self.row_dim}, not {bank_shape}')
+    selection = self.select(params, x_BTD, row_BThr, dtype)
+    delta_BTD = self.read(params, x_BTD, selection, bank_MP, dtype)
+    row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
+    return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.aux_loss)
+
+  def init_gate(self, rngs: nnx.Rngs) -> Params:
+    """Returns the parameters of the norm and of what selects rows, here none."""
+    return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
+
+  def init_read(self, rngs: nnx.Rngs) -> Params:
+    """Returns the parameters of what becomes of the rows."""
+    raise NotImplementedError
+
+  def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
+    """Returns the rows to read for an input that is still to be normed."""
+    raise NotImplementedError
+
+  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
+    """Returns delta_BTD in `dtype` from an input that is still to be normed and the selected rows."""
+    raise NotImplementedError
+
+
+class ParamTree(nnx.Module):
+  """A nested dict of parameters as modules, under the same names."""
+
+  def __init__(self, params: Params):
+    for name, value in params.items():
+      setattr(self, name, ParamTree(value) if isinstance(value, dict) else nnx.Param(value))
+
+
+class MemoryLayer(ParamTree):
+  """A memory with its parameters."""
+
+  def __init__(self, memory: Memory, *, rngs: nnx.Rngs):
+    super().__init__(memory.init(rngs))
+    self.memory = memory
+
+  def __call__(
+    self, x_BTD: Array, bank_MP: Bank, row_BThr: Array | None = None, *, dtype: DTypeLike = jnp.float32
+  ) -> SublayerOutput:
+    """See `Memory.apply`."""
+    params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+    return self.memory.apply(params, x_BTD, bank_MP, row_BThr, dtype=dtype)
+
+
+def init_kernels(rngs: nnx.Rngs, **shapes: tuple[int, int]) -> Params:
+  """Returns kernels (in, out) of linear layers, by name."""
+  return {name: {'kernel': uniform(rngs.params(), shape, fan_in=shape[0])} for name, shape in shapes.items()}
+
+
+def init_bank(key: Array, *, n_rows: int, row_dim: int, std: float | None = None) -> Array:
+  """Returns the first values of a bank, float32 (M, P), normal.
+
+  Args:
+    key: of `jax.random`.
+    n_rows: M; a square, for a memory that has a gate.
+    row_dim: P.
+    std: standard deviation; None: P^-0.5, so that rows have length 1.
+  """
+  return (row_dim**-0.5 if std is None else std) * jax.random.normal(key, (n_rows, row_dim), jnp.float32)

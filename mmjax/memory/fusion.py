@@ -1,0 +1,28 @@
+"""Experiment 1.4.2: rows from the bank, concatenated with the memory's input, through a gated MLP."""
+
+import jax
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.kernels.fusion import gated_mlp
+from mmjax.kernels.norm import rms_norm
+from mmjax.memory.base import Bank, Params, Selection, init_kernels
+from mmjax.memory.gate import RowsMemory
+
+
+class GatedFusion(RowsMemory):
+  """down(silu(gate(z)) * up(z)) with z = (m, R rows, by head and score); `gate` and `up` are (D + R * P, D)."""
+
+  def init_read(self, rngs: nnx.Rngs) -> Params:
+    """Returns the kernels of the fusion."""
+    width = self.dim + self.n_heads * self.rows_per_head * self.row_dim
+    return {'fusion': init_kernels(rngs, gate=(width, self.dim), up=(width, self.dim), down=(self.dim, self.dim))}
+
+  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
+    """Returns the fusion of the normed input and the rows."""
+    m_BTD = rms_norm(x_BTD, params['norm']['scale'], self.norm_eps, dtype)
+    rows_BTF = self.rows(selection, bank_MP, dtype).reshape(*m_BTD.shape[:-1], -1)
+    with jax.named_scope('fusion'):
+      kernels = (params['fusion'][name]['kernel'] for name in ('gate', 'up', 'down'))
+      return gated_mlp((m_BTD, rows_BTF), *kernels, dtype)

@@ -1,0 +1,141 @@
+"""The product-key gate: a query for each head, and the rows whose two sub-keys match it best.
+
+Source: Lample et al. 2019, arXiv:1907.05242.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.kernels.bank import bank_lookup
+from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.norm import exact_normed_matmul
+from mmjax.kernels.product_key import product_key_topk
+from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
+
+NORM_EPS = 1e-6
+BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/experiments.md
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GatedMemory(Memory):
+  """A memory whose gate selects rows by the product of their keys.
+
+  Attributes:
+    n_rows: M = C * C, a square: there are C sub-keys in each half.
+    query_dim: of a head's query, which is two sub-keys wide; even. None: row_dim.
+    query_key_norm: 'l2': sub-scores are cosines times a learned scale, which starts at sqrt(p). 'none': products.
+    selection_bias: whether a bias on sub-scores, which counts in the choice alone, learns to even out their use.
+    activation: of the scores of a head's rows, which makes them weights: 'softmax' or 'relu'.
+  """
+
+  query_dim: int | None = None
+  query_key_norm: str = 'l2'
+  selection_bias: bool = True
+  activation: str = 'softmax'
+
+  def __post_init__(self):
+    root = math.isqrt(self.n_rows)
+    if root * root != self.n_rows:
+      raise ValueError(f'n_rows={self.n_rows} must be a square; nearest: {root**2} and {(root + 1) ** 2}')
+    width = self.query_dim or self.row_dim
+    if width % 2:
+      raise ValueError(f'the query of a head is two sub-keys wide: its width, {width}, must be even')
+    for field, choices in (('query_key_norm', ('l2', 'none')), ('activation', ('softmax', 'relu'))):
+      if getattr(self, field) not in choices:
+        raise ValueError(f'{field}={getattr(self, field)!r} must be one of {", ".join(choices)}')
+
+  def init_gate(self, rngs: nnx.Rngs) -> Params:
+    """Returns the parameters of the norm and of the gate."""
+    k, C, p = 2 * self.n_heads, math.isqrt(self.n_rows), (self.query_dim or self.row_dim) // 2
+    gate = init_kernels(rngs, query=(self.dim, k * p))
+    gate['keys'] = jax.random.normal(rngs.params(), (k, C, p), jnp.float32)
+    if self.query_key_norm == 'l2':
+      gate['norm'] = {'scale': jnp.full(k, p**0.5, jnp.float32)}
+    if self.selection_bias:
+      gate['bias'] = jnp.zeros((k, C), jnp.float32)
+    return super().init_gate(rngs) | {'gate': gate}
+
+  @jax.named_scope('gate')
+  def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
+    """Returns the rows whose sub-keys match best, in float32: in bf16 a fifth of the tokens would get other rows."""
+    gate = params['gate']
+    query = exact_normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
+    query_BTkp, keys_kCp = query.reshape(*x_BTD.shape[:-1], len(gate['keys']), -1), gate['keys']
+    if self.query_key_norm == 'l2':
+      # On a GPU normed queries are had again from queries: memory is what bounds a batch there.
+      norm = _scaled_units if on_cpu() else jax.checkpoint(_scaled_units)
+      query_BTkp, keys_kCp = norm(query_BTkp, keys_kCp, gate['norm']['scale'])
+    bias_kC = keys_kCp.shape[-1] ** 0.5 * gate['bias'] if self.selection_bias else None  # at the size of scores
+    row_BThr, score_BThr = product_key_topk(query_BTkp, keys_kCp, self.rows_per_head, bias_kC, gradient_dtype=dtype)
+    return Selection(row_BThr, score_BThr, balancing_slope(bias_kC, row_BThr) if self.selection_bias else 0.0)
+
+  def weights(self, selection: Selection) -> Array:
+    """Returns how much each row counts among those of its head, float32 weight_BThr."""
+    return score_weights(selection.score_BThr, self.activation)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsMemory(GatedMemory):
+  """A memory that reads its rows one by one.
+
+  Attributes:
+    scores: 'scale': each row times its weight, times r after a softmax; 'none': rows as they are, and then no gradient
+      reaches the gate, which routes by a fixed random projection, as in the record.
+  """
+
+  scores: str = 'scale'
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.scores not in ('scale', 'none'):
+      raise ValueError(f'scores={self.scores!r} must be one of scale, none')
+
+  def rows(self, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
+    """Returns rows_BTRP of all heads in `dtype`."""
+    rows_BThrP = bank_lookup(bank_MP, selection.row_BThr, dtype)
+    if self.scores == 'scale':
+      weight_BThr = self.weights(selection)
+      if self.activation == 'softmax':
+        weight_BThr *= self.rows_per_head  # 1 on average, so that rows keep their size
+      rows_BThrP *= weight_BThr[..., None].astype(dtype)
+    B, T, h, r, P = rows_BThrP.shape
+    return rows_BThrP.reshape(B, T, h * r, P)
+
+
+def score_weights(score_BThr: Array, activation: str) -> Array:
+  """Turns the scores of each head's rows into weights: 'softmax' over the head's rows, or 'relu'."""
+  return jax.nn.softmax(score_BThr, axis=-1) if activation == 'softmax' else jax.nn.relu(score_BThr)
+
+
+def balancing_slope(bias_kC: Array, row_BThr: Array) -> Array:
+  """Returns 0, with a gradient for the bias: how much more often than one in C each sub-key is among the rows selected.
+
+  Over all positions, padding too. Descending it, whatever the loss, lifts sub-keys that are taken too seldom. Adam
+  steps by the sign and hardly by the size, which makes it the rule of Wang et al. 2024, arXiv:2408.15664, for experts.
+  The size is therefore free, and so small that it takes no part in the norm by which all gradients are clipped.
+
+  Args:
+    bias_kC: float32, with which the rows were selected.
+    row_BThr: int32 in [0, C * C).
+  """
+  k, C = bias_kC.shape
+  sub_key_BTh2r = jnp.stack(jnp.divmod(row_BThr, C), axis=3)
+  sub_key_kX = jnp.moveaxis(sub_key_BTh2r, (2, 3), (0, 1)).reshape(k, -1)
+  share_kC = jnp.zeros((k, C), jnp.float32).at[jnp.arange(k)[:, None], sub_key_kX].add(1 / sub_key_kX.shape[1])
+  balance = jnp.sum(bias_kC * (share_kC - 1 / C))
+  return BALANCING_SLOPE * (balance - jax.lax.stop_gradient(balance))
+
+
+def _scaled_units(query_BTkp: Array, keys_kCp: Array, scale_k: Array) -> tuple[Array, Array]:
+  """Returns queries of length `scale_k` and sub-keys of length 1."""
+  return _unit(query_BTkp) * scale_k[:, None], _unit(keys_kCp)
+
+
+def _unit(x: Array) -> Array:
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPS)

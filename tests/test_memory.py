@@ -1,0 +1,201 @@
+"""The memories as a library: alone in a base install, the same in every form, and what a selection bias does."""
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from mmjax.environment import TRAIN_PACKAGES
+from mmjax.evaluation.probes import bank_health
+from mmjax.files import path_name
+from mmjax.memory import CrossAttention, GatedFusion, MemoryBag, MemoryLayer, NgramBag, init_bank
+from mmjax.memory.gate import BALANCING_SLOPE
+
+BANK = {'n_rows': 64, 'row_dim': 8}
+SIZES = BANK | {'dim': 32, 'n_heads': 2, 'rows_per_head': 3}
+MEMORIES = {
+  'bag': MemoryBag(**SIZES),
+  'fusion': GatedFusion(**SIZES),
+  'cross_attention': CrossAttention(**SIZES, attention_heads=4),
+  'ngrams': NgramBag(**SIZES, ngrams=(1, 2)),
+}
+SENTENCE = "This needs grain, which is not installed: type  pip install -e '.[train]'  in the checkout of mmjax\n"
+
+
+def inputs(memory):
+  rng = np.random.default_rng(0)
+  x_BTD = jnp.asarray(rng.standard_normal((2, 5, memory.dim)), jnp.float32)
+  tokens_BT = jnp.asarray(rng.integers(0, 9, (2, 5)), jnp.int32)
+  return x_BTD, init_bank(jax.random.key(1), **BANK), memory.rows(tokens_BT) if isinstance(memory, NgramBag) else None
+
+
+@pytest.mark.parametrize('name', MEMORIES)
+def test_every_parameter_and_the_bank_learn(name):
+  memory = MEMORIES[name]
+  x_BTD, bank_MP, row_BThr = inputs(memory)
+
+  def loss(params, bank_MP):
+    out = memory.apply(params, x_BTD, bank_MP, row_BThr)
+    return jnp.sum(jnp.sin(out.delta_BTD)) + out.aux_loss, out
+
+  (_, out), slopes = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(memory.init(jax.random.key(0)), bank_MP)
+  assert out.delta_BTD.shape == x_BTD.shape and out.row_BTR.shape == out.score_BTR.shape == (2, 5, 6)
+  for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
+    assert np.any(slope), path_name(path)
+
+
+@pytest.mark.parametrize('name', MEMORIES)
+def test_module_of_nnx_equals_the_pure_functions(name):
+  memory = MEMORIES[name]
+  x_BTD, bank_MP, row_BThr = inputs(memory)
+  layer = MemoryLayer(memory, rngs=nnx.Rngs(jax.random.key(0)))
+  params = memory.init(jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(layer)), params)
+  for got, want in zip(layer(x_BTD, bank_MP, row_BThr), memory.apply(params, x_BTD, bank_MP, row_BThr), strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
+def test_init_is_a_function_of_the_key_old_or_new():
+  memory = MEMORIES['bag']
+  made = [memory.init(key) for key in (jax.random.key(3), jax.random.PRNGKey(3))] + [
+    jax.jit(memory.init)(jax.random.key(3))
+  ]
+  for other in made[1:]:
+    jax.tree.map(np.testing.assert_array_equal, made[0], other)
+  assert np.any(memory.init(jax.random.key(4))['gate']['keys'] != made[0]['gate']['keys'])
+
+
+def test_compute_dtype_changes_no_row_on_a_cpu():
+  memory = MEMORIES['bag']
+  x_BTD, bank_MP, _ = inputs(memory)
+  outs = [memory.apply(memory.init(jax.random.key(0)), x_BTD, bank_MP, dtype=d) for d in (jnp.float32, jnp.bfloat16)]
+  assert outs[1].delta_BTD.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(outs[0].row_BTR, outs[1].row_BTR)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'sizes', 'said'),
+  [
+    (MemoryBag, {'n_rows': 65}, 'n_rows=65 must be a square; nearest: 64 and 81'),
+    (GatedFusion, {'row_dim': 7}, 'two sub-keys wide: its width, 7, must be even'),
+    (MemoryBag, {'activation': 'gelu'}, "activation='gelu' must be one of softmax, relu"),
+    (CrossAttention, {'scores': 'bag'}, "scores='bag' must be one of scale, none"),
+    (MemoryBag, {'query_key_norm': 'l1'}, "query_key_norm='l1' must be one of l2, none"),
+  ],
+)
+def test_sizes_that_make_no_memory_are_refused(kind, sizes, said):
+  with pytest.raises(ValueError, match=said):
+    kind(**SIZES | sizes)
+
+
+def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_loss():
+  memory = MEMORIES['bag']
+  params, (x_BTD, bank_MP, _) = memory.init(jax.random.key(0)), inputs(memory)
+  params['gate']['bias'] = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8)), jnp.float32)
+
+  def loss(params):
+    out = memory.apply(params, x_BTD, bank_MP)
+    return out.aux_loss, out.row_BTR
+
+  (value, row_BTR), slope = jax.value_and_grad(loss, has_aux=True)(params)
+  assert value == 0 and not np.any(slope['gate']['keys']) and not np.any(slope['gate']['query']['kernel'])
+  for k in range(4):
+    sub_key = np.divmod(np.asarray(row_BTR).reshape(2, 5, 2, 3)[:, :, k // 2], 8)[k % 2]
+    share = np.bincount(sub_key.ravel(), minlength=8) / sub_key.size
+    want = BALANCING_SLOPE * 4**0.5 * (share - 1 / 8)  # 4: half of a row
+    np.testing.assert_allclose(slope['gate']['bias'][k], want, rtol=1e-5)
+    assert np.linalg.norm(want) < 1e-3  # takes no part in clipping
+
+
+def test_use_of_sub_keys_becomes_more_even():
+  """Inputs that share a direction, as hidden states do, all take the sub-keys along it until something spreads them."""
+  memory = MemoryBag(dim=32, **BANK, rows_per_head=4, query_key_norm='none')
+  rng, bank_MP = np.random.default_rng(0), jnp.zeros((64, 8))
+  x_BTD = jnp.asarray(rng.standard_normal((8, 32, 32)) + 2 * rng.standard_normal(32), jnp.float32)
+  optimizer = optax.adam(0.05)
+
+  def descend(state, _):
+    params, moments = state
+
+    def loss(params):
+      out = memory.apply(params, x_BTD, bank_MP)
+      return out.aux_loss, out.row_BTR
+
+    (_, row_BTR), slope = jax.value_and_grad(loss, has_aux=True)(params)
+    update, moments = optimizer.update(slope, moments)
+    return (optax.apply_updates(params, update), moments), row_BTR
+
+  start = memory.init(jax.random.key(0))
+  _, rows = jax.jit(lambda params: jax.lax.scan(descend, (params, optimizer.init(params)), length=100))(start)
+  first, last = (bank_health(np.bincount(np.ravel(r), minlength=64)) for r in (rows[0], rows[-1]))
+  assert last['kl_to_uniform'] < 0.5 * first['kl_to_uniform'] and last['used_share'] > 1.5 * first['used_share']
+
+
+ALONE = """
+import sys
+class Blocked:
+  def find_spec(self, name, path=None, target=None):
+    if name.split('.')[0] in {blocked!r}:
+      raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Blocked())
+import jax
+from mmjax.memory import *
+bank = init_bank(jax.random.key(0), n_rows=16, row_dim=4)
+x, tokens = jax.numpy.ones((1, 2, 8)), jax.numpy.ones((1, 2), int)
+for kind in (MemoryBag, GatedFusion, CrossAttention, NgramBag):
+  memory = kind(dim=8, n_rows=16, row_dim=4)
+  rows = memory.rows(tokens) if kind is NgramBag else None
+  print(kind.__name__, memory.apply(memory.init(jax.random.key(1)), x, bank, rows).delta_BTD.shape)
+print(sorted({{name.split('.')[1] for name in sys.modules if name.startswith('mmjax.')}}))
+"""
+
+
+def test_base_install_is_enough():
+  """Everything else that training needs is blocked, but for what Flax itself imports."""
+  flax = {re.match(r'\w+', line)[0].lower() for line in importlib.metadata.requires('flax')}
+  blocked = {name for name in TRAIN_PACKAGES if name not in flax}
+  assert {'grain', 'ml_collections', 'safetensors', 'sentencepiece', 'scipy', 'matplotlib'} <= blocked
+  run = subprocess.run([sys.executable, '-c', ALONE.format(blocked=blocked)], capture_output=True, text=True)
+  assert run.returncode == 0, run.stderr
+  *memories, packages = run.stdout.splitlines()
+  assert [line.split()[0] for line in memories] == ['MemoryBag', 'GatedFusion', 'CrossAttention', 'NgramBag']
+  assert packages == "['environment', 'errors', 'kernels', 'memory']"
+
+
+def test_extra_names_every_package_that_a_base_install_lacks():
+  extras = tomllib.loads(Path('pyproject.toml').read_text())['project']
+  name = lambda line: re.match(r'[\w-]+', line)[0].replace('-', '_')  # noqa: E731
+  assert {name(line) for line in extras['dependencies']} == {'jax', 'flax', 'numpy'}
+  modules = {'orbax_checkpoint': 'orbax'}
+  packages = {name(line) for line in extras['optional-dependencies']['train']}
+  assert {modules.get(package, package) for package in packages} == set(TRAIN_PACKAGES)
+
+
+@pytest.mark.parametrize(
+  'command', ['train.py --config configs/base.py', 'eval.py --workdir x', '-m mmjax.tools.sample']
+)
+def test_command_without_the_extra_says_what_to_type(command):
+  block = 'import sys; sys.modules["grain"] = None\n'
+  run = f'import runpy; sys.argv = {command.removeprefix("-m ").split()!r}\n'
+  run += (
+    'runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)'
+    if '-m' in command
+    else ('runpy.run_path(sys.argv[0], run_name="__main__")')
+  )
+  done = subprocess.run([sys.executable, '-c', block + run], capture_output=True, text=True)
+  assert done.returncode == 2 and done.stderr == SENTENCE, done.stderr
+
+
+def test_load_without_the_extra_says_what_to_type():
+  code = "import sys; sys.modules['grain'] = None\nimport mmjax\nmmjax.load('x')"
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+  assert done.returncode == 1 and done.stderr.splitlines()[-1] == f'mmjax.errors.UserError: {SENTENCE.strip()}'
