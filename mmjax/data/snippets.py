@@ -35,39 +35,39 @@ def cut_snippets(split: TokenSplit, length: int, most: int) -> np.ndarray:
   return starts[document] + (chosen - before[document]) * length
 
 
-def read_snippets(split: TokenSplit, start_S: np.ndarray, length: int) -> np.ndarray:
-  """Returns the tokens of snippets, int32 (S, length)."""
-  return np.stack([split.stream(start, start + length) for start in start_S])
+def read_snippets(split: TokenSplit, start_X: np.ndarray, length: int) -> np.ndarray:
+  """Returns the tokens of snippets, int32 (X, length)."""
+  return np.stack([split.stream(start, start + length) for start in start_X])
 
 
-def snippet_texts(split: TokenSplit, start_S: np.ndarray, length: int) -> list[str]:
+def snippet_texts(split: TokenSplit, start_X: np.ndarray, length: int) -> list[str]:
   """Returns the texts of snippets."""
-  return [split.tokenizer.decode(tokens) for tokens in read_snippets(split, start_S, length)]
+  return [split.tokenizer.decode(tokens) for tokens in read_snippets(split, start_X, length)]
 
 
-def latent_semantic_vectors(token_SL: np.ndarray, vocab_size: int, dim: int) -> np.ndarray:
+def latent_semantic_vectors(token_XT: np.ndarray, vocab_size: int, dim: int) -> np.ndarray:
   """Encodes snippets by latent semantic analysis.
 
   Args:
-    token_SL: int tokens of S snippets.
+    token_XT: int tokens of X snippets.
     vocab_size: V.
     dim: of the vectors.
 
   Returns:
-    float32 (S, dim), each of length 1 (or 0, for a snippet of which no token says anything).
+    float32 (X, dim), each of length 1 (or 0, for a snippet of which no token says anything).
 
   Raises:
-    UserError: if dim is not below min(S, V).
+    UserError: if dim is not below min(X, V).
   """
-  n_snippets, length = token_SL.shape
+  n_snippets, length = token_XT.shape
   most = min(n_snippets, vocab_size) - 1
   if dim > most:
     raise UserError(
       f'model.knowledge_dim={dim} must be at most {most} with {n_snippets} snippets and model.vocab_size={vocab_size}'
     )
   row = np.repeat(np.arange(n_snippets), length)
-  ones = np.ones(token_SL.size, np.float32)
-  counts = scipy.sparse.csr_matrix((ones, (row, token_SL.ravel())), shape=(n_snippets, vocab_size))
+  ones = np.ones(token_XT.size, np.float32)
+  counts = scipy.sparse.csr_matrix((ones, (row, token_XT.ravel())), shape=(n_snippets, vocab_size))
   occurs_in = np.bincount(counts.indices, minlength=vocab_size)
   rarity = np.log((1 + n_snippets) / (1 + occurs_in)).astype(np.float32)
   counts.data = np.log1p(counts.data)
@@ -77,33 +77,33 @@ def latent_semantic_vectors(token_SL: np.ndarray, vocab_size: int, dim: int) -> 
   return unit_rows(weighted @ direction_PV[::-1].T)  # svds returns the smallest first
 
 
-def unit_rows(vector_SP: np.ndarray) -> np.ndarray:
+def unit_rows(vector_XP: np.ndarray) -> np.ndarray:
   """Scales rows to length 1; rows of zeros stay."""
-  length_S1 = np.linalg.norm(vector_SP, axis=1, keepdims=True)
-  return (vector_SP / np.maximum(length_S1, 1e-12)).astype(np.float32)
+  length_X1 = np.linalg.norm(vector_XP, axis=1, keepdims=True)
+  return (vector_XP / np.maximum(length_X1, 1e-12)).astype(np.float32)
 
 
-def reduce_dim(parts_SQ: Sequence[np.ndarray], dim: int) -> np.ndarray:
-  """Projects vectors, given in parts, on their `dim` leading principal components, float32 (S, dim).
+def reduce_dim(parts_XD: Sequence[np.ndarray], dim: int) -> np.ndarray:
+  """Projects vectors, given in parts, on their `dim` leading principal components, float32 (X, dim).
 
   Raises:
     UserError: if they have fewer than `dim` values.
   """
-  size = parts_SQ[0].shape[1]
+  size = parts_XD[0].shape[1]
   if dim > size:
     raise UserError(f'model.knowledge_dim={dim} must be at most {size}, what the encoder gives')
-  n_vectors = sum(map(len, parts_SQ))
-  mean_Q = sum(part.sum(axis=0, dtype=np.float64) for part in parts_SQ) / n_vectors
-  products_QQ = sum(part.T.astype(np.float64) @ part for part in parts_SQ) - n_vectors * np.outer(mean_Q, mean_Q)
-  direction_QP = np.linalg.eigh(products_QQ)[1][:, ::-1][:, :dim]
-  return np.concatenate([(part - mean_Q) @ direction_QP for part in parts_SQ]).astype(np.float32)
+  n_vectors = sum(map(len, parts_XD))
+  mean_D = sum(part.sum(axis=0, dtype=np.float64) for part in parts_XD) / n_vectors
+  products_DD = sum(part.T.astype(np.float64) @ part for part in parts_XD) - n_vectors * np.outer(mean_D, mean_D)
+  direction_DP = np.linalg.eigh(products_DD)[1][:, ::-1][:, :dim]
+  return np.concatenate([(part - mean_D) @ direction_DP for part in parts_XD]).astype(np.float32)
 
 
-def choose_rows(vector_SP: np.ndarray, n_sub_keys: int, report: Callable[[int], None]) -> np.ndarray:
+def choose_rows(vector_XP: np.ndarray, n_sub_keys: int, report: Callable[[int], None]) -> np.ndarray:
   """Picks C * C snippets, one for each leaf of the balanced tree: the one nearest to the leaf's mean.
 
   Args:
-    vector_SP: float32 vectors of S snippets.
+    vector_XP: float32 vectors of X snippets.
     n_sub_keys: C.
     report: told the number of rows chosen, now and then.
 
@@ -114,30 +114,30 @@ def choose_rows(vector_SP: np.ndarray, n_sub_keys: int, report: Callable[[int], 
     UserError: if there are fewer snippets than rows.
   """
   n_rows = n_sub_keys**2
-  if len(vector_SP) < n_rows:
-    fewer = f' or at most {math.isqrt(len(vector_SP)) ** 2} rows' if len(vector_SP) else ''
+  if len(vector_XP) < n_rows:
+    fewer = f' or at most {math.isqrt(len(vector_XP)) ** 2} rows' if len(vector_XP) else ''
     raise UserError(
-      f'the text gives {len(vector_SP)} snippets, the bank needs model.knowledge_num={n_rows}; use more text, a '
+      f'the text gives {len(vector_XP)} snippets, the bank needs model.knowledge_num={n_rows}; use more text, a '
       f'smaller memory.knowledge_length{fewer}'
     )
   chosen = []
-  everything = np.arange(len(vector_SP))
-  reference_P = leading_direction(vector_SP, np.ones(vector_SP.shape[1], np.float32))
-  for branch in balanced_leaves(vector_SP, everything, n_sub_keys, reference_P):
-    for leaf in balanced_leaves(vector_SP, branch, n_sub_keys, reference_P):
-      vectors = vector_SP[leaf]
+  everything = np.arange(len(vector_XP))
+  reference_P = leading_direction(vector_XP, np.ones(vector_XP.shape[1], np.float32))
+  for branch in balanced_leaves(vector_XP, everything, n_sub_keys, reference_P):
+    for leaf in balanced_leaves(vector_XP, branch, n_sub_keys, reference_P):
+      vectors = vector_XP[leaf]
       chosen.append(leaf[np.argmin(((vectors - vectors.mean(axis=0)) ** 2).sum(axis=1))])
     report(len(chosen))
   return np.array(chosen)
 
 
 def balanced_leaves(
-  vector_SP: np.ndarray, ids: np.ndarray, n_leaves: int, reference_P: np.ndarray
+  vector_XP: np.ndarray, ids: np.ndarray, n_leaves: int, reference_P: np.ndarray
 ) -> Iterator[np.ndarray]:
   """Yields the ids of each leaf, in tree order; leaves differ in size by at most a few.
 
   Args:
-    vector_SP: float32 vectors.
+    vector_XP: float32 vectors.
     ids: which of them to divide.
     n_leaves: into how many parts, at most len(ids).
     reference_P: directions point to this side, so that trees of different branches are ordered alike.
@@ -145,18 +145,18 @@ def balanced_leaves(
   if n_leaves == 1:
     yield ids
     return
-  vectors = vector_SP[ids]
+  vectors = vector_XP[ids]
   direction_P = leading_direction(vectors, reference_P)
   left_leaves = n_leaves // 2
   left = len(ids) * left_leaves // n_leaves
   order = np.argsort(vectors @ direction_P, kind='stable')
-  yield from balanced_leaves(vector_SP, ids[order[:left]], left_leaves, reference_P)
-  yield from balanced_leaves(vector_SP, ids[order[left:]], n_leaves - left_leaves, reference_P)
+  yield from balanced_leaves(vector_XP, ids[order[:left]], left_leaves, reference_P)
+  yield from balanced_leaves(vector_XP, ids[order[left:]], n_leaves - left_leaves, reference_P)
 
 
-def leading_direction(vector_SP: np.ndarray, reference_P: np.ndarray) -> np.ndarray:
+def leading_direction(vector_XP: np.ndarray, reference_P: np.ndarray) -> np.ndarray:
   """Returns the direction of the largest variance by power iteration, pointing to the side of `reference_P`."""
-  sample = vector_SP[:: max(1, len(vector_SP) // DIRECTION_SAMPLE)]
+  sample = vector_XP[:: max(1, len(vector_XP) // DIRECTION_SAMPLE)]
   centred = sample - sample.mean(axis=0)
   direction_P = reference_P
   for _ in range(POWER_ITERATIONS):

@@ -88,22 +88,22 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   progress = Progress(sys.stderr)
   prepared = prepare(config.data, model.vocab_size)
   split = open_split(prepared, 'train', max_seq_len=length, layout='packed', isolate_documents=False)
-  start_S = cut_snippets(split, length, snippets_a_row * model.knowledge_num)
-  check_room(out, 8 * (len(start_S) + model.knowledge_num) * model.knowledge_dim)
-  if len(start_S) < model.knowledge_num:
-    choose_rows(np.empty((len(start_S), 1)), model.n_sub_keys, lambda done: None)
+  start_X = cut_snippets(split, length, snippets_a_row * model.knowledge_num)
+  check_room(out, 8 * (len(start_X) + model.knowledge_num) * model.knowledge_dim)
+  if len(start_X) < model.knowledge_num:
+    choose_rows(np.empty((len(start_X), 1)), model.n_sub_keys, lambda done: None)
   stages = Stages(out, [prepared.name, encoder, length, snippets_a_row, model.knowledge_num, model.knowledge_dim])
-  progress.say(f'{len(start_S):,} snippets of {length} tokens; encoding with {encoder}')
-  vector_SP = encode(stages, progress, split, start_S, config, embed)
+  progress.say(f'{len(start_X):,} snippets of {length} tokens; encoding with {encoder}')
+  vector_XP = encode(stages, progress, split, start_X, config, embed)
   progress.say(f'choosing {model.knowledge_num:,} rows')
 
   def report(done: int) -> None:
     progress.update('choosing rows', done, model.knowledge_num, f'{done:,} rows')
 
-  row_M = stages.run('rows', lambda: choose_rows(vector_SP, model.n_sub_keys, report))
+  row_M = stages.run('rows', lambda: choose_rows(vector_XP, model.n_sub_keys, report))
   progress.close()
-  bank_MP = standardize(vector_SP[row_M], config.memory.bank_std)
-  write_texts(texts_path(out), snippet_texts(split, start_S[row_M], length))
+  bank_MP = standardize(vector_XP[row_M], config.memory.bank_std)
+  write_texts(texts_path(out), snippet_texts(split, start_X[row_M], length))
   write_tensors(out, {BANK: bank_MP})
   stages.remove()
   progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {texts_path(out)}')
@@ -113,24 +113,24 @@ def encode(
   stages: 'Stages',
   progress: Progress,
   split: TokenSplit,
-  start_S: np.ndarray,
+  start_X: np.ndarray,
   config: Config,
   embed: Callable[[list[str]], np.ndarray] | None,
 ) -> np.ndarray:
-  """Returns float32 (S, P), one vector for each snippet that begins at start_S; `embed` is None for the built-in."""
+  """Returns float32 (X, P), one vector for each snippet that begins at start_X; `embed` is None for the built-in."""
   length, dim = config.memory.knowledge_length, config.model.knowledge_dim
 
   def semantic() -> np.ndarray:
-    return latent_semantic_vectors(read_snippets(split, start_S, length), config.model.vocab_size, dim)
+    return latent_semantic_vectors(read_snippets(split, start_X, length), config.model.vocab_size, dim)
 
   if embed is None:
     return stages.run('vectors', semantic)
   parts = []
-  for start in range(0, len(start_S), SNIPPETS_A_PART):
-    part_S = start_S[start : start + SNIPPETS_A_PART]
+  for start in range(0, len(start_X), SNIPPETS_A_PART):
+    part_S = start_X[start : start + SNIPPETS_A_PART]
     parts.append(stages.run(f'embedded-{start}', lambda part_S=part_S: embed(snippet_texts(split, part_S, length))))
     done = start + len(part_S)
-    progress.update('encoding', done, len(start_S), f'{done:,} snippets')
+    progress.update('encoding', done, len(start_X), f'{done:,} snippets')
   return stages.run('vectors', lambda: unit_rows(reduce_dim(parts, dim)))
 
 

@@ -1,0 +1,43 @@
+"""Names of arrays end in their axes: every letter in use stands in the legend, once, and the legend has no others."""
+
+import ast
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import mmjax.kernels
+
+SUFFIX = re.compile(r'_*[a-z]\w*_([0-9A-Za-z]*[A-Z][0-9A-Za-z]*)')
+
+
+def names_in(tree):
+  for node in ast.walk(tree):
+    for field in ('id', 'arg', 'attr'):
+      if isinstance(name := getattr(node, field, None), str):
+        yield name
+
+
+def letters_in_use():
+  """Returns the names that have each letter as an axis."""
+  found = defaultdict(set)
+  for path in Path('mmjax').rglob('*.py'):
+    for name in names_in(ast.parse(path.read_text())):
+      if match := SUFFIX.fullmatch(name):
+        for letter in re.sub(r'\d', '', match[1]):
+          found[letter].add(name)
+  return found
+
+
+def legend():
+  table = mmjax.kernels.__doc__.partition('\n\n  ')[2]
+  return re.findall(r'(?:^|  )([A-Za-z])  (\w[^\n]*?)(?=  |\n|$)', f'  {table}', re.MULTILINE)
+
+
+def test_legend_has_every_letter_in_use_with_one_meaning():
+  letters, meanings = zip(*legend(), strict=True)
+  used = letters_in_use()
+  assert len(used['D']) > 10 and 'rows_BTRP' in used['R']
+  unknown = {letter: sorted(names) for letter, names in used.items() if letter not in letters}
+  assert not unknown
+  assert max(Counter(letters).values()) == max(Counter(meanings).values()) == 1
+  assert not set(letters) - set(used), 'letters that no array has'
