@@ -1,33 +1,64 @@
 """The Python of README and guide that needs no trained run does what it says."""
 
+import importlib.util
 import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+import pytest
+
+GATE = ('plain JAX', 'Flax NNX', 'Flax Linen', 'Equinox')
 
 
-def test_memory_layer_of_readme_and_guide_runs_and_learns(tmp_path, monkeypatch):
-  pages = {'README.md': '## A memory layer', 'docs/guide.md': '## A memory in your own model'}
-  sections = [Path(page).read_text().partition(f'\n{title}')[2].partition('\n## ')[0] for page, title in pages.items()]
-  monkeypatch.chdir(tmp_path)  # as in a project of one's own
+def python_blocks(page, title):
+  section = Path(page).read_text().partition(f'\n{title}')[2].partition('\n## ')[0]
+  return re.findall(r'([^\n]*)\n\n```python\n(.*?)```', section, re.DOTALL)
+
+
+def run(block, names):
+  exec(block, names)  # noqa: S102 - the text of this repository
+
+
+@pytest.fixture(scope='module')
+def examples():
+  """The examples of the README by what they are written for, and the names that the first of them defines."""
+  blocks = python_blocks('README.md', '## A memory layer')
+  found = {kind: block for kind in GATE for text, block in blocks if f'n {kind}:' in text}
+  assert set(found) == set(GATE) and len(blocks) == len(GATE)
   names = {}
-  for block in re.findall(r'```python\n(.*?)```', '\n'.join(sections), re.DOTALL):
-    exec(block, names)  # noqa: S102 - the text of this repository
-  assert names['out'].row_BTR.shape == (2, 16, 64)
-  for module, rows in (('memory', None), ('ngram_memory', names['row_BThr'])):
-    graphdef, params = nnx.split(names[module])
+  run(found['plain JAX'], names)
+  return found, names
 
-    def loss(params, bank_MP, graphdef=graphdef, rows=rows):
-      out = nnx.merge(graphdef, params)(names['x_BTD'], names['x_BTD'], bank_MP, jnp.float32, rows)
-      return jnp.mean(out.delta_BTD**2) + out.aux_loss
 
-    slopes = jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(params, names['bank_MP'][...]))
-    assert all(jnp.any(slope != 0) for slope in slopes)
+@pytest.mark.parametrize('kind', GATE)
+def test_gate_of_the_example_learns(examples, kind, capsys, tmp_path, monkeypatch):
+  if kind == 'Equinox' and importlib.util.find_spec('equinox') is None:
+    pytest.skip('equinox is not installed')
+  blocks, names = examples
+  assert blocks[kind].count('\n') <= 15
+  monkeypatch.chdir(tmp_path)  # as in a project of one's own
+  run(blocks[kind], dict(names))
+  assert float(capsys.readouterr().out) > 1e-4
+
+
+def test_memories_and_optimizers_of_the_guide_do_what_it_says(examples):
+  names = dict(examples[1])
+  for _, block in python_blocks('docs/guide.md', '## A memory in your own model'):
+    run(block, names)
+  assert names['row_BThr'].shape == (2, 16, 4, 1)
 
   slopes = jax.tree.map(jnp.ones_like, names['params'])
   updates, _ = names['optimizer'].update(slopes, names['state'], names['params'])
   assert jnp.allclose(updates['bank'], -16 * 2e-3, rtol=1e-3)  # no decay
-  kernel = names['params']['memory']['down']['kernel'][...]
-  assert jnp.allclose(updates['memory']['down']['kernel'][...], -2e-3 * (1 + 0.01 * kernel), rtol=1e-3)
+  kernel = names['params']['memory']['down']['kernel']
+  assert jnp.allclose(updates['memory']['down']['kernel'], -2e-3 * (1 + 0.01 * kernel), rtol=1e-3)
+
+  def loss(bank_MP):
+    out = names['memory'].apply(names['params']['memory'], names['x_BTD'], bank_MP)
+    return jnp.mean(out.delta_BTD**2)
+
+  want = names['bank_MP'] - 0.1 * jax.grad(loss)(names['bank_MP'])
+  np.testing.assert_allclose(names['new_bank_MP'], want, rtol=1e-5, atol=1e-7)
+  assert np.any(names['new_bank_MP'] != names['bank_MP'])
