@@ -19,7 +19,7 @@ MODULE = """
 from flax import nnx
 
 from mmjax.model.layers import Linear, RMSNorm
-from mmjax.model.sublayers.base import SublayerOutput
+from mmjax.model.sublayers import SublayerOutput
 
 
 class Toy(nnx.Module):

@@ -32,7 +32,7 @@ class Sublayer:
   """A row of the table.
 
   Attributes:
-    path: what makes it, 'package.module:name'; mmjax.model.sublayers.base says how it is made and called.
+    path: what makes it, 'package.module:name'; mmjax.model.sublayers says how it is made and called.
     settings: those of model and memory that mean nothing unless some layer is of this or another kind that names them.
     flops: of a config, the FLOPs of one training step for a token and layer, by part: see mmjax.model.cost.
     uses_bank: whether it reads the bank.

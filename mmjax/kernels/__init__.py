@@ -1,6 +1,6 @@
 """Pure functions on arrays; they know no config.
 
-An array's name ends in its axes, a letter each: `rows_BTRP` has the shape (B, T, R, P). A digit is an axis of that size.
+An array's name ends in its axes, a letter each: `rows_BTRP` is (B, T, R, P). A digit is an axis of that size.
 Names, einsums and docstrings in all of mmjax use these letters, and each has one meaning:
 
   B  sequences of a batch           D  dim of a model's vectors      M  rows of the bank = C * C

@@ -20,7 +20,7 @@ from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Params, SublayerOutput, init_bank
 from mmjax.memory.ngram import cached_last_tokens, last_tokens, ngram_rows
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
-from mmjax.model.sublayers import SUBLAYERS, any_reads_ngrams, layer_kinds
+from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 
 BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict
 
@@ -33,12 +33,14 @@ class Output(NamedTuple):
     row_LBTR: int32 rows that each layer with a memory read, as in SublayerOutput; None without a bank.
     score_LBTR: their float32 scores; None without a bank.
     aux_loss: sum of the layers' aux losses.
+    kvs: keys and values of each layer's attention, for a cache.
   """
 
   hidden_BTD: Array
   row_LBTR: Array | None
   score_LBTR: Array | None
   aux_loss: Array
+  kvs: list[LayerCache]
 
 
 class Cache(NamedTuple):
@@ -99,15 +101,6 @@ class Block(nnx.Module):
     return h_BTD + self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr).delta_BTD, cache
 
 
-class LayerOutput(NamedTuple):
-  """What a layer gives beside the residual stream: rows read, their scores, aux loss, attention's keys and values."""
-
-  row_BTR: Array | None
-  score_BTR: Array | None
-  aux_loss: Array
-  kv: LayerCache
-
-
 BankOfLayer = Callable[[int, Array], BankShard | TappedBank]
 
 
@@ -126,7 +119,7 @@ class LM(nnx.Module):
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, kind, rngs=rngs) for kind in kinds])
-    self.ngrams = memory.ngram_of_heads() if any_reads_ngrams(kinds) else ()
+    self.ngrams = memory.ngram_of_heads() if any(SUBLAYERS[kind].reads_ngrams for kind in kinds) else ()
     if self.ngrams:
       self.num_selected, self.knowledge_num = model.num_selected, model.knowledge_num
     self.norm = RMSNorm(model.dim, model.norm_eps)
@@ -159,8 +152,27 @@ class LM(nnx.Module):
     Returns:
       Output.
     """
-    out, _ = self._run(tokens_BT, segment_BT, dtype, attention, remat, dropout_key, bank_of_layer)
-    return out
+    angle_BTa = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
+    ngram_BThr = self._ngram_rows(lambda n: last_tokens(tokens_BT, n, segment_BT))
+    bank_MP = None if self.memory_bank is None else self.memory_bank[...]
+    keys = [None] * (len(self.layers) + 1)
+    if dropout_key is not None:
+      keys = list(jax.random.split(dropout_key, len(keys)))
+    with jax.named_scope('embedding'):
+      x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
+    outs, kvs = [], []
+    for number, layer in enumerate(self.layers):
+      call = partial(layer, dtype=dtype, attention=attention)
+      bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.uses_bank else bank_MP
+      x_BTD, out, kv = (jax.checkpoint(call) if remat == 'block' else call)(
+        x_BTD, bank, angle_BTa, segment_BT, ngram_BThr, keys[number]
+      )
+      outs.append(out)
+      kvs.append(kv)
+    reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
+    row_LBTR, score_LBTR = (jnp.stack(x) for x in zip(*reads, strict=True)) if reads else (None, None)
+    aux_loss = sum((out.aux_loss for out in outs), jnp.zeros((), jnp.float32))
+    return Output(self.norm(x_BTD, dtype).astype(dtype), row_LBTR, score_LBTR, aux_loss, kvs)
 
   def logits(self, hidden: Array) -> Array:
     """Maps hidden states (..., D) to float32 logits (..., V) with the tied head."""
@@ -179,12 +191,12 @@ class LM(nnx.Module):
     Returns:
       hidden_BTD in `dtype`, and the filled cache.
     """
-    out, kvs = self._run(tokens_BT, None, dtype, attention, 'none', None)
+    out = self(tokens_BT, dtype=dtype, attention=attention)
 
     def fill(slots: Array, found: Array) -> Array:
       return jax.lax.dynamic_update_slice(slots, found.astype(slots.dtype), (0,) * slots.ndim)
 
-    return out.hidden_BTD, jax.tree.map(fill, cache, Cache(tokens_BT, kvs))
+    return out.hidden_BTD, jax.tree.map(fill, cache, Cache(tokens_BT, out.kvs))
 
   def decode(self, tokens_BT: Array, cache: Cache, position_B: Array, *, dtype: DTypeLike) -> tuple[Array, Cache]:
     """Continues rows by T tokens each, usually one.
@@ -212,46 +224,9 @@ class LM(nnx.Module):
 
   def _ngram_rows(self, last: Callable[[int], Array]) -> Array | None:
     """Returns the rows that n-grams address, None in a model where they address none; `last(n)`: the n last tokens."""
-    return (
-      ngram_rows(last(max(self.ngrams)), self.ngrams, self.num_selected, self.knowledge_num) if self.ngrams else None
-    )
-
-  def _run(
-    self,
-    tokens_BT: Array,
-    segment_BT: Array | None,
-    dtype: DTypeLike,
-    attention: str,
-    remat: str,
-    dropout_key: Array | None,
-    bank_of_layer: BankOfLayer | None = None,
-  ) -> tuple[Output, list[LayerCache]]:
-    angle_BTa = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
-    ngram_BThr = self._ngram_rows(lambda n: last_tokens(tokens_BT, n, segment_BT))
-    bank_MP = None if self.memory_bank is None else self.memory_bank[...]
-    keys = [None] * (len(self.layers) + 1)
-    if dropout_key is not None:
-      keys = list(jax.random.split(dropout_key, len(keys)))
-    with jax.named_scope('embedding'):
-      x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
-
-    def run(number: int, layer: Block, x_BTD: Array, key: Array | None) -> tuple[Array, LayerOutput]:
-      call = partial(layer, dtype=dtype, attention=attention)
-      if remat == 'block':
-        call = jax.checkpoint(call)
-      bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.uses_bank else bank_MP
-      x_BTD, sublayer, kv = call(x_BTD, bank, angle_BTa, segment_BT, ngram_BThr, key)
-      return x_BTD, LayerOutput(sublayer.row_BTR, sublayer.score_BTR, jnp.asarray(sublayer.aux_loss), kv)
-
-    outs = []
-    for number, (layer, key) in enumerate(zip(self.layers, keys[:-1], strict=True)):
-      x_BTD, out = run(number, layer, x_BTD, key)
-      outs.append(out)
-    reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
-    row_LBTR, score_LBTR = (jnp.stack(x) for x in zip(*reads, strict=True)) if reads else (None, None)
-    hidden_BTD = self.norm(x_BTD, dtype).astype(dtype)
-    aux_loss = sum((out.aux_loss for out in outs), jnp.zeros((), jnp.float32))
-    return Output(hidden_BTD, row_LBTR, score_LBTR, aux_loss), [out.kv for out in outs]
+    if not self.ngrams:
+      return None
+    return ngram_rows(last(max(self.ngrams)), self.ngrams, self.num_selected, self.knowledge_num)
 
 
 def init_params(config: Config) -> Params:
@@ -273,7 +248,7 @@ def build_abstract(config: Config) -> tuple[nnx.GraphDef, Params]:
 
 def abstract_params(config: Config) -> Params:
   """Returns the parameter dict with ShapeDtypeStructs for leaves."""
-  return jax.eval_shape(partial(init_params, config))
+  return build_abstract(config)[1]
 
 
 def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:

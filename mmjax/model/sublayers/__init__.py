@@ -1,20 +1,25 @@
-"""What sublayers compute, a module for each; mmjax/config/sublayers.py is their table."""
+"""What follows attention in a block, the one thing in which the experiments differ: a module for each.
 
-from collections.abc import Iterable
+A row of the table (mmjax/config/sublayers.py) names what makes a sublayer, a class or a function that is called as
+`make(model, memory, rngs=rngs)` with these sections of a config. What it makes is an nnx.Module that is called as
+`sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr) -> SublayerOutput`, where
+  h_BTD       float32 residual stream after attention was added,
+  h_attn_BTD  what attention added to it, in the compute dtype,
+  bank_MP     the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one,
+  dtype       of the matrix products,
+  ngram_BThr  int32 rows that the last tokens address (mmjax.memory.ngram); None in a model where none of these is read.
+What else the code must know of it stands in its row.
+"""
 
 import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
+from mmjax.memory.base import SublayerOutput
 from mmjax.memory.gate import score_weights
 
-__all__ = ['SUBLAYERS', 'any_reads_ngrams', 'layer_kinds', 'row_weights']
-
-
-def any_reads_ngrams(kinds: Iterable[str]) -> bool:
-  """Tells whether a model with these sublayers has any that reads the rows at `ngram_BThr`."""
-  return any(SUBLAYERS[kind].reads_ngrams for kind in kinds)
+__all__ = ['SUBLAYERS', 'SublayerOutput', 'layer_kinds', 'row_weights']
 
 
 def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Array:

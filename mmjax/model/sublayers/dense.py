@@ -35,7 +35,7 @@ class DenseFFN(SwiGLU):
   def __call__(
     self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
   ) -> SublayerOutput:
-    """See mmjax.model.sublayers.base."""
+    """See mmjax.model.sublayers."""
     return SublayerOutput(self.transform(self.norm(h_BTD, dtype), dtype))
 
 

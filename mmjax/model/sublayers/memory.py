@@ -33,7 +33,7 @@ class MemorySublayer(MemoryLayer):
     dtype: DTypeLike,
     ngram_BThr: Array | None = None,
   ) -> SublayerOutput:
-    """See mmjax.model.sublayers.base; raises ValueError as `Memory.apply` does."""
+    """See mmjax.model.sublayers; raises ValueError as `Memory.apply` does."""
     out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, ngram_BThr, dtype=dtype)
     if self.ffn is None:
       return out

@@ -46,7 +46,7 @@ class MoEFFN(nnx.Module):
   def __call__(
     self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
   ) -> SublayerOutput:
-    """See mmjax.model.sublayers.base."""
+    """See mmjax.model.sublayers."""
     x_BTD = self.norm(h_BTD, dtype)
     logits_BTE = jnp.matmul(x_BTD, self.router.kernel[...], precision=jax.lax.Precision.HIGHEST)
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # float32: the choice must not hang on rounding
