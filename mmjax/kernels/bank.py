@@ -118,12 +118,12 @@ def bank_lookup(bank_MP: Array | BankShard | TappedBank, row_BTR: Array, dtype: 
   refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
     row_BTR, own_BTR = _gather_rows(bank_MP, row_BTR)
-    rows_BTRP = _lookup(bank_MP.part_MP, row_BTR, dtype)
+    rows_BTRP = bank_MP.part_MP[row_BTR].astype(dtype)
     return _hand_back(bank_MP, jnp.where(own_BTR[..., None], rows_BTRP, 0))
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
     return _tapped(jax.lax.stop_gradient(bank_MP)[row_BTR].astype(dtype), tap.grad)
-  return _lookup(bank_MP, row_BTR, dtype)
+  return bank_MP[row_BTR].astype(dtype)  # rows are cast, and their gradients back, so that these add up in float32
 
 
 @jax.named_scope('lookup')
@@ -170,26 +170,6 @@ def _hand_back(bank: BankShard, found: Array) -> Array:
 
 def _add_scatter(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
   return sums_MP.at[row_X].add(grad_XP.astype(sums_MP.dtype))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _lookup(bank_MP: Array, row_BTR: Array, dtype: DTypeLike) -> Array:
-  return bank_MP[row_BTR].astype(dtype)
-
-
-def _lookup_fwd(bank_MP, row_BTR, dtype):
-  shape_M0 = jnp.zeros((len(bank_MP), 0), bank_MP.dtype)  # all that the backward pass needs of the bank
-  return _lookup(bank_MP, row_BTR, dtype), (shape_M0, row_BTR)
-
-
-def _lookup_bwd(dtype, residuals, grad_BTRP):
-  shape_M0, row_BTR = residuals
-  grad_XP = grad_BTRP.reshape(-1, grad_BTRP.shape[-1])
-  zeros_MP = jnp.zeros((len(shape_M0), grad_XP.shape[1]), jnp.float32)
-  return _add_scatter(zeros_MP, row_BTR.reshape(-1), grad_XP).astype(shape_M0.dtype), None
-
-
-_lookup.defvjp(_lookup_fwd, _lookup_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

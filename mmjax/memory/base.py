@@ -42,7 +42,11 @@ class SublayerOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-  """Sizes of a memory. It norms its input, selects rows for each token and reads them.
+  """Sizes of a memory, which norms its input, selects rows for each token and reads them.
+
+  A subclass has three methods more: `init_read(rngs)` returns the parameters of what becomes of the rows;
+  `select(params, x_BTD, row_BThr, dtype)` returns a Selection and `read(params, x_BTD, selection, bank_MP, dtype)`
+  delta_BTD, both from an input that is still to be normed.
 
   Attributes:
     dim: D, of the residual stream.
@@ -108,18 +112,6 @@ class Memory:
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns the parameters of the norm and of what selects rows, here none."""
     return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
-
-  def init_read(self, rngs: nnx.Rngs) -> Params:
-    """Returns the parameters of what becomes of the rows."""
-    raise NotImplementedError
-
-  def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
-    """Returns the rows to read for an input that is still to be normed."""
-    raise NotImplementedError
-
-  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns delta_BTD in `dtype` from an input that is still to be normed and the selected rows."""
-    raise NotImplementedError
 
 
 class ParamTree(nnx.Module):

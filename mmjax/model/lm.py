@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.kernels.bank import BankShard, Reads, TappedBank, no_reads
 from mmjax.kernels.matmul import uniform
-from mmjax.memory.base import Params, SublayerOutput, init_bank
+from mmjax.memory.base import Bank, Params, SublayerOutput, init_bank
 from mmjax.memory.ngram import cached_last_tokens, last_tokens, ngram_rows
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
@@ -55,6 +55,10 @@ class Cache(NamedTuple):
   layers: list[LayerCache]
 
 
+Attend = Callable[[Attention, Array, RMSNorm], tuple[Array, LayerCache]]
+BankOfLayer = Callable[[int, Array], BankShard | TappedBank]
+
+
 class Block(nnx.Module):
   """h = x + attention(norm(x)); out = h + sublayer."""
 
@@ -68,40 +72,20 @@ class Block(nnx.Module):
   def __call__(
     self,
     x_BTD: Array,
-    bank_MP: Array | BankShard | TappedBank | None,
-    angle_BTa: Array,
-    segment_BT: Array | None,
+    bank_MP: Bank | None,
     ngram_BThr: Array | None,
     key: Array | None,
     *,
+    attend: Attend,
     dtype: DTypeLike,
-    attention: str,
   ) -> tuple[Array, SublayerOutput, LayerCache]:
     """Returns the float32 residual stream, what the sublayer gave, and the keys and values of attention."""
     attention_key, sublayer_key = (None, None) if key is None else jax.random.split(key)
-    h_attn_BTD, kv = self.attention(x_BTD, self.attention_norm, angle_BTa, segment_BT, dtype, attention)
+    h_attn_BTD, kv = attend(self.attention, x_BTD, self.attention_norm)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = add_to_stream(x_BTD, h_attn_BTD)
     out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr)
     return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
-
-  def decode(
-    self,
-    x_BTD: Array,
-    bank_MP: Array | None,
-    angle_BTa: Array,
-    ngram_BThr: Array | None,
-    cache: LayerCache,
-    position_BT: Array,
-    dtype: DTypeLike,
-  ) -> tuple[Array, LayerCache]:
-    """Returns the float32 residual stream of new tokens and the updated cache."""
-    h_attn_BTD, cache = self.attention.decode(x_BTD, self.attention_norm, angle_BTa, cache, position_BT, dtype)
-    h_BTD = x_BTD + h_attn_BTD
-    return h_BTD + self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr).delta_BTD, cache
-
-
-BankOfLayer = Callable[[int, Array], BankShard | TappedBank]
 
 
 class LM(nnx.Module):
@@ -160,13 +144,16 @@ class LM(nnx.Module):
       keys = list(jax.random.split(dropout_key, len(keys)))
     with jax.named_scope('embedding'):
       x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
+
+    def attend(layer: Attention, x_BTD: Array, norm: RMSNorm) -> tuple[Array, LayerCache]:
+      return layer(x_BTD, norm, angle_BTa, segment_BT, dtype, attention)
+
     outs, kvs = [], []
     for number, layer in enumerate(self.layers):
-      call = partial(layer, dtype=dtype, attention=attention)
       bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.uses_bank else bank_MP
-      x_BTD, out, kv = (jax.checkpoint(call) if remat == 'block' else call)(
-        x_BTD, bank, angle_BTa, segment_BT, ngram_BThr, keys[number]
-      )
+      run = partial(layer, attend=attend, dtype=dtype)
+      run = jax.checkpoint(run) if remat == 'block' else run
+      x_BTD, out, kv = run(x_BTD, bank, ngram_BThr, keys[number])
       outs.append(out)
       kvs.append(kv)
     reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
@@ -217,9 +204,13 @@ class LM(nnx.Module):
     ngram_BThr = self._ngram_rows(lambda n: cached_last_tokens(token_BS, position_BT, n))
     x_BTD = self.embedding[...][tokens_BT]
     layers = []
-    for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-      x_BTD, layer_cache = layer.decode(x_BTD, bank_MP, angle_BTa, ngram_BThr, layer_cache, position_BT, dtype)
-      layers.append(layer_cache)
+    for layer, kv in zip(self.layers, cache.layers, strict=True):
+
+      def attend(layer: Attention, x_BTD: Array, norm: RMSNorm, kv: LayerCache = kv) -> tuple[Array, LayerCache]:
+        return layer.decode(x_BTD, norm, angle_BTa, kv, position_BT, dtype)
+
+      x_BTD, _, kv = layer(x_BTD, bank_MP, ngram_BThr, None, attend=attend, dtype=dtype)
+      layers.append(kv)
     return self.norm(x_BTD, dtype).astype(dtype), Cache(token_BS, layers)
 
   def _ngram_rows(self, last: Callable[[int], Array]) -> Array | None:
