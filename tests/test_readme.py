@@ -40,7 +40,7 @@ def test_gate_of_the_example_learns(examples, kind, capsys, tmp_path, monkeypatc
   assert blocks[kind].count('\n') <= 15
   monkeypatch.chdir(tmp_path)  # as in a project of one's own
   run(blocks[kind], dict(names))
-  assert float(capsys.readouterr().out) > 1e-4
+  assert float(capsys.readouterr().out) > 0.01
 
 
 def test_memories_and_optimizers_of_the_guide_do_what_it_says(examples):

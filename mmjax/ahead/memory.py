@@ -104,5 +104,5 @@ class _Liveness:
 
 
 def _file(line: str) -> str:
-  """Returns 'gated_fusion' for 'mmjax/model/sublayers/gated_fusion.py:28', 'other' for nothing."""
+  """Returns 'fusion' for 'mmjax/kernels/fusion.py:28', 'other' for nothing."""
   return line.split(':')[0].split('/')[-1].removesuffix('.py') or 'other'
