@@ -18,6 +18,7 @@ ORDER = (
   'console',
   'config',
   'kernels',
+  'memory',
   'model',
   'data',
   'run',
