@@ -5,7 +5,7 @@ choice is made here alone, while a program is traced: for the devices that JAX h
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import jax
@@ -16,6 +16,11 @@ _platform = ContextVar('platform', default='')
 def on_cpu() -> bool:
   """Tells whether what is being traced is for a CPU."""
   return (_platform.get() or jax.default_backend()) == 'cpu'
+
+
+def recomputed_on_gpu(function: Callable) -> Callable:
+  """Keeps nothing of a function for the backward pass but its inputs, where memory is what bounds a batch."""
+  return function if on_cpu() else jax.checkpoint(function)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.kernels.bank import bank_bag
-from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import matmul
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
@@ -51,7 +51,7 @@ class _Bag(Memory):
       return matmul(y_BTF * jax.nn.silu(up_BTF), down)
 
     up_BTF = normed_matmul(x_BTD, params['norm']['scale'], params['up']['kernel'], self.norm_eps, dtype)
-    return (project if on_cpu() else jax.checkpoint(project))(y_BTF, up_BTF)  # a GPU keeps the factors alone
+    return recomputed_on_gpu(project)(y_BTF, up_BTF)
 
   def weights(self, selection: Selection) -> Array:
     """Returns how much each row counts in the sum of its head, float32 weight_BThr."""

@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.kernels.bank import bank_lookup
-from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.norm import exact_normed_matmul
 from mmjax.kernels.product_key import product_key_topk
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
@@ -68,9 +68,7 @@ class GatedMemory(Memory):
     query = exact_normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
     query_BTkp, keys_kCp = query.reshape(*x_BTD.shape[:-1], len(gate['keys']), -1), gate['keys']
     if self.query_key_norm == 'l2':
-      # On a GPU normed queries are had again from queries: memory is what bounds a batch there.
-      norm = _scaled_units if on_cpu() else jax.checkpoint(_scaled_units)
-      query_BTkp, keys_kCp = norm(query_BTkp, keys_kCp, gate['norm']['scale'])
+      query_BTkp, keys_kCp = recomputed_on_gpu(_scaled_units)(query_BTkp, keys_kCp, gate['norm']['scale'])
     bias_kC = keys_kCp.shape[-1] ** 0.5 * gate['bias'] if self.selection_bias else None  # at the size of scores
     row_BThr, score_BThr = product_key_topk(query_BTkp, keys_kCp, self.rows_per_head, bias_kC, gradient_dtype=dtype)
     return Selection(row_BThr, score_BThr, balancing_slope(bias_kC, row_BThr) if self.selection_bias else 0.0)

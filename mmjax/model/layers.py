@@ -126,23 +126,9 @@ class Attention(nnx.Module):
 
   @jax.named_scope('attention')
   def __call__(
-    self,
-    x_BTD: Array,
-    norm: RMSNorm,
-    angle_BTa: Array,
-    segment_BT: Array | None,
-    dtype: DTypeLike,
-    backend: str,
+    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, segment_BT: Array | None, dtype: DTypeLike, backend: str
   ) -> tuple[Array, LayerCache]:
-    """Attends over whole rows.
-
-    Args:
-      x_BTD: float32.
-      norm: what comes first.
-      angle_BTa: rotary angles of the T positions.
-      segment_BT: int32; a position sees earlier ones of its own segment. None: one segment.
-      dtype: of the matrix products.
-      backend: a name that `kernels.attention.causal_attention` knows.
+    """Attends over whole rows; `segment_BT` and `backend` as in `kernels.attention.causal_attention`.
 
     Returns:
       (B, T, D) in `dtype`, and the keys (rotated) and values, (B, T, K, H), for a cache.
@@ -154,18 +140,10 @@ class Attention(nnx.Module):
   def decode(
     self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, cache: LayerCache, position_BT: Array, dtype: DTypeLike
   ) -> tuple[Array, LayerCache]:
-    """Attends from new tokens to themselves and to what the cache holds before them.
-
-    Args:
-      x_BTD: float32.
-      norm: what comes first.
-      angle_BTa: rotary angles of `position_BT`.
-      cache: keys and values, (B, S, K, H); slot s holds position s.
-      position_BT: int32 position of each new token, below S.
-      dtype: of the matrix products.
+    """Attends from new tokens, at `position_BT`, to themselves and to what the cache holds before them.
 
     Returns:
-      (B, T, D) in `dtype`, and the cache with the new keys and values in it.
+      (B, T, D) in `dtype`, and the cache, (B, S, K, H) with position s in slot s, with the new keys and values in it.
     """
     q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, dtype)
     row_B1 = jnp.arange(x_BTD.shape[0])[:, None]

@@ -3,8 +3,6 @@
 Source: the shared expert and the auxiliary loss per sequence follow Dai et al. 2024, arXiv:2401.06066.
 """
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,7 +10,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.memory.base import SublayerOutput
 from mmjax.model.layers import Linear, RMSNorm
 from mmjax.model.sublayers.dense import SwiGLU
@@ -55,11 +53,11 @@ class MoEFFN(nnx.Module):
     weight_BTE = chosen_BTE * probability_BTE / best_BTe.sum(axis=-1, keepdims=True)
     out_BTD = self.shared_expert.transform(x_BTD, dtype)
     for e, expert in enumerate(self.experts):
-      out_BTD += _recomputed_on_gpu(
-        lambda weight_BT1, x_BTD, expert=expert: weight_BT1.astype(dtype) * expert.transform(x_BTD, dtype),
-        weight_BTE[..., e, None],
-        x_BTD,
-      )
+
+      def weighted(weight_BT1: Array, x_BTD: Array, expert: SwiGLU = expert) -> Array:
+        return weight_BT1.astype(dtype) * expert.transform(x_BTD, dtype)
+
+      out_BTD += recomputed_on_gpu(weighted)(weight_BTE[..., e, None], x_BTD)
     return SublayerOutput(out_BTD, aux_loss=self._balance(chosen_BTE, probability_BTE))
 
   def _balance(self, chosen_BTE: Array, probability_BTE: Array) -> Array:
@@ -79,8 +77,3 @@ def moe(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> MoEFFN:
     aux_loss_weight=model.aux_loss_weight,
     rngs=rngs,
   )
-
-
-def _recomputed_on_gpu(function: Callable, *inputs: Array) -> Array:
-  """Keeps nothing of an expert for the backward pass but its inputs, where memory is what bounds a batch."""
-  return (function if on_cpu() else jax.checkpoint(function))(*inputs)
