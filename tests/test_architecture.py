@@ -165,10 +165,10 @@ def test_importing_the_package_is_cheap():
 @pytest.mark.parametrize(
   ('module', 'most', 'never'),
   [
-    ('training.optimizer', 22, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
+    ('training.optimizer', 26, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
     (
       'inference.api',
-      34,
+      38,
       'mmjax.training mmjax.evaluation mmjax.interop mmjax.tools mmjax.data.loader tensorboardX grain',
     ),
   ],
