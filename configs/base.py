@@ -64,11 +64,15 @@ train.batch_size = 64  # B: rows in a micro-batch, over all devices
 train.accumulation_steps = 8  # micro-batches in an update; a run may go on with another split of the same product
 train.epochs = 3.0  # passes over the training rows; max_steps takes their place
 train.max_steps = 0  # optimizer updates; 0: as many as the epochs give
+train.optimizer = 'adamw'  # also 'muon': the matrices of the layers by Muon, everything else by AdamW
 train.learning_rate = 0.0002  # peak
+train.muon_lr_multiplier = 5.0  # factor of the learning rate of the matrices that Muon moves
 train.embedding_lr_multiplier = 1.0  # factor of the embedding's learning rate; the embedding is also the output layer
 train.parameters = ''  # rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none
-train.final_learning_rate = 0.0  # at the end of the cosine
-train.warmup_steps = 0  # linear, before the cosine
+train.schedule = 'cosine'  # after the warm-up; also 'warmdown': the peak, then linear to the final rate
+train.warmdown_share = 0.4  # share of all updates in which the rate falls
+train.final_learning_rate = 0.0  # at the end of the schedule
+train.warmup_steps = 0  # linear, before the schedule
 train.beta1 = 0.9
 train.beta2 = 0.999
 train.eps = 1e-08

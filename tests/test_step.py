@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import chunk_tokens, make_loss, sum_by_row
 from mmjax.files import path_name
-from mmjax.model.lm import model_graph
+from mmjax.model.lm import init_params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, may_overflow
 from mmjax.training.step import init_state, make_train_step
@@ -229,6 +229,34 @@ def test_schedule_is_warmup_then_cosine_to_the_final_rate():
   np.testing.assert_allclose([rising(0), rising(10), rising(20)], [0, 0.04, 0.08], atol=1e-8)
   plain = learning_rate_schedule(tiny_config().train, 20)
   np.testing.assert_allclose([plain(0), plain(10), plain(20)], [1e-2, 5e-3, 0], atol=1e-9)
+
+
+def test_warm_down_stays_at_the_peak_and_falls_in_a_line():
+  more = {'train__schedule': 'warmdown', 'train__warmdown_share': 0.25, 'train__final_learning_rate': 0.08}
+  schedule = learning_rate_schedule(tiny_config(train__warmup_steps=4, train__learning_rate=0.8, **more).train, 24)
+  expected = np.interp(range(25), [0, 3, 18, 24], [0.2, 0.8, 0.8, 0.08])
+  np.testing.assert_allclose([schedule(i) for i in range(25)], expected, rtol=1e-6)
+  all_of_it = learning_rate_schedule(tiny_config(**more | {'train__warmdown_share': 1.0}).train, 24)
+  np.testing.assert_allclose([all_of_it(0), all_of_it(12), all_of_it(24)], [1e-2, 0.045, 0.08], rtol=1e-6)
+
+
+def test_muon_moves_matrices_of_the_layers_by_orthogonal_steps_and_the_rest_by_adam():
+  more = {'model__n_layers': 1, 'memory__scores': 'scale', 'train__weight_decay': 0.0, 'train__grad_clip': 0.0}
+  configs = [tiny_config(train__optimizer=name, **more) for name in ('adamw', 'muon')]
+  params = init_params(configs[0])
+  gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+  adamw, muon = (make_optimizer(config, 10) for config in configs)
+  moved = [named_leaves(optimizer.update(gradient, optimizer.init(params), params)[0]) for optimizer in (adamw, muon)]
+  rate = configs[0].train.learning_rate * 5.0
+  matrices = 0
+  for name, step in moved[1].items():
+    if name.startswith('layers/') and name.endswith('kernel'):
+      matrices += 1
+      singular = np.linalg.svd(np.asarray(step) / rate / max(1.0, step.shape[1] / step.shape[0]) ** 0.5)[1]
+      assert singular.min() > 0.6 and singular.max() < 1.3, name  # what five Newton-Schulz iterations reach
+    else:
+      np.testing.assert_array_equal(step, moved[0][name], err_msg=name)
+  assert matrices >= 7
 
 
 def test_non_finite_gradient_skips_the_update_and_is_counted():

@@ -16,6 +16,7 @@ from mmjax.config.wording import nearest, quote
 from mmjax.errors import UserError
 
 MOST = 1e4  # of a multiplier
+MATRIX = r'^layers/.*kernel$'  # what Muon moves, where it has two axes
 FORM = 'a pattern and then lr=NUMBER, lr=FIRST..LAST or decay=NUMBER'
 
 
@@ -51,6 +52,7 @@ def parameter_table(config: Any) -> tuple[Row, ...]:
     *read_rows(train.parameters),
     Row('^memory_bank$', rates, memory.bank_decay_multiplier, 'memory.bank_lr_multiplier'),
     Row('^embedding$', train.embedding_lr_multiplier, None, 'train.embedding_lr_multiplier'),
+    *(() if train.optimizer == 'adamw' else (Row(MATRIX, train.muon_lr_multiplier, None, 'train.muon_lr_multiplier'),)),
   )
 
 

@@ -35,6 +35,8 @@ BANK_DECAY = (lambda c: c.train.weight_decay > 0 and _unsaid('memory_bank', 'dec
 TRAIN_FILES = (lambda c: c.data.train_files, 'without data.train_files')
 NO_VALID_FILES = (lambda c: not c.data.valid_files, 'beside data.valid_files')
 PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
+MUON = (lambda c: c.train.optimizer == 'muon', "without train.optimizer='muon'")
+WARMDOWN = (lambda c: c.train.schedule == 'warmdown', "without train.schedule='warmdown'")
 NO_STEPS = (lambda c: not c.train.max_steps, 'beside train.max_steps, which ends the run: 0 leaves it to epochs')
 ADDRESS = (lambda c: c.runtime.coordinator != 'auto', "with runtime.coordinator='auto'")
 
@@ -205,13 +207,20 @@ class TrainConfig:
     8, 'micro-batches in an update; a run may go on with another split of the same product', 1)
   epochs: float = field(3.0, 'passes over the training rows; max_steps takes their place', 0, 1e9, needs=NO_STEPS)
   max_steps: int = field(0, 'optimizer updates; 0: as many as the epochs give')
+  optimizer: str = field('adamw', "also 'muon': the matrices of the layers by Muon, everything else by AdamW",
+    choices=('adamw', 'muon'), before='adamw')
   learning_rate: float = field(2e-4, 'peak', 0, 10)
+  muon_lr_multiplier: float = field(5.0, 'factor of the learning rate of the matrices that Muon moves',
+    **MULTIPLIER, before=5.0, needs=MUON)
   embedding_lr_multiplier: float = field(
     1.0, "factor of the embedding's learning rate; the embedding is also the output layer",
     **MULTIPLIER, before=1.0, needs=EMBEDDING_RATE)
   parameters: str = field('', "rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none", before='')
-  final_learning_rate: float = field(0.0, 'at the end of the cosine', 0, 10)
-  warmup_steps: int = field(0, 'linear, before the cosine')
+  schedule: str = field('cosine', "after the warm-up; also 'warmdown': the peak, then linear to the final rate",
+    choices=('cosine', 'warmdown'), before='cosine')
+  warmdown_share: float = field(0.4, 'share of all updates in which the rate falls', 0, 1, before=0.4, needs=WARMDOWN)
+  final_learning_rate: float = field(0.0, 'at the end of the schedule', 0, 10)
+  warmup_steps: int = field(0, 'linear, before the schedule')
   beta1: float = field(0.9, '', 0, NEAREST_ONE)
   beta2: float = field(0.999, '', 0, NEAREST_ONE)
   eps: float = field(1e-8, '', 1e-30, 1)

@@ -1,9 +1,10 @@
-"""AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient.
+"""AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient; or Muon.
 
 Any parameter may have a rate and a decay of its own: mmjax/config/parameters.py has the table. A bank that is updated
 row by row is the work of mmjax/training/lazy_bank.py.
 """
 
+import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 
 from mmjax.config import Config, TrainConfig
-from mmjax.config.parameters import Row, first_row, parameter_table, read_rows
+from mmjax.config.parameters import MATRIX, Row, first_row, parameter_table, read_rows
 from mmjax.errors import UserError
 from mmjax.files import named_leaves, path_name
 from mmjax.model.lm import BANK, Params, abstract_params, without_bank
@@ -22,18 +24,26 @@ from mmjax.training.row_gradients import is_lazy
 
 
 def learning_rate_schedule(train: TrainConfig, total_steps: int) -> optax.Schedule:
-  """Returns linear warm-up to the peak, then a cosine that reaches the final rate at `total_steps` updates."""
-  from_1_to_0 = optax.cosine_decay_schedule(1.0, max(total_steps - train.warmup_steps, 1))
+  """Returns linear warm-up to the peak, then what falls to the final rate at `total_steps` updates.
+
+  That is a cosine, or the peak and a line over the last train.warmdown_share of all updates, as in nanochat
+  (https://github.com/karpathy/nanochat).
+  """
+  falls = max(total_steps - train.warmup_steps, 1)
+  from_1_to_0 = optax.cosine_decay_schedule(1.0, falls)
+  if train.schedule == 'warmdown':
+    steps = min(max(round(train.warmdown_share * total_steps), 1), falls)
+    from_1_to_0 = optax.linear_schedule(1.0, 0.0, steps, falls - steps)
   final = train.final_learning_rate
 
-  def cosine(count: jax.Array | int) -> jax.Array:
+  def decline(count: jax.Array | int) -> jax.Array:
     return final + (train.learning_rate - final) * from_1_to_0(count)
 
   if not train.warmup_steps:
-    return cosine
+    return decline
   # From 1/warmup, not from 0: the first update moves the parameters too.
   warmup = optax.linear_schedule(train.learning_rate / train.warmup_steps, train.learning_rate, train.warmup_steps - 1)
-  return optax.join_schedules([warmup, cosine], [train.warmup_steps])
+  return optax.join_schedules([warmup, decline], [train.warmup_steps])
 
 
 def gets_gradient(config: Config, params: Params) -> Params:
@@ -90,8 +100,8 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
   check_parameters(config)
   params = abstract_params(config)
   if is_lazy(config):
-    return optax.chain(*clip, apart_from_bank(optax.chain(*_adamw(config, without_bank(params), total_steps))))
-  return optax.chain(*clip, *_adamw(config, params, total_steps))
+    return optax.chain(*clip, apart_from_bank(optax.chain(*_steps(config, without_bank(params), total_steps))))
+  return optax.chain(*clip, *_steps(config, params, total_steps))
 
 
 def may_overflow(config: Config) -> bool:
@@ -118,7 +128,22 @@ def apart_from_bank(others: optax.GradientTransformation) -> optax.GradientTrans
   return optax.GradientTransformation(lambda params: others.init(without_bank(params)), update)
 
 
-def _adamw(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
+def muon_direction() -> optax.GradientTransformation:
+  """Returns Muon for matrices (in, out): momentum, orthogonalised, times sqrt(max(1, out / in)).
+
+  Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, through optax.contrib.
+  """
+
+  def widen(updates: Params, params: Params | None) -> Params:
+    return jax.tree.map(lambda x: x * max(1.0, x.shape[1] / x.shape[0]) ** 0.5, updates)
+
+  def in_and_out(params: Params) -> Params:
+    return jax.tree.map(lambda _: optax.contrib.MuonDimensionNumbers(), params)
+
+  return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=in_and_out), optax.stateless(widen))
+
+
+def _steps(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
   """Returns the steps after clipping. Their order, with none for a row at 1, is the layout of the state on disk."""
   train, table = config.train, parameter_table(config)
   decays = [row for row in table if row.decay not in (None, 1)]
@@ -131,6 +156,12 @@ def _adamw(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
     )
 
   steps = [optax.scale_by_adam(train.beta1, train.beta2, train.eps)]
+  if train.optimizer == 'muon':
+    matrix = jax.tree_util.tree_map_with_path(
+      lambda path, leaf: leaf.ndim == 2 and re.search(MATRIX, path_name(path)) is not None, params
+    )
+    others = jax.tree.map(operator.not_, matrix)
+    steps = [optax.masked(steps[0], others), optax.masked(muon_direction(), matrix)]
   steps.append(optax.add_decayed_weights(train.weight_decay, mask=mask('decay', lambda row: row not in decays)))
   for row in decays:
     own = mask('decay', lambda other, row=row: other is row)
