@@ -47,7 +47,7 @@ def check_room(path: Path, needed_bytes: int) -> None:
   free = free_bytes(path)
   if free < needed_bytes + SPARE_BYTES:
     raise StorageError(
-      f"'{path}' needs about {(needed_bytes + SPARE_BYTES) / 1e6:.0f} MB, {free / 1e6:.0f} MB are free; "
+      f"'{path}' needs about {(needed_bytes + SPARE_BYTES) / 1e6:.0f} MB but {free / 1e6:.0f} MB are free; "
       'make room or choose another directory'
     )
 
@@ -190,7 +190,7 @@ def check_sha256(path: Path) -> None:
     return
   stated, found = beside.read_bytes().split(maxsplit=1)[:1], sha256_of(path)
   if stated != [found.encode()]:
-    raise UserError(f"'{path}': sha256 is {found}, {beside.name} says {ascii((stated or [b''])[0][:64])[2:-1]}")
+    raise UserError(f"'{path}': its sha256 is {found}, but {beside.name} says {ascii((stated or [b''])[0][:64])[2:-1]}")
 
 
 def lock(descriptor: int, waiting: Callable[[], None], shared: bool = False) -> None:

@@ -138,7 +138,7 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.train.learning_rate=1e39', 'learning_rate=1e+39 must be at most 10'),
     ('--config.memory.bank_lr_multiplier=1e300', 'bank_lr_multiplier=1e+300 must be at most 10000'),
     ('--config.train.grad_clip=1e-12', 'grad_clip=1e-12 must be at least 1e-06, or 0 for no clipping'),
-    ('--config.train.epochs=0', 'epochs=0.0 must be above 0, or train.max_steps'),
+    ('--config.train.epochs=0', 'epochs=0.0 and train.max_steps=0 would train nothing'),
     ('--config.model.norm_eps=0', 'norm_eps=0.0 must be a finite number of at least 1e-20'),
     ('--config.data.workers=100000', 'workers=100000 must be at most 4096'),
     ('--config.data.isolate_documents=maybe', 'must be True or False'),
@@ -204,7 +204,7 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch, installed):
 
 def test_installed_without_its_configs_says_so(tmp_path, monkeypatch):
   monkeypatch.setattr(python_files, '__file__', str(tmp_path / 'mmjax' / 'config' / 'python_files.py'))
-  with pytest.raises(UserError, match=r'configs/base.py is not where pip puts it'):
+  with pytest.raises(UserError, match=r'configs/base.py was not found where pip puts it'):
     python_files.own_config('base.py')
 
 
@@ -271,7 +271,7 @@ IDLE = [  # config, override, what is said
   ('exp_1_4_2', 'memory.bag_gate=False', "it belongs to model.sublayer 'memory_bag', 'ngram_bag'"),
   ('exp_1_4_2', 'memory.ngrams=2', "it belongs to model.sublayer 'ngram_bag'"),
   ('exp_1_4_2', 'memory.score_activation=relu', "score_activation='relu' does nothing without memory.scores='scale'"),
-  ('exp_1_4_3', 'memory.bank_std=0.5', "memory.bank_std=0.5 does nothing where memory.bank_init='file' gives the rows"),
+  ('exp_1_4_3', 'memory.bank_std=0.5', "memory.bank_std=0.5 does nothing when memory.bank_init='file' gives the rows"),
   ('exp_1_4_2', 'memory.bank_file=x', "memory.bank_file='x' does nothing without memory.bank_init='file'"),
   ('product_key_bag', 'memory.scores=scale', "it belongs to model.sublayer 'cross_attention', 'gated_fusion'"),
   ('ngram_rows', 'memory.scores=scale', 'does nothing in a model of dense and ngram_bag layers'),
@@ -281,10 +281,10 @@ IDLE = [  # config, override, what is said
   (
     'base',
     'data.valid_fraction=0.5 --config.data.train_files=a --config.data.valid_files=b',
-    'beside data.valid_files',
+    'when data.valid_files is set',
   ),
   ('base', 'data.text_key=body', "data.text_key='body' does nothing without data.train_files"),
-  ('quickstart', 'train.epochs=1', 'train.epochs=1.0 does nothing beside train.max_steps'),
+  ('quickstart', 'train.epochs=1', 'train.epochs=1.0 does nothing when train.max_steps is set'),
   ('base', 'runtime.num_processes=2 --config.runtime.coordinator=auto', "nothing with runtime.coordinator='auto'"),
 ]
 

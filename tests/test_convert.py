@@ -127,7 +127,7 @@ def test_overrides_that_contradict_the_tensors_are_refused(override, message, tm
 def test_memory_that_the_pytorch_code_does_not_have_is_refused(setting, tmp_path):
   source = save(make_state(), tmp_path / 'model.safetensors')
   name, _, value = setting.partition('=')
-  with pytest.raises(UserError, match=f"memory.{name}='?{value}'? is not in the PyTorch code, whose names .* has"):
+  with pytest.raises(UserError, match=f"the PyTorch code has no memory.{name}='?{value}'?, and .* has its names"):
     take(source, tmp_path / 'run', f'--config.memory.{setting}')
   assert not (tmp_path / 'run').exists()
   config = tiny_config(**{f'memory__{name}': value})
@@ -175,7 +175,7 @@ def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_confi
     (True, False) if name in OWN_NAMES else (False, True)
   )
   if name in OWN_NAMES:
-    with pytest.raises(UserError, match='is not in the PyTorch code, which could not read .*; use .safetensors'):
+    with pytest.raises(UserError, match='the PyTorch code has no .* and could not read .*; use .safetensors'):
       export_run(tmp_path / 'run', tmp_path / 'model.pth', 'best', None)
 
 
@@ -196,11 +196,11 @@ def test_header_binds_what_it_says_and_no_more(tmp_path):
   tensors, metadata = read_tensors(file), json.loads(read_metadata(file)['mmjax'])
   file.with_name(f'{file.name}.sha256').unlink()
   for changed, match in (
-    ({**metadata, 'settings': {'runtime': {'coordinator': 'x:1'}}}, "sets 'runtime.coordinator', which is not of a"),
+    ({**metadata, 'settings': {'runtime': {'coordinator': 'x:1'}}}, "sets 'runtime.coordinator', which is no setting"),
     ({**metadata, 'settings': metadata['settings'] | {'model': {'dimm': 3}}}, "no setting 'model.dimm'"),
     (
       {**metadata, 'settings': metadata['settings'] | {'model': {'dim': [3]}}},
-      'header: model.dim=.*must be of type int',
+      'header of .*: model.dim=.*must be of type int',
     ),
     ({**metadata, 'settings': metadata['settings'] | {'model': {'n_layers': 3}}}, 'tensors do not fit the model'),
     ({'settings': 3}, 'is damaged'),
@@ -224,9 +224,9 @@ def test_values_too_large_for_the_asked_dtype_are_refused(tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
   path = save(make_state(), tmp_path / 'model.safetensors')
-  with pytest.raises(UserError, match='is there already'):
+  with pytest.raises(UserError, match='already exists'):
     take(path, tmp_path)
-  with pytest.raises(UserError, match='is there already'):
+  with pytest.raises(UserError, match='already exists'):
     write_tensors(path, {'a': np.ones(3, np.float32)})
 
 

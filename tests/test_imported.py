@@ -51,7 +51,7 @@ def test_another_tokenizer_than_the_one_in_the_header_is_refused(tiny_run, tmp_p
   file, other = tmp_path / 'model.safetensors', tmp_path / 'other.model'
   export_run(tiny_run, file, 'best', 'bfloat16')
   other.write_bytes(train_tokenizer(['some other text of a few words'] * 9, 300))
-  with pytest.raises(UserError, match='other.model. is not the one that .* was trained with'):
+  with pytest.raises(UserError, match='other.model. is not that of .*, as the hash in its header shows'):
     import_run(file, tmp_path / 'back', BASE_CONFIG, [], str(other), 'float32')
   import_run(file, tmp_path / 'back', BASE_CONFIG, [], f'{tiny_run}/tokenizer.model', 'float32')
   assert mmjax.load(tmp_path / 'back').generate('the memory', max_new_tokens=3)
@@ -86,7 +86,7 @@ def test_imported_run_is_trained_on_from_its_weights(tmp_path):
 
 def test_tokenizer_of_another_size_is_refused(tmp_path):
   (tmp_path / 'spm.model').write_bytes(train_tokenizer([__doc__, *map(str, range(3000))], 301))
-  with pytest.raises(UserError, match='has 301 pieces, the embedding 300 rows'):
+  with pytest.raises(UserError, match='has 301 pieces but the embedding has 300 rows'):
     take(save(make_state(), tmp_path / 'model.pth'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
   assert not (tmp_path / 'run').exists()
 
@@ -122,7 +122,7 @@ def test_import_without_a_tokenizer_takes_and_gives_token_ids(tmp_path):
   assert [len(row) for row in lm.generate_tokens([[5, 6], [7]], max_new_tokens=20)] == [20, 20]
   for use in (lambda: lm.generate('text'), lambda: lm.stream('text'), lambda: lm.tokenizer,
               lambda: open_run(tmp_path / 'run')):  # fmt: skip
-    with pytest.raises(UserError, match='imported without a tokenizer: it takes and gives token ids'):
+    with pytest.raises(UserError, match='imported without a tokenizer, so it reads and writes token ids'):
       use()
 
 
@@ -137,7 +137,7 @@ def test_imported_run_trains_under_other_data_and_training_settings(tmp_path):
     'data__prepared_dir': tmp_path / 'prepared', 'train__max_steps': 2, 'train__grad_clip': 0.0,
     'train__learning_rate': 0.0, 'seed': 3,
   }  # fmt: skip
-  with pytest.raises(UserError, match='memory.bank_std=0.5 does nothing where parameters come from'):
+  with pytest.raises(UserError, match='memory.bank_std=0.5 does nothing when parameters come from'):
     fit(tiny_config(**settings, memory__bank_std=0.5), tmp_path / 'run')
   with pytest.raises(UserError, match='model.num_selected 3 -> 4; type --config.model.num_selected=3'):
     fit(tiny_config(**settings, model__num_selected=4), tmp_path / 'run')

@@ -87,7 +87,7 @@ def test_data_of_an_earlier_version_are_counted_where_they_can_be(tmp_path):
   directory = directory.rename(directory.with_name('train-of-old'))
   rows = {'split': 'train', 'max_seq_len': 5, 'isolate_documents': False}
   assert open_split(directory, layout='packed', **rows).scored_bytes == before['splits']['train']['text_bytes']
-  with pytest.raises(UserError, match='did not count the bytes of documents that are cut .* prepare it again'):
+  with pytest.raises(UserError, match='did not count the bytes of cut documents .* prepare it again'):
     open_split(directory, layout='padded', **rows).scored_bytes  # noqa: B018
   assert run(tmp_path, corpus, **settings | {'layout': 'packed'})[0] == directory
   again, _ = run(tmp_path, corpus, **settings)

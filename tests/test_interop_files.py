@@ -56,7 +56,7 @@ def test_damaged_and_disguised_torch_files_are_refused(tmp_path):
   refused('cut', 'not a PyTorch zip file', lambda p: p.write_bytes(p.read_bytes()[:-200]))
   refused('junk', 'not a PyTorch zip file', lambda p: p.write_bytes(b'junk'))
   refused('bomb', 'is compressed', lambda p: rewrite_zip(p, zipfile.ZIP_DEFLATED))
-  refused('dots', 'leaves the archive', lambda p: rewrite_zip(p, extra='../outside'))
+  refused('dots', 'names a file outside the archive', lambda p: rewrite_zip(p, extra='../outside'))
   refused('old', 'not a PyTorch zip file', lambda p: torch.save({}, p, _use_new_zipfile_serialization=False))
   refused(
     'pickle', 'not a whole PyTorch file', lambda p: p.write_bytes(p.read_bytes().replace(b'\x80\x02}', b'\x80\x02('))

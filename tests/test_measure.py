@@ -149,7 +149,7 @@ def test_evaluation_makes_nothing_where_it_is_called(tiny_run, tmp_path, monkeyp
   del stored['sha256'], stored['starts'][-1]['prepared_dir']  # as of an earlier version
   (run / 'run.json').write_text(json.dumps(stored))
   code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run))
-  assert code == 2 and 'is not to be found; give --config.data.prepared_dir=DIR' in err
+  assert code == 2 and 'cannot be found; give --config.data.prepared_dir=DIR' in err
   assert not list((tmp_path / 'here').iterdir())
   shutil.copytree(tiny_run.parent / 'prepared', tmp_path / 'out' / 'data')  # as `out` is copied from a machine
   code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run))

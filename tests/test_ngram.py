@@ -138,12 +138,12 @@ def test_layers_of_both_kinds_share_the_bank():
   [
     (
       ['model.sublayer=ngram_bag', 'memory.ngrams=2,x'],
-      "memory.ngrams='2,x' must be numbers of tokens like '2,3', from 1 to 9",
+      "memory.ngrams='2,x' must be numbers of tokens from 1 to 9, such as '2,3'",
     ),
     (['model.sublayer=ngram_bag', 'memory.ngrams='], "memory.ngrams='' must be numbers of tokens"),
     (['model.sublayer=ngram_bag', 'memory.ngrams=0'], "memory.ngrams='0' must be"),
     (['model.sublayer=ngram_bag', 'memory.ngrams=10'], "memory.ngrams='10' must be"),
-    (['model.sublayer=ngram_bag', 'memory.ngrams=2,3'], 'no more than memory.n_heads=1'),
+    (['model.sublayer=ngram_bag', 'memory.ngrams=2,3'], 'no more of them than memory.n_heads=1'),
     (
       ['memory.ngram_layers=1', 'memory.scores=scale', 'memory.score_activation=relu'],
       "activation='relu' must be 'softmax' with memory.ngram_l",

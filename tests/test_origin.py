@@ -161,7 +161,7 @@ def test_bank_from_a_file_comes_from_the_run_and_not_from_the_file(text, tmp_pat
     ),
     (
       {'memory__bank_std': 0.3},
-      'memory.bank_std=0.3 does nothing where parameters come from .*; leave it out or',
+      'memory.bank_std=0.3 does nothing when parameters come from .*; leave it out or',
     ),
     ({'data__tokenizer': 'OTHER'}, "data.tokenizer='.*' is not the tokenizer of .*; leave it out"),
     ({'data__tokenizer': '/nowhere'}, "no tokenizer file '/nowhere'"),

@@ -113,7 +113,7 @@ def test_rows_that_are_not_understood_are_refused(table, said):
     ({'memory__bank_lr_final_multiplier': 2}, 'does nothing beside train.parameters, which gives the bank'),
     ({'memory__bank_decay_multiplier': 2}, 'or train.parameters gives the decay of the bank'),
     ({'train__embedding_lr_multiplier': 2}, "does nothing beside train.parameters, which gives the embedding's rate"),
-    ({'train__weight_decay': 0}, 'a decay does nothing where train.weight_decay is 0'),
+    ({'train__weight_decay': 0}, 'a decay does nothing when train.weight_decay is 0'),
   ],
 )  # fmt: skip
 def test_settings_that_a_row_takes_the_place_of_are_refused(settings, said):

@@ -163,7 +163,7 @@ def test_spare_rows_and_small_vocabularies_are_allowed_and_told(tmp_path, corpus
   assert 'model.vocab_size=320: the tokenizer has 259 pieces, 61 rows are spare' in str(said)
   again, _ = run(tmp_path, corpus, vocab_size=259, tokenizer=str(path))
   assert again == directory and read_index(directory)['vocab_size'] == 259
-  with pytest.raises(UserError, match='model.vocab_size=260 must be above 260 for a tokenizer that is trained'):
+  with pytest.raises(UserError, match='model.vocab_size=260 must be above 260 if mmjax trains the tokenizer'):
     run(tmp_path, corpus, vocab_size=260)
   with pytest.raises(UserError, match=r'least possible: (\d+)') as caught:
     run(tmp_path, corpus, vocab_size=261)

@@ -192,7 +192,7 @@ def test_utf16_is_named_with_what_to_type(tmp_path, name, encoding, on_bad_line)
       text = text if '.txt' in name else json.dumps({'text': text}, ensure_ascii=False) + '\n'
       read(write(tmp_path, (text * 3).encode(encoding), name), on_bad_line=on_bad_line)
     shown = encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')
-    what = f'{name}:1: the text is {shown}, must be UTF-8 (iconv -f {shown} -t UTF-8 OLD > NEW)'
+    what = f'{name}:1: the text is {shown}; it must be UTF-8 (iconv -f {shown} -t UTF-8 OLD > NEW)'
     assert what in str(caught.value) and (on_bad_line == 'skip' or 'to leave such lines out' not in str(caught.value))
 
 

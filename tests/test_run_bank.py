@@ -93,7 +93,7 @@ def test_texts_of_a_rebuilt_bank_are_not_shown_for_an_old_run(case, monkeypatch,
   snippet, remark = look(run, monkeypatch, capsys)
   assert snippet is None and remark.endswith("bank.jsonl' is not what it was when the run started.")
   assert 'is another file now' in write_report(run).read_text()
-  with pytest.raises(UserError, match=r'is not the bank that the run in .* started from .* name that one or'):
+  with pytest.raises(UserError, match=r'is not the bank that the run in .* started from .* name that file, or one'):
     go_on()
   bank.unlink()
   bank.with_suffix('.jsonl').unlink()

@@ -124,7 +124,7 @@ def built(tmp_path_factory):
   flags = [f'--config.{name}={value}' for name, value in settings.items()]
   config = load_config('configs/base.py', [*flags, '--config.memory.bank_std=0.25'], used=bank.SETTINGS)
   bank.build_bank(config, folder / 'bank.safetensors', 'lsa')
-  with pytest.raises(UserError, match="memory.bank_std=0.25 does nothing where memory.bank_init='file' gives the rows"):
+  with pytest.raises(UserError, match="memory.bank_std=0.25 does nothing when memory.bank_init='file' gives the rows"):
     load_config('configs/base.py', [*flags, '--config.memory.bank_std=0.25'])
   return config, folder
 
@@ -209,7 +209,7 @@ def test_bank_that_is_there_already_is_refused_and_keeps_its_texts(built):
   config, folder = built
   files = [folder / 'bank.safetensors', folder / 'bank.jsonl']
   before = [path.read_bytes() for path in files]
-  with pytest.raises(UserError, match='is there already'):
+  with pytest.raises(UserError, match='already exists'):
     bank.build_bank(dataclasses.replace(config, seed=1), files[0], 'lsa')
   assert [path.read_bytes() for path in files] == before
 
@@ -219,7 +219,7 @@ def test_bank_that_is_there_already_is_refused_and_keeps_its_texts(built):
   [
     (lambda path: path.unlink(), 'no memory.bank_file'),
     (lambda path: path.write_bytes(path.read_bytes()[:-1]), 'sha256 is'),
-    (lambda path: path.with_name(path.name + '.sha256').unlink() or path.write_bytes(b'xxxxxxxxxxx'), 'is no bank'),
+    (lambda path: path.with_name(path.name + '.sha256').unlink() or path.write_bytes(b'xxxxxxxxxxx'), 'is not a bank'),
   ],
 )
 def test_damaged_bank_file_is_refused(built, tmp_path, damage, said):
@@ -233,7 +233,7 @@ def test_damaged_bank_file_is_refused(built, tmp_path, damage, said):
 
 def test_bank_of_another_shape_is_refused(built):
   _, folder = built
-  with pytest.raises(UserError, match=r'\(64, 8\), the model needs \(81, 8\)'):
+  with pytest.raises(UserError, match=r'\(64, 8\), but model.knowledge_num and knowledge_dim need \(81, 8\)'):
     read_bank(folder / 'bank.safetensors', (81, 8))
 
 

@@ -24,7 +24,7 @@ def own_config(name: str) -> Path:
   """
   found = [folder / name for folder in own_configs() if (folder / name).is_file()]
   if not found:
-    raise UserError(f'configs/{name} is not where pip puts it, in share/mmjax below a folder above {__file__}')
+    raise UserError(f'configs/{name} was not found where pip puts it: in share/mmjax of any folder above {__file__}')
   return found[0]
 
 

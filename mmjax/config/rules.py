@@ -51,7 +51,7 @@ def check_together(config: Config) -> None:
   """Raises UserError with field, value, rule and nearest fix if settings break a rule together."""
   memory, train, runtime = config.memory, config.train, config.runtime
   untrained = not train.epochs and not train.max_steps
-  _refuse(untrained, 'train.epochs=0.0 must be above 0, or train.max_steps: nothing would be trained')
+  _refuse(untrained, 'train.epochs=0.0 and train.max_steps=0 would train nothing: one of them must be above 0')
   _check_decay(train, parameter_table(config))
   _refuse(
     memory.bank_init == 'file' and not memory.bank_file,
@@ -71,7 +71,7 @@ def _check_decay(train: TrainConfig, table: tuple[Row, ...]) -> None:
   """Raises UserError if an update would take more from a parameter than there is: it would grow without end."""
   _refuse(
     not train.weight_decay and any(row.decay is not None for row in read_rows(train.parameters)),
-    f'train.parameters={quote(train.parameters)}: a decay does nothing where train.weight_decay is 0',
+    f'train.parameters={quote(train.parameters)}: a decay does nothing when train.weight_decay is 0',
   )
   peak = max(train.learning_rate, train.final_learning_rate)
   for row in (Row('', stated_in=''), *table):
@@ -79,7 +79,7 @@ def _check_decay(train: TrainConfig, table: tuple[Row, ...]) -> None:
     what = f'train.learning_rate x {row.stated_in}'.removesuffix(' x ')
     _refuse(
       rate * decay >= 1,
-      f'{what}, {rate:g}, times its weight decay, {decay:g}, must be below 1: an update would take more from a '
+      f'{what}, {rate:g}, times its weight decay, {decay:g}, must be below 1, or an update would take more from a '
       'parameter than there is (train.weight_decay)',
     )
 
@@ -92,7 +92,7 @@ def _check_model(model: ModelConfig) -> None:
   kv_heads = model.n_kv_heads
   _refuse(heads % kv_heads, f'model.n_heads={heads} must be divisible by model.n_kv_heads={kv_heads}')
   width = f'model.dim={dim} / model.n_heads={heads} = {model.head_dim}'
-  _refuse(model.head_dim % 2, f'{width} must be even: RoPE turns pairs')
+  _refuse(model.head_dim % 2, f'{width} must be even: RoPE rotates pairs')
   _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {C * C} and {(C + 1) ** 2}')
   _refuse(row_dim % 2, f'model.knowledge_dim={row_dim} must be even: it is two halves; nearest: {row_dim + 1}')
   chosen = f'model.experts_per_token={model.experts_per_token}'

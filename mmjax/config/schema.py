@@ -27,17 +27,17 @@ def _unsaid(name: str, what: str) -> Callable[['Config'], bool]:
 # fmt: off
 # What a setting needs: whether a config has it, and what is said after 'does nothing' where it has not.
 BANK_FILE = (lambda c: c.memory.bank_init == 'file', "without memory.bank_init='file'")
-NO_BANK_FILE = (lambda c: c.memory.bank_init != 'file', "where memory.bank_init='file' gives the rows")
-BANK_RATE = (_unsaid('memory_bank', 'lr'), "beside train.parameters, which gives the bank's rate")
-EMBEDDING_RATE = (_unsaid('embedding', 'lr'), "beside train.parameters, which gives the embedding's rate")
+NO_BANK_FILE = (lambda c: c.memory.bank_init != 'file', "when memory.bank_init='file' gives the rows")
+BANK_RATE = (_unsaid('memory_bank', 'lr'), "when train.parameters gives the bank's rate")
+EMBEDDING_RATE = (_unsaid('embedding', 'lr'), "when train.parameters gives the embedding's rate")
 BANK_DECAY = (lambda c: c.train.weight_decay > 0 and _unsaid('memory_bank', 'decay')(c),
-  'where train.weight_decay is 0 or train.parameters gives the decay of the bank')
+  'when train.weight_decay is 0 or train.parameters gives the decay of the bank')
 TRAIN_FILES = (lambda c: c.data.train_files, 'without data.train_files')
-NO_VALID_FILES = (lambda c: not c.data.valid_files, 'beside data.valid_files')
+NO_VALID_FILES = (lambda c: not c.data.valid_files, 'when data.valid_files is set')
 PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
 MUON = (lambda c: c.train.optimizer == 'muon', "without train.optimizer='muon'")
 WARMDOWN = (lambda c: c.train.schedule == 'warmdown', "without train.schedule='warmdown'")
-NO_STEPS = (lambda c: not c.train.max_steps, 'beside train.max_steps, which ends the run: 0 leaves it to epochs')
+NO_STEPS = (lambda c: not c.train.max_steps, 'when train.max_steps is set; max_steps=0 lets epochs end the run')
 ADDRESS = (lambda c: c.runtime.coordinator != 'auto', "with runtime.coordinator='auto'")
 
 
@@ -130,8 +130,8 @@ class MemoryConfig:
     sizes = [int(part) for part in self.ngrams.split(',') if re.fullmatch(r' *[1-9] *', part)]
     if len(sizes) != self.ngrams.count(',') + 1 or len(sizes) > self.n_heads:
       raise UserError(
-        f"memory.ngrams={quote(self.ngrams)} must be numbers of tokens like '2,3', from 1 to 9 and no more than "
-        f'memory.n_heads={self.n_heads}'
+        f"memory.ngrams={quote(self.ngrams)} must be numbers of tokens from 1 to 9, such as '2,3', "
+        f'and no more of them than memory.n_heads={self.n_heads}'
       )
     return tuple(sizes[head % len(sizes)] for head in range(self.n_heads))
 
@@ -171,8 +171,8 @@ def _layer_numbers(field: str, text: str, n_layers: int) -> tuple[int, ...]:
   numbers = sorted({int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 10})
   if len(numbers) != len(parts) or numbers[-1] >= n_layers:
     raise UserError(
-      f"memory.{field}={quote(text)} must be 'all', 'middle' or different layers like '0,2', "
-      f'numbered from 0 to {n_layers - 1}'
+      f"memory.{field}={quote(text)} must be 'all', 'middle' or different layers such as '0,2', "
+      f'from 0 to {n_layers - 1}'
     )
   return tuple(numbers)
 

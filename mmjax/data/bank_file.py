@@ -37,13 +37,13 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
     with safe_open(path, 'numpy') as file:
       dtype = file.get_slice(BANK).get_dtype()
       if dtype != 'F32':
-        raise UserError(f"'{path}' holds a bank of {dtype}, must be F32")
+        raise UserError(f"'{path}' holds a bank of {dtype}; it must be F32")
       bank_MP = file.get_tensor(BANK)
   except (SafetensorError, OSError) as error:
-    raise UserError(f"'{path}' is no bank: {error}") from None
+    raise UserError(f"'{path}' is not a bank: {error}") from None
   if bank_MP.shape != tuple(shape):
     raise UserError(
-      f"'{path}' holds a bank of {bank_MP.shape}, the model needs {tuple(shape)} (model.knowledge_num, knowledge_dim)"
+      f"'{path}' holds a bank of {bank_MP.shape}, but model.knowledge_num and knowledge_dim need {tuple(shape)}"
     )
   if not np.isfinite(bank_MP).all():
     raise UserError(f"'{path}' holds values that are not finite")

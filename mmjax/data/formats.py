@@ -130,7 +130,7 @@ def decode(data: bytes) -> str:
   except UnicodeDecodeError as error:
     bad = NotText('not UTF-8', f'not UTF-8: {error.reason} 0x{data[error.start]:02x}', error.start)
   if encoding := _wide_encoding(data):
-    bad = NotText(encoding, f'the text is {encoding}, must be UTF-8 (iconv -f {encoding} -t UTF-8 OLD > NEW)')
+    bad = NotText(encoding, f'the text is {encoding}; it must be UTF-8 (iconv -f {encoding} -t UTF-8 OLD > NEW)')
   raise bad from None
 
 
@@ -189,7 +189,7 @@ def json_text(raw: bytes, text_key: str) -> str:
   try:
     text.encode('utf-8')
   except UnicodeEncodeError as error:
-    what = f'a lone surrogate \\u{ord(text[error.start]):04x} in {text_key!r}, character {error.start}, is no text'
+    what = f'a lone surrogate \\u{ord(text[error.start]):04x} in {text_key!r}, character {error.start}, is not text'
     raise NotText('lone surrogate', what) from None
   return text
 

@@ -45,7 +45,7 @@ def read_index(directory: str | Path) -> dict[str, Any]:
   except UserError as error:
     raise UserError(f"{error}; delete '{directory}' to prepare again") from None
   if index['format'] != FORMAT:
-    raise UserError(f"'{path}' has format {index['format']}, this version reads {FORMAT}; delete it to prepare again")
+    raise UserError(f"'{path}' has format {index['format']} but must have {FORMAT}; delete it to prepare again")
   if any(Path(name).name != name for name, _ in described_files(index)):
     raise UserError(f"'{path}' names files outside '{directory}'; delete it to prepare again")
   return index

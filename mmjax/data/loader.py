@@ -65,8 +65,8 @@ class TokenSplit:
       return self.text_bytes
     if not counts_bytes(self.index):
       raise UserError(
-        f"'{self.directory}' is of an earlier version, which did not count the bytes of documents that are cut "
-        f'({len(cut)} at model.max_seq_len={self.max_seq_len}) where the tokenizer changes text; prepare it again'
+        f"'{self.directory}' was prepared by an earlier version, which did not count the bytes of cut documents "
+        f'({len(cut)} at model.max_seq_len={self.max_seq_len}) of a tokenizer that changes text; prepare it again'
       )
     piece_bytes = self.tokenizer.bytes_per_token()
     parts = [np.zeros((2, 0), np.int64)]

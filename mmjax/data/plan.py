@@ -64,8 +64,8 @@ def make_plan(data: DataConfig, vocab_size: int, progress: Progress) -> Plan:
   given = given_tokenizer(data.tokenizer, vocab_size) if data.tokenizer else None
   if not given and vocab_size <= LEAST_VOCABULARY:
     raise UserError(
-      f'model.vocab_size={vocab_size} must be above {LEAST_VOCABULARY} for a tokenizer that is trained: it has 4 '
-      'control tokens, 256 bytes and the characters of the text; a data.tokenizer that is given may be smaller'
+      f'model.vocab_size={vocab_size} must be above {LEAST_VOCABULARY} if mmjax trains the tokenizer, which needs 4 '
+      'control tokens, 256 bytes and the characters of the text; a given data.tokenizer may be smaller'
     )
   files = _find_text(data, progress)
   settings = {
@@ -91,7 +91,7 @@ def _find_text(data: DataConfig, progress: Progress) -> dict[str, list[Path]]:
   """Returns the files of both splits."""
   if not data.train_files:
     if data.valid_files:
-      raise UserError(f'data.valid_files={data.valid_files!r} needs data.train_files beside it')
+      raise UserError(f'data.valid_files={data.valid_files!r} needs data.train_files too')
     progress.say('no data.train_files are given: using the text that this Python carries (the embedded corpus)')
     return {'train': [build_embedded_corpus(Path(data.prepared_dir), progress)], 'valid': []}
   train, valid = find_files(data.train_files), find_files(data.valid_files) if data.valid_files else []
@@ -99,7 +99,7 @@ def _find_text(data: DataConfig, progress: Progress) -> dict[str, list[Path]]:
   for file in valid:
     if twin := learned.get(os.path.realpath(file)):
       which = f"'{file}'" if file == twin else f"'{file}' leads to the same file as '{twin}': it"
-      raise UserError(f'{which} is in data.train_files and in data.valid_files; leave it out of one')
+      raise UserError(f'{which} is in data.train_files and in data.valid_files; remove it from one of them')
   return {'train': train, 'valid': valid}
 
 

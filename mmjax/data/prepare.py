@@ -220,10 +220,10 @@ def _remarks(index: dict[str, Any], tallies: dict[str, Any], tokenizer: Tokenize
     if report:
       yield f'{split}: skipped lines: {report}'
   if index['inexact_documents']:
-    why = 'it changes text, as by a space in front, before it cuts it'
+    why = 'it changes text before it cuts it, for example by a space in front'
     if tokenizer.missing_bytes:
       why = (
-        f'it has no piece for {tokenizer.missing_bytes} of the 256 bytes, so characters that it does not know become '
-        'unknown or are lost, and bits per byte do not compare'
+        f'it has no piece for {tokenizer.missing_bytes} of the 256 bytes, so unknown characters become '
+        '<unk> or are lost, and bits per byte do not compare'
       )
     yield f'{index["inexact_documents"]} documents are not reproduced exactly by this tokenizer: {why}'

@@ -210,7 +210,7 @@ class Tally:
     if skipped > MOST_SKIPPED * lines:
       raise UserError(
         f'{skipped} of {lines} lines are bad ({skipped / lines:.2%}), more than the {MOST_SKIPPED:.1%} '
-        f'that on_bad_line=skip leaves out: {self.report()}'
+        f'that on_bad_line=skip allows: {self.report()}'
       )
 
   def skipped(self) -> Counter[str]:

@@ -89,7 +89,7 @@ class Tokenizer:
     try:
       text.encode('utf-8')
     except UnicodeEncodeError as error:
-      raise UserError(f'the text holds a lone surrogate at character {error.start}, which is no text') from None
+      raise UserError(f'the text holds a lone surrogate at character {error.start}, which is not text') from None
     start = 0
     while start < len(text):
       stop = _slice_end(text, start)

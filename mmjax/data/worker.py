@@ -158,8 +158,8 @@ class _Worker:
       counts, tokens, length, text_bytes, held_out, more_bytes = (self._pipe.recv_bytes() for _ in range(6))
     except (OSError, EOFError):
       raise UserError(
-        f'a tokenizer process ended with code {self.process.wait()} in {block.file}, line {block.line} and following '
-        '(-9 is mostly too little memory: set --config.data.workers=1; prepare: --workers 1)'
+        f'a tokenizer process ended with code {self.process.wait()} in {block.file}, from line {block.line} on '
+        '(-9 usually means too little memory: set --config.data.workers=1; prepare: --workers 1)'
       ) from None
     lines, empty, inexact, bad = json.loads(counts)
     sizes = np.frombuffer(length, np.int64), np.frombuffer(text_bytes, np.int64), np.frombuffer(held_out, bool)

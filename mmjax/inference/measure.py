@@ -41,7 +41,7 @@ def read_prompts(path: str | Path) -> list[str]:
   text = read_text(path, 'prompts file')
   prompts = [line.removesuffix('\r') for line in text.split('\n') if line.strip()]  # a line may hold U+2028 or \f
   if not prompts:
-    raise UserError(f"prompts file '{path}' has no prompt; write one a line")
+    raise UserError(f"prompts file '{path}' has no prompt; write one per line")
   return prompts
 
 

@@ -95,12 +95,12 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 def add_placement_flags(parser: argparse.ArgumentParser) -> None:
   """Gives a command that reads a trained model --attention and --dtype."""
   parser.add_argument(
-    '--attention', choices=CHOICES['runtime.attention'], help="attention backend (default: the run's, where it can run)"
+    '--attention', choices=CHOICES['runtime.attention'], help="attention backend (default: the run's, if that can run)"
   )
   parser.add_argument(
     '--dtype',
     choices=CHOICES['train.dtype'],
-    help="of products (default: losses in the run's, all else in float32)",
+    help="dtype of products (default: the run's for losses, float32 for all else)",
   )
 
 

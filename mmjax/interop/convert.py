@@ -68,7 +68,7 @@ def import_run(
     UserError: if the file, the settings and the tokenizer do not fit each other, or `out` is in use.
   """
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f'{str(out)!r} is there already; choose another --out')
+    raise UserError(f'{str(out)!r} already exists; choose another --out')
   tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
   header = read_header(source)
   shapes = {name: value.shape for name, value in tensors.items()}
@@ -76,7 +76,7 @@ def import_run(
   check_accounted(shapes, tensor_shapes(config), str(source))
   vocabulary = _load_tokenizer(tokenizer, config.model.vocab_size) if tokenizer else None
   if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
-    raise UserError(f'tokenizer {tokenizer!r} is not the one that {source} was trained with, by the hash in its header')
+    raise UserError(f'tokenizer {tokenizer!r} is not that of {source}, as the hash in its header shows')
 
   params = to_params(tensors, config)
   with RunDir(out) as run:
@@ -104,7 +104,7 @@ def read_header(source: Path) -> dict[str, Any]:
     raise UserError(f'{source}: its header {HEADER!r} is damaged: {error!r}') from None
   unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in READING]
   if unknown:
-    raise UserError(f'{source}: its header {HEADER!r} sets {unknown[0][:80]!r}, which is not of a model')
+    raise UserError(f'{source}: its header {HEADER!r} sets {unknown[0][:80]!r}, which is no setting of a model')
   return header | {'settings': settings}
 
 
@@ -128,7 +128,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   config = run.read_config()
   foreign = not_in_pytorch(config)
   if foreign and target.suffix.lower() in TORCH_SUFFIXES:
-    raise UserError(f'{foreign} is not in the PyTorch code, which could not read {str(target)!r}; use .safetensors')
+    raise UserError(f'the PyTorch code has no {foreign} and could not read {str(target)!r}; use .safetensors')
   params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), checkpoint_name(which))
   warn_non_finite(params, f'step {step} of {workdir}')
   tensors = to_tensors(params, config)
@@ -148,11 +148,11 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   digest = write_tensors(target, tensors, {HEADER: json.dumps(header)} | ({} if foreign else {'format': 'pt'}))
   print(f'{target}: {len(tensors)} tensors of {dtype or "float32"} from step {step} of {workdir}; sha256 {digest}')
   if foreign:
-    print(f"Under mmjax's names, because {foreign} is not in the PyTorch code")
+    print(f"Written under mmjax's names, because the PyTorch code has no {foreign}")
   if target.suffix.lower() in TORCH_SUFFIXES:
-    print(f'Not told by the tensors: {untold_sizes(config.model)}')
+    print(f'The tensors do not say: {untold_sizes(config.model)}')
   else:
-    print('All settings of the model are in the header: import needs no --config')
+    print('The header holds all settings of the model, so import needs no --config')
 
 
 def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
@@ -204,7 +204,7 @@ def fitting_config(
   if told:
     return _config_of_header(told, source, config_file, overrides)
   if any('/' in name for name in shapes) and 'tok_embeddings.weight' not in shapes:
-    print(f'{source} has no settings in its header: all are taken from the config')
+    print(f'{source} has no settings in its header, so all come from the config')
     return load_config(config_file, overrides)
   sizes = read_sizes(shapes, source)
   for override in overrides:  # before the others, which mean nothing in another model
@@ -220,12 +220,12 @@ def fitting_config(
     sizes['hidden_dim'] = 0  # what the config calls the usual width
   config = load_config(config_file, [*_as_overrides(sizes, 'model.'), *overrides])
   if foreign := not_in_pytorch(config):
-    raise UserError(f'{foreign} is not in the PyTorch code, whose names {source} has; leave it out')
+    raise UserError(f'the PyTorch code has no {foreign}, and {source} has its names; leave it out')
   for name, value in sizes.items():
     given = getattr(config.model, name)
     if given != value and not (name == 'hidden_dim' and config.model.dense_hidden_dim == hidden_dim):
       raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
-  print('Read off the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
+  print('Read from the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
   print(f'Taken from the config: {untold_sizes(config.model)}')
   return config
 
@@ -237,7 +237,7 @@ def _config_of_header(
   try:
     own = config_from_dict(settings | {section: settings[section] | values for section, values in told.items()})
   except UserError as error:
-    raise UserError(f'{source}, its header: {error}') from None
+    raise UserError(f'header of {source}: {error}') from None
   config = load_config(config_file, [*_as_overrides(overrides_of(own, config_file)), *overrides])
   compare_models(own, config, source)
   print('Read from the header: the settings of the model')
@@ -252,7 +252,7 @@ def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
   tokenizer = load_tokenizer(path)
   if tokenizer.vocab_size > vocab_size:
     raise UserError(
-      f'tokenizer {path!r} has {tokenizer.vocab_size} pieces, the embedding {vocab_size} rows: '
+      f'tokenizer {path!r} has {tokenizer.vocab_size} pieces but the embedding has {vocab_size} rows; '
       'they do not belong together'
     )
   return tokenizer
@@ -263,8 +263,8 @@ def _say_imported(config: Config, params: Params, out: Path, tokenizer: Tokenize
   print(f'{out}: {total:,} parameters ({without_bank:,} without the bank), step 0, fresh optimizer')
   if tokenizer:
     if spare := config.model.vocab_size - tokenizer.vocab_size:
-      print(f'The tokenizer has {tokenizer.vocab_size} pieces: {spare} rows of the embedding are spare')
+      print(f'The tokenizer has {tokenizer.vocab_size} pieces, so {spare} rows of the embedding are spare')
     print(f'Evaluate: python eval.py --workdir {out}\nSample:   python -m mmjax.tools.sample --workdir {out}')
   else:
-    print('No --tokenizer was given: this run takes and gives token ids, no text')
+    print('No --tokenizer was given, so this run reads and writes token ids instead of text')
   print(f"Train on: python train.py --config {out}/config.json --workdir {out} --config.data.train_files='TEXT'")

@@ -80,7 +80,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
   """
   check_suffix(path)
   if path.exists():
-    raise UserError(f'{str(path)!r} is there already; remove it or choose another name')
+    raise UserError(f'{str(path)!r} already exists; remove it or choose another name')
   if path.suffix.lower() in TORCH_SUFFIXES:
     data = torch_bytes(tensors)
   else:  # save writes the memory of an array whatever its strides are

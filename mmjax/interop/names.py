@@ -153,7 +153,7 @@ def canonical(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.nd
     head = found.pop(TIED)
     embedding = found.setdefault('tok_embeddings.weight', head)
     if embedding.shape != head.shape or embedding.dtype != head.dtype or embedding.tobytes() != head.tobytes():
-      raise UserError(f'{source}: tok_embeddings.weight and output.weight differ; here they are one parameter')
+      raise UserError(f'{source}: tok_embeddings.weight and output.weight differ; in mmjax they are one parameter')
   return found
 
 

@@ -29,7 +29,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
     content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
   except Exception as error:  # noqa: BLE001 - a damaged pickle makes the unpickler raise anything
     if code := re.search(r'GLOBAL (\S+)', str(error)):
-      what = f'holds {code[1][:80]}, not only tensors; nothing in it was run, nothing is imported'
+      what = f'holds {code[1][:80]} besides tensors; nothing in it was run or imported'
     else:
       what = f'not a whole PyTorch file: {first_line(error)}'
     raise UserError(f'{path}: {what}') from error
@@ -63,7 +63,7 @@ def _check_zip(path: Path) -> None:
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
       raise UserError(f'{path}: record {entry.filename[:80]!r} is compressed, which torch.save never does')
     if '..' in entry.filename.split('/') or entry.filename.startswith('/'):
-      raise UserError(f'{path}: record {entry.filename[:80]!r} leaves the archive')
+      raise UserError(f'{path}: record {entry.filename[:80]!r} names a file outside the archive')
   if sum(entry.file_size for entry in entries) > path.stat().st_size:
     raise UserError(f'{path}: its records overlap, which torch.save never does')
 
@@ -74,12 +74,12 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
       others = [str(other)[:80] for other in content if other != key]
       if others:
         raise UserError(
-          f'{path}: holds {", ".join(others)} beside {key!r}; re-save the weights alone: '
+          f'{path}: holds {", ".join(others)} in addition to {key!r}; save the weights alone: '
           f'torch.save(checkpoint[{key!r}], PATH)'
         )
       content = content[key]
   if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
-    raise UserError(f'{path}: holds a {type(content).__name__}, must be a dict of named tensors')
+    raise UserError(f'{path}: holds a {type(content).__name__}; it must be a dict of named tensors')
   return content
 
 
@@ -89,10 +89,10 @@ def _to_numpy(torch: Any, name: str, value: Any, path: Path) -> np.ndarray:
     raise UserError(f'{where} is a {type(value).__name__}, not a tensor')
   dtype = str(value.dtype).removeprefix('torch.')
   if dtype not in DTYPES or value.layout != torch.strided or value.device.type != 'cpu':
-    raise UserError(f'{where} is {dtype}, {value.layout}, on {value.device}; must be dense and {" or ".join(DTYPES)}')
+    raise UserError(f'{where} is {dtype}, {value.layout}, on {value.device}; it must be dense {" or ".join(DTYPES)}')
   # An expanded tensor of a few bytes may claim any shape.
   if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-    raise UserError(f'{where} claims {tuple(value.shape)}, more than the file holds')
+    raise UserError(f'{where} claims the shape {tuple(value.shape)}, which is more than the file holds')
   value = value.detach().contiguous()
   if dtype == 'bfloat16':  # numpy has no such type of its own
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()

@@ -112,8 +112,8 @@ def matching_width(config: Config, flops: float) -> int:
   steps = int((flops - at_one_step + step) // step)
   if steps < (width_field(config) == 'model.hidden_dim'):
     raise UserError(
-      f'{width_field(config)}: without it a token costs {at_one_step - step:,.0f} FLOPs, the budget is {flops:,.0f}; '
-      'fewer heads, rows or layers with a memory cost less'
+      f'{width_field(config)}: even without it a token costs {at_one_step - step:,.0f} FLOPs, '
+      f'more than the budget of {flops:,.0f}; fewer heads, rows or layers with a memory cost less'
     )
   return steps * WIDTH_STEP
 

@@ -33,7 +33,7 @@ PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'nump
 
 
 NO_TOKENIZER = (
-  'the run was imported without a tokenizer: it takes and gives token ids (logits, generate_tokens), no text; '
+  'the run was imported without a tokenizer, so it reads and writes token ids (logits, generate_tokens); '
   'import it with --tokenizer'
 )
 
@@ -151,7 +151,8 @@ class RunDir:
     tokenizer = load_tokenizer(self.tokenizer_path)
     if tokenizer.vocab_size > vocab_size:
       raise UserError(
-        f'{self.tokenizer_path} has {tokenizer.vocab_size} pieces, the model {vocab_size}: they do not belong together'
+        f'{self.tokenizer_path} has {tokenizer.vocab_size} pieces but the model has {vocab_size}; '
+        'they do not belong together'
       )
     trained_with = self.read_record()['identity'].get('tokenizer_sha256', tokenizer.sha256)  # none for an import
     if tokenizer.sha256 != trained_with:
@@ -221,7 +222,7 @@ def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
   if missing:
     raise UserError(f'{path} is not a run directory: {", ".join(missing)} is missing')
   if run.ever_saved and not run.steps():
-    raise StorageError(f'run {path} has no whole checkpoint left; those set aside end in .corrupt')
+    raise StorageError(f'run {path} has no whole checkpoint left; the names of damaged ones end in .corrupt')
   if not run.steps():
     raise UserError(f'run {path} has no checkpoint yet; it saves the first after train.checkpoint_interval updates')
   return run

@@ -120,8 +120,8 @@ def check_bank(run: RunDir, config: Config) -> None:
   if found and recorded and found != recorded:
     raise UserError(
       f"memory.bank_file='{config.memory.bank_file}' is not the bank that the run in {run.path} started from (sha256 "
-      f'{found[:12]}..., not {recorded[:12]}...); name that one or, as the checkpoints hold the bank, a file that is '
-      'not there, or choose another --workdir'
+      f'{found[:12]}..., not {recorded[:12]}...); name that file, or one that does not exist '
+      '(the checkpoints hold the bank), or choose another --workdir'
     )
 
 

@@ -102,8 +102,7 @@ def refuse_starts(source: RunDir, old: Config, config: Config) -> None:
       instead = 'memory.bank_init' if name == 'memory.bank_file' else name
       flag = f'--config.{instead}={usual[instead]}'
       raise UserError(
-        f'{name}={quote(after[name])} does nothing where parameters come from {source.path}; leave it out '
-        f'or type {flag}'
+        f'{name}={quote(after[name])} does nothing when parameters come from {source.path}; leave it out or type {flag}'
       )
 
 

@@ -149,7 +149,7 @@ def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int
     needs = f'an NVIDIA GPU and bfloat16 (train.dtype), not {platform} and {jnp.dtype(dtype).name}'
   elif name == 'cudnn' and not fits_cudnn:
     needs = (
-      f'heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, not {head_dim} (model.dim / model.n_heads)'
+      f'heads whose width is a multiple of 8 and at most {CUDNN_HEAD_DIM}, not {head_dim} (model.dim / model.n_heads)'
     )
   elif name == 'xla_blocked' and n_devices > 1:
     needs = f'one device, not {n_devices}'

@@ -66,7 +66,7 @@ def evaluation_data(run: RunDir, config: Config) -> Path:
     return _prepare_again(run, config, str(run.tokenizer_path))
   _check_other(run, config)
   raise UserError(
-    f'the validation text of {run.path} is not to be found{missing}; give --config.data.prepared_dir=DIR, the '
+    f'the validation text of {run.path} cannot be found{missing}; give --config.data.prepared_dir=DIR, the '
     'directory that was prepared for it, or other text (eval.py: --valid_files, inspect: --corpus)'
   )
 
@@ -125,7 +125,7 @@ def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:
     settings = differences(run.read_config(), config).items()
     different = '; '.join(f'{name} {old} -> {new}' for name, (old, new) in settings if name.startswith('data.'))
     raise UserError(
-      f'{run.path} was started with other data: the text that the settings name gives other shards '
+      f'{run.path} was started with other data: the text that the settings name makes other shards '
       f'({different or "the text itself has changed"}); name the text that it was started with, or choose other '
       'text to evaluate on or another --workdir'
     )
