@@ -34,7 +34,7 @@ def main() -> None:
   parser = common.parser(__doc__)
   parser.add_argument('--rows', default='65536,262144,1048576,4194304', help='sizes of the bank; the first is the base')
   parser.add_argument('--updates', default='dense', help="of the bank: 'dense', 'lazy' or both; the first is the base")
-  parser.add_argument('--selected', default='1,16,32,64', help='rows a token, beside that of the config')
+  parser.add_argument('--selected', default='1,16,32,64', help='rows a token, in addition to those of the config')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, [*overrides, ONE_MICRO_BATCH])
   rows, selected = ([int(n) for n in text.split(',') if n] for text in (arguments.rows, arguments.selected))

@@ -77,7 +77,7 @@ def test_slow_updates_are_timed_and_shown_within(clock):
   assert lines[0] == 'update 1/8  micro-batch 1/8  loss about 8.800'
   assert lines[1] == (
     'Timed on this machine: a micro-batch of 64 x 512 tokens takes 32.0 s, so an update of 8 takes 4 min 16 s, and the '
-    '8 updates to come 34 min 08 s, evaluations aside.'
+    '8 updates left take 34 min 08 s, not counting evaluations.'
   )
   # 300 s at 0.5 s a row: 75 updates of 8 rows.
   assert lines[2].endswith(
@@ -92,7 +92,7 @@ def test_slow_updates_are_timed_and_shown_within(clock):
 def test_short_runs_are_timed_without_advice():
   train = load_config('configs/exp_1_4_2.py').train
   assert describe_times(train, 512, 8, 1.0).endswith(
-    'an update of 8 takes 8 s, and the 8 updates to come 1 min 04 s, evaluations aside.'
+    'an update of 8 takes 8 s, and the 8 updates left take 1 min 04 s, not counting evaluations.'
   )
 
 

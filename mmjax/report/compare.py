@@ -49,14 +49,14 @@ NOTES: dict[str, Callable[[Sequence[Summary]], bool]] = {
   'Loss is that of the last evaluation of each run, the mean over runs that differ only in their seed. ± is one '
   'standard error of the difference: paired, over the differences of runs with the same seed, which saw the same '
   'batches in the same order; or Welch, from the variances of both rows. One seed gives none.': bool,
-  'The rows saw different numbers of tokens: their differences are not at equal tokens.': lambda found: (
+  'The rows saw different numbers of tokens, so their differences are not at equal tokens.': lambda found: (
     len({s['tokens'] for s in found}) > 1
   ),
   'The runs were made on different machines: tokens/s and memory do not compare.': lambda found: (
     len({device for s in found for device in s['devices']}) > 1
   ),
-  'Rows marked "other data" have no difference: their losses are those of other text or other tokens.': lambda found: (
-    any('other data' in s['marks'] for s in found)
+  'Rows marked "other data" have no difference: their losses are on other text.': lambda found: any(
+    'other data' in s['marks'] for s in found
   ),
   'A run that is not finished counts only in a row where none is; such a row has no difference.': lambda found: any(
     s['marks'] for s in found
@@ -88,8 +88,8 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   for run in runs:
     if (what := other_origin(runs[0], run)) and not allow_other_data:
       raise UserError(
-        f'{run.path} and {runs[0].path} are on other data: {what}; their losses cannot be compared '
-        '(--allow_other_data marks such runs)'
+        f'{run.path} and {runs[0].path} were trained on different data: {what}; their losses cannot be compared '
+        '(--allow_other_data shows and marks such runs)'
       )
   rows = make_rows(runs)
   found = [summary(rows[0], row) for row in rows]

@@ -65,8 +65,7 @@ def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) 
     title = f'Loss on the first {probes["positions"]:,} positions with the bank changed'
     found.append(Table(['bank', 'nats a token', 'difference'], rows, title))
   if (ratio := probes.get('row_update_ratio')) is not None:
-    moved = 'The last update before it moved the rows that it read by'
-    found.append(f'{moved} {ratio:.1e} of their norm, at its learning rate.')
+    found.append(f'The last update before this moved the rows that it read by {ratio:.1e} of their norm.')
   return found
 
 

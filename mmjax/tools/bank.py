@@ -54,7 +54,7 @@ def main() -> None:
     '--encoder', default='lsa', help=f'lsa (built in), or {SENTENCE_TRANSFORMERS}DIR, a model in that directory'
   )
   build.add_argument(
-    '--snippets_a_row', type=int, default=SNIPPETS_A_ROW, help='considered for each row (default: 8); less is faster'
+    '--snippets_a_row', type=int, default=SNIPPETS_A_ROW, help='to choose each row from (default: 8); fewer are faster'
   )
   build.add_argument('--config', default=str(own_config('exp_1_4_3.py')), help='config file that sizes come from')
   arguments, overrides = parser.parse_known_args()
@@ -78,7 +78,7 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   if out.suffix.lower() != '.safetensors':
     raise UserError(f"--out '{out}' must end in .safetensors")
   if out.exists():
-    raise UserError(f"--out '{out}' is there already; remove it or choose another name")
+    raise UserError(f"--out '{out}' already exists; remove it or choose another name")
   if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
     raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
   if snippets_a_row < 1:
@@ -146,7 +146,7 @@ def load_encoder(encoder: str) -> Callable[[list[str]], np.ndarray]:
   try:
     model = SentenceTransformer(directory, local_files_only=True)
   except (OSError, ValueError, KeyError) as error:
-    raise UserError(f"--encoder: '{directory}' is no sentence-transformers model: {error}") from None
+    raise UserError(f"--encoder: '{directory}' is not a sentence-transformers model: {error}") from None
   return lambda texts: np.asarray(model.encode(texts, show_progress_bar=False), np.float32)
 
 

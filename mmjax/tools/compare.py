@@ -16,7 +16,7 @@ def main() -> None:
   parser = command_parser('compare', __doc__)
   parser.add_argument('runs', nargs='+', help='run directories, or folders of them; the first is the baseline')
   parser.add_argument('--out', default='out/compare', help='folder to write into (default: out/compare)')
-  parser.add_argument('--allow_other_data', action='store_true', help='mark runs on other data, do not refuse them')
+  parser.add_argument('--allow_other_data', action='store_true', help='mark runs on other data, not refuse them')
   arguments = parser.parse_args()
   print(f'Written: {compare(arguments.runs, arguments.out, arguments.allow_other_data)}')
 

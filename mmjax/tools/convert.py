@@ -25,7 +25,7 @@ def main() -> None:
     import_run(source, out, arguments.config, overrides, arguments.tokenizer, arguments.dtype)
     return
   if overrides:
-    raise UserError(f'argument {overrides[0]!r} is not understood; export takes the settings of the run')
+    raise UserError(f'argument {overrides[0]!r} is not understood; export uses the settings of the run')
   export_run(user_path(arguments.workdir), user_path(arguments.to), arguments.checkpoint, arguments.dtype)
 
 
@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
   take = commands.add_parser('import', help='file of weights -> run directory')
   take.add_argument('--from', dest='source', required=True, help='.pth, .pt or .safetensors')
   take.add_argument('--out', required=True, help='new run directory')
-  take.add_argument('--config', default=str(own_config('base.py')), help='config file for what the weights do not tell')
+  take.add_argument('--config', default=str(own_config('base.py')), help='config file for what the weights do not say')
   take.add_argument('--tokenizer', help='SentencePiece model or tokenizer.json that the weights were trained with')
   take.add_argument('--dtype', choices=['float32'], help='cast tensors of other dtypes')
   give = commands.add_parser('export', help='run directory -> file of weights')

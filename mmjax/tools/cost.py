@@ -17,7 +17,7 @@ def main() -> None:
   """Reads flags and prints the table."""
   parser = command_parser('cost', __doc__)
   parser.add_argument('--config', required=True, help='config file')
-  parser.add_argument('--match', help='config file of the model that it shall cost as much as')
+  parser.add_argument('--match', help='config file of the model that it should cost as much as')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, overrides)
   columns, said = {config.experiment: costs(config)}, ''

@@ -47,7 +47,7 @@ def main() -> None:
     '--corpus', default='', help="comma-separated files or globs (default: the run's validation text)"
   )
   parser.add_argument(
-    '--positions', type=int, default=POSITIONS, help=f'of the corpus to read, 0: all (default: the first {POSITIONS:,})'
+    '--positions', type=int, default=POSITIONS, help=f'of the corpus to read; 0: all (default: the first {POSITIONS:,})'
   )
   parser.add_argument('--json', help='file to write what was found to')
   add_placement_flags(parser)
@@ -79,7 +79,7 @@ def text_of(arguments: argparse.Namespace) -> str | None:
     if value is not None and value < least:
       raise UserError(f'--{name} {value} must be at least {least}')
   if arguments.json and not user_path(arguments.json).absolute().parent.is_dir():
-    raise UserError(f"--json '{arguments.json}': there is no such folder")
+    raise UserError(f"--json '{arguments.json}': the folder does not exist")
   if arguments.text is not None and arguments.text_file is not None:
     raise UserError('give --text or --text_file, not both')
   if arguments.text_file is None:

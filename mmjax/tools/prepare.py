@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     '--train_files', help=f'comma-separated paths or globs: {" or ".join(FORMATS)}, plain{", ".join(PACKINGS)}'
   )
   parser.add_argument('--valid_files', help='the same, held out')
-  parser.add_argument('--valid_fraction', help='share of training documents held out where there are no valid_files')
+  parser.add_argument('--valid_fraction', help='share of training documents to hold out if there are no valid_files')
   parser.add_argument('--out', dest='prepared_dir', metavar='OUT', help='folder for prepared directories')
   parser.add_argument('--vocab_size', help='pieces of the tokenizer; by default those of --tokenizer, or the config')
   parser.add_argument('--tokenizer', help='a SentencePiece model or a tokenizer.json; by default one is trained')

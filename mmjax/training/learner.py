@@ -131,6 +131,6 @@ def explain_out_of_memory(config: Config, memory: Any = None) -> Iterator[None]:
 def describe_memory(memory: Any) -> str:
   """Says what the compiler's memory analysis found, in GiB."""
   return (
-    f'{memory.temp_size_in_bytes / GIB:.2f} GiB for activations and gradients beside '
+    f'{memory.temp_size_in_bytes / GIB:.2f} GiB for activations and gradients, and '
     f'{memory.argument_size_in_bytes / GIB:.2f} GiB of state and batch'
   )

@@ -214,7 +214,7 @@ class Trainer:
       DivergedError: if there is NaN or infinity in the state, whatever put it there; the steps saved before stay.
     """
     if broken := non_finite(state):
-      raise DivergedError(f'Step {step} was not saved: {broken}; the checkpoints before it are as they were.')
+      raise DivergedError(f'Step {step} was not saved: {broken}; earlier checkpoints are unchanged.')
     try:
       with self.window.pause():
         self.checkpoints.save(step, state, {'tokens': self.tokens, 'seconds': self.seconds}, metric)

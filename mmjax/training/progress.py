@@ -61,8 +61,8 @@ def describe_times(train: TrainConfig, max_seq_len: int, updates: int, seconds: 
   update = seconds * train.accumulation_steps
   said = (
     f'Timed on this machine: a micro-batch of {train.batch_size} x {max_seq_len} tokens takes {seconds:.1f} s, so an '
-    f'update of {train.accumulation_steps} takes {format_seconds(update)}, and the {updates:,} updates to come '
-    f'{format_seconds(updates * update)}, evaluations aside.'
+    f'update of {train.accumulation_steps} takes {format_seconds(update)}, and the {updates:,} updates left take '
+    f'{format_seconds(updates * update)}, not counting evaluations.'
   )
   rows = min(8, train.batch_size)
   fewer = int(SHORT_RUN_SECONDS * train.batch_size / (seconds * rows))
