@@ -20,6 +20,7 @@ MAIN_FIRST = rarely(['gated_fusion', 'dense', 'cross_attention', 'moe'], 'gated_
 HEADS_AND_FFN = {'memory__n_heads': 2, 'memory__layers': '1', 'memory__ffn_dim': 8, 'memory__input': 'residual'}
 NORMED = HEADS_AND_FFN | {'memory__query_key_norm': 'l2'}
 SCALED = NORMED | {'memory__scores': 'scale'}
+ATTENTION = {'model__qk_norm': True, 'model__value_embeddings': 'all'}
 OTHER_DECODED = [('dense', {}), ('cross_attention', SCALED), ('moe', {}), ('gated_fusion', SCALED)]
 
 
@@ -82,10 +83,17 @@ def test_rope_equals_complex_rotation_of_interleaved_pairs():
   np.testing.assert_allclose(got[..., 1::2], want.imag, atol=1e-5)
 
 
-@pytest.mark.parametrize('sublayer', ['gated_fusion', 'dense'])
-def test_whole_model_equals_a_second_numpy_route(sublayer):
-  config = tiny_config(model__sublayer=sublayer)
+@pytest.mark.parametrize(
+  ('sublayer', 'more'), [('gated_fusion', {}), ('dense', {}), ('dense', {'qk_norm': True, 'value_embeddings': '1'})]
+)
+def test_whole_model_equals_a_second_numpy_route(sublayer, more):
+  config = tiny_config(model__sublayer=sublayer, **{f'model__{name}': value for name, value in more.items()})
   graphdef, params = build_model(config)
+  if more:  # scales and gates that are not at their start
+    for name, parts in params['layers'][1]['attention'].items():
+      if name in ('q_norm', 'k_norm', 'value_embedding'):
+        leaf = 'gate' if name == 'value_embedding' else 'scale'
+        parts[leaf] = jax.random.normal(jax.random.key(ord(name[0])), parts[leaf].shape)
   tokens = np.asarray(random_batch(config)['input'][0])
   model = nnx.merge(graphdef, params)
   out = jax.jit(model)(jnp.array(tokens))
@@ -110,12 +118,18 @@ def numpy_forward(model, params, tokens):
     for n in range(model.n_heads):
       k = n // (model.n_heads // model.n_kv_heads)
       part = lambda w, i: (z @ w['kernel'])[..., i * model.head_dim : (i + 1) * model.head_dim]  # noqa: B023, E731
-      q, key = part(a['wq'], n), part(a['wk'], k)
+      q, key, value = part(a['wq'], n), part(a['wk'], k), part(a['wv'], k)
+      if 'q_norm' in a:
+        q, key = norm(q, a['q_norm']), norm(key, a['k_norm'])
+      if 'value_embedding' in a:
+        e = a['value_embedding']
+        own = e['table'][tokens][..., k * model.head_dim : (k + 1) * model.head_dim]
+        value = value + own * 2 / (1 + np.exp(-z[..., : len(e['gate'])] @ e['gate'][:, k]))[..., None]
       q, key = ((y[..., 0::2] + 1j * y[..., 1::2]) * turn for y in (q, key))
       scores = (q @ np.conj(key).transpose(0, 2, 1)).real * model.head_dim**-0.5
       scores = np.where(np.tri(T, dtype=bool), scores, -np.inf)
       weights = np.exp(scores - scores.max(-1, keepdims=True))
-      heads.append(weights / weights.sum(-1, keepdims=True) @ part(a['wv'], k))
+      heads.append(weights / weights.sum(-1, keepdims=True) @ value)
     h_attn = np.concatenate(heads, -1) @ a['wo']['kernel']
     h, s = x + h_attn, layer['sublayer']
     if 'fusion' in s:
@@ -163,7 +177,12 @@ def test_segments_are_computed_as_if_alone():
 
 @pytest.mark.parametrize(
   ('sublayer', 'changes'),
-  [('gated_fusion', {}), ('memory_bag', NORMED), ('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'})]
+  [
+    ('gated_fusion', {}),
+    ('memory_bag', NORMED),
+    ('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'}),
+    ('dense', ATTENTION),
+  ]
   + [pytest.param(name, changes, marks=THOROUGH) for name, changes in OTHER_DECODED],
 )
 def test_cached_decoding_equals_whole_rows(sublayer, changes):

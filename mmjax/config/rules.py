@@ -57,7 +57,8 @@ def check_together(config: Config) -> None:
     memory.bank_init == 'file' and not memory.bank_file,
     "memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one",
   )
-  memory.ngram_of_heads()  # raises
+  memory.ngram_of_heads()  # raises, as the next does
+  config.model.value_layers()
   _refuse(
     memory.ngram_layer_numbers(config.model.n_layers) and memory.score_activation != 'softmax',
     f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers: n-grams "

@@ -55,6 +55,10 @@ class ModelConfig:
   rope_theta: float = field(1e6, '', 1, 1e15)
   dropout: float = field(0.0, 'drops values of the embedding and of what each sublayer adds, but no attention weights',
     0, NEAREST_ONE)
+  qk_norm: bool = field(False, "True: each head's queries and keys pass an RMSNorm with a learned scale", before=False)
+  value_embeddings: str = field(
+    '', "layers whose values get an embedding of the token: '1,3', 'all', 'alternate'; '': none",
+    before='')
   sublayer: str = field('gated_fusion', 'follows attention; also dense, cross_attention, memory_bag, ngram_bag, moe')
   hidden_dim: int = field(0, 'F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)')
   knowledge_num: int = field(65536, 'M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half', 1)
@@ -63,6 +67,16 @@ class ModelConfig:
   n_experts: int = field(4, "E: routed experts of the 'moe' sublayer", 1)
   experts_per_token: int = field(2, 'routed experts that a token uses; a shared one comes on top', 1)
   aux_loss_weight: float = field(0.1, "weight of the experts' load-balance loss", 0, 1e3)
+
+  def value_layers(self) -> tuple[int, ...]:
+    """Returns the layers, numbered from 0, that `value_embeddings` means.
+
+    Raises:
+      UserError: if it is not understood or names a layer that is not there.
+    """
+    if self.value_embeddings == 'alternate':
+      return tuple(range((self.n_layers - 1) % 2, self.n_layers, 2))
+    return _layer_numbers('model.value_embeddings', self.value_embeddings, self.n_layers)
 
   @property
   def head_dim(self) -> int:
@@ -145,7 +159,7 @@ class MemoryConfig:
     Raises:
       UserError: if it is not understood or names a layer that is not there.
     """
-    return _layer_numbers('layers', self.layers, n_layers)
+    return _layer_numbers('memory.layers', self.layers, n_layers)
 
   def ngram_layer_numbers(self, n_layers: int) -> tuple[int, ...]:
     """Returns those of these layers that `ngram_layers` means.
@@ -153,7 +167,7 @@ class MemoryConfig:
     Raises:
       UserError: if it is not understood or names a layer that is not one of them.
     """
-    numbers = _layer_numbers('ngram_layers', self.ngram_layers, n_layers) if self.ngram_layers else ()
+    numbers = _layer_numbers('memory.ngram_layers', self.ngram_layers, n_layers)
     if without := set(numbers) - set(self.layer_numbers(n_layers)):
       raise UserError(
         f'memory.ngram_layers={quote(self.ngram_layers)} has layer {min(without)}, '
@@ -165,13 +179,15 @@ class MemoryConfig:
 def _layer_numbers(field: str, text: str, n_layers: int) -> tuple[int, ...]:
   if text == 'all':
     return tuple(range(n_layers))
+  if not text and field != 'memory.layers':
+    return ()
   if text == 'middle':
     return tuple(range(n_layers // 4, n_layers - n_layers // 4))
   parts = [part.strip() for part in text.split(',')]
   numbers = sorted({int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 10})
   if len(numbers) != len(parts) or numbers[-1] >= n_layers:
     raise UserError(
-      f"memory.{field}={quote(text)} must be 'all', 'middle' or different layers such as '0,2', "
+      f"{field}={quote(text)} must be 'all', 'middle' or different layers such as '0,2', "
       f'from 0 to {n_layers - 1}'
     )
   return tuple(numbers)

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from mmjax.config import Config
 from mmjax.config.sublayers import SUBLAYERS, TRAINED, layer_kinds
 from mmjax.errors import UserError
+from mmjax.model.layers import ValueEmbedding
 from mmjax.model.lm import abstract_params, count_params
 
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
@@ -36,6 +37,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
   With D, N, K, H, T, V, C, P, F as in the axis legend, h heads of the gate, queries Q wide and R = h * num_selected
   rows in all, for each layer that has the part, and in the forward pass:
     attention projections  2 (D NH + 2 D KH + NH D)
+    value embeddings       2 * 12 K: their gate, in layers that have one
     attention              2 * 2 NH (T + 1) / 2: scores and values over the (T + 1) / 2 positions seen on average
     gate                   2 h (D Q + 2 C Q/2): the query, and scores against C sub-keys in each half
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
@@ -63,6 +65,8 @@ def flops_per_token(config: Config) -> dict[str, float]:
   for kind in layer_kinds(model, config.memory):
     counts.update(attention)
     counts.update(SUBLAYERS[kind].flops(config))
+  if layers := len(model.value_layers()):
+    counts['value_embeddings'] = TRAINED * 2 * min(ValueEmbedding.GATE_CHANNELS, model.dim) * model.n_kv_heads * layers
   parts = {name: float(flops) for name, flops in counts.items()}
   parts['head'] = float(TRAINED * 2 * model.dim * model.vocab_size)
   return {**parts, 'total': sum(parts.values())}

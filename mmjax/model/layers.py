@@ -1,4 +1,4 @@
-"""The parts that every block has: RMSNorm, linear layers, rotary positions and grouped-query attention.
+"""The parts that a block may have: RMSNorm, linear layers, rotary positions, grouped-query attention.
 
 Parameters are float32 and stay so; each call says in which dtype its matrix products run. The residual stream, norms
 and rotations are float32, as they are under torch's autocast in the code that this model comes from; on a GPU a norm
@@ -114,38 +114,92 @@ def apply_rope(x_BTNH: Array, angle_BTa: Array) -> Array:
   return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
-class Attention(nnx.Module):
-  """Causal grouped-query self-attention with rotary positions."""
+class ValueEmbedding(nnx.Module):
+  """A second embedding of the token, which attention adds to its values, each head weighed by a gate.
 
-  def __init__(self, *, dim: int, n_kv_heads: int, head_dim: int, rngs: nnx.Rngs):
+  The gate is 2 sigmoid(x W) of a few channels of the input, and starts at 1. Source: nanochat
+  (https://github.com/karpathy/nanochat), after Zhou et al. 2024, arXiv:2410.17897.
+  """
+
+  GATE_CHANNELS = 12
+
+  def __init__(self, *, vocab_size: int, dim: int, n_kv_heads: int, head_dim: int, rngs: nnx.Rngs):
+    bound = (3 / dim) ** 0.5
+    shape = (vocab_size, n_kv_heads * head_dim)
+    self.table = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
+    self.gate = nnx.Param(jnp.zeros((min(self.GATE_CHANNELS, dim), n_kv_heads), jnp.float32))
+
+  @jax.named_scope('value_embedding')
+  def __call__(self, token_BT: Array, x_BTD: Array, v_BTKH: Array) -> Array:
+    """Returns the values with those of the tokens added, in the dtype of `v_BTKH`; x_BTD is the normed input."""
+    gate_DK = self.gate[...]
+    weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(gate_DK)].astype(jnp.float32) @ gate_DK)
+    own_BTKH = self.table[...][token_BT].reshape(v_BTKH.shape)
+    return v_BTKH + (weight_BTK[..., None] * own_BTKH).astype(v_BTKH.dtype)
+
+
+class Attention(nnx.Module):
+  """Causal grouped-query self-attention with rotary positions.
+
+  With `qk_norm_eps` each head's queries and keys pass an RMSNorm before they are rotated (Henry et al. 2020,
+  arXiv:2010.04245); with `vocab_size` values get a `ValueEmbedding`.
+  """
+
+  def __init__(
+    self,
+    *,
+    dim: int,
+    n_kv_heads: int,
+    head_dim: int,
+    qk_norm_eps: float | None = None,
+    vocab_size: int | None = None,
+    rngs: nnx.Rngs,
+  ):
     self.wq = Linear(dim, dim, rngs=rngs)
     self.wk = Linear(dim, n_kv_heads * head_dim, rngs=rngs)
     self.wv = Linear(dim, n_kv_heads * head_dim, rngs=rngs)
     self.wo = Linear(dim, dim, rngs=rngs)
     self.head_dim = head_dim
+    self.q_norm, self.k_norm = (None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps) for _ in range(2))
+    sizes = {'dim': dim, 'n_kv_heads': n_kv_heads, 'head_dim': head_dim}
+    self.value_embedding = None if vocab_size is None else ValueEmbedding(vocab_size=vocab_size, **sizes, rngs=rngs)
 
   @jax.named_scope('attention')
   def __call__(
-    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, segment_BT: Array | None, dtype: DTypeLike, backend: str
+    self,
+    x_BTD: Array,
+    norm: RMSNorm,
+    angle_BTa: Array,
+    token_BT: Array,
+    segment_BT: Array | None,
+    dtype: DTypeLike,
+    backend: str,
   ) -> tuple[Array, LayerCache]:
     """Attends over whole rows; `segment_BT` and `backend` as in `kernels.attention.causal_attention`.
 
     Returns:
       (B, T, D) in `dtype`, and the keys (rotated) and values, (B, T, K, H), for a cache.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, token_BT, dtype)
     out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_BT, backend=backend)
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BTKH, 'v': v_BTKH}
 
   def decode(
-    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, cache: LayerCache, position_BT: Array, dtype: DTypeLike
+    self,
+    x_BTD: Array,
+    norm: RMSNorm,
+    angle_BTa: Array,
+    token_BT: Array,
+    cache: LayerCache,
+    position_BT: Array,
+    dtype: DTypeLike,
   ) -> tuple[Array, LayerCache]:
     """Attends from new tokens, at `position_BT`, to themselves and to what the cache holds before them.
 
     Returns:
       (B, T, D) in `dtype`, and the cache, (B, S, K, H) with position s in slot s, with the new keys and values in it.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, token_BT, dtype)
     row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
     k_BSKH = cache['k'].at[row_B1, position_BT].set(k_BTKH.astype(cache['k'].dtype))
     v_BSKH = cache['v'].at[row_B1, position_BT].set(v_BTKH.astype(cache['v'].dtype))
@@ -153,15 +207,36 @@ class Attention(nnx.Module):
     out_BTNH = cached_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS)
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BSKH, 'v': v_BSKH}
 
-  def _project(self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, dtype: DTypeLike) -> tuple[Array, Array, Array]:
+  def _project(
+    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, token_BT: Array, dtype: DTypeLike
+  ) -> tuple[Array, Array, Array]:
+    q_BTNH, k_BTKH, v_BTKH = self._project_as_one(x_BTD, norm, angle_BTa, dtype)
+    if self.value_embedding is not None:
+      v_BTKH = self.value_embedding(token_BT, norm(x_BTD, dtype), v_BTKH)
+    return q_BTNH, k_BTKH, v_BTKH
+
+  def _project_as_one(
+    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, dtype: DTypeLike
+  ) -> tuple[Array, Array, Array]:
     heads = (*x_BTD.shape[:-1], -1, self.head_dim)
     kernels = [linear.kernel[...] for linear in (self.wq, self.wk, self.wv)]
 
     if not on_cpu():
       x_BTNH = norm.matmul(x_BTD, jnp.concatenate(kernels, axis=1), dtype).reshape(heads)
-      return _split_and_rotate(x_BTNH, angle_BTa, kernels[1].shape[1] // self.head_dim)
+      n_kv_heads = kernels[1].shape[1] // self.head_dim
+      if self.q_norm is None:
+        return _split_and_rotate(x_BTNH, angle_BTa, n_kv_heads)
+      n_heads = x_BTNH.shape[2] - 2 * n_kv_heads
+      return self._norm_and_rotate(*jnp.split(x_BTNH, (n_heads, n_heads + n_kv_heads), axis=2), angle_BTa)
     normed_BTD = norm(x_BTD)  # cast for each product alone, so that their gradients are added up in float32
     q_BTNH, k_BTKH, v_BTKH = (matmul(normed_BTD.astype(dtype), kernel).reshape(heads) for kernel in kernels)
+    return self._norm_and_rotate(q_BTNH, k_BTKH, v_BTKH, angle_BTa)
+
+  def _norm_and_rotate(
+    self, q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, angle_BTa: Array
+  ) -> tuple[Array, Array, Array]:
+    if self.q_norm is not None:
+      q_BTNH, k_BTKH = self.q_norm(q_BTNH).astype(q_BTNH.dtype), self.k_norm(k_BTKH).astype(k_BTKH.dtype)
     return apply_rope(q_BTNH, angle_BTa), apply_rope(k_BTKH, angle_BTa), v_BTKH
 
 

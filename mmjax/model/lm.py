@@ -62,9 +62,16 @@ BankOfLayer = Callable[[int, Array], BankShard | TappedBank]
 class Block(nnx.Module):
   """h = x + attention(norm(x)); out = h + sublayer."""
 
-  def __init__(self, model: ModelConfig, memory: MemoryConfig, kind: str, *, rngs: nnx.Rngs):
+  def __init__(self, model: ModelConfig, memory: MemoryConfig, number: int, kind: str, *, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(model.dim, model.norm_eps)
-    self.attention = Attention(dim=model.dim, n_kv_heads=model.n_kv_heads, head_dim=model.head_dim, rngs=rngs)
+    self.attention = Attention(
+      dim=model.dim,
+      n_kv_heads=model.n_kv_heads,
+      head_dim=model.head_dim,
+      qk_norm_eps=model.norm_eps if model.qk_norm else None,
+      vocab_size=model.vocab_size if number in model.value_layers() else None,
+      rngs=rngs,
+    )
     self.sublayer = SUBLAYERS[kind].build(model, memory, rngs=rngs)
     self.uses_bank = SUBLAYERS[kind].uses_bank
     self.dropout = model.dropout
@@ -102,7 +109,7 @@ class LM(nnx.Module):
     else:
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
-    self.layers = nnx.List([Block(model, memory, kind, rngs=rngs) for kind in kinds])
+    self.layers = nnx.List([Block(model, memory, number, kind, rngs=rngs) for number, kind in enumerate(kinds)])
     self.ngrams = memory.ngram_of_heads() if any(SUBLAYERS[kind].reads_ngrams for kind in kinds) else ()
     if self.ngrams:
       self.num_selected, self.knowledge_num = model.num_selected, model.knowledge_num
@@ -146,7 +153,7 @@ class LM(nnx.Module):
       x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
 
     def attend(layer: Attention, x_BTD: Array, norm: RMSNorm) -> tuple[Array, LayerCache]:
-      return layer(x_BTD, norm, angle_BTa, segment_BT, dtype, attention)
+      return layer(x_BTD, norm, angle_BTa, tokens_BT, segment_BT, dtype, attention)
 
     outs, kvs = [], []
     for number, layer in enumerate(self.layers):
@@ -207,7 +214,7 @@ class LM(nnx.Module):
     for layer, kv in zip(self.layers, cache.layers, strict=True):
 
       def attend(layer: Attention, x_BTD: Array, norm: RMSNorm, kv: LayerCache = kv) -> tuple[Array, LayerCache]:
-        return layer.decode(x_BTD, norm, angle_BTa, kv, position_BT, dtype)
+        return layer.decode(x_BTD, norm, angle_BTa, tokens_BT, kv, position_BT, dtype)
 
       x_BTD, _, kv = layer(x_BTD, bank_MP, ngram_BThr, None, attend=attend, dtype=dtype)
       layers.append(kv)
