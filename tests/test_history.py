@@ -8,6 +8,9 @@ import pytest
 import mmjax
 from mmjax.config import as_of_today, config_from_dict, load_config
 from mmjax.errors import UserError
+from mmjax.report.found import FoundRun
+from mmjax.report.rows import make_rows
+from mmjax.report.sections import settings as settings_of_run
 from mmjax.run.directory import RunDir
 from mmjax.training.loop import fit
 from tests.helpers import TINY_CONFIG, run_config, tiny_config
@@ -57,6 +60,11 @@ def test_run_directory_of_such_a_run_draws_samples_and_does_not_go_on(tiny_run, 
   settings = saved(balance_loss_weight=0.01) | {'data': json.loads((run / 'config.json').read_text())['data']}
   (run / 'config.json').write_text(json.dumps(settings))
   assert RunDir(run).read_config() == mmjax.load(run).config
+  gone, kept = FoundRun(run), FoundRun(tiny_run)
+  assert [name for name, _, remark in settings_of_run(gone)[0].rows if 'no longer' in remark] == [
+    'memory.balance_loss_weight'
+  ]
+  assert [len(row.runs) for row in make_rows([gone, kept])] == [1, 1]  # they are no runs of one model
   with pytest.raises(UserError, match=r'run/config.json: memory.balance_loss_weight=0.01: mmjax no longer has it'):
     fit(run_config(text), run)
   with pytest.raises(UserError, match=r'memory.balance_loss_weight=0.01: mmjax no longer has it'):

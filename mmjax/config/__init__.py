@@ -3,7 +3,7 @@
 mmjax/config/schema.py states every setting once. The dataclasses are frozen: after `load_config` nothing changes one.
 """
 
-from mmjax.config.history import as_of_today
+from mmjax.config.history import as_of_today, gone_settings
 from mmjax.config.idle import idle_settings
 from mmjax.config.paths import expand_home, user_path
 from mmjax.config.python_files import call_python_file, own_config

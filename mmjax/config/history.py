@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmjax.config.schema import SETTINGS
+from mmjax.config.setting import flatten
 from mmjax.config.wording import quote
 from mmjax.errors import UserError
 
@@ -22,6 +23,13 @@ REMOVED_CHOICES = {'memory.query_key_norm': 'layer_norm', 'memory.score_activati
 LAST_WITH_REMOVED = '1e0ca4d'  # the last commit that has them all
 
 
+def gone_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns the settings of a config.json that mattered in its run and that mmjax no longer has, by name."""
+  flat = flatten(settings)
+  did = {name: flat.get(name, neutral) for name, neutral in REMOVED.items() if neutral is not None}
+  return {name: value for name, value in did.items() if value != REMOVED[name]}
+
+
 def as_of_today(settings: Any, *, to_train: bool) -> Any:
   """Returns the content of a config.json with the settings that came after it, and without those that went.
 
@@ -34,22 +42,22 @@ def as_of_today(settings: Any, *, to_train: bool) -> Any:
   """
   if not isinstance(settings, Mapping):
     return settings
-  settings = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
-  sections = {name: value for name, value in settings.items() if isinstance(value, dict)}
+  if to_train and (gone := gone_settings(settings)):
+    name, value = next(iter(gone.items()))
+    raise UserError(f'{name}={quote(value)}{removed_remark(name)}; commit {LAST_WITH_REMOVED} trains with it')
+  for name, value in flatten(settings).items():
+    if removed_remark(name, value) and name not in REMOVED:
+      raise UserError(f'{name}={quote(value)}{removed_remark(name, value)}; commit {LAST_WITH_REMOVED} reads it')
+  today = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
+  sections = {name: value for name, value in today.items() if isinstance(value, dict)}
+  for name in REMOVED:
+    section, field = name.split('.')
+    sections.get(section, {}).pop(field, None)
   for name, setting in SETTINGS.items():
-    if setting.before is not None:
-      section, field = name.split('.')
-      sections.get(section, {}).setdefault(field, setting.before)
-  for name, neutral in REMOVED.items():
-    section, field = name.split('.')
-    value = sections.get(section, {}).pop(field, neutral)
-    if to_train and neutral is not None and value != neutral:
-      raise UserError(f'{name}={quote(value)}{removed_remark(name)}; commit {LAST_WITH_REMOVED} trains with it')
-  for name, gone in REMOVED_CHOICES.items():
-    section, field = name.split('.')
-    if sections.get(section, {}).get(field) == gone:
-      raise UserError(f'{name}={quote(gone)}{removed_remark(name, gone)}; commit {LAST_WITH_REMOVED} reads it')
-  return settings
+    section, _, field = name.rpartition('.')
+    if setting.before is not None and section in sections:
+      sections[section].setdefault(field, setting.before)
+  return today
 
 
 def removed_remark(name: str, choice: Any = None) -> str:

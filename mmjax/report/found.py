@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mmjax.config import Config
+from mmjax.config import Config, gone_settings
 from mmjax.data.loader import count_rows, steps_of_epochs
 from mmjax.errors import UserError
 from mmjax.files import read_json
@@ -45,6 +45,11 @@ class FoundRun:
     if not self.dir.config_path.is_file():
       raise UserError(f'{self.path} is not a run directory: {self.dir.config_path.name} is missing')
     return self.dir.read_config()
+
+  @functools.cached_property
+  def gone(self) -> dict[str, Any]:
+    """Settings that mattered in the run and that mmjax no longer has."""
+    return gone_settings(read_json(self.dir.config_path)) if self.dir.config_path.is_file() else {}
 
   @functools.cached_property
   def records(self) -> list[dict[str, Any]]:

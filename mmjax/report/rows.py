@@ -139,13 +139,17 @@ def _short(value: Any) -> str:
 
 
 def _what_counts(run: FoundRun) -> dict[str, Any]:
-  return {'memory.bank_file': run.bank} | {
-    name: value
-    for name, value in flatten(run.config.to_dict()).items()
-    if name not in ('seed', *FREE)
-    and not name.startswith(FREE_SECTIONS)
-    and (not name.startswith('data.') or name in DATA_THAT_COUNTS)
-  }
+  return (
+    run.gone
+    | {'memory.bank_file': run.bank}
+    | {
+      name: value
+      for name, value in flatten(run.config.to_dict()).items()
+      if name not in ('seed', *FREE)
+      and not name.startswith(FREE_SECTIONS)
+      and (not name.startswith('data.') or name in DATA_THAT_COUNTS)
+    }
+  )
 
 
 def same_batches(first: Row, row: Row) -> bool:

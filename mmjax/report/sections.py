@@ -71,6 +71,7 @@ def settings(run: FoundRun) -> Blocks:
     (name, f'`{value!r}`', '' if value == default[name] else f'`{default[name]!r}`')
     for name, value in flatten(run.config.to_dict()).items()
   ]
+  rows += [(name, f'`{value!r}`', 'mmjax no longer has it') for name, value in run.gone.items()]
   return [Table(('setting', 'value', 'default, where it differs'), rows)]
 
 
