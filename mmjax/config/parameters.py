@@ -6,6 +6,7 @@ A row is a regular expression, searched in names such as layers/0/attention/wq/k
 everyone's learning rate, as a number or from the first update to the last, and `decay`, over train.weight_decay. For
 its rate a parameter follows the first row that fits and says one, and so for its decay. Rows of a user come before
 those that other settings make. The form is that of big_vision (https://github.com/google-research/big_vision).
+mmjax/run/sharding.py says in a list of the same form where parameters lie.
 """
 
 import dataclasses
