@@ -55,7 +55,7 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
     raise UserError(f"'{path}' has none of the tokens that end a document: {', '.join(EOS_NAMES)}")
   within, end = (settings['model'].get(key) or '' for key in ('continuing_subword_prefix', 'end_of_word_suffix'))
   pieces = _piece_bytes(backend, byte_level, within, end)
-  pad_id, bos_id = _find(special, PAD_NAMES), _find(special, BOS_NAMES)
+  pad_id, bos_id = (_find(special, names, eos_id) for names in (PAD_NAMES, BOS_NAMES))
 
   def encode_slice(text: str) -> list[int]:
     return backend.encode(text, add_special_tokens=False).ids
@@ -63,12 +63,11 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   def spans(text: str) -> Spans:
     return backend.encode(text, add_special_tokens=False).offsets
 
-  pad_id, bos_id = (eos_id if token is None else token for token in (pad_id, bos_id))
   return Tokenizer(path, 'huggingface', pieces, encode_slice, spans, special, pad_id, bos_id, eos_id)
 
 
-def _find(special: Mapping[str, int], names: Sequence[str]) -> int | None:
-  return next((special[name] for name in names if name in special), None)
+def _find(tokens: Mapping[str, int], names: Sequence[str], otherwise: int | None = None) -> int | None:
+  return next((tokens[name] for name in names if name in tokens), otherwise)
 
 
 def _piece_bytes(backend: Any, byte_level: bool, within: str, end: str) -> list[bytes]:
