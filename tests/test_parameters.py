@@ -109,10 +109,10 @@ def test_rows_that_are_not_understood_are_refused(table, said):
 @pytest.mark.parametrize(
   ('settings', 'said'),
   [
-    ({'memory__bank_lr_multiplier': 2}, 'bank_lr_multiplier=2.0 does nothing beside train.parameters, which gives'),
-    ({'memory__bank_lr_final_multiplier': 2}, 'does nothing beside train.parameters, which gives the bank'),
+    ({'memory__bank_lr_multiplier': 2}, 'bank_lr_multiplier=2.0 does nothing when train.parameters gives'),
+    ({'memory__bank_lr_final_multiplier': 2}, 'does nothing when train.parameters gives the bank'),
     ({'memory__bank_decay_multiplier': 2}, 'or train.parameters gives the decay of the bank'),
-    ({'train__embedding_lr_multiplier': 2}, "does nothing beside train.parameters, which gives the embedding's rate"),
+    ({'train__embedding_lr_multiplier': 2}, "does nothing when train.parameters gives the embedding's rate"),
     ({'train__weight_decay': 0}, 'a decay does nothing when train.weight_decay is 0'),
   ],
 )  # fmt: skip
