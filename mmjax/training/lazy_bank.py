@@ -1,8 +1,8 @@
 """Adam for the rows of the bank that an update read, and no others (memory.bank_update='lazy').
 
-Dense Adam reads and writes the bank, two moments and the gradient in every update, read or not: 3.5 GB for 1,048,576 x
-128. Here an update costs what its rows cost. Every row that is read gets a slot when it is first read, gradients add up
-in the slots, and Adam runs over the slots in use. It pays while far fewer rows are read in an update than there are.
+Dense Adam reads and writes the bank, two moments and the gradient in every update, read or not. Here an update costs
+what its rows cost. Every row that is read gets a slot when it is first read, gradients add up in the slots, and Adam
+runs over the slots in use. It pays if an update reads far fewer rows than there are: BENCHMARKS.md, "Cost of the bank".
 
 The rule, for a row that was touched (read) in update s and next in update t, with g the sum of its clipped gradients in
 t. Updates are numbered from 1, skipped ones not counted; rate_j and decay are the bank's own.
@@ -10,12 +10,12 @@ t. Updates are numbered from 1, skipped ones not counted; rate_j and decay are t
   square <- beta2^(t-s) square + (1 - beta2) g^2     exactly dense Adam's
   row    <- row prod_{s<j<t} (1 - rate_j decay)      exact but late: until t the row is read without it
   row    <- row - rate_t (mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
-Dense Adam's mean goes on moving a row after it was read, in n updates without a gradient by as much as that last step
-times drift(n) = sum_{k=1..n} (beta1 / sqrt(beta2))^k: in all 9.4 times as far with 0.9 and 0.99, and most rows are read
-seldom. So with each step a row moves on at once by drift(n), with n the number of updates between its last two reads,
-as a forecast, or all since the start where this is its first. At its next read drift(t-s-1) less that forecast makes up
-for the difference. What is left of a difference from dense Adam: where a row stands while the forecast is wrong, and
-that drift has the rate of the update that makes it. Where every row is read in every update, nothing differs.
+Dense Adam's mean goes on moving a row after it was read: in n updates without a gradient by as much as that last step
+times drift(n) = sum_{k=1..n} (beta1 / sqrt(beta2))^k. Here a row moves by drift(n) at once, with a forecast of n: the
+updates between its last two reads, or all since the start at its first. At its next read drift(t-s-1) less that
+forecast makes up for the difference. Two differences from dense Adam remain: the row stands elsewhere while a forecast
+is wrong, and the drift has the rate of the update that makes it. Where every update reads every row, nothing differs.
+docs/memory.md has the same as equations.
 
 Elsewhere: torch.optim.SparseAdam and LazyAdam of TensorFlow Addons leave the moments of untouched rows as they are,
 where these decay, and have no weight decay.
