@@ -160,11 +160,11 @@ def test_bad_override_is_refused_by_name(override, said):
 @pytest.mark.parametrize(
   ('overrides', 'said'),
   [
-    (['train.weight_decay=1', 'train.learning_rate=1'], 'train.learning_rate, 1, times its weight decay, 1, must be'),
-    (['train.learning_rate=1e-3', 'train.embedding_lr_multiplier=1e4', 'train.weight_decay=1'], 'decay, 1, must be'),
+    (['train.weight_decay=1', 'train.learning_rate=1'], 'train.learning_rate (1) times its weight decay (1) must be'),
+    (['train.learning_rate=1e-3', 'train.embedding_lr_multiplier=1e4', 'train.weight_decay=1'], 'decay (1) must be'),
     (
       ['memory.bank_lr_multiplier=1e3', 'memory.bank_decay_multiplier=1e3'],
-      'memory.bank_lr_multiplier, 0.2, times its weight decay, 10,',
+      'memory.bank_lr_multiplier (0.2) times its weight decay (10)',
     ),
   ],
 )

@@ -86,7 +86,7 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
   ('kind', 'sizes', 'said'),
   [
     (MemoryBag, {'n_rows': 65}, 'n_rows=65 must be a square; nearest: 64 and 81'),
-    (GatedFusion, {'row_dim': 7}, 'two sub-keys wide: its width, 7, must be even'),
+    (GatedFusion, {'row_dim': 7}, 'the width of a query, 7, must be even'),
     (MemoryBag, {'activation': 'gelu'}, "activation='gelu' must be one of softmax, relu"),
     (CrossAttention, {'scores': 'bag'}, "scores='bag' must be one of scale, none"),
     (MemoryBag, {'query_key_norm': 'l1'}, "query_key_norm='l1' must be one of l2, none"),

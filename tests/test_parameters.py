@@ -98,7 +98,7 @@ def test_lazy_bank_follows_the_table():
     ('embedding lr=nan', "'lr=nan' must be a number from 0 to 10000"),
     ('embedding decay=1..2', "'decay=1..2' must be a number from 0 to 10000"),
     ('( lr=1', "'(' is not a regular expression: missing )"),
-    ('gate lr=1e4; a decay=1e4', 'train.learning_rate x train.parameters, 100, times its weight decay, 0.01,'),
+    ('gate lr=1e4; a decay=1e4', 'train.learning_rate x train.parameters (100) times its weight decay (0.01)'),
   ],
 )  # fmt: skip
 def test_rows_that_are_not_understood_are_refused(table, said):
@@ -127,12 +127,10 @@ def test_settings_that_a_row_takes_the_place_of_are_refused(settings, said):
 def test_pattern_that_is_in_no_name_is_refused_by_name(table):
   last = table.rpartition(';')[2].split()[0]
   check_parameters(tiny_config(train__parameters='embedding lr=2; layers/1 lr=3'))
-  with pytest.raises(
-    UserError, match=rf"'{re.escape(last)}' is in no name of a parameter that learns .*; there are embedding, "
-  ):
+  with pytest.raises(UserError, match=rf"'{re.escape(last)}' fits no parameter that learns .*; there are embedding, "):
     make_optimizer(tiny_config(train__parameters=table), STEPS)
 
 
 def test_parameters_without_a_gradient_have_no_rate():
-  with pytest.raises(UserError, match='is in no name of a parameter that learns and whose lr no row before gives'):
+  with pytest.raises(UserError, match='fits no parameter that learns and whose lr no earlier row gives'):
     check_parameters(tiny_config(train__parameters='gate/keys lr=2'))  # the gate of 1.4.2

@@ -80,7 +80,7 @@ def _check_decay(train: TrainConfig, table: tuple[Row, ...]) -> None:
     what = f'train.learning_rate x {row.stated_in}'.removesuffix(' x ')
     _refuse(
       rate * decay >= 1,
-      f'{what}, {rate:g}, times its weight decay, {decay:g}, must be below 1, or an update would take more from a '
+      f'{what} ({rate:g}) times its weight decay ({decay:g}) must be below 1, or an update would take more from a '
       'parameter than there is (train.weight_decay)',
     )
 

@@ -45,7 +45,7 @@ class GatedMemory(Memory):
       raise ValueError(f'n_rows={self.n_rows} must be a square; nearest: {root**2} and {(root + 1) ** 2}')
     width = self.query_dim or self.row_dim
     if width % 2:
-      raise ValueError(f'the query of a head is two sub-keys wide: its width, {width}, must be even')
+      raise ValueError(f'the width of a query, {width}, must be even, because a query is two sub-keys')
     for field, choices in (('query_key_norm', ('l2', 'none')), ('activation', ('softmax', 'relu'))):
       if getattr(self, field) not in choices:
         raise ValueError(f'{field}={getattr(self, field)!r} must be one of {", ".join(choices)}')

@@ -76,7 +76,7 @@ def serve(views: Sequence[RunView], host: str, port: int) -> None:
     family = socket.AF_INET6 if ':' in host else socket.AF_INET
     listening = socket.create_server((host, port), family=family)
   except OSError as error:
-    raise UserError(f'--host {host} --port {port}: {error.strerror}; --port 0 takes any that is free') from None
+    raise UserError(f'--host {host} --port {port}: {error.strerror}; --port 0 takes a free one') from None
   port = listening.getsockname()[1]
   shown = f'[{host}]' if ':' in host else host
   app = make_app(views, [f'{name}:{port}' for name in (*LOOPBACK, shown, socket.gethostname())])

@@ -74,8 +74,8 @@ def check_parameters(config: Config) -> None:
       if getattr(row, what) is not None and not any(first_row(rows, name, what) is row for name in names):
         known = dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names)
         raise UserError(
-          f'train.parameters: {row.pattern!r} is in no name of a parameter that learns and whose {what} no row before '
-          f'gives; there are {", ".join(known)}'
+          f'train.parameters: {row.pattern!r} fits no parameter that learns and whose {what} no earlier row gives; '
+          f'there are {", ".join(known)}'
         )
 
 
