@@ -1,13 +1,11 @@
 """The page of a run: what it says against other routes to the same numbers, its server, and a real browser."""
 
-import contextlib
 import http.client
 import json
 import re
 import shutil
 import socket
 import sys
-import threading
 import time
 
 import jax
@@ -20,36 +18,12 @@ from mmjax.errors import UserError, run_command
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.memory_reads import MemoryReader
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import build_model
 from mmjax.run.directory import open_run
+from mmjax.serve.saving import saved_page
 from mmjax.serve.view import Change, RunView
+from mmjax.tools import serve
 from tests.browser import CHROMIUM, Browser
-from tests.helpers import tiny_config
-
-uvicorn = pytest.importorskip('uvicorn', reason="needs the extra 'serve'")
-pytest.importorskip('starlette', reason="needs the extra 'serve'")
-
-from mmjax.serve import web  # noqa: E402
-from mmjax.serve.saving import saved_page  # noqa: E402
-from mmjax.tools import serve  # noqa: E402
-
-TEXT = 'the memory reads a row of its bank'
-MODELS = {
-  'bag': {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__layers': '1', 'memory__bank_std': 2.0},
-  'ngrams': {'model__sublayer': 'ngram_bag', 'model__num_selected': 1, 'memory__n_heads': 2, 'memory__ngrams': '1,2'},
-  'mixed': {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__ngram_layers': '1', 'memory__ngrams': '2'},
-  'cross_attention': {'model__sublayer': 'cross_attention', 'memory__bank_std': 2.0},
-  'dense': {'model__sublayer': 'dense'},
-}
-
-
-def make_view(tiny_run, name):
-  """The page's view of a model with random weights, with the tokenizer and the text of a run."""
-  config = tiny_config(**MODELS[name])
-  view = RunView(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]), open_run(tiny_run))
-  while view.corpus and not view.corpus.done:
-    view.corpus.grow()
-  return view
+from tests.serving import MODELS, TEXT, make_view, request, serving, web
 
 
 @pytest.fixture(scope='module')
@@ -158,37 +132,10 @@ def test_every_question_is_answered_as_json_for_every_kind(tiny_run, name):
       assert json.dumps([view.map(layer), view.row(most_read(view), layer)])
 
 
-@contextlib.contextmanager
-def serving(views):
-  """Answers on a free port meanwhile."""
-  with socket.create_server(('127.0.0.1', 0)) as listening:
-    port = listening.getsockname()[1]
-    config = uvicorn.Config(web.make_app(views, [f'127.0.0.1:{port}']), log_level='error', **web.SERVER)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    try:
-      yield port
-    finally:
-      server.should_exit = True
-      thread.join(30)
-
-
 @pytest.fixture(scope='module')
 def port(bag, dense):
   with serving([bag, dense]) as port:
     yield port
-
-
-def request(port, path, body=None, **headers):
-  """Returns status, headers and body of an answer."""
-  connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-  body = json.dumps(body) if isinstance(body, dict | list) else body
-  sent = ({} if body is None else {'Content-Type': 'application/json'}) | headers
-  connection.request('GET' if body is None else 'POST', path, body, sent)
-  answer = connection.getresponse()
-  with contextlib.closing(connection):
-    return answer.status, answer.headers, answer.read().decode()
 
 
 def test_page_asks_nobody_else_and_its_questions_are_answered(bag, port):
@@ -196,7 +143,7 @@ def test_page_asks_nobody_else_and_its_questions_are_answered(bag, port):
     status, headers, text = request(port, path)
     assert status == 200 and "default-src 'none'" in headers['Content-Security-Policy']
     assert not re.search(r'(src|href)="(?!page\.|data:)|url\(|@import|https?://(?!www\.w3\.org/2000/svg)', text)
-  assert [run['name'] for run in json.loads(request(port, '/api/runs')[2])] == ['run', 'run']
+  assert [run['name'] for run in json.loads(request(port, '/api/runs')[2])] == ['run', 'run-2']
   status, _, text = request(port, '/api/read', {'run': 0, 'text': TEXT})
   assert status == 200 and json.loads(text)['tokens'] == bag.read(TEXT)['tokens']
   sampling = {'max_new_tokens': 30, 'seed': 3}

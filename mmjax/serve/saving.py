@@ -3,12 +3,12 @@
 import json
 from collections import Counter
 from collections.abc import Sequence
+from importlib import resources
 from typing import Any
 
 from mmjax.files import finite
 from mmjax.inference.settings import Sampling
 from mmjax.serve.view import RunView
-from mmjax.serve.web import static
 
 ROWS = 24  # that can be opened: those of each layer that the text reads most
 NEW_TOKENS = 60
@@ -48,3 +48,8 @@ def _questions(view: RunView, text: str) -> list[tuple[str, dict[str, Any]]]:
 def _key(question: str, fields: dict[str, Any]) -> str:
   """Returns what the page looks an answer up by: as `JSON.stringify` writes it."""
   return f'{question} {json.dumps(fields, ensure_ascii=False, separators=(",", ":"))}'
+
+
+def static(name: str) -> str:
+  """Returns a file of the page."""
+  return resources.files('mmjax.serve').joinpath('static', name).read_text()

@@ -12,7 +12,6 @@ import json
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
-from importlib import resources
 from typing import Any
 
 import uvicorn
@@ -25,7 +24,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mmjax.errors import CommandError, UserError, first_line
 from mmjax.files import finite
 from mmjax.inference.settings import Sampling
+from mmjax.serve.completions import Completions
 from mmjax.serve.requests import Refusal, Worker, read_body
+from mmjax.serve.saving import static
 from mmjax.serve.view import Change, RunView
 
 MOST_CHARS = 20_000  # of a text
@@ -92,6 +93,9 @@ def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
     views: the runs that are shown, one or two.
     hosts: 'name:port' that a request may be for.
   """
+  for number, view in enumerate(views):
+    if any(view.name == other.name for other in views[:number]):
+      view.name += f'-{number + 1}'
   worker, streams = Worker(), asyncio.Semaphore(MOST_STREAMS)
 
   async def ask(request: Request) -> Response:
@@ -126,6 +130,7 @@ def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
   routes = [Route(path, file) for path in FILES]
   routes += [Route('/api/runs', runs), Route('/api/stream', stream, methods=['POST'])]
   routes += [Route('/api/{question}', ask, methods=['POST'])]
+  routes += Completions(views, worker).routes
   handlers = {CommandError: _refuse, Exception: _fail, 404: _unknown, 405: _unknown}
   return Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), hosts)
 
@@ -237,11 +242,6 @@ async def _grow(worker: Worker, views: Sequence[RunView]) -> None:
       except CommandError as error:
         print(f'{view.name}: {error}', file=sys.stderr, flush=True)
         await asyncio.sleep(1)
-
-
-def static(name: str) -> str:
-  """Returns a file of the page."""
-  return resources.files('mmjax.serve').joinpath('static', name).read_text()
 
 
 def _json(value: Any, status: int = 200) -> Response:

@@ -7,7 +7,9 @@ const COLOURS = ['#1f77b4', '#e07b39', '#3a9a6b', '#b04a8f', '#8a7a2f', '#4aa3a8
 const FULL_NATS = 9 // surprise of the strongest colour
 
 const state = {
-  runs: [], text: '', reads: [], nexts: [], changes: [], // the last four by run
+  runs: [], text: '', reads: [], nexts: [], changes: [], // the last three by run
+  stories: {}, // continuations by run and variant
+  answers: {}, // all that was asked, for a saved page
   held: null, // {run, at}: the token whose reads are shown when nothing is pointed at
   row: null, // {run, row, layer}: shown instead of a token
   map: { run: 0, layer: null }, byChange: false, stop: null,
@@ -57,7 +59,7 @@ async function ask(question, fields, signal) {
     method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(fields), signal,
   }).catch(error => { throw error.name === 'AbortError' ? error : Error('The server does not answer; is it still running?') })
   if (!response.ok) throw Error((await response.json()).error)
-  return question === 'stream' ? response : response.json()
+  return question === 'stream' ? response : state.answers[key(question, fields)] = await response.json()
 }
 
 // Runs what the user asked for, says that it is being computed, and says what went wrong.
@@ -78,6 +80,7 @@ async function doing(what, work) {
 async function read() {
   const text = $('text').value
   await doing('Reading… the first text of a length compiles the model for it.', async () => {
+    state.answers = Object.fromEntries(Object.entries(state.answers).filter(([asked]) => /^(row|map|health)/.test(asked)))
     const reads = await Promise.all(state.runs.map((_, run) => ask('read', { run, text })))
     Object.assign(state, { text, reads, row: null, stories: {} })
     state.held = { run: 0, at: mostSurprising(reads[0].tokens) }
@@ -153,7 +156,6 @@ function point(run, at) {
 
 function moveToken(event, run) {
   const step = { ArrowRight: 1, ArrowLeft: -1, ArrowDown: 8, ArrowUp: -8, Home: -1e9, End: 1e9 }[event.key]
-  if (event.key === 'Escape') { state.row = null; drawInspector() }
   if (event.key === 'Enter' || event.key === ' ') hold(run, +document.activeElement.dataset.at)
   else if (!step) return
   event.preventDefault()
@@ -228,8 +230,15 @@ async function openRow(run, row, layer) {
     drawRow(run, found)
     drawMap()
     $('inspector').scrollTop = 0
-    $('inspector').focus({ preventScroll: innerWidth > 900 })
+    $('inspector').focus({ preventScroll: true })
+    $('inspector').scrollIntoView({ block: innerWidth > 900 ? 'nearest' : 'start' })
   })
+}
+
+function closeRow() {
+  state.row = null
+  drawInspector()
+  drawMap()
 }
 
 function drawRow(run, found) {
@@ -247,7 +256,7 @@ function drawRow(run, found) {
       h('td.n', null, token.log_change.toFixed(3))))))
   fill($('inspector'), 
     h('div.head', null, h('h2', null, `Row ${row}`),
-      h('button', { type: 'button', onclick: () => { state.row = null; drawInspector(); drawMap() } }, '← back to the token')),
+      h('button', { type: 'button', onclick: closeRow }, '← back to the token')),
     h('div.tabs', null, state.runs[run].memory.layers.map(number => h('button', { type: 'button', 'aria-pressed': `${number === layer}`,
       disabled: saved && !(key('row', { run, row, layer: number }) in saved.answers), onclick: () => openRow(run, row, number) }, `layer ${number}`))),
     found.snippet ? h('p.note', null, 'It started from the text: ', h('i', null, found.snippet)) : null,
@@ -349,7 +358,7 @@ async function write(run, variant, sampling, signal) {
   const lines = response.body.pipeThrough(new TextDecoderStream()).getReader()
   for (let rest = ''; ;) {
     const { value, done } = await lines.read()
-    if (done) return
+    if (done) return void (state.answers[key('stream', fields)] = state.stories[name])
     const parts = (rest + value).split('\n')
     rest = parts.pop()
     for (const part of parts.map(line => JSON.parse(line))) {
@@ -452,11 +461,21 @@ function chart(title, lines) {
   return h('div', null, h('h3', null, title), svg, h('div.row', null, names))
 }
 
+// The page as one file, with all answers that it got since the text was read.
+async function save() {
+  const [page, style, script] = await Promise.all(['.', 'page.css', 'page.js'].map(file => fetch(file).then(response => response.text())))
+  const data = JSON.stringify({ text: state.text, runs: state.runs, answers: state.answers }).replaceAll('<', '\\u003c')
+  const whole = page.replace('<link rel="stylesheet" href="page.css">', () => `<style>${style}</style>`)
+    .replace('<script src="page.js"><\/script>', () => `<script type="application/json" id="saved">${data}<\/script>\n<script>${script}<\/script>`)
+  h('a', { download: 'page.html', href: URL.createObjectURL(new Blob([whole], { type: 'text/html' })) }).click()
+}
+
 async function start() {
   state.runs = saved ? saved.runs : await fetch('api/runs').then(response => response.json())
   state.changes = state.runs.map(() => [])
   fill($('runs'), ...state.runs.map(run => h('span', null, h('b', null, run.name), ` ${run.sublayer}, update ${number(run.step)}, ${number(run.parameters / 1e6)} M parameters, `,
     run.memory ? `${number(run.memory.rows)} rows of ${run.memory.width} in ${run.memory.layers.length} of ${run.n_layers} layers` : 'no memory')))
+  $('save').hidden = Boolean(saved)
   if (saved) {
     $('text').value = saved.text
     for (const id of ['text', 'read']) $(id).disabled = true
@@ -466,6 +485,8 @@ async function start() {
   $('text').addEventListener('keydown', event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) read() })
   $('sampling').addEventListener('submit', proceed)
   $('stop').addEventListener('click', () => { state.stop.abort(); $('stop').disabled = true })
+  $('save').addEventListener('click', () => doing('Saving…', save))
+  document.addEventListener('keydown', event => { if (event.key === 'Escape' && state.row) closeRow() })
   await drawHealth()
 }
 

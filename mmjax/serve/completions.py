@@ -1,0 +1,304 @@
+"""/v1/models and /v1/completions, as OpenAI's clients know them.
+
+A text prompt is read as everywhere in this package, after the token that rows begin with; a list of token ids as it is.
+Log-probabilities are those of the model, whatever the temperature. A field that is not supported is refused by name.
+"""
+
+import asyncio
+import codecs
+import contextlib
+import json
+import secrets
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from mmjax.errors import CommandError, UserError
+from mmjax.files import finite
+from mmjax.inference.memory_reads import token_text
+from mmjax.inference.settings import Sampling
+from mmjax.serve.batch import MOST_NEW_TOKENS, TOP, Batch, Job, Token
+from mmjax.serve.requests import Refusal, Worker, read_body
+from mmjax.serve.view import RunView
+
+MOST_CHOICES = 64  # of one request
+MOST_STOPS = 4
+DEFAULTS = {
+  'max_tokens': 16, 'temperature': 1.0, 'top_p': 1.0, 'n': 1, 'stream': False, 'stop': None, 'echo': False,
+  'logprobs': None, 'seed': None, 'user': None,
+}  # fmt: skip
+# Fields of the protocol that say nothing at these values, and are refused at others.
+UNSUPPORTED = {
+  'best_of': (None, 1), 'frequency_penalty': (None, 0), 'presence_penalty': (None, 0), 'logit_bias': (None, {}),
+  'suffix': (None, ''), 'stream_options': (None,),
+}  # fmt: skip
+Echo = list[tuple[int, float | None, list[tuple[int, float]]]]  # id, log-probability, likeliest tokens with theirs
+
+
+class BadField(UserError):
+  """A field that breaks its rule."""
+
+  def __init__(self, name: str, sentence: str, status: int = 400):
+    super().__init__(f'{name} {sentence}')
+    self.name, self.status = name, status
+
+
+class Asked(NamedTuple):
+  """A checked request. `starts`: whether prompts begin with a token that the client did not send."""
+
+  view: RunView
+  prompts: list[list[int]]
+  starts: bool
+  sampling: Sampling
+  max_tokens: int
+  n: int
+  stream: bool
+  stops: list[str]
+  echo: bool
+  logprobs: int | None
+
+
+class Choice:
+  """One continuation as it grows: its text, cut at the first stop, and its log-probabilities."""
+
+  def __init__(self, asked: Asked, index: int):
+    self.asked, self.index, self.finish_reason, self.n_tokens = asked, index, None, 0
+    self._text, self._sent, self._reach = '', 0, max(map(len, asked.stops), default=1) - 1
+    self._logprobs = {'tokens': [], 'token_logprobs': [], 'top_logprobs': [], 'text_offset': []}
+    self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+
+  def echo(self, prompt: Echo) -> None:
+    """Puts the prompt before the continuation; stops are not looked for in it."""
+    for token in prompt:
+      self._add(*token)
+    self.finish_reason = None if self.asked.max_tokens else 'length'
+
+  def add(self, token: Token) -> None:
+    """Takes a token that was written; the choice ends with EOS, a stop or the last token asked for."""
+    self.n_tokens += 1
+    before = len(self._text)
+    if token.id == self.asked.view.lm.tokenizer.eos_id:
+      self.finish_reason = 'stop'
+    else:
+      self._add(*token)
+      self.finish_reason = 'length' if self.n_tokens == self.asked.max_tokens else None
+    if self.finish_reason:
+      self._text += self._decoder.decode(b'', final=True)
+    at = [self._text.find(stop, max(self._sent, before - self._reach)) for stop in self.asked.stops]
+    if found := [place for place in at if place >= 0]:
+      self._text, self.finish_reason = self._text[: min(found)], 'stop'
+      kept = sum(offset < len(self._text) for offset in self._logprobs['text_offset'])
+      self._logprobs = {name: values[:kept] for name, values in self._logprobs.items()}
+
+  def _add(self, token: int, log_prob: float | None, top: Sequence[tuple[int, float]]) -> None:
+    tokenizer = self.asked.view.lm.tokenizer
+    if self.asked.logprobs is not None:
+      told = None if log_prob is None else dict([*top[: self.asked.logprobs], (token, log_prob)])
+      values = token_text(tokenizer, token), log_prob, told and {token_text(tokenizer, t): x for t, x in told.items()}
+      for name, value in zip(self._logprobs, (*values, len(self._text)), strict=True):
+        self._logprobs[name].append(value)
+    self._text += self._decoder.decode(tokenizer.decode_bytes([token]))
+
+  def piece(self) -> dict[str, Any]:
+    """Returns what is new since the last piece, as the protocol has it; what may become a stop is held back."""
+    end = max(self._sent, len(self._text) - (0 if self.finish_reason else self._reach))
+    text, self._sent = self._text[self._sent : end], end
+    logprobs, self._logprobs = self._logprobs, {name: [] for name in self._logprobs}
+    logprobs = None if self.asked.logprobs is None else logprobs
+    return {'text': text, 'index': self.index, 'logprobs': logprobs, 'finish_reason': self.finish_reason}
+
+
+class Completions:
+  """The routes, and a running batch for each run."""
+
+  def __init__(self, views: Sequence[RunView], worker: Worker):
+    self.views, self.worker = {view.name: view for view in views}, worker
+    self.batches = {view.name: Batch(view.lm, worker) for view in views}
+    self.routes = [
+      Route('/v1/models', self.models),
+      Route('/v1/models/{name:path}', self.model),
+      Route('/v1/completions', self.complete, methods=['POST']),
+    ]
+
+  async def models(self, request: Request) -> Response:
+    """Lists the runs."""
+    return JSONResponse({'object': 'list', 'data': [_model(name) for name in self.views]})
+
+  async def model(self, request: Request) -> Response:
+    """Describes one run."""
+    name = request.path_params['name']
+    return JSONResponse(_model(name)) if name in self.views else _error(self._no_model(name))
+
+  async def complete(self, request: Request) -> Response:
+    """Answers a request, as a whole or as a stream of events."""
+    try:
+      asked = self._check(await read_body(request))
+      if self.batches[asked.view.name].full:
+        raise Refusal('busy: too many completions are being written; ask again later', 429)
+      echoes = await self.worker(_echoes, asked)
+    except UserError as error:
+      return _error(error)
+    head = {'id': f'cmpl-{secrets.token_hex(12)}', 'object': 'text_completion', 'created': int(time.time())}
+    head |= {'model': asked.view.name}
+    if asked.stream:
+      return StreamingResponse(self._events(asked, echoes, head), media_type='text/event-stream')
+    writing, leaving = asyncio.create_task(self._whole(asked, echoes)), asyncio.create_task(request.receive())
+    await asyncio.wait((writing, leaving), return_when=asyncio.FIRST_COMPLETED)
+    leaving.cancel()
+    if not writing.done():
+      writing.cancel()
+      return Response(status_code=499)  # nobody reads it
+    try:
+      return JSONResponse(finite(head | writing.result()))
+    except CommandError as error:
+      return _error(error)
+
+  async def _whole(self, asked: Asked, echoes: list[Echo]) -> dict[str, Any]:
+    choices = [Choice(asked, index) for index in range(len(asked.prompts) * asked.n)]
+    pieces = [piece async for piece in self._pieces(choices, echoes)]
+    n_prompt, n_new = sum(len(p) - asked.starts for p in asked.prompts), sum(choice.n_tokens for choice in choices)
+    usage = {'prompt_tokens': n_prompt, 'completion_tokens': n_new, 'total_tokens': n_prompt + n_new}
+    return {'choices': sorted(pieces, key=lambda piece: piece['index']), 'usage': usage}
+
+  async def _events(self, asked: Asked, echoes: list[Echo], head: dict[str, Any]) -> AsyncIterator[str]:
+    choices = [Choice(asked, index) for index in range(len(asked.prompts) * asked.n)]
+    try:
+      async for piece in self._pieces(choices, echoes):
+        yield f'data: {json.dumps(finite(head | {"choices": [piece]}))}\n\n'
+      yield 'data: [DONE]\n\n'
+    except CommandError as error:
+      yield f'data: {json.dumps(_told(error))}\n\n'
+
+  async def _pieces(self, choices: list[Choice], echoes: list[Echo]) -> AsyncIterator[dict[str, Any]]:
+    """Yields pieces of the choices as they are written; without `stream` the last, which is then all of each."""
+    grown: asyncio.Queue = asyncio.Queue()
+
+    async def write(choice: Choice) -> None:
+      asked, number = choice.asked, choice.index // choice.asked.n
+      if asked.echo:
+        choice.echo(echoes[number])
+      job = Job(asked.prompts[number], asked.sampling, choice.index % asked.n)
+      async with contextlib.aclosing(self.batches[asked.view.name].write(job)) as tokens:
+        while not choice.finish_reason:
+          choice.add(await anext(tokens))
+          if asked.stream and not choice.finish_reason and (piece := choice.piece())['text']:
+            grown.put_nowait(piece)
+      grown.put_nowait(choice.piece())
+
+    def tell(task: asyncio.Task) -> None:
+      if not task.cancelled() and task.exception():
+        grown.put_nowait(task.exception())
+
+    writing = [asyncio.create_task(write(choice)) for choice in choices]
+    for task in writing:
+      task.add_done_callback(tell)
+    try:
+      left = len(choices)
+      while left:
+        piece = await grown.get()
+        if isinstance(piece, BaseException):
+          raise piece
+        left -= piece['finish_reason'] is not None
+        yield piece
+    finally:
+      for task in writing:
+        task.cancel()
+
+  def _check(self, body: Any) -> Asked:
+    """Returns a request whose every field keeps its rule.
+
+    Raises:
+      BadField: for the first that does not.
+    """
+    if not isinstance(body, dict):
+      raise UserError('send a JSON object')
+    for name, value in body.items():
+      if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
+        raise BadField(name, 'is not supported')
+      if name not in UNSUPPORTED and name not in DEFAULTS and name not in ('model', 'prompt'):
+        raise BadField(name, 'is not supported')
+    given = {name: value for name, value in body.items() if value is not None}
+    asked = DEFAULTS | given
+    view = self.views.get(asked.get('model'))
+    if view is None:
+      raise self._no_model(asked.get('model'))
+    for name in ('stream', 'echo'):
+      if not isinstance(asked[name], bool):
+        raise BadField(name, 'must be true or false')
+    prompts, starts = _prompts(view, asked.get('prompt'))
+    n = _whole_number(asked, 'n', 1, MOST_CHOICES // len(prompts))
+    max_tokens = _whole_number(asked, 'max_tokens', 0 if asked['echo'] else 1, MOST_NEW_TOKENS)
+    logprobs = None if asked['logprobs'] is None else _whole_number(asked, 'logprobs', 0, TOP)
+    seed = secrets.randbelow(2**31) if asked['seed'] is None else asked['seed']
+    sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)
+    stream, echo = asked['stream'], asked['echo']
+    return Asked(view, prompts, starts, sampling, max_tokens, n, stream, _stops(asked['stop']), echo, logprobs)
+
+  def _no_model(self, name: Any) -> BadField:
+    return BadField('model', f'{name!r:.80} is not here; there are {", ".join(self.views)}', 404)
+
+
+def _whole_number(asked: dict[str, Any], name: str, least: int, most: int) -> int:
+  value = asked[name]
+  if type(value) is not int or not least <= value <= most:
+    raise BadField(name, f'{value!r:.40} must be a whole number from {least} to {most}')
+  return value
+
+
+def _stops(value: Any) -> list[str]:
+  stops = [value] if isinstance(value, str) else value or []
+  if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
+    raise BadField('stop', f'must be a text or a list of at most {MOST_STOPS}, none of them empty')
+  return stops
+
+
+def _prompts(view: RunView, value: Any) -> tuple[list[list[int]], bool]:
+  """Returns lists of token ids, and whether they begin with a token that the client did not send."""
+  lm, most = view.lm, view.lm.config.model.max_seq_len
+  values = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
+  if len(values) > MOST_CHOICES:
+    raise BadField('prompt', f'must be at most {MOST_CHOICES} prompts, not {len(values)}')
+  starts = all(isinstance(prompt, str) for prompt in values)
+  if not starts and not all(isinstance(p, list) and p and all(type(t) is int for t in p) for p in values):
+    raise BadField('prompt', 'must be a text, a list of texts, a list of token ids, or a list of such lists')
+  if starts:
+    values = [[lm.tokenizer.start_id(lm.config.data.layout), *lm.tokenizer.encode(prompt)] for prompt in values]
+  for prompt in values:
+    if len(prompt) > most:
+      raise BadField('prompt', f'has {len(prompt)} tokens, more than model.max_seq_len={most}')
+    if not all(0 <= token < lm.tokenizer.vocab_size for token in prompt):
+      raise BadField('prompt', f'holds a token id outside of the vocabulary, which is 0..{lm.tokenizer.vocab_size - 1}')
+  return values, starts
+
+
+def _echoes(asked: Asked) -> list[Echo]:
+  """Returns the prompts as they are echoed; nothing is computed unless log-probabilities are wanted."""
+  return [_echo(asked, prompt) for prompt in asked.prompts] if asked.echo else []
+
+
+def _echo(asked: Asked, prompt: list[int]) -> Echo:
+  echo: Echo = [(token, None, []) for token in prompt]
+  if asked.logprobs is not None and len(prompt) > 1:
+    log_TV = asked.view.log_probs(asked.view.lm, prompt)[:-1]
+    top_TK = np.argsort(-log_TV, axis=-1, kind='stable')[:, : asked.logprobs]
+    for t, (token, log_V, top_K) in enumerate(zip(prompt[1:], log_TV, top_TK, strict=True), 1):
+      echo[t] = (token, float(log_V[token]), [(int(at), float(log_V[at])) for at in top_K])
+  return echo[asked.starts :]
+
+
+def _model(name: str) -> dict[str, Any]:
+  return {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'mmjax'}
+
+
+def _told(error: CommandError) -> dict[str, Any]:
+  name = getattr(error, 'name', None)
+  return {'error': {'message': str(error), 'type': 'invalid_request_error', 'param': name, 'code': None}}
+
+
+def _error(error: CommandError) -> Response:
+  return JSONResponse(_told(error), getattr(error, 'status', 400))

@@ -1,0 +1,194 @@
+"""Completions as OpenAI's clients ask for them: against other routes to the same tokens, in company, and refused."""
+
+import http.client
+import json
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from mmjax.serve import batch
+from tests.serving import make_view, request, serving
+
+
+@pytest.fixture(scope='module')
+def view(tiny_run):
+  return make_view(tiny_run, 'mixed')
+
+
+@pytest.fixture(scope='module')
+def port(view):
+  with serving([view]) as port:
+    yield port
+
+
+PROMPT = 'the memory'
+ASKED = {'model': 'run', 'prompt': PROMPT, 'max_tokens': 20, 'seed': 3}
+
+
+def complete(port, **fields):
+  status, _, text = request(port, '/v1/completions', ASKED | fields)
+  assert status == 200, text
+  return json.loads(text)
+
+
+def texts(answer):
+  return [choice['text'] for choice in answer['choices']]
+
+
+def test_models_are_the_runs(port):
+  listed = json.loads(request(port, '/v1/models')[2])
+  assert [model['id'] for model in listed['data']] == ['run']
+  assert json.loads(request(port, '/v1/models/run')[2])['object'] == 'model'
+  assert request(port, '/v1/models/other')[0] == 404
+
+
+@pytest.mark.parametrize('how', [{'temperature': 0}, {'temperature': 0.75, 'top_p': 0.9}, {'temperature': 1.3}])
+def test_completion_is_what_generate_writes(port, view, how):
+  answer = complete(port, **how)
+  expected = view.lm.generate(PROMPT, max_new_tokens=20, seed=3, **({'top_p': 1.0} | how))
+  assert texts(answer) == expected
+  assert answer['usage']['completion_tokens'] <= 20 and answer['choices'][0]['finish_reason'] in ('stop', 'length')
+
+
+def test_log_probabilities_with_echo_are_those_of_the_logits(port, view):
+  answer = complete(port, echo=True, logprobs=2, max_tokens=6, temperature=0)
+  [choice] = answer['choices']
+  found = choice['logprobs']
+  ids = view.lm.encode_prompt(PROMPT)
+  [new] = view.lm.generate_tokens([ids], max_new_tokens=6, temperature=0)
+  whole = [*ids, *(token for token in new if token != view.lm.tokenizer.eos_id)]
+  log_TV = np.asarray(jax.nn.log_softmax(view.lm.logits([whole])[0, :, : view.lm.tokenizer.vocab_size]))
+  expected = [log_TV[t, token] for t, token in enumerate(whole[1:])]
+  assert found['token_logprobs'] == pytest.approx(expected, abs=1e-5)
+  n_prompt = len(ids) - 1
+  assert found['token_logprobs'][:n_prompt] == pytest.approx(
+    [float(x) for x in np.asarray(jax.nn.log_softmax(view.lm.logits([ids])[0]))[np.arange(n_prompt), ids[1:]]], abs=1e-6
+  )
+  assert ''.join(found['tokens']) == choice['text'] and choice['text'].startswith(PROMPT)
+  assert found['text_offset'][:3] == [len(''.join(found['tokens'][:at])) for at in range(3)]
+  for top, log_V in zip(found['top_logprobs'], log_TV, strict=False):
+    assert max(top.values()) == pytest.approx(float(log_V.max()), abs=1e-5) and 2 <= len(top) <= 3
+
+
+def test_token_ids_are_read_as_they_are(port, view):
+  ids = view.lm.encode_prompt(PROMPT)
+  assert texts(complete(port, prompt=ids)) == texts(complete(port))
+  answer = complete(port, prompt=[ids, ids[:3]], echo=True, max_tokens=0, logprobs=0)
+  assert [choice['logprobs']['token_logprobs'][0] for choice in answer['choices']] == [None, None]
+  assert [len(choice['logprobs']['tokens']) for choice in answer['choices']] == [len(ids), 3]
+  assert answer['usage']['completion_tokens'] == 0
+
+
+def test_choices_differ_and_the_first_is_that_of_one(port):
+  several = texts(complete(port, n=3, prompt=[PROMPT, 'a row']))
+  assert len(several) == 6 and len(set(several)) == 6
+  assert [several[0], several[3]] == [texts(complete(port))[0], texts(complete(port, prompt='a row'))[0]]
+  assert texts(complete(port, seed=None)) != texts(complete(port, seed=None))
+
+
+def test_stop_ends_the_text_before_it(port):
+  [whole] = texts(complete(port))
+  stop = whole[5:8]
+  answer = complete(port, stop=[stop, 'never there'], logprobs=0)
+  assert texts(answer) == [whole[: whole.index(stop)]] and answer['choices'][0]['finish_reason'] == 'stop'
+  assert all(offset < whole.index(stop) for offset in answer['choices'][0]['logprobs']['text_offset'])
+  assert streamed(port, stop=stop)[0] == whole[: whole.index(stop)]
+
+
+def streamed(port, **fields):
+  """Returns the text of a stream, and how many pieces it had."""
+  status, headers, text = request(port, '/v1/completions', ASKED | {'stream': True} | fields)
+  assert status == 200 and headers['Content-Type'].startswith('text/event-stream')
+  *events, last = [line.removeprefix('data: ') for line in text.split('\n\n') if line]
+  assert last == '[DONE]'
+  pieces = [json.loads(event)['choices'][0] for event in events]
+  assert [piece['finish_reason'] is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
+  return ''.join(piece['text'] for piece in pieces), len(pieces)
+
+
+def test_stream_is_the_same_text_in_pieces(port):
+  text, pieces = streamed(port)
+  assert text == texts(complete(port))[0] and pieces > 3
+
+
+def test_answers_do_not_depend_on_company(port):
+  asked = [{'prompt': f'the row {at}', 'seed': at, 'max_tokens': 8 + 3 * at, 'logprobs': 1} for at in range(24)]
+  alone = [complete(port, **fields)['choices'] for fields in asked]
+  together = [None] * len(asked)
+
+  def ask(at):
+    time.sleep(0.01 * at)  # each joins a batch that is running
+    together[at] = complete(port, **asked[at])['choices']
+
+  threads = [threading.Thread(target=ask, args=(at,)) for at in range(len(asked))]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert together == alone  # log-probabilities bit for bit
+
+
+def test_client_that_leaves_frees_its_place(port, view):
+  for stream in (True, False) * batch.SLOTS:
+    connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
+    asked = ASKED | {'max_tokens': 1024, 'temperature': 2, 'stream': stream, 'n': 4}
+    connection.request('POST', '/v1/completions', json.dumps(asked), {'Content-Type': 'application/json'})
+    if stream:
+      assert connection.getresponse().readline()
+    connection.close()
+  begin = time.monotonic()
+  assert complete(port, max_tokens=4)
+  assert time.monotonic() - begin < 20
+
+
+@pytest.mark.parametrize(
+  ('fields', 'name', 'sentence'),
+  [
+    ({'best_of': 2}, 'best_of', 'is not supported'),
+    ({'logit_bias': {'5': 1}}, 'logit_bias', 'is not supported'),
+    ({'suffix': 'x'}, 'suffix', 'is not supported'),
+    ({'presence_penalty': 0.5}, 'presence_penalty', 'is not supported'),
+    ({'tools': []}, 'tools', 'is not supported'),
+    ({'model': 'gpt'}, 'model', "'gpt' is not here; there are run"),
+    ({'prompt': 5}, 'prompt', 'must be a text'),
+    ({'prompt': []}, 'prompt', 'must be a text'),
+    ({'prompt': [[10**6]]}, 'prompt', 'outside of the vocabulary'),
+    ({'prompt': [5] * 17}, 'prompt', 'has 17 tokens, more than model.max_seq_len=16'),
+    ({'max_tokens': 0}, 'max_tokens', '0 must be a whole number from 1 to 1024'),
+    ({'max_tokens': True}, 'max_tokens', 'must be a whole number'),
+    ({'n': 65}, 'n', 'from 1 to 64'),
+    ({'logprobs': 6}, 'logprobs', 'from 0 to 5'),
+    ({'stop': ['a'] * 5}, 'stop', 'at most 4'),
+    ({'stop': ''}, None, ''),
+    ({'stream': 1}, 'stream', 'must be true or false'),
+    ({'temperature': -1}, None, 'temperature=-1'),
+    ({'top_p': 'x'}, None, "top_p='x'"),
+    ({'seed': -1}, None, 'seed=-1'),
+  ],
+)  # fmt: skip
+def test_field_that_breaks_its_rule_is_refused_by_name(port, fields, name, sentence):
+  status, _, text = request(port, '/v1/completions', ASKED | fields)
+  if sentence:
+    error = json.loads(text)['error']
+    assert status == (404 if name == 'model' else 400)
+    assert error['param'] == name and sentence in error['message'] and '\n' not in error['message']
+  else:
+    assert status == 200
+
+
+@pytest.mark.thorough
+def test_the_real_client_is_served(port, view):
+  openai = pytest.importorskip('openai', reason='needs the openai package')
+  client = openai.OpenAI(base_url=f'http://127.0.0.1:{port}/v1', api_key='none')
+  assert [model.id for model in client.models.list()] == ['run']
+  answer = client.completions.create(**ASKED, logprobs=1, echo=True)
+  pieces = client.completions.create(**ASKED, stream=True)
+  assert PROMPT + ''.join(piece.choices[0].text for piece in pieces) == answer.choices[0].text
+  assert len(answer.choices[0].logprobs.tokens) == answer.usage.total_tokens
+  with pytest.raises(openai.BadRequestError, match='best_of is not supported'):
+    client.completions.create(**ASKED, best_of=3)
+  with pytest.raises(openai.NotFoundError, match='is not here'):
+    client.completions.create(**(ASKED | {'model': 'gpt'}))
