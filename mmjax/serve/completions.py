@@ -18,6 +18,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import CommandError, UserError
 from mmjax.files import finite
 from mmjax.inference.memory_reads import token_text
@@ -98,9 +99,11 @@ class Choice:
   def _add(self, token: int, log_prob: float | None, top: Sequence[tuple[int, float]]) -> None:
     tokenizer = self.asked.view.lm.tokenizer
     if self.asked.logprobs is not None:
-      told = None if log_prob is None else dict([*top[: self.asked.logprobs], (token, log_prob)])
-      values = token_text(tokenizer, token), log_prob, told and {token_text(tokenizer, t): x for t, x in told.items()}
-      for name, value in zip(self._logprobs, (*values, len(self._text)), strict=True):
+      told = None if log_prob is None else {}
+      for other, value in () if told is None else ((token, log_prob), *top[: self.asked.logprobs]):
+        told.setdefault(_name(tokenizer, other), value)
+      values = _name(tokenizer, token), log_prob, told, len(self._text)
+      for name, value in zip(self._logprobs, values, strict=True):
         self._logprobs[name].append(value)
     self._text += self._decoder.decode(tokenizer.decode_bytes([token]))
 
@@ -289,6 +292,15 @@ def _echo(asked: Asked, prompt: list[int]) -> Echo:
     for t, (token, log_V, top_K) in enumerate(zip(prompt[1:], log_TV, top_TK, strict=True), 1):
       echo[t] = (token, float(log_V[token]), [(int(at), float(log_V[at])) for at in top_K])
   return echo[asked.starts :]
+
+
+def _name(tokenizer: Tokenizer, token: int) -> str:
+  """Returns a token's text, or as OpenAI does its bytes where these are no text."""
+  raw = tokenizer.decode_bytes([token])
+  try:
+    return raw.decode() or token_text(tokenizer, token)
+  except UnicodeDecodeError:
+    return 'bytes:' + ''.join(f'\\x{byte:02x}' for byte in raw)
 
 
 def _model(name: str) -> dict[str, Any]:
