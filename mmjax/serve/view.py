@@ -154,7 +154,7 @@ class RunView:
 
     Returns:
       `side` and `cells`, reads line by line; `rows_per_cell`, on a side; `hottest`: [row, reads] of the rows read most;
-      `used`: how many rows are read at all; `positions` read so far.
+      `used`: how many rows are read at all; `positions` read so far; `done`: whether these are all.
     """
     self._needed_reader()
     if self.corpus is None:
@@ -173,6 +173,7 @@ class RunView:
       'hottest': [[int(at), int(usage_M[at])] for at in hottest if usage_M[at]],
       'used': int(np.count_nonzero(usage_M)),
       'positions': self.corpus.positions,
+      'done': self.corpus.done,
     }
 
   def health(self) -> dict[str, Any]:

@@ -388,7 +388,7 @@ async function drawMap() {
   const canvas = h('canvas.map', { width: side, height: side, role: 'img', 'aria-label': 'map of the bank: each point is a row, the darker the more it is read' })
   const cell = event => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight].map(part => Math.max(0, Math.min(side - 1, Math.floor(part * side))))
   const gate = memory.ngrams[ofLayer].length === 0
-  const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${corpus.done || found.positions >= corpus.wanted ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. `,
+  const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${found.done ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. `,
     gate ? 'A line is the first sub-key of a row, a column its second.' : 'Rows stand in the order of their hash.')
   const under = h('p', null, caption)
   canvas.addEventListener('mousemove', event => {
@@ -405,10 +405,9 @@ async function drawMap() {
     h('div.bank', null, h('div', null, h('p', null, canvas), under),
       h('div', null, h('h3', null, 'Read most'), h('div.hottest', null, found.hottest.map(([row, reads]) => h('span', null, rowButton(run, row, ofLayer), h('small', null, ` ${number(reads)}`)))),
         saved ? null : h('form.row', { onsubmit: event => { event.preventDefault(); openRow(run, +go.value, ofLayer) } }, go, h('button', null, 'Open')))))
-  if (!saved && !corpus.done && found.positions < corpus.wanted) {
-    clearTimeout(state.polling)
-    state.polling = setTimeout(drawMap, 2000)
-  }
+  clearTimeout(state.polling)
+  const later = () => { state.polling = setTimeout(() => $('bank').contains(document.activeElement) ? later() : drawMap(), 2000) }
+  if (!found.done && !saved) later()
 }
 
 // Rings around the rows that the held token read, or the open row.
