@@ -35,7 +35,7 @@ function fill(element, ...children) {
 }
 
 const number = (value, digits = 2) => value == null ? '' : value.toLocaleString('en', { maximumFractionDigits: digits })
-const percent = share => share >= 0.1 ? `${(100 * share).toFixed(0)} %` : `${(100 * share).toPrecision(2)} %`
+const percent = share => `${share >= 0.1 || !share ? (100 * share).toFixed(0) : (100 * share).toPrecision(2)}\u00a0%`
 const visible = token => token.replaceAll('\n', '⏎').replaceAll('\t', '⇥').replace(/^ +| +$/g, s => '␣'.repeat(s.length))
 const bar = (share, kind = '') => h('span.fill' + kind, { '--w': Math.min(100, 100 * share) })
 
@@ -260,7 +260,8 @@ function drawRow(run, found) {
     h('div.tabs', null, state.runs[run].memory.layers.map(number => h('button', { type: 'button', 'aria-pressed': `${number === layer}`,
       disabled: saved && !(key('row', { run, row, layer: number }) in saved.answers), onclick: () => openRow(run, row, number) }, `layer ${number}`))),
     found.snippet ? h('p.note', null, 'It started from the text: ', h('i', null, found.snippet)) : null,
-    found.taken == null ? h('p.note', null, state.runs[run].remarks.at(-1) ?? 'The validation text is still being read.') : [
+    found.taken == null ? h('p.note', null, state.runs[run].remarks.at(-1) ?? 'The validation text is still being read.')
+    : !found.taken ? h('p', null, h('b', null, 'Not read'), ` in ${number(found.positions)} tokens of the validation text by this layer.`) : [
       h('p', null, h('b', null, `Read at ${number(found.taken)}`), ` of ${number(found.positions)} tokens of the validation text (${percent(found.taken / found.positions)}): number ${number(found.rank)} of ${number(state.runs[run].memory.rows)} rows in this layer.`),
       strip(found.strip)],
     saved ? null : edits,
