@@ -211,6 +211,13 @@ def test_client_that_leaves_frees_its_place(port):
   assert '{"done": true}' in request(port, '/api/stream', short)[2]
 
 
+def test_client_that_asks_nothing_is_dropped(port, monkeypatch):
+  monkeypatch.setattr(web, 'HEAD_SECONDS', 0.2)
+  with socket.create_connection(('127.0.0.1', port), timeout=30) as silent:
+    silent.sendall(b'GET / HTTP/1.1\r\n')
+    assert silent.recv(4096) == b''
+
+
 def test_request_that_never_arrives_is_dropped(port, monkeypatch):
   monkeypatch.setattr('mmjax.serve.requests.BODY_SECONDS', 0.2)
   with socket.create_connection(('127.0.0.1', port), timeout=30) as slow:

@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mmjax.errors import CommandError, UserError, first_line
 from mmjax.files import finite
@@ -34,10 +35,10 @@ MOST_CHANGES = 1024
 MOST_NEW_TOKENS = 512
 MOST_WAITING = 64  # questions at a time
 MOST_STREAMS = 8
-SEND_SECONDS = 30  # for a client to take what it asked for
+HEAD_SECONDS = 10  # for a client to say what it asks for
+SEND_SECONDS = 30  # for it to take the answer
 
 LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
-SERVER = {'limit_concurrency': 128, 'timeout_keep_alive': 5, 'timeout_graceful_shutdown': 2}
 FILES = {
   '/': ('page.html', 'text/html'),
   '/page.css': ('page.css', 'text/css'),
@@ -52,7 +53,6 @@ HEADERS = {
 }
 # Questions, each a method of RunView, and the fields that it takes.
 QUESTIONS = {
-  'describe': (),
   'read': ('text',),
   'next': ('text', 'changes'),
   'row': ('row', 'layer'),
@@ -60,6 +60,18 @@ QUESTIONS = {
   'health': (),
 }
 STREAM = ('text', 'changes', 'sampling')
+
+
+class Protocol(H11Protocol):
+  """Drops a client that connects and asks nothing."""
+
+  def connection_made(self, transport: asyncio.Transport) -> None:
+    """See asyncio."""
+    super().connection_made(transport)
+    self.loop.call_later(HEAD_SECONDS, lambda: self.cycle or transport.close())
+
+
+SERVER = {'http': Protocol, 'limit_concurrency': 128, 'timeout_keep_alive': 5, 'timeout_graceful_shutdown': 2}
 
 
 def serve(views: Sequence[RunView], host: str, port: int) -> None:
@@ -81,7 +93,7 @@ def serve(views: Sequence[RunView], host: str, port: int) -> None:
   port = listening.getsockname()[1]
   shown = f'[{host}]' if ':' in host else host
   app = make_app(views, [f'{name}:{port}' for name in (*LOOPBACK, shown, socket.gethostname())])
-  config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, http='h11', **SERVER)
+  config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, **SERVER)
   print(f'http://{shown}:{port}   (Ctrl-C ends it)', flush=True)
   uvicorn.Server(config).run([listening])
 
