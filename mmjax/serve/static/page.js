@@ -34,6 +34,13 @@ function fill(element, ...children) {
   return element
 }
 
+// Fills a part of the page again; the keyboard stays in it.
+function refill(id, ...children) {
+  const place = $(id), inside = place.contains(document.activeElement)
+  fill(place, ...children)
+  if (inside) place.focus({ preventScroll: true })
+}
+
 const number = (value, digits = 2) => value == null ? '' : value.toLocaleString('en', { maximumFractionDigits: digits })
 const percent = share => `${share >= 0.1 || !share ? (100 * share).toFixed(0) : (100 * share).toPrecision(2)}\u00a0%`
 const visible = token => token.replaceAll('\n', '⏎').replaceAll('\t', '⇥').replace(/^ +| +$/g, s => '␣'.repeat(s.length))
@@ -101,7 +108,7 @@ const mostSurprising = tokens => tokens.reduce((best, token, at) => (token.nats 
 
 function drawTokens() {
   $('reading').classList.toggle('two', state.runs.length > 1)
-  fill($('reading'), ...state.reads.map((found, run) => {
+  refill('reading', ...state.reads.map((found, run) => {
     const changed = state.nexts[run]?.nats
     const nats = found.tokens.slice(1).reduce((sum, token) => sum + token.nats, 0)
     const after = changed?.slice(1).reduce((sum, value) => sum + value, 0)
@@ -180,11 +187,11 @@ function drawInspector() {
   markShown()
   const shown = state.pointed ?? state.held
   if (state.row) return
-  if (!shown) return fill($('inspector'), h('p.soft', null, 'Read a text, then point at a token.'))
+  if (!shown) return refill('inspector', h('p.soft', null, 'Read a text, then point at a token.'))
   const token = state.reads[shown.run].tokens[shown.at]
   const memory = state.runs[shown.run].memory
   const rows = token.layers.flatMap(reads => reads.map(([row]) => row))
-  fill($('inspector'), 
+  refill('inspector', 
     h('div.head', null, h('span.big', null, visible(token.token)),
       h('small', null, state.runs.length > 1 ? `${state.runs[shown.run].name}, ` : '', `token ${shown.at}`)),
     token.nats == null ? h('p.soft', null, 'Every row of text begins with this token.')
@@ -254,7 +261,7 @@ function drawRow(run, found) {
     h('table', null, tokens.slice(0, 8).map(token => h('tr', { title: `${percent(token.probability_without)} without, ${percent(token.probability)} with` },
       h('td', null, h('code', null, visible(token.token))), h('td.bar', null, bar(Math.abs(token.log_change) / Math.abs(tokens[0].log_change || 1), kind)),
       h('td.n', null, token.log_change.toFixed(3))))))
-  fill($('inspector'), 
+  refill('inspector', 
     h('div.head', null, h('h2', null, `Row ${row}`),
       h('button', { type: 'button', onclick: closeRow }, '← back to the token')),
     h('div.tabs', null, state.runs[run].memory.layers.map(number => h('button', { type: 'button', 'aria-pressed': `${number === layer}`,
@@ -321,7 +328,7 @@ function drawComing() {
     h('button', { type: 'button', 'aria-label': `undo the change of row ${entry.row}`, onclick: () => { state.changes[run].splice(i, 1); compare() } }, '×'))))
   const all = chips.length > 12 ? [...chips.slice(0, 12), h('small', null, `and ${chips.length - 12} more`)] : chips
   if (chips.length) all.push(h('button', { type: 'button', onclick: () => { state.changes = state.runs.map(() => []); compare() } }, 'Undo all'))
-  fill($('changes'), ...all)
+  refill('changes', ...all)
   fill($('variants'), ...state.nexts.map((found, run) => {
     const isChanged = found.nats != null
     const most = Math.max(...found.next.flatMap(([, before, after]) => [before, after ?? 0]))
@@ -381,7 +388,7 @@ const runChoice = (chosen, choose) => state.runs.length > 1 ? choices('run', sta
 async function drawMap() {
   const { run, layer } = state.map, { memory, corpus, remarks } = state.runs[run]
   const title = h('div.head', null, h('h2', { id: 'bank-title' }, 'The bank, by use'), runChoice(run, value => { state.map = { run: value, layer: null }; drawMap() }))
-  if (!memory || !corpus) return fill($('bank'), title, h('p.note', null, memory ? remarks.at(-1) : `${state.runs[run].name} has no memory: nothing is read.`))
+  if (!memory || !corpus) return refill('bank', title, h('p.note', null, memory ? remarks.at(-1) : `${state.runs[run].name} has no memory: nothing is read.`))
   const found = await ask('map', { run, layer }).catch(error => ({ error }))
   if (found.error) return say(found.error.message, true)
   const ofLayer = layer ?? memory.layers[0], sub = Math.round(Math.sqrt(memory.rows)), side = found.side
@@ -401,7 +408,7 @@ async function drawMap() {
   paint(canvas, found.cells)
   markRows(canvas, run, layer, sub, found.rows_per_cell)
   const go = h('input', { type: 'number', min: 0, max: memory.rows - 1, 'aria-label': 'row to open', placeholder: 'row' })
-  fill($('bank'), title,
+  refill('bank', title,
     choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, `layer ${number}`])], layer, value => { state.map.layer = value; drawMap() }),
     h('div.bank', null, h('div', null, h('p', null, canvas), under),
       h('div', null, h('h3', null, 'Read most'), h('div.hottest', null, found.hottest.map(([row, reads]) => h('span', null, rowButton(run, row, ofLayer), h('small', null, ` ${number(reads)}`)))),
