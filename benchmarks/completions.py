@@ -88,7 +88,7 @@ def soak(port: int, requests: int, asked: list[dict], expected: list[dict]) -> N
   def ask(number: int) -> bool | None:
     fields = asked[at := number % len(asked)]
     if random.Random(number).random() < 0.25:
-      connection = connect(port, fields | {'stream': True, 'max_tokens': 1024})
+      connection = connect(port, fields | {'stream': True, 'max_tokens': 100})
       connection.getresponse().readline()
       return connection.close()
     return complete(port, fields)['choices'] == expected[at]['choices']

@@ -28,9 +28,9 @@ MODELS = {
 }
 
 
-def make_view(tiny_run, name):
+def make_view(tiny_run, name, **more):
   """The page's view of a model with random weights, with the tokenizer and the text of a run."""
-  config = tiny_config(**MODELS[name])
+  config = tiny_config(**MODELS[name], **more)
   view = RunView(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]), open_run(tiny_run))
   while view.corpus and not view.corpus.done:
     view.corpus.grow()

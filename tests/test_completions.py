@@ -15,7 +15,7 @@ from tests.serving import make_view, request, serving
 
 @pytest.fixture(scope='module')
 def view(tiny_run):
-  return make_view(tiny_run, 'mixed')
+  return make_view(tiny_run, 'mixed', model__max_seq_len=128)
 
 
 @pytest.fixture(scope='module')
@@ -134,7 +134,7 @@ def test_answers_do_not_depend_on_company(port):
 def test_client_that_leaves_frees_its_place(port, view):
   for stream in (True, False) * batch.SLOTS:
     connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-    asked = ASKED | {'max_tokens': 1024, 'temperature': 2, 'stream': stream, 'n': 4}
+    asked = ASKED | {'max_tokens': 100, 'temperature': 2, 'stream': stream, 'n': 4}
     connection.request('POST', '/v1/completions', json.dumps(asked), {'Content-Type': 'application/json'})
     if stream:
       assert connection.getresponse().readline()
@@ -156,8 +156,9 @@ def test_client_that_leaves_frees_its_place(port, view):
     ({'prompt': 5}, 'prompt', 'must be a text'),
     ({'prompt': []}, 'prompt', 'must be a text'),
     ({'prompt': [[10**6]]}, 'prompt', 'outside of the vocabulary'),
-    ({'prompt': [5] * 17}, 'prompt', 'has 17 tokens, more than model.max_seq_len=16'),
-    ({'max_tokens': 0}, 'max_tokens', '0 must be a whole number from 1 to 1024'),
+    ({'prompt': [5] * 129}, 'prompt', 'has 129 tokens, more than model.max_seq_len=128'),
+    ({'max_tokens': 0}, 'max_tokens', '0 must be a whole number from 1 to 128'),
+    ({'max_tokens': 128}, 'max_tokens', 'are more than model.max_seq_len=128'),
     ({'max_tokens': True}, 'max_tokens', 'must be a whole number'),
     ({'n': 65}, 'n', 'from 1 to 64'),
     ({'logprobs': 6}, 'logprobs', 'from 0 to 5'),

@@ -1,7 +1,8 @@
 """Completions that are written together: a new one joins the batch that is running, one that ends makes room.
 
-The batch always has SLOTS rows of one length, whatever stands in them, so that one compiled function serves it and
-every bit of a row is what it would be alone. A row's random numbers come from its own seed, choice and step.
+The batch has SLOTS rows of one length, whatever stands in them, so that one compiled function serves it and every bit
+of a row is what it would be alone. On a CPU, where products of 4 and of 16 rows have the same bits, few rows are computed
+as FEW. A row's random numbers come from its own seed, choice and step.
 Source: iteration-level scheduling, Yu et al. 2022, Orca.
 """
 
@@ -25,10 +26,9 @@ from mmjax.inference.sampling import keep_top_p
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import Cache, Params, init_cache, model_graph
 
-SLOTS = 16
-BLOCK = 4  # tokens of each row between two looks of the host
+SLOTS, FEW = 16, 4
+BLOCK = 8  # tokens of each row between two looks of the host
 TOP = 5  # likeliest tokens that are told of each position
-MOST_NEW_TOKENS = 1024
 MOST_JOBS = 256  # written or waiting
 
 
@@ -63,7 +63,7 @@ class Batch:
       worker: computes in a thread of its own what it is given.
     """
     self._lm, self._worker = lm, worker
-    self._length = padded_length(lm.config.model.max_seq_len + MOST_NEW_TOKENS + BLOCK)
+    self._length = padded_length(lm.config.model.max_seq_len + BLOCK)
     steps = _Steps(
       model_graph(lm.config), lm.config, lm.placement.dtype, lm.placement.attention, lm.tokenizer.vocab_size
     )
@@ -122,14 +122,17 @@ class Batch:
           self._place(slot, job)
     if not any(self._jobs):
       return []
-    self._cache, written = self._decode(self._lm.params, self._cache, self._state)
+    last = max(slot for slot, job in enumerate(self._jobs) if job)
+    rows = FEW if last < FEW and jax.default_backend() == 'cpu' else SLOTS
+    state = {name: values[:rows] for name, values in self._state.items()}
+    self._cache, written = self._decode(self._lm.params, self._cache, state)
     token_XB, log_XB, top_XBK, top_log_XBK = map(np.asarray, written)
-    self._state['token_B'] = token_XB[-1].copy()
-    self._state['position_B'] += BLOCK
-    self._state['step_B'] += BLOCK
+    self._state['token_B'][:rows] = token_XB[-1]
+    self._state['position_B'][:rows] += BLOCK
+    self._state['step_B'][:rows] += BLOCK
     found = []
-    for slot, job in enumerate(self._jobs):
-      if job is None:  # such a row writes into its own slots, from the start again and again
+    for slot, job in enumerate(self._jobs[:rows]):
+      if job is None:  # such a row writes into its own place, from the start again and again
         self._state['position_B'][slot] = 0
         continue
       job.made += BLOCK
@@ -183,12 +186,13 @@ class _Steps:
     return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, slot, 0), cache, row)
 
   def decode(self, params: Params, cache: Cache, state: dict[str, Array]) -> tuple[Cache, tuple[Array, ...]]:
-    """Writes BLOCK tokens in each row.
+    """Writes BLOCK tokens in each of the first rows, as many as `state` has.
 
     Returns:
       The cache and, with X = BLOCK and K = TOP, token_XB, their log-probabilities, and the likeliest ones' (X, B, K).
     """
-    model = nnx.merge(self.graphdef, params)
+    model, whole = nnx.merge(self.graphdef, params), cache
+    cache = jax.tree.map(lambda leaf: leaf[: len(state['token_B'])], whole)
     key_B = jax.random.wrap_key_data(state['key_B2'])
     temperature_B1, top_p_B1 = state['temperature_B'][:, None], state['top_p_B'][:, None]
 
@@ -207,4 +211,4 @@ class _Steps:
       return (token_B, cache), (token_B, log_B, top_BK, top_log_BK)
 
     (_, cache), written = jax.lax.scan(step, (state['token_B'], cache), jnp.arange(BLOCK, dtype=jnp.int32))
-    return cache, written
+    return jax.tree.map(lambda leaf, part: leaf.at[: len(part)].set(part), whole, cache), written

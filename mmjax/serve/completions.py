@@ -23,7 +23,7 @@ from mmjax.errors import CommandError, UserError
 from mmjax.files import finite
 from mmjax.inference.memory_reads import token_text
 from mmjax.inference.settings import Sampling
-from mmjax.serve.batch import MOST_NEW_TOKENS, TOP, Batch, Job, Token
+from mmjax.serve.batch import TOP, Batch, Job, Token
 from mmjax.serve.requests import Refusal, Worker, read_body
 from mmjax.serve.view import RunView
 
@@ -235,7 +235,10 @@ class Completions:
         raise BadField(name, 'must be true or false')
     prompts, starts = _prompts(view, asked.get('prompt'))
     n = _whole_number(asked, 'n', 1, MOST_CHOICES // len(prompts))
-    max_tokens = _whole_number(asked, 'max_tokens', 0 if asked['echo'] else 1, MOST_NEW_TOKENS)
+    most, longest = view.lm.config.model.max_seq_len, max(map(len, prompts))
+    max_tokens = _whole_number(asked, 'max_tokens', 0 if asked['echo'] else 1, most)
+    if longest + max_tokens > most:
+      raise BadField('max_tokens', f'{max_tokens} and a prompt of {longest} are more than model.max_seq_len={most}')
     logprobs = None if asked['logprobs'] is None else _whole_number(asked, 'logprobs', 0, TOP)
     seed = secrets.randbelow(2**31) if asked['seed'] is None else asked['seed']
     sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)
