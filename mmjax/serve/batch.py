@@ -1,8 +1,8 @@
 """Completions that are written together: a new one joins the batch that is running, one that ends makes room.
 
 The batch has SLOTS rows of one length, whatever stands in them, so that one compiled function serves it and every bit
-of a row is what it would be alone. On a CPU, where products of 4 and of 16 rows have the same bits, few rows are computed
-as FEW. A row's random numbers come from its own seed, choice and step.
+of a row is what it would be alone. On a CPU, where products of 4 and of 16 rows have the same bits, few rows are
+computed as FEW. A row's random numbers come from its own seed, choice and step.
 Source: iteration-level scheduling, Yu et al. 2022, Orca.
 """
 
