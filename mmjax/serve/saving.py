@@ -1,6 +1,7 @@
 """The page as one file that opens anywhere: all that it asks for a text, answered beforehand."""
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from importlib import resources
@@ -10,7 +11,8 @@ from mmjax.files import finite
 from mmjax.inference.settings import Sampling
 from mmjax.serve.view import RunView
 
-ROWS = 24  # that can be opened: those of each layer that the text reads most
+ROWS = 24  # of each layer that can be opened: those that the text reads most
+ROW_SECONDS = 60  # after so long no more rows are looked up
 NEW_TOKENS = 60
 
 
@@ -22,6 +24,10 @@ def saved_page(views: Sequence[RunView], text: str) -> str:
       view.corpus.grow()
     for question, fields in _questions(view, text):
       answers[_key(question, {'run': run, **fields})] = getattr(view, question)(**fields)
+    start = time.monotonic()
+    for fields in _rows(view, text):
+      if time.monotonic() < start + ROW_SECONDS:
+        answers[_key('row', {'run': run, **fields})] = view.row(**fields)
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
     answers[_key('stream', {'run': run, 'text': text, 'changes': []})] = ''.join(view.stream(text, [], sampling))
   saved = {'text': text, 'runs': [view.describe() for view in views], 'answers': answers}
@@ -33,16 +39,19 @@ def saved_page(views: Sequence[RunView], text: str) -> str:
 
 def _questions(view: RunView, text: str) -> list[tuple[str, dict[str, Any]]]:
   asked = [('read', {'text': text}), ('next', {'text': text, 'changes': []}), ('health', {})]
+  layers = () if view.corpus is None else (None, *view.reader.layers)
+  return asked + [('map', {'layer': layer}) for layer in layers]
+
+
+def _rows(view: RunView, text: str) -> list[dict[str, int]]:
+  """Returns the rows of each layer that a text reads most, those that are read more first."""
   if view.corpus is None:
-    return asked
-  asked += [('map', {'layer': layer}) for layer in (None, *view.reader.layers)]
-  taken = [Counter() for _ in view.reader.layers]
+    return []
+  taken = Counter()
   for token in view.read(text)['tokens']:
-    for counts, reads in zip(taken, token['layers'], strict=True):
-      counts.update(row for row, *_ in reads)
-  for layer, counts in zip(view.reader.layers, taken, strict=True):
-    asked += [('row', {'row': row, 'layer': layer}) for row, _ in counts.most_common(ROWS)]
-  return asked
+    for layer, reads in zip(view.reader.layers, token['layers'], strict=True):
+      taken.update((layer, row) for row, *_ in reads)
+  return [{'row': row, 'layer': layer} for (layer, row), _ in taken.most_common(ROWS * len(view.reader.layers))]
 
 
 def _key(question: str, fields: dict[str, Any]) -> str:
