@@ -11,7 +11,7 @@ from mmjax.files import finite
 from mmjax.inference.settings import Sampling
 from mmjax.serve.view import RunView
 
-ROWS = 24  # of each layer that can be opened: those that the text reads most
+ROWS = 24  # that can be opened, for each layer with a memory
 ROW_SECONDS = 60  # after so long no more rows are looked up
 NEW_TOKENS = 60
 
