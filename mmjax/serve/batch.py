@@ -1,8 +1,8 @@
 """Completions that are written together: a new one joins the batch that is running, one that ends makes room.
 
-The batch has SLOTS rows of one length, whatever stands in them, so that one compiled function serves it and every bit
-of a row is what it would be alone. On a CPU, where products of 4 and of 16 rows have the same bits, few rows are
-computed as FEW. A row's random numbers come from its own seed, choice and step.
+Rows are computed in groups of one size and length, whatever stands in them, so that one compiled function serves them
+and every bit of a row is what it would be alone. On a CPU groups are small, because a row that is free costs what any
+other does. A row's random numbers come from its own seed, choice and step.
 Source: iteration-level scheduling, Yu et al. 2022, Orca.
 """
 
@@ -26,7 +26,8 @@ from mmjax.inference.sampling import keep_top_p
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import Cache, Params, init_cache, model_graph
 
-SLOTS, FEW = 16, 4
+SLOTS = 16  # written at the same time
+CPU_ROWS = 4  # of a group on a CPU; elsewhere all are one group
 BLOCK = 8  # tokens of each row between two looks of the host
 TOP = 5  # likeliest tokens that are told of each position
 MOST_JOBS = 256  # written or waiting
@@ -63,22 +64,23 @@ class Batch:
       worker: computes in a thread of its own what it is given.
     """
     self._lm, self._worker = lm, worker
-    self._length = padded_length(lm.config.model.max_seq_len + BLOCK)
+    rows = CPU_ROWS if jax.default_backend() == 'cpu' else SLOTS
+    self._groups = [_Group(rows) for _ in range(SLOTS // rows)]
     steps = _Steps(
       model_graph(lm.config), lm.config, lm.placement.dtype, lm.placement.attention, lm.tokenizer.vocab_size
     )
     self._admit = lm.placement.jit(steps.admit, donate_argnames='cache')
     self._decode = lm.placement.jit(steps.decode, donate_argnames='cache')
-    self._cache: Cache | None = None
-    self._jobs: list[Job | None] = [None] * SLOTS
-    self._state = _empty_state()
     self._waiting: deque[Job] = deque()
     self._running: asyncio.Task | None = None
 
   @property
   def full(self) -> bool:
     """Whether no more jobs are taken now."""
-    return len(self._waiting) + sum(job is not None for job in self._jobs) >= MOST_JOBS
+    return len(self._waiting) + len(self._written()) >= MOST_JOBS
+
+  def _written(self) -> list[Job]:
+    return [job for group in self._groups for job in group.jobs if job]
 
   async def write(self, job: Job) -> AsyncIterator[Token]:
     """Yields tokens as they are written, EOS included; who stops asking frees the place."""
@@ -99,74 +101,82 @@ class Batch:
   async def _run(self) -> None:
     """Goes round while there is anything to write."""
     try:
-      while self._waiting or any(self._jobs):
-        for job, tokens in await self._worker(self._round):
-          for token in tokens:
-            job.written.put_nowait(token)
+      while self._waiting or self._written():
+        for group in self._groups:
+          for job, tokens in await self._worker(self._round, group):
+            for token in tokens:
+              job.written.put_nowait(token)
     except BaseException as error:
-      for job in (*filter(None, self._jobs), *self._waiting):
+      for job in (*self._written(), *self._waiting):
         job.written.put_nowait(error)
-      self._jobs, self._cache = [None] * SLOTS, None
+      for group in self._groups:
+        group.__init__(len(group.jobs))
       self._waiting.clear()
       raise
 
+  def _empty(self, group: '_Group') -> Cache:
+    model = self._lm.config.model
+    return init_cache(model, len(group.jobs), padded_length(model.max_seq_len + BLOCK), self._lm.placement.dtype)
+
   @own_jax_settings()
-  def _round(self) -> list[tuple[Job, list[Token]]]:
-    """Frees places and fills them, and writes BLOCK tokens in each row."""
-    for slot, job in enumerate(self._jobs):
+  def _round(self, group: '_Group') -> list[tuple[Job, list[Token]]]:
+    """Frees places of a group and fills them, and writes BLOCK tokens in each row."""
+    for row, job in enumerate(group.jobs):
       if job is not None and (job.left or job.made >= job.sampling.max_new_tokens):
-        self._jobs[slot], self._state['position_B'][slot] = None, 0
-      while self._jobs[slot] is None and self._waiting:
+        group.jobs[row] = None
+      while group.jobs[row] is None and self._waiting:
         job = self._waiting.popleft()
         if not job.left:
-          self._place(slot, job)
-    if not any(self._jobs):
+          tokens_1T = np.pad(job.prompt, (0, padded_length(len(job.prompt)) - len(job.prompt)))[None].astype(np.int32)
+          group.cache = self._admit(self._lm.params, group.cache or self._empty(group), tokens_1T, row)
+          group.place(row, job)
+    if not any(group.jobs):
       return []
-    last = max(slot for slot, job in enumerate(self._jobs) if job)
-    rows = FEW if last < FEW and jax.default_backend() == 'cpu' else SLOTS
-    state = {name: values[:rows] for name, values in self._state.items()}
-    self._cache, written = self._decode(self._lm.params, self._cache, state)
+    group.cache, written = self._decode(self._lm.params, group.cache, group.state)
     token_XB, log_XB, top_XBK, top_log_XBK = map(np.asarray, written)
-    self._state['token_B'][:rows] = token_XB[-1]
-    self._state['position_B'][:rows] += BLOCK
-    self._state['step_B'][:rows] += BLOCK
+    group.advance(token_XB[-1])
     found = []
-    for slot, job in enumerate(self._jobs[:rows]):
-      if job is None:  # such a row writes into its own place, from the start again and again
-        self._state['position_B'][slot] = 0
-        continue
-      job.made += BLOCK
-      tops = (list(zip(top_XBK[x, slot].tolist(), top_log_XBK[x, slot].tolist(), strict=True)) for x in range(BLOCK))
-      of_row = zip(token_XB[:, slot].tolist(), log_XB[:, slot].tolist(), tops, strict=True)
-      found.append((job, [Token(*token) for token in of_row]))
+    for row, job in enumerate(group.jobs):
+      if job is not None:
+        job.made += BLOCK
+        of_row = zip(*(x[:, row].tolist() for x in (token_XB, log_XB, top_XBK, top_log_XBK)), strict=True)
+        found.append((job, [Token(token, log, list(zip(*top, strict=True))) for token, log, *top in of_row]))
     return found
 
-  def _place(self, slot: int, job: Job) -> None:
-    """Reads a job's prompt into a row; its last token is read again by the first step, which draws what follows."""
-    self._jobs[slot] = job
-    if self._cache is None:
-      self._cache = init_cache(self._lm.config.model, SLOTS, self._length, self._lm.placement.dtype)
-    padding = padded_length(len(job.prompt)) - len(job.prompt)
-    tokens_1T = np.pad(np.asarray(job.prompt, np.int32), (0, padding))[None]
-    self._cache = self._admit(self._lm.params, self._cache, tokens_1T, slot)
-    key = jax.random.fold_in(jax.random.key(job.sampling.seed), job.choice)
-    row = {
-      'token_B': job.prompt[-1],
-      'position_B': len(job.prompt) - 1,
-      'key_B2': np.asarray(jax.random.key_data(key)),
-      'step_B': 0,
-      'temperature_B': job.sampling.temperature,
-      'top_p_B': job.sampling.top_p,
+
+class _Group:
+  """Rows that are computed together, and where each stands; those without a job write into their own place.
+
+  Attributes:
+    jobs: of each row, or None.
+    state: on the host, what `_Steps.decode` takes.
+    cache: on the device; None before the first job.
+  """
+
+  def __init__(self, rows: int):
+    self.jobs: list[Job | None] = [None] * rows
+    ints, floats = ('token_B', 'position_B', 'step_B'), ('temperature_B', 'top_p_B')
+    self.state = {name: np.zeros(rows, np.int32) for name in ints} | {
+      name: np.ones(rows, np.float32) for name in floats
     }
-    for name, value in row.items():
-      self._state[name][slot] = value
+    self.state['key_B2'] = np.zeros((rows, 2), np.uint32)
+    self.cache: Cache | None = None
 
+  def place(self, row: int, job: Job) -> None:
+    """Puts a job into a row whose cache has its prompt: the last token is read again by the first step."""
+    self.jobs[row] = job
+    key = jax.random.fold_in(jax.random.key(job.sampling.seed), job.choice)
+    self.state['key_B2'][row] = jax.random.key_data(key)
+    self.state['token_B'][row], self.state['position_B'][row] = job.prompt[-1], len(job.prompt) - 1
+    self.state['temperature_B'][row], self.state['top_p_B'][row] = job.sampling.temperature, job.sampling.top_p
+    self.state['step_B'][row] = 0
 
-def _empty_state() -> dict[str, np.ndarray]:
-  """Returns where each row stands, on the host."""
-  ints, floats = {'token_B', 'position_B', 'step_B'}, {'temperature_B', 'top_p_B'}
-  state = {name: np.zeros(SLOTS, np.int32) for name in ints} | {name: np.ones(SLOTS, np.float32) for name in floats}
-  return state | {'key_B2': np.zeros((SLOTS, 2), np.uint32)}
+  def advance(self, token_B: np.ndarray) -> None:
+    """Notes that BLOCK tokens were written, which end in these."""
+    busy_B = np.array([job is not None for job in self.jobs])
+    self.state['token_B'] = np.where(busy_B, token_B, 0).astype(np.int32)
+    self.state['position_B'] = np.where(busy_B, self.state['position_B'] + BLOCK, 0).astype(np.int32)
+    self.state['step_B'] += BLOCK
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,13 +196,12 @@ class _Steps:
     return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, slot, 0), cache, row)
 
   def decode(self, params: Params, cache: Cache, state: dict[str, Array]) -> tuple[Cache, tuple[Array, ...]]:
-    """Writes BLOCK tokens in each of the first rows, as many as `state` has.
+    """Writes BLOCK tokens in each row.
 
     Returns:
       The cache and, with X = BLOCK and K = TOP, token_XB, their log-probabilities, and the likeliest ones' (X, B, K).
     """
-    model, whole = nnx.merge(self.graphdef, params), cache
-    cache = jax.tree.map(lambda leaf: leaf[: len(state['token_B'])], whole)
+    model = nnx.merge(self.graphdef, params)
     key_B = jax.random.wrap_key_data(state['key_B2'])
     temperature_B1, top_p_B1 = state['temperature_B'][:, None], state['top_p_B'][:, None]
 
@@ -211,4 +220,4 @@ class _Steps:
       return (token_B, cache), (token_B, log_B, top_BK, top_log_BK)
 
     (_, cache), written = jax.lax.scan(step, (state['token_B'], cache), jnp.arange(BLOCK, dtype=jnp.int32))
-    return jax.tree.map(lambda leaf, part: leaf.at[: len(part)].set(part), whole, cache), written
+    return cache, written
