@@ -35,16 +35,7 @@ def main() -> None:
     from mmjax.console import prepare_terminal
     from mmjax.files import write_json
     from mmjax.inference.api import load
-    from mmjax.inference.measure import (
-      PROMPTS,
-      WHERE,
-      add_training_norms,
-      continue_prompts,
-      evaluation_placement,
-      measure_text,
-      read_prompts,
-      text_remarks,
-    )
+    from mmjax.inference.measure import PROMPTS, WHERE, continue_prompts, measure_run, read_prompts
     from mmjax.report.write import write_report
     from mmjax.run.directory import open_run
 
@@ -54,16 +45,7 @@ def main() -> None:
   config = override_config(run.read_config(), overrides, WHERE)
   lm = load(run.path, arguments.checkpoint, **placement_from_flags(arguments))
   lm.config = config
-  placement = evaluation_placement(lm)
-  found = {
-    'checkpoint': lm.step,
-    'valid_files': arguments.valid_files,
-    'attention': placement.attention,
-    'dtype': placement.dtype.name,
-    **add_training_norms(measure_text(lm, run, arguments.valid_files), run, lm.step),
-    'remarks': text_remarks(config, run, arguments.valid_files),
-    **continue_prompts(lm, prompts, sampling),
-  }
+  found = measure_run(lm, run, arguments.valid_files) | continue_prompts(lm, prompts, sampling)
   print_evaluation(found)
   write_json(run.path / 'eval.json', found)
   print(f'Written: {run.path / "eval.json"} and {write_report(run.path)}')

@@ -45,6 +45,26 @@ def read_prompts(path: str | Path) -> list[str]:
   return prompts
 
 
+def measure_run(lm: LanguageModel, run: RunDir, valid_files: str = '') -> dict[str, Any]:
+  """Returns what eval.json says of a model, but for its continuations.
+
+  For the arguments and errors see `measure_text`.
+
+  Returns:
+    checkpoint, valid_files, attention and dtype; what EvalResult holds, with the norms that training logged at this
+    step (None where it logged none); remarks: what of the text is cut off, or was learned.
+  """
+  placement = _placement(lm)
+  return {
+    'checkpoint': lm.step,
+    'valid_files': valid_files,
+    'attention': placement.attention,
+    'dtype': placement.dtype.name,
+    **_with_training_norms(measure_text(lm, run, valid_files).to_dict(), run, lm.step),
+    'remarks': _text_remarks(lm.config, run, valid_files),
+  }
+
+
 @own_jax_settings()
 def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalResult:
   """Evaluates on the run's validation set, or on other files, as the training loop does but on one device.
@@ -59,28 +79,11 @@ def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalR
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
-  placement = evaluation_placement(lm)
+  placement = _placement(lm)
   config = dataclasses.replace(lm.config, train=dataclasses.replace(lm.config.train, dtype=placement.dtype.name))
   split = open_text(config, run, valid_files)
   step = make_eval_step(model_graph(config), config, placement)
   return evaluate_split(config, step, lm.params, split)
-
-
-def evaluation_placement(lm: LanguageModel) -> Placement:
-  """Returns how a model is evaluated: in the dtype of training, unless it was loaded with another."""
-  return place_reader(lm.config, dtype=lm.dtype or lm.config.train.dtype, attention=lm.attention)
-
-
-def text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:
-  """Returns what a user should know of the text of an evaluation: what of it is cut off, or was learned."""
-  split = open_text(config, run, files, Progress(quiet=True))
-  entry, training = split.index['splits'][split.split], find_run_data(run, config)
-  shared = None
-  if files and training:
-    shared = shared_documents(split.directory, entry, training, read_index(training))
-  elif not files and 'also_in_train' in entry:
-    shared = entry['also_in_train']
-  return list(filter(None, [cut_remark({'validation': split}), overlap_remark(entry, shared)]))
 
 
 def open_text(config: Config, run: RunDir, files: str = '', progress: Progress | None = None) -> TokenSplit:
@@ -105,17 +108,28 @@ def open_text(config: Config, run: RunDir, files: str = '', progress: Progress |
   return open_split(prepared, 'train', **rows)  # the name of the only split there is
 
 
-def add_training_norms(found: EvalResult, run: RunDir, step: int) -> dict[str, Any]:
-  """Returns the numbers of an evaluation, with the norms that the training loop logged with its own at that step.
+def _placement(lm: LanguageModel) -> Placement:
+  """Returns how a model is evaluated: in the dtype of training, unless it was loaded with another."""
+  return place_reader(lm.config, dtype=lm.dtype or lm.config.train.dtype, attention=lm.attention)
 
-  Only training knows gradients and updates; the norms are None where the log has no evaluation of this step, and
-  those of a gate also where a layer has none.
-  """
+
+def _text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:
+  split = open_text(config, run, files, Progress(quiet=True))
+  entry, training = split.index['splits'][split.split], find_run_data(run, config)
+  shared = None
+  if files and training:
+    shared = shared_documents(split.directory, entry, training, read_index(training))
+  elif not files and 'also_in_train' in entry:
+    shared = entry['also_in_train']
+  return list(filter(None, [cut_remark({'validation': split}), overlap_remark(entry, shared)]))
+
+
+def _with_training_norms(numbers: dict[str, Any], run: RunDir, step: int) -> dict[str, Any]:
+  """Adds the norms that the loop logged with its own evaluation at a step; only training knows gradients."""
   records = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
-  logged = [r for r in records if r['kind'] == 'eval' and r['step'] == step]
+  logged = [record for record in records if record['kind'] == 'eval' and record['step'] == step]
   norms = logged[-1] if logged else {'bank': [], 'probes': {}}
   by_layer = {health['layer']: health for health in norms['bank']}
-  numbers = found.to_dict()
   for health in numbers['bank']:
     health |= {name: by_layer.get(health['layer'], {}).get(name) for name in LAYER_NORMS}
   if numbers['probes']:
