@@ -62,3 +62,12 @@ def test_memories_and_optimizers_of_the_guide_do_what_it_says(examples):
   want = names['bank_MP'] - 0.1 * jax.grad(loss)(names['bank_MP'])
   np.testing.assert_allclose(names['new_bank_MP'], want, rtol=1e-5, atol=1e-7)
   assert np.any(names['new_bank_MP'] != names['bank_MP'])
+
+
+def test_way_from_the_command_to_the_gradient_takes_at_most_a_thousand_lines():
+  way = Path('README.md').read_text().partition('From the command to the gradient')[2]
+  files = re.findall(r'\]\(([\w/]+\.py)\)', way)
+  assert files[:5] == [
+    'train.py', 'mmjax/training/loop.py', 'mmjax/training/step.py', 'mmjax/evaluation/loss.py', 'mmjax/model/lm.py'
+  ] and len(files) > 5  # fmt: skip
+  assert sum(len(Path(file).read_text().splitlines()) for file in files) <= 1000

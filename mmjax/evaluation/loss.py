@@ -1,4 +1,4 @@
-"""What training minimises and evaluation measures: the loss of a batch, its hits, and which rows the memory read."""
+"""What training minimises and evaluation measures of a batch; it runs the model of mmjax/model/lm.py, which is next."""
 
 from collections.abc import Callable
 

@@ -1,7 +1,7 @@
 """The language model: tied embedding, blocks of attention and a sublayer, final norm.
 
 A model is a graph definition and a nested dict of float32 parameters; `nnx.merge(graphdef, params)(tokens_BT)` runs
-it. The sublayer comes from the table in mmjax.model.sublayers; the bank is one parameter, passed to every block.
+it. Its sublayers, next on the way, stand in the table of mmjax.model.sublayers; one bank is passed to every block.
 """
 
 from collections.abc import Callable

@@ -40,7 +40,7 @@ from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import MicroBatchWatch, show_step
 from mmjax.training.setup import Inputs, open_inputs, record_run, settle_config
 from mmjax.training.step import TrainState
-from mmjax.training.window import Window, write_divergence_dump
+from mmjax.training.window import Window, dump_divergence
 
 MAX_FAILED_SAVES = 3
 
@@ -177,13 +177,7 @@ class Trainer:
     what = spike if reason == 'spike' else 'update not finite'
     self.progress.say(f'Step {step}: {what}; update skipped ({skipped} in a row)')
     if skipped >= self.learner.config.train.max_skipped_updates:
-      folder = self.run.path / 'diverged'
-      write_divergence_dump(folder, step, batch, metrics, state)
-      raise DivergedError(
-        f'Diverged: {skipped} updates in a row were not finite or spikes, up to step {step} '
-        f'(train.max_skipped_updates); batch and norms are in {folder}. '
-        'A lower train.learning_rate or a smaller train.grad_clip may help.'
-      )
+      raise dump_divergence(self.run.path / 'diverged', step, batch, metrics, state)
 
   def report(self, step: int) -> None:
     """Writes one line of metrics over the steps since the last one."""

@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mmjax.config import Config
+from mmjax.errors import DivergedError
 from mmjax.evaluation.probes import add_norms, bank_health
 from mmjax.files import named_leaves, write_json
 from mmjax.model.cost import device_peak_flops, flops_per_token
@@ -76,15 +77,20 @@ class Window:
     return add_norms(line, self.steps)
 
 
-def write_divergence_dump(
+def dump_divergence(
   folder: Path, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState
-) -> None:
-  """Writes the batch that broke a run and the norms of every parameter and its gradient."""
+) -> DivergedError:
+  """Writes the batch that broke a run and the norms of every parameter and its gradient; returns what to raise."""
+  error = DivergedError(
+    f'Diverged: {int(metrics["skipped"])} updates in a row were not finite or spikes, up to step {step} '
+    f'(train.max_skipped_updates); batch and norms are in {folder}. '
+    'A lower train.learning_rate or a smaller train.grad_clip may help.'
+  )
   leaves = named_leaves(state['params'])
   names = [name for name, _ in leaves]
   norms = [float(jax.numpy.linalg.norm(leaf)) for _, leaf in leaves]  # every process has its part of them
   if not is_main():
-    return
+    return error
   folder.mkdir(exist_ok=True)
   np.savez(folder / f'batch-{step}.npz', **batch)
   content = {'step': step, 'row_ids': batch['row_id'].tolist()}
@@ -92,3 +98,4 @@ def write_divergence_dump(
   content['parameter_norms'] = dict(zip(names, norms, strict=True))
   content['gradient_norms'] = dict(zip(names, metrics['grad_norm_N'].tolist(), strict=True))
   write_json(folder / f'step-{step}.json', content)
+  return error
