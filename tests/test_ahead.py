@@ -14,7 +14,8 @@ from mmjax.ahead.cards import CARDS
 from mmjax.ahead.compiler import compile_for, prepare_environment
 from mmjax.ahead.count import bound_seconds
 from mmjax.ahead.estimate import peak_bytes
-from mmjax.ahead.hlo import Kernel, Module, Shape
+from mmjax.ahead.hlo import Module, Shape
+from mmjax.ahead.kernels import Kernel, kernels_of
 from mmjax.ahead.memory import live_at_peak
 from mmjax.config import Config, load_config
 from mmjax.errors import UserError
@@ -60,7 +61,7 @@ def compile_once(name: str, gpu: str) -> Step:
   config = load_config(f'configs/{name.split()[0]}.py', OVERRIDES.get(name, []))
   program = compile_for(config, CARDS[gpu], devices)
   module = Module(program.as_text())
-  return Step(config, devices, module, module.kernels(), peak_bytes(program))
+  return Step(config, devices, module, kernels_of(module), peak_bytes(program))
 
 
 def not_yet(now: str, *values: object) -> object:

@@ -13,6 +13,7 @@ from mmjax.ahead.compiler import prepare_environment
 from mmjax.ahead.count import bound_seconds
 from mmjax.ahead.estimate import Estimate, check_card, memory_share
 from mmjax.ahead.hlo import Module
+from mmjax.ahead.kernels import kernels_of
 from mmjax.errors import UserError
 from mmjax.tools import fit
 from tests.helpers import TINY_CONFIG, tiny_config
@@ -20,7 +21,7 @@ from tests.helpers import TINY_CONFIG, tiny_config
 
 @pytest.fixture
 def found():
-  kernels = Module(Path('tests/module.hlo').read_text()).kernels()
+  kernels = kernels_of(Module(Path('tests/module.hlo').read_text()))
   card, parts = CARDS['rtx4090'], {'state': 3e9, 'attention': 2e9, 'gradients': 1e9}
   config = tiny_config()
   return Estimate(config, card, 1, kernels, 6_000_000_000, parts, 4e9, bound_seconds(kernels, card), 1e9)

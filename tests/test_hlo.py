@@ -8,6 +8,7 @@ from mmjax.ahead.cards import CARDS, find_card
 from mmjax.ahead.count import bound_seconds, costliest, least_seconds
 from mmjax.ahead.estimate import largest_batch, same_update
 from mmjax.ahead.hlo import Module
+from mmjax.ahead.kernels import kernels_of
 from mmjax.ahead.memory import live_at_peak
 from mmjax.errors import UserError
 
@@ -16,7 +17,7 @@ TEXT = Path('tests/module.hlo').read_text()  # written by hand; sizes are small,
 
 @pytest.fixture(scope='module')
 def kernels():
-  return {kernel.name: kernel for kernel in Module(TEXT).kernels()}
+  return {kernel.name: kernel for kernel in kernels_of(Module(TEXT))}
 
 
 def test_kernels_are_those_started_and_as_often_as_their_loop_turns(kernels):
@@ -65,7 +66,7 @@ def test_collectives_send_what_a_ring_sends(kernels):
 def test_triton_is_told_from_metadata(kernels):
   assert kernels['rare'].kind == 'triton'
   text = TEXT.replace('metadata={op_name="jit(step)/while"}', 'metadata={op_name="jit(triton_step)/while"}')
-  assert sum(kernel.kind == 'triton' for kernel in Module(text).kernels()) == 1
+  assert sum(kernel.kind == 'triton' for kernel in kernels_of(Module(text))) == 1
 
 
 def test_line_is_that_of_the_package_that_called(kernels):

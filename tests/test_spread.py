@@ -42,6 +42,7 @@ def main(kind: str) -> None:
   import numpy as np
 
   from mmjax.ahead.hlo import Module
+  from mmjax.ahead.kernels import kernels_of
   from mmjax.model.lm import build_model
   from mmjax.run.sharding import make_mesh, put_batch, shardings
   from mmjax.training.step import make_gradient
@@ -62,7 +63,7 @@ def main(kind: str) -> None:
     compiled = spread.lower(*inputs).compile()
     for found, one in zip(*map(jax.tree.leaves, (compiled(*inputs), expected)), strict=True):
       np.testing.assert_allclose(np.asarray(found), np.asarray(one), rtol=1e-4, atol=2e-6)
-    sent = [kernel for kernel in Module(compiled.as_text()).kernels() if kernel.kind == 'collective']
+    sent = [kernel for kernel in kernels_of(Module(compiled.as_text())) if kernel.kind == 'collective']
     assert any(kernel.target == 'all-reduce' for kernel in sent)
     for kernel in sent:  # a row-sharded bank alone is asked in every micro-batch, and only for rows
       at_the_end = kernel.target == 'all-reduce' and not kernel.loops

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 from mmjax.ahead.cards import Card
-from mmjax.ahead.hlo import Kernel
+from mmjax.ahead.kernels import Kernel
 
 
 def least_seconds(kernel: Kernel, card: Card) -> float:

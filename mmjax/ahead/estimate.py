@@ -12,7 +12,8 @@ from typing import Any
 from mmjax.ahead.cards import Card
 from mmjax.ahead.compiler import compile_for
 from mmjax.ahead.count import bound_seconds
-from mmjax.ahead.hlo import Kernel, Module
+from mmjax.ahead.hlo import Module
+from mmjax.ahead.kernels import Kernel, kernels_of
 from mmjax.ahead.memory import live_at_peak
 from mmjax.config import Config
 from mmjax.errors import UserError
@@ -108,7 +109,7 @@ def estimate(config: Config, card: Card, devices: int = 1) -> Estimate:
   check_card(config, card)
   compiled = compile_for(config, card, devices, config.train.max_steps or RECORD_POSITIONS // tokens_of(config))
   module = Module(compiled.as_text())
-  kernels, peak = module.kernels(), peak_bytes(compiled)
+  kernels, peak = kernels_of(module), peak_bytes(compiled)
   state = compiled.memory_analysis().argument_size_in_bytes
   found = live_at_peak(module)
   found.pop('state', None)
