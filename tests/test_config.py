@@ -243,7 +243,9 @@ def test_configs_of_several_folders_do_not_get_into_each_others_way(tmp_path, mo
   assert sys.path == path and {name for name in sys.modules if name.startswith('configs')} == imported
 
 
-NEEDS_MEMORY = "it belongs to model.sublayer 'cross_attention', 'gated_fusion', 'memory_bag', 'ngram_bag'"
+NEEDS_MEMORY = (
+  "it belongs to model.sublayer 'cross_attention', 'gated_fusion', 'memory_bag', 'ngram_bag', 'ngram_bucket'"
+)
 NEEDS_GATE = "it belongs to model.sublayer 'cross_attention', 'gated_fusion', 'memory_bag'"
 IDLE = [  # config, override, what is said
   ('exp_1_4_0', 'memory.ffn_dim=64', f'memory.ffn_dim=64 does nothing in a model of dense layers: {NEEDS_MEMORY}'),
@@ -269,8 +271,8 @@ IDLE = [  # config, override, what is said
     'model.hidden_dim=64',
     "does nothing in a model of gated_fusion layers: it belongs to model.sublayer 'de",
   ),
-  ('exp_1_4_2', 'memory.bag_gate=False', "it belongs to model.sublayer 'memory_bag', 'ngram_bag'"),
-  ('exp_1_4_2', 'memory.ngrams=2', "it belongs to model.sublayer 'ngram_bag'"),
+  ('exp_1_4_2', 'memory.bag_gate=False', "it belongs to model.sublayer 'memory_bag', 'ngram_bag', 'ngram_bucket'"),
+  ('exp_1_4_2', 'memory.ngrams=2', "it belongs to model.sublayer 'ngram_bag', 'ngram_bucket'"),
   ('exp_1_4_2', 'memory.score_activation=relu', "score_activation='relu' does nothing without memory.scores='scale'"),
   ('exp_1_4_3', 'memory.bank_std=0.5', "memory.bank_std=0.5 does nothing when memory.bank_init='file' gives the rows"),
   ('exp_1_4_2', 'memory.bank_file=x', "memory.bank_file='x' does nothing without memory.bank_init='file'"),

@@ -25,6 +25,7 @@ PLUS = {
   'memory__query_key_norm': 'l2',
   'memory__ffn_dim': 16,
 }
+NGRAMS = ('ngram_bag', 'ngram_bucket')
 CHOICES = {  # sublayer and what differs from the faithful memory
   'faithful': {},
   'residual': {'input': 'residual'},
@@ -36,6 +37,7 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'bag_bias': {'sublayer': 'memory_bag', 'n_heads': 2, 'selection_bias': True},
   'bag_cheap': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'key_dim': 4, 'bag_gate': False},
   'ngram': {'sublayer': 'ngram_bag', 'n_heads': 2, 'ngrams': '2', 'ffn_dim': 12},
+  'bucket': {'sublayer': 'ngram_bucket', 'n_heads': 2, 'ngrams': '2', 'key_dim': 6, 'input': 'residual', 'ffn_dim': 12},
   'cross_attention': {'sublayer': 'cross_attention', 'n_heads': 2, 'scores': 'scale', 'input': 'residual'},
   'eight_heads': {'scores': 'scale', 'n_heads': 8, 'query_key_norm': 'l2', 'ffn_dim': 12},
 }
@@ -77,8 +79,13 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
   """
   memory, heads = config.memory, config.memory.n_heads
   m = rms(h if memory.input == 'residual' else h_attn, params['norm'])
-  if config.model.sublayer == 'ngram_bag':
+  if config.model.sublayer in NGRAMS:
     sums = [bank[fixed_rows[:, :, head]].mean(-2) for head in range(heads)]
+    if 'gate' in params:
+      query, keys = (m @ params['gate']['query']['kernel']).reshape(*m.shape[:2], heads, -1), params['gate']['keys']
+      score = np.einsum('bthp,bthrp->bthr', query, keys[fixed_rows]) / np.sqrt(keys.shape[-1])
+      weight = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
+      sums = [(weight[:, :, head, :, None] * bank[fixed_rows[:, :, head]]).sum(-2) for head in range(heads)]
     out = numpy_bag(memory, params, m, sums)
     return out + (swiglu(rms(h, params['ffn']['norm']), params['ffn']) if memory.ffn_dim else 0), fixed_rows
   query = (m @ params['gate']['query']['kernel']).reshape(*m.shape[:2], 2 * heads, -1)
@@ -143,18 +150,20 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   config, graphdef, params, h, h_attn, bank, direction = build(name)
   # A learned scale of 1 or one value everywhere would hide that it is ignored.
   params = jax.tree.map(lambda x: x * np.random.default_rng(2).uniform(0.8, 1.2, x.shape).astype(np.float32), params)
+  if config.model.sublayer == 'ngram_bucket':  # so do the keys
+    params['gate']['keys'] = np.random.default_rng(6).normal(size=params['gate']['keys'].shape).astype(np.float32)
   if config.memory.selection_bias:  # it starts at 0
     params['gate']['bias'] += np.random.default_rng(4).normal(size=params['gate']['bias'].shape).astype(np.float32)
 
-  ngrams = None
-  if config.model.sublayer == 'ngram_bag':
-    shape = (2, 5, config.memory.n_heads, config.model.num_selected)
-    ngrams = np.random.default_rng(5).integers(0, len(bank), shape, np.int32)
+  last = ngrams = None
+  if config.model.sublayer in NGRAMS:
+    last = np.random.default_rng(5).integers(0, 99, (2, 5, 2), np.int32)
+    ngrams = np.asarray(nnx.merge(graphdef, params).memory.rows_of(last))
 
   @jax.jit
   def run(params, bank):
     inputs = (jnp.asarray(x, jnp.float32) for x in (h, h_attn))
-    out = nnx.merge(graphdef, params)(*inputs, bank, jnp.float32, ngrams)
+    out = nnx.merge(graphdef, params)(*inputs, bank, jnp.float32, last)
     return jnp.sum(out.delta_BTD * direction), out
 
   (_, out), gradient = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(params, jnp.asarray(bank, jnp.float32))

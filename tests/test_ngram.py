@@ -8,7 +8,8 @@ from flax import nnx
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
-from mmjax.memory.ngram import NO_TOKEN, cached_last_tokens, last_tokens, ngram_rows
+from mmjax.memory import NgramBag
+from mmjax.memory.ngram import NO_TOKEN, bucket_rows, cached_last_tokens, last_tokens, ngram_rows
 from mmjax.model.lm import build_model, memory_layers
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from tests.helpers import random_batch, tiny_config
@@ -53,6 +54,37 @@ def test_rows_are_those_of_a_hash_of_as_many_tokens_as_the_head_looks_at():
   for b, t, head, r in np.ndindex(found.shape):
     n = (2, 3, 1)[head]
     assert found[b, t, head, r] == rows_by_hand(token[b, t, :n].tolist(), 2 * head + r, 65536)
+
+
+def test_bucket_is_neighbouring_rows_at_a_hash_and_of_one_row_the_same():
+  token = np.random.default_rng(0).integers(-1, 6400, (2, 5, 2), np.int32)
+  found = bucket_rows(jnp.asarray(token), (2, 1), 4, 1026)
+  assert found.shape == (2, 5, 2, 4) and found.dtype == jnp.int32
+  for b, t, head in np.ndindex(found.shape[:3]):
+    first = 4 * rows_by_hand(token[b, t, : (2, 1)[head]].tolist(), head, 1026 // 4)
+    assert found[b, t, head].tolist() == [first, first + 1, first + 2, first + 3]
+  one = bucket_rows(jnp.asarray(token), (2, 1), 1, 1026)
+  np.testing.assert_array_equal(one, ngram_rows(jnp.asarray(token), (2, 1), 1, 1026))
+
+
+def test_bucket_starts_as_the_mean_of_its_rows_and_of_one_row_is_an_ngram_bag():
+  more = {'memory__input': 'residual', 'memory__n_heads': 3, 'memory__ngrams': '1,2', 'memory__key_dim': 4}
+  tokens = random_batch(tiny_config())['input'][0]
+  for r in (1, 4):
+    config = tiny_config(model__sublayer='ngram_bucket', model__num_selected=r, **more)
+    graphdef, params = build_model(config)
+    out = jax.jit(lambda params, graphdef=graphdef: nnx.merge(graphdef, params)(tokens))(params)
+    if r == 1:
+      bag_config = tiny_config(model__sublayer='ngram_bag', model__num_selected=1, **more | {'memory__key_dim': 0})
+      bag = build_model(bag_config)[0]
+      for layer in params['layers'].values():
+        layer['sublayer'].pop('gate')
+      bag_out = jax.jit(lambda params, bag=bag: nnx.merge(bag, params)(tokens))(params)
+      np.testing.assert_array_equal(out.row_LBTR, bag_out.row_LBTR)
+      np.testing.assert_allclose(out.hidden_BTD, bag_out.hidden_BTD, atol=1e-6)
+    else:
+      assert not np.any(out.score_LBTR)
+      assert np.unique(np.asarray(out.row_LBTR) // 4, axis=-1).shape[-1] == 3  # a bucket for each head
 
 
 def test_rows_are_taken_as_evenly_as_at_random():
@@ -102,8 +134,6 @@ def test_earlier_tokens_count_through_the_bank_alone_where_attention_is_off():
 @pytest.mark.parametrize(
   ('changes', 'said'),
   [
-    ({'ngram_BThr': None}, 'needs the rows that they address: see NgramBag.rows'),
-    ({'ngram_BThr': (1, 2, 2, 2)}, r'must have the shape .*=\(1, 2, 3, 2\), not \(1, 2, 2, 2\)'),
     ({'bank_MP': (63, 8)}, r'=\(64, 8\), not \(63, 8\)'),
     ({'bank_MP': (64, 16)}, r'=\(64, 8\), not \(64, 16\)'),
     ({'h_BTD': (2, 32)}, r'shape \(B, T, dim=32\), not \(2, 32\)'),
@@ -113,10 +143,23 @@ def test_earlier_tokens_count_through_the_bank_alone_where_attention_is_off():
 def test_a_memory_refuses_arrays_of_other_shapes(changes, said):
   config = tiny_config(**NGRAM)
   memory = SUBLAYERS['ngram_bag'].build(config.model, config.memory, rngs=nnx.Rngs(0))
-  shapes = {'h_BTD': (1, 2, config.model.dim), 'bank_MP': (64, 8), 'ngram_BThr': (1, 2, 3, 2)} | changes
-  h_BTD, bank_MP, ngram_BThr = (shape and jnp.zeros(shape, jnp.int32) for shape in shapes.values())
+  shapes = {'h_BTD': (1, 2, config.model.dim), 'bank_MP': (64, 8)} | changes
+  h_BTD, bank_MP = (jnp.zeros(shape) for shape in shapes.values())
   with pytest.raises(ValueError, match=said):
-    memory(h_BTD, h_BTD, bank_MP, jnp.float32, ngram_BThr)
+    memory(h_BTD, h_BTD, bank_MP, jnp.float32, jnp.zeros((1, 2, 3), jnp.int32))
+
+
+@pytest.mark.parametrize(
+  ('row_BThr', 'said'),
+  [
+    (None, 'needs the rows that they address: see NgramBag.rows'),
+    (jnp.zeros((1, 2, 2, 2), jnp.int32), r'must have the shape .*=\(1, 2, 3, 2\), not \(1, 2, 2, 2\)'),
+  ],
+)
+def test_rows_of_ngrams_that_are_missing_or_of_another_shape_are_refused(row_BThr, said):
+  memory = NgramBag(dim=8, n_rows=64, row_dim=8, n_heads=3, rows_per_head=2)
+  with pytest.raises(ValueError, match=said):
+    memory.apply(memory.init(jax.random.key(0)), jnp.zeros((1, 2, 8)), jnp.zeros((64, 8)), row_BThr)
 
 
 def test_layers_of_both_kinds_share_the_bank():

@@ -133,6 +133,13 @@ def _ngram_bag(config: Config) -> dict[str, int]:
   return _beside(config) | _bag(config)
 
 
+def _ngram_bucket(config: Config) -> dict[str, int]:
+  model, memory = config.model, config.memory
+  return {
+    'gate': TRAINED * 2 * memory.n_heads * memory.query_dim(model) * (model.dim + model.num_selected)
+  } | _ngram_bag(config)
+
+
 def _bag(config: Config) -> dict[str, int]:
   model, width = config.model, config.memory.n_heads * config.model.knowledge_dim
   return {
@@ -177,6 +184,15 @@ SUBLAYERS = {
     uses_bank=True,
     reads_ngrams=True,
     sums_rows=True,
+  ),
+  'ngram_bucket': Sublayer(
+    'mmjax.model.sublayers.memory:ngram_bucket',
+    (*BANK, 'memory.ngrams', 'memory.key_dim', 'memory.bag_gate'),
+    _ngram_bucket,
+    uses_bank=True,
+    reads_ngrams=True,
+    sums_rows=True,
+    scores_weigh=lambda memory: True,
   ),
   'moe': Sublayer(
     'mmjax.model.sublayers.moe:moe',

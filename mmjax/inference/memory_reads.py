@@ -41,7 +41,7 @@ class MemoryReader:
 
   Attributes:
     layers: numbers of the layers that have a memory.
-    scores_weigh: whether rows count by their scores; weights are None where they do not.
+    weighs: by layer, whether rows count by their scores; weights are None where they do not.
     ngrams: by layer, how many of the last tokens address the rows of each head; () where a gate with scores picks them.
   """
 
@@ -55,9 +55,10 @@ class MemoryReader:
     self.lm, self.layers = lm, memory_layers(config)
     if not self.layers:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
-    self.scores_weigh = SUBLAYERS[config.model.sublayer].scores_weigh(config.memory)
     kinds, ngrams = layer_kinds(config.model, config.memory), config.memory.ngram_of_heads()
     self.ngrams = {layer: ngrams if SUBLAYERS[kinds[layer]].reads_ngrams else () for layer in self.layers}
+    self.weighs = {layer: SUBLAYERS[kinds[layer]].scores_weigh(config.memory) for layer in self.layers}
+    self._weighs_L111 = np.array(list(self.weighs.values()))[:, None, None, None]
     forward = _Forward(model_graph(config), lm.placement, config)
     self._reads, self._log_probs = map(lm.placement.jit, (forward.reads, forward.log_probs))
 
@@ -115,7 +116,8 @@ class MemoryReader:
     padding = padded_length(len(ids)) - len(ids)
     arrays = self._reads(self.lm.params, np.pad(np.asarray(ids, np.int32), (0, padding))[None], None)
     row_LTR, score_LTR, weight_LTR = (np.asarray(x)[:, 0] for x in arrays)
-    order_LTR = np.argsort(-(np.abs(weight_LTR) if self.scores_weigh else score_LTR), axis=-1, kind='stable')[..., :top]
+    strength_LTR = np.where(self._weighs_L111[..., 0], np.abs(weight_LTR), score_LTR)
+    order_LTR = np.argsort(-strength_LTR, axis=-1, kind='stable')[..., :top]
     head_R = np.repeat(np.arange(self.lm.config.memory.n_heads), self.lm.config.model.num_selected)
     text = partial(token_text, self.lm.tokenizer)
 
@@ -124,8 +126,8 @@ class MemoryReader:
       return {
         'row': int(row_LTR[at, t, slot]),
         'head': head,
-        'score': None if ngrams else float(score_LTR[at, t, slot]),
-        'weight': float(weight_LTR[at, t, slot]) if self.scores_weigh and not ngrams else None,
+        'score': None if ngrams and not self.weighs[layer] else float(score_LTR[at, t, slot]),
+        'weight': float(weight_LTR[at, t, slot]) if self.weighs[layer] else None,
         'ngram': ''.join(map(text, ids[max(0, t + 1 - ngrams[head]) : t + 1])) if ngrams else None,
       }
 
@@ -187,7 +189,7 @@ class MemoryReader:
     """
     return {
       'layer': layer,
-      'strength_is': '' if self.ngrams[layer] else 'weight' if self.scores_weigh else 'score',
+      'strength_is': 'weight' if self.weighs[layer] else '' if self.ngrams[layer] else 'score',
       'contexts': [self._context(split, *context) for context in contexts[:top]],
       'effect': self._effect(row, layer, split, contexts, top) if contexts else None,
     }
@@ -204,7 +206,7 @@ class MemoryReader:
       row_LBTR: int32. strength_LBTR: float32, absolute weights, or scores where scores do not weigh.
     """
     row_LBTR, score_LBTR, weight_LBTR = self._reads(self.lm.params, *_inputs(split, batch))
-    return np.asarray(row_LBTR), np.asarray(jnp.abs(weight_LBTR) if self.scores_weigh else score_LBTR)
+    return np.asarray(row_LBTR), np.where(self._weighs_L111, np.abs(weight_LBTR), score_LBTR)
 
   def _best_contexts(
     self, row: int, split: TokenSplit, layers: list[int], positions: int

@@ -11,7 +11,7 @@ of memories may read it. Nothing here needs more than JAX, Flax and NumPy. mmjax
 memories (mmjax/model/sublayers/memory.py).
 """
 
-from mmjax.memory.bag import MemoryBag, NgramBag
+from mmjax.memory.bag import MemoryBag, NgramBag, NgramBucket
 from mmjax.memory.base import Memory, MemoryLayer, SublayerOutput, init_bank
 from mmjax.memory.cross_attention import CrossAttention
 from mmjax.memory.fusion import GatedFusion
@@ -24,6 +24,7 @@ __all__ = [
   'MemoryBag',
   'MemoryLayer',
   'NgramBag',
+  'NgramBucket',
   'SublayerOutput',
   'cached_last_tokens',
   'init_bank',

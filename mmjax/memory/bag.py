@@ -2,7 +2,7 @@
 
 Sources: the output (y * silu(m W1)) W2 follows Memory+ in Berges et al. 2024, arXiv:2412.09764; the weighted sum Lample
 et al. 2019, arXiv:1907.05242; rows that the last tokens address, Cheng et al. 2026, arXiv:2601.07372, and for rows of
-the token alone, Sadhukhan et al. 2026, arXiv:2601.10639.
+the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by context in a token's bucket, arXiv:2601.21461.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.kernels.bank import bank_bag
+from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import matmul
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
 from mmjax.memory.gate import GatedMemory
-from mmjax.memory.ngram import last_tokens, ngram_rows
+from mmjax.memory.ngram import bucket_rows, last_tokens, ngram_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,8 +87,11 @@ class NgramBag(_Bag):
 
   def rows_of(self, token_BTn: Array) -> Array:
     """Does what `rows` does, from the last tokens at each position: see `cached_last_tokens`."""
-    ngrams = [self.ngrams[head % len(self.ngrams)] for head in range(self.n_heads)]
-    return ngram_rows(token_BTn, ngrams, self.rows_per_head, self.n_rows)
+    return ngram_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows)
+
+  def ngram_of_heads(self) -> list[int]:
+    """Returns how many of the last tokens address the rows of each head."""
+    return [self.ngrams[head % len(self.ngrams)] for head in range(self.n_heads)]
 
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
     """Returns the rows that it got, with scores of 0."""
@@ -104,3 +107,44 @@ class NgramBag(_Bag):
   def weights(self, selection: Selection) -> Array:
     """Returns 1 / r for each row."""
     return jnp.full(selection.row_BThr.shape, 1 / self.rows_per_head, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NgramBucket(NgramBag):
+  """A bag whose rows are a bucket that the last tokens address; the context weighs them, so that it picks among them.
+
+  Each row of the bank has a key. Keys start at 0, so that a head starts as the mean of its bucket. There is no search:
+  a token scores the rows of its buckets and no others. With one row a bucket is what `NgramBag` reads.
+
+  Attributes:
+    key_dim: p, of a key and of a head's query.
+  """
+
+  key_dim: int = 16
+
+  def __post_init__(self):
+    if self.n_rows < self.rows_per_head:
+      raise ValueError(f'n_rows={self.n_rows} must be at least rows_per_head={self.rows_per_head}, one bucket')
+
+  def init_gate(self, rngs: nnx.Rngs) -> Params:
+    """Returns the parameters of the norm, and of the gate the kernel `query`, (D, h * p), and `keys`, (M, p)."""
+    gate = init_kernels(rngs, query=(self.dim, self.n_heads * self.key_dim))
+    return super().init_gate(rngs) | {'gate': gate | {'keys': jnp.zeros((self.n_rows, self.key_dim), jnp.float32)}}
+
+  def rows_of(self, token_BTn: Array) -> Array:
+    """Returns the rows of the buckets that the last tokens at each position address, int32 row_BThr."""
+    return bucket_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows)
+
+  @jax.named_scope('gate')
+  def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
+    """Returns the rows that it got, each with the product of its key and its head's query, over sqrt(p)."""
+    row_BThr, gate = super().select(params, x_BTD, row_BThr, dtype).row_BThr, params['gate']
+    query = normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
+    query_BThp = query.reshape(*row_BThr.shape[:3], self.key_dim)
+    key_BThrp = bank_lookup(gate['keys'], row_BThr, dtype)
+    score_BThr = jnp.einsum('BThp,BThrp->BThr', query_BThp, key_BThrp, preferred_element_type=jnp.float32)
+    return Selection(row_BThr, score_BThr * self.key_dim**-0.5)
+
+  def weights(self, selection: Selection) -> Array:
+    """Returns the softmax over the rows of each bucket."""
+    return jax.nn.softmax(selection.score_BThr, axis=-1)

@@ -61,6 +61,15 @@ def ngram_rows(token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_ro
   return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
 
 
+def bucket_rows(token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int) -> Array:
+  """Hashes n-grams to buckets of r neighbouring rows; of r = 1 they are those of `ngram_rows`.
+
+  Arguments and result are those of `ngram_rows`. Rows that are left when M is not divisible by r are in no bucket.
+  """
+  bucket_BTh1 = ngram_rows(token_BTn, ngrams, 1, n_rows // rows_per_head)
+  return bucket_BTh1 * rows_per_head + jnp.arange(rows_per_head, dtype=jnp.int32)
+
+
 def _mix(x: Array) -> Array:
   """A bijection of 32 bits in which every bit of `x` turns half of the others: the finalizer of MurmurHash3."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)

@@ -18,7 +18,7 @@ from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.kernels.bank import BankShard, Reads, TappedBank, no_reads
 from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Bank, Params, SublayerOutput, init_bank
-from mmjax.memory.ngram import cached_last_tokens, last_tokens, ngram_rows
+from mmjax.memory.ngram import cached_last_tokens, last_tokens
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 
@@ -80,7 +80,7 @@ class Block(nnx.Module):
     self,
     x_BTD: Array,
     bank_MP: Bank | None,
-    ngram_BThr: Array | None,
+    last_BTn: Array | None,
     key: Array | None,
     *,
     attend: Attend,
@@ -91,7 +91,7 @@ class Block(nnx.Module):
     h_attn_BTD, kv = attend(self.attention, x_BTD, self.attention_norm)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = add_to_stream(x_BTD, h_attn_BTD)
-    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr)
+    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn)
     return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
 
 
@@ -110,9 +110,7 @@ class LM(nnx.Module):
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, number, kind, rngs=rngs) for number, kind in enumerate(kinds)])
-    self.ngrams = memory.ngram_of_heads() if any(SUBLAYERS[kind].reads_ngrams for kind in kinds) else ()
-    if self.ngrams:
-      self.num_selected, self.knowledge_num = model.num_selected, model.knowledge_num
+    self.n_last = max(memory.ngram_of_heads()) if any(SUBLAYERS[kind].reads_ngrams for kind in kinds) else 0
     self.norm = RMSNorm(model.dim, model.norm_eps)
     self.head_dim = model.head_dim
     self.rope_theta = model.rope_theta
@@ -144,7 +142,7 @@ class LM(nnx.Module):
       Output.
     """
     angle_BTa = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
-    ngram_BThr = self._ngram_rows(lambda n: last_tokens(tokens_BT, n, segment_BT))
+    last_BTn = last_tokens(tokens_BT, self.n_last, segment_BT) if self.n_last else None
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
     keys = [None] * (len(self.layers) + 1)
     if dropout_key is not None:
@@ -160,7 +158,7 @@ class LM(nnx.Module):
       bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.uses_bank else bank_MP
       run = partial(layer, attend=attend, dtype=dtype)
       run = jax.checkpoint(run) if remat == 'block' else run
-      x_BTD, out, kv = run(x_BTD, bank, ngram_BThr, keys[number])
+      x_BTD, out, kv = run(x_BTD, bank, last_BTn, keys[number])
       outs.append(out)
       kvs.append(kv)
     reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
@@ -208,7 +206,7 @@ class LM(nnx.Module):
     angle_BTa = rope_angles(position_BT, self.head_dim, self.rope_theta)
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
     token_BS = cache.token_BS.at[jnp.arange(len(tokens_BT))[:, None], position_BT].set(tokens_BT)
-    ngram_BThr = self._ngram_rows(lambda n: cached_last_tokens(token_BS, position_BT, n))
+    last_BTn = cached_last_tokens(token_BS, position_BT, self.n_last) if self.n_last else None
     x_BTD = self.embedding[...][tokens_BT]
     layers = []
     for layer, kv in zip(self.layers, cache.layers, strict=True):
@@ -216,15 +214,9 @@ class LM(nnx.Module):
       def attend(layer: Attention, x_BTD: Array, norm: RMSNorm, kv: LayerCache = kv) -> tuple[Array, LayerCache]:
         return layer.decode(x_BTD, norm, angle_BTa, tokens_BT, kv, position_BT, dtype)
 
-      x_BTD, _, kv = layer(x_BTD, bank_MP, ngram_BThr, None, attend=attend, dtype=dtype)
+      x_BTD, _, kv = layer(x_BTD, bank_MP, last_BTn, None, attend=attend, dtype=dtype)
       layers.append(kv)
     return self.norm(x_BTD, dtype).astype(dtype), Cache(token_BS, layers)
-
-  def _ngram_rows(self, last: Callable[[int], Array]) -> Array | None:
-    """Returns the rows that n-grams address, None in a model where they address none; `last(n)`: the n last tokens."""
-    if not self.ngrams:
-      return None
-    return ngram_rows(last(max(self.ngrams)), self.ngrams, self.num_selected, self.knowledge_num)
 
 
 def init_params(config: Config) -> Params:

@@ -2,12 +2,12 @@
 
 A row of the table (mmjax/config/sublayers.py) names what makes a sublayer, a class or a function that is called as
 `make(model, memory, rngs=rngs)` with these sections of a config. What it makes is an nnx.Module that is called as
-`sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr) -> SublayerOutput`, where
+`sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn) -> SublayerOutput`, where
   h_BTD       float32 residual stream after attention was added,
   h_attn_BTD  what attention added to it, in the compute dtype,
   bank_MP     the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one,
   dtype       of the matrix products,
-  ngram_BThr  int32 rows that the last tokens address (mmjax.memory.ngram); None in a model where none of these is read.
+  last_BTn    int32, the last tokens at each position (mmjax.memory.ngram); None in a model where they address no row.
 What else the code must know of it stands in its row.
 """
 
@@ -26,7 +26,7 @@ def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Ar
   """Returns how much each row that a token read counts, from the scores in `Output.score_LBTR`.
 
   Where scores weigh rows: `score_weights` within each head, so with 'softmax' the weights of a head sum to 1.
-  Elsewhere, and where n-grams address rows, because all scores are 0 there: 1 / num_selected each.
+  Elsewhere, and in an 'ngram_bag', because all scores are 0 there: 1 / num_selected each.
 
   Args:
     model: a model with a memory.

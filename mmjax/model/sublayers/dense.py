@@ -33,7 +33,7 @@ class DenseFFN(SwiGLU):
     self.norm = RMSNorm(dim, norm_eps)
 
   def __call__(
-    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
+    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, last_BTn: Array | None = None
   ) -> SublayerOutput:
     """See mmjax.model.sublayers."""
     return SublayerOutput(self.transform(self.norm(h_BTD, dtype), dtype))

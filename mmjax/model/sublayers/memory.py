@@ -11,7 +11,16 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.memory import CrossAttention, GatedFusion, Memory, MemoryBag, MemoryLayer, NgramBag, SublayerOutput
+from mmjax.memory import (
+  CrossAttention,
+  GatedFusion,
+  Memory,
+  MemoryBag,
+  MemoryLayer,
+  NgramBag,
+  NgramBucket,
+  SublayerOutput,
+)
 from mmjax.memory.base import Bank, ParamTree
 from mmjax.model.sublayers.dense import DenseFFN
 
@@ -31,10 +40,11 @@ class MemorySublayer(MemoryLayer):
     h_attn_BTD: Array,
     bank_MP: Bank | None,
     dtype: DTypeLike,
-    ngram_BThr: Array | None = None,
+    last_BTn: Array | None = None,
   ) -> SublayerOutput:
     """See mmjax.model.sublayers; raises ValueError as `Memory.apply` does."""
-    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, ngram_BThr, dtype=dtype)
+    row_BThr = self.memory.rows_of(last_BTn) if isinstance(self.memory, NgramBag) else None
+    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, row_BThr, dtype=dtype)
     if self.ffn is None:
       return out
     return out._replace(delta_BTD=out.delta_BTD + self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD)
@@ -58,8 +68,12 @@ def memory_bag(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> M
 
 def ngram_bag(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> MemorySublayer:
   """Means of rows that the last tokens address."""
-  ngrams = memory.ngram_of_heads()
-  return _sublayer(NgramBag(**_sizes(model, memory), ngrams=ngrams, output_gate=memory.bag_gate), memory, rngs)
+  return _sublayer(NgramBag(**_ngram_sizes(model, memory)), memory, rngs)
+
+
+def ngram_bucket(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> MemorySublayer:
+  """Sums of rows that the context weighs, in buckets that the last tokens address."""
+  return _sublayer(NgramBucket(**_ngram_sizes(model, memory), key_dim=memory.query_dim(model)), memory, rngs)
 
 
 def _sublayer(sizes: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySublayer:
@@ -75,6 +89,10 @@ def _sizes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
     'rows_per_head': model.num_selected,
     'norm_eps': model.norm_eps,
   }
+
+
+def _ngram_sizes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
+  return _sizes(model, memory) | {'ngrams': memory.ngram_of_heads(), 'output_gate': memory.bag_gate}
 
 
 def _gate_sizes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class MoEFFN(nnx.Module):
 
   @jax.named_scope('router')
   def __call__(
-    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, ngram_BThr: Array | None = None
+    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, last_BTn: Array | None = None
   ) -> SublayerOutput:
     """See mmjax.model.sublayers."""
     x_BTD = self.norm(h_BTD, dtype)
