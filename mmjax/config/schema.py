@@ -59,7 +59,7 @@ class ModelConfig:
   value_embeddings: str = field(
     '', "layers whose values get an embedding of the token: '1,3', 'all', 'alternate'; '': none",
     before='')
-  sublayer: str = field('gated_fusion', 'follows attention; also dense, cross_attention, memory_bag, ngram_bag, moe')
+  sublayer: str = field('gated_fusion', 'follows attention; or dense, cross_attention, memory_bag, ngram_bag, ngram_bucket, moe')
   hidden_dim: int = field(0, 'F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)')
   knowledge_num: int = field(65536, 'M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half', 1)
   knowledge_dim: int = field(128, 'P: width of a row; even', 2)
@@ -105,7 +105,7 @@ class MemoryConfig:
   input: str = field('attention', "the memory reads what attention added; 'residual': it reads the residual stream",
     choices=('attention', 'residual'))
   n_heads: int = field(1, '1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank', 1, 8)
-  ngrams: str = field('1', "how many of the last tokens address a row of an 'ngram_bag'; '2,3': heads take turns",
+  ngrams: str = field('1', "how many of the last tokens address a row or bucket; '2,3': heads take turns",
     before='1')
   scores: str = field(
     'none', "'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does",
