@@ -145,10 +145,14 @@ def test_a_row_is_replaced_in_its_own_layer_only(tiny_run, split):
   @jax.jit
   def log_probabilities(tokens_BT, banks):
     model = nnx.merge(build_model(reader.lm.config)[0], reader.lm.params)
-    angle_BTh = rope_angles(jnp.arange(tokens_BT.shape[1])[None], model.head_dim, model.rope_theta)
+    angle_BTa = rope_angles(jnp.arange(tokens_BT.shape[1])[None], model.head_dim, model.rope_theta)
+
+    def attend(attention, x_BTD, norm):
+      return attention(x_BTD, norm, angle_BTa, tokens_BT, None, jnp.float32, 'xla')
+
     x_BTD = model.embedding[...][tokens_BT]
     for layer, bank_MP in zip(model.layers, banks, strict=True):
-      x_BTD, _, _ = layer(x_BTD, bank_MP, angle_BTh, None, None, None, dtype=jnp.float32, attention='xla')
+      x_BTD, _, _ = layer(x_BTD, bank_MP, None, None, attend=attend, dtype=jnp.float32)
     return jax.nn.log_softmax(model.logits(model.norm(x_BTD)))
 
   rows, at = (np.array([context[name] for context in found['contexts']]) for name in ('corpus_row', 'position'))

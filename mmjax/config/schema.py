@@ -59,7 +59,8 @@ class ModelConfig:
   value_embeddings: str = field(
     '', "layers whose values get an embedding of the token: '1,3', 'all', 'alternate'; '': none",
     before='')
-  sublayer: str = field('gated_fusion', 'follows attention; or dense, cross_attention, memory_bag, ngram_bag, ngram_bucket, moe')
+  sublayer: str = field('gated_fusion',
+    'after attention; or dense, cross_attention, memory_bag, ngram_bag, ngram_bucket, moe')
   hidden_dim: int = field(0, 'F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)')
   knowledge_num: int = field(65536, 'M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half', 1)
   knowledge_dim: int = field(128, 'P: width of a row; even', 2)
