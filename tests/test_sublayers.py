@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import mmjax
-from mmjax.config import flatten, load_config
+from mmjax.config import CHOICES, flatten, load_config
 from mmjax.config.sublayers import SUBLAYERS, Sublayer
 from mmjax.errors import UserError
 from mmjax.model.cost import flops_per_token
@@ -38,6 +38,7 @@ def toy(tmp_path, monkeypatch):
   (tmp_path / 'a_toy_sublayer.py').write_text(MODULE)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setitem(SUBLAYERS, 'toy', ROW)
+  monkeypatch.setitem(CHOICES, 'model.sublayer', tuple(SUBLAYERS))  # as where the row stands in the file
   yield
   sys.modules.pop('a_toy_sublayer', None)
 
