@@ -181,7 +181,7 @@ class Trainer:
 
   def report(self, step: int) -> None:
     """Writes one line of metrics over the steps since the last one."""
-    line = self.window.report(self.learner.config, self.learner.placement.mesh) | {'step': step}
+    line = {'step': step} | self.window.report(self.learner.config, self.learner.placement.mesh)
     self.tokens += line['tokens']
     self.seconds += line['seconds']
     line |= {'tokens': self.tokens, 'seconds': self.seconds}
