@@ -106,7 +106,7 @@ def test_write_that_fails_ends_with_exit_code_4_and_can_go_on(tmp_path, corpus):
 
 def test_too_little_room_is_noticed_before_anything_is_written(tmp_path, corpus, monkeypatch):
   monkeypatch.setattr('mmjax.files.free_bytes', lambda path: 1000)
-  with pytest.raises(StorageError, match=r'needs about \d+ MB, 0 MB are free'):
+  with pytest.raises(StorageError, match=r'needs about \d+ MB but 0 MB are free'):
     run(tmp_path, corpus)
   assert not list((tmp_path / 'out').glob('*/*'))
 

@@ -134,7 +134,7 @@ def test_read_only_disk_is_refused_for_a_run_and_read_from(tiny_run, small_disk)
 def test_disk_that_fills_up_while_text_is_prepared_ends_with_code_4_and_goes_on(tiny_run, small_disk, monkeypatch):
   config = settings(tiny_run)
   data = dataclasses.replace(config.data, prepared_dir=f'{small_disk}/out', tokenizer=f'{tiny_run}/tokenizer.model')
-  with pytest.raises(StorageError, match=r'needs about \d+ MB, 6 MB are free') as caught:
+  with pytest.raises(StorageError, match=r'needs about \d+ MB but 6 MB are free') as caught:
     prepare(data, 300, Progress(quiet=True))
   assert caught.value.exit_code == 4 and not list(small_disk.glob('out/*/*'))
   monkeypatch.setattr(prepare_module, 'check_room', lambda *_: None)  # as if the room went after the look at it
