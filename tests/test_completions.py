@@ -1,5 +1,7 @@
 """Completions as OpenAI's clients ask for them: against other routes to the same tokens, in company, and refused."""
 
+import asyncio
+import contextlib
 import http.client
 import json
 import threading
@@ -9,7 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from mmjax.inference.settings import Sampling
 from mmjax.serve import batch
+from mmjax.serve.requests import Worker
 from tests.serving import make_view, request, serving
 
 
@@ -142,6 +146,18 @@ def test_client_that_leaves_frees_its_place(port, view):
   begin = time.monotonic()
   assert complete(port, max_tokens=4)
   assert time.monotonic() - begin < 20
+
+
+def test_job_that_is_left_is_written_no_further(view):
+  async def leave():
+    running = batch.Batch(view.lm, Worker())
+    job = batch.Job(view.lm.encode_prompt(PROMPT), Sampling(max_new_tokens=100, temperature=2.0))
+    async with contextlib.aclosing(running.write(job)) as tokens:
+      await anext(tokens)
+    await running._running
+    return job.made
+
+  assert asyncio.run(leave()) <= 3 * batch.BLOCK
 
 
 @pytest.mark.parametrize(
