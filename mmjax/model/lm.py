@@ -172,16 +172,9 @@ class LM(nnx.Module):
     return jnp.einsum('...D,VD->...V', hidden, kernel_VD, preferred_element_type=jnp.float32)
 
   def prefill(self, tokens_BT: Array, cache: Cache, *, dtype: DTypeLike, attention: str) -> tuple[Array, Cache]:
-    """Reads prompts from position 0 on.
+    """Reads prompts from position 0 on, padded on the right, and returns hidden_BTD in `dtype` and the filled cache.
 
-    Args:
-      tokens_BT: int32, padded on the right; what padding writes into the cache is overwritten before it is seen.
-      cache: from `init_cache`, with S >= T.
-      dtype: of the matrix products.
-      attention: backend.
-
-    Returns:
-      hidden_BTD in `dtype`, and the filled cache.
+    What padding writes into the cache, which comes from `init_cache` with S >= T, is overwritten before it is seen.
     """
     out = self(tokens_BT, dtype=dtype, attention=attention)
 
@@ -191,16 +184,9 @@ class LM(nnx.Module):
     return out.hidden_BTD, jax.tree.map(fill, cache, Cache(tokens_BT, out.kvs))
 
   def decode(self, tokens_BT: Array, cache: Cache, position_B: Array, *, dtype: DTypeLike) -> tuple[Array, Cache]:
-    """Continues rows by T tokens each, usually one.
+    """Continues rows by T tokens each, usually one, and returns hidden_BTD in `dtype` and the updated cache.
 
-    Args:
-      tokens_BT: int32.
-      cache: of all positions before.
-      position_B: int32 position of each row's first new token; position_B + T <= S.
-      dtype: of the matrix products.
-
-    Returns:
-      hidden_BTD in `dtype`, and the updated cache.
+    `position_B` is the position of each row's first new token, with position_B + T <= S.
     """
     position_BT = position_B[:, None] + jnp.arange(tokens_BT.shape[1])
     angle_BTa = rope_angles(position_BT, self.head_dim, self.rope_theta)
