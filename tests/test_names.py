@@ -93,7 +93,7 @@ def test_tied_weights_may_stand_under_one_name_alone(left_out):
 def test_nested_state_dict_is_found_and_neighbours_refused(key, tmp_path):
   state = make_state()
   assert_same_bits(read_tensors(save({key: state}, tmp_path / 'model.pth')), state)
-  with pytest.raises(UserError, match=f"holds epoch beside '{key}'"):
+  with pytest.raises(UserError, match=f"holds epoch in addition to '{key}'"):
     read_tensors(save({key: state, 'epoch': 3}, tmp_path / 'more.pth'))
 
 

@@ -196,7 +196,7 @@ def test_tokenizer_with_another_hash_beside_it_is_refused(trained, tmp_path):
   assert load_tokenizer(path).sha256 == trained.sha256
   for text in (trained.sha256[::-1], '', '\x1b[2J', '\udcff'):
     beside.write_bytes(text.encode('utf-8', 'surrogateescape'))
-    with pytest.raises(UserError, match=r'sha256 is \w{64}, tokenizer.model.sha256 says') as caught:
+    with pytest.raises(UserError, match=r'sha256 is \w{64}, but tokenizer.model.sha256 says') as caught:
       load_tokenizer(path)
     assert str(caught.value).isprintable()
 
