@@ -56,6 +56,12 @@ def test_surprise_is_that_of_the_logits_and_reads_are_those_of_read_text(bag):
     assert token['layers'] == [rows]
 
 
+def test_rows_that_started_from_text_are_shown_with_it(bag, monkeypatch):
+  row = bag.read(TEXT)['tokens'][2]['layers'][0][0][0]
+  monkeypatch.setattr(bag, 'snippets', {row: 'a text', bag.lm.config.model.knowledge_num: 'of no row'})
+  assert bag.read(TEXT)['snippets'] == {row: 'a text'} and bag.row(row, 1)['snippet'] == 'a text'
+
+
 @pytest.mark.parametrize('name', ['bag', 'ngrams'])
 def test_who_reads_a_row_is_what_inspect_finds(tiny_run, name):
   view = make_view(tiny_run, name)
