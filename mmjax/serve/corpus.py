@@ -30,7 +30,6 @@ class CorpusReads:
   Attributes:
     done: whether all is read that will be.
     positions: read so far.
-    wanted: to be read.
     usage_LM: int64, reads of each row by each layer.
   """
 
@@ -39,17 +38,17 @@ class CorpusReads:
     self.reader, self.split = reader, split
     config, layers = reader.lm.config, len(reader.layers)
     reads = layers * config.memory.n_heads * config.model.num_selected
-    self.wanted = min(MOST_POSITIONS, MOST_READS // reads, split.n_rows * split.max_seq_len)
+    wanted = min(MOST_POSITIONS, MOST_READS // reads)
     self.usage_LM = np.zeros((layers, config.model.knowledge_num), np.int64)
     self.positions, self.done = 0, False
     self._parts: list[Part] = []
-    self._batches = islice(eval_batches(split, ROWS), -(-self.wanted // (ROWS * split.max_seq_len)))
+    self._batches = islice(eval_batches(split, ROWS), -(-wanted // (ROWS * split.max_seq_len)))
 
   def grow(self) -> None:
     """Reads one batch more."""
     batch = next(self._batches, None)
     if batch is None:
-      self.wanted, self.done = self.positions, True
+      self.done = True
       return
     row_LBTR, strength_LBTR = self.reader.read_batch(self.split, batch)
     at_B, at_T = np.nonzero(batch['target'] != PADDING)

@@ -62,13 +62,12 @@ class RunView:
       self.remarks.append(f'Nothing can be said of who reads a row: {error}')
 
   def describe(self) -> dict[str, Any]:
-    """Returns names, sizes and how far the validation text is read."""
-    config, reader, (total, outside) = self.lm.config, self.reader, count_params(self.lm.params)
+    """Returns names and sizes."""
+    config, reader = self.lm.config, self.reader
     memory = reader and {
       'layers': reader.layers,
       'ngrams': {layer: reader.ngrams[layer] for layer in reader.layers},
       'heads': config.memory.n_heads,
-      'selected': config.model.num_selected,
       'rows': config.model.knowledge_num,
       'width': config.model.knowledge_dim,
     }
@@ -76,12 +75,11 @@ class RunView:
       'name': self.name,
       'sublayer': config.model.sublayer,
       'step': self.lm.step,
-      'parameters': total,
-      'parameters_outside_bank': outside,
+      'parameters': count_params(self.lm.params)[0],
       'n_layers': config.model.n_layers,
       'memory': memory,
       'remarks': self.remarks,
-      'corpus': self.corpus and {name: getattr(self.corpus, name) for name in ('positions', 'wanted', 'done')},
+      'corpus': self.corpus is not None,
     }
 
   def read(self, text: str) -> dict[str, Any]:
@@ -97,7 +95,8 @@ class RunView:
     nats_T, likely = self._surprise(self.lm, ids)
     layers = [[]] * len(ids)
     if self.reader:
-      layers = [[self._strongest(entry['rows']) for entry in token['layers']] for token in self._reads(text, len(ids))]
+      reads = self.reader.read_text(text)[: len(ids)]
+      layers = [[self._strongest(entry['rows']) for entry in token['layers']] for token in reads]
     tokens = [
       {'token': token_text(self.lm.tokenizer, token), 'nats': nats, 'likely': best, 'layers': reads}
       for token, nats, best, reads in zip(ids, nats_T, likely, layers, strict=True)
@@ -234,9 +233,6 @@ class RunView:
   def _ids(self, text: str) -> tuple[list[int], bool]:
     ids = [self.lm.tokenizer.start_id(self.lm.config.data.layout), *self.lm.tokenizer.encode(text)]
     return ids[:MOST_TOKENS], len(ids) > MOST_TOKENS
-
-  def _reads(self, text: str, n_tokens: int) -> list[dict[str, Any]]:
-    return self.reader.read_text(text)[:n_tokens]
 
   def _strongest(self, rows: list[dict[str, Any]]) -> list[list[Any]]:
     kept, of_head = [], [0] * self.lm.config.memory.n_heads
