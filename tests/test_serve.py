@@ -119,7 +119,10 @@ def test_bank_of_another_shape_is_refused(bag, dense):
 
 def test_dense_model_says_that_it_has_no_memory_and_reads_all_the_same(dense):
   described = dense.describe()
-  assert described['memory'] is None and "no memory to look into: model.sublayer='dense'" in described['remarks'][0]
+  assert (
+    described['memory'] is None
+    and "No rows are read here: the model has no memory to look into: model.sublayer='dense'" in described['remarks'][0]
+  )
   tokens = dense.read(TEXT)['tokens']
   assert all(token['nats'] > 0 and token['layers'] == [] for token in tokens[1:])
   assert ''.join(dense.stream(TEXT, [], Sampling(max_new_tokens=5))) == dense.lm.generate(TEXT, max_new_tokens=5)[0]

@@ -52,7 +52,7 @@ class RunView:
     try:
       self.reader = MemoryReader(lm)
     except UserError as error:
-      self.remarks.append(f'{error}. Surprise and continuations work all the same.')
+      self.remarks.append(f'No rows are read here: {error}. Surprise and continuations work all the same.')
       return
     self.snippets, remark = bank_texts(run, lm.config)
     self.remarks += [remark] if remark else []
@@ -68,6 +68,7 @@ class RunView:
       'layers': reader.layers,
       'ngrams': {layer: reader.ngrams[layer] for layer in reader.layers},
       'heads': config.memory.n_heads,
+      'reads': config.memory.n_heads * config.model.num_selected,
       'rows': config.model.knowledge_num,
       'width': config.model.knowledge_dim,
     }

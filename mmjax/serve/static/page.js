@@ -44,6 +44,7 @@ function refill(id, ...children) {
 const number = (value, digits = 2) => value == null ? '' : value.toLocaleString('en', { maximumFractionDigits: digits })
 const percent = share => `${share >= 0.1 || !share ? (100 * share).toFixed(0) : (100 * share).toPrecision(2)}\u00a0%`
 const visible = token => token.replaceAll('\n', '⏎').replaceAll('\t', '⇥').replace(/^ +| +$/g, s => '␣'.repeat(s.length))
+  .replace(/[\u0000-\u001f\u007f-\u009f]/g, c => `\\x${c.charCodeAt(0).toString(16).padStart(2, '0')}`)
 const bar = (share, kind = '') => h('span.fill' + kind, { '--w': Math.min(100, 100 * share) })
 
 function say(sentence, isError = false) {
@@ -221,7 +222,8 @@ function layerReads(run, layer, reads) {
         : [h('td.bar', null, bar(share(weight ?? score))), h('td.n', null, weight != null ? weight.toFixed(3) : score.toFixed(1))])
   })
   const what = ngrams.length ? 'rows that its last tokens address' : weighs ? 'rows and their weights' : 'rows and their scores'
-  return h('section', null, h('h3', null, `Layer ${layer}: ${what}`), h('table', null, lines))
+  const all = state.runs[run].memory.reads
+  return h('section', null, h('h3', null, `Layer ${layer}: ${what}${reads.length < all ? `, the strongest ${reads.length} of ${all}` : ''}`), h('table', null, lines))
 }
 
 function rowButton(run, row, layer, text = `#${row}`) {
