@@ -100,6 +100,7 @@ def test_stop_ends_the_text_before_it(port):
   assert texts(answer) == [whole[: whole.index(stop)]] and answer['choices'][0]['finish_reason'] == 'stop'
   assert all(offset < whole.index(stop) for offset in answer['choices'][0]['logprobs']['text_offset'])
   assert streamed(port, stop=stop)[0] == whole[: whole.index(stop)]
+  assert texts(complete(port, stop=[PROMPT[-4:] + whole[:2], stop], echo=True)) == [PROMPT + whole[: whole.index(stop)]]
 
 
 def streamed(port, **fields):
@@ -169,7 +170,9 @@ def test_job_that_is_left_is_written_no_further(view):
     ({'presence_penalty': 0.5}, 'presence_penalty', 'is not supported'),
     ({'tools': []}, 'tools', 'is not supported'),
     ({'model': 'gpt'}, 'model', "'gpt' is not here; there are run"),
+    ({'model': ['run']}, 'model', "['run'] is not here"),
     ({'prompt': 5}, 'prompt', 'must be a text'),
+    ({'prompt': {}}, 'prompt', 'must be a text'),
     ({'prompt': []}, 'prompt', 'must be a text'),
     ({'prompt': [[10**6]]}, 'prompt', 'outside of the vocabulary'),
     ({'prompt': [5] * 129}, 'prompt', 'has 129 tokens, more than model.max_seq_len=128'),

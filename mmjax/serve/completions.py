@@ -69,7 +69,7 @@ class Choice:
 
   def __init__(self, asked: Asked, index: int):
     self.asked, self.index, self.finish_reason, self.n_tokens = asked, index, None, 0
-    self._text, self._sent, self._reach = '', 0, max(map(len, asked.stops), default=1) - 1
+    self._text, self._sent, self._prompt, self._reach = '', 0, 0, max(map(len, asked.stops), default=1) - 1
     self._logprobs = {'tokens': [], 'token_logprobs': [], 'top_logprobs': [], 'text_offset': []}
     self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
 
@@ -77,6 +77,7 @@ class Choice:
     """Puts the prompt before the continuation; stops are not looked for in it."""
     for token in prompt:
       self._add(*token)
+    self._prompt = len(self._text)
     self.finish_reason = None if self.asked.max_tokens else 'length'
 
   def add(self, token: Token) -> None:
@@ -90,7 +91,7 @@ class Choice:
       self.finish_reason = 'length' if self.n_tokens == self.asked.max_tokens else None
     if self.finish_reason:
       self._text += self._decoder.decode(b'', final=True)
-    at = [self._text.find(stop, max(self._sent, before - self._reach)) for stop in self.asked.stops]
+    at = [self._text.find(stop, max(self._prompt, before - self._reach)) for stop in self.asked.stops]
     if found := [place for place in at if place >= 0]:
       self._text, self.finish_reason = self._text[: min(found)], 'stop'
       kept = sum(offset < len(self._text) for offset in self._logprobs['text_offset'])
@@ -227,9 +228,9 @@ class Completions:
         raise BadField(name, 'is not supported')
     given = {name: value for name, value in body.items() if value is not None}
     asked = DEFAULTS | given
-    view = self.views.get(asked.get('model'))
+    view = self.views.get(name) if isinstance(name := asked.get('model'), str) else None
     if view is None:
-      raise self._no_model(asked.get('model'))
+      raise self._no_model(name)
     for name in ('stream', 'echo'):
       if not isinstance(asked[name], bool):
         raise BadField(name, 'must be true or false')
