@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from mmjax.inference.settings import Sampling
-from mmjax.serve import batch
-from mmjax.serve.requests import Worker
 from tests.serving import make_view, request, serving
+
+batch, requests = (
+  pytest.importorskip(f'mmjax.serve.{name}', reason="needs the extra 'serve'") for name in ('batch', 'requests')
+)
 
 
 @pytest.fixture(scope='module')
@@ -151,7 +153,7 @@ def test_client_that_leaves_frees_its_place(port, view):
 
 def test_job_that_is_left_is_written_no_further(view):
   async def leave():
-    running = batch.Batch(view.lm, Worker())
+    running = batch.Batch(view.lm, requests.Worker())
     job = batch.Job(view.lm.encode_prompt(PROMPT), Sampling(max_new_tokens=100, temperature=2.0))
     async with contextlib.aclosing(running.write(job)) as tokens:
       await anext(tokens)

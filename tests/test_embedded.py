@@ -43,6 +43,7 @@ def test_docstrings_are_taken_from_sources_by_module_without_copies(library):
   assert documents == sorted(set(documents)) == embedded_documents()
 
 
+@pytest.mark.thorough
 def test_corpus_is_built_once_and_recorded(tmp_path, monkeypatch):
   said = []
 

@@ -162,6 +162,7 @@ def test_lazy_training_in_a_program_with_other_settings_ends_the_same(tmp_path, 
   assert all(np.array_equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
+@pytest.mark.thorough
 def test_model_in_a_program_with_other_settings_answers_the_same(tiny_run):
   def answers() -> list:
     lm = mmjax.load(tiny_run)

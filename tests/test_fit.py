@@ -78,6 +78,7 @@ def test_missing_build_of_jax_is_one_sentence_with_the_command(monkeypatch):
   assert '\n' not in f'{missing.value}{old.value}'
 
 
+@pytest.mark.thorough
 def test_measurement_is_that_of_an_update(capsys, monkeypatch):
   monkeypatch.setattr(sys, 'argv', ['measure', '--config', TINY_CONFIG])
   measure.main()

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from tests.helpers import REPOSITORY
 
 USE = """
@@ -34,6 +36,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.thorough
 def test_new_format_is_one_row_and_is_prepared_and_evaluated_with(tiny_run, tmp_path):
   for folder in ('mmjax', 'configs'):
     shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns('__pycache__'))

@@ -141,6 +141,7 @@ def test_new_lengths_and_settings_need_no_new_compilation(monkeypatch):
   assert len(traced) == 1
 
 
+@pytest.mark.thorough
 def test_ids_without_a_piece_are_never_picked():
   config = tiny_config()
   _, params = build_model(config)
@@ -157,6 +158,7 @@ def test_padding_is_at_most_a_fifth(length):
   assert padded == 16 or padded - length < padded / 5
 
 
+@pytest.mark.thorough
 def test_the_eos_that_opens_a_prompt_is_not_penalised(decoder):
   once = decoder.generate([[token] for token in range(4, 24)], Sampling(1, temperature=0))
   token = next(row[0] for row, start in zip(once, range(4, 24), strict=True) if row == [start])  # repeats itself

@@ -55,6 +55,7 @@ def test_override_of_what_is_gone_says_so(name):
     load_config(TINY_CONFIG, [f'--config.{name}=1'])
 
 
+@pytest.mark.thorough
 def test_run_directory_of_such_a_run_draws_samples_and_does_not_go_on(tiny_run, text, tmp_path):
   run = shutil.copytree(tiny_run, tmp_path / 'run')
   settings = saved(balance_loss_weight=0.01) | {'data': json.loads((run / 'config.json').read_text())['data']}

@@ -180,7 +180,7 @@ def test_segments_are_computed_as_if_alone():
   [
     ('gated_fusion', {}),
     ('memory_bag', NORMED),
-    ('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'}),
+    pytest.param('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'}, marks=THOROUGH),
     ('ngram_bucket', HEADS_AND_FFN | {'memory__ngrams': '1,2', 'memory__key_dim': 4}),
     ('dense', ATTENTION),
   ]

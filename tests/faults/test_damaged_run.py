@@ -107,6 +107,7 @@ def test_damage_to_any_file_of_a_run_is_refused_or_changes_nothing(tiny_run, tmp
 
 
 @pytest.mark.parametrize('year', rarely([1971, 2170], 2170))
+@pytest.mark.thorough
 def test_files_from_another_time_are_used_as_they_are(run, year, monkeypatch):
   for path in [run, *run.rglob('*')]:
     os.utime(path, ns=(0, int((year - 1970) * 365.25 * 86400e9)))

@@ -97,7 +97,8 @@ def test_too_little_room_is_survived_twice_and_ends_the_run_the_third_time(tiny_
   assert Checkpoints(tmp_path / 'ends').steps() == [1, 2]  # the last good steps stay
 
 
-@pytest.mark.parametrize('checked', [True, pytest.param(False, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize('checked', [True, False])
+@pytest.mark.thorough
 def test_disk_that_is_really_full_is_survived(tiny_run, small_disk, monkeypatch, capsys, checked):
   def give():
     (small_disk / 'ballast').unlink(missing_ok=True)
