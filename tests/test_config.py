@@ -375,3 +375,19 @@ def test_ngrams_in_every_layer_with_a_memory_stay_there(layers):
   assert config_from_dict(config.to_dict()) == config
   with pytest.raises(UserError, match='memory.query_key_norm=.* does nothing in a model of ngram_bag layers'):
     tiny_config(model__sublayer='memory_bag', memory__ngram_layers=layers, memory__query_key_norm='l2')
+
+
+def test_rules_of_a_gate_hold_for_models_that_have_one():
+  odd = ['--config.model.knowledge_num=60', '--config.model.num_selected=9', '--config.model.knowledge_dim=33']
+  for sublayer in ('ngram_bag', 'ngram_bucket'):
+    more = [f'--config.model.sublayer={sublayer}', *(['--config.memory.key_dim=5'] if sublayer[6:] == 'bucket' else [])]
+    assert load_config('configs/ngram_rows.py', [*odd, *more]).model.knowledge_num == 60
+    with pytest.raises(UserError, match='num_selected=61 must be at most model.knowledge_num=60, all rows of the bank'):
+      load_config('configs/ngram_rows.py', [*odd, *more, '--config.model.num_selected=61'])
+  for flag, said in (
+    (odd[0], 'knowledge_num=60 must be a square; nearest: 49 and 64'),
+    (odd[2], 'knowledge_dim=33 must be even'),
+    ('--config.model.num_selected=257', 'num_selected=257 must be at most the 256 sub-keys'),
+  ):
+    with pytest.raises(UserError, match=said):
+      load_config('configs/product_key_bag.py', [flag])

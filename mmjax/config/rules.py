@@ -7,7 +7,7 @@ from mmjax.config.history import removed_remark
 from mmjax.config.parameters import Row, parameter_table, read_rows
 from mmjax.config.schema import SETTINGS, Config, ModelConfig, TrainConfig
 from mmjax.config.setting import flatten
-from mmjax.config.sublayers import SUBLAYERS
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds
 from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
@@ -24,10 +24,9 @@ def check_fields(config: Config) -> None:
       raise UserError(f'{name}={quote(value)} must be one of {", ".join(CHOICES[name])}{remark}')
     if type(value) in (int, float):
       _check_range(f'{name}={short(value)}', value, SETTINGS[name].least, SETTINGS[name].most)
-  clip, spike, key_dim = config.train.grad_clip, config.train.max_loss_factor, config.memory.key_dim
+  clip, spike = config.train.grad_clip, config.train.max_loss_factor
   _refuse(0 < clip < LEAST_CLIP, f'train.grad_clip={clip} must be at least {LEAST_CLIP}, or 0 for no clipping')
   _refuse(0 < spike <= 1, f'train.max_loss_factor={spike} must be above 1, or 0 to skip no spikes')
-  _refuse(key_dim % 2, f'memory.key_dim={key_dim} must be even: it is two halves; nearest: {key_dim + 1}')
   read_rows(config.train.parameters)
   name = config.experiment
   strange = not name or set(name) & set('/\\\0') or name.startswith('.')
@@ -65,6 +64,7 @@ def check_together(config: Config) -> None:
     'have no scores',
   )
   _check_model(config.model)
+  _check_rows(config)
   _check_processes(runtime.coordinator, runtime.num_processes, runtime.process_id)
 
 
@@ -86,21 +86,31 @@ def _check_decay(train: TrainConfig, table: tuple[Row, ...]) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-  dim, heads, C = model.dim, model.n_heads, model.n_sub_keys
-  bank, row_dim, experts = model.knowledge_num, model.knowledge_dim, model.n_experts
+  dim, heads, experts = model.dim, model.n_heads, model.n_experts
   rule = f'model.dim={dim} must be divisible by model.n_heads={heads}'
   _refuse(dim % heads, f'{rule}; nearest: {_nearest_divisor(dim, heads)} heads')
   kv_heads = model.n_kv_heads
   _refuse(heads % kv_heads, f'model.n_heads={heads} must be divisible by model.n_kv_heads={kv_heads}')
   width = f'model.dim={dim} / model.n_heads={heads} = {model.head_dim}'
   _refuse(model.head_dim % 2, f'{width} must be even: RoPE rotates pairs')
-  _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {C * C} and {(C + 1) ** 2}')
-  _refuse(row_dim % 2, f'model.knowledge_dim={row_dim} must be even: it is two halves; nearest: {row_dim + 1}')
   chosen = f'model.experts_per_token={model.experts_per_token}'
   _refuse(model.experts_per_token > experts, f'{chosen} must be at most model.n_experts={experts}')
-  selected = f'model.num_selected={model.num_selected}'
-  halves = f'the {C} sub-keys that model.knowledge_num={bank} gives each half'
-  _refuse(model.num_selected > C, f'{selected} must be at most {halves}')
+
+
+def _check_rows(config: Config) -> None:
+  """Raises UserError if the layers of a model cannot select the rows that the settings say."""
+  model, memory = config.model, config.memory
+  kinds = [SUBLAYERS[kind] for kind in layer_kinds(model, memory)]
+  bank, C = model.knowledge_num, model.n_sub_keys
+  selected = f'model.num_selected={model.num_selected} must be at most'
+  if any(kind.has_gate for kind in kinds):
+    name = 'memory.key_dim' if memory.key_dim else 'model.knowledge_dim'
+    width = memory.query_dim(model)
+    _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {C * C} and {(C + 1) ** 2}')
+    _refuse(width % 2, f'{name}={width} must be even: it is two halves; nearest: {width + 1}')
+    _refuse(model.num_selected > C, f'{selected} the {C} sub-keys that model.knowledge_num={bank} gives each half')
+  elif any(kind.uses_bank for kind in kinds):
+    _refuse(model.num_selected > bank, f'{selected} model.knowledge_num={bank}, all rows of the bank')
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

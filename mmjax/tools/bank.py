@@ -83,6 +83,8 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
     raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
   if snippets_a_row < 1:
     raise UserError(f'--snippets_a_row {snippets_a_row} must be at least 1')
+  if config.model.knowledge_num != config.model.n_sub_keys**2:
+    raise UserError(f'model.knowledge_num={config.model.knowledge_num} must be a square: rows are chosen for sub-keys')
   embed = None if encoder == 'lsa' else load_encoder(encoder)
   model, length = config.model, config.memory.knowledge_length
   progress = Progress(sys.stderr)
