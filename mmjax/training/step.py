@@ -3,14 +3,15 @@
 The loop calls what `make_train_step` returns; its gradient is that of mmjax/evaluation/loss.py, which runs the model of
 mmjax/model/lm.py: next on the way.
 
-Gradients of the micro-batches are accumulated by a scan inside the step. An update whose loss or gradient is not
-finite, or whose loss spikes above `train.max_loss_factor` times the running average, is computed and thrown away:
-parameters, optimizer state and the average stay as they were, only the counters move. So is an update whose result
-would not be finite, where the settings let a finite gradient make one (`may_overflow`): elsewhere to look at all that
-is written would cost a third of the optimizer's time and find nothing.
+Gradients of the micro-batches are accumulated by a scan inside the step. An update is computed and then thrown away if
+its loss or gradient is not finite, or if its loss is above `train.max_loss_factor` times the running average. Only the
+counters move then; parameters, optimizer state and the average stay. Where the settings let a finite gradient make
+parameters that are not finite (`may_overflow`), the result is checked too. Elsewhere that check would take a third of
+the optimizer's time and find nothing.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -28,7 +29,14 @@ from mmjax.model.lm import BANK, Params, init_params, without_bank
 from mmjax.run.sharding import ROWS, spread
 from mmjax.training.lazy_bank import init_moments, update_rows
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
-from mmjax.training.row_gradients import RowSums, gradient_and_sum, is_lazy
+from mmjax.training.row_gradients import (
+  RowSums,
+  add_gradients,
+  adds_reads_in_place,
+  gradient_by_reads,
+  is_lazy,
+  no_rows,
+)
 
 TrainState = dict[str, Any]
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -48,6 +56,21 @@ def init_state(config: Config, optimizer: optax.GradientTransformation, params: 
   return state | ({'bank_moments': init_moments(params[BANK])} if is_lazy(config) else {})
 
 
+def gradient_and_sum(
+  config: Config, objective: Callable, *, whole: bool
+) -> tuple[Callable, Callable, Callable[[Array], Array | RowSums] | None]:
+  """Returns the gradient of a micro-batch, what adds one to a sum, and what makes an empty sum of the bank.
+
+  To be asked while a program is traced; `whole` says that every device has the whole bank. The gradient is called and
+  returns like `jax.value_and_grad(objective, has_aux=True)`; the last is None where the sum is like a gradient.
+  """
+  if is_lazy(config):
+    return gradient_by_reads(config, objective), add_gradients, lambda _: no_rows(config)
+  if adds_reads_in_place(config, whole=whole):
+    return gradient_by_reads(config, objective), add_gradients, jnp.zeros_like
+  return jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add), None
+
+
 def make_gradient(
   config: Config,
   graphdef: nnx.GraphDef,
@@ -55,7 +78,7 @@ def make_gradient(
   mesh: Mesh | None = None,
   on_micro_batch: Callable | None = None,
 ) -> Callable:
-  """Returns gradient(params, batch, tokens, step) -> (parts of the loss, gradients), summed over the micro-batches.
+  """Returns gradient(params, batch, total_weight, step) -> (parts of the loss, gradients), sums over micro-batches.
 
   On a mesh of several devices each sums up its own rows of all micro-batches, and what they found is added up once.
   Where the bank is updated lazily, its gradient is `RowSums`, and XLA divides the work. `on_micro_batch` is called on
@@ -66,7 +89,9 @@ def make_gradient(
   objective = make_loss(config, graphdef, attention, mesh=mesh)
   whole = mesh is None or mesh.shape[ROWS] == 1
 
-  def gradient(params: Params, batch: dict[str, Array], tokens: Array, step: Array) -> tuple[dict[str, Array], Params]:
+  def gradient(
+    params: Params, batch: dict[str, Array], total_weight: Array, step: Array
+  ) -> tuple[dict[str, Array], Params]:
     grad, add_up, empty_bank = gradient_and_sum(config, objective, whole=whole)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     if mesh and config.model.dropout:
@@ -74,7 +99,7 @@ def make_gradient(
 
     def of_micro_batch(index: Array | int, rows: dict[str, Array]) -> tuple[dict[str, Array], Params]:
       own_key = jax.random.fold_in(key, index) if config.model.dropout else None
-      (_, parts), grads = grad(params, rows, tokens, own_key)
+      (_, parts), grads = grad(params, rows, total_weight, own_key)
       if on_micro_batch is not None:
         jax.debug.callback(on_micro_batch, index, parts['loss'])
       return parts, grads
@@ -119,8 +144,8 @@ def make_train_step(
 
   def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
     tokens, row_sums = jnp.sum(batch['target'] != PADDING), None
-    weight = jnp.maximum(tokens, 1).astype(jnp.float32)
-    parts, grads = gradient(state['params'], batch, weight, state['step'])
+    total_weight = jnp.maximum(tokens, 1).astype(jnp.float32)
+    parts, grads = gradient(state['params'], batch, total_weight, state['step'])
     if is_lazy(config):
       row_sums, grads[BANK] = grads[BANK], grads[BANK].sum_UP
     with jax.named_scope('optimizer'):
@@ -128,8 +153,8 @@ def make_train_step(
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
       factor, average = config.train.max_loss_factor, state['loss_average']
       spikes = (factor > 0) & (average > 0) & (parts['loss'] > factor * average)  # never before there is an average
-      # The update after the last one that may be skipped is not made: the loop looks back one step, and its dump shall
-      # hold the parameters of the step that diverged.
+      # The loop notices one step late that too many updates were skipped. This one is not applied, so that the
+      # parameters that the loop dumps are those of the step that diverged.
       given_up = state['skipped'] == config.train.max_skipped_updates
       applied = finite & ~spikes & ~given_up
       after, ratio = apply(state, grads, row_sums, parts.get('usage_LM'), applied)
