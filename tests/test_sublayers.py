@@ -4,17 +4,20 @@ import dataclasses
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import mmjax
 from mmjax.config import CHOICES, flatten, load_config
 from mmjax.config.sublayers import SUBLAYERS, Sublayer
 from mmjax.errors import UserError
+from mmjax.interop.convert import export_run, import_run
 from mmjax.model.cost import flops_per_token
 from mmjax.report.write import write_report
 from mmjax.training.loop import fit
-from tests.helpers import TINY_CONFIG, overrides, tiny_config
+from tests.helpers import REPOSITORY, TINY_CONFIG, overrides, tiny_config
 
+BASE = str(REPOSITORY / 'configs' / 'base.py')
 MODULE = """
 from flax import nnx
 
@@ -26,7 +29,7 @@ class Toy(nnx.Module):
   def __init__(self, model, memory, *, rngs):
     self.norm, self.kernel = RMSNorm(model.dim, model.norm_eps), Linear(model.dim, model.dim, rngs=rngs)
 
-  def __call__(self, h_BTD, h_attn_BTD, bank_MP, dtype, ngram_BThr=None):
+  def __call__(self, h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn=None):
     return SublayerOutput(self.kernel(self.norm(h_BTD), dtype))
 """
 ROW = Sublayer('a_toy_sublayer:Toy', (), lambda config: {'toy': 3 * 2 * config.model.dim**2})
@@ -51,6 +54,11 @@ def test_new_sublayer_is_one_module_one_row_and_one_config(toy, text, tmp_path):
   lm = mmjax.load(tmp_path / 'run')
   assert lm.step == 4 and 'kernel' in lm.params['layers'][0]['sublayer']
   assert lm.generate('the memory', max_new_tokens=3)
+  tokenizer = str(tmp_path / 'run' / 'tokenizer.model')
+  export_run(tmp_path / 'run', tmp_path / 'toy.safetensors', 'last', None)
+  import_run(tmp_path / 'toy.safetensors', tmp_path / 'back', BASE, [], tokenizer, None)
+  tokens = [lm.tokenizer.encode('the memory')]
+  np.testing.assert_array_equal(mmjax.load(tmp_path / 'back').logits(tokens), lm.logits(tokens))
   dense = tiny_config(model__sublayer='dense', model__hidden_dim=32)
   ffn = 2 * 3 * 2 * 3 * 32 * 32  # layers, trained, a product, of three
   assert flops_per_token(config)['toy'] == ffn / 3

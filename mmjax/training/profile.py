@@ -17,8 +17,8 @@ import jax
 
 # The named scopes of model and step; the innermost one counts.
 SCOPES = (
-  'embedding', 'norm', 'attention', 'gate', 'ngram', 'lookup', 'bag', 'fusion', 'cross_attention', 'feed_forward',
-  'router', 'loss', 'bank_usage', 'optimizer',
+  'embedding', 'norm', 'attention', 'value_embedding', 'gate', 'ngram', 'lookup', 'bag', 'fusion', 'cross_attention',
+  'feed_forward', 'router', 'loss', 'bank_usage', 'optimizer',
 )  # fmt: skip
 UNKNOWN = 'not attributed'
 _SCOPE = re.compile(rf'(?:^|[/(])({"|".join(SCOPES)})(?=[/)]|$)')
