@@ -9,8 +9,8 @@ What differs from 1.4.2, and why (docs/memory.md explains the mechanisms and nam
   sublayer       an n-gram bag of 4 heads: two read a row for the token, two a row for it and the one before, at hashes.
                  No gate must learn, nothing is searched, and every row is in reach from the first update on
   input          the whole residual stream, instead of only what attention added, gates what the rows say
-  bank           starts at standard deviation P^-0.5; learns 16 times as fast as the rest at first, as fast at the end;
-                 does not decay, because decay would shrink rows while nobody reads them
+  bank           starts at standard deviation P^-0.5; its rate is 16 times the common rate at first and the common rate
+                 at the end; does not decay, because decay would shrink rows while nobody reads them
   layers         memories in the middle half gain more than memories in all layers
   ffn_dim        the widest feed-forward layer next to a memory that costs no more FLOPs a token than 1.4.0:
                  python -m mmjax.tools.cost --config configs/ngram_rows.py --match configs/exp_1_4_0.py

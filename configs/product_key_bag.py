@@ -9,8 +9,8 @@ What differs from 1.4.2, and why (docs/memory.md explains the mechanisms and nam
   sublayer       a bag of 4 heads x 16 rows: scores weigh the rows, so that the gate learns; more heads read more rows
   query_key_norm scores stay in range while queries and sub-keys both learn
   selection_bias evens out the use of the rows
-  bank           starts at standard deviation P^-0.5; learns 16 times as fast as the rest at first, as fast at the end;
-                 does not decay, because decay would shrink rows while nobody reads them
+  bank           starts at standard deviation P^-0.5; its rate is 16 times the common rate at first and the common rate
+                 at the end; does not decay, because decay would shrink rows while nobody reads them
   layers         all have a memory, which gains more than memories in the middle half
   ffn_dim        the widest feed-forward layer that costs no more FLOPs a token than 1.4.0:
                  python -m mmjax.tools.cost --config configs/product_key_bag.py --match configs/exp_1_4_0.py

@@ -88,15 +88,15 @@ install() {
 # set_up_environment EXTRAS [OLDEST]
 #   EXTRAS  of pyproject.toml; `gpu` stands for `train` with the CUDA build that this machine's driver runs, if it has
 #           one, and `torch` is left out where there is no CPU build of it
-#   OLDEST  Python version that will do
+#   OLDEST  Python version that can be used
 set_up_environment() {
   local extras=$1 oldest=${2:-3.11} python stamp
   if [ -n "${PYTHON:-}" ]; then
     command -v "$PYTHON" >/dev/null || fail "No $PYTHON found: install Python $oldest or newer, or set PYTHON to one."
     [ -n "$(origin_of "$PYTHON")" ] || fail "$PYTHON does not run: set PYTHON to another Python, $oldest or newer."
     works "$PYTHON" "$oldest" || fail \
-      "$("$PYTHON" --version) ($PYTHON) does not do: mmjax needs CPython $oldest or newer with bz2, ctypes, lzma, ssl and" \
-      "venv. Set PYTHON to one."
+      "$PYTHON ($("$PYTHON" --version)) cannot be used: mmjax needs CPython $oldest or newer with bz2, ctypes, lzma," \
+      "ssl and venv. Set PYTHON to one."
     set -- "$PYTHON"
   else
     IFS=$'\n'
@@ -120,7 +120,7 @@ set_up_environment() {
     cuda=$(cuda_extra "$1")
     extras=train${cuda:+,$cuda}
     [ -z "$cuda" ] || echo "An NVIDIA driver is here: JAX with its ${cuda/cuda/CUDA } build is installed, several GB" \
-      "(JAX_PLATFORMS=cpu ./quickstart.sh does without)."
+      "(JAX_PLATFORMS=cpu ./quickstart.sh avoids that)."
   fi
   stamp="$VENV/installed-${extras:-base}-$(cat pyproject.toml | sha256sum | cut -c1-16)"
   if [ "$1" != "$python" ] || [ ! -e "$stamp" ]; then

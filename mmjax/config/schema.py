@@ -91,7 +91,7 @@ class ModelConfig:
 
   @property
   def dense_hidden_dim(self) -> int:
-    """F of the dense sublayer, with the seeds' rounding where the config leaves it at 0."""
+    """F of the dense sublayer, rounded as in the record's code where the config leaves it at 0."""
     return self.hidden_dim or 64 * math.ceil(int(8 * self.dim / 3) / 64)
 
 
@@ -116,20 +116,25 @@ class MemoryConfig:
   query_key_norm: str = field(
     'none', "'l2': halves of queries and sub-keys have length 1, and scores have a learned scale",
     choices=('none', 'l2'))
-  key_dim: int = field(0, 'width of a query, which is two sub-keys; even; 0: the width of a row', before=0)
-  bag_gate: bool = field(True, "multiplies a bag's sums by silu(m W1); False: projects the sums alone",
+  key_dim: int = field(
+    0, "width of a query, which is two sub-keys, or in an 'ngram_bucket' one key; even; 0: knowledge_dim", before=0)
+  bag_gate: bool = field(True, "multiplies a bag's sums by silu(m Wu) before their projection; False: does not",
     before=True)
   ffn_dim: int = field(0, 'F of a feed-forward layer next to each memory; 0: none')
-  selection_bias: bool = field(False, 'True: biases that count in the choice of rows alone learn to even out their use',
+  selection_bias: bool = field(
+    False, 'True: learned biases, used only to choose rows, even out how often rows are read',
     before=False)
-  bank_init: str = field('normal', "how the bank starts; 'file': as in bank_file", choices=('normal', 'file'))
+  bank_init: str = field(
+    'normal', "first values of the bank: 'normal' draws them with bank_std, 'file' reads bank_file",
+    choices=('normal', 'file'))
   bank_file: str = field('', 'made by python -m mmjax.tools.bank build', is_path=True, needs=BANK_FILE)
   knowledge_length: int = field(32, 'tokens in a snippet of text that becomes a row of a bank file', 2, needs=BANK_FILE)
-  bank_std: float = field(1.0, 'standard deviation of the first values; when a bank file is built, of its values',
+  bank_std: float = field(
+    1.0, "standard deviation of the bank's first values; also of those in a bank file that is built",
     0, 1e3, needs=NO_BANK_FILE)
   bank_lr_multiplier: float = field(1.0, "factor of the bank's learning rate at the first update",
     **MULTIPLIER, needs=BANK_RATE)
-  bank_lr_final_multiplier: float = field(1.0, 'the same at the last update; linear in between',
+  bank_lr_final_multiplier: float = field(1.0, 'that factor at the last update; linear in between',
     **MULTIPLIER, needs=BANK_RATE)
   bank_decay_multiplier: float = field(1.0, "factor of the bank's weight decay; 0: none",
     **MULTIPLIER, needs=BANK_DECAY)
@@ -211,7 +216,7 @@ class DataConfig:
     choices=('packed', 'padded'))
   isolate_documents: bool = field(False, 'packed rows only: True keeps attention within a document', needs=PACKED)
   prepared_dir: str = field(
-    'out/data', 'where token shards are kept and found again; without train_files a finished one', is_path=True)
+    'out/data', 'where token shards are written and found; or, without train_files, prepared text', is_path=True)
   workers: int = field(0, 'tokenizer processes; 0: one for each CPU core, at most 16', 0, 4096)
 
 

@@ -191,7 +191,10 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
   if not fraction:
     raise UserError('data.valid_files hold no document')
   if documents == 1:
-    raise UserError('nothing can be held out of a single document, as a short text is; give data.valid_files')
+    raise UserError(
+      f'data.valid_fraction={fraction} needs at least two documents to hold one out, and the text is one; '
+      'give data.valid_files'
+    )
   raise UserError(
     f'data.valid_fraction={fraction} holds out none of the {documents} documents; raise it, or give data.valid_files'
   )

@@ -42,7 +42,7 @@ class Sampler:
 
   @classmethod
   def of(cls, sampling: Sampling) -> Self:
-    """Takes the settings. The temperature of `seed_sampling` is the seeds': 1e-9 above the given one."""
+    """Takes the settings. The temperature of `seed_sampling` is that of the record's code: 1e-9 above the given one."""
     temperature = sampling.temperature + 1e-9 if sampling.seed_sampling else sampling.temperature
     temperature = min(max(temperature, LEAST_TEMPERATURE), MOST_TEMPERATURE)
     numbers = map(jnp.float32, (temperature, sampling.top_p, sampling.repetition_penalty))
@@ -74,7 +74,7 @@ def penalise(logits_BV: Array, seen_BV: Array, penalty: Array, *, seed_sampling:
     logits_BV: float32.
     seen_BV: bool.
     penalty: scalar > 0.
-    seed_sampling: divide negative logits too, as the seeds do; that makes those tokens more likely.
+    seed_sampling: divide negative logits too, as the record's code does; that makes those tokens more likely.
 
   Returns:
     logits_BV.

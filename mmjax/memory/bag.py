@@ -1,6 +1,6 @@
 """Bags of rows: each head's weighted sum of its rows, gated by the token and projected.
 
-Sources: the output (y * silu(m W1)) W2 follows Memory+ in Berges et al. 2024, arXiv:2412.09764; the weighted sum Lample
+Sources: the output (y * silu(m Wu)) Wd follows Memory+ in Berges et al. 2024, arXiv:2412.09764; the weighted sum Lample
 et al. 2019, arXiv:1907.05242; rows that the last tokens address, Cheng et al. 2026, arXiv:2601.07372, and for rows of
 the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by context in a token's bucket, arXiv:2601.21461.
 """
@@ -27,7 +27,7 @@ class _Bag(Memory):
   """What becomes of a bag's rows.
 
   Attributes:
-    output_gate: whether the sums are multiplied by silu(m W1), element by element, before they are projected.
+    output_gate: whether the sums are multiplied by silu(m Wu), element by element, before they are projected.
   """
 
   output_gate: bool = True

@@ -100,7 +100,7 @@ class LM(nnx.Module):
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     shape = (model.vocab_size, model.dim)
-    # The seeds tie the embedding to the output layer's weight, so it starts as a linear layer does.
+    # The record's code ties the embedding to the output layer's weight, so it starts as a linear layer does.
     self.embedding = nnx.Param(uniform(rngs.params(), shape, fan_in=model.dim))
     if SUBLAYERS[model.sublayer].uses_bank:
       self.memory_bank = nnx.Param(

@@ -1,7 +1,8 @@
 """/v1/models and /v1/completions, as OpenAI's clients know them.
 
 A text prompt is read as everywhere in this package, after the token that rows begin with; a list of token ids as it is.
-Log-probabilities are those of the model, whatever the temperature. A field that is not supported is refused by name.
+Log-probabilities are those of the model, whatever the temperature. A field that is not supported is refused by name
+unless its value asks for nothing; `user` is ignored.
 """
 
 import asyncio

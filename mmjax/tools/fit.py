@@ -3,9 +3,9 @@
 python -m mmjax.tools.fit --config configs/exp_1_4_2.py --gpu rtx4090 [--devices 8] [--config.section.field=value ...]
 
 The whole train step is compiled for the card, and again to find the largest micro-batch that fits, without and with
-rematerialisation: four to seven times in all, once with --no_search, 10 to 30 s each, two at a time (memory_bag takes
-longer). Times are a bound from counted bytes and products (mmjax/ahead/count.py), not a measurement. On a machine with
-an NVIDIA GPU the same command also measures. --markdown prints rows as in BENCHMARKS.md, for several cards with
+rematerialisation: four to seven times in all, once with --no_search, 10 to 30 s each, two at a time (product_key_bag
+takes longer). Times are a bound from counted bytes and products (mmjax/ahead/count.py), not a measurement. On a machine
+with an NVIDIA GPU the same command also measures. --markdown prints rows as in BENCHMARKS.md, for several cards with
 commas between them. Exit codes: 0 done, 2 user error.
 """
 

@@ -64,18 +64,21 @@ def gets_gradient(config: Config, params: Params) -> Params:
 
 
 def check_parameters(config: Config) -> None:
-  """Raises UserError if a row of train.parameters says nothing of any parameter that learns."""
+  """Raises UserError if a row of train.parameters sets nothing: no parameter fits and learns, or all are set above."""
   rows = read_rows(config.train.parameters)
   if not rows:
     return
   names = [name for name, learns in named_leaves(gets_gradient(config, abstract_params(config))) if learns]
   for row in rows:
+    fitting = [name for name in names if re.search(row.pattern, name)]
+    if not fitting:
+      known = dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names)
+      raise UserError(f'train.parameters: {row.pattern!r} fits no parameter that learns; those are {", ".join(known)}')
     for what in ('lr', 'decay'):
-      if getattr(row, what) is not None and not any(first_row(rows, name, what) is row for name in names):
-        known = dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names)
+      if getattr(row, what) is not None and not any(first_row(rows, name, what) is row for name in fitting):
         raise UserError(
-          f'train.parameters: {row.pattern!r} fits no parameter that learns and whose {what} no earlier row gives; '
-          f'there are {", ".join(known)}'
+          f'train.parameters: the {what} of {row.pattern!r} does nothing, because earlier rows give one to every '
+          'parameter that it fits; put it before them or leave it out'
         )
 
 
