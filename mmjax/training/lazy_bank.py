@@ -10,11 +10,12 @@ t. Updates are numbered from 1, skipped ones not counted; rate_j and decay are t
   square <- beta2^(t-s) square + (1 - beta2) g^2     exactly dense Adam's
   row    <- row prod_{s<j<t} (1 - rate_j decay)      exact but late: until t the row is read without it
   row    <- row - rate_t (mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
-Dense Adam's mean goes on moving a row after it was read: in n updates without a gradient by as much as that last step
-times drift(n) = sum_{k=1..n} (beta1 / sqrt(beta2))^k. Here a row moves by drift(n) at once, with a forecast of n: the
-updates between its last two reads, or all since the start at its first. At its next read drift(t-s-1) less that
-forecast makes up for the difference. Two differences from dense Adam remain: the row stands elsewhere while a forecast
-is wrong, and the drift has the rate of the update that makes it. Where every update reads every row, nothing differs.
+Dense Adam's mean goes on moving a row after it was read: in tau updates without a gradient by as much as that last step
+times drift(tau) = sum_{j=1..tau} (beta1 / sqrt(beta2))^j. Here a row moves by drift(tau) at once, with a forecast of
+tau: the updates between its last two reads, or all since the start at its first. At its next read drift(t-s-1) less
+that forecast makes up for the difference. Two differences from dense Adam remain. While a forecast is wrong, the row
+has another value. And the whole drift uses the rate of one update, where dense Adam would use that of each. If every
+update reads every row, nothing differs.
 docs/memory.md has the same as equations.
 
 Elsewhere: torch.optim.SparseAdam and LazyAdam of TensorFlow Addons leave the moments of untouched rows as they are,
