@@ -136,6 +136,10 @@ MODELS = {  # models whose numbers are missing were dropped before they ran
   # How much of that is an embedding that learns too slowly?
   'g46': {'model.sublayer': 'dense', 'train.embedding_lr_multiplier': 4.0},
   'g47': NGRAMS | {'memory.ngrams': '1,2', 'train.embedding_lr_multiplier': 4.0},
+  'g48': {'model.sublayer': 'dense', 'train.optimizer': 'muon'},
+  # A bucket by hash, a row in it by context.
+  'g51': NGRAMS
+  | {'model.sublayer': 'ngram_bucket', 'model.num_selected': 8, 'memory.ngrams': '1,2', 'memory.key_dim': 16},
 }
 
 

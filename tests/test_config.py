@@ -114,7 +114,7 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.model.dim=2147483647', 'dim=2147483647 must be divisible by model.n_heads=32; nearest: 1 heads'),
     ('--config.model.n_layers=2000000000', 'n_layers=2000000000 must be at most 10000'),
     ('--config.memory.layers=' + '1' * 5000, "must be 'all', 'middle' or different layers"),
-    ('--config.model.value_embeddings=8', "model.value_embeddings='8' must be 'all', 'middle' or different layers"),
+    ('--config.model.value_embeddings=8', "model.value_embeddings='8' must be 'all', 'alternate' or different layers"),
     ('--config.model.knowledge_num=65535', 'knowledge_num=65535 must be a square; nearest: 65025 and 65536'),
     ('--config.model.num_selected=257', 'num_selected=257 must be at most the 256 sub-keys'),
     ('--config.model.dim=500', 'dim=500 must be divisible by model.n_heads=32; nearest: 25 heads'),

@@ -90,6 +90,12 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
     (MemoryBag, {'n_rows': 65}, 'n_rows=65 must be a square; nearest: 64 and 81'),
     (GatedFusion, {'row_dim': 7}, 'the width of a query, 7, must be even'),
     (MemoryBag, {'activation': 'gelu'}, "activation='gelu' must be one of softmax, relu"),
+    (MemoryBag, {'rows_per_head': 9}, 'rows_per_head=9 must be at most 8, the sub-keys of each half'),
+    (NgramBag, {'rows_per_head': 0}, 'rows_per_head=0 must be a whole number of at least 1'),
+    (MemoryBag, {'dim': '32'}, "dim='32' must be a whole number of at least 1"),
+    (NgramBag, {'ngrams': (0,)}, r'ngrams=\(0,\) must be a tuple of numbers of tokens, from 1'),
+    (NgramBag, {'ngrams': (1, 2, 3)}, 'no more than n_heads=2'),
+    (NgramBag, {'ngrams': '1,2'}, "ngrams='1,2' must be a tuple"),
     (CrossAttention, {'scores': 'bag'}, "scores='bag' must be one of scale, none"),
     (MemoryBag, {'query_key_norm': 'l1'}, "query_key_norm='l1' must be one of l2, none"),
   ],
@@ -97,6 +103,23 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
 def test_sizes_that_make_no_memory_are_refused(kind, sizes, said):
   with pytest.raises(ValueError, match=said):
     kind(**SIZES | sizes)
+
+
+@pytest.mark.parametrize('name', MEMORIES)
+def test_parameters_of_other_sizes_are_refused(name):
+  memory = MEMORIES[name]
+  x_BTD, bank_MP, row_BThr = inputs(memory)
+  params = memory.init(jax.random.key(0))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    changed = jax.tree_util.tree_map_with_path(lambda at, x, path=path: x[:-1] if at == path else x, params)
+    shapes = f'{path_name(path)} must have the shape {leaf.shape}, not {leaf[:-1].shape}'
+    with pytest.raises(ValueError, match=re.escape(shapes)):
+      memory.apply(changed, x_BTD, bank_MP, row_BThr)
+  with pytest.raises(ValueError, match='must have the shape .*, not None'):
+    memory.apply({}, x_BTD, bank_MP, row_BThr)
+  if row_BThr is None:
+    with pytest.raises(ValueError, match='selects its rows itself'):
+      memory.apply(params, x_BTD, bank_MP, jnp.zeros((2, 5, 2, 3), jnp.int32))
 
 
 def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_loss():

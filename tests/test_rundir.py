@@ -301,6 +301,7 @@ def test_schedule_may_change_only_on_request():
     ),
     ({'train__accumulation_steps': 1}, 'train.accumulation_steps 2 -> 1'),
     ({'train__dtype': 'bfloat16'}, "train.dtype 'float32' -> 'bfloat16'"),
+    ({'train__optimizer': 'muon'}, "train.optimizer 'adamw' -> 'muon'"),
   ],
 )
 def test_settings_that_make_another_run_never_change(fixed, said):

@@ -77,7 +77,7 @@ class ModelConfig:
     """
     if self.value_embeddings == 'alternate':
       return tuple(range((self.n_layers - 1) % 2, self.n_layers, 2))
-    return _layer_numbers('model.value_embeddings', self.value_embeddings, self.n_layers)
+    return _layer_numbers('model.value_embeddings', self.value_embeddings, self.n_layers, also='alternate')
 
   @property
   def head_dim(self) -> int:
@@ -182,18 +182,18 @@ class MemoryConfig:
     return numbers
 
 
-def _layer_numbers(field: str, text: str, n_layers: int) -> tuple[int, ...]:
+def _layer_numbers(field: str, text: str, n_layers: int, also: str = 'middle') -> tuple[int, ...]:
   if text == 'all':
     return tuple(range(n_layers))
   if not text and field != 'memory.layers':
     return ()
-  if text == 'middle':
+  if text == also == 'middle':
     return tuple(range(n_layers // 4, n_layers - n_layers // 4))
   parts = [part.strip() for part in text.split(',')]
   numbers = sorted({int(part) for part in parts if part.isascii() and part.isdigit() and len(part) < 10})
   if len(numbers) != len(parts) or numbers[-1] >= n_layers:
     raise UserError(
-      f"{field}={quote(text)} must be 'all', 'middle' or different layers such as '0,2', "
+      f"{field}={quote(text)} must be 'all', '{also}' or different layers such as '0,2', "
       f'from 0 to {n_layers - 1}'
     )
   return tuple(numbers)

@@ -76,6 +76,14 @@ class NgramBag(_Bag):
 
   ngrams: tuple[int, ...] = (1,)
 
+  def __post_init__(self):
+    super().__post_init__()
+    tokens = self.ngrams if isinstance(self.ngrams, tuple) else ()
+    if not tokens or not all(isinstance(n, int) and n >= 1 for n in tokens) or len(tokens) > self.n_heads:
+      raise ValueError(
+        f'ngrams={self.ngrams!r} must be a tuple of numbers of tokens, from 1, no more than n_heads={self.n_heads}'
+      )
+
   def rows(self, tokens_BT: Array, segment_BT: Array | None = None) -> Array:
     """Returns the rows that the last tokens address at each position, int32 row_BThr.
 
@@ -123,6 +131,7 @@ class NgramBucket(NgramBag):
   key_dim: int = 16
 
   def __post_init__(self):
+    super().__post_init__()
     if self.n_rows < self.rows_per_head:
       raise ValueError(f'n_rows={self.n_rows} must be at least rows_per_head={self.rows_per_head}, one bucket')
 

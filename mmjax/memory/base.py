@@ -1,11 +1,13 @@
 """What every memory is: sizes, how its parameters start, and what it computes from them, its input and the bank."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -64,6 +66,12 @@ class Memory:
   rows_per_head: int = 1
   norm_eps: float = 1e-5
 
+  def __post_init__(self):
+    for name in ('dim', 'n_rows', 'row_dim', 'n_heads', 'rows_per_head'):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+
   def init(self, key: Array | nnx.Rngs) -> Params:
     """Returns the first parameters, a nested dict of float32 arrays.
 
@@ -96,7 +104,7 @@ class Memory:
       selection bias its gradient evens out the use of the rows.
 
     Raises:
-      ValueError: if an array has not the shape that the sizes say, or rows of n-grams are missing.
+      ValueError: if an array has not the shape that the sizes say, or rows of n-grams are missing or not read.
     """
     # A wrong shape would read other rows without a word, or fail far from here.
     if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim:
@@ -104,6 +112,11 @@ class Memory:
     bank_shape = None if bank_MP is None else bank_MP.shape
     if bank_shape != (self.n_rows, self.row_dim):
       raise ValueError(f'the bank must have the shape (n_rows, row_dim)={self.n_rows, self.row_dim}, not {bank_shape}')
+    given = flatten_dict(params)
+    for path, shape in _shapes(self).items():
+      found = jnp.shape(given[path]) if path in given else None
+      if found != shape:
+        raise ValueError(f'the parameter {"/".join(path)} must have the shape {shape}, not {found}')
     selection = self.select(params, x_BTD, row_BThr, dtype)
     delta_BTD = self.read(params, x_BTD, selection, bank_MP, dtype)
     row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
@@ -112,6 +125,13 @@ class Memory:
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns the parameters of the norm and of what selects rows, here none."""
     return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
+
+
+@functools.cache
+def _shapes(memory: Memory) -> dict[tuple[str, ...], tuple[int, ...]]:
+  """Returns the shapes of the parameters of a memory, by the names on the way to them."""
+  params = jax.eval_shape(lambda: memory.init(jax.random.key(0)))
+  return {path: leaf.shape for path, leaf in flatten_dict(params).items()}
 
 
 class ParamTree(nnx.Module):

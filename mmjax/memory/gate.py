@@ -40,9 +40,12 @@ class GatedMemory(Memory):
   activation: str = 'softmax'
 
   def __post_init__(self):
+    super().__post_init__()
     root = math.isqrt(self.n_rows)
     if root * root != self.n_rows:
       raise ValueError(f'n_rows={self.n_rows} must be a square; nearest: {root**2} and {(root + 1) ** 2}')
+    if self.rows_per_head > root:
+      raise ValueError(f'rows_per_head={self.rows_per_head} must be at most {root}, the sub-keys of each half')
     width = self.query_dim or self.row_dim
     if width % 2:
       raise ValueError(f'the width of a query, {width}, must be even, because a query is two sub-keys')
@@ -64,6 +67,8 @@ class GatedMemory(Memory):
   @jax.named_scope('gate')
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
     """Returns the rows whose sub-keys match best, in float32: in bf16 a fifth of the tokens would get other rows."""
+    if row_BThr is not None:
+      raise ValueError('a memory with a gate selects its rows itself: it takes none of n-grams')
     gate = params['gate']
     query = exact_normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
     query_BTkp, keys_kCp = query.reshape(*x_BTD.shape[:-1], len(gate['keys']), -1), gate['keys']

@@ -88,7 +88,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   for run in runs:
     if (what := other_origin(runs[0], run)) and not allow_other_data:
       raise UserError(
-        f'{run.path} and {runs[0].path} were trained on different data: {what}; their losses cannot be compared '
+        f'{runs[0].path} and {run.path} were trained on different data: {what}; their losses cannot be compared '
         '(--allow_other_data shows and marks such runs)'
       )
   rows = make_rows(runs)
