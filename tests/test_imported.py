@@ -99,7 +99,7 @@ def test_spare_rows_of_an_embedding_are_imported_trained_on_and_never_sampled(tm
   state['tok_embeddings.weight'][280:] *= 100.0  # these would always win
   state['output.weight'] = state['tok_embeddings.weight']
   take(save(state, tmp_path / 'model.pth'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
-  assert 'The tokenizer has 280 pieces: 20 rows of the embedding are spare' in capsys.readouterr().out
+  assert 'The tokenizer has 280 pieces, so 20 rows of the embedding are spare' in capsys.readouterr().out
   lm = mmjax.load(tmp_path / 'run')
   best = np.asarray(lm.logits([[5, 6, 7]])[0]).argmax(-1)
   assert best.max() >= 280

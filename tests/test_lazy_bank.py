@@ -59,7 +59,9 @@ def test_gradients_equal_those_of_the_dense_route(model):
   lazy_grads['memory_bank'] = as_dense(sums, dense.model.knowledge_num)
   assert np.abs(grads['memory_bank']).max() > 0
   for a, b in zip(jax.tree.leaves(grads), jax.tree.leaves(lazy_grads), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    # Compiled as one, the dense route may leave out a rounding of gradients to bfloat16.
+    rtol, atol = (1e-4, 1e-6) if dense.train.dtype == 'float32' else (1e-2, 3e-5)
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
 
 
 def test_rows_get_slots_in_several_micro_batches():

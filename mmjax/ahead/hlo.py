@@ -74,8 +74,9 @@ class Instruction:
   @property
   def branches(self) -> list[str]:
     """The computations of which a call runs its only one, a conditional one."""
-    called = re.findall(r'(?:to_apply|calls|_computations?)=\{?%?([\w.\-, %]+)', self.rest)
-    return [name.strip(' %') for names in called for name in names.split(',')]
+    called = re.findall(r'\b(?:to_apply|calls|\w+_computation)=%?([\w.\-]+)', self.rest)
+    listed = re.findall(r'\bbranch_computations=\{([^}]*)\}', self.rest)
+    return called + [name.strip(' %') for names in listed for name in names.split(',')]
 
   @property
   def op_name(self) -> str:
