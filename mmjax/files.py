@@ -235,3 +235,8 @@ def named_leaves(tree: Any, separator: str = '/') -> list[tuple[str, Any]]:
   from jax.tree_util import tree_leaves_with_path  # here: processes that prepare text do without JAX
 
   return [(path_name(path, separator), leaf) for path, leaf in tree_leaves_with_path(tree)]
+
+
+def first_three(found: list[str]) -> str:
+  """Joins what was found of leaves, which may be hundreds."""
+  return ', '.join([*found[:3], *([f'and {len(found) - 3} more leaves'] if len(found) > 3 else [])])

@@ -1,4 +1,4 @@
-"""The table of parameters: rates and decays from a config alone against optax by hand, and rows that say nothing."""
+"""The table of parameters: rates and decays from a config alone against optax by hand, and rules that say nothing."""
 
 import re
 
@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from mmjax.config import load_config
-from mmjax.config.parameters import Row, first_row, parameter_table, read_rows
+from mmjax.config.parameters import Rule, first_rule, parameter_table, read_rules
 from mmjax.errors import UserError
 from mmjax.files import path_name
 from mmjax.model.lm import abstract_params
@@ -21,14 +21,14 @@ BAG = {'model__sublayer': 'memory_bag', 'memory__bank_lr_multiplier': 16.0, 'mem
 TABLE = r'embedding lr=4; layers/1/.*gate lr=0.5 decay=0; bank lr=3..1; norm/scale$ decay=2; layers/.* lr=0.25'
 
 
-def test_rows_are_read_and_the_first_that_says_it_counts():
-  rows = read_rows(' a/.* lr=2 ;b decay=0 lr=16..1;; ')
-  assert rows == (Row('a/.*', 2.0), Row('b', (16.0, 1.0), 0.0))
-  assert first_row(rows, 'a/b', 'lr') is rows[0] and first_row(rows, 'a/b', 'decay') is rows[1]
-  assert first_row(rows, 'c', 'lr') is None
+def test_rules_are_read_and_the_first_that_says_it_counts():
+  rules = read_rules(' a/.* lr=2 ;b decay=0 lr=16..1;; ')
+  assert rules == (Rule('a/.*', 2.0), Rule('b', (16.0, 1.0), 0.0))
+  assert first_rule(rules, 'a/b', 'lr') is rules[0] and first_rule(rules, 'a/b', 'decay') is rules[1]
+  assert first_rule(rules, 'c', 'lr') is None
   config = tiny_config(**BAG, train__embedding_lr_multiplier=2.0)
-  rates = {name: first_row(parameter_table(config), name, 'lr') for name in ('embedding', 'memory_bank', 'norm/scale')}
-  assert [row and row.rates for row in rates.values()] == [(2.0, 2.0), (16.0, 1.0), None]
+  rates = {name: first_rule(parameter_table(config), name, 'lr') for name in ('embedding', 'memory_bank', 'norm/scale')}
+  assert [rule and rule.rates for rule in rates.values()] == [(2.0, 2.0), (16.0, 1.0), None]
 
 
 def by_hand(name: str, count: int) -> tuple[float, float]:
@@ -83,7 +83,7 @@ def test_lazy_bank_follows_the_table():
   everyones = learning_rate_schedule(config.train, 5)
   rates = [float(bank_rate(config, 5)(count) / everyones(count)) for count in range(4)]
   np.testing.assert_allclose(rates, [4, 3.5, 3, 2.5], rtol=1e-6)
-  assert first_row(parameter_table(config), 'memory_bank', 'decay').decay == 0.25
+  assert first_rule(parameter_table(config), 'memory_bank', 'decay').decay == 0.25
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_lazy_bank_follows_the_table():
     ('gate lr=1e4; a decay=1e4', 'train.learning_rate x train.parameters (100) times its weight decay (0.01)'),
   ],
 )  # fmt: skip
-def test_rows_that_are_not_understood_are_refused(table, said):
+def test_rules_that_are_not_understood_are_refused(table, said):
   with pytest.raises(UserError, match=re.escape(said)):
     tiny_config(train__parameters=table)
 
@@ -116,7 +116,7 @@ def test_rows_that_are_not_understood_are_refused(table, said):
     ({'train__weight_decay': 0}, 'a decay does nothing when train.weight_decay is 0'),
   ],
 )  # fmt: skip
-def test_settings_that_a_row_takes_the_place_of_are_refused(settings, said):
+def test_settings_that_a_rule_takes_the_place_of_are_refused(settings, said):
   with pytest.raises(UserError, match=re.escape(said)):
     tiny_config(train__parameters='memory_bank|embedding lr=2 decay=1', **settings)
   kept = load_config('configs/ngram_rows.py', ['--config.train.parameters=memory_bank lr=2'])
@@ -132,8 +132,8 @@ def test_pattern_that_is_in_no_name_is_refused_by_name(table):
 
 
 @pytest.mark.parametrize('what', ['lr', 'decay'])
-def test_row_after_others_that_say_it_of_all_its_parameters_is_refused(what):
-  with pytest.raises(UserError, match=rf"the {what} of '\^embed' does nothing, because earlier rows give one"):
+def test_rule_after_others_that_say_it_of_all_its_parameters_is_refused(what):
+  with pytest.raises(UserError, match=rf"the {what} of '\^embed' does nothing, because earlier rules give one"):
     make_optimizer(tiny_config(train__parameters=f'embedding {what}=2; ^embed {what}=3'), STEPS)
   make_optimizer(tiny_config(train__parameters=f'^embed {what}=3; norm|embedding {what}=2'), STEPS)
 
@@ -141,3 +141,11 @@ def test_row_after_others_that_say_it_of_all_its_parameters_is_refused(what):
 def test_parameters_without_a_gradient_have_no_rate():
   with pytest.raises(UserError, match="'gate/keys' fits no parameter that learns"):
     check_parameters(tiny_config(train__parameters='gate/keys lr=2'))  # the gate of 1.4.2
+
+
+def test_parameters_that_do_not_learn_are_named():
+  assert not check_parameters(tiny_config(train__parameters='embedding lr=0..1'))
+  assert 'have a learning rate of 0 and do not learn: embedding' in check_parameters(
+    tiny_config(train__parameters='^embedding lr=0')
+  )
+  assert re.match(r'(\d+) of \1 parameters .* more leaves', check_parameters(tiny_config(train__parameters='.* lr=0')))

@@ -328,7 +328,7 @@ def test_run_is_opened_without_its_lock(tmp_path):
 
 def test_what_is_no_run_is_refused_with_what_is_missing(tmp_path):
   make_run(tmp_path / 'exp_1_4_2')
-  with pytest.raises(UserError, match=r'no run directory .*/exp_1_42; did you mean .*/exp_1_4_2\?'):
+  with pytest.raises(UserError, match=r"no run directory .*/exp_1_42; did you mean '.*/exp_1_4_2'\?"):
     open_run(tmp_path / 'exp_1_42')
   with pytest.raises(UserError, match='no run directory /nowhere/at/all'):
     open_run('/nowhere/at/all')

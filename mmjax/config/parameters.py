@@ -2,9 +2,9 @@
 
 train.parameters='embedding lr=4; layers/.*/gate lr=0.5; memory_bank lr=16..1 decay=0'
 
-A row is a regular expression, searched in names such as layers/0/attention/wq/kernel, and what it says: `lr`, over
+A rule is a regular expression, searched in names such as layers/0/attention/wq/kernel, and what it says: `lr`, over
 everyone's learning rate, as a number or from the first update to the last, and `decay`, over train.weight_decay. For
-its rate a parameter follows the first row that fits and says one, and so for its decay. Rows of a user come before
+its rate a parameter follows the first rule that fits and says one, and so for its decay. Rules of a user come before
 those that other settings make. The form is that of big_vision (https://github.com/google-research/big_vision).
 mmjax/run/sharding.py says in a list of the same form where parameters lie.
 """
@@ -22,7 +22,7 @@ FORM = 'a pattern and then lr=NUMBER, lr=FIRST..LAST or decay=NUMBER'
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Rule:
   """What is said of the parameters in whose name `pattern` is found.
 
   Attributes:
@@ -45,33 +45,36 @@ class Row:
     return (1.0, 1.0) if self.lr is None else (self.lr, self.lr)
 
 
-def parameter_table(config: Any) -> tuple[Row, ...]:
-  """Returns all rows that a Config makes."""
+def parameter_table(config: Any) -> tuple[Rule, ...]:
+  """Returns all rules that a Config makes."""
   train, memory = config.train, config.memory
   rates = memory.bank_lr_multiplier, memory.bank_lr_final_multiplier
+  muon = Rule(MATRIX, train.muon_lr_multiplier, None, 'train.muon_lr_multiplier')
   return (
-    *read_rows(train.parameters),
-    Row('^memory_bank$', rates, memory.bank_decay_multiplier, 'memory.bank_lr_multiplier'),
-    Row('^embedding$', train.embedding_lr_multiplier, None, 'train.embedding_lr_multiplier'),
-    *(() if train.optimizer == 'adamw' else (Row(MATRIX, train.muon_lr_multiplier, None, 'train.muon_lr_multiplier'),)),
+    *read_rules(train.parameters),
+    Rule('^memory_bank$', rates, memory.bank_decay_multiplier, 'memory.bank_lr_multiplier'),
+    Rule('^embedding$', train.embedding_lr_multiplier, None, 'train.embedding_lr_multiplier'),
+    *(
+      () if train.optimizer == 'adamw' else (Rule(MATRIX, train.muon_lr_multiplier, None, 'train.muon_lr_multiplier'),)
+    ),
   )
 
 
-def first_row(table: tuple[Row, ...], name: str, what: str) -> Row | None:
-  """Returns the row that says `what`, 'lr' or 'decay', of a parameter."""
-  return next((row for row in table if getattr(row, what) is not None and re.search(row.pattern, name)), None)
+def first_rule(table: tuple[Rule, ...], name: str, what: str) -> Rule | None:
+  """Returns the rule that says `what`, 'lr' or 'decay', of a parameter."""
+  return next((rule for rule in table if getattr(rule, what) is not None and re.search(rule.pattern, name)), None)
 
 
-def read_rows(text: str) -> tuple[Row, ...]:
+def read_rules(text: str) -> tuple[Rule, ...]:
   """Reads train.parameters.
 
   Raises:
-    UserError: if a row is not understood.
+    UserError: if a rule is not understood.
   """
-  return tuple(_read_row(row.split()) for row in text.split(';') if row.strip())
+  return tuple(_read_rule(rule.split()) for rule in text.split(';') if rule.strip())
 
 
-def _read_row(words: list[str]) -> Row:
+def _read_rule(words: list[str]) -> Rule:
   pattern, *said = words
   try:
     re.compile(pattern)
@@ -85,7 +88,7 @@ def _read_row(words: list[str]) -> Row:
     values[what] = tuple(_read_number(word, part) for part in value.split('..', 1 if what == 'lr' else 0))
   if not values:
     raise UserError(f'train.parameters: {quote(" ".join(words))} must be {FORM}')
-  return Row(pattern, **{what: pair if len(pair) > 1 else pair[0] for what, pair in values.items()})
+  return Rule(pattern, **{what: pair if len(pair) > 1 else pair[0] for what, pair in values.items()})
 
 
 def _read_number(word: str, text: str) -> float:

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from mmjax.config.history import removed_remark
-from mmjax.config.parameters import Row, parameter_table, read_rows
+from mmjax.config.parameters import Rule, parameter_table, read_rules
 from mmjax.config.schema import SETTINGS, Config, ModelConfig, TrainConfig
 from mmjax.config.setting import flatten
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
@@ -27,7 +27,7 @@ def check_fields(config: Config) -> None:
   clip, spike = config.train.grad_clip, config.train.max_loss_factor
   _refuse(0 < clip < LEAST_CLIP, f'train.grad_clip={clip} must be at least {LEAST_CLIP}, or 0 for no clipping')
   _refuse(0 < spike <= 1, f'train.max_loss_factor={spike} must be above 1, or 0 to skip no spikes')
-  read_rows(config.train.parameters)
+  read_rules(config.train.parameters)
   name = config.experiment
   strange = not name or set(name) & set('/\\\0') or name.startswith('.')
   _refuse(strange, f'experiment={quote(name)} must be a plain folder name')
@@ -68,16 +68,16 @@ def check_together(config: Config) -> None:
   _check_processes(runtime.coordinator, runtime.num_processes, runtime.process_id)
 
 
-def _check_decay(train: TrainConfig, table: tuple[Row, ...]) -> None:
+def _check_decay(train: TrainConfig, table: tuple[Rule, ...]) -> None:
   """Raises UserError if an update would take more from a parameter than there is: it would grow without end."""
   _refuse(
-    not train.weight_decay and any(row.decay is not None for row in read_rows(train.parameters)),
+    not train.weight_decay and any(rule.decay is not None for rule in read_rules(train.parameters)),
     f'train.parameters={quote(train.parameters)}: a decay does nothing when train.weight_decay is 0',
   )
   peak = max(train.learning_rate, train.final_learning_rate)
-  for row in (Row('', stated_in=''), *table):
-    rate, decay = peak * max(row.rates), train.weight_decay * (1 if row.decay is None else row.decay)
-    what = f'train.learning_rate x {row.stated_in}'.removesuffix(' x ')
+  for rule in (Rule('', stated_in=''), *table):
+    rate, decay = peak * max(rule.rates), train.weight_decay * (1 if rule.decay is None else rule.decay)
+    what = f'train.learning_rate x {rule.stated_in}'.removesuffix(' x ')
     _refuse(
       rate * decay >= 1,
       f'{what} ({rate:g}) times its weight decay ({decay:g}) must be below 1, or an update would take more from a '

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mmjax.config.parameters import MOST, first_row, read_rows
+from mmjax.config.parameters import MOST, first_rule, read_rules
 from mmjax.config.setting import field, settings_of
 from mmjax.config.wording import quote
 from mmjax.errors import UserError
@@ -21,7 +21,7 @@ MULTIPLIER = {'least': 0, 'most': MOST}  # of a rate or a decay
 
 def _unsaid(name: str, what: str) -> Callable[['Config'], bool]:
   """Tells whether train.parameters leaves the rate or the decay of a parameter to other settings."""
-  return lambda config: first_row(read_rows(config.train.parameters), name, what) is None
+  return lambda config: first_rule(read_rules(config.train.parameters), name, what) is None
 
 
 # fmt: off

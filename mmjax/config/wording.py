@@ -1,8 +1,11 @@
 """How messages about settings write what a user gave, and what was perhaps meant."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable
 from typing import Any
+
+LIKE = 0.65  # of the characters of two names, the share that stands in both, in the same order
 
 
 def short(value: float) -> str:
@@ -19,10 +22,15 @@ def _cut(text: str, length: int = 30) -> str:
   return text if len(text) <= length else f'{text[:length]}... ({len(text)} characters)'
 
 
-def nearest(name: str, known: Sequence[str] | Mapping[str, Any], prefix: str = '') -> str:
-  """Returns '; did you mean X?' for the known name most like `name`, or nothing."""
-  found = difflib.get_close_matches(str(name), list(known), n=1, cutoff=0.5)
-  if not found:  # a field that was put into the wrong section
-    field = str(name).rpartition('.')[2]
-    found = [k for k in known if k.rpartition('.')[2] == field][:1]
-  return f'; did you mean {prefix + found[0]!r}?' if found else ''
+def nearest(name: str, known: Iterable[str]) -> str:
+  """Returns '; did you mean X?' for the known name most like `name`, or nothing.
+
+  Last parts decide, of names with points and of paths: in a wrong section a right field is still meant.
+  """
+  close = [k for k in known if difflib.SequenceMatcher(None, _last(str(name)), _last(k)).ratio() >= LIKE]
+  found = difflib.get_close_matches(str(name), close, n=1, cutoff=0)
+  return f'; did you mean {found[0]!r}?' if found else ''
+
+
+def _last(name: str) -> str:
+  return re.split('[./]', name.removesuffix('.py'))[-1]

@@ -7,7 +7,6 @@ followed out of it; the directory itself may be a link.
 
 import contextlib
 import datetime
-import difflib
 import errno
 import json
 import os
@@ -21,6 +20,7 @@ from typing import Any, Self
 import jax
 
 from mmjax.config import Config, as_of_today, config_from_dict, user_path
+from mmjax.config.wording import nearest
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import StorageError, UserError, file_error
 from mmjax.files import lock, read_json, sha256_path, write_file, write_json
@@ -210,9 +210,8 @@ def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
   if not path.is_dir():
     if path.exists():
       raise UserError(f'{path} is a file; a run is a directory, as train.py makes it')
-    siblings = [config.parent.name for config in path.parent.glob('*/config.json')]
-    nearest = difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.5)
-    raise UserError(f'no run directory {path}{f"; did you mean {path.parent / nearest[0]}?" if nearest else ""}')
+    runs = [str(config.parent) for config in path.parent.glob('*/config.json')]
+    raise UserError(f'no run directory {path}{nearest(str(path), runs)}')
   refuse_links_out(path)
   run = RunDir(path)
   tokenizer = [run.tokenizer_path] if needs_tokenizer else []

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from mmjax.errors import UserError
-from mmjax.files import named_leaves
+from mmjax.files import first_three, named_leaves
 from mmjax.run.processes import in_any_process
 
 
@@ -65,9 +65,3 @@ def warn_non_finite(tree: Any, what: str) -> None:
   """Says on stderr where there is NaN or infinity in a pytree."""
   if found := non_finite(tree):
     print(f'Warning: {what} holds {found}', file=sys.stderr, flush=True)
-
-
-def first_three(found: list[str], separator: str = ', ') -> str:
-  """Joins what was found of leaves, which may be hundreds."""
-  more = f'{separator}and {len(found) - 3} more leaves' if len(found) > 3 else ''
-  return separator.join(found[:3]) + more

@@ -27,8 +27,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from mmjax.errors import StorageError, UserError, first_line
-from mmjax.files import named_leaves, read_json, seal
-from mmjax.run.leaves import describe_leaves, first_three, type_of
+from mmjax.files import first_three, named_leaves, read_json, seal
+from mmjax.run.leaves import describe_leaves, type_of
 from mmjax.run.processes import LOST_WORDS, in_any_process
 
 FORMAT = 1

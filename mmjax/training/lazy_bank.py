@@ -28,7 +28,7 @@ import optax
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.config.parameters import first_row, parameter_table
+from mmjax.config.parameters import first_rule, parameter_table
 from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.lm import BANK
 from mmjax.training.row_gradients import CHUNK_ROWS, RowSums
@@ -71,7 +71,7 @@ def update_rows(
     The bank, the moments, and the row_update_ratio of mmjax.evaluation.probes.
   """
   train, step_rate, t = config.train, rate(count), count + 1
-  decay = train.weight_decay * first_row(parameter_table(config), BANK, 'decay').decay
+  decay = train.weight_decay * first_rule(parameter_table(config), BANK, 'decay').decay
   log_decay_after = moments['log_decay'] + jnp.where(applied, jnp.log1p(-step_rate * decay), 0)
   chunk = min(CHUNK_ROWS, len(sums.row_U))
 

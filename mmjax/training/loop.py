@@ -65,10 +65,10 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
     use_compilation_cache(config)
     run = RunDir(workdir)
     config, origin = settle_config(run, config, allow_config_change, init_from)
-    check_parameters(config)
+    remark = check_parameters(config)
     placement = place(config)  # or it is refused, before anything is written
     if is_main():
-      print(describe_devices(jax.devices()), flush=True)
+      print(*filter(None, (describe_devices(jax.devices()), remark)), sep='\n', flush=True)
     params = read_from = None
     if origin and not Checkpoints(run.path, read_only=True).ever_saved:
       params, read_from = load_origin(origin, config, placement.mesh)

@@ -15,9 +15,9 @@ import optax
 import optax.contrib
 
 from mmjax.config import Config, TrainConfig
-from mmjax.config.parameters import MATRIX, Row, first_row, parameter_table, read_rows
+from mmjax.config.parameters import MATRIX, Rule, first_rule, parameter_table, read_rules
 from mmjax.errors import UserError
-from mmjax.files import named_leaves, path_name
+from mmjax.files import first_three, named_leaves, path_name
 from mmjax.model.lm import BANK, Params, abstract_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.row_gradients import is_lazy
@@ -63,34 +63,39 @@ def gets_gradient(config: Config, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(learns, params)
 
 
-def check_parameters(config: Config) -> None:
-  """Raises UserError if a row of train.parameters sets nothing: no parameter fits and learns, or all are set above."""
-  rows = read_rows(config.train.parameters)
-  if not rows:
-    return
+def check_parameters(config: Config) -> str:
+  """Returns what a user should know of the rates of parameters: which of them are 0; '' where none is.
+
+  Raises:
+    UserError: if a rule of train.parameters sets nothing: no parameter fits and learns, or all are set above.
+  """
+  rules, table = read_rules(config.train.parameters), parameter_table(config)
   names = [name for name, learns in named_leaves(gets_gradient(config, abstract_params(config))) if learns]
-  for row in rows:
-    fitting = [name for name in names if re.search(row.pattern, name)]
+  for rule in rules:
+    fitting = [name for name in names if re.search(rule.pattern, name)]
     if not fitting:
       known = dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names)
-      raise UserError(f'train.parameters: {row.pattern!r} fits no parameter that learns; those are {", ".join(known)}')
+      raise UserError(f'train.parameters: {rule.pattern!r} fits no parameter that learns; those are {", ".join(known)}')
     for what in ('lr', 'decay'):
-      if getattr(row, what) is not None and not any(first_row(rows, name, what) is row for name in fitting):
+      if getattr(rule, what) is not None and not any(first_rule(rules, name, what) is rule for name in fitting):
         raise UserError(
-          f'train.parameters: the {what} of {row.pattern!r} does nothing, because earlier rows give one to every '
+          f'train.parameters: the {what} of {rule.pattern!r} does nothing, because earlier rules give one to every '
           'parameter that it fits; put it before them or leave it out'
         )
+  frozen = [name for name in names if (rule := first_rule(table, name, 'lr')) and not any(rule.rates)]
+  said = f'{len(frozen)} of {len(names)} parameters have a learning rate of 0 and do not learn: {first_three(frozen)}'
+  return said if frozen else ''
 
 
-def rate_multiplier(row: Row, total_steps: int) -> optax.Schedule:
-  """Returns what a row makes of everyone's learning rate: linear from the first update to the last."""
-  return optax.linear_schedule(*row.rates, max(total_steps - 1, 1))
+def rate_multiplier(rule: Rule, total_steps: int) -> optax.Schedule:
+  """Returns what a rule makes of everyone's learning rate: linear from the first update to the last."""
+  return optax.linear_schedule(*rule.rates, max(total_steps - 1, 1))
 
 
 def bank_rate(config: Config, total_steps: int) -> optax.Schedule:
   """Returns the bank's learning rate as a function of the updates made before."""
   everyones = learning_rate_schedule(config.train, total_steps)
-  own = rate_multiplier(first_row(parameter_table(config), BANK, 'lr'), total_steps)
+  own = rate_multiplier(first_rule(parameter_table(config), BANK, 'lr'), total_steps)
   return lambda count: everyones(count) * own(count)
 
 
@@ -147,15 +152,15 @@ def muon_direction() -> optax.GradientTransformation:
 
 
 def _steps(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
-  """Returns the steps after clipping. Their order, with none for a row at 1, is the layout of the state on disk."""
+  """Returns the steps after clipping. Their order, with none for a rule at 1, is the layout of the state on disk."""
   train, table = config.train, parameter_table(config)
-  decays = [row for row in table if row.decay not in (None, 1)]
+  decays = [rule for rule in table if rule.decay not in (None, 1)]
   learns = gets_gradient(config, params)
 
-  def mask(what: str, follows: Callable[[Row | None], bool]) -> Params:
-    """Returns a dict like `params` with True where one learns and the row that says `what` of it `follows`."""
+  def mask(what: str, follows: Callable[[Rule | None], bool]) -> Params:
+    """Returns a dict like `params` with True where one learns and the rule that says `what` of it `follows`."""
     return jax.tree_util.tree_map_with_path(
-      lambda path, learns: learns and follows(first_row(table, path_name(path), what)), learns
+      lambda path, learns: learns and follows(first_rule(table, path_name(path), what)), learns
     )
 
   steps = [optax.scale_by_adam(train.beta1, train.beta2, train.eps)]
@@ -165,14 +170,14 @@ def _steps(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
     )
     others = jax.tree.map(operator.not_, matrix)
     steps = [optax.masked(steps[0], others), optax.masked(muon_direction(), matrix)]
-  steps.append(optax.add_decayed_weights(train.weight_decay, mask=mask('decay', lambda row: row not in decays)))
-  for row in decays:
-    own = mask('decay', lambda other, row=row: other is row)
-    steps.append(optax.add_decayed_weights(train.weight_decay * row.decay, mask=own))
-  for row in table:
-    if row.rates != (1, 1):
-      changes = isinstance(row.lr, tuple)
-      scale = optax.scale_by_schedule(rate_multiplier(row, total_steps)) if changes else optax.scale(row.lr)
-      steps.append(optax.masked(scale, mask('lr', lambda other, row=row: other is row)))
+  steps.append(optax.add_decayed_weights(train.weight_decay, mask=mask('decay', lambda rule: rule not in decays)))
+  for rule in decays:
+    own = mask('decay', lambda other, rule=rule: other is rule)
+    steps.append(optax.add_decayed_weights(train.weight_decay * rule.decay, mask=own))
+  for rule in table:
+    if rule.rates != (1, 1):
+      changes = isinstance(rule.lr, tuple)
+      scale = optax.scale_by_schedule(rate_multiplier(rule, total_steps)) if changes else optax.scale(rule.lr)
+      steps.append(optax.masked(scale, mask('lr', lambda other, rule=rule: other is rule)))
   steps.append(optax.scale_by_learning_rate(learning_rate_schedule(train, total_steps)))
   return steps
