@@ -54,9 +54,7 @@ def parameter_table(config: Any) -> tuple[Rule, ...]:
     *read_rules(train.parameters),
     Rule('^memory_bank$', rates, memory.bank_decay_multiplier, 'memory.bank_lr_multiplier'),
     Rule('^embedding$', train.embedding_lr_multiplier, None, 'train.embedding_lr_multiplier'),
-    *(
-      () if train.optimizer == 'adamw' else (Rule(MATRIX, train.muon_lr_multiplier, None, 'train.muon_lr_multiplier'),)
-    ),
+    *([muon] if train.optimizer == 'muon' else []),
   )
 
 
