@@ -11,21 +11,16 @@ import http.client
 import itertools
 import json
 import random
-import socket
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import common
-import uvicorn
 
 import mmjax
 from mmjax.run.directory import open_run
 from mmjax.serve.view import RunView
-from mmjax.serve.web import SERVER, make_app
+from tests.server import serving
 
 
 def main() -> None:
@@ -45,7 +40,7 @@ def main() -> None:
     {'model': view.name, 'prompt': prompt, 'max_tokens': arguments.max_tokens, 'seed': seed, 'logprobs': 0}
     for seed, prompt in enumerate(itertools.islice(itertools.cycle(prompts), arguments.requests))
   ]
-  with serving(view) as port:
+  with serving([view]) as port:
     rows = [alone_row(lm, asked)]
     expected = [complete(port, fields) for fields in asked]
     for clients in map(int, arguments.clients.split(',')):
@@ -83,7 +78,7 @@ def clients_row(port: int, clients: int, asked: list[dict], expected: list[dict]
 
 def soak(port: int, requests: int, asked: list[dict], expected: list[dict]) -> None:
   """Asks again and again, from 32 clients; a quarter of them leaves before the answer."""
-  start, before = time.perf_counter(), resident_bytes()
+  start, before = time.perf_counter(), common.resident_bytes('VmRSS')
 
   def ask(number: int) -> bool | None:
     fields = asked[at := number % len(asked)]
@@ -97,7 +92,7 @@ def soak(port: int, requests: int, asked: list[dict], expected: list[dict]) -> N
     found = list(pool.map(ask, range(requests)))
   print(
     f'soak: {requests} requests in {time.perf_counter() - start:.0f} s, {found.count(None)} left, '
-    f'{found.count(False)} wrong; memory {before / 1e6:.0f} -> {resident_bytes() / 1e6:.0f} MB'
+    f'{found.count(False)} wrong; memory {before / 1e6:.0f} -> {common.resident_bytes("VmRSS") / 1e6:.0f} MB'
   )
 
 
@@ -116,26 +111,6 @@ def connect(port: int, fields: dict) -> http.client.HTTPConnection:
   connection = http.client.HTTPConnection('127.0.0.1', port, timeout=600)
   connection.request('POST', '/v1/completions', json.dumps(fields), {'Content-Type': 'application/json'})
   return connection
-
-
-@contextlib.contextmanager
-def serving(view: RunView) -> Iterator[int]:
-  """Answers on a free port, in this process, meanwhile."""
-  with socket.create_server(('127.0.0.1', 0)) as listening:
-    port = listening.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(make_app([view], [f'127.0.0.1:{port}']), log_level='error', **SERVER))
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    try:
-      yield port
-    finally:
-      server.should_exit = True
-      thread.join()
-
-
-def resident_bytes() -> int:
-  """Returns the memory that this process holds now."""
-  return int(Path('/proc/self/statm').read_text().split()[1]) * 4096
 
 
 if __name__ == '__main__':

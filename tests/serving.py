@@ -1,12 +1,4 @@
-"""What tests of the server share: models with random weights, a server on a free port, and a plain client."""
-
-import contextlib
-import http.client
-import json
-import socket
-import threading
-
-import pytest
+"""What tests of the server share: views of models with random weights."""
 
 import mmjax
 from mmjax.inference.api import LanguageModel
@@ -14,9 +6,6 @@ from mmjax.model.lm import build_model
 from mmjax.run.directory import open_run
 from mmjax.serve.view import RunView
 from tests.helpers import tiny_config
-
-uvicorn = pytest.importorskip('uvicorn', reason="needs the extra 'serve'")
-web = pytest.importorskip('mmjax.serve.web', reason="needs the extra 'serve'")
 
 TEXT = 'the memory reads a row of its bank'
 MODELS = {
@@ -35,30 +24,3 @@ def make_view(tiny_run, name, **more):
   while view.corpus and not view.corpus.done:
     view.corpus.grow()
   return view
-
-
-@contextlib.contextmanager
-def serving(views):
-  """Answers on a free port meanwhile."""
-  with socket.create_server(('127.0.0.1', 0)) as listening:
-    port = listening.getsockname()[1]
-    config = uvicorn.Config(web.make_app(views, [f'127.0.0.1:{port}']), log_level='error', **web.SERVER)
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, args=([listening],))
-    thread.start()
-    try:
-      yield port
-    finally:
-      server.should_exit = True
-      thread.join(30)
-
-
-def request(port, path, body=None, **headers):
-  """Returns status, headers and body of an answer."""
-  connection = http.client.HTTPConnection('127.0.0.1', port, timeout=60)
-  body = json.dumps(body) if isinstance(body, dict | list) else body
-  sent = ({} if body is None else {'Content-Type': 'application/json'}) | headers
-  connection.request('GET' if body is None else 'POST', path, body, sent)
-  answer = connection.getresponse()
-  with contextlib.closing(connection):
-    return answer.status, answer.headers, answer.read().decode()

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from mmjax.inference.settings import Sampling
-from tests.serving import make_view, request, serving
 
-batch, requests = (
-  pytest.importorskip(f'mmjax.serve.{name}', reason="needs the extra 'serve'") for name in ('batch', 'requests')
-)
+pytest.importorskip('uvicorn', reason="needs the extra 'serve'")
+
+from mmjax.serve import batch, requests  # noqa: E402
+from tests.server import request, serving  # noqa: E402
+from tests.serving import make_view  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -49,6 +50,7 @@ def test_models_are_the_runs(port):
   assert [model['id'] for model in listed['data']] == ['run']
   assert json.loads(request(port, '/v1/models/run')[2])['object'] == 'model'
   assert request(port, '/v1/models/other')[0] == 404
+  assert json.loads(request(port, '/v1/other')[2])['error']['message'] == 'there is nothing here'
 
 
 @pytest.mark.parametrize('how', [{'temperature': 0}, {'temperature': 0.75, 'top_p': 0.9}, {'temperature': 1.3}, {}])

@@ -23,7 +23,12 @@ from mmjax.serve.saving import saved_page
 from mmjax.serve.view import Change, RunView
 from mmjax.tools import serve
 from tests.browser import CHROMIUM, Browser
-from tests.serving import MODELS, TEXT, make_view, request, serving, web
+from tests.serving import MODELS, TEXT, make_view
+
+pytest.importorskip('uvicorn', reason="needs the extra 'serve'")
+
+from mmjax.serve import web  # noqa: E402
+from tests.server import request, serving  # noqa: E402
 
 
 @pytest.fixture(scope='module')
@@ -180,14 +185,14 @@ def test_page_asks_nobody_else_and_its_questions_are_answered(bag, port):
     ('/api/read', {'run': 0, 'text': ''}, {}, 400, 'the text is empty'),
     ('/api/read', '{"run": 0, "text": "\\ud800"}', {}, 400, 'lone surrogate'),
     ('/api/row', {'run': 0, 'row': 10**6, 'layer': 1}, {}, 400, 'row 1000000 is not in the bank'),
-    ('/api/row', {'run': 0, 'row': None, 'layer': 1}, {}, 400, 'row must be a whole number'),
+    ('/api/row', {'run': 0, 'row': None, 'layer': 1}, {}, 400, 'row=None must be a whole number'),
     ('/api/row', {'run': 0, 'row': 1, 'layer': 0}, {}, 400, 'layer 0 has no memory'),
     ('/api/next', {'run': 0, 'text': TEXT, 'changes': [{'row': 1, 'scale': 1e9}]}, {}, 400, 'scale='),
     ('/api/next', {'run': 0, 'text': TEXT, 'changes': [{'scale': 1}]}, {}, 400, "object with 'row'"),
     ('/api/next', {'run': 0, 'text': TEXT, 'changes': [{'row': 1}] * 1025}, {}, 400, 'at most 1,024'),
     ('/api/next', {'run': 1, 'text': TEXT, 'changes': [{'row': 1, 'scale': 0}]}, {}, 400, 'has no memory'),
     ('/api/stream', {'run': 0, 'text': TEXT, 'changes': [], 'sampling': {'top_p': 2}}, {}, 400, 'top_p=2'),
-    ('/api/stream', {'run': 0, 'text': TEXT, 'changes': [], 'sampling': {'max_new_tokens': 513}}, {}, 400, 'at most'),
+    ('/api/stream', {'run': 0, 'text': TEXT, 'changes': [], 'sampling': {'max_new_tokens': 513}}, {}, 400, 'to 512'),
     ('/api/grow', {'run': 0}, {}, 404, "no question 'grow'"),
     ('/../view.py', None, {}, 404, 'nothing here'),
     ('/%2e%2e/view.py', None, {}, 404, 'nothing here'),

@@ -18,7 +18,7 @@ from jax import Array
 
 from mmjax.config import Config, ModelConfig
 from mmjax.environment import own_jax_settings
-from mmjax.inference.sampling import Sampler
+from mmjax.inference.sampling import Sampler, only_pieces
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import BANK, Cache, Params, init_cache, model_graph
 from mmjax.run.placement import Placement, place_reader
@@ -188,10 +188,10 @@ class _Steps:
 
   def advance(self, rows: Rows, logits_BV: Array, sampler: Sampler) -> Rows:
     """Chooses the next token of every row that has not ended."""
-    if self.n_ids is not None:
-      logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.n_ids, logits_BV, -jnp.inf)
     key_B = jax.vmap(jax.random.fold_in, (0, None))(rows.key_B, rows.step)
-    token_B = jnp.where(rows.done_B, self.eos_id, sampler.choose(logits_BV, rows.seen_BV, key_B))
+    token_B = jnp.where(
+      rows.done_B, self.eos_id, sampler.choose(only_pieces(logits_BV, self.n_ids), rows.seen_BV, key_B)
+    )
     seen_BV = rows.seen_BV.at[jnp.arange(len(token_B)), token_B].set(True)
     done_B = rows.done_B | (token_B == self.eos_id)
     return Rows(token_B, rows.position_B + 1, seen_BV, done_B, rows.key_B, rows.step + 1)

@@ -62,9 +62,19 @@ class Sampler:
     logits_BV = penalise(logits_BV, seen_BV, self.repetition_penalty, seed_sampling=self.seed_sampling)
     if self.greedy:
       return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)  # however small the temperature, the best stays a number
-    logits_BV = keep_top_p(logits_BV / self.temperature, self.top_p)
-    return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
+    return draw(logits_BV, self.temperature, self.top_p, key_B)
+
+
+def only_pieces(logits_BV: Array, n_ids: int | None) -> Array:
+  """Returns the logits with -inf for what is no piece of the tokenizer, which has so many; None: all are."""
+  return logits_BV if n_ids is None else jnp.where(jnp.arange(logits_BV.shape[-1]) < n_ids, logits_BV, -jnp.inf)
+
+
+def draw(logits_BV: Array, temperature: Array, top_p: Array, key_B: Array) -> Array:
+  """Draws a token for every row, int32 token_B; temperature, above 0, and top_p are scalars or (B, 1)."""
+  logits_BV -= jnp.max(logits_BV, axis=-1, keepdims=True)  # however small the temperature, the best stays a number
+  logits_BV = keep_top_p(logits_BV / temperature, top_p)
+  return jax.vmap(jax.random.categorical)(key_B, logits_BV).astype(jnp.int32)
 
 
 def penalise(logits_BV: Array, seen_BV: Array, penalty: Array, *, seed_sampling: bool) -> Array:
@@ -95,7 +105,7 @@ def keep_top_p(logits_BV: Array, top_p: Array) -> Array:
 
   Args:
     logits_BV: float32. Equal logits stay or go together.
-    top_p: scalar; from 1 on everything stays. The most likely token always stays.
+    top_p: scalar, or (B, 1); from 1 on everything stays. The most likely token always stays.
 
   Returns:
     logits_BV.

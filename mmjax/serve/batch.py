@@ -22,7 +22,7 @@ from mmjax.config import Config
 from mmjax.environment import own_jax_settings
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
-from mmjax.inference.sampling import keep_top_p
+from mmjax.inference.sampling import LEAST_TEMPERATURE, draw, only_pieces
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import Cache, Params, init_cache, model_graph
 
@@ -133,14 +133,14 @@ class Batch:
     if not any(group.jobs):
       return []
     group.cache, written = self._decode(self._lm.params, group.cache, group.state)
-    token_XB, log_XB, top_XBK, top_log_XBK = map(np.asarray, written)
+    token_XB, *told = map(np.asarray, written)
     group.advance(token_XB[-1])
     found = []
     for row, job in enumerate(group.jobs):
       if job is not None:
         job.made += BLOCK
-        of_row = zip(*(x[:, row].tolist() for x in (token_XB, log_XB, top_XBK, top_log_XBK)), strict=True)
-        found.append((job, [Token(token, log, list(zip(*top, strict=True))) for token, log, *top in of_row]))
+        of_row = zip(*(x[:, row].tolist() for x in (token_XB, *told)), strict=True)
+        found.append((job, [Token(id, log, list(zip(top, logs, strict=True))) for id, log, logs, top in of_row]))
     return found
 
 
@@ -199,7 +199,8 @@ class _Steps:
     """Writes BLOCK tokens in each row.
 
     Returns:
-      The cache and, with X = BLOCK and K = TOP, token_XB, their log-probabilities, and the likeliest ones' (X, B, K).
+      The cache and, with X = BLOCK, token_XB and their log-probabilities; of the likeliest tokens log-probabilities and
+      ids, (X, B, TOP).
     """
     model = nnx.merge(self.graphdef, params)
     key_B = jax.random.wrap_key_data(state['key_B2'])
@@ -208,16 +209,13 @@ class _Steps:
     def step(carry: tuple, at: Array) -> tuple[tuple, tuple[Array, ...]]:
       token_B, cache = carry
       hidden_B1D, cache = model.decode(token_B[:, None], cache, state['position_B'] + at, dtype=self.dtype)
-      logits_BV = model.logits(hidden_B1D[:, 0])
-      logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.n_ids, logits_BV, -jnp.inf)
+      logits_BV = only_pieces(model.logits(hidden_B1D[:, 0]), self.n_ids)
       log_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-      top_log_BK, top_BK = jax.lax.top_k(log_BV, TOP)
-      scaled_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / jnp.maximum(temperature_B1, 1e-37)
       step_key_B = jax.vmap(jax.random.fold_in)(key_B, state['step_B'] + at)
-      drawn_B = jax.vmap(jax.random.categorical)(step_key_B, keep_top_p(scaled_BV, top_p_B1)).astype(jnp.int32)
+      drawn_B = draw(logits_BV, jnp.maximum(temperature_B1, LEAST_TEMPERATURE), top_p_B1, step_key_B)
       token_B = jnp.where(temperature_B1[:, 0] == 0, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), drawn_B)
       log_B = jnp.take_along_axis(log_BV, token_B[:, None], axis=-1)[:, 0]
-      return (token_B, cache), (token_B, log_B, top_BK, top_log_BK)
+      return (token_B, cache), (token_B, log_B, *jax.lax.top_k(log_BV, TOP))
 
     (_, cache), written = jax.lax.scan(step, (state['token_B'], cache), jnp.arange(BLOCK, dtype=jnp.int32))
     return cache, written

@@ -12,7 +12,7 @@ import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from starlette.requests import Request
@@ -25,7 +25,7 @@ from mmjax.files import finite
 from mmjax.inference.memory_reads import token_text
 from mmjax.inference.settings import Sampling
 from mmjax.serve.batch import TOP, Batch, Job, Token
-from mmjax.serve.requests import Refusal, Worker, read_body
+from mmjax.serve.requests import Refusal, Worker, protocol_error, read_body, whole_number
 from mmjax.serve.view import RunView
 
 MOST_CHOICES = 64  # of one request
@@ -40,14 +40,6 @@ UNSUPPORTED = {
   'suffix': (None, ''), 'stream_options': (None,),
 }  # fmt: skip
 Echo = list[tuple[int, float | None, list[tuple[int, float]]]]  # id, log-probability, likeliest tokens with theirs
-
-
-class BadField(UserError):
-  """A field that breaks its rule."""
-
-  def __init__(self, name: str, sentence: str, status: int = 400):
-    super().__init__(f'{name} {sentence}')
-    self.name, self.status = name, status
 
 
 class Asked(NamedTuple):
@@ -137,17 +129,15 @@ class Completions:
   async def model(self, request: Request) -> Response:
     """Describes one run."""
     name = request.path_params['name']
-    return JSONResponse(_model(name)) if name in self.views else _error(self._no_model(name))
+    self._view(name)
+    return JSONResponse(_model(name))
 
   async def complete(self, request: Request) -> Response:
     """Answers a request, as a whole or as a stream of events."""
-    try:
-      asked = self._check(await read_body(request))
-      if self.batches[asked.view.name].full:
-        raise Refusal('busy: too many completions are being written; ask again later', 429)
-      echoes = await self.worker(_echoes, asked)
-    except UserError as error:
-      return _error(error)
+    asked = self._check(await read_body(request))
+    if self.batches[asked.view.name].full:
+      raise Refusal('busy: too many completions are being written; ask again later', 429)
+    echoes = await self.worker(_echoes, asked)
     head = {'id': f'cmpl-{secrets.token_hex(12)}', 'object': 'text_completion', 'created': int(time.time())}
     head |= {'model': asked.view.name}
     if asked.stream:
@@ -158,10 +148,7 @@ class Completions:
     if not writing.done():
       writing.cancel()
       return Response(status_code=499)  # nobody reads it
-    try:
-      return JSONResponse(finite(head | writing.result()))
-    except CommandError as error:
-      return _error(error)
+    return JSONResponse(finite(head | writing.result()))
 
   async def _whole(self, asked: Asked, echoes: list[Echo]) -> dict[str, Any]:
     choices = [Choice(asked, index) for index in range(len(asked.prompts) * asked.n)]
@@ -177,7 +164,7 @@ class Completions:
         yield f'data: {json.dumps(finite(head | {"choices": [piece]}))}\n\n'
       yield 'data: [DONE]\n\n'
     except CommandError as error:
-      yield f'data: {json.dumps(_told(error))}\n\n'
+      yield f'data: {json.dumps(protocol_error(error))}\n\n'
 
   async def _pieces(self, choices: list[Choice], echoes: list[Echo]) -> AsyncIterator[dict[str, Any]]:
     """Yields pieces of the choices as they are written; without `stream` the last, which is then all of each."""
@@ -218,69 +205,64 @@ class Completions:
     """Returns a request whose every field keeps its rule.
 
     Raises:
-      BadField: for the first that does not.
+      Refusal: for the first that does not.
     """
     if not isinstance(body, dict):
       raise UserError('send a JSON object')
     for name, value in body.items():
-      if name in UNSUPPORTED and value not in UNSUPPORTED[name]:
-        raise BadField(name, 'is not supported')
-      if name not in UNSUPPORTED and name not in DEFAULTS and name not in ('model', 'prompt'):
-        raise BadField(name, 'is not supported')
-    given = {name: value for name, value in body.items() if value is not None}
-    asked = DEFAULTS | given
-    view = self.views.get(name) if isinstance(name := asked.get('model'), str) else None
-    if view is None:
-      raise self._no_model(name)
+      if value not in UNSUPPORTED[name] if name in UNSUPPORTED else name not in (*DEFAULTS, 'model', 'prompt'):
+        raise Refusal(f'{name} is not supported', field=name)
+    asked = DEFAULTS | {name: value for name, value in body.items() if value is not None}
+    view = self._view(asked.get('model'))
     for name in ('stream', 'echo'):
       if not isinstance(asked[name], bool):
-        raise BadField(name, 'must be true or false')
+        raise Refusal(f'{name} must be true or false', field=name)
     prompts, starts = _prompts(view, asked.get('prompt'))
-    n = _whole_number(asked, 'n', 1, MOST_CHOICES // len(prompts))
+    n = whole_number(asked['n'], 'n', 1, MOST_CHOICES // len(prompts))
     most, longest = view.lm.config.model.max_seq_len, max(map(len, prompts))
-    max_tokens = _whole_number(asked, 'max_tokens', 0 if asked['echo'] else 1, most)
+    max_tokens = whole_number(asked['max_tokens'], 'max_tokens', 0 if asked['echo'] else 1, most)
     if longest + max_tokens > most:
-      raise BadField('max_tokens', f'{max_tokens} and a prompt of {longest} are more than model.max_seq_len={most}')
-    logprobs = None if asked['logprobs'] is None else _whole_number(asked, 'logprobs', 0, TOP)
+      said = f'max_tokens={max_tokens} and a prompt of {longest} are more than model.max_seq_len={most}'
+      raise Refusal(said, field='max_tokens')
+    logprobs = None if asked['logprobs'] is None else whole_number(asked['logprobs'], 'logprobs', 0, TOP)
     seed = secrets.randbelow(2**31) if asked['seed'] is None else asked['seed']
     sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)
     stream, echo = asked['stream'], asked['echo']
     return Asked(view, prompts, starts, sampling, max_tokens, n, stream, _stops(asked['stop']), echo, logprobs)
 
-  def _no_model(self, name: Any) -> BadField:
-    return BadField('model', f'{name!r:.80} is not here; there are {", ".join(self.views)}', 404)
-
-
-def _whole_number(asked: dict[str, Any], name: str, least: int, most: int) -> int:
-  value = asked[name]
-  if type(value) is not int or not least <= value <= most:
-    raise BadField(name, f'{value!r:.40} must be a whole number from {least} to {most}')
-  return value
+  def _view(self, name: Any) -> RunView:
+    if not isinstance(name, str) or name not in self.views:
+      raise Refusal(f'model {name!r:.80} is not here; there are {", ".join(self.views)}', 404, 'model')
+    return self.views[name]
 
 
 def _stops(value: Any) -> list[str]:
   stops = [value] if isinstance(value, str) else value or []
   if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-    raise BadField('stop', f'must be a text or a list of at most {MOST_STOPS}, none of them empty')
+    raise Refusal(f'stop must be a text or a list of at most {MOST_STOPS}, none of them empty', field='stop')
   return stops
 
 
 def _prompts(view: RunView, value: Any) -> tuple[list[list[int]], bool]:
   """Returns lists of token ids, and whether they begin with a token that the client did not send."""
+
+  def refuse(said: str) -> NoReturn:
+    raise Refusal(f'prompt {said}', field='prompt')
+
   lm, most = view.lm, view.lm.config.model.max_seq_len
   values = value if isinstance(value, list) and value and not isinstance(value[0], int) else [value]
   if len(values) > MOST_CHOICES:
-    raise BadField('prompt', f'must be at most {MOST_CHOICES} prompts, not {len(values)}')
+    refuse(f'must be at most {MOST_CHOICES} prompts, not {len(values)}')
   starts = all(isinstance(prompt, str) for prompt in values)
   if not starts and not all(isinstance(p, list) and p and all(type(t) is int for t in p) for p in values):
-    raise BadField('prompt', 'must be a text, a list of texts, a list of token ids, or a list of such lists')
+    refuse('must be a text, a list of texts, a list of token ids, or a list of such lists')
   if starts:
     values = [[lm.tokenizer.start_id(lm.config.data.layout), *lm.tokenizer.encode(prompt)] for prompt in values]
   for prompt in values:
     if len(prompt) > most:
-      raise BadField('prompt', f'has {len(prompt)} tokens, more than model.max_seq_len={most}')
+      refuse(f'has {len(prompt)} tokens, more than model.max_seq_len={most}')
     if not all(0 <= token < lm.tokenizer.vocab_size for token in prompt):
-      raise BadField('prompt', f'holds a token id outside of the vocabulary, which is 0..{lm.tokenizer.vocab_size - 1}')
+      refuse(f'holds a token id outside of the vocabulary, which is 0..{lm.tokenizer.vocab_size - 1}')
   return values, starts
 
 
@@ -310,12 +292,3 @@ def _name(tokenizer: Tokenizer, token: int) -> str:
 
 def _model(name: str) -> dict[str, Any]:
   return {'id': name, 'object': 'model', 'created': 0, 'owned_by': 'mmjax'}
-
-
-def _told(error: CommandError) -> dict[str, Any]:
-  name = getattr(error, 'name', None)
-  return {'error': {'message': str(error), 'type': 'invalid_request_error', 'param': name, 'code': None}}
-
-
-def _error(error: CommandError) -> Response:
-  return JSONResponse(_told(error), getattr(error, 'status', 400))

@@ -1,4 +1,7 @@
-"""What every request goes through: its body, read with bounds on size and time, and the one thread that computes."""
+"""What every request goes through: its body, read with bounds on size and time, and the one thread that computes.
+
+An error is one sentence: the page gets it as {"error": ...}, a client of /v1 in the form of that protocol.
+"""
 
 import asyncio
 import json
@@ -7,19 +10,43 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import Request
+from starlette.responses import JSONResponse
 
-from mmjax.errors import UserError
+from mmjax.errors import CommandError, UserError, first_line
 
 MOST_BODY_BYTES = 2**17
 BODY_SECONDS = 10  # for a request to arrive
 
 
 class Refusal(UserError):
-  """A request that is not answered, with its HTTP status."""
+  """A request that is not answered: its HTTP status, and the field that breaks its rule, if it is one."""
 
-  def __init__(self, sentence: str, status: int):
+  def __init__(self, sentence: str, status: int = 400, field: str | None = None):
     super().__init__(sentence)
-    self.status = status
+    self.status, self.field = status, field
+
+
+def whole_number(value: Any, field: str, least: int = 0, most: int = 2**31 - 1) -> int:
+  """Returns a field that is a whole number in these bounds; raises Refusal if it is none."""
+  if type(value) is not int or not least <= value <= most:
+    raise Refusal(f'{field}={value!r:.40} must be a whole number from {least} to {most}', field=field)
+  return value
+
+
+def protocol_error(error: Exception) -> dict[str, Any]:
+  """Returns an error as clients of /v1 know it."""
+  told = {'message': str(error), 'type': 'invalid_request_error', 'param': getattr(error, 'field', None), 'code': None}
+  return {'error': told}
+
+
+async def answer_error(request: Request, error: Exception) -> JSONResponse:
+  """Returns the answer to a request that was refused, or in which something failed."""
+  status = getattr(error, 'status', 400)
+  if not isinstance(error, CommandError):
+    status = getattr(error, 'status_code', 500)
+    error = CommandError(f'the server failed: {first_line(error)}' if status == 500 else 'there is nothing here')
+  told = protocol_error(error) if request.url.path.startswith('/v1/') else {'error': str(error)}
+  return JSONResponse(told, status)
 
 
 class Worker:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from scipy.special import log_softmax
 
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
@@ -222,9 +223,7 @@ class RunView:
     """
     length, n_ids = lm.config.model.max_seq_len, lm.tokenizer.vocab_size
     parts = [np.asarray(lm.logits([ids[at : at + length]]))[0, :, :n_ids] for at in range(0, len(ids), length)]
-    logits_TV = np.concatenate(parts)
-    logits_TV -= logits_TV.max(axis=-1, keepdims=True)
-    return logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
+    return log_softmax(np.concatenate(parts), axis=-1)
 
   def _needed_reader(self) -> MemoryReader:
     if self.reader is None:

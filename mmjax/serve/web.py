@@ -22,11 +22,11 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from mmjax.errors import CommandError, UserError, first_line
+from mmjax.errors import CommandError, UserError
 from mmjax.files import finite
 from mmjax.inference.settings import Sampling
 from mmjax.serve.completions import Completions
-from mmjax.serve.requests import Refusal, Worker, read_body
+from mmjax.serve.requests import Refusal, Worker, answer_error, read_body, whole_number
 from mmjax.serve.saving import static
 from mmjax.serve.view import Change, RunView
 
@@ -117,10 +117,10 @@ def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
     view, fields = read_fields(await read_body(request), QUESTIONS[question], views)
     if worker.waiting >= MOST_WAITING:
       raise Refusal(f'busy: {MOST_WAITING} questions wait already; ask again later', 503)
-    return _json(await worker(lambda: getattr(view, question)(**fields)))
+    return JSONResponse(finite(await worker(lambda: getattr(view, question)(**fields))))
 
   async def runs(request: Request) -> Response:
-    return _json([view.describe() for view in views])
+    return JSONResponse([view.describe() for view in views])
 
   async def stream(request: Request) -> Response:
     view, fields = read_fields(await read_body(request), STREAM, views)
@@ -143,7 +143,7 @@ def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
   routes += [Route('/api/runs', runs), Route('/api/stream', stream, methods=['POST'])]
   routes += [Route('/api/{question}', ask, methods=['POST'])]
   routes += Completions(views, worker).routes
-  handlers = {CommandError: _refuse, Exception: _fail, 404: _unknown, 405: _unknown}
+  handlers = dict.fromkeys((CommandError, Exception, 404, 405), answer_error)
   return Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), hosts)
 
 
@@ -169,7 +169,7 @@ class Guard:
     with contextlib.suppress(TimeoutError, ClientDisconnect):
       if host not in self.hosts or origin not in (None, f'http://{host}'):
         sentence = f'this server answers for {", ".join(sorted(self.hosts))} and its own page only'
-        return await _error(sentence, 421)(scope, receive, send_in_time)
+        return await JSONResponse({'error': sentence}, 421)(scope, receive, send_in_time)
       return await self.app(scope, receive, send_in_time)
 
 
@@ -179,27 +179,15 @@ def read_fields(body: Any, names: Sequence[str], views: Sequence[RunView]) -> tu
   Raises:
     UserError: if a field is missing, unknown, or breaks its rule.
   """
-  names = ('run', *names)
-  if not isinstance(body, dict) or set(body) != set(names):
+  if not isinstance(body, dict) or set(body) != {'run', *names}:
     given = ', '.join(map(repr, list(body)[:8])) if isinstance(body, dict) else type(body).__name__
-    raise UserError(f'send a JSON object with the fields {", ".join(names)}, not {given or "none"}')
-  fields = {name: CHECKS[name](body[name], name) for name in names}
-  run = fields.pop('run')
-  if run is None or run >= len(views):
-    raise UserError(f'run={run} must be a whole number from 0 to {len(views) - 1}')
-  return views[run], fields
+    raise UserError(f'send a JSON object with the fields {", ".join(("run", *names))}, not {given or "none"}')
+  view = views[whole_number(body['run'], 'run', most=len(views) - 1)]
+  return view, {name: CHECKS[name](body[name], name) for name in names}
 
 
-def _number(value: Any, name: str) -> int | None:
-  if value is None or (type(value) is int and 0 <= value < 2**31):
-    return value
-  raise UserError(f'{name}={value!r:.40} must be a whole number of at least 0')
-
-
-def _row(value: Any, name: str) -> int:
-  if value is None:
-    raise UserError(f'{name} must be a whole number of at least 0, not null')
-  return _number(value, name)
+def _number_or_none(value: Any, name: str) -> int | None:
+  return None if value is None else whole_number(value, name)
 
 
 def _text(value: Any, name: str) -> str:
@@ -218,20 +206,20 @@ def _changes(value: Any, name: str) -> list[Change]:
     scale = change.get('scale', 1)
     if type(scale) not in (int, float) or not abs(scale) <= 1e3:
       raise UserError(f'scale={scale!r:.40} must be a number from -1000 to 1000')
-    found.append(Change(_row(change['row'], 'row'), float(scale), _number(change.get('other'), 'other')))
+    other = _number_or_none(change.get('other'), 'other')
+    found.append(Change(whole_number(change['row'], 'row'), float(scale), other))
   return found
 
 
-def _sampling(value: Any, name: str) -> Any:
+def _sampling(value: Any, name: str) -> Sampling:
   if not isinstance(value, dict):
     raise UserError(f'{name} must be an object')
   sampling = Sampling.of(value)
-  if sampling.max_new_tokens > MOST_NEW_TOKENS:
-    raise UserError(f'max_new_tokens={sampling.max_new_tokens} must be at most {MOST_NEW_TOKENS} here')
+  whole_number(sampling.max_new_tokens, 'max_new_tokens', most=MOST_NEW_TOKENS)
   return sampling
 
 
-CHECKS = {'run': _number, 'row': _row, 'layer': _number, 'text': _text, 'changes': _changes, 'sampling': _sampling}
+CHECKS = {'row': whole_number, 'layer': _number_or_none, 'text': _text, 'changes': _changes, 'sampling': _sampling}
 
 
 async def _pieces(worker: Worker, streams: asyncio.Semaphore, iterator: Any) -> AsyncIterator[str]:
@@ -254,23 +242,3 @@ async def _grow(worker: Worker, views: Sequence[RunView]) -> None:
       except CommandError as error:
         print(f'{view.name}: {error}', file=sys.stderr, flush=True)
         await asyncio.sleep(1)
-
-
-def _json(value: Any, status: int = 200) -> Response:
-  return JSONResponse(finite(value), status)
-
-
-def _error(sentence: str, status: int) -> Response:
-  return _json({'error': sentence}, status)
-
-
-async def _refuse(request: Request, error: CommandError) -> Response:
-  return _error(str(error), getattr(error, 'status', 400))
-
-
-async def _fail(request: Request, error: Exception) -> Response:
-  return _error(f'the server failed: {first_line(error)}', 500)
-
-
-async def _unknown(request: Request, error: Exception) -> Response:
-  return _error('there is nothing here', error.status_code)
