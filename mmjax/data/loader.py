@@ -94,6 +94,14 @@ class TokenSplit:
       parts.append(tokens[max(start - base, 0) : stop - base])
     return np.concatenate(parts).astype(np.int32)
 
+  def spans(self) -> tuple[np.ndarray, np.ndarray]:
+    """Returns where the targets of each row begin and end in the stream, int64[rows] each, ascending."""
+    if self.layout == 'padded':
+      start = self.document_start[:-1]
+      return start, np.minimum(start + self.max_seq_len, self.document_start[1:])
+    start = np.arange(self.n_rows) * self.max_seq_len
+    return start, np.minimum(start + self.max_seq_len, self.n_tokens)
+
   def row(self, row_id: int) -> np.ndarray:
     """Returns the token that precedes a row and its targets without padding, int[at most T + 1]."""
     if self.layout == 'padded':
@@ -184,9 +192,13 @@ def train_batches(
     UserError: if the split has fewer rows than a batch.
   """
   check_fills_batch(split, global_batch_rows)
-  epochs = MOST_ROWS // split.n_rows  # without a number, batches of one row would be more than Grain can count
-  dataset = grain.MapDataset.range(split.n_rows).seed(seed).shuffle().repeat(epochs).batch(global_batch_rows)
-  return _prefetched(dataset.map(split.rows), start_step)
+  return _prefetched(row_order(split.n_rows, seed).batch(global_batch_rows).map(split.rows), start_step)
+
+
+def row_order(n_rows: int, seed: int) -> grain.MapDataset:
+  """Returns the numbers of the rows in the order in which training reads them, epoch after epoch."""
+  epochs = MOST_ROWS // n_rows  # without a number, batches of one row would be more than Grain can count
+  return grain.MapDataset.range(n_rows).seed(seed).shuffle().repeat(epochs)
 
 
 def check_fills_batch(split: TokenSplit, global_batch_rows: int) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
@@ -12,7 +13,7 @@ from mmjax.config import Config
 from mmjax.data.loader import PADDING
 from mmjax.kernels.bank import BankShard, Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
-from mmjax.model.lm import BankOfLayer, Params
+from mmjax.model.lm import LM, BankOfLayer, Output, Params
 from mmjax.run.sharding import ROWS
 
 CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
@@ -44,16 +45,8 @@ def make_loss(
   def objective(
     params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None, taps: dict[int, Reads] | None = None
   ) -> tuple[Array, dict[str, Array]]:
-    model = nnx.merge(graphdef, params)
-    out = model(
-      rows['input'],
-      rows['segment'] if config.data.isolate_documents else None,
-      dtype=jnp.dtype(config.train.dtype),
-      attention=attention,
-      remat=config.runtime.remat,
-      dropout_key=key,
-      bank_of_layer=_bank_of_layer(taps, mesh),
-    )
+    bank = _bank_of_layer(taps, mesh)
+    model, out = _run(config, graphdef, attention, params, rows, dropout_key=key, bank_of_layer=bank)
     weight_BT = (rows['target'] != PADDING).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
     with jax.named_scope('loss'):
@@ -68,6 +61,41 @@ def make_loss(
     return parts['loss'] + parts['aux_loss'], parts
 
   return objective
+
+
+def make_token_loss(config: Config, graphdef: nnx.GraphDef, attention: str) -> Callable:
+  """Returns f(params, rows) -> float32 (B, T): the negative log-likelihood of each target, in nats; 0 at PADDING.
+
+  It is what `make_loss` sums, from float32 logits, a row of the batch at a time.
+  """
+
+  def token_loss(params: Params, rows: dict[str, Array]) -> Array:
+    model, out = _run(config, graphdef, attention, params, rows)
+
+    def of_row(row: tuple[Array, Array]) -> Array:
+      hidden_TD, target_T = row
+      nll_T = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden_TD), jnp.maximum(target_T, 0))
+      return jnp.where(target_T == PADDING, 0.0, nll_T)
+
+    return jax.lax.map(of_row, (out.hidden_BTD, rows['target']))
+
+  return token_loss
+
+
+def _run(
+  config: Config, graphdef: nnx.GraphDef, attention: str, params: Params, rows: dict[str, Array], **more
+) -> tuple[LM, Output]:
+  """Returns the model and what it makes of rows; `more` of the keywords of its call."""
+  model = nnx.merge(graphdef, params)
+  out = model(
+    rows['input'],
+    rows['segment'] if config.data.isolate_documents else None,
+    dtype=jnp.dtype(config.train.dtype),
+    attention=attention,
+    remat=config.runtime.remat,
+    **more,
+  )
+  return model, out
 
 
 def _bank_of_layer(taps: dict[int, Reads] | None, mesh: Mesh | None) -> BankOfLayer | None:

@@ -1,0 +1,68 @@
+"""How often training read the n-grams of another text: exact counts of tokens that it did not hold out.
+
+An n-gram is a token that is to be predicted with the n - 1 tokens before it in the stream of its split, whatever rows
+and documents these lie in. It is one int64: its tokens are the digits of a number to the base of the vocabulary. The
+stream of training is read in chunks, and each is sorted and searched for the n-grams that are asked for: 55 M tokens
+take seconds, and no table of all n-grams exists.
+"""
+
+import numpy as np
+
+from mmjax.data.loader import TokenSplit, row_order
+from mmjax.errors import UserError
+
+CHUNK = 2**22  # tokens that are sorted at once: 32 MiB
+MOST = 2**63
+
+
+def ngram_keys(split: TokenSplit, n: int, start: int, stop: int) -> np.ndarray:
+  """Returns the n-gram that ends at each position of a split's stream, int64[stop - start].
+
+  The stream begins as if EOS stood before it.
+
+  Raises:
+    UserError: if n is not at least 1, or so large that the n-grams of this vocabulary are no int64.
+  """
+  if n < 1 or split.vocab_size**n > MOST:
+    most = max(k for k in range(1, 64) if split.vocab_size**k <= MOST)
+    raise UserError(f'n-grams of n={n} tokens: n must be from 1 to {most} with a vocabulary of {split.vocab_size}')
+  before = np.full(max(n - 1 - start, 0), split.eos_id)
+  tokens = np.concatenate([before, split.stream(max(start - n + 1, 0), stop)]).astype(np.int64)
+  keys = np.zeros(stop - start, np.int64)
+  for at in range(n):
+    keys = keys * split.vocab_size + tokens[at : at + len(keys)]
+  return keys
+
+
+def times_read(split: TokenSplit, *, global_batch_rows: int, seed: int, steps: int) -> np.ndarray:
+  """Returns how often each row was read after `steps` batches of `train_batches`, int64[rows]."""
+  order = row_order(split.n_rows, seed)
+  read = np.fromiter((order[i] for i in range(steps * global_batch_rows)), np.int64, steps * global_batch_rows)
+  return np.bincount(read, minlength=split.n_rows)
+
+
+def count_ngrams(split: TokenSplit, times_N: np.ndarray, n: int, wanted_X: np.ndarray) -> np.ndarray:
+  """Counts how often n-grams were read as the n - 1 tokens before a target and the target.
+
+  Args:
+    split: what training read.
+    times_N: how often it read each row, from `times_read`.
+    n: tokens of an n-gram.
+    wanted_X: int64 n-grams, as `ngram_keys` makes them with the same vocabulary.
+
+  Returns:
+    int64[X].
+  """
+  key_U, place_X = np.unique(wanted_X, return_inverse=True)
+  count_U = np.zeros(len(key_U), np.int64)
+  start_N, stop_N = split.spans()
+  for start in range(0, split.n_tokens, CHUNK):
+    stop = min(start + CHUNK, split.n_tokens)
+    position_Y = np.arange(start, stop)
+    row_Y = np.searchsorted(start_N, position_Y, 'right') - 1
+    times_Y = times_N[row_Y] * (position_Y < stop_N[row_Y])  # not what padded rows cut off
+    key_Y = ngram_keys(split, n, start, stop)
+    for times in np.unique(times_Y[times_Y > 0]):
+      sorted_Y = np.sort(key_Y[times_Y == times])
+      count_U += times * (np.searchsorted(sorted_Y, key_U, 'right') - np.searchsorted(sorted_Y, key_U))
+  return count_U[place_X]
