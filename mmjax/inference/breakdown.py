@@ -1,0 +1,245 @@
+"""The held-out loss of runs, broken down: by how often training read a token's n-gram, by script, and by file.
+
+So one sees what a model knows. A memory that learns n-grams by heart gains where they were frequent, and one that
+helps in general gains also where they were never read. What training read follows from the seed and the step of a
+checkpoint, so the counts are exact. Runs that read the same share them.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mmjax.config import Config, override_config
+from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split
+from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
+from mmjax.environment import own_jax_settings
+from mmjax.errors import UserError
+from mmjax.evaluation.loss import make_token_loss
+from mmjax.inference.api import LanguageModel, load
+from mmjax.inference.measure import WHERE, open_text
+from mmjax.model.lm import BANK, model_graph
+from mmjax.run.directory import RunDir, open_run
+from mmjax.run.placement import place_reader
+from mmjax.run.text import find_run_data
+
+COUNTS = {'never': 0, '1 to 10': 1, '11 to 100': 11, 'more than 100': 101}  # group -> the least count in it
+SCRIPTS = ('mainly Chinese', 'other')
+CHINESE_SHARE = 0.3  # of the characters of a document, from which on it is mainly Chinese
+
+
+class Grouping(NamedTuple):
+  """Targets put into groups: their names, and the number of each target's group, int[X]."""
+
+  names: tuple[str, ...]
+  group_X: np.ndarray
+
+
+class Losses(NamedTuple):
+  """What a run's model loses on each target.
+
+  Attributes:
+    run, step, tokens_read: its directory, its checkpoint, and the tokens that training had read by then.
+    texts: what must be equal for two models to be compared target by target: what they read, what they evaluate.
+    loss_X: float64 in nats, by what was changed: 'loss' and, with a bank, 'loss_zeroed'.
+    groupings: of the targets.
+    document_X: int, the document of each.
+  """
+
+  run: str
+  step: int
+  tokens_read: int
+  texts: tuple
+  loss_X: dict[str, np.ndarray]
+  groupings: dict[str, Grouping]
+  document_X: np.ndarray
+
+
+def break_down(
+  runs: Sequence[str | Path],
+  checkpoint: str | int = 'best',
+  ngrams: Sequence[int] = (2, 3),
+  valid_files: Sequence[str] = (),
+  overrides: Sequence[str] = (),
+  say: Callable[[str], None] = lambda _: None,
+  **placement: Any,
+) -> list[dict[str, Any]]:
+  """Breaks down the loss of runs.
+
+  Args:
+    runs: run directories; each is compared with the first of them that read the same and evaluates the same text.
+    checkpoint: 'best', 'last', or the number of a step.
+    ngrams: sizes of the n-grams whose counts make groups.
+    valid_files: paths or globs of other text, each a group of its own; by default the validation set of each run.
+    overrides: '--config.section.field=value' flags that say where text is now.
+    say: told of each run as it is begun.
+    placement: dtype and attention, as `load` takes them.
+
+  Returns:
+    For each run: run, checkpoint, tokens_read, tokens (held out), loss, against (a run, or None) and groups: for each
+    grouping a list of groups with group, tokens, loss and, of a memory model, loss_zeroed, in nats a token, the bank
+    being zero; with a run to compare with also difference, standard_error. The error is that of a mean whose
+    independent parts are the held-out documents.
+
+  Raises:
+    UserError: if a run has no checkpoint, or its training or held-out text cannot be found.
+  """
+  found, first, shared = [], {}, {}
+  for path in runs:
+    say(f'{path} ...')
+    losses = _losses(path, checkpoint, ngrams, valid_files, overrides, shared, placement)
+    against = first.setdefault(losses.texts, losses)
+    found.append(_summary(losses, against))
+  return found
+
+
+@own_jax_settings()
+def _losses(
+  path: str | Path,
+  checkpoint: str | int,
+  ngrams: Sequence[int],
+  valid_files: Sequence[str],
+  overrides: Sequence[str],
+  shared: dict[tuple, Any],
+  placement: dict[str, Any],
+) -> Losses:
+  """Evaluates one run; what depends on the text and not on the model is kept in `shared`."""
+  run = open_run(path)
+  lm = load(run.path, checkpoint, **placement)
+  config = override_config(run.read_config(), overrides, WHERE)
+  texts = [open_text(config, run, files) for files in valid_files or ['']]
+  held_out = tuple((str(text.directory), text.split, text.max_seq_len, text.layout) for text in texts)
+
+  def once(key: tuple, make: Callable[[], Any]) -> Any:
+    if (*key, held_out) not in shared:
+      shared[*key, held_out] = make()
+    return shared[*key, held_out]
+
+  groupings = {'script': once(('script',), lambda: _by_script(texts))}
+  if valid_files:
+    sizes = [len(text_positions(text)) for text in texts]
+    groupings['file'] = once(('file',), lambda: Grouping(tuple(valid_files), np.repeat(np.arange(len(texts)), sizes)))
+  train = _training_split(run, config) if ngrams else None
+  rows = config.train.update_rows * lm.step
+  read = (run.read_record()['identity'].get('data_sha256'), config.seed, rows, config.model.max_seq_len)
+  for n in ngrams:
+    groupings[f'{n}-gram read'] = once((n, *read), lambda n=n: _by_count(texts, train, config, lm.step, n))
+  loss_X = _loss_of_banks(lm, config, texts)
+  document_X = once(('document',), lambda: _documents(texts))
+  tokens = rows * config.model.max_seq_len
+  return Losses(str(path), lm.step, tokens, (read, held_out), loss_X, groupings, document_X)
+
+
+def _training_split(run: RunDir, config: Config) -> TokenSplit:
+  place = find_run_data(run, config)
+  if not place:
+    raise UserError(
+      f'the training text of {run.path} cannot be found, so nobody knows which n-grams it read; give '
+      '--config.data.prepared_dir=DIR, or --ngrams none'
+    )
+  data, length = config.data, config.model.max_seq_len
+  return open_split(place, 'train', max_seq_len=length, layout=data.layout, isolate_documents=data.isolate_documents)
+
+
+def text_positions(text: TokenSplit) -> np.ndarray:
+  """Returns where the targets of all rows are in a split's stream, int64[X], in the order of evaluation."""
+  start_N, stop_N = text.spans()
+  place_NT = start_N[:, None] + np.arange(text.max_seq_len)
+  return place_NT[place_NT < stop_N[:, None]]
+
+
+def _by_count(texts: Sequence[TokenSplit], train: TokenSplit, config: Config, steps: int, n: int) -> Grouping:
+  times_N = times_read(train, global_batch_rows=config.train.update_rows, seed=config.seed, steps=steps)
+  key_X = np.concatenate([ngram_keys(text, n, 0, text.n_tokens)[text_positions(text)] for text in texts])
+  count_X = count_ngrams(train, times_N, n, key_X)
+  return Grouping(tuple(COUNTS), np.digitize(count_X, list(COUNTS.values())) - 1)
+
+
+def _by_script(texts: Sequence[TokenSplit]) -> Grouping:
+  parts = []
+  for text in texts:
+    start = text.document_start
+    documents = [text.tokenizer.decode(text.stream(a, b - 1).tolist()) for a, b in zip(start, start[1:], strict=False)]
+    group_D = np.array([0 if _is_chinese(document) else 1 for document in documents])
+    parts.append(group_D[_document_of(text)])
+  return Grouping(SCRIPTS, np.concatenate(parts))
+
+
+def _is_chinese(document: str) -> bool:
+  return sum('\u4e00' <= char <= '\u9fff' for char in document) > CHINESE_SHARE * len(document)
+
+
+def _document_of(text: TokenSplit) -> np.ndarray:
+  return np.searchsorted(text.document_start, text_positions(text), 'right') - 1
+
+
+def _documents(texts: Sequence[TokenSplit]) -> np.ndarray:
+  """Numbers the documents of all texts, for each target."""
+  first = np.cumsum([0, *(text.n_documents for text in texts)])
+  return np.concatenate([base + _document_of(text) for base, text in zip(first, texts, strict=False)])
+
+
+def _loss_of_banks(lm: LanguageModel, config: Config, texts: Sequence[TokenSplit]) -> dict[str, np.ndarray]:
+  """Returns what `Losses.loss_X` holds, in the dtype of training, unless loaded in another."""
+  placed = place_reader(config, dtype=lm.dtype or config.train.dtype, attention=lm.attention)
+  config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=placed.dtype.name))
+  token_loss = placed.jit(make_token_loss(config, model_graph(config), placed.attention))
+  banks = {'loss': lm.params}
+  if BANK in lm.params:
+    zeros = jax.device_put(jnp.zeros_like(lm.params[BANK]), lm.params[BANK].sharding)
+    banks['loss_zeroed'] = lm.params | {BANK: zeros}
+  parts = {name: [] for name in banks}
+  for text in texts:
+    for batch in eval_batches(text, config.train.batch_size):
+      rows = {name: batch[name] for name in ('input', 'target', 'segment')}
+      for name, params in banks.items():
+        parts[name].append((token_loss(params, rows), batch['target'] != PADDING))
+  return {
+    name: np.concatenate([np.asarray(nll_BT, np.float64)[kept_BT] for nll_BT, kept_BT in part])
+    for name, part in parts.items()
+  }
+
+
+def _summary(losses: Losses, first: Losses) -> dict[str, Any]:
+  """Returns what `break_down` says of a run."""
+  whole = Grouping(('all',), np.zeros(len(losses.document_X), int))
+  groups = {name: _groups(grouping, losses, first) for name, grouping in {'all': whole, **losses.groupings}.items()}
+  return {
+    'run': losses.run,
+    'checkpoint': losses.step,
+    'tokens_read': losses.tokens_read,
+    'against': None if first is losses else first.run,
+    'groups': groups,
+  }
+
+
+def _groups(grouping: Grouping, losses: Losses, first: Losses) -> list[dict[str, Any]]:
+  found = []
+  for number, name in enumerate(grouping.names):
+    inside_X = grouping.group_X == number
+    tokens = int(inside_X.sum())
+    entry = {'group': name, 'tokens': tokens}
+    entry |= {key: float(x[inside_X].mean()) if tokens else None for key, x in losses.loss_X.items()}
+    if first is not losses and tokens:
+      change_X = (losses.loss_X['loss'] - first.loss_X['loss'])[inside_X]
+      entry |= {
+        'difference': float(change_X.mean()),
+        'standard_error': clustered_error(change_X, losses.document_X[inside_X]),
+      }
+    found.append(entry)
+  return found
+
+
+def clustered_error(value_X: np.ndarray, cluster_X: np.ndarray) -> float | None:
+  """Returns the standard error of a mean whose values depend on each other within a cluster; None of one cluster.
+
+  That is the ratio estimator's: sqrt(C / (C - 1) * sum_c (sum_{x in c} (value_x - mean))^2) / X for C clusters.
+  """
+  _, cluster_X = np.unique(cluster_X, return_inverse=True)
+  sum_C = np.bincount(cluster_X, value_X - value_X.mean())
+  C = len(sum_C)
+  return float(np.sqrt(C / (C - 1) * np.sum(np.square(sum_C))) / len(value_X)) if C > 1 else None

@@ -1,0 +1,103 @@
+"""Breaks down the held-out loss of runs:   python -m mmjax.tools.breakdown out/g0-s0 out/g42-s0 [--ngrams 2,3]
+
+Groups the tokens of the validation set by how often training, up to the checkpoint, read the n-gram that ends in them
+(never, 1 to 10, 11 to 100, more), by the script of their document (mainly Chinese or other), and with --valid_files
+A,B by the file. A run with a memory is also evaluated with its bank zeroed. Each run is compared with the first in the
+list that read the same rows of text. Also takes folders of runs, as mmjax.tools.sweep makes them. Prints the tables,
+and writes them to --markdown FILE and the numbers to --json FILE. --config.data.prepared_dir=DIR says where the text is
+now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mmjax.config import user_path
+from mmjax.console import Table, command_parser, markdown, number, prepare_terminal, show
+from mmjax.errors import UserError, run_command
+from mmjax.inference.settings import add_placement_flags, placement_from_flags
+
+NOTE = (
+  'A cell is the mean loss of a group of tokens, in nats. After it stands, where an earlier run of the list read the '
+  'same text, how much higher that is than the loss of that run, ± one standard error over held-out documents, which '
+  'says nothing of other seeds. An n-gram is the token and those before it. Its count is exact, over the tokens that '
+  'training had read by the checkpoint.'
+)
+
+
+def main() -> None:
+  """Reads flags, evaluates, prints, writes."""
+  parser = command_parser('breakdown', __doc__)
+  parser.add_argument('runs', nargs='+', help='run directories, or folders of them; the baseline first')
+  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
+  parser.add_argument('--ngrams', default='2,3', help="sizes of n-grams, comma-separated, or 'none' (default: 2,3)")
+  parser.add_argument('--valid_files', default='', help='other text: comma-separated paths or globs, each a group')
+  parser.add_argument('--json', help='file to write the numbers to')
+  parser.add_argument('--markdown', help='file to write the tables to')
+  add_placement_flags(parser)
+  arguments, overrides = parser.parse_known_args()
+  sizes = ngram_sizes(arguments.ngrams)
+
+  from mmjax.files import write_file, write_json  # only now: --help and bad flags need not wait for JAX
+  from mmjax.inference.breakdown import break_down
+  from mmjax.report.rows import find_runs
+
+  prepare_terminal()
+  found = break_down(
+    [run.path for run in find_runs(arguments.runs)],
+    arguments.checkpoint,
+    sizes,
+    [name for name in arguments.valid_files.split(',') if name],
+    overrides,
+    print,
+    **placement_from_flags(arguments),
+  )
+  shown = tables(found)
+  show(*shown, NOTE)
+  if arguments.json:
+    write_json(user_path(arguments.json), {'runs': found})
+  if arguments.markdown:
+    write_file(user_path(arguments.markdown), markdown(*shown, NOTE))
+  if written := ' and '.join(filter(None, (arguments.json, arguments.markdown))):
+    print(f'Written: {written}')
+
+
+def ngram_sizes(text: str) -> list[int]:
+  """Reads --ngrams.
+
+  Raises:
+    UserError: if it is no list of numbers above 0.
+  """
+  sizes = [] if text == 'none' else text.split(',')
+  if not all(size.isascii() and size.isdigit() and int(size) for size in sizes):
+    raise UserError(f"--ngrams {text} must be numbers above 0, comma-separated, such as 2,3, or 'none'")
+  return [int(size) for size in sizes]
+
+
+def tables(found: Sequence[dict[str, Any]]) -> list[Table]:
+  """Returns a table for each grouping; its rows are the runs, as they are and with their bank zeroed."""
+  return [_table(name, found) for name in found[0]['groups']]
+
+
+def _table(grouping: str, found: Sequence[dict[str, Any]]) -> Table:
+  rows = []
+  for run in found:
+    groups, read = run['groups'][grouping], f'{run["tokens_read"] / 1e6:,.1f} M'
+    name, tokens = run['run'].rstrip('/').rpartition('/')[2], [group['tokens'] for group in groups]
+    if len(groups) > 1 and run['against'] is None:  # those compared with it have the same groups
+      rows.append(['share of the tokens', read, *(f'{part / sum(tokens):.1%}' for part in tokens)])
+    rows.append([name, read, *(number(group['loss']) + _difference(group) for group in groups)])
+    if 'loss_zeroed' in groups[0]:
+      rows.append([f'{name}, bank zeroed', read, *(number(group['loss_zeroed']) for group in groups)])
+  header = ['run', 'tokens read', *(group['group'] for group in found[0]['groups'][grouping])]
+  return Table(header, rows, f'Loss by {grouping}' if grouping != 'all' else 'Loss')
+
+
+def _difference(group: dict[str, Any]) -> str:
+  if 'difference' not in group:
+    return ''
+  error = group['standard_error']
+  return f' {group["difference"]:+.4f}' + ('' if error is None else f' ± {error:.4f}')
+
+
+if __name__ == '__main__':
+  run_command(main)

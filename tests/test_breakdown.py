@@ -1,0 +1,96 @@
+"""Breaking down the loss of runs: against sums in plain Python over logits and dictionaries of n-grams."""
+
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+import mmjax
+from mmjax.data.loader import PADDING, train_batches
+from mmjax.errors import UserError
+from mmjax.inference.breakdown import _training_split, break_down, clustered_error
+from mmjax.inference.measure import open_text
+from mmjax.run.directory import open_run
+from mmjax.tools import breakdown as command
+
+
+def group_of(count: int) -> str:
+  return 'never' if not count else '1 to 10' if count <= 10 else '11 to 100' if count <= 100 else 'more than 100'
+
+
+def test_losses_of_groups_are_those_of_plain_python(tiny_run, tmp_path, monkeypatch, capsys):
+  files = f'{tmp_path}/breakdown.json', f'{tmp_path}/breakdown.md'
+  flags = ['--checkpoint', 'last', '--json', files[0], '--markdown', files[1], '--ngrams', '2']
+  monkeypatch.setattr('sys.argv', ['breakdown', str(tiny_run), *flags])
+  command.main()
+  found = json.loads((tmp_path / 'breakdown.json').read_text())['runs'][0]
+
+  lm, run = mmjax.load(tiny_run, 'last'), open_run(tiny_run)
+  config = lm.config
+  pairs = Counter()
+  batches = train_batches(_training_split(run, config), global_batch_rows=config.train.update_rows, seed=config.seed)
+  for _ in range(lm.step):
+    batch = next(batches)
+    pairs.update(zip(batch['input'].flat, batch['target'].flat, strict=True))
+  batches.close()
+  text = open_text(config, run)
+  rows = text.rows(np.arange(text.n_rows))
+  nll_BT = -np.take_along_axis(
+    log_softmax(lm.logits(rows['input']), axis=-1), np.maximum(rows['target'], 0)[..., None], -1
+  )[..., 0]
+  losses = {'all': []}
+  for nll, pair in zip(nll_BT.flat, zip(rows['input'].flat, rows['target'].flat, strict=True), strict=True):
+    if pair[1] != PADDING:
+      losses.setdefault(group_of(pairs[pair]), []).append(float(nll))
+      losses['all'].append(float(nll))
+  assert len(losses) > 3 and found['tokens_read'] == pairs.total() and found['against'] is None
+  for group in (*found['groups']['all'], *found['groups']['2-gram read']):
+    own = losses.get(group['group'], [])
+    assert group['tokens'] == len(own)
+    assert group['loss'] == (pytest.approx(np.mean(own), rel=1e-5) if own else None)
+  evals = [json.loads(line) for line in (tiny_run / 'metrics.jsonl').read_text().splitlines() if '"eval"' in line]
+  assert found['groups']['all'][0]['loss'] == pytest.approx(evals[-1]['loss'], rel=1e-5)
+  zeroed = lm.with_bank(np.zeros_like(lm.params['memory_bank'])).logits(rows['input'])
+  kept = rows['target'] != PADDING
+  expected = -np.take_along_axis(log_softmax(zeroed, axis=-1)[kept], rows['target'][kept][:, None], -1).mean()
+  assert found['groups']['all'][0]['loss_zeroed'] == pytest.approx(expected, rel=1e-5)
+  assert f'| run, bank zeroed | 0.0 M | {expected:.4f} |' in (tmp_path / 'breakdown.md').read_text()
+  assert 'Loss by 2-gram read' in capsys.readouterr().out
+
+
+def test_runs_that_read_the_same_are_compared_and_share_the_counts(tiny_run, tmp_path, monkeypatch):
+  shutil.copytree(tiny_run, tmp_path / 'twin')
+  (tmp_path / 'other.txt').write_text('the bank reads the memory\n\nand writes it again')
+  (tmp_path / 'chinese.txt').write_text('白日依山尽，黄河入海流。' * 3)
+  counted = []
+  count = 'mmjax.inference.breakdown.count_ngrams'
+  monkeypatch.setattr(count, lambda split, times, n, keys: counted.append(n) or np.zeros(len(keys), int))
+  texts = [f'{tmp_path}/other.txt', f'{tmp_path}/chinese.txt']
+  first, second, third = break_down([tiny_run, tmp_path / 'twin'], 'last', [2], texts) + break_down(
+    [tiny_run], 'best', [], texts
+  )
+  assert counted == [2] and third['against'] is None
+  assert first['against'] is None and second['against'] == str(tiny_run)
+  by_file, by_script = second['groups']['file'], second['groups']['script']
+  assert [group['group'] for group in by_file] == texts
+  assert [group['tokens'] for group in by_file] == [group['tokens'] for group in by_script][::-1]
+  assert [group['difference'] for group in by_file] == [0, 0]
+
+
+def test_error_of_clusters_is_that_of_the_mean_where_each_value_is_one():
+  values = np.random.default_rng(0).normal(size=20)
+  assert clustered_error(values, np.arange(20)) == pytest.approx(np.std(values, ddof=1) / 20**0.5)
+  assert clustered_error(np.repeat(values, 3), np.repeat(np.arange(20), 3)) == pytest.approx(
+    np.std(values, ddof=1) / 20**0.5
+  )
+  assert clustered_error(values, np.zeros(20, int)) is None
+
+
+@pytest.mark.parametrize('sizes', ['0', '2,', 'x', '-1'])
+def test_sizes_of_ngrams_are_checked(sizes):
+  with pytest.raises(UserError, match='must be numbers above 0'):
+    command.ngram_sizes(sizes)
+  assert command.ngram_sizes('2,3') == [2, 3] and command.ngram_sizes('none') == []
