@@ -129,13 +129,9 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   foreign = not_in_pytorch(config)
   if foreign and target.suffix.lower() in TORCH_SUFFIXES:
     raise UserError(f'the PyTorch code has no {foreign} and could not read {str(target)!r}; use .safetensors')
-  params, _, step = Checkpoints(workdir, read_only=True).restore_params(abstract_params(config), checkpoint_name(which))
-  warn_non_finite(params, f'step {step} of {workdir}')
-  tensors = to_tensors(params, config)
+  tensors, step = read_weights(run, config, which, dtype)
   if not foreign:
     tensors[TIED] = tensors['tok_embeddings.weight']
-  if dtype:
-    tensors = {name: _cast(name, value, dtype) for name, value in tensors.items()}
   own = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal', bank_file=''))
   settings: dict[str, dict[str, Any]] = {}  # the file holds the bank, however it started
   for name, value in flatten(own.to_dict()).items():
@@ -153,6 +149,19 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
     print(f'The tensors do not say: {untold_sizes(config.model)}')
   else:
     print('The header holds all settings of the model, so import needs no --config')
+
+
+def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> tuple[dict[str, np.ndarray], int]:
+  """Returns the tensors of a run's checkpoint as `to_tensors` names them, cast to `dtype`, and its step.
+
+  Raises:
+    UserError: if there is no such checkpoint, or a value is too large for `dtype`.
+  """
+  checkpoints = Checkpoints(run.path, read_only=True)
+  params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(which))
+  warn_non_finite(params, f'step {step} of {run.path}')
+  tensors = to_tensors(params, config)
+  return {name: _cast(name, value, dtype) for name, value in tensors.items()} if dtype else tensors, step
 
 
 def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:

@@ -1,12 +1,14 @@
 """Writes the weights of a run into a file, and makes a run of such a file, or of one of the PyTorch code:
 
   python -m mmjax.tools.convert export --workdir out/run --to model.safetensors
+  python -m mmjax.tools.convert export --workdir out/run --to llama --format llama
   python -m mmjax.tools.convert import --from model.safetensors --out out/imported --tokenizer out/run/tokenizer.model
   python -m mmjax.tools.convert import --from model.pth --out out/imported [--config FILE] [--tokenizer FILE]
 
 A model that the PyTorch code has goes under its names, any other under mmjax's own. The imported run can be evaluated,
 sampled and trained on. A .safetensors that export wrote tells all settings of its model. What a state dict of the
 PyTorch code cannot tell, above all the number of heads, comes from --config and --config.model.n_heads=... overrides.
+--format llama writes a feed-forward model as a directory for LlamaForCausalLM and AutoTokenizer of transformers.
 """
 
 import argparse
@@ -15,6 +17,7 @@ from mmjax.config import own_config, user_path
 from mmjax.console import command_parser
 from mmjax.errors import UserError, run_command
 from mmjax.interop.convert import EXPORT_DTYPES, export_run, import_run
+from mmjax.interop.llama import export_llama
 
 
 def main() -> None:
@@ -26,7 +29,8 @@ def main() -> None:
     return
   if overrides:
     raise UserError(f'argument {overrides[0]!r} is not understood; export uses the settings of the run')
-  export_run(user_path(arguments.workdir), user_path(arguments.to), arguments.checkpoint, arguments.dtype)
+  export = export_llama if arguments.format == 'llama' else export_run
+  export(user_path(arguments.workdir), user_path(arguments.to), arguments.checkpoint, arguments.dtype)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,9 +42,10 @@ def _parser() -> argparse.ArgumentParser:
   take.add_argument('--config', default=str(own_config('base.py')), help='config file for what the weights do not say')
   take.add_argument('--tokenizer', help='SentencePiece model or tokenizer.json that the weights were trained with')
   take.add_argument('--dtype', choices=['float32'], help='cast tensors of other dtypes')
-  give = commands.add_parser('export', help='run directory -> file of weights')
+  give = commands.add_parser('export', help='run directory -> file of weights, or directory of a Llama')
   give.add_argument('--workdir', required=True, help='run directory')
-  give.add_argument('--to', required=True, help='new file: .pth, .pt or .safetensors')
+  give.add_argument('--to', required=True, help='new file: .pth, .pt or .safetensors; a new directory for llama')
+  give.add_argument('--format', choices=['file', 'llama'], default='file', help='what is written')
   give.add_argument('--checkpoint', default='best', help='best, last or a step')
   give.add_argument('--dtype', choices=list(EXPORT_DTYPES), help='cast; by default float32 is kept')
   return parser
