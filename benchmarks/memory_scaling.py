@@ -20,10 +20,10 @@ import common
 import jax
 import jax.numpy as jnp
 
+from mmjax.ahead.trial import Trial
 from mmjax.config import Config, load_config
 from mmjax.model.lm import model_graph
 from mmjax.training.step import make_gradient
-from mmjax.training.trial import Trial
 
 GIB = 1 << 30
 ONE_MICRO_BATCH = '--config.train.accumulation_steps=1'

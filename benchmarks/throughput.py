@@ -25,13 +25,13 @@ import common
 import jax
 import jax.numpy as jnp
 
+from mmjax.ahead.estimate import RECORD_POSITIONS
+from mmjax.ahead.trial import Trial, random_rows
 from mmjax.config import Config, load_config
 from mmjax.model.cost import device_peak_flops, flops_per_token
 from mmjax.run.nvidia import count_triton
 from mmjax.run.placement import is_nvidia
-from mmjax.training.trial import Trial, random_rows
 
-RECORD_POSITIONS = 3.79e9
 GIB = 1 << 30
 Update = Callable[[], None]
 

@@ -14,12 +14,12 @@ from mmjax.ahead.cards import CARDS
 from mmjax.ahead.compiler import compile_for, prepare_environment
 from mmjax.ahead.count import bound_seconds
 from mmjax.ahead.estimate import peak_bytes
-from mmjax.ahead.hlo import Module, Shape
 from mmjax.ahead.kernels import Kernel, kernels_of
 from mmjax.ahead.memory import live_at_peak
 from mmjax.config import Config, load_config
 from mmjax.errors import UserError
 from mmjax.model.lm import abstract_params, count_params
+from mmjax.run.hlo import Module, Shape
 
 pytestmark = [
   pytest.mark.ahead,

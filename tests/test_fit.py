@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mmjax.ahead import compiler, measure
+from mmjax.ahead import compiler, trial
 from mmjax.ahead.cards import CARDS
 from mmjax.ahead.compiler import prepare_environment
 from mmjax.ahead.count import bound_seconds
 from mmjax.ahead.estimate import Estimate, check_card, memory_share
-from mmjax.ahead.hlo import Module
 from mmjax.ahead.kernels import kernels_of
 from mmjax.errors import UserError
+from mmjax.run.hlo import Module
 from mmjax.tools import fit
 from tests.helpers import TINY_CONFIG, tiny_config
 
@@ -80,8 +80,8 @@ def test_missing_build_of_jax_is_one_sentence_with_the_command(monkeypatch):
 
 @pytest.mark.thorough
 def test_measurement_is_that_of_an_update(capsys, monkeypatch):
-  monkeypatch.setattr(sys, 'argv', ['measure', '--config', TINY_CONFIG])
-  measure.main()
+  monkeypatch.setattr(sys, 'argv', ['trial', '--config', TINY_CONFIG])
+  trial.main()
   got = json.loads(capsys.readouterr().out)
   assert got['device'] == 'cpu' and 0 < got['seconds_an_update'] < 60
 
@@ -89,4 +89,4 @@ def test_measurement_is_that_of_an_update(capsys, monkeypatch):
 @pytest.mark.thorough
 def test_process_that_measures_sees_the_devices_that_this_one_hides(monkeypatch):
   monkeypatch.setenv('JAX_PLATFORMS', 'none such')  # as this process hides the GPU from JAX
-  assert measure.measured_here(TINY_CONFIG, [], 1)['device'] == 'cpu'
+  assert compiler.measured_here(TINY_CONFIG, [], 1)['device'] == 'cpu'

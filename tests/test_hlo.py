@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from mmjax.ahead.cards import CARDS, find_card
-from mmjax.ahead.count import bound_seconds, costliest, least_seconds
+from mmjax.ahead.count import bound_seconds, describe_kernels, least_seconds
 from mmjax.ahead.estimate import largest_batch, same_update
-from mmjax.ahead.hlo import Module
 from mmjax.ahead.kernels import kernels_of
 from mmjax.ahead.memory import live_at_peak
 from mmjax.errors import UserError
+from mmjax.run.hlo import Module
 
 TEXT = Path('tests/module.hlo').read_text()  # written by hand; sizes are small, the form is that of a compiled step
 
@@ -80,7 +80,7 @@ def test_least_time_is_the_longest_of_bytes_products_and_sending(kernels):
   assert least_seconds(kernels['cast'], card) == pytest.approx(10 * 1.5 * ROW / 1.008e12)
   assert least_seconds(kernels['summed'], card) == pytest.approx(2 * 7 / 8 * 128000 / card.link)
   assert bound_seconds(kernels.values(), card) == pytest.approx(
-    sum(entry[0] for entry in costliest(kernels.values(), card))
+    sum(entry['seconds'] for entry in describe_kernels(list(kernels.values()), card, 1000)['costliest'])
   )
 
 

@@ -41,9 +41,9 @@ def main(kind: str) -> None:
   import jax
   import numpy as np
 
-  from mmjax.ahead.hlo import Module
   from mmjax.ahead.kernels import kernels_of
   from mmjax.model.lm import build_model
+  from mmjax.run.hlo import Module
   from mmjax.run.sharding import make_mesh, put_batch, shardings
   from mmjax.training.step import make_gradient
   from tests.helpers import random_batch, tiny_config

@@ -3,7 +3,9 @@
 JAX must be told before it is imported: `prepare_environment`.
 """
 
+import json
 import os
+import subprocess
 import sys
 from importlib.util import find_spec
 from typing import Any
@@ -13,6 +15,7 @@ from mmjax.config import Config
 from mmjax.errors import UserError
 
 WHEELS = "pip install -e '.[cuda12]'"
+NO_GPU = {'JAX_PLATFORMS': 'cpu', 'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}
 
 
 def prepare_environment() -> None:
@@ -28,8 +31,7 @@ def prepare_environment() -> None:
     )
   if not any(_has(f'jax_plugins.xla_cuda{version}') for version in (12, 13)):
     raise UserError(f"JAX's CUDA plugin is not installed (3 GB, no GPU or driver needed): {WHEELS}")
-  os.environ['JAX_SKIP_CUDA_CONSTRAINTS_CHECK'] = '1'
-  os.environ['JAX_PLATFORMS'] = 'cpu'
+  os.environ.update(NO_GPU)
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')  # warnings that nothing can be timed here
 
 
@@ -60,3 +62,11 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
   topology = topologies.get_topology_desc(platform='cuda', target_config=card.description(), topology=f'1x1x{devices}')
   learner = Learner(config, place(config, topology.devices), total_steps)
   return learner.compile(learner.shapes, options={'xla_gpu_autotune_level': 0})  # which would run kernels
+
+
+def measured_here(config: str, overrides: list[str], devices: int) -> dict[str, Any] | None:
+  """Returns what mmjax.ahead.trial measures on the GPU of this machine, which its process may use; None if it fails."""
+  environment = {name: value for name, value in os.environ.items() if name not in NO_GPU}
+  command = [sys.executable, '-m', 'mmjax.ahead.trial', '--config', config, f'--devices={devices}', *overrides]
+  done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+  return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None

@@ -5,8 +5,9 @@ over their rate, or what it sends over the link, whichever is most; kernels run 
 kernel from those rates, and the time to start it, is not counted; what a cache keeps between two kernels is not either.
 """
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from mmjax.ahead.cards import Card
 from mmjax.ahead.kernels import Kernel
@@ -23,23 +24,38 @@ def bound_seconds(kernels: Iterable[Kernel], card: Card) -> float:
   return sum(least_seconds(kernel, card) for kernel in kernels)
 
 
-def seconds_by_kind(kernels: Iterable[Kernel], card: Card) -> Counter[str]:
-  """Returns the least time of each kind of kernel."""
-  seconds = Counter()
-  for kernel in kernels:
-    seconds[kernel.kind] += least_seconds(kernel, card)
-  return seconds
+def describe_kernels(kernels: Sequence[Kernel], card: Card, top: int) -> dict[str, Any]:
+  """Returns what an update costs by its kernels, as JSON can hold it: sums, and parts, the longest first.
 
-
-def costliest(kernels: Iterable[Kernel], card: Card) -> list[tuple[float, float, int, str, str, str]]:
-  """Returns (least seconds, bytes, runs, kind, operation, source line) of each line's kernels, the longest first."""
-  seconds, moved, runs = Counter(), Counter(), Counter()
+  Each of `kinds`, and of `costliest`, the `top` source lines, has `seconds`, the least time, `bytes` and `runs`.
+  """
+  by_kind, by_line = defaultdict(Counter), defaultdict(Counter)
   for kernel in kernels:
-    key = kernel.kind, short_name(kernel), kernel.source
-    seconds[key] += least_seconds(kernel, card)
-    moved[key] += kernel.runs * kernel.bytes
-    runs[key] += kernel.runs
-  return [(spent, moved[key], runs[key], *key) for key, spent in seconds.most_common()]
+    cost = {'seconds': least_seconds(kernel, card), 'bytes': kernel.runs * kernel.bytes, 'runs': kernel.runs}
+    by_kind[kernel.kind].update(cost)
+    by_line[kernel.kind, short_name(kernel), kernel.source].update(cost)
+
+  def longest(parts: dict[Any, Counter]) -> list[tuple[Any, Counter]]:
+    return sorted(parts.items(), key=lambda part: -part[1]['seconds'])
+
+  return {
+    'products': {dtype: sum(k.runs * k.flops.get(dtype, 0) for k in kernels) for dtype in ('bf16', 'tf32', 'f32')},
+    'bytes': sum(kernel.runs * kernel.bytes for kernel in kernels),
+    'sends': sum(kernel.runs * kernel.sends for kernel in kernels),
+    'kernels': sum(kernel.runs for kernel in kernels),
+    'different_kernels': len(kernels),
+    'triton': sum(kernel.kind == 'triton' for kernel in kernels),
+    'kinds': [{'kind': kind} | cost for kind, cost in longest(by_kind)],
+    'costliest': [
+      cost | {'kind': kind, 'operation': operation, 'line': line}
+      for (kind, operation, line), cost in longest(by_line)[:top]
+    ],
+    'collectives': [
+      {'kind': k.target, 'runs': k.runs, 'sends': k.sends, 'arrays': list(map(str, k.shapes)), 'line': k.source}
+      for k in kernels
+      if k.kind == 'collective'
+    ],
+  }
 
 
 def short_name(kernel: Kernel) -> str:

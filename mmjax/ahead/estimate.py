@@ -12,11 +12,11 @@ from typing import Any
 from mmjax.ahead.cards import Card
 from mmjax.ahead.compiler import compile_for
 from mmjax.ahead.count import bound_seconds
-from mmjax.ahead.hlo import Module
 from mmjax.ahead.kernels import Kernel, kernels_of
 from mmjax.ahead.memory import live_at_peak
 from mmjax.config import Config
 from mmjax.errors import UserError
+from mmjax.run.hlo import Module
 
 RECORD_POSITIONS = 3 * 38530 * 64 * 512  # that the record was trained on: 3 epochs of so many micro-batches
 MEMORY_SHARE = 0.75  # of a card's memory that JAX takes unless it is told otherwise

@@ -20,8 +20,8 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from mmjax.ahead.hlo import Instruction, Module, Shape
 from mmjax.run import nvidia
+from mmjax.run.hlo import Instruction, Module, Shape
 
 FREE = {
   'parameter', 'get-tuple-element', 'tuple', 'bitcast', 'constant', 'after-all', 'partition-id', 'replica-id',

@@ -7,8 +7,8 @@ argument gives its place to, has one place. The sum is the compiler's own `peak_
 
 from collections import Counter
 
-from mmjax.ahead.hlo import Instruction, Module
 from mmjax.ahead.kernels import FREE, base_of_update, results_of
+from mmjax.run.hlo import Instruction, Module
 from mmjax.training.profile import innermost_scope
 
 ALIASES = FREE - {'parameter', 'constant', 'tuple', 'get-tuple-element', 'after-all', 'partition-id', 'replica-id'}

@@ -9,15 +9,13 @@ with an NVIDIA GPU the same command also measures. --markdown prints rows as in 
 commas between them. Exit codes: 0 done, 2 user error.
 """
 
-import argparse
 import json
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from mmjax.ahead.cards import CARDS, find_card
-from mmjax.ahead.compiler import compile_for, prepare_environment
-from mmjax.ahead.count import costliest, seconds_by_kind
+from mmjax.ahead.compiler import compile_for, measured_here, prepare_environment
+from mmjax.ahead.count import describe_kernels
 from mmjax.ahead.estimate import (
   Estimate,
   check_card,
@@ -28,9 +26,8 @@ from mmjax.ahead.estimate import (
   same_update,
   with_batch,
 )
-from mmjax.ahead.measure import measured_here
 from mmjax.config import load_config
-from mmjax.console import Table, markdown, show
+from mmjax.console import Table, command_parser, markdown, show
 from mmjax.errors import UserError, run_command
 from mmjax.run.nvidia import find_driver
 
@@ -39,9 +36,7 @@ GB = 1e9
 
 def main() -> None:
   """Flags -> config -> compile -> count -> print."""
-  parser = argparse.ArgumentParser(
-    prog='python -m mmjax.tools.fit', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-  )
+  parser = command_parser('fit', __doc__)
   parser.add_argument('--config', required=True, help='config file')
   parser.add_argument('--gpu', required=True, help=f'{", ".join(CARDS)}, or a file that describes a card')
   parser.add_argument('--devices', type=int, default=1, help='how many of them, in one machine')
@@ -105,11 +100,7 @@ def search(found: Estimate) -> dict[str, dict[str, Any]]:
 
 def as_dict(found: Estimate, batches: dict[str, dict[str, Any]], top: int) -> dict[str, Any]:
   """Returns everything that there is to say, as --json prints it; times in seconds."""
-  kernels, train = found.kernels, found.config.train
-  runs = Counter()
-  for kernel in kernels:
-    runs[kernel.kind] += kernel.runs
-  columns = ('seconds', 'bytes', 'runs', 'kind', 'operation', 'line')
+  train = found.config.train
   return {
     'experiment': found.config.experiment,
     'card': found.card.name,
@@ -129,23 +120,8 @@ def as_dict(found: Estimate, batches: dict[str, dict[str, Any]], top: int) -> di
       'positions': found.positions,
       'hours': found.hours,
     },
-    'products': {dtype: sum(k.runs * k.flops.get(dtype, 0) for k in kernels) for dtype in ('bf16', 'tf32', 'f32')},
     'model_flops': found.model_flops,
-    'bytes': sum(kernel.runs * kernel.bytes for kernel in kernels),
-    'sends': sum(kernel.runs * kernel.sends for kernel in kernels),
-    'kernels': runs.total(),
-    'different_kernels': len(kernels),
-    'triton': sum(kernel.kind == 'triton' for kernel in kernels),
-    'kinds': [
-      {'kind': kind, 'seconds': spent, 'runs': runs[kind]}
-      for kind, spent in seconds_by_kind(kernels, found.card).most_common()
-    ],
-    'costliest': [dict(zip(columns, entry, strict=True)) for entry in costliest(kernels, found.card)[:top]],
-    'collectives': [
-      {'kind': k.target, 'runs': k.runs, 'sends': k.sends, 'arrays': list(map(str, k.shapes)), 'line': k.source}
-      for k in kernels
-      if k.kind == 'collective'
-    ],
+    **describe_kernels(found.kernels, found.card, top),
   }
 
 

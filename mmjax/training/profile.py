@@ -8,12 +8,14 @@ from a compilation cache has the scopes of the source that it was compiled from.
 
 import re
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from mmjax.run.hlo import Module
 
 # The named scopes of model and step; the innermost one counts.
 SCOPES = (
@@ -22,8 +24,6 @@ SCOPES = (
 )  # fmt: skip
 UNKNOWN = 'not attributed'
 _SCOPE = re.compile(rf'(?:^|[/(])({"|".join(SCOPES)})(?=[/)]|$)')
-_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$')
-_COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.\-]+) .*\{$')
 
 
 class StepProfiler:
@@ -81,21 +81,11 @@ def operation_scopes(hlo_text: str) -> dict[str, str]:
   Args:
     hlo_text: as `compiled.as_text()` gives it.
   """
-  scopes, calls, parts, computation = {}, {}, defaultdict(Counter), ''
-  for line in hlo_text.splitlines():
-    if found := _COMPUTATION.match(line):
-      computation = found[1]
-    elif found := _INSTRUCTION.match(line):
-      name, rest = found.groups()
-      op_name = re.search(r'op_name="([^"]*)"', rest)
-      if op_name and (scope := innermost_scope(op_name[1])):
-        scopes[name] = scope
-        parts[computation][scope] += 1
-      if called := re.search(r'calls=%?([\w.\-]+)', rest):
-        calls[name] = called[1]
-  for name, called in calls.items():
-    if name not in scopes and parts[called]:
-      scopes[name] = parts[called].most_common(1)[0][0]
+  module, scopes = Module(hlo_text), {}
+  for _, instruction in module.instructions():
+    own = innermost_scope(instruction.op_name)
+    if scope := own or module.common(instruction, lambda part: innermost_scope(part.op_name)):
+      scopes[instruction.name] = scope
   return scopes
 
 

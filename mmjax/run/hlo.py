@@ -120,13 +120,14 @@ class Module:
     frame = re.search(r'stack_frame_id=(\d+)', instruction.rest)
     if frame and self._lines.get(int(frame[1])):
       return self._lines[int(frame[1])]
-    return self._common(instruction, self.line_of)
+    return self.common(instruction, self.line_of)
 
   def name_of(self, instruction: Instruction) -> str:
     """Returns an instruction's op_name, of a fusion without one that of most of its parts."""
-    return instruction.op_name or self._common(instruction, lambda part: part.op_name)
+    return instruction.op_name or self.common(instruction, lambda part: part.op_name)
 
-  def _common(self, instruction: Instruction, read: Callable[[Instruction], str]) -> str:
+  def common(self, instruction: Instruction, read: Callable[[Instruction], str | None]) -> str:
+    """Returns what is read off most parts of a fusion; '' where that is nothing, or there are no parts."""
     inner = self.computations.get(instruction.attribute('calls') or '', {})
     found = Counter(said for part in inner.values() if (said := read(part)))
     return found.most_common(1)[0][0] if found else ''
