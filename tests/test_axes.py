@@ -12,7 +12,7 @@ SUFFIX = re.compile(r'_*[a-z]\w*_([0-9A-Za-z]*[A-Z][0-9A-Za-z]*)')
 
 def names_in(tree):
   for node in ast.walk(tree):
-    for field in ('id', 'arg', 'attr'):
+    for field in ('id', 'arg', 'attr', 'value'):  # the last of keys of dicts
       if isinstance(name := getattr(node, field, None), str):
         yield name
 

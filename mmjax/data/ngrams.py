@@ -58,11 +58,11 @@ def count_ngrams(split: TokenSplit, times_N: np.ndarray, n: int, wanted_X: np.nd
   start_N, stop_N = split.spans()
   for start in range(0, split.n_tokens, CHUNK):
     stop = min(start + CHUNK, split.n_tokens)
-    position_Y = np.arange(start, stop)
-    row_Y = np.searchsorted(start_N, position_Y, 'right') - 1
-    times_Y = times_N[row_Y] * (position_Y < stop_N[row_Y])  # not what padded rows cut off
-    key_Y = ngram_keys(split, n, start, stop)
-    for times in np.unique(times_Y[times_Y > 0]):
-      sorted_Y = np.sort(key_Y[times_Y == times])
-      count_U += times * (np.searchsorted(sorted_Y, key_U, 'right') - np.searchsorted(sorted_Y, key_U))
+    position_t = np.arange(start, stop)
+    row_t = np.searchsorted(start_N, position_t, 'right') - 1
+    times_t = times_N[row_t] * (position_t < stop_N[row_t])  # not what padded rows cut off
+    key_t = ngram_keys(split, n, start, stop)
+    for times in np.unique(times_t[times_t > 0]):
+      sorted_t = np.sort(key_t[times_t == times])
+      count_U += times * (np.searchsorted(sorted_t, key_U, 'right') - np.searchsorted(sorted_t, key_U))
   return count_U[place_X]

@@ -12,5 +12,5 @@ Names, einsums and docstrings in all of mmjax use these letters, and each has on
   K  heads of keys and values       Z  pairs of B and K              r  rows that a head reads
   G  heads of queries for one of K  U  rows that an update reads     R  rows that a token reads = h * r
   H  dim of a head                  a  angles of a head = H / 2      c  pairs that may be among the r best
-  X  other axes, taken together
+  X  other axes, taken together     A  micro-batches of an update
 """

@@ -128,8 +128,8 @@ def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulation_steps: int)
   sharding = NamedSharding(mesh, BATCH)
 
   def put(rows: np.ndarray) -> jax.Array:
-    rows = rows.reshape(accumulation_steps, -1, rows.shape[-1])
-    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
+    rows_ABT = rows.reshape(accumulation_steps, -1, rows.shape[-1])
+    return jax.make_array_from_callback(rows_ABT.shape, sharding, lambda index: rows_ABT[index])
 
   return {name: put(rows) for name, rows in batch.items() if name != 'row_id'}
 

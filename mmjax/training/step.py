@@ -133,7 +133,7 @@ def make_train_step(
   """Returns the update, not yet compiled, for a mesh or one device.
 
   It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
-  metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_N (of each parameter, in
+  metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_X (of each parameter, in
   the order of the tree), learning_rate, tokens (targets that are not PADDING), finite, applied (finite, and no spike),
   loss_average (what a spike is measured by), skipped; of memory models also usage_LM (int32 rows read) and norms (see
   `probes`).
@@ -161,7 +161,7 @@ def make_train_step(
     after |= counters(state, parts['loss'], applied)
     metrics = {
       'grad_norm': grad_norm,
-      'grad_norm_N': jnp.stack([optax.global_norm(grad) for grad in jax.tree.leaves(grads)]),
+      'grad_norm_X': jnp.stack([optax.global_norm(grad) for grad in jax.tree.leaves(grads)]),
       'gate_norms': gate_norms(grads),
       'learning_rate': schedule(state['step'] - state['skipped_total']),
       'tokens': tokens,

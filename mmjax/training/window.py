@@ -35,7 +35,7 @@ class Window:
 
   def add(self, metrics: dict[str, jax.Array]) -> None:
     """Takes the metrics of one step without waiting for them."""
-    self.steps.append({name: value for name, value in metrics.items() if name not in ('usage_LM', 'grad_norm_N')})
+    self.steps.append({name: value for name, value in metrics.items() if name not in ('usage_LM', 'grad_norm_X')})
     if 'usage_LM' in metrics:
       self.usage_LM = metrics['usage_LM'] if self.usage_LM is None else self.usage_LM + metrics['usage_LM']
 
@@ -96,6 +96,6 @@ def dump_divergence(
   content = {'step': step, 'row_ids': batch['row_id'].tolist()}
   content |= {name: float(metrics[name]) for name in ('loss', 'grad_norm', 'loss_average')}
   content['parameter_norms'] = dict(zip(names, norms, strict=True))
-  content['gradient_norms'] = dict(zip(names, metrics['grad_norm_N'].tolist(), strict=True))
+  content['gradient_norms'] = dict(zip(names, metrics['grad_norm_X'].tolist(), strict=True))
   write_json(folder / f'step-{step}.json', content)
   return error
