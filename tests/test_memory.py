@@ -17,7 +17,16 @@ from flax import nnx
 from mmjax.environment import TRAIN_PACKAGES
 from mmjax.evaluation.probes import bank_health
 from mmjax.files import path_name
-from mmjax.memory import CrossAttention, GatedFusion, MemoryBag, MemoryLayer, NgramBag, NgramBucket, init_bank
+from mmjax.memory import (
+  CrossAttention,
+  GatedFusion,
+  MemoryBag,
+  MemoryLayer,
+  NgramBag,
+  NgramBucket,
+  init_bank,
+  last_tokens,
+)
 from mmjax.memory.gate import BALANCING_SLOPE
 
 BANK = {'n_rows': 64, 'row_dim': 8}
@@ -28,6 +37,7 @@ MEMORIES = {
   'cross_attention': CrossAttention(**SIZES, attention_heads=4),
   'ngrams': NgramBag(**SIZES, ngrams=(1, 2)),
   'buckets': NgramBucket(**SIZES, ngrams=(1, 2), key_dim=4),
+  'signs': NgramBag(**SIZES, ngrams=(1, 2), vocab_size=9, signs=True),
 }
 SENTENCE = "This needs grain, which is not installed: type  pip install -e '.[train]'  in the checkout of mmjax\n"
 
@@ -36,16 +46,19 @@ def inputs(memory):
   rng = np.random.default_rng(0)
   x_BTD = jnp.asarray(rng.standard_normal((2, 5, memory.dim)), jnp.float32)
   tokens_BT = jnp.asarray(rng.integers(0, 9, (2, 5)), jnp.int32)
-  return x_BTD, init_bank(jax.random.key(1), **BANK), memory.rows(tokens_BT) if isinstance(memory, NgramBag) else None
+  ngrams = (None, None)
+  if isinstance(memory, NgramBag):
+    ngrams = memory.rows(tokens_BT), memory.signs_of(last_tokens(tokens_BT, max(memory.ngrams)))
+  return x_BTD, init_bank(jax.random.key(1), **BANK), *ngrams
 
 
 @pytest.mark.parametrize('name', MEMORIES)
 def test_every_parameter_and_the_bank_learn(name):
   memory = MEMORIES[name]
-  x_BTD, bank_MP, row_BThr = inputs(memory)
+  x_BTD, bank_MP, *ngrams = inputs(memory)
 
   def loss(params, bank_MP):
-    out = memory.apply(params, x_BTD, bank_MP, row_BThr)
+    out = memory.apply(params, x_BTD, bank_MP, *ngrams)
     return jnp.sum(jnp.sin(out.delta_BTD)) + out.aux_loss, out
 
   (_, out), slopes = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(memory.init(jax.random.key(0)), bank_MP)
@@ -58,11 +71,11 @@ def test_every_parameter_and_the_bank_learn(name):
 @pytest.mark.parametrize('name', MEMORIES)
 def test_module_of_nnx_equals_the_pure_functions(name):
   memory = MEMORIES[name]
-  x_BTD, bank_MP, row_BThr = inputs(memory)
+  x_BTD, bank_MP, *ngrams = inputs(memory)
   layer = MemoryLayer(memory, rngs=nnx.Rngs(jax.random.key(0)))
   params = memory.init(jax.random.key(0))
   jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(layer)), params)
-  for got, want in zip(layer(x_BTD, bank_MP, row_BThr), memory.apply(params, x_BTD, bank_MP, row_BThr), strict=True):
+  for got, want in zip(layer(x_BTD, bank_MP, *ngrams), memory.apply(params, x_BTD, bank_MP, *ngrams), strict=True):
     np.testing.assert_array_equal(got, want)
 
 
@@ -78,7 +91,7 @@ def test_init_is_a_function_of_the_key_old_or_new():
 
 def test_compute_dtype_changes_no_row_on_a_cpu():
   memory = MEMORIES['bag']
-  x_BTD, bank_MP, _ = inputs(memory)
+  x_BTD, bank_MP, *_ = inputs(memory)
   outs = [memory.apply(memory.init(jax.random.key(0)), x_BTD, bank_MP, dtype=d) for d in (jnp.float32, jnp.bfloat16)]
   assert outs[1].delta_BTD.dtype == jnp.bfloat16
   np.testing.assert_array_equal(outs[0].row_BTR, outs[1].row_BTR)
@@ -96,6 +109,9 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
     (NgramBag, {'ngrams': (0,)}, r'ngrams=\(0,\) must be a tuple of numbers of tokens, from 1'),
     (NgramBag, {'ngrams': (1, 2, 3)}, 'no more than n_heads=2'),
     (NgramBag, {'ngrams': '1,2'}, "ngrams='1,2' must be a tuple"),
+    (NgramBag, {'vocab_size': 0}, 'vocab_size=0 must be a whole number of at least 1'),
+    (NgramBag, {'vocab_size': 10, 'ngrams': (1, 2), 'n_rows': 35}, 'n_rows=35 must be at least 36, so that each head'),
+    (NgramBucket, {'vocab_size': 10, 'n_rows': 59}, 'n_rows=59 must be at least 60, so that each head'),
     (CrossAttention, {'scores': 'bag'}, "scores='bag' must be one of scale, none"),
     (MemoryBag, {'query_key_norm': 'l1'}, "query_key_norm='l1' must be one of l2, none"),
   ],
@@ -108,23 +124,25 @@ def test_sizes_that_make_no_memory_are_refused(kind, sizes, said):
 @pytest.mark.parametrize('name', MEMORIES)
 def test_parameters_of_other_sizes_are_refused(name):
   memory = MEMORIES[name]
-  x_BTD, bank_MP, row_BThr = inputs(memory)
+  x_BTD, bank_MP, *ngrams = inputs(memory)
   params = memory.init(jax.random.key(0))
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     changed = jax.tree_util.tree_map_with_path(lambda at, x, path=path: x[:-1] if at == path else x, params)
     shapes = f'{path_name(path)} must have the shape {leaf.shape}, not {leaf[:-1].shape}'
     with pytest.raises(ValueError, match=re.escape(shapes)):
-      memory.apply(changed, x_BTD, bank_MP, row_BThr)
+      memory.apply(changed, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='must have the shape .*, not None'):
-    memory.apply({}, x_BTD, bank_MP, row_BThr)
-  if row_BThr is None:
+    memory.apply({}, x_BTD, bank_MP, *ngrams)
+  with pytest.raises(ValueError, match='the numbers of signs must have the shape'):
+    memory.apply(params, x_BTD, bank_MP, ngrams[0], None if memory.signs else jnp.zeros((2, 5, 2), jnp.int32))
+  if ngrams[0] is None:
     with pytest.raises(ValueError, match='selects its rows itself'):
       memory.apply(params, x_BTD, bank_MP, jnp.zeros((2, 5, 2, 3), jnp.int32))
 
 
 def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_loss():
   memory = MEMORIES['bag']
-  params, (x_BTD, bank_MP, _) = memory.init(jax.random.key(0)), inputs(memory)
+  params, (x_BTD, bank_MP, *_) = memory.init(jax.random.key(0)), inputs(memory)
   params['gate']['bias'] = jnp.asarray(np.random.default_rng(1).standard_normal((4, 8)), jnp.float32)
 
   def loss(params):

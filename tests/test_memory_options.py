@@ -10,6 +10,7 @@ from mmjax.config import load_config
 from mmjax.errors import UserError
 from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
+from mmjax.memory.ngram import sign_vectors
 from mmjax.model.lm import abstract_params, build_model, memory_layers, model_graph
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.optimizer import gets_gradient
@@ -38,6 +39,8 @@ CHOICES = {  # sublayer and what differs from the faithful memory
   'bag_cheap': {'sublayer': 'memory_bag', 'n_heads': 2, 'query_key_norm': 'l2', 'key_dim': 4, 'bag_gate': False},
   'ngram': {'sublayer': 'ngram_bag', 'n_heads': 2, 'ngrams': '2', 'ffn_dim': 12},
   'bucket': {'sublayer': 'ngram_bucket', 'n_heads': 2, 'ngrams': '2', 'key_dim': 6, 'input': 'residual', 'ffn_dim': 12},
+  'signs': {'sublayer': 'ngram_bag', 'n_heads': 2, 'ngrams': '2', 'ngram_ranges': 'own', 'ngram_signs': True},
+  'bucket_signs': {'sublayer': 'ngram_bucket', 'n_heads': 2, 'ngrams': '2', 'ngram_ranges': 'own', 'ngram_signs': True},
   'cross_attention': {'sublayer': 'cross_attention', 'n_heads': 2, 'scores': 'scale', 'input': 'residual'},
   'eight_heads': {'scores': 'scale', 'n_heads': 8, 'query_key_norm': 'l2', 'ffn_dim': 12},
 }
@@ -72,10 +75,11 @@ def numpy_bag(memory, params, m, sums):
   return (y * (silu(m @ params['up']['kernel']) if memory.bag_gate else 1)) @ params['down']['kernel']
 
 
-def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
+def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None, signs=None):
   """What a memory sublayer adds and the rows it takes, (B, T, heads, rows), in float64 with all M scores built.
 
-  `fixed_rows` are taken in place of those with the best scores; n-grams have no scores.
+  `fixed_rows` are taken in place of those with the best scores; n-grams have no scores. `signs`, (B, T, heads, P), are
+  those of n-grams.
   """
   memory, heads = config.memory, config.memory.n_heads
   m = rms(h if memory.input == 'residual' else h_attn, params['norm'])
@@ -86,6 +90,8 @@ def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None):
       score = np.einsum('bthp,bthrp->bthr', query, keys[fixed_rows]) / np.sqrt(keys.shape[-1])
       weight = np.exp(score) / np.exp(score).sum(-1, keepdims=True)
       sums = [(weight[:, :, head, :, None] * bank[fixed_rows[:, :, head]]).sum(-2) for head in range(heads)]
+    if signs is not None:
+      sums = [signs[:, :, head] * y for head, y in enumerate(sums)]
     out = numpy_bag(memory, params, m, sums)
     return out + (swiglu(rms(h, params['ffn']['norm']), params['ffn']) if memory.ffn_dim else 0), fixed_rows
   query = (m @ params['gate']['query']['kernel']).reshape(*m.shape[:2], 2 * heads, -1)
@@ -155,10 +161,13 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   if config.memory.selection_bias:  # it starts at 0
     params['gate']['bias'] += np.random.default_rng(4).normal(size=params['gate']['bias'].shape).astype(np.float32)
 
-  last = ngrams = None
+  last = ngrams = signs = None
   if config.model.sublayer in NGRAMS:
     last = np.random.default_rng(5).integers(0, 99, (2, 5, 2), np.int32)
-    ngrams = np.asarray(nnx.merge(graphdef, params).memory.rows_of(last))
+    memory = nnx.merge(graphdef, params).memory
+    ngrams = np.asarray(memory.rows_of(last))
+    if config.memory.ngram_signs:
+      signs = np.asarray(sign_vectors(config.model.knowledge_dim))[np.asarray(memory.signs_of(last))]
 
   @jax.jit
   def run(params, bank):
@@ -168,7 +177,7 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
 
   (_, out), gradient = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(params, jnp.asarray(bank, jnp.float32))
   exact = (jax.tree.map(lambda x: np.asarray(x, np.float64), params), bank)
-  delta, rows = numpy_sublayer(config, exact[0], h, h_attn, bank, ngrams)
+  delta, rows = numpy_sublayer(config, exact[0], h, h_attn, bank, ngrams, signs)
   np.testing.assert_array_equal(out.row_BTR, rows.reshape(2, 5, -1))
   np.testing.assert_allclose(out.delta_BTD, delta, atol=1e-4 * np.abs(delta).max())
   rng = np.random.default_rng(3)
@@ -179,7 +188,7 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
     def loss(sign, i=i, step=step):
       moved = [x + sign * step if j == i else x for j, x in enumerate(leaves)]
       tree, moved_bank = jax.tree.unflatten(treedef, moved)
-      return (numpy_sublayer(config, tree, h, h_attn, moved_bank, rows)[0] * direction).sum()
+      return (numpy_sublayer(config, tree, h, h_attn, moved_bank, rows, signs)[0] * direction).sum()
 
     want, got = (loss(1) - loss(-1)) / 2, float((np.asarray(slope, np.float64) * step).sum())
     assert got == pytest.approx(want, rel=2e-3, abs=2e-8), i

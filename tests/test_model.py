@@ -20,6 +20,7 @@ MAIN_FIRST = rarely(['gated_fusion', 'dense', 'cross_attention', 'moe'], 'gated_
 HEADS_AND_FFN = {'memory__n_heads': 2, 'memory__layers': '1', 'memory__ffn_dim': 8, 'memory__input': 'residual'}
 NORMED = HEADS_AND_FFN | {'memory__query_key_norm': 'l2'}
 SCALED = NORMED | {'memory__scores': 'scale'}
+OWN = {'memory__ngrams': '1,2', 'memory__ngram_ranges': 'own', 'memory__ngram_signs': True, 'model__knowledge_num': 999}
 ATTENTION = {'model__qk_norm': True, 'model__value_embeddings': 'all'}
 OTHER_DECODED = [('dense', {}), ('cross_attention', SCALED), ('moe', {}), ('gated_fusion', SCALED)]
 
@@ -181,7 +182,8 @@ def test_segments_are_computed_as_if_alone():
     ('gated_fusion', {}),
     ('memory_bag', NORMED),
     pytest.param('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'}, marks=THOROUGH),
-    ('ngram_bucket', HEADS_AND_FFN | {'memory__ngrams': '1,2', 'memory__key_dim': 4}),
+    pytest.param('ngram_bucket', HEADS_AND_FFN | {'memory__ngrams': '1,2', 'memory__key_dim': 4}, marks=THOROUGH),
+    ('ngram_bucket', HEADS_AND_FFN | OWN | {'memory__key_dim': 4}),
     ('dense', ATTENTION),
   ]
   + [pytest.param(name, changes, marks=THOROUGH) for name, changes in OTHER_DECODED],

@@ -8,8 +8,20 @@ from flax import nnx
 
 from mmjax.config import load_config
 from mmjax.errors import UserError
+from mmjax.kernels.bank import TappedBank, add_reads, no_reads
 from mmjax.memory import NgramBag
-from mmjax.memory.ngram import NO_TOKEN, bucket_rows, cached_last_tokens, last_tokens, ngram_rows
+from mmjax.memory.ngram import (
+  FIRST_OF_SIGNS,
+  NO_TOKEN,
+  SIGN_VECTORS,
+  bucket_rows,
+  cached_last_tokens,
+  last_tokens,
+  ngram_rows,
+  ngram_signs,
+  own_ranges,
+  sign_vectors,
+)
 from mmjax.model.lm import build_model, memory_layers
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from tests.helpers import random_batch, tiny_config
@@ -28,6 +40,26 @@ def rows_by_hand(tokens: list[int], number: int, knowledge_num: int) -> int:
   for token in tokens:
     number = mix(number ^ mix(token % 2**32))
   return number % knowledge_num
+
+
+def own_rows_by_hand(tokens: list[int], ngrams: list[int], knowledge_num: int, vocab_size: int) -> list[int]:
+  """The rows that the tokens address where each of `ngrams`, one for each row of a head, has a range of its own."""
+  alone = sum(n == 1 for n in ngrams)
+  size = (knowledge_num - alone * vocab_size) // max(1, len(ngrams) - alone)
+  while any(size % d == 0 for d in range(2, size)):
+    size -= 1
+  first, rows = 0, []
+  for number, n in enumerate(ngrams):
+    rows.append(first + (tokens[0] if n == 1 else rows_by_hand(tokens[:n], number, size)))
+    first += vocab_size if n == 1 else size
+  assert first <= knowledge_num
+  return rows
+
+
+def signs_by_hand(tokens: list[int], head: int, row_dim: int) -> np.ndarray:
+  """The signs of the n-gram in a head."""
+  vector = rows_by_hand(tokens, FIRST_OF_SIGNS + head, SIGN_VECTORS)
+  return np.array([-1.0 if mix(vector * row_dim + at + 1) >= 2**31 else 1.0 for at in range(row_dim)])
 
 
 def test_last_tokens_are_those_of_the_segment_and_of_the_cache():
@@ -65,6 +97,86 @@ def test_bucket_is_neighbouring_rows_at_a_hash_and_of_one_row_the_same():
     assert found[b, t, head].tolist() == [first, first + 1, first + 2, first + 3]
   one = bucket_rows(jnp.asarray(token), (2, 1), 1, 1026)
   np.testing.assert_array_equal(one, ngram_rows(jnp.asarray(token), (2, 1), 1, 1026))
+
+
+@pytest.mark.parametrize('ngrams', [(1, 2, 3), (2, 3, 2), (1, 1, 1)])
+def test_ranges_of_their_own_are_disjoint_prime_and_exact_for_single_tokens(ngrams):
+  token = np.random.default_rng(0).integers(0, 99, (2, 5, 3), np.int32)
+  rows = np.asarray(ngram_rows(jnp.asarray(token), ngrams, 2, 1009, 99))
+  buckets = np.asarray(bucket_rows(jnp.asarray(token), ngrams, 2, 1009, 99))
+  for b, t in np.ndindex(2, 5):
+    last = token[b, t].tolist()
+    assert rows[b, t].ravel().tolist() == own_rows_by_hand(last, [n for n in ngrams for _ in 'ab'], 1009, 99)
+    firsts = [2 * bucket for bucket in own_rows_by_hand(last, list(ngrams), 1009 // 2, 99)]
+    assert buckets[b, t].tolist() == [[first, first + 1] for first in firsts]
+  first_R, size_R = own_ranges(ngrams, 2, 2**24, 6400)  # as large as banks may be
+  assert first_R[0] == 0 and np.all(first_R[1:] == first_R[:-1] + size_R[:-1]) and first_R[-1] + size_R[-1] <= 2**24
+  every = np.stack([np.arange(99)] * 2, -1)[None].astype(np.int32)  # no two tokens share a row, nor do two heads
+  exact = np.asarray(ngram_rows(jnp.asarray(every), (1, 2, 1), 1, 300, 99))[0, :, ::2, 0]
+  assert len(np.unique(exact)) == 198
+
+
+def test_signs_are_those_of_another_hash_and_split_ngrams_that_share_a_row():
+  token = np.stack(np.meshgrid(np.arange(100), np.arange(200)), -1).reshape(1, -1, 2).astype(np.int32)
+  sign = np.asarray(ngram_signs(jnp.asarray(token), (2, 1)))[0]
+  assert sign.dtype == np.int32 and np.array_equal(np.unique(sign[:, 0]), np.arange(SIGN_VECTORS))
+  vectors = np.asarray(sign_vectors(24))
+  for at in (0, 7, 19_999):
+    last = token[0, at].tolist()
+    for head, n in enumerate((2, 1)):
+      np.testing.assert_array_equal(vectors[sign[at, head]], signs_by_hand(last[:n], head, 24))
+  row = np.asarray(ngram_rows(jnp.asarray(token), (2, 1), 1, 1024))[0, :, 0, 0]
+
+  def pairs(x: np.ndarray) -> int:
+    counts = np.unique(x, return_counts=True)[1]
+    return int(np.sum(counts * (counts - 1)) // 2)
+
+  expected = pairs(row) / SIGN_VECTORS  # of the pairs in one row, those with the same signs
+  assert abs(pairs(row * SIGN_VECTORS + sign[:, 0]) - expected) < 5 * expected**0.5
+  cosines = vectors @ vectors.T / 24 - np.eye(SIGN_VECTORS)
+  assert abs(cosines.mean()) < 0.005 and abs(np.sqrt((cosines**2).mean()) - 24**-0.5) < 0.01
+
+
+def test_signs_are_in_the_sums_and_in_the_gradient_of_the_bank_by_either_route():
+  """Against loops over positions, heads and rows; the second route is that of lazy updates."""
+  memory = NgramBag(
+    dim=6, n_rows=40, row_dim=5, n_heads=3, rows_per_head=2, ngrams=(1, 2), signs=True, output_gate=False
+  )
+  rng = np.random.default_rng(0)
+  x_BTD, slope = (jnp.asarray(rng.standard_normal((2, 4, 6)), jnp.float32) for _ in range(2))
+  bank = rng.standard_normal((40, 5)).astype(np.float32)
+  last = last_tokens(jnp.asarray(rng.integers(0, 3, (2, 4)), jnp.int32), 2)  # few tokens: rows are read often
+  params, row, sign = memory.init(jax.random.key(0)), memory.rows_of(last), memory.signs_of(last)
+  down = np.asarray(params['down']['kernel']).reshape(3, 5, 6)
+  delta, grad = np.zeros((2, 4, 6)), np.zeros((40, 5))
+  for b, t, head in np.ndindex(2, 4, 3):
+    signs = signs_by_hand(np.asarray(last[b, t, : (1, 2, 1)[head]]).tolist(), head, 5)
+    delta[b, t] += signs * bank[np.asarray(row[b, t, head])].mean(0) @ down[head]
+    for at in np.asarray(row[b, t, head]):
+      grad[at] += signs * (down[head] @ np.asarray(slope[b, t])) / 2
+
+  def total(bank):
+    return jnp.vdot(memory.apply(params, x_BTD, bank, row, sign).delta_BTD, slope)
+
+  np.testing.assert_allclose(memory.apply(params, x_BTD, jnp.asarray(bank), row, sign).delta_BTD, delta, atol=1e-5)
+  np.testing.assert_allclose(jax.grad(total)(jnp.asarray(bank)), grad, atol=1e-5)
+  tap = no_reads(row.shape, 5, jnp.float32, bag=True)
+  reads = jax.grad(lambda tap: total(TappedBank(jnp.asarray(bank), tap)))(tap)
+  np.testing.assert_allclose(add_reads(jnp.zeros((40, 5)), row, reads), grad, atol=1e-5)
+
+
+def test_model_with_ranges_and_signs_keeps_documents_apart():
+  own = NGRAM | {'memory__ngrams': '1,2,3', 'memory__ngram_ranges': 'own', 'memory__ngram_signs': True}
+  config = tiny_config(model__knowledge_num=900, model__n_layers=1, **own)
+  graphdef, params = build_model(config)
+  model = jax.jit(nnx.merge(graphdef, params))
+  tokens = jnp.tile(random_batch(config)['input'][0][:, :5], (1, 2))
+  out = model(tokens, jnp.asarray(np.repeat([[0, 1]], 5, axis=1), jnp.int32).repeat(len(tokens), axis=0))
+  np.testing.assert_array_equal(out.row_LBTR[:, :, :5], out.row_LBTR[:, :, 5:])
+  np.testing.assert_allclose(out.hidden_BTD[:, :5], out.hidden_BTD[:, 5:], atol=1e-4)
+  assert np.any(np.abs(model(tokens).hidden_BTD[:, 5:] - out.hidden_BTD[:, 5:]) > 1e-2)
+  last = [[int(t) for t in (tokens[1, 6], tokens[1, 5], NO_TOKEN)]]
+  assert out.row_LBTR[0, 1, 6].tolist() == own_rows_by_hand(last[0], [1, 1, 2, 2, 3, 3], 900, 300)
 
 
 def test_bucket_starts_as_the_mean_of_its_rows_and_of_one_row_is_an_ngram_bag():
@@ -196,6 +308,16 @@ def test_layers_of_both_kinds_share_the_bank():
       "ngram_layers='1' does nothing in a model of moe layers: it belongs to model.sublayer 'cross_att",
     ),
     (['model.sublayer=ngram_bag', 'memory.selection_bias=True'], 'selection_bias=True does nothing in'),
+    (
+      ['memory.ngram_signs=True'],
+      "does nothing in a model of gated_fusion layers: it belongs to model.sublayer 'ngram_b",
+    ),
+    (['model.sublayer=ngram_bag', 'memory.ngram_ranges=each'], "ngram_ranges='each' must be one of shared, own"),
+    (
+      ['model.sublayer=ngram_bag', 'memory.n_heads=2', 'memory.ngrams=1,2', 'memory.ngram_ranges=own']
+      + ['model.knowledge_num=51215'],
+      "knowledge_num=51215 must be at least 51216 with memory.ngram_ranges='own'",
+    ),
     (['memory.ngram_layers=9'], "memory.ngram_layers='9' must be 'all', 'middle' or different layers"),
     (['memory.ngram_layers=0,1', 'memory.layers=1,2'], "memory.ngram_layers='0,1' has layer 0, which is not among"),
   ],

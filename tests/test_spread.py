@@ -14,7 +14,7 @@ WITHOUT_BANK = 'moe', 'dense'
 KINDS = {
   'gated_fusion': {'data__isolate_documents': True},
   'memory_bag': {'memory__n_heads': 2, 'memory__selection_bias': True, 'runtime__remat': 'block'},
-  'ngram_bag': {'memory__n_heads': 2, 'memory__ngrams': '1,2'},
+  'ngram_bag': {'memory__n_heads': 2, 'memory__ngrams': '1,2', 'memory__ngram_signs': True},
   'cross_attention': {},
   'moe': {},
   'dense': {},

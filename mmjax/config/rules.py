@@ -111,6 +111,13 @@ def _check_rows(config: Config) -> None:
     _refuse(model.num_selected > C, f'{selected} the {C} sub-keys that model.knowledge_num={bank} gives each half')
   elif any(kind.uses_bank for kind in kinds):
     _refuse(model.num_selected > bank, f'{selected} model.knowledge_num={bank}, all rows of the bank')
+  if memory.ngram_ranges == 'own' and any(kind.reads_ngrams for kind in kinds):
+    least = model.num_selected * sum(model.vocab_size if n == 1 else 2 for n in memory.ngram_of_heads())
+    _refuse(
+      bank < least,
+      f"model.knowledge_num={bank} must be at least {least} with memory.ngram_ranges='own': where one token addresses "
+      f'rows, a head needs model.num_selected x model.vocab_size = {model.num_selected * model.vocab_size}',
+    )
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

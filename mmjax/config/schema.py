@@ -108,6 +108,10 @@ class MemoryConfig:
   n_heads: int = field(1, '1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank', 1, 8)
   ngrams: str = field('1', "how many of the last tokens address a row or bucket; '2,3': heads take turns",
     before='1')
+  ngram_ranges: str = field(
+    'shared', "'own': each head has rows that no other reads; for '1', a row for each token",
+    choices=('shared', 'own'), before='shared')
+  ngram_signs: bool = field(False, "True: another hash of an n-gram turns signs in what its rows give", before=False)
   scores: str = field(
     'none', "'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does",
     choices=('none', 'scale'))

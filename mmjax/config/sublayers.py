@@ -24,6 +24,7 @@ BANK = (
 GATE = (
   'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.selection_bias',
 )  # fmt: skip
+NGRAM = ('memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs', 'memory.bag_gate')
 SCORES = ('memory.scores', 'memory.score_activation')
 
 
@@ -179,7 +180,7 @@ SUBLAYERS = {
   ),
   'ngram_bag': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bag',
-    (*BANK, 'memory.ngrams', 'memory.bag_gate'),
+    (*BANK, *NGRAM),
     _ngram_bag,
     uses_bank=True,
     reads_ngrams=True,
@@ -187,7 +188,7 @@ SUBLAYERS = {
   ),
   'ngram_bucket': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bucket',
-    (*BANK, 'memory.ngrams', 'memory.key_dim', 'memory.bag_gate'),
+    (*BANK, *NGRAM, 'memory.key_dim'),
     _ngram_bucket,
     uses_bank=True,
     reads_ngrams=True,

@@ -19,7 +19,7 @@ from mmjax.kernels.matmul import matmul
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
 from mmjax.memory.gate import GatedMemory
-from mmjax.memory.ngram import bucket_rows, last_tokens, ngram_rows
+from mmjax.memory.ngram import bucket_rows, last_tokens, ngram_rows, ngram_signs, with_signs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class _Bag(Memory):
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
     y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))
+    if selection.sign_BTh is not None:
+      y_BThP = with_signs(y_BThP, selection.sign_BTh)
     y_BTF = y_BThP.reshape(*x_BTD.shape[:-1], -1).astype(dtype)
     down = params['down']['kernel']
     if not self.output_gate:
@@ -72,9 +74,14 @@ class NgramBag(_Bag):
 
   Attributes:
     ngrams: how many of the last tokens address a head's rows; heads take turns.
+    vocab_size: V; each row of a head then has a range of the bank of its own, in which one token alone finds a row
+      without a hash: see `own_ranges` of mmjax.memory.ngram. None: all heads share all rows.
+    signs: whether a head's sum is multiplied, value by value, by +1 or -1 as another hash of the n-gram says.
   """
 
   ngrams: tuple[int, ...] = (1,)
+  vocab_size: int | None = None
+  signs: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -83,6 +90,13 @@ class NgramBag(_Bag):
       raise ValueError(
         f'ngrams={self.ngrams!r} must be a tuple of numbers of tokens, from 1, no more than n_heads={self.n_heads}'
       )
+    if self.vocab_size is None:
+      return
+    if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
+      raise ValueError(f'vocab_size={self.vocab_size!r} must be a whole number of at least 1, or None')
+    least = self.rows_per_head * sum(self.vocab_size if n == 1 else 2 for n in self.ngram_of_heads())
+    if self.n_rows < least:
+      raise ValueError(f'n_rows={self.n_rows} must be at least {least}, so that each head has a range of its own')
 
   def rows(self, tokens_BT: Array, segment_BT: Array | None = None) -> Array:
     """Returns the rows that the last tokens address at each position, int32 row_BThr.
@@ -95,7 +109,11 @@ class NgramBag(_Bag):
 
   def rows_of(self, token_BTn: Array) -> Array:
     """Does what `rows` does, from the last tokens at each position: see `cached_last_tokens`."""
-    return ngram_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows)
+    return ngram_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows, self.vocab_size)
+
+  def signs_of(self, token_BTn: Array) -> Array | None:
+    """Returns which signs the n-grams of `rows_of` have, int32 sign_BTh; None where they have none."""
+    return ngram_signs(token_BTn, self.ngram_of_heads()) if self.signs else None
 
   def ngram_of_heads(self) -> list[int]:
     """Returns how many of the last tokens address the rows of each head."""
@@ -142,7 +160,7 @@ class NgramBucket(NgramBag):
 
   def rows_of(self, token_BTn: Array) -> Array:
     """Returns the rows of the buckets that the last tokens at each position address, int32 row_BThr."""
-    return bucket_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows)
+    return bucket_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows, self.vocab_size)
 
   @jax.named_scope('gate')
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:

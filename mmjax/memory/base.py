@@ -21,12 +21,14 @@ Bank = Array | BankShard | TappedBank
 class Selection(NamedTuple):
   """Rows in [0, M), int32, best first; their float32 scores before any softmax; the aux loss of the choice.
 
-  With a selection bias, which the scores are without, the order is that of score plus bias.
+  With a selection bias, which the scores are without, the order is that of score plus bias. The int32 numbers of the
+  signs that n-grams have, None without.
   """
 
   row_BThr: Array
   score_BThr: Array
   aux_loss: Array | float = 0.0
+  sign_BTh: Array | None = None
 
 
 class SublayerOutput(NamedTuple):
@@ -66,6 +68,8 @@ class Memory:
   rows_per_head: int = 1
   norm_eps: float = 1e-5
 
+  signs = False  # of a class, whether it takes those of n-grams
+
   def __post_init__(self):
     for name in ('dim', 'n_rows', 'row_dim', 'n_heads', 'rows_per_head'):
       value = getattr(self, name)
@@ -87,6 +91,7 @@ class Memory:
     x_BTD: Array,
     bank_MP: Bank,
     row_BThr: Array | None = None,
+    sign_BTh: Array | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
   ) -> SublayerOutput:
@@ -97,6 +102,7 @@ class Memory:
       x_BTD: float, the residual stream; it is normed here.
       bank_MP: float32; as `mmjax.kernels.bank` describes, it may be sharded by rows, a part, or tapped.
       row_BThr: int32, the rows that n-grams address, for a memory that reads those; see `NgramBag.rows`.
+      sign_BTh: int32, the numbers of their signs, for a memory that has signs; see `NgramBag.signs_of`.
       dtype: of the matrix products; rows are selected in float32 whatever it is.
 
     Returns:
@@ -104,7 +110,7 @@ class Memory:
       selection bias its gradient evens out the use of the rows.
 
     Raises:
-      ValueError: if an array has not the shape that the sizes say, or rows of n-grams are missing or not read.
+      ValueError: if an array has not the shape that the sizes say, or rows or signs of n-grams are missing or not read.
     """
     # A wrong shape would read other rows without a word, or fail far from here.
     if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim:
@@ -117,7 +123,11 @@ class Memory:
       found = jnp.shape(given[path]) if path in given else None
       if found != shape:
         raise ValueError(f'the parameter {"/".join(path)} must have the shape {shape}, not {found}')
-    selection = self.select(params, x_BTD, row_BThr, dtype)
+    sign_shape = (*x_BTD.shape[:2], self.n_heads) if self.signs else None
+    found = None if sign_BTh is None else sign_BTh.shape
+    if found != sign_shape:
+      raise ValueError(f'the numbers of signs must have the shape {sign_shape}, not {found}: see NgramBag.signs_of')
+    selection = self.select(params, x_BTD, row_BThr, dtype)._replace(sign_BTh=sign_BTh)
     delta_BTD = self.read(params, x_BTD, selection, bank_MP, dtype)
     row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.aux_loss)
@@ -150,11 +160,17 @@ class MemoryLayer(ParamTree):
     self.memory = memory
 
   def __call__(
-    self, x_BTD: Array, bank_MP: Bank, row_BThr: Array | None = None, *, dtype: DTypeLike = jnp.float32
+    self,
+    x_BTD: Array,
+    bank_MP: Bank,
+    row_BThr: Array | None = None,
+    sign_BTh: Array | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
   ) -> SublayerOutput:
     """See `Memory.apply`."""
     params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
-    return self.memory.apply(params, x_BTD, bank_MP, row_BThr, dtype=dtype)
+    return self.memory.apply(params, x_BTD, bank_MP, row_BThr, sign_BTh, dtype=dtype)
 
 
 def init_kernels(rngs: nnx.Rngs, **shapes: tuple[int, int]) -> Params:

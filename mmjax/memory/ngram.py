@@ -1,17 +1,27 @@
 """N-grams as addresses: each head hashes the last n tokens to rows of the bank. There is nothing to learn, nothing to
 search for, and no product to compute before a row is known.
 
-Source: hashed n-grams for a table that all tokens share, several heads against collisions, as in Cheng et al. 2026,
-arXiv:2601.07372; several rows added up, Svenstrup et al. 2017, arXiv:1709.03933.
+Two things keep n-grams apart that would fall on one row. Each head may have a range of rows of its own, and for single
+tokens one that needs no hash. And each n-gram may have signs, by which its row is multiplied: of two n-grams in one row
+each then reads what is nearly orthogonal to what the other wrote.
+
+Sources: hashed n-grams for a table that all tokens share, several heads against collisions, a prime size for each, as
+in Cheng et al. 2026, arXiv:2601.07372; several rows added up, Svenstrup et al. 2017, arXiv:1709.03933; signs by a
+second hash, Chen et al. 2015, arXiv:1504.04788, for n-grams https://github.com/KellerJordan/modded-nanogpt/pull/299.
 """
 
+import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 NO_TOKEN = -1  # before the first one
+SIGN_VECTORS = 256
+FIRST_OF_SIGNS = 1 << 16  # of the numbers that tell hashes apart, those of signs come after those of rows
 
 
 def last_tokens(tokens_BT: Array, n: int, segment_BT: Array | None = None) -> Array:
@@ -40,7 +50,9 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
 
 
 @jax.named_scope('ngram')
-def ngram_rows(token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int) -> Array:
+def ngram_rows(
+  token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int, vocab_size: int | None = None
+) -> Array:
   """Hashes n-grams to rows, each head and each row of a head in its own way.
 
   Args:
@@ -48,26 +60,107 @@ def ngram_rows(token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_ro
     ngrams: for each head, how many of these tokens it looks at.
     rows_per_head: r.
     n_rows: M.
+    vocab_size: V; each row of a head then lies in a range of its own, see `own_ranges`. None: anywhere.
 
   Returns:
     int32 (B, T, h, r) in [0, M).
   """
   r = rows_per_head
-  code_BThr = jnp.arange(len(ngrams) * r, dtype=jnp.uint32).reshape(-1, r)
-  for back in range(max(ngrams)):
-    mixed_BThr = _mix(code_BThr ^ _mix(token_BTn[..., back, None, None].astype(jnp.uint32)))
-    looks_at_h1 = jnp.array([back < n for n in ngrams])[:, None]
-    code_BThr = jnp.where(looks_at_h1, mixed_BThr, code_BThr)
-  return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
+  code_BThr = _codes(token_BTn, ngrams, jnp.arange(len(ngrams) * r, dtype=jnp.uint32).reshape(-1, r))
+  if vocab_size is None:
+    return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
+  first_hr, size_hr = (np.reshape(x, (-1, r)) for x in own_ranges(tuple(ngrams), r, n_rows, vocab_size))
+  alone_h1 = np.array(ngrams)[:, None] == 1
+  code_BThr = jnp.where(alone_h1, token_BTn[..., 0, None, None].astype(jnp.uint32), code_BThr)
+  return first_hr + (code_BThr % size_hr.astype(np.uint32)).astype(jnp.int32)
 
 
-def bucket_rows(token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int) -> Array:
+def bucket_rows(
+  token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int, vocab_size: int | None = None
+) -> Array:
   """Hashes n-grams to buckets of r neighbouring rows; of r = 1 they are those of `ngram_rows`.
 
   Arguments and result are those of `ngram_rows`. Rows that are left when M is not divisible by r are in no bucket.
   """
-  bucket_BTh1 = ngram_rows(token_BTn, ngrams, 1, n_rows // rows_per_head)
+  bucket_BTh1 = ngram_rows(token_BTn, ngrams, 1, n_rows // rows_per_head, vocab_size)
   return bucket_BTh1 * rows_per_head + jnp.arange(rows_per_head, dtype=jnp.int32)
+
+
+@functools.cache
+def own_ranges(
+  ngrams: tuple[int, ...], rows_per_head: int, n_rows: int, vocab_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Divides the rows of a bank among the rows of heads, one after the other.
+
+  Those of a single token get V rows, one for each token. The others share what is left equally, and take of their share
+  the largest prime number of rows, so that the remainder of a hash depends on all of its bits.
+
+  Args:
+    ngrams: for each head, how many tokens it looks at.
+    rows_per_head: r.
+    n_rows: M, enough for two rows in each range of the others.
+    vocab_size: V.
+
+  Returns:
+    First row and number of rows of each of the h * r ranges, int32.
+  """
+  alone_R = np.repeat(ngrams, rows_per_head) == 1
+  hashed = int(np.sum(~alone_R))
+  prime = _prime_up_to((n_rows - vocab_size * (len(alone_R) - hashed)) // hashed) if hashed else 0
+  size_R = np.where(alone_R, vocab_size, prime).astype(np.int32)
+  return np.cumsum(size_R, dtype=np.int32) - size_R, size_R
+
+
+@jax.named_scope('ngram')
+def ngram_signs(token_BTn: Array, ngrams: Sequence[int]) -> Array:
+  """Hashes n-grams to the numbers of vectors of signs, in other ways than to rows: int32 (B, T, h), below SIGN_VECTORS.
+
+  Args:
+    token_BTn: int32, from `last_tokens`.
+    ngrams: for each head, how many of these tokens it looks at.
+  """
+  code_BTh1 = _codes(token_BTn, ngrams, FIRST_OF_SIGNS + jnp.arange(len(ngrams), dtype=jnp.uint32)[:, None])
+  return (code_BTh1[..., 0] % SIGN_VECTORS).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def with_signs(sum_BThP: Array, sign_BTh: Array) -> Array:
+  """Multiplies each head's sum by the vector of signs that the n-gram picked, and its gradient too.
+
+  A head's rows all have the signs of the n-gram. So the sum has them, and of the rows no signed copy is made; the
+  numbers are all that is kept for the backward pass.
+
+  Args:
+    sum_BThP: float.
+    sign_BTh: int32, from `ngram_signs`.
+  """
+  return sum_BThP * sign_vectors(sum_BThP.shape[-1]).astype(sum_BThP.dtype)[sign_BTh]
+
+
+with_signs.defvjp(
+  lambda sum_BThP, sign_BTh: (with_signs(sum_BThP, sign_BTh), sign_BTh),
+  lambda sign_BTh, grad_BThP: (with_signs(grad_BThP, sign_BTh), None),
+)
+
+
+def sign_vectors(row_dim: int) -> Array:
+  """Returns SIGN_VECTORS vectors of +1 and -1, float32: bits of a hash of each value's number."""
+  number_SP = jnp.arange(SIGN_VECTORS * row_dim, dtype=jnp.uint32).reshape(SIGN_VECTORS, row_dim)
+  return 1 - 2 * (_mix(number_SP + 1) >> 31).astype(jnp.float32)
+
+
+def _codes(token_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:
+  """Returns 32 bits for each n-gram, uint32 (B, T, h, r), by the hash of each number."""
+  code_BThr = number_hr
+  for back in range(max(ngrams)):
+    mixed_BThr = _mix(code_BThr ^ _mix(token_BTn[..., back, None, None].astype(jnp.uint32)))
+    looks_at_h1 = jnp.array([back < n for n in ngrams])[:, None]
+    code_BThr = jnp.where(looks_at_h1, mixed_BThr, code_BThr)
+  return code_BThr
+
+
+def _prime_up_to(most: int) -> int:
+  return next(n for n in range(most, 1, -1) if all(n % d for d in range(2, math.isqrt(n) + 1)))
 
 
 def _mix(x: Array) -> Array:

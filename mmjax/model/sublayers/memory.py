@@ -43,8 +43,10 @@ class MemorySublayer(MemoryLayer):
     last_BTn: Array | None = None,
   ) -> SublayerOutput:
     """See mmjax.model.sublayers; raises ValueError as `Memory.apply` does."""
-    row_BThr = self.memory.rows_of(last_BTn) if isinstance(self.memory, NgramBag) else None
-    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, row_BThr, dtype=dtype)
+    row_BThr = sign_BTh = None
+    if isinstance(self.memory, NgramBag):
+      row_BThr, sign_BTh = self.memory.rows_of(last_BTn), self.memory.signs_of(last_BTn)
+    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, row_BThr, sign_BTh, dtype=dtype)
     if self.ffn is None:
       return out
     return out._replace(delta_BTD=out.delta_BTD + self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD)
@@ -92,7 +94,12 @@ def _sizes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
 
 
 def _ngram_sizes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
-  return _sizes(model, memory) | {'ngrams': memory.ngram_of_heads(), 'output_gate': memory.bag_gate}
+  return _sizes(model, memory) | {
+    'ngrams': memory.ngram_of_heads(),
+    'vocab_size': model.vocab_size if memory.ngram_ranges == 'own' else None,
+    'signs': memory.ngram_signs,
+    'output_gate': memory.bag_gate,
+  }
 
 
 def _gate_sizes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
