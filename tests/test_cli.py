@@ -65,6 +65,7 @@ BAD_TEXT = {
     ('mmjax.tools.inspect', ['--workdir', 'x', '--text_file', '~/r']),
     ('mmjax.tools.inspect', ['--workdir', 'x', '--row', '1', '--json', '~/r/x.json']),
     ('mmjax.tools.compare', ['~/r']),
+    ('mmjax.tools.breakdown', ['~/r']),
     ('mmjax.tools.cost', ['--config', '~/r.py']),
     ('mmjax.tools.sweep', ['~/r.py']),
     ('mmjax.tools.prepare', ['--train_files', '~/r.jsonl']),

@@ -6,7 +6,7 @@ checkpoint, so the counts are exact. Runs that read the same share them.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,10 +65,9 @@ def break_down(
   ngrams: Sequence[int] = (2, 3),
   valid_files: Sequence[str] = (),
   overrides: Sequence[str] = (),
-  say: Callable[[str], None] = lambda _: None,
   **placement: Any,
-) -> list[dict[str, Any]]:
-  """Breaks down the loss of runs.
+) -> Iterator[dict[str, Any]]:
+  """Breaks down the loss of runs, one after the other.
 
   Args:
     runs: run directories; each is compared with the first of them that read the same and evaluates the same text.
@@ -76,10 +75,9 @@ def break_down(
     ngrams: sizes of the n-grams whose counts make groups.
     valid_files: paths or globs of other text, each a group of its own; by default the validation set of each run.
     overrides: '--config.section.field=value' flags that say where text is now.
-    say: told of each run as it is begun.
     placement: dtype and attention, as `load` takes them.
 
-  Returns:
+  Yields:
     For each run: run, checkpoint, tokens_read, tokens (held out), loss, against (a run, or None) and groups: for each
     grouping a list of groups with group, tokens, loss and, of a memory model, loss_zeroed, in nats a token, the bank
     being zero; with a run to compare with also difference, standard_error. The error is that of a mean whose
@@ -88,13 +86,10 @@ def break_down(
   Raises:
     UserError: if a run has no checkpoint, or its training or held-out text cannot be found.
   """
-  found, first, shared = [], {}, {}
+  first, shared = {}, {}
   for path in runs:
-    say(f'{path} ...')
     losses = _losses(path, checkpoint, ngrams, valid_files, overrides, shared, placement)
-    against = first.setdefault(losses.texts, losses)
-    found.append(_summary(losses, against))
-  return found
+    yield _summary(losses, first.setdefault(losses.texts, losses))
 
 
 @own_jax_settings()

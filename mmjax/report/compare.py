@@ -12,7 +12,9 @@ from mmjax.config import user_path
 from mmjax.console import Table, markdown, number, show
 from mmjax.errors import UserError
 from mmjax.files import write_file, write_json
-from mmjax.report.compare_plots import write_plots
+from mmjax.report.compare_plots import row_styles, write_plots
+from mmjax.report.lead import find_lead
+from mmjax.report.lead_tables import draw_lead, lead_blocks
 from mmjax.report.numbers import READS, probe_difference
 from mmjax.report.rows import find_runs, make_rows, other_origin, summary
 
@@ -69,13 +71,14 @@ NOTES: dict[str, Callable[[Sequence[Summary]], bool]] = {
 }
 
 
-def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool = False) -> Path:
+def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool = False, models: str = '') -> Path:
   """Compares runs, prints the table and writes compare.md, compare.json and the plots.
 
   Args:
     paths: run directories or folders of them.
     out: folder for the result, made if it does not exist.
     allow_other_data: keep runs on other data than the first's, marked and without a difference.
+    models: which runs are of one model, trained on more and more tokens: see `mmjax.report.lead.find_lead`.
 
   Returns:
     The path of compare.md.
@@ -93,15 +96,21 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
       )
   rows = make_rows(runs)
   found = [summary(rows[0], row) for row in rows]
+  lead = find_lead([run for run in runs if not other_origin(runs[0], run)], models)
   folder = user_path(out)
   folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
-  write_json(folder / 'compare.json', {'rows': found})
+  lasting = lead_blocks(lead) if lead else []
+  if lead:
+    plots['lead.png'] = draw_lead(lead, folder / 'lead.png', row_styles(len(lead['models']) + 1)[1:])
+  write_json(folder / 'compare.json', {'rows': found, 'lead': lead})
   flags = ['--out', str(out), *(['--allow_other_data'] if allow_other_data else [])]
+  flags += ['--models', models] if models else []
   command = shlex.join(['python', '-m', 'mmjax.tools.compare', *map(str, paths), *flags])
-  write_file(folder / 'compare.md', _document(command, runs[0].origin, found, plots))
+  write_file(folder / 'compare.md', _document(command, runs[0].origin, found, lasting, plots))
   for columns in _columns(found):  # parts that fit a terminal
     show(_table({'model': lambda s: s['name']} | columns, found))
+  show(*lasting)
   return folder / 'compare.md'
 
 
@@ -114,7 +123,9 @@ def _table(columns: Columns, found: Sequence[Summary]) -> Table:
   return Table(header, [[cell(s) for cell in columns.values()] for s in found])
 
 
-def _document(command: str, origin: dict[str, Any], found: list[Summary], plots: dict[str, str]) -> str:
+def _document(
+  command: str, origin: dict[str, Any], found: list[Summary], lasting: Sequence[Table | str], plots: dict[str, str]
+) -> str:
   time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   notes = [note for note, belongs in NOTES.items() if belongs(found)]
   if skipped := [f'{s["name"]}: {s["skipped_updates"]}' for s in found if s['skipped_updates']]:
@@ -126,6 +137,7 @@ def _document(command: str, origin: dict[str, Any], found: list[Summary], plots:
     f'Written {time} by mmjax {__version__}: `{command}`',
     _table(dict(itertools.chain(*(columns.items() for columns in _columns(found)))), found),
     '\n'.join(f'- {note}' for note in notes),
+    *lasting,
     *(f'![{caption}]({name})\n\n{caption}' for name, caption in plots.items()),
     '## Settings that differ from those of the first row',
     Table(('model', 'settings'), different) if different else 'There is one row.',

@@ -48,7 +48,7 @@ def write_plots(rows: Sequence[Row], folder: Path, other_data: Sequence[bool]) -
   if not any(len(c.y) for row in curves['train'] for c in row):
     return {}
   curves['train'] = [[_smooth(c) for c in row] for row in curves['train']]
-  styles, captions = _styles(len(rows)), {}
+  styles, captions = row_styles(len(rows)), {}
   legend = _legend(rows, styles)
   for axis, (title, unit) in AXES.items():
     panels = [
@@ -152,7 +152,7 @@ def _limits(values: Sequence[float], room: float) -> tuple[float, float] | None:
   return min(values) - space, max(values) + space
 
 
-def _styles(n: int) -> list[dict[str, Any]]:
+def row_styles(n: int) -> list[dict[str, Any]]:
   """Colour and dashes for each row: ink for the first, then the colours one after the other, then again, dashed."""
   colours = [colour for at, colour in enumerate(matplotlib.colormaps['tab10'].colors) if at != GREY]
   dashes = ('-', '--', ':', '-.')

@@ -37,6 +37,7 @@ class Panel(NamedTuple):
   limits: tuple[float, float] | None = None
   percent: bool = False
   zero_line: bool = False
+  log_x: bool = False
 
 
 def draw(path: Path, *panels: Panel, legend: Sequence[tuple[str, dict[str, Any]]] = ()) -> None:
@@ -65,8 +66,11 @@ def _finish(axes: Axes, panel: Panel) -> None:
   axes.set_title(panel.title, loc='left', fontsize=11, color=INK)
   axes.set_xlabel(panel.x_unit, color=INK)
   axes.set_ylabel(panel.y_unit, color=INK)
-  axes.set_xlim(left=0)
-  axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
+  if panel.log_x:
+    axes.set_xscale('log')
+  else:
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
   axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
   values = np.array([value for line in panel.lines for value in line.y], float)  # NaN is a gap
   if panel.scale == 'log' and (values > 0).any() and not (values <= 0).any():

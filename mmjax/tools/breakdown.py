@@ -42,19 +42,17 @@ def main() -> None:
   from mmjax.report.rows import find_runs
 
   prepare_terminal()
-  found = break_down(
-    [run.path for run in find_runs(arguments.runs)],
-    arguments.checkpoint,
-    sizes,
-    [name for name in arguments.valid_files.split(',') if name],
-    overrides,
-    print,
-    **placement_from_flags(arguments),
-  )
+  runs = [run.path for run in find_runs(arguments.runs)]
+  files = [name for name in arguments.valid_files.split(',') if name]
+  placement = placement_from_flags(arguments)
+  found = []
+  for run in break_down(runs, arguments.checkpoint, sizes, files, overrides, **placement):
+    found.append(run)
+    print(f'{run["run"]}: {number(run["groups"]["all"][0]["loss"])} nats a token', flush=True)
+    if arguments.json:  # after each, so that what stops it takes no more than one
+      write_json(user_path(arguments.json), {'runs': found})
   shown = tables(found)
   show(*shown, NOTE)
-  if arguments.json:
-    write_json(user_path(arguments.json), {'runs': found})
   if arguments.markdown:
     write_file(user_path(arguments.markdown), markdown(*shown, NOTE))
   if written := ' and '.join(filter(None, (arguments.json, arguments.markdown))):

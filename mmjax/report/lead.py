@@ -1,0 +1,224 @@
+"""How a lead lasts: how far models are below the first one after few and after many tokens, and at equal time.
+
+Each run is trained to its end with a schedule of its own, and counts with its last held-out loss. Runs of one model
+have one name, but for their tokens and their seed: g42-3e6-s0 and g42-12e6-s1, or runs of one name in several folders.
+Two forms with two parameters each, both straight lines against log(tokens), are fitted by least squares: a power law,
+log(lead) = log(a) - b log(tokens), and lead = a + b log(tokens).
+"""
+
+import itertools
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mmjax.errors import UserError
+from mmjax.report.found import FoundRun
+
+FAR = (1e8, 1e9)  # tokens at which a fit says something
+SEED = re.compile(r'[-_.](s|seed)[-_.]?\d+$')
+TOKENS = re.compile(r'[-_]\d+(\.\d+)?(e\d+|[kMG])(?=[-_]|$)')  # the -12e6 of g42-muon-12e6
+
+
+class Form(NamedTuple):
+  """A straight line against ln(tokens): how it is written, what of the lead is on it, and the lead from that."""
+
+  written: str
+  to_line: Callable[[np.ndarray], np.ndarray]
+  to_lead: Callable[[np.ndarray], np.ndarray]
+  parameters: Callable[[float, float], tuple[float, float]]  # of the line's value at ln(tokens) = 0, and its slope
+
+
+FORMS = {
+  'power': Form('a tokens^-b', np.log, np.exp, lambda start, slope: (math.exp(start), -slope)),
+  'log': Form('a + b ln(tokens)', lambda x: x, lambda x: x, lambda start, slope: (start, slope)),
+}
+
+
+class Point(NamedTuple):
+  """A model trained on a number of tokens: loss by seed, and how long the training took, None where no log says."""
+
+  tokens: float
+  losses: dict[int, float]
+  seconds: float | None
+
+
+Points = dict[float, Point]  # by tokens, rounded: of runs of equal length
+
+
+def find_lead(runs: Sequence[FoundRun], patterns: str = '') -> dict[str, Any] | None:
+  """Returns the leads of models over the first, and what is fitted to them.
+
+  Args:
+    runs: those that are finished and were evaluated count.
+    patterns: 'g0=g0-*,g42=g42-*' names models, the first to lead over, and the runs of each; '': by their names.
+
+  Returns:
+    None where no model and the first have two lengths of training in common, or names do not tell models apart. Else
+    baseline, a name, and models: for each other its points (tokens, loss, lead, standard_error over seeds, seeds,
+    seconds), fits (by form: a, b, b_range, residual in nats, at: tokens -> lead and its range), and equal_time (the
+    tokens and seconds of the baseline, its loss, and that of the model after as many seconds).
+
+  Raises:
+    UserError: if a pattern fits no run, two runs of a model have the same tokens and seed, or the models that patterns
+      name have no two lengths of training in common.
+  """
+  named = _models(runs, patterns)
+  if twins := next(filter(None, map(_twins, named.values())), None):
+    if not patterns:
+      return None  # runs of one name in several folders, which are no models then
+    raise UserError(f'{" and ".join(twins)} are of one model by --models, and have the same tokens and the same seed')
+  models = {name: _points(own) for name, own in named.items()}
+  baseline, *others = models
+  leads = {name: _lead_points(models[baseline], models[name]) for name in others}
+  leads = {name: points for name, points in leads.items() if len(points) > 1}
+  if not leads:
+    if patterns:
+      raise UserError(f'--models {patterns}: no model was trained on two numbers of tokens that {baseline} was too')
+    return None
+  return {
+    'baseline': baseline,
+    'models': {
+      name: {
+        'points': points,
+        'fits': {form: fit(FORMS[form], points) for form in FORMS},
+        'equal_time': _equal_time(models[baseline], models[name]),
+      }
+      for name, points in leads.items()
+    },
+  }
+
+
+def _models(runs: Sequence[FoundRun], patterns: str) -> dict[str, list[FoundRun]]:
+  """Returns the runs of each model, the baseline first."""
+  found: dict[str, list[FoundRun]] = {}
+  for pair in filter(None, patterns.split(',')):
+    name, equals, pattern = pair.partition('=')
+    found[name] = [run for run in runs if run.path.match(pattern or name)]
+    if not equals or not found[name]:
+      raise UserError(f'--models {pair}: {"no run fits it" if equals else "must be NAME=PATTERN"}, such as g0=g0-*')
+  for run in () if patterns else runs:
+    found.setdefault(TOKENS.sub('', SEED.sub('', run.path.resolve().name)), []).append(run)
+  return found
+
+
+def _twins(runs: Sequence[FoundRun]) -> list[str]:
+  """Returns two runs that differ neither in their tokens nor in their seed; [] if there are none."""
+  seen: dict[tuple[float, int], FoundRun] = {}
+  for run in runs:
+    if (twin := seen.setdefault((length_of(_tokens(run)), run.config.seed), run)) is not run:
+      return [str(twin.path), str(run.path)]
+  return []
+
+
+def _points(runs: Sequence[FoundRun]) -> Points:
+  groups: dict[float, list[FoundRun]] = {}
+  for run in runs:
+    if run.finished and run.finite_evals:
+      groups.setdefault(length_of(_tokens(run)), []).append(run)
+  found = {}
+  for key, group in sorted(groups.items()):
+    rates = [record['tokens_per_second'] for run in group for record in run.of_kind('train')]
+    tokens = statistics.fmean(map(_tokens, group))
+    losses = {run.config.seed: run.finite_evals[-1]['loss'] for run in group}
+    found[key] = Point(tokens, losses, tokens / statistics.median(rates) if rates else None)
+  return found
+
+
+def length_of(tokens: float) -> float:
+  """Returns tokens to two digits: runs that agree in them are of equal length, whole updates or not."""
+  return float(f'{tokens:.2g}')
+
+
+def _tokens(run: FoundRun) -> int:
+  return run.config.train.update_rows * run.config.model.max_seq_len * (run.total or 0)
+
+
+def _lead_points(first: Points, model: Points) -> list[dict[str, Any]]:
+  found = []
+  for key in (key for key in model if key in first):
+    a, b = first[key].losses, model[key].losses
+    leads = {seed: a[seed] - b[seed] for seed in b if seed in a}
+    means = statistics.fmean(a.values()), statistics.fmean(b.values())
+    many = len(leads) > 1
+    found.append(
+      {
+        'tokens': model[key].tokens,
+        'loss': means[1],
+        'lead': statistics.fmean(leads.values()) if leads else means[0] - means[1],
+        'standard_error': statistics.stdev(leads.values()) / math.sqrt(len(leads)) if many else None,
+        'seeds': leads,
+        'seconds': model[key].seconds,
+      }
+    )
+  return found
+
+
+def fit(form: Form, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+  """Fits a form to the leads of at least two points; None where its line cannot hold one, as no log is below 0.
+
+  Ranges are those of the fits that leave out one point of three or more, and that take one seed at each point.
+  """
+  tokens, lead = (np.array([point[name] for point in points], float) for name in ('tokens', 'lead'))
+  line = fit_line(form, tokens, lead)
+  if line is None:
+    return None
+  lines = [fit_line(form, *pair) for pair in _other_points(tokens, lead, points)]
+  known = [other for other in lines if other is not None]
+  a, b = form.parameters(*line)
+  slopes = [form.parameters(*other)[1] for other in known]
+  predictions = {}
+  for far in FAR:
+    ends = [float(at(form, other, far)) for other in known]
+    predictions[f'{far:g}'] = {'lead': float(at(form, line, far)), 'range': _range(ends)}
+  residual = float(np.sqrt(np.mean(np.square(at(form, line, tokens) - lead))))
+  return {'a': a, 'b': b, 'b_range': _range(slopes), 'residual': residual, 'at': predictions}
+
+
+def fit_line(form: Form, tokens: np.ndarray, lead: np.ndarray) -> tuple[float, float] | None:
+  """Returns value at ln(tokens) = 0 and slope of the line; None where the form cannot hold a lead."""
+  with np.errstate(invalid='ignore', divide='ignore'):
+    y = form.to_line(lead)
+  if not np.isfinite(y).all():
+    return None
+  slope, start = np.polyfit(np.log(tokens), y, 1)
+  return float(start), float(slope)
+
+
+def at(form: Form, line: tuple[float, float], tokens: np.ndarray | float) -> np.ndarray:
+  """Returns the lead that a fitted line says after so many tokens."""
+  return form.to_lead(line[0] + line[1] * np.log(tokens))
+
+
+def _other_points(
+  tokens: np.ndarray, lead: np.ndarray, points: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+  for without in range(len(tokens)) if len(tokens) > 2 else ():
+    yield np.delete(tokens, without), np.delete(lead, without)
+  if any(len(point['seeds']) > 1 for point in points):
+    choices = [list(point['seeds'].values()) or [point['lead']] for point in points]
+    yield from ((tokens, np.array(chosen)) for chosen in itertools.product(*choices))
+
+
+def _range(values: Sequence[float]) -> list[float] | None:
+  return [min(values), max(values)] if values else None
+
+
+def _equal_time(first: Points, model: Points) -> list[dict[str, Any]]:
+  """Returns its loss after the time that each run of the first took, between its own runs by log(seconds)."""
+  timed = np.array([(np.log(p.seconds), statistics.fmean(p.losses.values())) for p in model.values() if p.seconds])
+  found = []
+  for point in (p for p in first.values() if p.seconds):
+    loss = np.interp(np.log(point.seconds), *timed.T, math.nan, math.nan) if len(timed) else math.nan
+    found.append(
+      {
+        'tokens': point.tokens,
+        'seconds': point.seconds,
+        'loss_first': statistics.fmean(point.losses.values()),
+        'loss': None if math.isnan(loss) else float(loss),
+      }
+    )
+  return found

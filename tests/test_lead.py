@@ -1,0 +1,116 @@
+"""Leads against tokens: fits of exact numbers, their ranges by hand, names of models, what compare writes of them."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from mmjax.errors import UserError
+from mmjax.report.compare import compare
+from mmjax.report.found import FoundRun
+from mmjax.report.lead import FORMS, find_lead, fit
+from tests.test_compare import DENSE, make_run
+
+LENGTHS = {'3e6': 3_000_064, '12e6': 12_000_000, '48e6': 48_000_000}  # the first not quite, as whole updates are
+
+
+def points_of(lead_of) -> list[dict]:
+  return [{'tokens': t, 'lead': lead_of(t), 'seeds': {0: lead_of(t)}} for t in (3e6, 12e6, 48e6)]
+
+
+@pytest.mark.parametrize(
+  ('form', 'lead_of', 'a', 'b'),
+  [
+    ('power', lambda t: 30 * t**-0.25, 30, 0.25),
+    ('log', lambda t: 2.5 - 0.12 * math.log(t), 2.5, -0.12),
+  ],
+)
+def test_exact_numbers_give_their_parameters_back(form, lead_of, a, b):
+  found = fit(FORMS[form], points_of(lead_of))
+  assert (found['a'], found['b']) == pytest.approx((a, b))
+  assert found['b_range'] == pytest.approx([b, b]) and found['residual'] == pytest.approx(0, abs=1e-9)
+  for tokens in (1e8, 1e9):
+    assert found['at'][f'{tokens:g}']['lead'] == pytest.approx(lead_of(tokens))
+  other = fit(FORMS['log' if form == 'power' else 'power'], points_of(lead_of))
+  assert other['residual'] > 1e-3 and other['b_range'][0] < other['b'] < other['b_range'][1]
+
+
+def test_ranges_are_over_points_left_out_and_over_seeds():
+  points = [{'tokens': t, 'lead': x, 'seeds': {0: x}} for t, x in ((1e6, 0.4), (4e6, 0.3), (16e6, 0.1))]
+  slopes = [math.log(b / a) / -math.log(ratio) for a, b, ratio in ((0.4, 0.3, 4), (0.4, 0.1, 16), (0.3, 0.1, 4))]
+  assert fit(FORMS['power'], points)['b_range'] == pytest.approx([min(slopes), max(slopes)])
+  two = [points[0], points[2] | {'seeds': {0: 0.05, 1: 0.2}}]
+  ends = [math.log(0.4 / x) / math.log(16) for x in (0.2, 0.05)]
+  assert fit(FORMS['power'], two)['b_range'] == pytest.approx(ends)
+  assert fit(FORMS['power'], points[:2])['b_range'] is None
+
+
+def test_a_lead_that_is_lost_has_no_power_law():
+  points = points_of(lambda t: 0.1 - t / 4e7)
+  assert fit(FORMS['power'], points) is None and fit(FORMS['log'], points)['b'] < 0
+
+
+@pytest.fixture
+def runs(tmp_path):
+  """g0 and g42 at three lengths, g42 at half the speed; at 12 M two seeds; a model of another rate at one length."""
+
+  def make(name: str, tokens: int, loss: float, **more):
+    # make_run's updates have 2 x 4 rows of 16 tokens.
+    steps = tokens // 128
+    return make_run(tmp_path / name, (loss + 1, loss), done=steps, **{'train__max_steps': steps} | more)
+
+  found = []
+  for length, loss in (('3e6', 5.0), ('12e6', 4.5), ('48e6', 4.1)):
+    tokens = LENGTHS[length]
+    found.append(make(f'g0-{length}-s0', tokens, loss, **DENSE))
+    found.append(make(f'g42-{length}-s0', tokens, loss - 30 * tokens**-0.3, rate=250.0))
+  found.append(make('g0-12e6-s1', LENGTHS['12e6'], 4.51, seed=1, **DENSE))
+  found.append(make('g42-12e6-s1', LENGTHS['12e6'], 4.29, seed=1, rate=250.0))
+  found.append(make('g42-lr1-3e6-s0', LENGTHS['3e6'], 5.3, train__learning_rate=1.0))
+  return found
+
+
+def test_leads_of_a_sweep_are_found_by_names(runs):
+  found = find_lead([FoundRun(path) for path in runs])
+  assert found['baseline'] == 'g0' and list(found['models']) == ['g42']
+  model = found['models']['g42']
+  assert [point['tokens'] for point in model['points']] == list(LENGTHS.values())
+  leads = [30 * tokens**-0.3 for tokens in LENGTHS.values()]
+  middle = [leads[1], 4.51 - 4.29]
+  assert [p['lead'] for p in model['points']] == pytest.approx([leads[0], np.mean(middle), leads[2]])
+  assert model['points'][1]['standard_error'] == pytest.approx(np.std(middle, ddof=1) / 2**0.5)
+  assert model['fits']['power']['b_range'][0] < 0.3 < model['fits']['power']['b_range'][1]
+  # At half the speed, it has read half of the tokens: between its points, as the logarithm of time.
+  losses = [point['loss'] for point in model['points']]
+  assert [entry['loss'] for entry in model['equal_time']] == [
+    None, *(pytest.approx(np.mean(pair), abs=1e-4) for pair in (losses[:2], losses[1:]))
+  ]  # fmt: skip
+
+
+def test_models_may_be_named_by_patterns(runs):
+  found = find_lead([FoundRun(path) for path in runs], 'dense=g0-*,rows=g42-[0-9]*')
+  assert found['baseline'] == 'dense' and list(found['models']) == ['rows']
+  everything = [FoundRun(path) for path in runs]
+  for patterns, said in (
+    ('dense=g1-*', 'no run fits it, such as g0=g0-'),
+    ('g0-*', 'must be NAME=PATTERN, such as g0=g0-'),
+    ('dense=g0-*,rows=g42-*', 'are of one model by --models, and have the same tokens and the same seed'),
+    ('dense=g0-*,rows=g42-lr*', 'no model was trained on two numbers of tokens that dense was too'),
+  ):
+    with pytest.raises(UserError, match=said):
+      find_lead(everything, patterns)
+
+
+def test_compare_says_what_the_fits_say(runs, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr('mmjax.report.compare.write_plots', lambda *_: {})  # drawn in test_compare.py
+  compare([path for path in runs if 'lr1' not in path.name], tmp_path / 'out')
+  said = (tmp_path / 'out' / 'compare.md').read_text()
+  assert '| model | 3 M | 12 M | 48 M | 12 M over 3 M | 48 M over 12 M |' in said
+  assert 'so 1 of them can speak against a form' in said and '1 G is a factor of 20.8 beyond the last' in said
+  assert 'Fits of the lead' in capsys.readouterr().out
+  assert '![Lead over g0 against tokens' in said and (tmp_path / 'out' / 'lead.png').stat().st_size > 10_000
+  lead = json.loads((tmp_path / 'out' / 'compare.json').read_text())['lead']
+  assert f'{lead["models"]["g42"]["fits"]["power"]["at"]["1e+09"]["lead"]:+.3f} [' in said
+  compare(runs[:1], tmp_path / 'one')
+  assert json.loads((tmp_path / 'one' / 'compare.json').read_text())['lead'] is None
