@@ -24,7 +24,7 @@ from jax import Array
 
 from mmjax.config import load_config
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
-from mmjax.memory.ngram import last_tokens, ngram_rows
+from mmjax.memory.ngram import last_tokens
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import attention_backend, place_reader
 from tests import references
@@ -242,8 +242,8 @@ def sublayer_case(B: int, dtype: str, platform: str) -> Case:
     ) -> Any:
       config, graphdef = made
       ngrams = config.memory.ngram_of_heads()
-      row_BThr = ngram_rows(last_tokens(tokens_BT, max(ngrams)), ngrams, config.model.num_selected, M)
-      out = nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype), row_BThr)
+      last_BTn = last_tokens(tokens_BT, max(ngrams))
+      out = nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype), last_BTn)
       return out.delta_BTD, jnp.asarray(out.aux_loss)
 
     variants[name] = _compile(run, (params, *inputs), tokens_BT)

@@ -5,7 +5,7 @@
 # COMMIT=... names the checkout where there is no git). torch and pytest join where they are installed. OUT (default
 # out/gpu) gets a .md and a .json for each part, logs of what failed, and summary.md. Each part has a time limit, and all
 # together have one: a second run skips the parts that are done, does those that failed or had no time left, and finds
-# compiled programs in CACHE (default OUT/cache). --force does all parts again.
+# compiled programs in CACHE (default OUT/cache). --force does all parts again; PARTS='decode tests' does these alone.
 # --quick runs tiny sizes on any device: a test of this script, not a measurement.
 set -uo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -32,7 +32,7 @@ KERNELS=() SUBLAYER=(--only sublayer) DECODE=(--new_tokens 512 --dtype bfloat16)
 if ((QUICK)); then
   SIZES=(--config.model.dim=32 --config.model.n_layers=1 --config.model.n_heads=4 --config.model.n_kv_heads=2
     --config.model.max_seq_len=32)
-  TURNS=(--repeats 1 --matmul_size 128) KERNELS=(--batch 1 --repeats 1 --only projection) SUBLAYER=() BATCHES=(2 4)
+  TURNS=(--repeats 1 --matmul_size 128) KERNELS=(--batch 1 --repeats 1 --only sublayer) SUBLAYER=() BATCHES=(2 4)
   DECODE=(--new_tokens 4 --repeats 1) ROWS=4096,16384 SELECTED=2
 fi
 AGAINST=() COMPILED=()
@@ -46,6 +46,7 @@ LIMIT_24GB=$(awk -v mib="${MIB:-0}" 'BEGIN { printf "%.4f", (mib > 22889 ? 24e9 
 part() { # name, limit in seconds, command
   local name=$1 seconds=$2 left=$((LIMIT_SECONDS - SECONDS)) code
   shift 2
+  [[ " ${PARTS:-$name} " == *" $name "* ]] || return
   if [[ -s $OUT/$name.md ]] && ! ((FORCE)); then
     echo "$name: done before"
     return
@@ -72,7 +73,7 @@ throughput() { # name, limit in seconds, batch size, more arguments
   local name=$1 seconds=$2 batch=$3
   shift 3
   part "$name" "$seconds" env "${ENVIRONMENT[@]}" "$PYTHON" benchmarks/throughput.py --dtype bfloat16 "${TURNS[@]}" \
-    --config.train.batch_size="$batch" --config.train.accumulation_steps=1 --json "$OUT/$name.json" \
+    --config.train.batch_size="$batch" --json "$OUT/$name.json" \
     "${SIZES[@]}" "$@"
 }
 
@@ -88,7 +89,7 @@ throughput limit_24gb_1_4_2 90 "${BATCHES[1]}" --config configs/exp_1_4_2.py --o
 ENVIRONMENT=()
 throughput triton_1_4_2 90 "${BATCHES[0]}" --config configs/exp_1_4_2.py
 part sublayer 90 "$PYTHON" benchmarks/kernels.py --json "$OUT/sublayer.json" "${KERNELS[@]}" "${SUBLAYER[@]}"
-part memory_scaling 150 "$PYTHON" benchmarks/memory_scaling.py --rows "$ROWS" --selected "$SELECTED" \
+part memory_scaling 240 "$PYTHON" benchmarks/memory_scaling.py --rows "$ROWS" --selected "$SELECTED" \
   --repeats "${TURNS[1]}" --json "$OUT/memory_scaling.json" --config.train.batch_size="${BATCHES[0]}" "${SIZES[@]}"
 if "$PYTHON" -c 'import pytest' 2>/dev/null && "$PYTHON" -c 'import jax, sys; sys.exit(jax.default_backend() != "gpu")'; then
   part tests 120 "$PYTHON" -m pytest -q -m gpu tests/test_gpu.py

@@ -130,7 +130,7 @@ def torch_sides(config: Config, compiled_too: bool) -> tuple[dict[str, Update], 
     except Exception as error:  # noqa: BLE001 - torch.compile wants a C compiler and more; the rest is worth measuring
       if name == 'torch':
         raise
-      print(f'torch.compile failed, and is left out: {type(error).__name__}: {str(error).splitlines()[0]}\n')
+      print(f'torch.compile failed, and is left out: {type(error).__name__}: {" ".join(str(error).split())[:600]}\n')
       continue
     updates[name] = update
     memory[name] = torch.cuda.max_memory_allocated() - held if torch.cuda.is_available() else None

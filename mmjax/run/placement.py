@@ -117,7 +117,11 @@ def compiler_options(config: Config, platform: str) -> dict[str, bool | str]:
     return {}
   if config.runtime.triton_gemm:
     return {'xla_gpu_enable_triton_gemm': True}
-  return {'xla_gpu_enable_triton_gemm': False, 'xla_disable_hlo_passes': TRITON_PASSES}
+  return {
+    'xla_gpu_enable_triton_gemm': False,
+    'xla_disable_hlo_passes': TRITON_PASSES,
+    'xla_gpu_experimental_enable_fusion_autotuner': False,  # or it tries Triton for each fusion, on a real GPU only
+  }
 
 
 def use_compilation_cache(config: Config) -> None:
