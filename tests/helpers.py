@@ -93,7 +93,8 @@ def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 
 def final_state(workdir: Path) -> dict[str, np.ndarray]:
   """Every array of the last checkpoint, by name, read without mmjax."""
   last = max(int(p.name) for p in (workdir / 'checkpoints').iterdir() if p.name.isdigit())
-  return {name: array for item in ('params', 'rest') for name, array in arrays_of(workdir, last, item).items()}
+  items = [item for item in ('params', 'reads', 'rest') if (workdir / 'checkpoints' / str(last) / item).is_dir()]
+  return {name: array for item in items for name, array in arrays_of(workdir, last, item).items()}
 
 
 def arrays_of(workdir: Path, step: int, item: str = 'params') -> dict[str, np.ndarray]:

@@ -65,6 +65,8 @@ def check_together(config: Config) -> None:
   )
   _check_model(config.model)
   _check_rows(config)
+  lazy = memory.bank_update == 'lazy' and train.optimizer == 'sgd'
+  _refuse(lazy, "memory.bank_update='lazy' is Adam's rule; with train.optimizer='sgd' it must be 'dense'")
   _check_processes(runtime.coordinator, runtime.num_processes, runtime.process_id)
 
 
@@ -118,6 +120,11 @@ def _check_rows(config: Config) -> None:
       f"model.knowledge_num={bank} must be at least {least} with memory.ngram_ranges='own': where one token addresses "
       f'rows, a head needs model.num_selected x model.vocab_size = {model.num_selected * model.vocab_size}',
     )
+  if taught := memory.teach_rows:
+    said = f'memory.teach_rows={taught}'
+    _refuse(taught > bank, f'{said} must be at most model.knowledge_num={bank}, all rows of the bank')
+    _refuse(memory.bank_update != 'dense', f"{said} needs memory.bank_update='dense', not {quote(memory.bank_update)}")
+    _refuse(config.train.optimizer == 'muon', f"{said} needs train.optimizer='sgd' or 'adamw': Muon moves no bank")
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

@@ -19,7 +19,7 @@ BANK = (
   'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.layers', 'memory.input', 'memory.n_heads',
   'memory.ffn_dim', 'memory.bank_init', 'memory.bank_file', 'memory.knowledge_length', 'memory.bank_std',
   'memory.bank_lr_multiplier', 'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier',
-  'memory.bank_update',
+  'memory.bank_update', 'memory.teach_rows',
 )  # fmt: skip
 GATE = (
   'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.selection_bias',

@@ -21,7 +21,7 @@ from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.inference.generate import NO_EOS, Decoder, padded_length
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import BANK, Params, abstract_params, model_graph
-from mmjax.run.checkpoint import Checkpoints, checkpoint_name
+from mmjax.run.checkpoint import START, Checkpoints, checkpoint_name
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
 from mmjax.run.leaves import warn_non_finite
 from mmjax.run.placement import place_reader
@@ -191,6 +191,7 @@ def load(
   *,
   dtype: DTypeLike | None = None,
   attention: str | None = None,
+  without_taught: bool = False,
 ) -> LanguageModel:
   """Loads a model from a run directory, which may be in use by a training process.
 
@@ -199,9 +200,12 @@ def load(
     checkpoint: 'best' (lowest validation loss), 'last', or the number of a step.
     dtype: of the matrix products, 'float32' or 'bfloat16'; None: float32, on a CPU also the fastest.
     attention: a value of runtime.attention; None: the run's, or 'auto' where that cannot run here.
+    without_taught: whether the rows that the run taught (memory.teach_rows) are what they were before; nothing else
+      has changed since, so that this is the model that the run started from, bit for bit.
 
   Raises:
-    UserError: if there is no such run, it has no checkpoint yet, or the tokenizer is not the one it was trained with.
+    UserError: if there is no such run, it has no checkpoint yet, it taught no rows that could be left out, or the
+      tokenizer is not the one it was trained with.
     StorageError: if no whole checkpoint is left, or not the one that was asked for.
   """
   refuse_wrong_jaxlib()
@@ -209,6 +213,10 @@ def load(
   config = run.read_config()
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   checkpoints = Checkpoints(run.path, read_only=True)
+  if without_taught:
+    if not config.memory.teach_rows:
+      raise UserError(f'{run.path} taught no rows that could be left out: its memory.teach_rows is 0')
+    checkpoint = START
   params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(checkpoint))
   warn_non_finite(params, f'step {step} of {run.path}')
   return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)

@@ -93,7 +93,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_placement_flags(parser: argparse.ArgumentParser) -> None:
-  """Gives a command that reads a trained model --attention and --dtype."""
+  """Gives a command that reads a trained model --attention, --dtype and --without."""
   parser.add_argument(
     '--attention', choices=CHOICES['runtime.attention'], help="attention backend (default: the run's, if that can run)"
   )
@@ -102,11 +102,14 @@ def add_placement_flags(parser: argparse.ArgumentParser) -> None:
     choices=CHOICES['train.dtype'],
     help="dtype of products (default: the run's for losses, float32 for all else)",
   )
+  parser.add_argument(
+    '--without', action='store_true', help='take out the rows that the run taught: the model that it started from'
+  )
 
 
-def placement_from_flags(arguments: argparse.Namespace) -> dict[str, str | None]:
+def placement_from_flags(arguments: argparse.Namespace) -> dict[str, Any]:
   """Returns what the flags of `add_placement_flags` say, as `mmjax.load` takes it."""
-  return {'attention': arguments.attention, 'dtype': arguments.dtype}
+  return {'attention': arguments.attention, 'dtype': arguments.dtype, 'without_taught': arguments.without}
 
 
 def sampling_from_flags(arguments: argparse.Namespace) -> Sampling:

@@ -2,7 +2,8 @@
 
 Orbax writes a step into a temporary directory and renames it when it is complete, so a directory named by a number
 was whole once, and nothing is handed out before every leaf was compared with its checksum (mmjax/run/orbax_io.py).
-Parameters and the rest (optimizer state, counters) are two items of one step: written together, and readable apart.
+Parameters, counts of what the memory read, and the rest (optimizer state, counters) are items of one step: written
+together, and readable apart.
 
 Saving is synchronous: the next train step donates the buffers, and an asynchronous write would report a full disk
 only one save later. Nothing is decided by intervals here; the caller says when to save.
@@ -25,6 +26,8 @@ from mmjax.run.orbax_io import MANIFEST, TMP_PATTERN, CorruptError, read_manifes
 from mmjax.run.processes import barrier, in_any_process, is_main
 
 KEEP_LAST = 2
+START = 0  # the step that a run from another's weights saves before its first update
+APART = ('params', 'reads')  # entries of a state that are items of their own
 REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN
 
 
@@ -41,16 +44,17 @@ def checkpoint_name(checkpoint: str | int) -> str | int:
 class Checkpoints:
   """The steps saved under `workdir`/checkpoints: the last two and the one with the lowest metric."""
 
-  def __init__(self, workdir: Path | str, *, read_only: bool = False):
+  def __init__(self, workdir: Path | str, *, read_only: bool = False, keep_start: bool = False):
     """Opens the directory and removes what killed saves left there.
 
     Args:
       workdir: run directory; only the process that holds its lock may open it for writing.
       read_only: nothing is removed, renamed or saved: for commands that look at a run while it trains.
+      keep_start: step START stays, whatever is saved after it.
     """
     self._run = RunDir(Path(workdir).absolute())
     self.directory = self._run.checkpoints_path
-    self._read_only = read_only
+    self._read_only, self._keep_start = read_only, keep_start
     self._rejected: set[int] = set()
     if not read_only:
       with storage_errors(self.directory):
@@ -121,12 +125,18 @@ class Checkpoints:
       StorageError: if no whole step is left, or this process may not read it.
     """
     items, metadata, step = self._restore(_split(abstract_state), which, newer)
-    return {'params': items['params'], **items['rest']}, metadata, step
+    return items.pop('rest') | items, metadata, step
 
   def restore_params(self, abstract_params: Any, which: str | int = 'best') -> tuple[Any, dict[str, Any], int]:
     """Reads and verifies `state['params']` as `restore` does, without reading the optimizer's state."""
     items, metadata, step = self._restore({'params': abstract_params}, which)
     return items['params'], metadata, step
+
+  def restore_reads(self, step: int, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
+    """Reads and verifies `state['reads']` alone; {} where the step was saved without."""
+    leaves = read_manifest(self.directory / str(step) / MANIFEST, step)['leaves'].get('reads', {})
+    abstract = {name: jax.ShapeDtypeStruct(leaf[1], leaf[0], sharding=sharding) for name, leaf in leaves.items()}
+    return self._restore({'reads': abstract}, step)[0]['reads'] if leaves else {}
 
   def _restore(
     self, abstract_items: Mapping[str, Any], which: str | int, newer: Sequence[str] = ()
@@ -214,10 +224,11 @@ class Checkpoints:
     barrier('checkpoint_leftovers_removed')
 
   def _remove_superseded(self) -> None:
-    """Removes all steps but the last two, the best and those that cannot be read, each whole: by a rename first."""
+    """Removes all steps but those to keep and those that cannot be read, each whole: by a rename first."""
     if is_main():
       steps, unreadable = self.steps(), self._read_metrics()[1]
-      for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, self.best_step}:
+      start = [START] if self._keep_start else []
+      for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, *start, self.best_step}:
         doomed = self.directory / f'{step}{REMOVED}'
         with contextlib.suppress(OSError):  # it stays, and the next save tries again
           (self.directory / str(step)).rename(doomed)
@@ -225,7 +236,8 @@ class Checkpoints:
 
 
 def _split(state: Mapping[str, Any]) -> dict[str, Any]:
-  return {'params': state['params'], 'rest': {name: tree for name, tree in state.items() if name != 'params'}}
+  items = {name: state[name] for name in APART if name in state}
+  return items | {'rest': {name: tree for name, tree in state.items() if name not in APART}}
 
 
 def _with_sharding(leaf: Any) -> jax.ShapeDtypeStruct:

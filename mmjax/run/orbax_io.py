@@ -75,7 +75,7 @@ def read_step(
     directory: where the steps are.
     step: which of them.
     abstract_items: pytrees of `jax.ShapeDtypeStruct` with shardings, by item name.
-    newer: entries of these trees that are left out where the step was saved without them.
+    newer: items, and entries of these trees, that are left out where the step was saved without them.
 
   Returns:
     the items, and the step's manifest.
@@ -87,7 +87,12 @@ def read_step(
   """
   manifest = read_manifest(directory / str(step) / MANIFEST, step)
   if newer:
-    abstract_items = {name: _without(tree, newer, manifest['leaves'][name]) for name, tree in abstract_items.items()}
+    saved = manifest['leaves']
+    abstract_items = {
+      name: _without(tree, newer, saved[name])
+      for name, tree in abstract_items.items()
+      if name in saved or name not in newer
+    }
   _check_fits(manifest, abstract_items)
   items, problem = {}, None
   with _quiet():

@@ -24,7 +24,7 @@ from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.identity import BANK_SHA256, TEXTS_SHA256, bank_identity, compare_models
 from mmjax.run.leaves import leaves_sha256, refuse_non_finite
-from mmjax.run.sharding import placed
+from mmjax.run.sharding import placed, replicated
 
 # How parameters start, where they do not come from another run.
 STARTS = ('memory.bank_init', 'memory.bank_file', 'memory.bank_std')
@@ -114,17 +114,18 @@ def with_bank_of(old: Config, config: Config) -> Config:
   return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **bank))
 
 
-def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dict[str, Any]]:
-  """Reads the parameters onto a mesh, and what run.json says of them.
+def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dict[str, Any], dict[str, Any]]:
+  """Reads the parameters and the counts of reads onto a mesh, and what run.json says of them.
 
   Raises:
     UserError: if there is no such checkpoint. StorageError: if it is not whole.
   """
   source, target = RunDir(origin.path), placed(mesh, abstract_params(config))
-  params, counters, step = Checkpoints(source.path, read_only=True).restore_params(target, origin.checkpoint)
+  checkpoints = Checkpoints(source.path, read_only=True)
+  params, counters, step = checkpoints.restore_params(target, origin.checkpoint)
   refuse_non_finite(params, f'step {step} of {origin.path} cannot be trained on; choose another with @STEP')
-  record = source.read_record()
-  return params, {
+  reads, record = checkpoints.restore_reads(step, replicated(mesh)), source.read_record()
+  described = {
     'run': str(origin.path),
     'checkpoint': origin.checkpoint,
     'step': step,
@@ -133,3 +134,4 @@ def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dic
     'bank': {name: record['identity'][name] for name in (BANK_SHA256, TEXTS_SHA256) if name in record['identity']},
     'init_from': record.get('init_from'),
   }
+  return params, reads, described

@@ -23,6 +23,7 @@ from mmjax.run.placement import Placement, is_nvidia
 from mmjax.run.sharding import batch_shapes, placed, replicated
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import TrainState, init_state, make_train_step
+from mmjax.training.teach import Reads, first_reads
 
 GIB = 1 << 30
 SLOW_UPDATE_FLOPS = 1e12  # 3 to 30 s on a CPU
@@ -57,11 +58,16 @@ class Learner:
     """The sharding of each leaf of the state."""
     return jax.tree.map(lambda x: x.sharding, self.shapes)
 
-  def new_state(self, params: Params | None = None) -> TrainState:
-    """Returns the state before the first update, of new parameters or of those given, all where the rules put it."""
+  def new_state(self, params: Params | None = None, reads: Reads | None = None) -> TrainState:
+    """Returns the state before the first update, all where the rules put it: a new one, or of what is given.
+
+    Args:
+      params: of another run.
+      reads: what that run counted.
+    """
     init = jax.jit(partial(init_state, self.config, self.optimizer), out_shardings=self.places)
     if params is not None:
-      return init(params)
+      return init(params, reads)
     state = init()
     if self.config.memory.bank_init == 'file' and BANK in state['params']:
       bank_MP = read_bank(Path(self.config.memory.bank_file), state['params'][BANK].shape)
@@ -76,11 +82,13 @@ class Learner:
     """
     if checkpoints.steps() == [0]:
       params, metadata, step = checkpoints.restore_params(self.shapes['params'], 'last')
-      state = self.new_state(params)
+      state = self.new_state(params, checkpoints.restore_reads(step, replicated(self.placement.mesh)))
     else:
-      state, metadata, step = checkpoints.restore(self.shapes, 'last', newer=('loss_average',))
+      state, metadata, step = checkpoints.restore(self.shapes, 'last', newer=('loss_average', 'reads'))
     if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
       state['loss_average'] = jax.device_put(np.float32(0), self.places['loss_average'])
+    if 'reads' in self.shapes and 'reads' not in state:  # nor was there one who counted
+      state['reads'] = jax.device_put(first_reads(self.config), self.places['reads'])
     refuse_non_finite(state, f'step {step} in {checkpoints.directory} cannot be trained on; begin again elsewhere')
     return state, metadata
 

@@ -23,7 +23,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import DivergedError, StoppedError, StorageError
 from mmjax.evaluation.evaluate import EvalResult, evaluate_split
 from mmjax.evaluation.probes import add_norms
-from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.checkpoint import START, Checkpoints
 from mmjax.run.directory import RunDir
 from mmjax.run.leaves import non_finite
 from mmjax.run.log import MetricsLog
@@ -38,7 +38,7 @@ from mmjax.training.learner import Learner, describe_memory, explain_out_of_memo
 from mmjax.training.optimizer import check_parameters
 from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import MicroBatchWatch, show_step
-from mmjax.training.setup import Inputs, open_inputs, record_run, settle_config
+from mmjax.training.setup import Inputs, count_background, open_inputs, record_run, settle_config
 from mmjax.training.step import TrainState
 from mmjax.training.window import Window, dump_divergence
 
@@ -69,9 +69,9 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
     placement = place(config)  # or it is refused, before anything is written
     if is_main():
       print(*filter(None, (describe_devices(jax.devices()), remark)), sep='\n', flush=True)
-    params = read_from = None
+    params = reads = read_from = None
     if origin and not Checkpoints(run.path, read_only=True).ever_saved:
-      params, read_from = load_origin(origin, config, placement.mesh)
+      params, reads, read_from = load_origin(origin, config, placement.mesh)
     inputs = open_inputs(config, training_data(run, config, origin.tokenizer if read_from else ''))
     with (
       run,
@@ -80,8 +80,11 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
       closing(MetricsLog(run.path)) as log,
     ):
       learner = Learner(config, placement, inputs.total_steps)
-      trainer = Trainer(learner, run, inputs, Checkpoints(run.path), log, progress)
-      trainer.train(trainer.begin(params, read_from), stop)
+      if read_from and config.memory.teach_rows and not reads.get('updates'):
+        reads = count_background(learner, params, RunDir(origin.path), progress)
+      checkpoints = Checkpoints(run.path, keep_start=bool(config.memory.teach_rows))
+      trainer = Trainer(learner, run, inputs, checkpoints, log, progress)
+      trainer.train(trainer.begin(params, reads, read_from), stop)
 
 
 @dataclasses.dataclass
@@ -98,8 +101,14 @@ class Trainer:
   seconds: float = 0.0
   failed_saves: int = 0
 
-  def begin(self, params: Any, read_from: dict[str, Any] | None) -> TrainState:
-    """Returns the state to go on from: the newest saved, a new one, or one of `params`, which `read_from` describes."""
+  def begin(self, params: Any, reads: Any, read_from: dict[str, Any] | None) -> TrainState:
+    """Returns the state to go on from: the newest saved, a new one, or one of what is given.
+
+    Args:
+      params: of another run, or None.
+      reads: what that run counted.
+      read_from: what run.json says of it.
+    """
     config, say = self.learner.config, self.progress.say
     with explain_out_of_memory(config):
       if self.checkpoints.ever_saved:
@@ -107,11 +116,11 @@ class Trainer:
         self.tokens, self.seconds = counters['tokens'], counters['seconds']
         say(f'Resuming {self.run.path} at step {int(state["step"])} of {self.inputs.total_steps}')
       else:
-        state = self.learner.new_state(params)
+        state = self.learner.new_state(params, reads)
     start = int(state['step'])
     record_run(self.run, config, self.inputs, start, read_from)
     if read_from:  # saved, and not read from the other run again if this one is stopped before it saves
-      self.checkpoints.save(0, state, {'tokens': 0, 'seconds': 0.0})
+      self.checkpoints.save(START, state, {'tokens': 0, 'seconds': 0.0})
       say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({read_from["checkpoint"]})')
     self.log.truncate_after(start if self.checkpoints.ever_saved else -1)
     return state

@@ -107,6 +107,9 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
   clip = [optax.clip_by_global_norm(config.train.grad_clip)] if config.train.grad_clip else []
   check_parameters(config)
   params = abstract_params(config)
+  if config.memory.teach_rows:
+    rate = bank_rate(config, total_steps)
+    return optax.chain(*clip, of_bank_alone(optax.chain(_direction(config.train), optax.scale_by_learning_rate(rate))))
   if is_lazy(config):
     return optax.chain(*clip, apart_from_bank(optax.chain(*_steps(config, without_bank(params), total_steps))))
   return optax.chain(*clip, *_steps(config, params, total_steps))
@@ -118,11 +121,13 @@ def may_overflow(config: Config) -> bool:
   A step is mean / (sqrt(square) + eps) with both corrected. Where beta1 < sqrt(beta2) the mean fades before the square
   does, so that their ratio is bounded, whatever the gradients were, by (1 - beta1) / sqrt(1 - beta2) / (1 - beta1 /
   sqrt(beta2)); the moments themselves are averages of values that are finite where the gradient's norm is. Else only
-  eps bounds it.
+  eps bounds it. Plain gradient descent takes gradients as they are, so that only clipping bounds it.
   """
   train, float32 = config.train, jnp.finfo(jnp.float32)
   largest_mean = train.grad_clip or float(float32.max) ** 0.5
   bounded = train.beta1**2 < train.beta2 or train.beta1 == 0
+  if train.optimizer == 'sgd':
+    return not train.grad_clip
   return train.eps < float(float32.tiny) or not (bounded or largest_mean / train.eps < 1e20)
 
 
@@ -134,6 +139,15 @@ def apart_from_bank(others: optax.GradientTransformation) -> optax.GradientTrans
     return updates | {BANK: grads[BANK]}, state
 
   return optax.GradientTransformation(lambda params: others.init(without_bank(params)), update)
+
+
+def of_bank_alone(steps: optax.GradientTransformation) -> optax.GradientTransformation:
+  """Returns a transformation that makes updates of the bank, and none of anything else."""
+
+  def update(grads: Params, state: Any, params: Params) -> tuple[Params, Any]:
+    return steps.update({BANK: grads[BANK]}, state, {BANK: params[BANK]})
+
+  return optax.GradientTransformation(lambda params: steps.init({BANK: params[BANK]}), update)
 
 
 def muon_direction() -> optax.GradientTransformation:
@@ -151,6 +165,10 @@ def muon_direction() -> optax.GradientTransformation:
   return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=in_and_out), optax.stateless(widen))
 
 
+def _direction(train: TrainConfig) -> optax.GradientTransformation:
+  return optax.identity() if train.optimizer == 'sgd' else optax.scale_by_adam(train.beta1, train.beta2, train.eps)
+
+
 def _steps(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
   """Returns the steps after clipping. Their order, with none for a rule at 1, is the layout of the state on disk."""
   train, table = config.train, parameter_table(config)
@@ -163,7 +181,7 @@ def _steps(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
       lambda path, learns: learns and follows(first_rule(table, path_name(path), what)), learns
     )
 
-  steps = [optax.scale_by_adam(train.beta1, train.beta2, train.eps)]
+  steps = [_direction(train)]
   if train.optimizer == 'muon':
     matrix = jax.tree_util.tree_map_with_path(
       lambda path, leaf: leaf.ndim == 2 and re.search(MATRIX, path_name(path)) is not None, params

@@ -10,18 +10,24 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config
+from mmjax.console import Progress
 from mmjax.data.bank_file import read_bank
 from mmjax.data.index import INDEX, data_sha256, read_index
-from mmjax.data.loader import TokenSplit, check_fills_batch, cut_remark, open_split, steps_of_epochs
+from mmjax.data.loader import TokenSplit, check_fills_batch, cut_remark, eval_batches, open_split, steps_of_epochs
 from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import Tokenizer
+from mmjax.errors import UserError
 from mmjax.files import write_file
+from mmjax.model.lm import Params
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models
 from mmjax.run.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.run.processes import is_main
+from mmjax.run.text import evaluation_data
+from mmjax.training.learner import Learner
+from mmjax.training.teach import Reads, count_reads, first_reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +59,10 @@ def settle_config(
   run.check_usable()
   recorded = run.read_record().get('init_from')
   origin = parse_origin(init_from) if init_from else None
+  if config.memory.teach_rows and not (origin or recorded):
+    raise UserError(
+      f'memory.teach_rows={config.memory.teach_rows} needs --init_from RUN: rows are taught to a model that has learned'
+    )
   if origin and (run.was_trained or run.config_path.exists()):
     check_origin(origin, run)
   if recorded:
@@ -95,6 +105,35 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
     overlap_remark(valid, valid.get('also_in_train')),
   ]
   return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
+
+
+def count_background(learner: Learner, params: Params, source: RunDir, progress: Progress) -> Reads:
+  """Counts which rows a run's own validation text reads, where its training has not counted.
+
+  Args:
+    learner: of the run that is to be taught.
+    params: with which the text is read.
+    source: the run that they come from.
+    progress: where to say so.
+
+  Raises:
+    UserError: if the text is not to be found.
+  """
+  config, old = learner.config, source.read_config()
+  try:
+    prepared = evaluation_data(source, old)
+  except UserError as error:
+    raise UserError(
+      f'memory.teach_rows needs to know which rows are usual, but {source.path} was trained without counting them, and '
+      f'its validation text is not found: put it back to {old.data.prepared_dir!r} ({error})'
+    ) from error
+  rows = {'layout': old.data.layout, 'isolate_documents': old.data.isolate_documents}
+  split = open_split(prepared, 'valid', max_seq_len=config.model.max_seq_len, **rows)
+  progress.say(f'Counting which rows the validation text of {source.path} reads: its training has not')
+  step, reads = learner.eval_step(), first_reads(old)
+  for batch in eval_batches(split, config.train.batch_size):
+    reads = count_reads(reads, step(params, batch)['usage_LM'])
+  return reads
 
 
 def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: Mapping[str, Any] | None = None) -> None:

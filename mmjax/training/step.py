@@ -37,6 +37,7 @@ from mmjax.training.row_gradients import (
   is_lazy,
   no_rows,
 )
+from mmjax.training.teach import Reads, count_reads, first_reads, gradient_of_rows, rows_to_teach
 
 TrainState = dict[str, Any]
 TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
@@ -44,15 +45,20 @@ TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str,
 LOSS_AVERAGE_DECAY = 0.98  # of the running average that a spike is measured by: about the last 50 updates
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation, params: Params | None = None) -> TrainState:
+def init_state(
+  config: Config, optimizer: optax.GradientTransformation, params: Params | None = None, reads: Reads | None = None
+) -> TrainState:
   """Returns the state before the first update, of new parameters or of those given; may run under jax.jit.
 
   `step` counts batches seen, `skipped` updates thrown away in a row, `skipped_total` all of them; `loss_average` is
-  the running average of the loss over the updates that were applied, 0 before the first.
+  the running average of the loss over the updates that were applied, 0 before the first. A memory model also has
+  `reads`, see teach.py, which goes on from those given; they are the background if rows are taught.
   """
   params = init_params(config) if params is None else params
   counts = {name: jnp.zeros((), jnp.int32) for name in ('step', 'skipped', 'skipped_total')}
   state = {'params': params, 'opt_state': optimizer.init(params), **counts, 'loss_average': jnp.float32(0)}
+  if BANK in params:
+    state['reads'] = first_reads(config, reads)
   return state | ({'bank_moments': init_moments(params[BANK])} if is_lazy(config) else {})
 
 
@@ -148,6 +154,8 @@ def make_train_step(
     parts, grads = gradient(state['params'], batch, total_weight, state['step'])
     if is_lazy(config):
       row_sums, grads[BANK] = grads[BANK], grads[BANK].sum_UP
+    if config.memory.teach_rows:
+      grads = gradient_of_rows(grads, rows_to_teach(state['reads'], parts['usage_LM'], config.memory.teach_rows))
     with jax.named_scope('optimizer'):
       grad_norm = optax.global_norm(grads)
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
@@ -159,6 +167,8 @@ def make_train_step(
       applied = finite & ~spikes & ~given_up
       after, ratio = apply(state, grads, row_sums, parts.get('usage_LM'), applied)
     after |= counters(state, parts['loss'], applied)
+    if 'usage_LM' in parts:
+      after['reads'] = count_reads(state['reads'], parts['usage_LM'])
     metrics = {
       'grad_norm': grad_norm,
       'grad_norm_X': jnp.stack([optax.global_norm(grad) for grad in jax.tree.leaves(grads)]),
@@ -193,7 +203,8 @@ def make_apply(config: Config, optimizer: optax.GradientTransformation, total_st
       metrics['row_update_ratio'] = ratio
     elif usage_LM is not None:
       metrics['row_update_ratio'] = row_update_ratio(bank, updates[BANK], usage_LM)
-    new = {'params': optax.apply_updates(params, updates), 'opt_state': opt_state}
+    moved = optax.apply_updates({name: params[name] for name in updates}, updates)
+    new = {'params': params | moved, 'opt_state': opt_state}
     old = {'params': params, 'opt_state': state['opt_state']}
     after = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
     if lazy:

@@ -1,0 +1,56 @@
+"""New text into few rows of a bank (memory.teach_rows=t): what the model knew stays where it is, bit for bit.
+
+Training counts in how many updates each row of the bank was read: `reads`, a part of the state. A run that starts from
+another's weights goes on with its counts. While rows are taught, an update changes the t rows with the largest
+
+  score = reads of the row in this update * log((B + 1) / (updates among the B before that read it + 1))
+
+and nothing else: the t rows that the new text reads most beyond the background, which are the B updates before the
+teaching. A row that every one of them read is never taught.
+
+Source: Lin et al. 2025, "Continual Learning via Sparse Memory Finetuning", arXiv:2510.15103: TF-IDF, with batches as
+documents. As there, the rows move by plain gradient descent (train.optimizer='sgd'), which keeps more of the old than
+Adam does: docs/experiments.md.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from mmjax.config import Config
+from mmjax.model.lm import BANK, Params
+
+Reads = dict[str, Array]
+
+
+def first_reads(config: Config, before: Reads | None = None) -> Reads:
+  """Returns counts before the first update: zeros, or those of the run that the weights come from.
+
+  count_M, int32: updates that read the row in any layer; updates, int32: how many were counted. Where rows are taught,
+  also what these were before: background_M and background_updates.
+  """
+  reads = {'count_M': jnp.zeros(config.model.knowledge_num, jnp.int32), 'updates': jnp.zeros((), jnp.int32)}
+  reads |= {name: before[name] for name in reads if before}
+  if config.memory.teach_rows:
+    reads |= {'background_M': reads['count_M'], 'background_updates': reads['updates']}
+  return reads
+
+
+def count_reads(reads: Reads, usage_LM: Array) -> Reads:
+  """Counts an update, whose layers read the rows `usage_LM` times."""
+  read_M = jnp.any(usage_LM > 0, axis=0)
+  return reads | {'count_M': reads['count_M'] + read_M, 'updates': reads['updates'] + 1}
+
+
+def rows_to_teach(reads: Reads, usage_LM: Array, most: int) -> Array:
+  """Returns bool (M,): the up to `most` rows with the largest score, see the top of this file; a score of 0 is none."""
+  rarity_M = jnp.log((reads['background_updates'] + 1) / (reads['background_M'] + 1))
+  score_M = jnp.sum(usage_LM, axis=0) * rarity_M
+  score_t, row_t = jax.lax.top_k(score_M, most)
+  return jnp.zeros(score_M.shape, bool).at[row_t].set(score_t > 0)
+
+
+def gradient_of_rows(grads: Params, taught_M: Array) -> Params:
+  """Returns gradients that are 0 but for these rows of the bank."""
+  zeros = jax.tree.map(jnp.zeros_like, grads)
+  return zeros | {BANK: jnp.where(taught_M[:, None], grads[BANK], 0)}

@@ -1,0 +1,87 @@
+"""Rows taught to a model: which they are, that nothing else moves, that they can be taken out again, and the counts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.errors import StoppedError, UserError
+from mmjax.model.lm import model_graph
+from mmjax.run.checkpoint import Checkpoints
+from mmjax.training import loop
+from mmjax.training.loop import fit
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.step import init_state, make_train_step
+from mmjax.training.teach import rows_to_teach
+from tests.helpers import StopAfter, random_batch, rarely, run_config, tiny_config
+from tests.test_origin import new_text
+
+STEPS = 4
+TEACH = {'memory__teach_rows': 5, 'train__optimizer': 'sgd', 'train__max_steps': STEPS, 'train__learning_rate': 1.0}
+
+
+def test_rows_are_those_of_the_largest_score():
+  rng = np.random.default_rng(0)
+  usage_LM, updates = rng.integers(0, 4, (2, 40)), 80
+  background_M = rng.permutation(updates)[:40]  # no two alike
+  background_M[:3] = updates  # every update read these: they are never taught
+  usage_LM[:, :3] = 100
+  reads = {'background_M': jnp.asarray(background_M), 'background_updates': jnp.int32(updates)}
+  score_M = usage_LM.sum(axis=0) / usage_LM.sum() * np.log((updates + 1) / (background_M + 1))
+  for most in (1, 7, 40):
+    taught = np.flatnonzero(rows_to_teach(reads, jnp.asarray(usage_LM), most))
+    best = [row for row in np.argsort(-score_M)[:most] if score_M[row] > 0]
+    assert taught.tolist() == sorted(best) and not set(taught) & {0, 1, 2}
+
+
+@pytest.mark.parametrize('optimizer', rarely(('sgd', 'adamw'), 'sgd'))
+def test_update_moves_rows_that_are_taught_and_nothing_else(optimizer):
+  config = tiny_config(**TEACH | {'train__optimizer': optimizer, 'train__grad_clip': 0.005})
+  transformation = make_optimizer(config, STEPS)
+  step = jax.jit(make_train_step(config, model_graph(config), transformation, attention='xla', total_steps=STEPS))
+  background = {'count_M': jnp.arange(64) % 7, 'updates': jnp.int32(7)}
+  state = jax.jit(lambda reads: init_state(config, transformation, None, reads))(background)
+  before = jax.device_get(state['params'])
+  state['params']['embedding'] = state['params']['embedding'].at[0, 0].set(-0.0)  # which an addition of 0 would change
+  after, metrics = step(state, random_batch(config))
+  taught_M = np.asarray(rows_to_teach(state['reads'], metrics['usage_LM'], 5))
+  moved_M = np.any(np.asarray(after['params']['memory_bank']) != before['memory_bank'], axis=1)
+  assert taught_M.sum() == 5 and np.array_equal(moved_M, taught_M)
+  others = [jax.tree.leaves({n: x for n, x in s['params'].items() if n != 'memory_bank'}) for s in (state, after)]
+  for a, b in zip(*others, strict=True):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  assert float(metrics['grad_norm']) > 0.005  # of the rows alone; so it was clipped, and the step is as long as this
+  if optimizer == 'sgd':
+    step_length = np.linalg.norm(np.asarray(after['params']['memory_bank']) - before['memory_bank'])
+    assert step_length == pytest.approx(0.005, rel=1e-3)
+  assert after['reads']['count_M'].sum() > background['count_M'].sum() and int(after['reads']['updates']) == 8
+  np.testing.assert_array_equal(after['reads']['background_M'], background['count_M'])
+
+
+def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, monkeypatch, capsys):
+  """Also if the run was stopped; its counts go on from those of the run that it teaches."""
+  run = tmp_path / 'run'
+  changes = TEACH | new_text(tmp_path) | {'train__checkpoint_interval': 1}
+  config = run_config(text, **changes)
+  monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(2))
+  with pytest.raises(StoppedError):
+    fit(config, run, init_from=str(tiny_run))
+  monkeypatch.undo()
+  fit(config, run)
+  assert Checkpoints(run, read_only=True).steps()[0] == 0
+  taught, without = (mmjax.load(run, 'last', without_taught=w).params for w in (False, True))
+  start = mmjax.load(tiny_run).params
+  for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(without), strict=True):
+    np.testing.assert_array_equal(a, b)
+  bank, taught_bank = start.pop('memory_bank'), taught.pop('memory_bank')
+  for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(taught), strict=True):
+    np.testing.assert_array_equal(a, b)
+  moved = int(np.any(np.asarray(bank) != np.asarray(taught_bank), axis=1).sum())
+  assert 5 <= moved <= 5 * STEPS
+  before = Checkpoints(tiny_run, read_only=True).restore_reads(6)
+  after = Checkpoints(run, read_only=True).restore_reads(STEPS)
+  assert int(before['updates']) == int(after['background_updates']) == 6 and int(after['updates']) == 6 + STEPS
+  np.testing.assert_array_equal(before['count_M'], after['background_M'])
+  with pytest.raises(UserError, match='taught no rows'):
+    mmjax.load(tiny_run, without_taught=True)
