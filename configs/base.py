@@ -52,7 +52,7 @@ memory.bank_lr_multiplier = 1.0  # factor of the bank's learning rate at the fir
 memory.bank_lr_final_multiplier = 1.0  # that factor at the last update; linear in between
 memory.bank_decay_multiplier = 1.0  # factor of the bank's weight decay; 0: none
 memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those that an update read; pays if they are few
-memory.teach_rows = 0  # with --init_from: only that many rows of the bank learn in an update, those that it reads beyond the usual; 0: everything learns
+memory.teach_rows = 0  # with --init_from: an update moves so many rows, those read beyond the usual; 0: everything
 
 data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
 data.valid_files = ''  # the same, held out; '': a share of the training documents
@@ -69,7 +69,7 @@ train.batch_size = 64  # B: rows in a micro-batch, over all devices
 train.accumulation_steps = 8  # micro-batches in an update; a run may go on with another split of the same product
 train.epochs = 3.0  # passes over the training rows; max_steps takes their place
 train.max_steps = 0  # optimizer updates; 0: as many as the epochs give
-train.optimizer = 'adamw'  # 'muon': the matrices of the layers by Muon, everything else by AdamW; 'sgd': plain steps, no moments
+train.optimizer = 'adamw'  # also 'muon': matrices of layers by Muon, all else by AdamW; 'sgd': plain gradient descent
 train.learning_rate = 0.0002  # peak
 train.muon_lr_multiplier = 5.0  # factor of the learning rate of the matrices that Muon moves
 train.embedding_lr_multiplier = 1.0  # factor of the embedding's learning rate; the embedding is also the output layer

@@ -145,8 +145,7 @@ class MemoryConfig:
   bank_update: str = field('dense', "Adam on all rows; 'lazy': on those that an update read; pays if they are few",
     choices=('dense', 'lazy'), before='dense')
   teach_rows: int = field(
-    0, 'with --init_from: only that many rows of the bank learn in an update, those that it reads beyond the usual; '
-    '0: everything learns', before=0)
+    0, 'with --init_from: an update moves so many rows, those read beyond the usual; 0: everything', before=0)
 
   def ngram_of_heads(self) -> tuple[int, ...]:
     """Returns how many tokens each head looks at where n-grams address rows: those of `ngrams`, in turns.
@@ -237,7 +236,7 @@ class TrainConfig:
   epochs: float = field(3.0, 'passes over the training rows; max_steps takes their place', 0, 1e9, needs=NO_STEPS)
   max_steps: int = field(0, 'optimizer updates; 0: as many as the epochs give')
   optimizer: str = field(
-    'adamw', "'muon': the matrices of the layers by Muon, everything else by AdamW; 'sgd': plain steps, no moments",
+    'adamw', "also 'muon': matrices of layers by Muon, all else by AdamW; 'sgd': plain gradient descent",
     choices=('adamw', 'muon', 'sgd'), before='adamw')
   learning_rate: float = field(2e-4, 'peak', 0, 10)
   muon_lr_multiplier: float = field(5.0, 'factor of the learning rate of the matrices that Muon moves',
