@@ -7,8 +7,12 @@ import pytest
 
 import mmjax
 from mmjax.errors import StoppedError, UserError
+from mmjax.inference.taught import taught_rows
 from mmjax.model.lm import model_graph
 from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.directory import open_run
+from mmjax.serve.view import RunView
+from mmjax.tools.inspect import taught_table
 from mmjax.training import loop
 from mmjax.training.loop import fit
 from mmjax.training.optimizer import make_optimizer
@@ -83,5 +87,15 @@ def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, m
   after = Checkpoints(run, read_only=True).restore_reads(STEPS)
   assert int(before['updates']) == int(after['background_updates']) == 6 and int(after['updates']) == 6 + STEPS
   np.testing.assert_array_equal(before['count_M'], after['background_M'])
+  found = taught_rows(mmjax.load(run, 'last'), open_run(run))
+  assert len(found) == moved and found[0]['moved'] >= found[-1]['moved'] > 0
+  for row in found:
+    assert row['before'] == np.asarray(bank)[row['row']].tolist() != row['after']
+    assert row['usual'] == after['background_M'][row['row']] / 6 < 1 and 0 < row['new'] <= 1
+  taught_bank = np.array(taught_bank)
+  taught_bank[[row['row'] for row in found]] = [row['before'] for row in found]
+  np.testing.assert_array_equal(taught_bank, bank)  # the list alone takes them out too
+  assert taught_table(found, 2).rows[0][0] == str(found[0]['row'])
+  assert RunView(mmjax.load(run, 'last'), open_run(run)).describe()['taught'] == [row['row'] for row in found]
   with pytest.raises(UserError, match='taught no rows'):
     mmjax.load(tiny_run, without_taught=True)

@@ -12,6 +12,7 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import MemoryReader, token_text
 from mmjax.inference.settings import Sampling
+from mmjax.inference.taught import taught_rows
 from mmjax.model.lm import BANK, count_params
 from mmjax.run.directory import RunDir
 from mmjax.run.identity import bank_texts
@@ -42,6 +43,7 @@ class RunView:
   Attributes:
     name: of its directory.
     reader: into its memory; None where it has none.
+    taught: rows that the run taught, those that moved farthest first.
     corpus: reads of its validation text; None without a memory or that text.
   """
 
@@ -49,12 +51,14 @@ class RunView:
     """Opens the run's text, and reads nothing of it yet."""
     self.lm, self.run, self.name = lm, run, run.path.absolute().name
     self.reader = self.corpus = None
-    self.remarks, self.snippets = [], {}
+    self.remarks, self.snippets, self.taught = [], {}, []
     try:
       self.reader = MemoryReader(lm)
     except UserError as error:
       self.remarks.append(f'No rows are read here: {error}. Surprise and continuations work all the same.')
       return
+    if lm.config.memory.teach_rows:
+      self.taught = [found['row'] for found in taught_rows(lm, run)]
     self.snippets, remark = bank_texts(run, lm.config)
     self.remarks += [remark] if remark else []
     try:
@@ -81,6 +85,7 @@ class RunView:
       'n_layers': config.model.n_layers,
       'memory': memory,
       'remarks': self.remarks,
+      'taught': self.taught,
       'corpus': self.corpus is not None,
     }
 

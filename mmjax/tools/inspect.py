@@ -6,7 +6,9 @@ weigh rows; or with the n-gram that addresses them, where there is no gate. Laye
 latter is measured: the mean change of the log-probability of every next token, over these contexts, between the model
 as it is and the model with this row, in this layer alone, replaced by the mean of all rows. So it includes the fusion,
 all later layers and the head. Where the bank was built from text, the text that the row started from is shown.
-Both are written to --json FILE too, the text with all rows. --config.data.prepared_dir=DIR says where the run's own
+--taught: the rows that the run taught to the model that it started from, and how often the new text and the usual text
+read them.
+All are written to --json FILE too, the text with all rows. --config.data.prepared_dir=DIR says where the run's own
 text is now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
@@ -41,6 +43,7 @@ def main() -> None:
   parser.add_argument('--text', help='text to read')
   parser.add_argument('--text_file', help='UTF-8 file with the text to read')
   parser.add_argument('--row', type=int, help='a row of the bank to look up in a corpus')
+  parser.add_argument('--taught', action='store_true', help='list the rows that the run taught (memory.teach_rows)')
   parser.add_argument('--layer', type=int, help='one layer (default: all that have a memory)')
   parser.add_argument('--top', type=int, default=5, help='rows of a token, contexts and tokens to show (default: 5)')
   parser.add_argument(
@@ -83,8 +86,8 @@ def text_of(arguments: argparse.Namespace) -> str | None:
   if arguments.text is not None and arguments.text_file is not None:
     raise UserError('give --text or --text_file, not both')
   if arguments.text_file is None:
-    if arguments.text is None and arguments.row is None:
-      raise UserError('nothing to look at: give --text, --text_file or --row')
+    if arguments.text is None and arguments.row is None and not arguments.taught:
+      raise UserError('nothing to look at: give --text, --text_file, --row or --taught')
     return arguments.text
   return read_text(arguments.text_file, '--text_file')
 
@@ -94,13 +97,15 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
 
   Returns:
     checkpoint; `text`: `tokens`, see `MemoryReader.read_text`, and `most_taken`; `row`: see `MemoryReader.read_row`,
-    with `snippet` and `effect_is`. None for what was not asked. `remark`: what is to be said of the snippets.
+    with `snippet` and `effect_is`; `taught`: see `taught_rows`. None for what was not asked. `remark`: what is to be
+    said of the snippets.
 
   Raises:
     UserError: if the model, the layer, the row or the text is not there.
   """
   from mmjax.inference.measure import open_text
   from mmjax.inference.memory_reads import MemoryReader
+  from mmjax.inference.taught import taught_rows
   from mmjax.run.directory import open_run
   from mmjax.run.identity import bank_texts
 
@@ -109,7 +114,8 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
   if arguments.row is not None:
     reader.check_row(arguments.row)
   snippets, remark = bank_texts(run, lm.config)
-  found = {'checkpoint': lm.step, 'text': None, 'row': None, 'remark': remark}
+  taught = taught_rows(lm, run) if arguments.taught else None
+  found = {'checkpoint': lm.step, 'text': None, 'row': None, 'taught': taught, 'remark': remark}
   if text is not None:
     tokens = reader.read_text(text, layer=arguments.layer)
     found['text'] = {'tokens': tokens, 'most_taken': most_taken(tokens, arguments.top, snippets)}
@@ -154,6 +160,8 @@ def print_found(found: dict[str, Any], top: int) -> None:
   if found['text'] is not None:
     tokens = found['text']['tokens']
     show(*tokens_tables(tokens, top, table_console().width), most_taken_table(found['text']['most_taken'], len(tokens)))
+  if found['taught'] is not None:
+    show(taught_table(found['taught'], top))
   row = found['row']
   if row is None:
     return
@@ -210,6 +218,16 @@ def most_taken_table(rows: list[dict[str, Any]], n_tokens: int) -> Table:
   header = [heading for heading, _ in shown.values()]
   cells = [[write(row[name]) for name, (_, write) in shown.items()] for row in rows]
   return Table(header, cells, 'Rows that this text took most')
+
+
+def taught_table(rows: list[dict[str, Any]], top: int) -> Table:
+  """The rows that were taught, those that moved farthest."""
+  header = ('row', 'moved by', 'length before', 'updates on the new text that read it', 'on the usual text')
+  cells = [
+    (str(r['row']), f'{r["moved"]:.3f}', f'{r["length_before"]:.3f}', f'{r["new"]:.1%}', f'{r["usual"]:.1%}')
+    for r in rows[:top]
+  ]
+  return Table(header, cells, f'{len(rows):,} rows were taught; these moved farthest')
 
 
 def contexts_table(contexts: list[dict[str, Any]], strength_is: str) -> Table:

@@ -388,7 +388,7 @@ function choices(label, names, chosen, choose) {
 const runChoice = (chosen, choose) => state.runs.length > 1 ? choices('run', state.runs.map((run, i) => [i, run.name]), chosen, choose) : null
 
 async function drawMap() {
-  const { run, layer } = state.map, { memory, corpus, remarks } = state.runs[run]
+  const { run, layer } = state.map, { memory, corpus, remarks, taught } = state.runs[run]
   const title = h('div.head', null, h('h2', { id: 'bank-title' }, 'The bank, by use'), runChoice(run, value => { state.map = { run: value, layer: null }; drawMap() }))
   if (!memory || !corpus) return refill('bank', title, h('p.note', null, memory ? remarks.at(-1) : `${state.runs[run].name} has no memory: nothing is read.`))
   const found = await ask('map', { run, layer }).catch(error => ({ error }))
@@ -414,6 +414,7 @@ async function drawMap() {
     choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, `layer ${number}`])], layer, value => { state.map.layer = value; drawMap() }),
     h('div.bank', null, h('div', null, h('p', null, canvas), under),
       h('div', null, h('h3', null, 'Read most'), h('div.hottest', null, found.hottest.map(([row, reads]) => h('span', null, rowButton(run, row, ofLayer), h('small', null, ` ${number(reads)}`)))),
+        taught.length ? [h('h3', null, `Taught: ${number(taught.length)} rows; these moved farthest`), h('div.hottest', null, taught.slice(0, 16).map(row => h('span', null, rowButton(run, row, ofLayer))))] : null,
         saved ? null : h('form.row', { onsubmit: event => { event.preventDefault(); openRow(run, +go.value, ofLayer) } }, go, h('button', null, 'Open')))))
   clearTimeout(state.polling)
   const later = () => { state.polling = setTimeout(() => $('bank').contains(document.activeElement) ? later() : drawMap(), 2000) }
