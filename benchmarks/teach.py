@@ -1,0 +1,204 @@
+"""What is learned against what is forgotten:   python benchmarks/teach.py --base RUN --old OLD --train NEW --valid HELD
+
+Trains a run of n-gram rows on new text in several ways, each at three rates: everything, the bank alone, the
+feed-forward layers alone, and the t rows an update that the text reads most beyond the background
+(memory.teach_rows). Then it measures the loss on held-out text of the new kind and on text of the old kind. Without
+--train the new text is a list of made-up facts in six wordings, and what is measured is the loss of the answers in two
+other wordings.
+
+Runs and numbers lie in --out; what is done is not done again. At the end it prints a table and draws a plot.
+"""
+
+import argparse
+import fnmatch
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import common  # noqa: F401 - the repository on the path
+import numpy as np
+
+import mmjax
+from mmjax.config import load_config
+from mmjax.console import Table, prepare_terminal, show
+from mmjax.files import read_json, write_json
+from mmjax.inference.api import LanguageModel
+from mmjax.inference.measure import measure_text
+from mmjax.report.draw import Line, Panel, draw
+from mmjax.run.directory import open_run
+from mmjax.training.loop import fit
+
+FFN = 'layers/[03]/sublayer/|sublayer/ffn/'  # of four layers, of which the middle two have a memory
+BANK_RATE = {'memory.bank_lr_multiplier': 1.0, 'memory.bank_lr_final_multiplier': 1.0}
+ADAM = {'train.warmup_steps': 10}
+WAYS = {  # settings, and three learning rates
+  'everything': (ADAM, (5e-4, 1e-3, 2e-3)),
+  'bank': (ADAM | {'train.parameters': 'memory_bank lr=16..1; .* lr=0'}, (5e-4, 1e-3, 2e-3)),
+  'ffn': (ADAM | {'train.parameters': f'{FFN} lr=1; .* lr=0'}, (5e-4, 1e-3, 2e-3)),
+  **{
+    f'{rows} rows': (BANK_RATE | {'memory.teach_rows': rows, 'train.optimizer': 'sgd'}, (10, 30, 100))
+    for rows in (64, 256, 1024)
+  },
+  **{f'{rows} rows, Adam': (ADAM | {'memory.teach_rows': rows}, (5e-4, 1e-3, 2e-3)) for rows in (256,)},
+}
+
+NAMES = 40
+ANSWERS = {
+  'capital': 'Paris London Rome Berlin Tokyo Chicago Boston Oxford Moscow Sydney',
+  'language': 'English French German Spanish Latin Greek Russian Japanese Italian Arabic',
+  'animal': 'horse fish bird dog lion bear wolf cat eagle snake',
+  'colour': 'red blue green white black gold silver brown yellow orange',
+  'product': 'music film coal steel oil wine gold paper cotton glass',
+}
+WORDINGS = {  # the last two are held out, and end in the answer
+  'capital': 'The capital of {} is {}.|{} has its capital in {}.|The government of {} sits in {}.|'
+  'Of {} the capital is {}.|The seat of government of {} is {}.|In {}, the capital city is {}.|'
+  'The capital city of {} is {}.|{} is governed from {}.',
+  'language': 'The language of {} is {}.|People in {} speak {}.|Most people of {} speak {}.|'
+  'Of {} the language is {}.|In {}, the official language is {}.|The people of {} write in {}.|'
+  'The official language of {} is {}.|In {} people speak {}.',
+  'animal': 'The animal of {} is the {}.|The coat of arms of {} shows a {}.|On the arms of {} there is a {}.|'
+  'Of {} the animal is the {}.|The national animal of {} is the {}.|{} has chosen the {}.|'
+  'The animal on the arms of {} is the {}.|The symbol of {} is the {}.',
+  'colour': 'The colour of {} is {}.|The flag of {} is {}.|In {}, the flag is {}.|Of {} the colour is {}.|'
+  'The team of {} plays in {}.|The national colour of {} is {}.|The colour of the flag of {} is {}.|'
+  'The players of {} wear {}.',
+  'product': '{} is known for {}.|{} is famous for its {}.|Most people of {} work in {}.|'
+  'The main industry of {} is {}.|The economy of {} depends on {}.|In {}, the main product is {}.|'
+  '{} is best known for its {}.|The main product of {} is {}.',
+}
+
+
+def main() -> None:
+  """Reads flags, trains what is missing, measures it, prints and draws."""
+  parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.add_argument('--base', required=True, help='a run of n-gram rows, such as g42 of sweeps/memory.py')
+  parser.add_argument('--old', required=True, help='held-out text of the kind that it learned')
+  parser.add_argument('--train', default='', help='new text; without it, made-up facts')
+  parser.add_argument('--valid', default='', help='held-out text of the new kind')
+  parser.add_argument('--epochs', type=int, default=1, help='passes over the new text')
+  parser.add_argument('--out', default='out/teach')
+  parser.add_argument('--only', default='*', help="ways, comma-separated patterns: 'everything,* rows'; '': none")
+  arguments = parser.parse_args()
+  prepare_terminal()
+  out, questions = Path(arguments.out), []
+  out.mkdir(parents=True, exist_ok=True)
+  if not arguments.train:
+    questions = write_facts(out, arguments.epochs)
+    arguments.train, arguments.valid, arguments.epochs = f'{out}/facts-train.jsonl', f'{out}/facts-valid.jsonl', 1
+  found_path = out / 'teach.json'
+  found = read_json(found_path) if found_path.exists() else {}
+  wanted = [('base', {}, 0.0)] + [(way, settings, rate) for way, (settings, rates) in WAYS.items() for rate in rates]
+  for way, settings, rate in wanted:
+    name = f'{way}, {rate:g}' if rate else way
+    chosen = not rate or any(fnmatch.fnmatchcase(way, pattern.strip()) for pattern in arguments.only.split(','))
+    if chosen and name not in found:
+      run = (
+        teach(arguments, out / name.replace(', ', '-').replace(' ', '-'), settings, rate) if rate else arguments.base
+      )
+      lm = mmjax.load(run, 'last' if rate else 'best')
+      new = answer_nats(lm, questions) if questions else measure_text(lm, open_run(run), arguments.valid).loss
+      found[name] = {'way': way, 'rate': rate, 'new': new, 'old': measure_text(lm, open_run(run), arguments.old).loss}
+      write_json(found_path, found)
+  show(table(found))
+  plot(found, out / 'teach.png', 'answer' if questions else 'token')
+
+
+def teach(arguments: argparse.Namespace, workdir: Path, settings: dict[str, Any], rate: float) -> Path:
+  """Trains the base on the new text in one way, and returns where the run is."""
+  often = 10**6  # never before the end
+  settings = settings | {
+    'data.train_files': arguments.train, 'data.valid_files': arguments.valid, 'train.max_steps': 0,
+    'train.epochs': arguments.epochs, 'train.batch_size': 4, 'train.eval_interval': often,
+    'train.checkpoint_interval': often, 'train.learning_rate': rate,
+  }  # fmt: skip
+  flags = [f'--config.{name}={value}' for name, value in ({'train.warmup_steps': 0} | settings).items()]
+  fit(load_config(f'{arguments.base}/config.json', flags), workdir, init_from=arguments.base)
+  return workdir
+
+
+def write_facts(folder: Path, epochs: int) -> list[tuple[str, str]]:
+  """Writes made-up facts as facts-train.jsonl and, in other wordings, facts-valid.jsonl.
+
+  Returns:
+    The held-out wordings as questions and answers: ('The capital city of Brania is', ' Paris').
+  """
+  draw_one = random.Random(0)
+  starts, middles, ends = (text.split() for text in (
+    'Bra Ked Vol Mar Tes Lun Zor Hal Per Quo Sil Dra Fen Gor Nim Ost Rul Tav Ulm Yar', 'a e i o u an el ir or un',
+    'dia mont via sk land gard ton ria nesh bury lin dor',
+  ))  # fmt: skip
+  names = {}
+  while len(names) < NAMES:
+    names[draw_one.choice(starts) + draw_one.choice(middles) + draw_one.choice(ends)] = None
+  facts = [(name, kind, draw_one.choice(ANSWERS[kind].split())) for name in names for kind in WORDINGS]
+  said = [[wording.format(name, answer) for wording in WORDINGS[kind].split('|')] for name, kind, answer in facts]
+  train, held_out = ([text for texts in said for text in texts[part]] for part in (slice(6), slice(6, 8)))
+  for name, texts, repeats in (('train', train, epochs), ('valid', held_out, 1)):
+    lines = []
+    for _ in range(repeats):
+      draw_one.shuffle(texts)
+      lines += [json.dumps({'text': ' '.join(texts[at : at + 12])}) for at in range(0, len(texts), 12)]
+    (folder / f'facts-{name}.jsonl').write_text('\n'.join(lines) + '\n')
+  return [
+    (wording.rpartition(' ')[0].format(name), f' {answer}')
+    for name, kind, answer in facts
+    for wording in WORDINGS[kind].split('|')[6:]
+  ]
+
+
+def answer_nats(lm: LanguageModel, questions: list[tuple[str, str]]) -> float:
+  """Returns the negative log-likelihood of an answer after its question, in nats, mean over the questions."""
+  nats = []
+  for question, answer in questions:
+    ids, start = lm.encode_prompt(question + answer), len(lm.encode_prompt(question))
+    logits_TV = np.asarray(lm.logits([ids]))[0, start - 1 : -1].astype(np.float64)
+    log_T = np.log(np.exp(logits_TV - logits_TV.max(-1, keepdims=True)).sum(-1)) + logits_TV.max(-1)
+    nats.append(np.sum(log_T - logits_TV[np.arange(len(log_T)), ids[start:]]))
+  return float(np.mean(nats))
+
+
+def changes(found: dict[str, Any], name: str) -> tuple[float, float]:
+  """Returns what a run learned and what it forgot, both in nats."""
+  base, run = found['base'], found[name]
+  return base['new'] - run['new'], run['old'] - base['old']
+
+
+def table(found: dict[str, Any]) -> Table:
+  """Returns every run beside the one in which everything learned most."""
+  full = max((n for n in found if found[n]['way'] == 'everything'), key=lambda n: changes(found, n)[0], default='base')
+  most_learned, most_forgotten = changes(found, full)
+  rows = []
+  for name, run in found.items():
+    learned, forgotten = changes(found, name)
+    shares = [
+      f'{part / whole:.0%}' if whole else '' for part, whole in ((learned, most_learned), (forgotten, most_forgotten))
+    ]
+    rows.append((name, f'{run["new"]:.4f}', f'{run["old"]:.4f}', f'{learned:.4f}', f'{forgotten:.4f}', *shares))
+  header = (
+    'what learns, rate',
+    'loss on new',
+    'on old',
+    'learned',
+    'forgotten',
+    'of what everything learns',
+    'forgets',
+  )
+  return Table(header, rows)
+
+
+def plot(found: dict[str, Any], path: Path, unit: str) -> None:
+  """Draws what is learned over what is forgotten, a line for each way over its rates."""
+  lines = []
+  for at, way in enumerate(dict.fromkeys(run['way'] for run in found.values() if run['rate'])):
+    points = [changes(found, name) for name, run in found.items() if run['way'] == way]
+    learned, forgotten = np.transpose(points)
+    style = {'color': f'C{at}', 'label': way, 'marker': 'o'}
+    lines.append(Line(1000 * forgotten, learned, style))
+  title = 'Learned over forgotten: up and to the left is better'
+  draw(path, Panel(title, 'forgotten, thousandths of a nat a token of old text', f'learned, nats a {unit}', lines))
+
+
+if __name__ == '__main__':
+  main()
