@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -156,6 +157,20 @@ def test_a_long_prompt_is_cut_to_its_end_with_a_warning(lm):
   assert tokens == lm.tokenizer.encode(words)[-most:]
   with pytest.warns(UserWarning, match='its end is used'):
     assert lm.encode_prompt('x' * 10_000_000 + words) == tokens
+
+
+def test_positions_beyond_those_of_training_are_said(lm):
+  row = [5] * lm.config.model.max_seq_len
+  for ask in (
+    lambda: lm.logits([[*row, 5]]),
+    lambda: lm.generate_tokens([row], max_new_tokens=2),
+    lambda: list(lm.stream('word ' * 100, max_new_tokens=2)),
+  ):
+    with pytest.warns(UserWarning, match=f'{len(row) + 1} tokens are more than model.max_seq_len={len(row)}'):
+      ask()
+  with warnings.catch_warnings(action='error'):
+    lm.logits([row])
+    lm.generate_tokens([row], max_new_tokens=1)
 
 
 @pytest.mark.parametrize('prompt', ['a\ud800b', 'a' * 100 + '\udcff'])

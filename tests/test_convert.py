@@ -174,6 +174,8 @@ def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_confi
   assert ('layers/0/attention/wq/kernel' in found, 'layers.0.attention.wq.weight' in found) == (
     (True, False) if name in OWN_NAMES else (False, True)
   )
+  export_run(tmp_path / 'back', tmp_path / 'again.safetensors', 'best', None)
+  assert (tmp_path / 'again.safetensors').read_bytes() == file.read_bytes()
   if name in OWN_NAMES:
     with pytest.raises(UserError, match='the PyTorch code has no .* and could not read .*; use .safetensors'):
       export_run(tmp_path / 'run', tmp_path / 'model.pth', 'best', None)

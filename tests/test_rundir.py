@@ -84,6 +84,12 @@ def test_path_that_is_a_file_is_refused(tmp_path, name):
       use()
 
 
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc')
+def test_place_where_nothing_can_be_made_is_refused_before_the_text_is_prepared():
+  with pytest.raises(UserError, match='/proc/no/run cannot be a run directory: '):
+    RunDir('/proc/no/run').check_usable()
+
+
 def test_name_that_is_too_long_or_no_text_is_one_sentence(tmp_path):
   with pytest.raises(UserError, match='cannot be a run directory: File name too long'):
     RunDir(tmp_path / ('n' * 300)).check_usable()

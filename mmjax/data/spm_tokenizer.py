@@ -21,13 +21,13 @@ CHARACTER_COVERAGE = 0.998  # of the training text; rarer characters become byte
 
 def load_spm_tokenizer(path: Path) -> Tokenizer:
   """Reads a SentencePiece model; see mmjax.data.tokenizer.load_tokenizer."""
+  if not path.stat().st_size:  # asked before sentencepiece is, which would say much and nothing
+    raise UserError(f"'{path}' is not a SentencePiece model: it is empty")
   try:
     model = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     pieces = [_piece_bytes(model, token) for token in range(model.get_piece_size())]
   except (RuntimeError, OSError, ValueError) as error:
     raise UserError(f"'{path}' is not a SentencePiece model: {error}") from None
-  if not pieces:
-    raise UserError(f"'{path}' is not a SentencePiece model: it is empty")
   eos_id = model.eos_id()
   if eos_id < 0:  # none is marked
     named = (model.piece_to_id(name) for name in EOS_NAMES)

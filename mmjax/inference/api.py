@@ -83,7 +83,7 @@ class LanguageModel:
 
     Args:
       tokens_BT: integers in [0, V); rows begin with `tokenizer.start_id(config.data.layout)` as in training.
-        Rows longer than model.max_seq_len work, at positions that the model was not trained on.
+        Rows longer than model.max_seq_len work, with a warning: the model was not trained on such positions.
 
     Returns:
       float32 (B, T, V); row b, position t scores what follows tokens_BT[b, :t + 1].
@@ -94,6 +94,7 @@ class LanguageModel:
     tokens = self._token_ids(tokens_BT)
     if tokens.ndim != 2 or not tokens.size:
       raise UserError(f'tokens of shape {tokens.shape} must be (rows, positions), with at least one of each')
+    self._warn_beyond(tokens.shape[1])
     padding = padded_length(tokens.shape[1]) - tokens.shape[1]  # causal: what stands behind changes nothing
     return self._logits(self.params, np.pad(tokens.astype(np.int32), ((0, 0), (0, padding))))[:, : tokens.shape[1]]
 
@@ -101,8 +102,8 @@ class LanguageModel:
     """Continues one prompt or several, together.
 
     Args:
-      prompts: text. Of more than model.max_seq_len tokens the last ones are used, with a warning. The continuation may
-        go on beyond max_seq_len, at positions that the model was not trained on.
+      prompts: text. Of more than model.max_seq_len tokens the last ones are used. The continuation may go on beyond
+        max_seq_len, at positions that the model was not trained on. A warning says either.
       **settings: fields of `mmjax.inference.settings.Sampling`: max_new_tokens, temperature, top_p,
         repetition_penalty, seed, seed_sampling.
 
@@ -128,7 +129,9 @@ class LanguageModel:
         raise UserError(f'a prompt of shape {row.shape} must be a list of token ids; prompts are [[5, 6, 7], ...]')
       if not row.size:
         raise UserError('a prompt needs at least one token; begin with tokenizer.start_id(config.data.layout)')
-    return self._decoder.generate(rows, Sampling.of(settings))
+    new = self._decoder.generate(rows, Sampling.of(settings))
+    self._warn_beyond(max((len(row) + len(more) - 1 for row, more in zip(rows, new, strict=True)), default=0))
+    return new
 
   def stream(self, prompt: str, **settings: float) -> Iterator[str]:
     """Yields the continuation of a prompt in pieces as they are made; together they are what `generate` returns.
@@ -140,12 +143,14 @@ class LanguageModel:
     return self._pieces(tokens, sampling)
 
   def _pieces(self, tokens: list[int], sampling: Sampling) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    decoder, length = codecs.getincrementaldecoder('utf-8')('replace'), len(tokens)
     for [new] in self._decoder.stream([tokens], sampling):
+      length += len(new)
       if piece := decoder.decode(self.tokenizer.decode_bytes(new)):
         yield piece
     if piece := decoder.decode(b'', final=True):
       yield piece
+    self._warn_beyond(length - 1)  # the last one is not read
 
   def encode_prompt(self, prompt: str) -> list[int]:
     """Returns the token that rows begin with and the prompt's tokens; of a long prompt the last max_seq_len tokens.
@@ -162,6 +167,11 @@ class LanguageModel:
     if len(end) < len(prompt) or len(tokens) > most:
       warnings.warn(f'the prompt is longer than model.max_seq_len={most} tokens; its end is used', stacklevel=3)
     return tokens[-most:]
+
+  def _warn_beyond(self, length: int) -> None:
+    """Warns where so many tokens are read, some of them at positions that the model was not trained on."""
+    if length > (most := self.config.model.max_seq_len):
+      warnings.warn(f'{length} tokens are more than model.max_seq_len={most}, up to which it was trained', stacklevel=3)
 
   def _token_ids(self, values: ArrayLike) -> np.ndarray:
     """Returns token ids as an array of any shape.

@@ -16,6 +16,7 @@ import numpy as np
 from mmjax import __version__
 from mmjax.config import (
   Config,
+  TrainConfig,
   as_of_today,
   config_from_dict,
   flatten,
@@ -80,7 +81,8 @@ def import_run(
 
   params = to_params(tensors, config)
   with RunDir(out) as run:
-    Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), NO_TRAINING)
+    counters = NO_TRAINING | {'step_before': header.get('step', 0)}
+    Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), counters)
     if vocabulary:
       write_tokenizer(out / tokenizer_file_name(vocabulary.path), vocabulary)
     run.write_config(config)
@@ -132,8 +134,9 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   tensors, step = read_weights(run, config, which, dtype)
   if not foreign:
     tensors[TIED] = tensors['tok_embeddings.weight']
-  own = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal', bank_file=''))
-  settings: dict[str, dict[str, Any]] = {}  # the file holds the bank, however it started
+  # The file holds the bank, however it started, and says nothing of how it was trained.
+  memory = dataclasses.replace(config.memory, bank_init='normal', bank_file='')
+  own, settings = dataclasses.replace(config, memory=memory, train=TrainConfig()), {}
   for name, value in flatten(own.to_dict()).items():
     section, _, field = name.partition('.')
     if (section in ('model', 'memory') or name in READING) and name not in idle_settings(own):
@@ -154,14 +157,18 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
 def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> tuple[dict[str, np.ndarray], int]:
   """Returns the tensors of a run's checkpoint as `to_tensors` names them, cast to `dtype`, and its step.
 
+  That of an import is the step of the run that it was exported from.
+
   Raises:
     UserError: if there is no such checkpoint, or a value is too large for `dtype`.
   """
   checkpoints = Checkpoints(run.path, read_only=True)
-  params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(which))
+  params, counters, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(which))
   warn_non_finite(params, f'step {step} of {run.path}')
   tensors = to_tensors(params, config)
-  return {name: _cast(name, value, dtype) for name, value in tensors.items()} if dtype else tensors, step
+  if dtype:
+    tensors = {name: _cast(name, value, dtype) for name, value in tensors.items()}
+  return tensors, step or counters.get('step_before', 0)
 
 
 def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import socket
+import tempfile
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -92,6 +93,8 @@ class RunDir:
       if not os.access(nearest, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
         raise file_error(OSError(code, os.strerror(code)), f'{self.path} cannot be a run directory: {nearest}')
+      if nearest != self.path.absolute():
+        tempfile.TemporaryDirectory(dir=nearest).cleanup()  # os.access may agree where this fails: in /proc
       refuse_links_out(self.path)
       str(self.path.absolute()).encode()
     except UnicodeEncodeError:
