@@ -71,6 +71,7 @@ def test_step_learns_as_on_a_cpu_and_calls_no_triton(sublayer):
   optimizer, batch = make_optimizer(config, 20), random_batch(config)
   losses = {}
   for platform, attention in (('gpu', 'cudnn'), ('cpu', 'xla')):
+    jax.clear_caches()  # of rules that were traced for the other platform
     step = make_train_step(
       config, model_graph(config), optimizer, attention=attention, total_steps=20
     )  # fmt: skip

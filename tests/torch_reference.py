@@ -243,7 +243,8 @@ class TorchLM(nn.Module):
       self.memory_bank = nn.Parameter(torch.randn(sizes.knowledge_num, sizes.knowledge_dim))
 
   def forward(self, tokens_BT: Tensor) -> Output:
-    h, aux_loss = self.dropout(self.tok_embeddings(tokens_BT)), torch.zeros(())
+    h = self.dropout(self.tok_embeddings(tokens_BT))
+    aux_loss = h.new_zeros((), dtype=torch.float32)
     for layer in self.layers:
       h, layer_loss = layer(h, self.memory_bank)
       aux_loss = aux_loss + layer_loss
