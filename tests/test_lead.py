@@ -107,7 +107,10 @@ def test_compare_says_what_the_fits_say(runs, tmp_path, capsys, monkeypatch):
   compare([path for path in runs if 'lr1' not in path.name], tmp_path / 'out')
   said = (tmp_path / 'out' / 'compare.md').read_text()
   assert '| model | 3 M | 12 M | 48 M | 12 M over 3 M | 48 M over 12 M |' in said
-  assert 'so 1 of them can speak against a form' in said and '1 G is a factor of 20.8 beyond the last' in said
+  assert (
+    'at most 3 points, which leaves 1 to contradict a form' in said
+    and '1 G is a factor of 20.8 beyond the last' in said
+  )
   assert 'Fits of the lead' in capsys.readouterr().out
   assert '![Lead over g0 against tokens' in said and (tmp_path / 'out' / 'lead.png').stat().st_size > 10_000
   lead = json.loads((tmp_path / 'out' / 'compare.json').read_text())['lead']

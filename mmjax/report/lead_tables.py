@@ -52,13 +52,12 @@ def _worth(found: Mapping[str, Any]) -> str:
   """Says how much the fits are worth."""
   points = max((model['points'] for model in found['models'].values()), key=len)
   least, most = points[0]['tokens'], points[-1]['tokens']
-  left = len(points) - 2
-  spare = f'{left} of them can speak against a form' if left else 'none of them can speak against a form'
   return (
-    f'What a fit is worth: it has two parameters and at most {len(points)} points, so {spare}. The points span a '
-    f'factor of {most / least:.3g} in tokens, and {_short(FAR[-1])} is a factor of {FAR[-1] / most:.3g} beyond the '
-    'last. A range is that of the fits that leave out one point, of three or more, and that take one seed for each. It '
-    'holds only as far as the form does. Where the two forms differ, these points do not tell which of them is right.'
+    f'What a fit is worth: it has two parameters and at most {len(points)} points, which leaves {len(points) - 2} to '
+    f'contradict a form. The points span a factor of {most / least:.3g} in tokens, and {_short(FAR[-1])} is a factor '
+    f'of {FAR[-1] / most:.3g} beyond the last. A range is that of the fits that leave out one point, of three or more, '
+    'and that take one seed for each. It holds only as far as the form does. Where the two forms differ, these points '
+    'do not tell which of them is right.'
   )
 
 

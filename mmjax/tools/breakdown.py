@@ -86,7 +86,7 @@ def _table(grouping: str, found: Sequence[dict[str, Any]]) -> Table:
     rows.append([name, read, *(number(group['loss']) + _difference(group) for group in groups)])
     if 'loss_zeroed' in groups[0]:
       rows.append([f'{name}, bank zeroed', read, *(number(group['loss_zeroed']) for group in groups)])
-  header = ['run', 'tokens read', *(group['group'] for group in found[0]['groups'][grouping])]
+  header = ['run', 'tokens read', *(group['group'].rpartition('/')[2] for group in found[0]['groups'][grouping])]
   return Table(header, rows, f'Loss by {grouping}' if grouping != 'all' else 'Loss')
 
 
