@@ -24,6 +24,7 @@ MODELS = {
   'scaled': {'memory__scores': 'scale', 'memory__n_heads': 2, 'runtime__remat': 'block', 'train__dtype': 'bfloat16'},
   'cross_attention': {'model__sublayer': 'cross_attention', 'memory__layers': '1'},
   'bag': BAG | {'memory__layers': '1', 'memory__ffn_dim': 8, 'memory__score_activation': 'relu'},
+  'values': BAG | {'memory__layers': '1', 'memory__value_layers': 'all', 'runtime__remat': 'block'},
   'ngrams_and_a_gate': BAG | {'memory__ngram_layers': '0', 'memory__ngrams': '1,2', 'memory__ngram_signs': True},
 }
 

@@ -7,11 +7,12 @@ import pytest
 from flax import nnx
 
 from mmjax.config import load_config
+from mmjax.config.sublayers import memory_layers
 from mmjax.errors import UserError
 from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
 from mmjax.memory.ngram import sign_vectors
-from mmjax.model.lm import abstract_params, build_model, memory_layers, model_graph
+from mmjax.model.lm import abstract_params, build_model, model_graph
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.optimizer import gets_gradient
 from tests.helpers import random_batch, tiny_config

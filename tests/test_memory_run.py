@@ -8,8 +8,8 @@ import pytest
 
 import mmjax
 from mmjax.config import load_config
+from mmjax.config.sublayers import memory_layers
 from mmjax.inference.measure import measure_text
-from mmjax.model.lm import memory_layers
 from mmjax.model.sublayers import layer_kinds
 from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
@@ -34,6 +34,7 @@ SMALLER = TINY | {
 RUNS = {  # config file, and what differs
   'gate': ('product_key_bag', {'memory.layers': '1'}),
   'ngrams': ('ngram_rows', {'memory.layers': '1'}),
+  'values': ('ngram_rows', {'memory.layers': '0', 'memory.value_layers': '1'}),
   'both': ('product_key_bag', {'memory.ngram_layers': '0', 'memory.ngrams': '2'}),
 }
 
@@ -61,7 +62,7 @@ def test_metrics_name_the_layers_that_have_a_memory(run):
     assert [health['layer'] for health in record['bank']] == memory_layers(config)
     assert all(0 < health['used_share'] <= 1 for health in record['bank'])
     assert np.isfinite(record['loss'])
-    gated = [health for health in record['bank'] if kinds[health['layer']] == 'memory_bag']
+    gated = [h for h in record['bank'] if h['layer'] != 'values' and kinds[h['layer']] == 'memory_bag']
     assert all(health['gate_grad_norm'] > 0 and health['key_grad_norm'] > 0 for health in gated)
     assert [health for health in record['bank'] if 'gate_grad_norm' in health] == gated
     assert 0 < record['probes']['row_update_ratio'] < 2  # the bank learns 16 times as fast as the rest

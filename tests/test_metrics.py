@@ -196,6 +196,7 @@ CHEAP = MANY_HEADS | {'memory__key_dim': 6, 'memory__bag_gate': False}
     ('gated_fusion', MANY_HEADS | {'memory__scores': 'scale'}),
     ('memory_bag', MANY_HEADS),
     ('memory_bag', CHEAP),
+    ('ngram_bag', MANY_HEADS | {'memory__value_layers': 'all'}),
   ],
 )
 @pytest.mark.thorough

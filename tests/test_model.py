@@ -21,6 +21,7 @@ HEADS_AND_FFN = {'memory__n_heads': 2, 'memory__layers': '1', 'memory__ffn_dim':
 NORMED = HEADS_AND_FFN | {'memory__query_key_norm': 'l2'}
 SCALED = NORMED | {'memory__scores': 'scale'}
 OWN = {'memory__ngrams': '1,2', 'memory__ngram_ranges': 'own', 'memory__ngram_signs': True, 'model__knowledge_num': 999}
+VALUE_ROWS = {'memory__n_heads': 2, 'memory__ngrams': '1,2', 'memory__value_layers': '1'}
 ATTENTION = {'model__qk_norm': True, 'model__value_embeddings': 'all'}
 OTHER_DECODED = [('dense', {}), ('cross_attention', SCALED), ('moe', {}), ('gated_fusion', SCALED)]
 
@@ -106,7 +107,7 @@ def test_whole_model_equals_a_second_numpy_route(sublayer, more):
     assert out.row_LBTR is None
 
 
-def numpy_forward(model, params, tokens):
+def numpy_forward(model, params, tokens, read_BTF=None):
   """The block of experiment 1.4.2 or 1.4.0 in float64, all M scores and the concatenation built."""
   B, T = tokens.shape
   silu = lambda x: x / (1 + np.exp(-x))  # noqa: E731
@@ -125,6 +126,10 @@ def numpy_forward(model, params, tokens):
       if 'value_embedding' in a:
         e = a['value_embedding']
         own = e['table'][tokens][..., k * model.head_dim : (k + 1) * model.head_dim]
+        value = value + own * 2 / (1 + np.exp(-z[..., : len(e['gate'])] @ e['gate'][:, k]))[..., None]
+      if 'value_rows' in a:
+        e = a['value_rows']
+        own = (read_BTF @ e['kernel'])[..., k * model.head_dim : (k + 1) * model.head_dim]
         value = value + own * 2 / (1 + np.exp(-z[..., : len(e['gate'])] @ e['gate'][:, k]))[..., None]
       q, key = ((y[..., 0::2] + 1j * y[..., 1::2]) * turn for y in (q, key))
       scores = (q @ np.conj(key).transpose(0, 2, 1)).real * model.head_dim**-0.5
@@ -162,8 +167,9 @@ def test_logits_do_not_depend_on_later_tokens(sublayer):
   assert (gradient[8:] == 0).all()
 
 
-def test_segments_are_computed_as_if_alone():
-  config = tiny_config()
+@pytest.mark.parametrize('changes', [{}, VALUE_ROWS | {'model__sublayer': 'dense'}], ids=['fusion', 'values'])
+def test_segments_are_computed_as_if_alone(changes):
+  config = tiny_config(**changes)
   graphdef, params = build_model(config)
   model = jax.jit(nnx.merge(graphdef, params))
   tokens = random_batch(config)['input'][0]
@@ -185,6 +191,8 @@ def test_segments_are_computed_as_if_alone():
     pytest.param('ngram_bucket', HEADS_AND_FFN | {'memory__ngrams': '1,2', 'memory__key_dim': 4}, marks=THOROUGH),
     ('ngram_bucket', HEADS_AND_FFN | OWN | {'memory__key_dim': 4}),
     ('dense', ATTENTION),
+    ('dense', OWN | VALUE_ROWS),
+    pytest.param('ngram_bucket', VALUE_ROWS, marks=THOROUGH),
   ]
   + [pytest.param(name, changes, marks=THOROUGH) for name, changes in OTHER_DECODED],
 )

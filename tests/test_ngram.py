@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from mmjax.config import load_config
+from mmjax.config.sublayers import memory_layers
 from mmjax.errors import UserError
 from mmjax.kernels.bank import TappedBank, add_reads, no_reads
 from mmjax.memory import NgramBag
@@ -22,7 +23,7 @@ from mmjax.memory.ngram import (
   own_ranges,
   sign_vectors,
 )
-from mmjax.model.lm import build_model, memory_layers
+from mmjax.model.lm import build_model
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from tests.helpers import random_batch, tiny_config
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.config.sublayers import memory_layers
 from mmjax.data.loader import PADDING
 from mmjax.evaluation.evaluate import evaluate, make_eval_step
 from mmjax.evaluation.probes import (
@@ -19,7 +20,7 @@ from mmjax.evaluation.probes import (
   row_agreement,
   row_update_ratio,
 )
-from mmjax.model.lm import build_model, memory_layers
+from mmjax.model.lm import build_model
 from mmjax.run.placement import place
 from tests.helpers import rarely, tiny_config
 
@@ -32,6 +33,13 @@ FORMS = {
     'memory__layers': '1',
     'memory__bank_std': 3.0,
     'memory__selection_bias': True,
+  },
+  'values': {
+    'model__sublayer': 'dense',
+    'model__num_selected': 1,
+    'memory__n_heads': 2,
+    'memory__ngrams': '1,2',
+    'memory__value_layers': 'all',
   },
   'scale_relu': {'memory__scores': 'scale', 'memory__score_activation': 'relu'},
 }
@@ -91,7 +99,9 @@ def test_probes_of_an_evaluation_equal_brute_force(form):
     target = np.concatenate([batch['target'][keep] for batch, keep in zip(batches[:2], real, strict=False)])
     agreement = np.mean([pairs_that_agree(best_X, target) for best_X in np.concatenate(best[:2]).T], axis=0)
     assert [health['row_agreement'], health['row_agreement_chance']] == pytest.approx(list(agreement))
-    assert (health['kl_weighted'] == pytest.approx(health['kl_to_uniform'], rel=1e-6)) == (form == 'faithful')
+    assert (health['kl_weighted'] == pytest.approx(health['kl_to_uniform'], rel=1e-6)) == (
+      form in ('faithful', 'values')
+    )
 
   def loss(bank_MP):
     nll = []

@@ -15,6 +15,7 @@ KINDS = {
   'gated_fusion': {'data__isolate_documents': True},
   'memory_bag': {'memory__n_heads': 2, 'memory__selection_bias': True, 'runtime__remat': 'block'},
   'ngram_bag': {'memory__n_heads': 2, 'memory__ngrams': '1,2', 'memory__ngram_signs': True},
+  'ngram_bucket': {'memory__value_layers': 'all'},
   'cross_attention': {},
   'moe': {},
   'dense': {},

@@ -7,7 +7,7 @@ from mmjax.config.history import removed_remark
 from mmjax.config.parameters import Rule, parameter_table, read_rules
 from mmjax.config.schema import SETTINGS, Config, ModelConfig, TrainConfig
 from mmjax.config.setting import flatten
-from mmjax.config.sublayers import SUBLAYERS, layer_kinds
+from mmjax.config.sublayers import SUBLAYERS, bank_readers, layer_kinds
 from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
@@ -58,10 +58,11 @@ def check_together(config: Config) -> None:
   )
   memory.ngram_of_heads()  # raises, as the next does
   config.model.value_layers()
+  layers = config.model.n_layers
   _refuse(
-    memory.ngram_layer_numbers(config.model.n_layers) and memory.score_activation != 'softmax',
-    f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers: n-grams "
-    'have no scores',
+    memory.ngram_layer_numbers(layers) + memory.value_layer_numbers(layers) and memory.score_activation != 'softmax',
+    f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers or "
+    'memory.value_layers: n-grams have no scores',
   )
   _check_model(config.model)
   _check_rows(config)
@@ -111,9 +112,9 @@ def _check_rows(config: Config) -> None:
     _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {C * C} and {(C + 1) ** 2}')
     _refuse(width % 2, f'{name}={width} must be even: it is two halves; nearest: {width + 1}')
     _refuse(model.num_selected > C, f'{selected} the {C} sub-keys that model.knowledge_num={bank} gives each half')
-  elif any(kind.uses_bank for kind in kinds):
+  elif bank_readers(config):
     _refuse(model.num_selected > bank, f'{selected} model.knowledge_num={bank}, all rows of the bank')
-  if memory.ngram_ranges == 'own' and any(kind.reads_ngrams for kind in kinds):
+  if memory.ngram_ranges == 'own' and any(reader.reads_ngrams for reader in bank_readers(config).values()):
     least = model.num_selected * sum(model.vocab_size if n == 1 else 2 for n in memory.ngram_of_heads())
     _refuse(
       bank < least,

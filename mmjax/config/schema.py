@@ -75,8 +75,6 @@ class ModelConfig:
     Raises:
       UserError: if it is not understood or names a layer that is not there.
     """
-    if self.value_embeddings == 'alternate':
-      return tuple(range((self.n_layers - 1) % 2, self.n_layers, 2))
     return _layer_numbers('model.value_embeddings', self.value_embeddings, self.n_layers, also='alternate')
 
   @property
@@ -102,6 +100,8 @@ class MemoryConfig:
   layers: str = field(
     'all', "layers with a memory: also 'middle' (all but the first and last quarter), '2,3'; 0 is first")
   ngram_layers: str = field('', "which of these layers have an 'ngram_bag' instead of a gate: '1', 'all'; '': none",
+    before='')
+  value_layers: str = field('', "layers whose values get rows of n-grams: '1,3', 'all', 'alternate'; '': none",
     before='')
   input: str = field('attention', "the memory reads what attention added; 'residual': it reads the residual stream",
     choices=('attention', 'residual'))
@@ -187,12 +187,22 @@ class MemoryConfig:
       )
     return numbers
 
+  def value_layer_numbers(self, n_layers: int) -> tuple[int, ...]:
+    """Returns the layers, of any kind, that `value_layers` means.
+
+    Raises:
+      UserError: if it is not understood or names a layer that is not there.
+    """
+    return _layer_numbers('memory.value_layers', self.value_layers, n_layers, also='alternate')
+
 
 def _layer_numbers(field: str, text: str, n_layers: int, also: str = 'middle') -> tuple[int, ...]:
   if text == 'all':
     return tuple(range(n_layers))
   if not text and field != 'memory.layers':
     return ()
+  if text == also == 'alternate':
+    return tuple(range((n_layers - 1) % 2, n_layers, 2))
   if text == also == 'middle':
     return tuple(range(n_layers // 4, n_layers - n_layers // 4))
   parts = [part.strip() for part in text.split(',')]

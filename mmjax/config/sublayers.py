@@ -15,17 +15,20 @@ from mmjax.config.schema import Config, MemoryConfig, ModelConfig
 TRAINED = 3  # forward, gradient with respect to the input, gradient with respect to the weight
 FORWARD_ONLY = 1
 
-BANK = (
-  'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.layers', 'memory.input', 'memory.n_heads',
-  'memory.ffn_dim', 'memory.bank_init', 'memory.bank_file', 'memory.knowledge_length', 'memory.bank_std',
-  'memory.bank_lr_multiplier', 'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier',
-  'memory.bank_update', 'memory.teach_rows',
+ROWS = (
+  'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.n_heads', 'memory.bank_init',
+  'memory.bank_file', 'memory.knowledge_length', 'memory.bank_std', 'memory.bank_lr_multiplier',
+  'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier', 'memory.bank_update',
+  'memory.teach_rows',
 )  # fmt: skip
+# All that memory.value_layers asks for.
+NGRAM_ROWS = (*ROWS, 'memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs')
+PLACE = ('memory.layers', 'memory.input', 'memory.ffn_dim')
 GATE = (
   'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.selection_bias',
 )  # fmt: skip
-NGRAM = ('memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs', 'memory.bag_gate')
 SCORES = ('memory.scores', 'memory.score_activation')
+VALUES = 'values'  # stands among the numbers of layers with a memory for the rows that all of memory.value_layers read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,28 @@ def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:
   kinds |= dict.fromkeys(memory.layer_numbers(model.n_layers), model.sublayer)
   kinds |= dict.fromkeys(memory.ngram_layer_numbers(model.n_layers) if row.has_gate else (), 'ngram_bag')
   return tuple(kinds.values())
+
+
+def uses_bank(model: ModelConfig, memory: MemoryConfig) -> bool:
+  """Tells whether a model has a bank: for the sublayers of some layers, or for the values of attention."""
+  return SUBLAYERS[model.sublayer].uses_bank or bool(memory.value_layers)
+
+
+def memory_layers(config: Config) -> list[int | str]:
+  """Returns what reads the bank, in the order of Output.row_LBTR: VALUES, if they do, and numbers of layers."""
+  return list(bank_readers(config))
+
+
+def bank_readers(config: Config) -> dict[int | str, Sublayer]:
+  """Returns for each of `memory_layers` its row of the table of sublayers; values read as an 'ngram_bag' does."""
+  rows = {VALUES: SUBLAYERS['ngram_bag']} if config.memory.value_layers else {}
+  rows |= {number: SUBLAYERS[kind] for number, kind in enumerate(layer_kinds(config.model, config.memory))}
+  return {layer: row for layer, row in rows.items() if row.uses_bank}
+
+
+def layer_name(layer: int | str) -> str:
+  """Returns what to call one of `memory_layers`."""
+  return layer if layer == VALUES else f'layer {layer}'
 
 
 def _scaled(memory: MemoryConfig) -> bool:
@@ -153,7 +178,7 @@ SUBLAYERS = {
   'dense': Sublayer('mmjax.model.sublayers.dense:dense', ('model.hidden_dim',), _dense),
   'cross_attention': Sublayer(
     'mmjax.model.sublayers.memory:cross_attention',
-    (*BANK, *GATE, *SCORES),
+    (*ROWS, *PLACE, *GATE, *SCORES),
     _cross_attention,
     uses_bank=True,
     has_gate=True,
@@ -162,7 +187,7 @@ SUBLAYERS = {
   ),
   'gated_fusion': Sublayer(
     'mmjax.model.sublayers.memory:gated_fusion',
-    (*BANK, *GATE, *SCORES),
+    (*ROWS, *PLACE, *GATE, *SCORES),
     _gated_fusion,
     uses_bank=True,
     has_gate=True,
@@ -171,7 +196,7 @@ SUBLAYERS = {
   ),
   'memory_bag': Sublayer(
     'mmjax.model.sublayers.memory:memory_bag',
-    (*BANK, *GATE, 'memory.score_activation', 'memory.bag_gate'),
+    (*ROWS, *PLACE, *GATE, 'memory.score_activation', 'memory.bag_gate'),
     _memory_bag,
     uses_bank=True,
     has_gate=True,
@@ -180,7 +205,7 @@ SUBLAYERS = {
   ),
   'ngram_bag': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bag',
-    (*BANK, *NGRAM),
+    (*NGRAM_ROWS, *PLACE, 'memory.bag_gate'),
     _ngram_bag,
     uses_bank=True,
     reads_ngrams=True,
@@ -188,7 +213,7 @@ SUBLAYERS = {
   ),
   'ngram_bucket': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bucket',
-    (*BANK, *NGRAM, 'memory.key_dim'),
+    (*NGRAM_ROWS, *PLACE, 'memory.key_dim', 'memory.bag_gate'),
     _ngram_bucket,
     uses_bank=True,
     reads_ngrams=True,

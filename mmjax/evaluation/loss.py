@@ -13,7 +13,7 @@ from mmjax.config import Config
 from mmjax.data.loader import PADDING
 from mmjax.kernels.bank import BankShard, Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
-from mmjax.model.lm import LM, BankOfLayer, Output, Params
+from mmjax.model.lm import LM, BankOfReader, Output, Params
 from mmjax.run.sharding import ROWS
 
 CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
@@ -43,10 +43,10 @@ def make_loss(
   shares = config.train.accumulation_steps * (mesh.size if mesh else 1)
 
   def objective(
-    params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None, taps: dict[int, Reads] | None = None
+    params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None, taps: list[Reads] | None = None
   ) -> tuple[Array, dict[str, Array]]:
-    bank = _bank_of_layer(taps, mesh)
-    model, out = _run(config, graphdef, attention, params, rows, dropout_key=key, bank_of_layer=bank)
+    bank = _bank_of_reader(taps, mesh)
+    model, out = _run(config, graphdef, attention, params, rows, dropout_key=key, bank_of_reader=bank)
     weight_BT = (rows['target'] != PADDING).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
     with jax.named_scope('loss'):
@@ -98,10 +98,10 @@ def _run(
   return model, out
 
 
-def _bank_of_layer(taps: dict[int, Reads] | None, mesh: Mesh | None) -> BankOfLayer | None:
-  """Returns what each layer reads instead of the whole bank: one whose reads are tapped, or a part of it."""
+def _bank_of_reader(taps: list[Reads] | None, mesh: Mesh | None) -> BankOfReader | None:
+  """Returns what is read instead of the whole bank: one whose reads are tapped, or a part of it."""
   if taps is not None:
-    return lambda number, bank_MP: TappedBank(bank_MP, taps[number])
+    return lambda reader, bank_MP: TappedBank(bank_MP, taps[reader])
   return (lambda _, part_MP: BankShard(part_MP, ROWS)) if mesh and mesh.shape[ROWS] > 1 else None
 
 

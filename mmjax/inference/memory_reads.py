@@ -20,14 +20,15 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import Config
+from mmjax.config.sublayers import bank_readers
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
-from mmjax.model.lm import BANK, LM, Output, Params, memory_layers, model_graph
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds, row_weights
+from mmjax.model.lm import BANK, LM, Output, Params, model_graph
+from mmjax.model.sublayers import row_weights
 from mmjax.run.placement import Placement
 
 MOST_TOKENS = 4096  # of a text
@@ -40,7 +41,7 @@ class MemoryReader:
   """Looks into the memory of one model.
 
   Attributes:
-    layers: numbers of the layers that have a memory.
+    layers: numbers of the layers that have a memory; 'values' first, if rows go into the values of attention.
     weighs: by layer, whether rows count by their scores; weights are None where they do not.
     ngrams: by layer, how many of the last tokens address the rows of each head; () where a gate with scores picks them.
   """
@@ -52,17 +53,17 @@ class MemoryReader:
       UserError: if it has no memory.
     """
     config = lm.config
-    self.lm, self.layers = lm, memory_layers(config)
+    self.lm, rows = lm, bank_readers(config)
+    self.layers = list(rows)
     if not self.layers:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
-    kinds, ngrams = layer_kinds(config.model, config.memory), config.memory.ngram_of_heads()
-    self.ngrams = {layer: ngrams if SUBLAYERS[kinds[layer]].reads_ngrams else () for layer in self.layers}
-    self.weighs = {layer: SUBLAYERS[kinds[layer]].scores_weigh(config.memory) for layer in self.layers}
+    self.ngrams = {layer: config.memory.ngram_of_heads() if row.reads_ngrams else () for layer, row in rows.items()}
+    self.weighs = {layer: row.scores_weigh(config.memory) for layer, row in rows.items()}
     self._weighs_L111 = np.array(list(self.weighs.values()))[:, None, None, None]
     forward = _Forward(model_graph(config), lm.placement, config)
     self._reads, self._log_probs = map(lm.placement.jit, (forward.reads, forward.log_probs))
 
-  def chosen_layers(self, layer: int | None) -> list[int]:
+  def chosen_layers(self, layer: int | str | None) -> list[int | str]:
     """Returns that layer, or all that have a memory for None.
 
     Raises:
@@ -81,7 +82,7 @@ class MemoryReader:
       raise UserError(f'row {row} is not in the bank, which has rows 0 to {last}')
 
   @own_jax_settings()
-  def read_text(self, text: str, *, layer: int | None = None, top: int | None = None) -> list[dict[str, Any]]:
+  def read_text(self, text: str, *, layer: int | str | None = None, top: int | None = None) -> list[dict[str, Any]]:
     """Finds the rows that each token of a text takes.
 
     The text stands after the token that rows begin with in training. Longer text than model.max_seq_len is cut into
@@ -112,7 +113,7 @@ class MemoryReader:
       found += self._read_tokens(ids[first : first + self.lm.config.model.max_seq_len], layers, top)
     return found
 
-  def _read_tokens(self, ids: Sequence[int], layers: list[int], top: int | None) -> list[dict[str, Any]]:
+  def _read_tokens(self, ids: Sequence[int], layers: list[int | str], top: int | None) -> list[dict[str, Any]]:
     padding = padded_length(len(ids)) - len(ids)
     arrays = self._reads(self.lm.params, np.pad(np.asarray(ids, np.int32), (0, padding))[None], None)
     row_LTR, score_LTR, weight_LTR = (np.asarray(x)[:, 0] for x in arrays)
@@ -121,7 +122,7 @@ class MemoryReader:
     head_R = np.repeat(np.arange(self.lm.config.memory.n_heads), self.lm.config.model.num_selected)
     text = partial(token_text, self.lm.tokenizer)
 
-    def read(layer: int, t: int, slot: int) -> dict[str, Any]:
+    def read(layer: int | str, t: int, slot: int) -> dict[str, Any]:
       at, ngrams, head = self.layers.index(layer), self.ngrams[layer], int(head_R[slot])
       return {
         'row': int(row_LTR[at, t, slot]),
@@ -131,7 +132,7 @@ class MemoryReader:
         'ngram': ''.join(map(text, ids[max(0, t + 1 - ngrams[head]) : t + 1])) if ngrams else None,
       }
 
-    def rows(layer: int, t: int) -> dict[str, Any]:
+    def rows(layer: int | str, t: int) -> dict[str, Any]:
       return {'layer': layer, 'rows': [read(layer, t, slot) for slot in order_LTR[self.layers.index(layer), t]]}
 
     return [
@@ -141,7 +142,7 @@ class MemoryReader:
 
   @own_jax_settings()
   def read_row(
-    self, row: int, split: TokenSplit, *, layer: int | None = None, top: int = 10, positions: int = 0
+    self, row: int, split: TokenSplit, *, layer: int | str | None = None, top: int = 10, positions: int = 0
   ) -> dict[str, Any]:
     """Finds the contexts of a corpus that take a row most, and what its value changes there.
 
@@ -175,7 +176,7 @@ class MemoryReader:
 
   @own_jax_settings()
   def describe_row(
-    self, row: int, layer: int, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
+    self, row: int, layer: int | str, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
   ) -> dict[str, Any]:
     """Returns what `read_row` says of one layer, but for `taken`.
 
@@ -209,8 +210,8 @@ class MemoryReader:
     return np.asarray(row_LBTR), np.where(self._weighs_L111, np.abs(weight_LBTR), score_LBTR)
 
   def _best_contexts(
-    self, row: int, split: TokenSplit, layers: list[int], positions: int
-  ) -> tuple[dict[int, list[tuple[float, int, int]]], Counter, int]:
+    self, row: int, split: TokenSplit, layers: list[int | str], positions: int
+  ) -> tuple[dict[int | str, list[tuple[float, int, int]]], Counter, int]:
     """Returns for each layer (strength, corpus row, position), strongest first; how many there were; positions read."""
     best, taken, read = {layer: [] for layer in layers}, Counter(), 0
     most = -(-positions // (ROWS * split.max_seq_len)) if positions else None
@@ -241,7 +242,7 @@ class MemoryReader:
     }
 
   def _effect(
-    self, row: int, layer: int, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
+    self, row: int, layer: int | str, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
   ) -> dict[str, Any]:
     mean_P = jnp.mean(self.lm.params[BANK], axis=0)
     found = []
@@ -252,7 +253,7 @@ class MemoryReader:
       batch = split.rows(corpus_row_B)
       log_with_BV, log_without_BV = (
         self._log_probs(self.lm.params, *_inputs(split, batch), position_B, changed, row, mean_P)
-        for changed in (-1, layer)
+        for changed in (-1, self.layers.index(layer))
       )
       next_B = batch['target'][np.arange(ROWS), position_B]
       found.append([np.asarray(x)[: len(part)] for x in (log_with_BV, log_without_BV, next_B)])
@@ -314,15 +315,15 @@ class _Forward:
     tokens_BT: Array,
     segment_BT: Array | None,
     position_B: Array,
-    layer: Array,
+    changed: Array,
     row: Array,
     value_P: Array,
   ) -> Array:
-    """Returns log-probabilities (B, V) of what follows a position, the row's value replaced in a layer (-1: none)."""
+    """Returns log-probabilities (B, V) of what follows a position, the row's value replaced for a reader (-1: none)."""
 
-    def replace(number: int, bank_MP: Array) -> Array:
-      return bank_MP.at[row].set(jnp.where(number == layer, value_P, bank_MP[row]))
+    def replace(reader: int, bank_MP: Array) -> Array:
+      return bank_MP.at[row].set(jnp.where(reader == changed, value_P, bank_MP[row]))
 
-    model, out = self.run(params, tokens_BT, segment_BT, bank_of_layer=replace)
+    model, out = self.run(params, tokens_BT, segment_BT, bank_of_reader=replace)
     hidden_BD = out.hidden_BTD[jnp.arange(len(position_B)), position_B]
     return jax.nn.log_softmax(model.logits(hidden_BD), axis=-1)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
-from mmjax.config import Config
+from mmjax.config import Config, flatten
 from mmjax.errors import UserError
 from mmjax.files import named_leaves, path_name
 from mmjax.model.lm import BANK, Params, abstract_params
@@ -43,7 +43,7 @@ SUBLAYER = {  # what every model with this sublayer has; the routed experts are 
   | _linear('feed_forward.shared_experts', 'sublayer/shared_expert', **SWIGLU),
 }
 EXPERTS = {'moe': ('feed_forward.experts', 'sublayer/experts')}  # what is there for each of them, under its number
-MODEL = {'qk_norm': False, 'value_embeddings': ''}  # what it does not have
+MODEL = {'model.qk_norm': False, 'model.value_embeddings': '', 'memory.value_layers': ''}  # what it does not have
 MEMORY = {  # its only one
   'input': 'attention', 'n_heads': 1, 'scores': 'none', 'query_key_norm': 'none', 'key_dim': 0,
   'selection_bias': False, 'ffn_dim': 0, 'ngram_layers': '',
@@ -56,8 +56,9 @@ _BUFFER = re.compile(r'pos_cis|layers\.\d+\.attention\.mask')
 def not_in_pytorch(config: Config) -> str:
   """Returns the setting, 'name=value', that makes a model which the PyTorch code does not have; '' for one it has."""
   model, memory = config.model, config.memory
-  if other := next((name for name, value in MODEL.items() if getattr(model, name) != value), ''):
-    return f'model.{other}={getattr(model, other)!r}'
+  given = flatten(config.to_dict())
+  if other := next((name for name, value in MODEL.items() if given[name] != value), ''):
+    return f'{other}={given[other]!r}'
   if model.sublayer not in SUBLAYER:
     return f'model.sublayer={model.sublayer!r}'
   if not SUBLAYERS[model.sublayer].uses_bank:

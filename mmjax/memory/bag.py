@@ -41,10 +41,7 @@ class _Bag(Memory):
   @jax.named_scope('bag')
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
-    y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))
-    if selection.sign_BTh is not None:
-      y_BThP = with_signs(y_BThP, selection.sign_BTh)
-    y_BTF = y_BThP.reshape(*x_BTD.shape[:-1], -1).astype(dtype)
+    y_BTF = self.sums(selection, bank_MP).reshape(*x_BTD.shape[:-1], -1).astype(dtype)
     down = params['down']['kernel']
     if not self.output_gate:
       return matmul(y_BTF, down)
@@ -54,6 +51,11 @@ class _Bag(Memory):
 
     up_BTF = normed_matmul(x_BTD, params['norm']['scale'], params['up']['kernel'], self.norm_eps, dtype)
     return recomputed_on_gpu(project)(y_BTF, up_BTF)
+
+  def sums(self, selection: Selection, bank_MP: Bank) -> Array:
+    """Returns the weighted sum of each head's rows, float32 y_BThP."""
+    y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))
+    return y_BThP if selection.sign_BTh is None else with_signs(y_BThP, selection.sign_BTh)
 
   def weights(self, selection: Selection) -> Array:
     """Returns how much each row counts in the sum of its head, float32 weight_BThr."""
@@ -114,6 +116,20 @@ class NgramBag(_Bag):
   def signs_of(self, token_BTn: Array) -> Array | None:
     """Returns which signs the n-grams of `rows_of` have, int32 sign_BTh; None where they have none."""
     return ngram_signs(token_BTn, self.ngram_of_heads()) if self.signs else None
+
+  @jax.named_scope('bag')
+  def sums_of(self, token_BTn: Array, bank_MP: Bank) -> tuple[Selection, Array]:
+    """Returns the rows that the last tokens address, and the mean of each head's, float32 y_BThP.
+
+    This is all of a bag that needs no input, and what attention may add to its values.
+
+    Args:
+      token_BTn: int32, from `last_tokens` or `cached_last_tokens`.
+      bank_MP: as in `apply`.
+    """
+    row_BThr = self.rows_of(token_BTn)
+    selection = Selection(row_BThr, jnp.zeros(row_BThr.shape, jnp.float32), sign_BTh=self.signs_of(token_BTn))
+    return selection, self.sums(selection, bank_MP)
 
   def ngram_of_heads(self) -> list[int]:
     """Returns how many of the last tokens address the rows of each head."""

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from mmjax.config import Config
-from mmjax.config.sublayers import SUBLAYERS, TRAINED, layer_kinds
+from mmjax.config.sublayers import SUBLAYERS, TRAINED, layer_kinds, memory_layers
 from mmjax.errors import UserError
-from mmjax.model.layers import ValueEmbedding
+from mmjax.model.layers import GatedValues
 from mmjax.model.lm import abstract_params, count_params
 
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
@@ -38,12 +38,13 @@ def flops_per_token(config: Config) -> dict[str, float]:
   rows in all, for each layer that has the part, and in the forward pass:
     attention projections  2 (D NH + 2 D KH + NH D)
     value embeddings       2 * 12 K: their gate, in layers that have one
+    value rows             2 (h P KH + 12 K), in layers whose values get them
     attention              2 * 2 NH (T + 1) / 2: scores and values over the (T + 1) / 2 positions seen on average
     gate                   2 h (D Q + 2 C Q/2): the query, and scores against C sub-keys in each half
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
     cross attention        2 (2 D D + 2 D P + 2 N R P)
     bag                    2 (2 D h P), half of that without its gate
-    bag reads              2 R P: the weighted sums
+    bag reads              2 R P: the weighted sums; those of value rows are computed once
     dense                  2 * 3 D F, also where it stands beside a memory (F = memory.ffn_dim)
     experts                2 (3 D F (chosen + shared) + D E): those a token uses, not all that are computed
   and 2 D V for the head. The backward pass doubles it, giving 3 times the forward pass; a gate that
@@ -55,18 +56,23 @@ def flops_per_token(config: Config) -> dict[str, float]:
   Returns:
     FLOPs of each part over all layers, and their sum as 'total'.
   """
-  model = config.model
+  model, memory = config.model, config.memory
   heads, kv_heads = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
   attention = {
     'attention_projections': TRAINED * 2 * (2 * model.dim * heads + 2 * model.dim * kv_heads),
     'attention': TRAINED * 2 * heads * (model.max_seq_len + 1),
   }
   counts = Counter()
-  for kind in layer_kinds(model, config.memory):
+  for kind in layer_kinds(model, memory):
     counts.update(attention)
     counts.update(SUBLAYERS[kind].flops(config))
+  value_gate = min(GatedValues.GATE_CHANNELS, model.dim) * model.n_kv_heads
   if layers := len(model.value_layers()):
-    counts['value_embeddings'] = TRAINED * 2 * min(ValueEmbedding.GATE_CHANNELS, model.dim) * model.n_kv_heads * layers
+    counts['value_embeddings'] = TRAINED * 2 * value_gate * layers
+  if layers := len(memory.value_layer_numbers(model.n_layers)):
+    width = memory.n_heads * model.knowledge_dim
+    counts['value_rows'] = TRAINED * 2 * layers * (width * kv_heads + value_gate)
+    counts['bag_reads'] += TRAINED * 2 * model.num_selected * width
   parts = {name: float(flops) for name, flops in counts.items()}
   parts['head'] = float(TRAINED * 2 * model.dim * model.vocab_size)
   return {**parts, 'total': sum(parts.values())}
@@ -80,8 +86,7 @@ def bytes_per_token(config: Config) -> dict[str, int]:
     the head) among it. 'total': their sum.
   """
   model = config.model
-  kinds = layer_kinds(model, config.memory)
-  reads = sum(SUBLAYERS[kind].uses_bank for kind in kinds) * config.memory.n_heads * model.num_selected
+  reads = len(memory_layers(config)) * config.memory.n_heads * model.num_selected
   bank, weights = 4 * reads * model.knowledge_dim, 4 * count_params(abstract_params(config))[1]
   return {'bank': bank, 'weights': weights, 'total': bank + weights}
 

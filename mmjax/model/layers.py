@@ -114,8 +114,8 @@ def apply_rope(x_BTNH: Array, angle_BTa: Array) -> Array:
   return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
 
 
-class ValueEmbedding(nnx.Module):
-  """A second embedding of the token, which attention adds to its values, each head weighed by a gate.
+class GatedValues(nnx.Module):
+  """What attention adds to its values, each head weighed by a gate.
 
   The gate is 2 sigmoid(x W) of a few channels of the input, and starts at 1. Source: nanochat
   (https://github.com/karpathy/nanochat), after Zhou et al. 2024, arXiv:2410.17897.
@@ -123,26 +123,50 @@ class ValueEmbedding(nnx.Module):
 
   GATE_CHANNELS = 12
 
+  def __init__(self, dim: int, n_kv_heads: int):
+    self.gate = nnx.Param(jnp.zeros((min(self.GATE_CHANNELS, dim), n_kv_heads), jnp.float32))
+
+  def add(self, own_BTF: Array, x_BTD: Array, v_BTKH: Array) -> Array:
+    """Returns the values with `own_BTF` added, F = K H, in the dtype of `v_BTKH`; x_BTD is the normed input."""
+    gate_DK = self.gate[...]
+    weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(gate_DK)].astype(jnp.float32) @ gate_DK)
+    return v_BTKH + (weight_BTK[..., None] * own_BTF.reshape(v_BTKH.shape)).astype(v_BTKH.dtype)
+
+
+class ValueEmbedding(GatedValues):
+  """A second embedding of the token, for the values of attention."""
+
   def __init__(self, *, vocab_size: int, dim: int, n_kv_heads: int, head_dim: int, rngs: nnx.Rngs):
     bound = (3 / dim) ** 0.5
     shape = (vocab_size, n_kv_heads * head_dim)
+    super().__init__(dim, n_kv_heads)
     self.table = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
-    self.gate = nnx.Param(jnp.zeros((min(self.GATE_CHANNELS, dim), n_kv_heads), jnp.float32))
 
   @jax.named_scope('value_embedding')
   def __call__(self, token_BT: Array, x_BTD: Array, v_BTKH: Array) -> Array:
     """Returns the values with those of the tokens added, in the dtype of `v_BTKH`; x_BTD is the normed input."""
-    gate_DK = self.gate[...]
-    weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(gate_DK)].astype(jnp.float32) @ gate_DK)
-    own_BTKH = self.table[...][token_BT].reshape(v_BTKH.shape)
-    return v_BTKH + (weight_BTK[..., None] * own_BTKH).astype(v_BTKH.dtype)
+    return self.add(self.table[...][token_BT], x_BTD, v_BTKH)
+
+
+class ValueRows(GatedValues):
+  """Rows of a memory bank that the last tokens address, projected for the values of attention."""
+
+  def __init__(self, *, row_width: int, dim: int, n_kv_heads: int, head_dim: int, rngs: nnx.Rngs):
+    super().__init__(dim, n_kv_heads)
+    self.kernel = nnx.Param(uniform(rngs.params(), (row_width, n_kv_heads * head_dim), fan_in=row_width))
+
+  @jax.named_scope('value_rows')
+  def __call__(self, rows_BThP: Array, x_BTD: Array, v_BTKH: Array) -> Array:
+    """Returns the values with the projection of all heads' rows added; otherwise as `ValueEmbedding`."""
+    rows_BTF = rows_BThP.reshape(*rows_BThP.shape[:2], -1).astype(v_BTKH.dtype)
+    return self.add(matmul(rows_BTF, self.kernel[...]), x_BTD, v_BTKH)
 
 
 class Attention(nnx.Module):
   """Causal grouped-query self-attention with rotary positions.
 
   With `qk_norm_eps` each head's queries and keys pass an RMSNorm before they are rotated (Henry et al. 2020,
-  arXiv:2010.04245); with `vocab_size` values get a `ValueEmbedding`.
+  arXiv:2010.04245); with `vocab_size` values get a `ValueEmbedding`; with `row_width`, h P, `ValueRows`.
   """
 
   def __init__(
@@ -153,6 +177,7 @@ class Attention(nnx.Module):
     head_dim: int,
     qk_norm_eps: float | None = None,
     vocab_size: int | None = None,
+    row_width: int | None = None,
     rngs: nnx.Rngs,
   ):
     self.wq = Linear(dim, dim, rngs=rngs)
@@ -163,6 +188,7 @@ class Attention(nnx.Module):
     self.q_norm, self.k_norm = (None if qk_norm_eps is None else RMSNorm(head_dim, qk_norm_eps) for _ in range(2))
     sizes = {'dim': dim, 'n_kv_heads': n_kv_heads, 'head_dim': head_dim}
     self.value_embedding = None if vocab_size is None else ValueEmbedding(vocab_size=vocab_size, **sizes, rngs=rngs)
+    self.value_rows = None if row_width is None else ValueRows(row_width=row_width, **sizes, rngs=rngs)
 
   @jax.named_scope('attention')
   def __call__(
@@ -174,13 +200,16 @@ class Attention(nnx.Module):
     segment_BT: Array | None,
     dtype: DTypeLike,
     backend: str,
+    rows_BThP: Array | None = None,
   ) -> tuple[Array, LayerCache]:
     """Attends over whole rows; `segment_BT` and `backend` as in `kernels.attention.causal_attention`.
+
+    `rows_BThP`, float32, are what the heads of a memory read for each token; None where no values get them.
 
     Returns:
       (B, T, D) in `dtype`, and the keys (rotated) and values, (B, T, K, H), for a cache.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, token_BT, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, token_BT, dtype, rows_BThP)
     out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_BT, backend=backend)
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BTKH, 'v': v_BTKH}
 
@@ -193,13 +222,14 @@ class Attention(nnx.Module):
     cache: LayerCache,
     position_BT: Array,
     dtype: DTypeLike,
+    rows_BThP: Array | None = None,
   ) -> tuple[Array, LayerCache]:
     """Attends from new tokens, at `position_BT`, to themselves and to what the cache holds before them.
 
     Returns:
       (B, T, D) in `dtype`, and the cache, (B, S, K, H) with position s in slot s, with the new keys and values in it.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, token_BT, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, token_BT, dtype, rows_BThP)
     row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
     k_BSKH = cache['k'].at[row_B1, position_BT].set(k_BTKH.astype(cache['k'].dtype))
     v_BSKH = cache['v'].at[row_B1, position_BT].set(v_BTKH.astype(cache['v'].dtype))
@@ -208,11 +238,13 @@ class Attention(nnx.Module):
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BSKH, 'v': v_BSKH}
 
   def _project(
-    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, token_BT: Array, dtype: DTypeLike
+    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, token_BT: Array, dtype: DTypeLike, rows_BThP: Array | None
   ) -> tuple[Array, Array, Array]:
     q_BTNH, k_BTKH, v_BTKH = self._project_as_one(x_BTD, norm, angle_BTa, dtype)
     if self.value_embedding is not None:
       v_BTKH = self.value_embedding(token_BT, norm(x_BTD, dtype), v_BTKH)
+    if self.value_rows is not None:
+      v_BTKH = self.value_rows(rows_BThP, norm(x_BTD, dtype), v_BTKH)
     return q_BTNH, k_BTKH, v_BTKH
 
   def _project_as_one(

@@ -6,6 +6,7 @@ it. Its sublayers, next on the way, stand in the table of mmjax.model.sublayers;
 
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from typing import NamedTuple
 
 import jax
@@ -15,12 +16,12 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
-from mmjax.kernels.bank import BankShard, Reads, TappedBank, no_reads
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
 from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Bank, Params, SublayerOutput, init_bank
 from mmjax.memory.ngram import cached_last_tokens, last_tokens
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.model.sublayers.memory import ngram_reader
 
 BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict
 
@@ -30,7 +31,7 @@ class Output(NamedTuple):
 
   Attributes:
     hidden_BTD: final hidden states in the compute dtype.
-    row_LBTR: int32 rows that each layer with a memory read, as in SublayerOutput; None without a bank.
+    row_LBTR: int32 rows that each of `memory_layers` read, as in SublayerOutput; None without a bank.
     score_LBTR: their float32 scores; None without a bank.
     aux_loss: sum of the layers' aux losses.
     kvs: keys and values of each layer's attention, for a cache.
@@ -56,7 +57,7 @@ class Cache(NamedTuple):
 
 
 Attend = Callable[[Attention, Array, RMSNorm], tuple[Array, LayerCache]]
-BankOfLayer = Callable[[int, Array], BankShard | TappedBank]
+BankOfReader = Callable[[int, Array], Bank]
 
 
 class Block(nnx.Module):
@@ -70,6 +71,7 @@ class Block(nnx.Module):
       head_dim=model.head_dim,
       qk_norm_eps=model.norm_eps if model.qk_norm else None,
       vocab_size=model.vocab_size if number in model.value_layers() else None,
+      row_width=memory.n_heads * model.knowledge_dim if number in memory.value_layer_numbers(model.n_layers) else None,
       rngs=rngs,
     )
     self.sublayer = SUBLAYERS[kind].build(model, memory, rngs=rngs)
@@ -102,7 +104,7 @@ class LM(nnx.Module):
     shape = (model.vocab_size, model.dim)
     # The record's code ties the embedding to the output layer's weight, so it starts as a linear layer does.
     self.embedding = nnx.Param(uniform(rngs.params(), shape, fan_in=model.dim))
-    if SUBLAYERS[model.sublayer].uses_bank:
+    if uses_bank(model, memory):
       self.memory_bank = nnx.Param(
         init_bank(rngs.params(), n_rows=model.knowledge_num, row_dim=model.knowledge_dim, std=memory.bank_std)
       )
@@ -110,7 +112,9 @@ class LM(nnx.Module):
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, number, kind, rngs=rngs) for number, kind in enumerate(kinds)])
-    self.n_last = max(memory.ngram_of_heads()) if any(SUBLAYERS[kind].reads_ngrams for kind in kinds) else 0
+    self.value_reader = ngram_reader(model, memory) if memory.value_layers else None
+    reads_ngrams = self.value_reader or any(SUBLAYERS[kind].reads_ngrams for kind in kinds)
+    self.n_last = max(memory.ngram_of_heads()) if reads_ngrams else 0
     self.norm = RMSNorm(model.dim, model.norm_eps)
     self.head_dim = model.head_dim
     self.rope_theta = model.rope_theta
@@ -125,7 +129,7 @@ class LM(nnx.Module):
     attention: str = 'xla',
     remat: str = 'none',
     dropout_key: Array | None = None,
-    bank_of_layer: BankOfLayer | None = None,
+    bank_of_reader: BankOfReader | None = None,
   ) -> Output:
     """Runs whole rows.
 
@@ -136,7 +140,7 @@ class LM(nnx.Module):
       attention: backend, see mmjax.kernels.attention.
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
       dropout_key: a PRNG key turns dropout on.
-      bank_of_layer: of the number of a layer with a memory and the bank, what it reads instead.
+      bank_of_reader: of a number in `memory_layers`, from 0, and the bank, what is read there instead.
 
     Returns:
       Output.
@@ -150,18 +154,28 @@ class LM(nnx.Module):
     with jax.named_scope('embedding'):
       x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
 
+    readers = count()
+
+    def bank_to_read() -> Bank:
+      return bank_of_reader(next(readers), bank_MP) if bank_of_reader else bank_MP
+
+    reads, rows_BThP = [], None
+    if self.value_reader:
+      selection, rows_BThP = self.value_reader.sums_of(last_BTn, bank_to_read())
+      reads.append([x.reshape(*tokens_BT.shape, -1) for x in selection[:2]])
+
     def attend(layer: Attention, x_BTD: Array, norm: RMSNorm) -> tuple[Array, LayerCache]:
-      return layer(x_BTD, norm, angle_BTa, tokens_BT, segment_BT, dtype, attention)
+      return layer(x_BTD, norm, angle_BTa, tokens_BT, segment_BT, dtype, attention, rows_BThP)
 
     outs, kvs = [], []
     for number, layer in enumerate(self.layers):
-      bank = bank_of_layer(number, bank_MP) if bank_of_layer and layer.uses_bank else bank_MP
+      bank = bank_to_read() if layer.uses_bank else bank_MP
       run = partial(layer, attend=attend, dtype=dtype)
       run = jax.checkpoint(run) if remat == 'block' else run
       x_BTD, out, kv = run(x_BTD, bank, last_BTn, keys[number])
       outs.append(out)
       kvs.append(kv)
-    reads = [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
+    reads += [(out.row_BTR, out.score_BTR) for out in outs if out.row_BTR is not None]
     row_LBTR, score_LBTR = (jnp.stack(x) for x in zip(*reads, strict=True)) if reads else (None, None)
     aux_loss = sum((out.aux_loss for out in outs), jnp.zeros((), jnp.float32))
     return Output(self.norm(x_BTD, dtype).astype(dtype), row_LBTR, score_LBTR, aux_loss, kvs)
@@ -193,12 +207,13 @@ class LM(nnx.Module):
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
     token_BS = cache.token_BS.at[jnp.arange(len(tokens_BT))[:, None], position_BT].set(tokens_BT)
     last_BTn = cached_last_tokens(token_BS, position_BT, self.n_last) if self.n_last else None
+    rows_BThP = self.value_reader.sums_of(last_BTn, bank_MP)[1] if self.value_reader else None
     x_BTD = self.embedding[...][tokens_BT]
     layers = []
     for layer, kv in zip(self.layers, cache.layers, strict=True):
 
       def attend(layer: Attention, x_BTD: Array, norm: RMSNorm, kv: LayerCache = kv) -> tuple[Array, LayerCache]:
-        return layer.decode(x_BTD, norm, angle_BTa, tokens_BT, kv, position_BT, dtype)
+        return layer.decode(x_BTD, norm, angle_BTa, tokens_BT, kv, position_BT, dtype, rows_BThP)
 
       x_BTD, _, kv = layer(x_BTD, bank_MP, last_BTn, None, attend=attend, dtype=dtype)
       layers.append(kv)
@@ -230,24 +245,6 @@ def abstract_params(config: Config) -> Params:
 def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
   """Returns the graph definition and the first parameters."""
   return model_graph(config), jax.jit(partial(init_params, config))()
-
-
-def memory_layers(config: Config) -> list[int]:
-  """Returns the numbers of the layers that have a memory, in the order of Output.row_LBTR."""
-  kinds = layer_kinds(config.model, config.memory)
-  return [number for number, kind in enumerate(kinds) if SUBLAYERS[kind].uses_bank]
-
-
-def no_taps(config: Config, batch: int, length: int) -> dict[int, Reads]:
-  """Returns what taps the reads of each layer with a memory, by its number, for batches of (batch, length) tokens."""
-  model, dtype = config.model, jnp.dtype(config.train.dtype)
-  shape = (batch, length, config.memory.n_heads, model.num_selected)
-  kinds = {number: SUBLAYERS[kind] for number, kind in enumerate(layer_kinds(model, config.memory))}
-  return {
-    number: no_reads(shape, model.knowledge_dim, dtype, bag=kind.sums_rows)
-    for number, kind in kinds.items()
-    if kind.uses_bank
-  }
 
 
 def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 
+from mmjax.config.sublayers import layer_name
 from mmjax.report.draw import BLUE, INK, RED, Line, Panel, draw, smoothed
 
 Records = Sequence[dict[str, Any]]
@@ -123,7 +124,7 @@ def _layer_lines(records: Records, name: str, compared: str = '', what: str = ''
   lines = []
   for layer, colour in zip(layers, matplotlib.colormaps['viridis'](np.linspace(0.0, 0.9, len(layers))), strict=True):
     of_layer = [{'step': r['step']} | next(h for h in r['bank'] if h['layer'] == layer) for r in known]
-    lines.append(Line(*_series(of_layer, name), {'color': colour, 'label': f'layer {layer}'} | marker))
+    lines.append(Line(*_series(of_layer, name), {'color': colour, 'label': layer_name(layer)} | marker))
     if compared:
       lines.append(Line(*_series(of_layer, compared), {'color': colour, 'linestyle': '--'} | marker))
   return lines + ([Line([], [], {'color': INK, 'linestyle': '--', 'label': what})] if compared and lines else [])

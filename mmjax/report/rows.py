@@ -234,8 +234,8 @@ def _mark(run: FoundRun) -> str:
 
 def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
   """Returns the mean of each number over runs; the number of a layer is the same in all."""
-  means = {name: _mean([numbers[name] for numbers in found]) for name in found[0]} if found else {}
-  return means | ({'layer': found[0]['layer']} if 'layer' in means else {})
+  names = found[0] if found else {}
+  return {n: found[0][n] if n == 'layer' else _mean([numbers[n] for numbers in found]) for n in names}
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

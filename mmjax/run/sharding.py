@@ -15,10 +15,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmjax.config import Config
+from mmjax.config.sublayers import uses_bank
 from mmjax.errors import UserError
 from mmjax.files import path_name
 from mmjax.model.lm import BANK
-from mmjax.model.sublayers import SUBLAYERS
 
 ROWS = 'rows'  # the axis that divides the bank
 
@@ -53,7 +53,7 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
   if fewer := max((n for n in range(1, data) if batch % (n * rows) == 0 and not several), default=0):
     other = f'; or runtime.data_devices={fewer}'
   _check_divides('train.batch_size', batch, data * rows, f'{data * rows} devices', other)
-  if SUBLAYERS[config.model.sublayer].uses_bank:
+  if uses_bank(config.model, config.memory):
     _check_divides('model.knowledge_num', config.model.knowledge_num, rows, f'runtime.row_devices={rows}')
   return _mesh(data, rows, devices)
 

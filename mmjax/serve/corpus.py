@@ -57,7 +57,7 @@ class CorpusReads:
     self._parts.append(part)
     self.positions += len(at_T)
 
-  def readers(self, row: int, layer: int, most: int) -> dict[str, Any]:
+  def readers(self, row: int, layer: int | str, most: int) -> dict[str, Any]:
     """Finds the positions that read a row in a layer.
 
     Returns:
@@ -81,7 +81,7 @@ class CorpusReads:
       'ngrams': self._ngrams([(corpus_row, position, n) for _, corpus_row, position, _, n in found if n]),
     }
 
-  def _ngram_of_slots(self, layer: int) -> np.ndarray:
+  def _ngram_of_slots(self, layer: int | str) -> np.ndarray:
     """Returns of how many tokens the address of each read of a layer is made; empty where a gate picks rows."""
     return np.repeat(self.reader.ngrams[layer], self.reader.lm.config.model.num_selected).astype(int)
 

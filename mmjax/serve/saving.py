@@ -43,7 +43,7 @@ def _questions(view: RunView, text: str) -> list[tuple[str, dict[str, Any]]]:
   return asked + [('map', {'layer': layer}) for layer in layers]
 
 
-def _rows(view: RunView, text: str) -> list[dict[str, int]]:
+def _rows(view: RunView, text: str) -> list[dict[str, Any]]:
   """Returns the rows of each layer that a text reads most, those that are read more first."""
   if view.corpus is None:
     return []

@@ -132,7 +132,7 @@ class RunView:
     """Yields a continuation in pieces, as `LanguageModel.stream` does."""
     return self.changed(changes).stream(text, **dataclasses.asdict(sampling))
 
-  def row(self, row: int, layer: int) -> dict[str, Any]:
+  def row(self, row: int, layer: int | str) -> dict[str, Any]:
     """Returns all that is known of a row in a layer: what `MemoryReader.describe_row` and `CorpusReads.readers` say.
 
     Also `rank` of 1 for the row that the layer reads most, `snippet`, and `nearest`: [row, cosine, reads] of the rows
@@ -152,7 +152,7 @@ class RunView:
     found |= {'positions': self.corpus.positions, 'rank': 1 + int(np.sum(usage_M > usage_M[row]))}
     return found | readers | reader.describe_row(row, layer, self.corpus.split, readers['contexts'], CONTEXTS)
 
-  def map(self, layer: int | None) -> dict[str, Any]:
+  def map(self, layer: int | str | None) -> dict[str, Any]:
     """Returns how often each row is read, by a layer or by all, as a square picture.
 
     Row i of the bank is cell i: with a gate, line and column are its two sub-keys. A bank too large for the picture has
@@ -257,7 +257,7 @@ class RunView:
   def _text(self, token: int) -> str:
     return token_text(self.lm.tokenizer, int(token))
 
-  def _nearest(self, row: int, layer: int) -> list[list[float]]:
+  def _nearest(self, row: int, layer: int | str) -> list[list[float]]:
     bank_MP = np.asarray(self.lm.params[BANK])
     with np.errstate(divide='ignore', invalid='ignore'):
       cosine_M = np.nan_to_num(bank_MP @ bank_MP[row] / np.linalg.norm(bank_MP, axis=1) / np.linalg.norm(bank_MP[row]))

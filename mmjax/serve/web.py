@@ -22,6 +22,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mmjax.config.sublayers import VALUES
 from mmjax.errors import CommandError, UserError
 from mmjax.files import finite
 from mmjax.inference.settings import Sampling
@@ -190,6 +191,10 @@ def _number_or_none(value: Any, name: str) -> int | None:
   return None if value is None else whole_number(value, name)
 
 
+def _layer(value: Any, name: str) -> int | str | None:
+  return value if value == VALUES else _number_or_none(value, name)
+
+
 def _text(value: Any, name: str) -> str:
   if not isinstance(value, str) or len(value) > MOST_CHARS:
     raise UserError(f'{name} must be a text of at most {MOST_CHARS:,} characters')
@@ -219,7 +224,7 @@ def _sampling(value: Any, name: str) -> Sampling:
   return sampling
 
 
-CHECKS = {'row': whole_number, 'layer': _number_or_none, 'text': _text, 'changes': _changes, 'sampling': _sampling}
+CHECKS = {'row': whole_number, 'layer': _layer, 'text': _text, 'changes': _changes, 'sampling': _sampling}
 
 
 async def _pieces(worker: Worker, streams: asyncio.Semaphore, iterator: Any) -> AsyncIterator[str]:

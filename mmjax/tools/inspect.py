@@ -5,7 +5,8 @@ weigh rows; or with the n-gram that addresses them, where there is no gate. Laye
 --row N: the contexts of a corpus that take this row most, and the tokens that its value makes more and less likely. The
 latter is measured: the mean change of the log-probability of every next token, over these contexts, between the model
 as it is and the model with this row, in this layer alone, replaced by the mean of all rows. So it includes the fusion,
-all later layers and the head. Where the bank was built from text, the text that the row started from is shown.
+all later layers and the head. The layer 'values' stands for all layers that read rows into the values of attention.
+Where the bank was built from text, the text that the row started from is shown.
 --taught: the rows that the run taught to the model that it started from, and how often the new text and the usual text
 read them.
 All are written to --json FILE too, the text with all rows. --config.data.prepared_dir=DIR says where the run's own
@@ -20,6 +21,7 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from mmjax.config import override_config, user_path
+from mmjax.config.sublayers import layer_name
 from mmjax.console import Table, command_parser, number, prepare_terminal, printable, show, table_console
 from mmjax.data.reader import read_text
 from mmjax.errors import UserError, run_command
@@ -44,7 +46,7 @@ def main() -> None:
   parser.add_argument('--text_file', help='UTF-8 file with the text to read')
   parser.add_argument('--row', type=int, help='a row of the bank to look up in a corpus')
   parser.add_argument('--taught', action='store_true', help='list the rows that the run taught (memory.teach_rows)')
-  parser.add_argument('--layer', type=int, help='one layer (default: all that have a memory)')
+  parser.add_argument('--layer', type=_layer, help="one layer, or 'values' (default: all)")
   parser.add_argument('--top', type=int, default=5, help='rows of a token, contexts and tokens to show (default: 5)')
   parser.add_argument(
     '--corpus', default='', help="comma-separated files or globs (default: the run's validation text)"
@@ -69,6 +71,10 @@ def main() -> None:
   if arguments.json:
     write_json(user_path(arguments.json), found)
     print(f'Written: {arguments.json}')
+
+
+def _layer(text: str) -> int | str:
+  return int(text) if text.isdecimal() else text
 
 
 def text_of(arguments: argparse.Namespace) -> str | None:
@@ -169,7 +175,8 @@ def print_found(found: dict[str, Any], top: int) -> None:
   if row['snippet'] is not None:
     show(Text('It started from the text: ') + Text(plain(row['snippet']), 'italic'))
   for layer in row['layers']:
-    show(f'\nLayer {layer["layer"]}: taken at {layer["taken"]:,} ({layer["taken"] / row["positions"]:.3%})')
+    name, share = layer_name(layer['layer']).capitalize(), layer['taken'] / row['positions']
+    show(f'\n{name}: taken at {layer["taken"]:,} ({share:.3%})')
     if layer['effect'] is not None:
       gain = f'The token that really follows: {layer["effect"]["next_token_gain"]:+.4f} nats.'
       show(contexts_table(layer['contexts'], layer['strength_is']), effect_table(layer['effect']), gain)
@@ -192,7 +199,7 @@ def tokens_tables(tokens: list[dict[str, Any]], top: int, width: int) -> list[Ta
   title = 'Rows that each token took: ' + ', '.join(['row', *shown])
   tables = []
   for first in range(0, len(layers), beside):
-    header = ['token', *(f'layer {layer}' for layer in layers[first : first + beside])]
+    header = ['token', *(layer_name(layer) for layer in layers[first : first + beside])]
     rows = [[name, *row[first : first + beside]] for name, row in zip(names, cells, strict=True)]
     tables.append(Table(header, rows, title))
   return tables

@@ -19,8 +19,8 @@ from mmjax.run.hlo import Module
 
 # The named scopes of model and step; the innermost one counts.
 SCOPES = (
-  'embedding', 'norm', 'attention', 'value_embedding', 'gate', 'ngram', 'lookup', 'bag', 'fusion', 'cross_attention',
-  'feed_forward', 'router', 'loss', 'bank_usage', 'optimizer',
+  'embedding', 'norm', 'attention', 'value_embedding', 'value_rows', 'gate', 'ngram', 'lookup', 'bag', 'fusion',
+  'cross_attention', 'feed_forward', 'router', 'loss', 'bank_usage', 'optimizer',
 )  # fmt: skip
 UNKNOWN = 'not attributed'
 _SCOPE = re.compile(rf'(?:^|[/(])({"|".join(SCOPES)})(?=[/)]|$)')

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.kernels.bank import Reads, add_reads
+from mmjax.config.sublayers import bank_readers, uses_bank
+from mmjax.kernels.bank import Reads, add_reads, no_reads
 from mmjax.kernels.forms import on_cpu
-from mmjax.model.lm import BANK, Params, no_taps, without_bank
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.model.lm import BANK, Params, without_bank
 
 CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
 
@@ -45,7 +45,7 @@ class RowSums(NamedTuple):
 
 def is_lazy(config: Config) -> bool:
   """Tells whether the config has a bank that is updated row by row."""
-  return config.memory.bank_update == 'lazy' and SUBLAYERS[config.model.sublayer].uses_bank
+  return config.memory.bank_update == 'lazy' and uses_bank(config.model, config.memory)
 
 
 def adds_reads_in_place(config: Config, *, whole: bool) -> bool:
@@ -54,16 +54,24 @@ def adds_reads_in_place(config: Config, *, whole: bool) -> bool:
   A CPU does not: its sums would have another order than those of every run before. Nor do sums of several rows, whose
   reads would be kept with their weights and added one by one.
   """
-  kinds = [SUBLAYERS[kind] for kind in layer_kinds(config.model, config.memory)]
-  alone = config.model.num_selected == 1 or not any(kind.sums_rows for kind in kinds)
-  return whole and alone and any(kind.uses_bank for kind in kinds) and not on_cpu()
+  readers = bank_readers(config).values()
+  alone = config.model.num_selected == 1 or not any(row.sums_rows for row in readers)
+  return bool(whole and alone and readers and not on_cpu())
+
+
+def no_taps(config: Config, batch: int, length: int) -> list[Reads]:
+  """Returns what taps the reads of each of `memory_layers`, for batches of (batch, length) tokens."""
+  model, dtype = config.model, jnp.dtype(config.train.dtype)
+  shape = (batch, length, config.memory.n_heads, model.num_selected)
+  rows = bank_readers(config).values()
+  return [no_reads(shape, model.knowledge_dim, dtype, bag=row.sums_rows) for row in rows]
 
 
 def gradient_by_reads(config: Config, objective: Callable) -> Callable:
   """Returns what `jax.value_and_grad(objective, has_aux=True)` does, with `RowReads` as the bank's gradient."""
 
   def gradient(params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None) -> tuple:
-    def tapped(others: Params, taps: dict[int, Reads]) -> tuple[Array, dict[str, Array]]:
+    def tapped(others: Params, taps: list[Reads]) -> tuple[Array, dict[str, Array]]:
       return objective(params | others, rows, total_weight, key, taps)
 
     taps = no_taps(config, *rows['target'].shape)
@@ -71,7 +79,7 @@ def gradient_by_reads(config: Config, objective: Callable) -> Callable:
     (value, parts), (grads, reads) = both(without_bank(params), taps)
     row_LBTR = parts.pop('row_LBTR')
     row_LBThr = row_LBTR.reshape(*row_LBTR.shape[:-1], config.memory.n_heads, -1)
-    return (value, parts), grads | {BANK: RowReads(row_LBThr, list(reads.values()))}
+    return (value, parts), grads | {BANK: RowReads(row_LBThr, reads)}
 
   return gradient
 
@@ -79,8 +87,7 @@ def gradient_by_reads(config: Config, objective: Callable) -> Callable:
 def no_rows(config: Config) -> RowSums:
   """Returns slots, all free, for as many rows as an update can read."""
   model, train = config.model, config.train
-  layers = sum(SUBLAYERS[kind].uses_bank for kind in layer_kinds(model, config.memory))
-  reads = layers * model.max_seq_len * train.update_rows
+  reads = len(bank_readers(config)) * model.max_seq_len * train.update_rows
   most = min(model.knowledge_num, reads * config.memory.n_heads * model.num_selected)
   chunk = min(CHUNK_ROWS, most)
   slots = -(-most // chunk) * chunk

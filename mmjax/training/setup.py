@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config
+from mmjax.config.sublayers import uses_bank
 from mmjax.console import Progress
 from mmjax.data.bank_file import read_bank
 from mmjax.data.index import INDEX, data_sha256, read_index
@@ -19,7 +20,6 @@ from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
 from mmjax.files import write_file
 from mmjax.model.lm import Params
-from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models
@@ -70,7 +70,7 @@ def settle_config(
   if not (run.config_path.exists() or any(run.steps())):  # with steps it must be there: reading it says so
     if origin:
       return settle_origin(origin, config), origin
-    if config.memory.bank_init == 'file' and SUBLAYERS[config.model.sublayer].uses_bank:
+    if config.memory.bank_init == 'file' and uses_bank(config.model, config.memory):
       read_bank(Path(config.memory.bank_file), (config.model.knowledge_num, config.model.knowledge_dim))
     return config, None
   old, given = run.read_config(to_train=run.was_trained), config

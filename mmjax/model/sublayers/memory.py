@@ -78,6 +78,11 @@ def ngram_bucket(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) ->
   return _sublayer(NgramBucket(**_ngram_sizes(model, memory), key_dim=memory.query_dim(model)), memory, rngs)
 
 
+def ngram_reader(model: ModelConfig, memory: MemoryConfig) -> NgramBag:
+  """Returns what reads the rows that go into the values of attention; it has no parameters."""
+  return NgramBag(**_ngram_sizes(model, memory))
+
+
 def _sublayer(sizes: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySublayer:
   return MemorySublayer(sizes, reads_residual=memory.input == 'residual', ffn_dim=memory.ffn_dim, rngs=rngs)
 

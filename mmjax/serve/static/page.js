@@ -204,6 +204,13 @@ function drawInspector() {
       'Switch off all rows that this token read')) : null)
 }
 
+const layerName = layer => layer === 'values' ? 'values' : `layer ${layer}`
+
+function layersOf({ memory: { layers }, n_layers }) {
+  const numbered = layers.filter(layer => layer !== 'values').length
+  return [numbered < layers.length ? ['values'] : [], numbered ? [`${numbered} of ${n_layers} layers`] : []].flat().join(' and ')
+}
+
 function layerReads(run, layer, reads) {
   const ngrams = state.runs[run].memory.ngrams[layer]
   const weighs = reads.some(([, , , weight]) => weight != null)
@@ -223,13 +230,13 @@ function layerReads(run, layer, reads) {
   })
   const what = ngrams.length ? 'rows that its last tokens address' : weighs ? 'rows and their weights' : 'rows and their scores'
   const all = state.runs[run].memory.reads
-  return h('section', null, h('h3', null, `Layer ${layer}: ${what}${reads.length < all ? `, the strongest ${reads.length} of ${all}` : ''}`), h('table', null, lines))
+  return h('section', null, h('h3', null, `${layerName(layer)}: ${what}${reads.length < all ? `, the strongest ${reads.length} of ${all}` : ''}`), h('table', null, lines))
 }
 
 function rowButton(run, row, layer, text = `#${row}`) {
   const isOff = state.changes[run].some(change => change.row === row && change.scale === 0)
   const known = !saved || key('row', { run, row, layer }) in saved.answers
-  return h('button.link' + (isOff ? '.off' : ''), { type: 'button', disabled: !known, 'aria-label': `open row ${row} of layer ${layer}`, onclick: () => openRow(run, row, layer) }, text)
+  return h('button.link' + (isOff ? '.off' : ''), { type: 'button', disabled: !known, 'aria-label': `open row ${row} of ${layerName(layer)}`, onclick: () => openRow(run, row, layer) }, text)
 }
 
 async function openRow(run, row, layer) {
@@ -267,7 +274,7 @@ function drawRow(run, found) {
     h('div.head', null, h('h2', null, `Row ${row}`),
       h('button', { type: 'button', onclick: closeRow }, '← back to the token')),
     h('div.tabs', null, state.runs[run].memory.layers.map(number => h('button', { type: 'button', 'aria-pressed': `${number === layer}`,
-      disabled: saved && !(key('row', { run, row, layer: number }) in saved.answers), onclick: () => openRow(run, row, number) }, `layer ${number}`))),
+      disabled: saved && !(key('row', { run, row, layer: number }) in saved.answers), onclick: () => openRow(run, row, number) }, layerName(number)))),
     found.snippet ? h('p.note', null, 'It started from the text: ', h('i', null, found.snippet)) : null,
     found.taken == null ? h('p.note', null, state.runs[run].remarks.at(-1) ?? 'The validation text is still being read.')
     : !found.taken ? h('p', null, h('b', null, 'Not read'), ` in ${number(found.positions)} tokens of the validation text by this layer.`) : [
@@ -411,7 +418,7 @@ async function drawMap() {
   markRows(canvas, run, layer, sub, found.rows_per_cell)
   const go = h('input', { type: 'number', min: 0, max: memory.rows - 1, 'aria-label': 'row to open', placeholder: 'row' })
   refill('bank', title,
-    choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, `layer ${number}`])], layer, value => { state.map.layer = value; drawMap() }),
+    choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, layerName(number)])], layer, value => { state.map.layer = value; drawMap() }),
     h('div.bank', null, h('div', null, h('p', null, canvas), under),
       h('div', null, h('h3', null, 'Read most'), h('div.hottest', null, found.hottest.map(([row, reads]) => h('span', null, rowButton(run, row, ofLayer), h('small', null, ` ${number(reads)}`)))),
         taught.length ? [h('h3', null, `Taught: ${number(taught.length)} rows; these moved farthest`), h('div.hottest', null, taught.slice(0, 16).map(row => h('span', null, rowButton(run, row, ofLayer))))] : null,
@@ -437,7 +444,7 @@ async function drawHealth() {
   const evals = found.map(log => log.evals)
   const named = (run, what) => state.runs.length > 1 ? `${state.runs[run].name} ${what}` : what
   const layers = name => evals.flatMap((log, run) => (log.at(-1)?.bank ?? []).map(({ layer }, i) => ({
-    name: named(run, `layer ${layer}`), dash: run, points: log.map(at => [at.step, at.bank[i]?.[name]]) })))
+    name: named(run, layerName(layer)), dash: run, points: log.map(at => [at.step, at.bank[i]?.[name]]) })))
   const worth = evals.map((log, run) => ({ name: named(run, ''), points: log.filter(at => at.probes.loss_zeroed != null).map(at => [at.step, at.probes.loss_zeroed - at.probes.loss]) }))
   fill($('training'), h('h2', { id: 'training-title' }, 'Training'),
     h('div.charts', null, chart('Loss, nats a token', found.flatMap((log, run) => [{ name: named(run, 'training'), thin: true, points: log.train }, { name: named(run, 'validation'), dash: run, points: log.evals.map(at => [at.step, at.loss]) }])),
@@ -484,7 +491,7 @@ async function start() {
   state.runs = saved ? saved.runs : await fetch('api/runs').then(response => response.json())
   state.changes = state.runs.map(() => [])
   fill($('runs'), ...state.runs.map(run => h('span', null, h('b', null, run.name), ` ${run.sublayer}, update ${number(run.step)}, ${number(run.parameters / 1e6)} M parameters, `,
-    run.memory ? `${number(run.memory.rows)} rows of ${run.memory.width} in ${run.memory.layers.length} of ${run.n_layers} layers` : 'no memory')))
+    run.memory ? `${number(run.memory.rows)} rows of ${run.memory.width} in ${layersOf(run)}` : 'no memory')))
   $('save').hidden = Boolean(saved)
   if (saved) {
     $('text').value = saved.text
