@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
@@ -46,7 +45,7 @@ def make_loss(
     params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None, taps: list[Reads] | None = None
   ) -> tuple[Array, dict[str, Array]]:
     bank = _bank_of_reader(taps, mesh)
-    model, out = _run(config, graphdef, attention, params, rows, dropout_key=key, bank_of_reader=bank)
+    model, out = run_model(config, graphdef, attention, params, rows, dropout_key=key, bank_of_reader=bank)
     weight_BT = (rows['target'] != PADDING).astype(jnp.float32)
     chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
     with jax.named_scope('loss'):
@@ -63,26 +62,7 @@ def make_loss(
   return objective
 
 
-def make_token_loss(config: Config, graphdef: nnx.GraphDef, attention: str) -> Callable:
-  """Returns f(params, rows) -> float32 (B, T): the negative log-likelihood of each target, in nats; 0 at PADDING.
-
-  It is what `make_loss` sums, from float32 logits, a row of the batch at a time.
-  """
-
-  def token_loss(params: Params, rows: dict[str, Array]) -> Array:
-    model, out = _run(config, graphdef, attention, params, rows)
-
-    def of_row(row: tuple[Array, Array]) -> Array:
-      hidden_TD, target_T = row
-      nll_T = optax.softmax_cross_entropy_with_integer_labels(model.logits(hidden_TD), jnp.maximum(target_T, 0))
-      return jnp.where(target_T == PADDING, 0.0, nll_T)
-
-    return jax.lax.map(of_row, (out.hidden_BTD, rows['target']))
-
-  return token_loss
-
-
-def _run(
+def run_model(
   config: Config, graphdef: nnx.GraphDef, attention: str, params: Params, rows: dict[str, Array], **more
 ) -> tuple[LM, Output]:
   """Returns the model and what it makes of rows; `more` of the keywords of its call."""

@@ -19,7 +19,7 @@ from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split
 from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
-from mmjax.evaluation.loss import make_token_loss
+from mmjax.evaluation.token_loss import make_token_loss
 from mmjax.inference.api import LanguageModel, load
 from mmjax.inference.measure import WHERE, open_text
 from mmjax.model.lm import BANK, model_graph
