@@ -216,7 +216,8 @@ def sized(model: dict, settings: dict) -> dict:
 
 def without_idle_sizes(settings: dict) -> dict:
   """Leaves out those sizes of a scale that mean nothing in this model, such as those of a bank that it lacks."""
-  kinds = {name: settings[name] for name in ('model.sublayer', 'model.n_layers', 'memory.layers') if name in settings}
+  deciding = ('model.sublayer', 'model.n_layers', 'memory.layers', 'memory.value_layers')
+  kinds = {name: settings[name] for name in deciding if name in settings}
   idle = idle_settings(load(kinds)).keys() & SCALES['tiny']['settings']
   return {name: value for name, value in settings.items() if name not in idle}
 
