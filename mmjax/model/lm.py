@@ -21,7 +21,6 @@ from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Bank, Params, SublayerOutput, init_bank
 from mmjax.memory.ngram import cached_last_tokens, last_tokens
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
-from mmjax.model.sublayers.memory import ngram_reader
 
 BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict
 
@@ -112,7 +111,11 @@ class LM(nnx.Module):
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, number, kind, rngs=rngs) for number, kind in enumerate(kinds)])
-    self.value_reader = ngram_reader(model, memory) if memory.value_layers else None
+    self.value_reader = None
+    if memory.value_layers:
+      from mmjax.model.sublayers.memory import ngram_reader  # only here: a model imports what it has
+
+      self.value_reader = ngram_reader(model, memory)
     reads_ngrams = self.value_reader or any(SUBLAYERS[kind].reads_ngrams for kind in kinds)
     self.n_last = max(memory.ngram_of_heads()) if reads_ngrams else 0
     self.norm = RMSNorm(model.dim, model.norm_eps)
