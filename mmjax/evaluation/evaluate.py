@@ -26,9 +26,11 @@ from mmjax.run.sharding import put_batch, replicated
 
 Batch = dict[str, np.ndarray]
 EvalStep = Callable[[Params, Batch], dict[str, Array]]
-INTERVENTIONS = {  # of the bank and a seed
-  'loss_zeroed': lambda bank_MP, _: jnp.zeros_like(bank_MP),
-  'loss_shuffled': lambda bank_MP, seed: bank_MP[jax.random.permutation(jax.random.key(seed), len(bank_MP))],
+INTERVENTIONS = {  # of the bank, packed or not, and a seed
+  'loss_zeroed': lambda bank, _: jax.tree.map(jnp.zeros_like, bank),
+  'loss_shuffled': lambda bank, seed: jax.tree.map(
+    lambda x: x[jax.random.permutation(jax.random.key(seed), len(x))], bank
+  ),
 }
 
 
@@ -171,9 +173,9 @@ def _probes(eval_step: EvalStep, params: Params, sums: list, probed: list, seed:
   found = {'positions': int(positions), 'loss': float(nll / positions) if positions else None}
   for name, change in INTERVENTIONS.items() if probed else ():
     # One after the other: each needs the room of a bank. Where it lies must not change, or it is compiled again.
-    bank_MP = params[BANK]
-    place = jax.jit(change, static_argnums=1, out_shardings=bank_MP.sharding)
-    changed = params | {BANK: place(bank_MP, seed)}
+    bank = params[BANK]
+    place = jax.jit(change, static_argnums=1, out_shardings=jax.tree.map(lambda x: x.sharding, bank))
+    changed = params | {BANK: place(bank, seed)}
     nlls = jax.device_get([eval_step(changed, batch)['nll'] for batch, _ in probed])
     found[name] = float(sum(map(np.float64, nlls))) / found['positions']
   return found

@@ -20,10 +20,11 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.inference.generate import NO_EOS, Decoder, padded_length
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import BANK, Params, abstract_params, model_graph
-from mmjax.run.checkpoint import START, Checkpoints, checkpoint_name
+from mmjax.kernels.packed_bank import unpack_bank
+from mmjax.model.lm import BANK, Params, model_graph
+from mmjax.run.checkpoint import START
+from mmjax.run.compressed import read_params
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
-from mmjax.run.leaves import warn_non_finite
 from mmjax.run.placement import place_reader
 
 
@@ -33,7 +34,7 @@ class LanguageModel:
   Attributes:
     config: settings of the run.
     tokenizer: text to token ids and back; a UserError where the run has none.
-    params: nested dict of float32 arrays.
+    params: nested dict of float32 arrays; a compressed run's bank is a PackedBank.
     step: optimizer updates that the parameters have seen.
     attention, dtype: how it was asked to run instead of as it does by itself, or None.
     placement: how it runs.
@@ -64,8 +65,15 @@ class LanguageModel:
       raise UserError(NO_TOKENIZER)
     return self._tokenizer
 
+  @property
+  def bank_MP(self) -> Array:
+    """The values of its bank, float32, unpacked if the run is compressed; a KeyError without one."""
+    return unpack_bank(self.params[BANK])
+
   def with_bank(self, bank_MP: ArrayLike) -> 'LanguageModel':
-    """Returns this model with other values in its bank, to hold against it; nothing is compiled again.
+    """Returns this model with other values in its bank, to hold against it.
+
+    Nothing is compiled again, unless the run is compressed.
 
     Raises:
       UserError: if it has no bank, or one of another shape.
@@ -222,13 +230,11 @@ def load(
   run = open_run(workdir, needs_tokenizer=RunDir(workdir).was_trained)  # an import may have none
   config = run.read_config()
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
-  checkpoints = Checkpoints(run.path, read_only=True)
   if without_taught:
     if not config.memory.teach_rows:
       raise UserError(f'{run.path} taught no rows that could be left out: its memory.teach_rows is 0')
     checkpoint = START
-  params, _, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(checkpoint))
-  warn_non_finite(params, f'step {step} of {run.path}')
+  params, _, step = read_params(run, config, checkpoint)
   return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)
 
 

@@ -185,7 +185,7 @@ def _loss_of_banks(lm: LanguageModel, config: Config, texts: Sequence[TokenSplit
   token_loss = placed.jit(make_token_loss(config, model_graph(config), placed.attention))
   banks = {'loss': lm.params}
   if BANK in lm.params:
-    zeros = jax.device_put(jnp.zeros_like(lm.params[BANK]), lm.params[BANK].sharding)
+    zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros_like(x), x.sharding), lm.params[BANK])
     banks['loss_zeroed'] = lm.params | {BANK: zeros}
   parts = {name: [] for name in banks}
   for text in texts:

@@ -18,6 +18,7 @@ from jax import Array
 
 from mmjax.config import Config, ModelConfig
 from mmjax.environment import own_jax_settings
+from mmjax.files import path_name
 from mmjax.inference.sampling import Sampler, only_pieces
 from mmjax.inference.settings import Sampling
 from mmjax.model.lm import BANK, Cache, Params, init_cache, model_graph
@@ -207,6 +208,6 @@ def _transpose_kernels(params: Params) -> Params:
   """Returns the parameters with (out, in) in place of (in, out) matrices, or the other way round."""
 
   def transpose(path: tuple, leaf: Array) -> Array:
-    return leaf.T if path[-1].key == 'kernel' and leaf.ndim == 2 else leaf
+    return leaf.T if path_name(path).endswith('kernel') and leaf.ndim == 2 else leaf
 
   return jax.tree_util.tree_map_with_path(transpose, params)

@@ -244,7 +244,8 @@ class MemoryReader:
   def _effect(
     self, row: int, layer: int | str, split: TokenSplit, contexts: Sequence[tuple[float, int, int]], top: int
   ) -> dict[str, Any]:
-    mean_P = jnp.mean(self.lm.params[BANK], axis=0)
+    bank_MP = self.lm.bank_MP
+    mean_P, params = jnp.mean(bank_MP, axis=0), self.lm.params | {BANK: bank_MP}
     found = []
     for first in range(0, len(contexts), ROWS):
       part = list(contexts[first : first + ROWS])
@@ -252,7 +253,7 @@ class MemoryReader:
       _, corpus_row_B, position_B = map(np.array, zip(*filled, strict=True))
       batch = split.rows(corpus_row_B)
       log_with_BV, log_without_BV = (
-        self._log_probs(self.lm.params, *_inputs(split, batch), position_B, changed, row, mean_P)
+        self._log_probs(params, *_inputs(split, batch), position_B, changed, row, mean_P)
         for changed in (-1, self.layers.index(layer))
       )
       next_B = batch['target'][np.arange(ROWS), position_B]

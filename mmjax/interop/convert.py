@@ -38,11 +38,12 @@ from mmjax.interop.names import (
   to_tensors,
 )
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
-from mmjax.model.lm import Params, abstract_params, count_params
-from mmjax.run.checkpoint import Checkpoints, checkpoint_name
+from mmjax.model.lm import Params, count_params
+from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.identity import compare_models
-from mmjax.run.leaves import refuse_non_finite, warn_non_finite
+from mmjax.run.leaves import refuse_non_finite
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state
 
@@ -128,6 +129,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   check_suffix(target)
   run = RunDir(workdir)
   config = run.read_config()
+  refuse_compressed(run, 'exported')
   foreign = not_in_pytorch(config)
   if foreign and target.suffix.lower() in TORCH_SUFFIXES:
     raise UserError(f'the PyTorch code has no {foreign} and could not read {str(target)!r}; use .safetensors')
@@ -162,9 +164,7 @@ def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> 
   Raises:
     UserError: if there is no such checkpoint, or a value is too large for `dtype`.
   """
-  checkpoints = Checkpoints(run.path, read_only=True)
-  params, counters, step = checkpoints.restore_params(abstract_params(config), checkpoint_name(which))
-  warn_non_finite(params, f'step {step} of {run.path}')
+  params, counters, step = read_params(run, config, which)
   tensors = to_tensors(params, config)
   if dtype:
     tensors = {name: _cast(name, value, dtype) for name, value in tensors.items()}

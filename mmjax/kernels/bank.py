@@ -17,6 +17,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.errors import refuse_wrong_jaxlib
+from mmjax.kernels.packed_bank import PackedBank
 
 
 class Reads(NamedTuple):
@@ -104,11 +105,11 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
 
 
 @jax.named_scope('lookup')
-def bank_lookup(bank_MP: Array | BankShard | TappedBank, row_BTR: Array, dtype: DTypeLike) -> Array:
+def bank_lookup(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BTR: Array, dtype: DTypeLike) -> Array:
   """Gathers rows of the bank.
 
   Args:
-    bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped.
+    bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped; may be packed.
     row_BTR: int32 in [0, M), in any order and number, any number of axes.
     dtype: of the result.
 
@@ -127,13 +128,13 @@ def bank_lookup(bank_MP: Array | BankShard | TappedBank, row_BTR: Array, dtype: 
 
 
 @jax.named_scope('lookup')
-def bank_bag(bank_MP: Array | BankShard | TappedBank, row_BThr: Array, weight_BThr: Array) -> Array:
+def bank_bag(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BThr: Array, weight_BThr: Array) -> Array:
   """Sums rows of the bank, weighted: an embedding bag for each head.
 
   The rows are read again in the backward pass instead of kept: r times the memory of the sums.
 
   Args:
-    bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped.
+    bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped; may be packed.
     row_BThr: int32 in [0, M), in any order and number, any number of axes; the last is summed over.
     weight_BThr: float32, like `row_BThr`.
 

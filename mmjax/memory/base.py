@@ -13,9 +13,10 @@ from jax.typing import DTypeLike
 
 from mmjax.kernels.bank import BankShard, TappedBank
 from mmjax.kernels.matmul import uniform
+from mmjax.kernels.packed_bank import PackedBank
 
 Params = dict[str, Any]
-Bank = Array | BankShard | TappedBank
+Bank = Array | BankShard | TappedBank | PackedBank
 
 
 class Selection(NamedTuple):
@@ -100,7 +101,7 @@ class Memory:
     Args:
       params: as `init` makes them.
       x_BTD: float, the residual stream; it is normed here.
-      bank_MP: float32; as `mmjax.kernels.bank` describes, it may be sharded by rows, a part, or tapped.
+      bank_MP: float32; as `mmjax.kernels.bank` describes, it may be sharded by rows, a part, tapped, or packed.
       row_BThr: int32, the rows that n-grams address, for a memory that reads those; see `NgramBag.rows`.
       sign_BTh: int32, the numbers of their signs, for a memory that has signs; see `NgramBag.signs_of`.
       dtype: of the matrix products; rows are selected in float32 whatever it is.

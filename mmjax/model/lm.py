@@ -4,6 +4,7 @@ A model is a graph definition and a nested dict of float32 parameters; `nnx.merg
 it. Its sublayers, next on the way, stand in the table of mmjax.model.sublayers; one bank is passed to every block.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -261,9 +262,8 @@ def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) ->
 
 def count_params(params: Params) -> tuple[int, int]:
   """Returns the number of parameters, and how many of them are not in the bank."""
-  total = sum(leaf.size for leaf in jax.tree.leaves(params))
-  bank = params[BANK].size if BANK in params else 0
-  return total, total - bank
+  others = sum(leaf.size for leaf in jax.tree.leaves(without_bank(params)))
+  return others + (math.prod(params[BANK].shape) if BANK in params else 0), others
 
 
 def without_bank(params: Params) -> Params:

@@ -166,8 +166,12 @@ def environment(run: FoundRun) -> Blocks:
   return [facts([*rows, *last['versions'].items()])]
 
 
-def commands(config: Config, workdir: str | Path, init_from: Mapping | None = None) -> str:
-  """Commands that make this run again from a checkout: its config file, what was overridden, whose weights it had."""
+def commands(
+  config: Config, workdir: str | Path, init_from: Mapping | None = None, compressed: Mapping | None = None
+) -> str:
+  """Commands that make this run again from a checkout: its config file, what was overridden, whose weights it had, and
+  what `compressed_from` says.
+  """
   base = own_config('base.py')
   named = base.with_name(f'{config.experiment}.py')
   file = named if named.is_file() else base
@@ -175,7 +179,11 @@ def commands(config: Config, workdir: str | Path, init_from: Mapping | None = No
   directory = shlex.quote(str(workdir))
   if init_from:
     flags.append('--init_from ' + shlex.quote(f'{init_from["run"]}@{init_from["step"]}'))
-  train = ' \\\n  '.join([f'python train.py --config configs/{file.name}', *flags, f'--workdir {directory}'])
+  trained = shlex.quote(compressed['run']) if compressed else directory
+  train = ' \\\n  '.join([f'python train.py --config configs/{file.name}', *flags, f'--workdir {trained}'])
+  if compressed:
+    train += f'\npython -m mmjax.tools.convert compress --workdir {trained} --checkpoint {compressed["step"]} '
+    train += f'--bits {compressed["bits"]} --out {directory}'
   return fenced(f'{train}\npython eval.py --workdir {directory}\npython -m mmjax.tools.sample --workdir {directory}')
 
 

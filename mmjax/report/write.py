@@ -14,6 +14,7 @@ from mmjax.files import write_file
 from mmjax.report import sections
 from mmjax.report.found import FoundRun
 from mmjax.report.plots import write_plots
+from mmjax.run.compressed import compressed_from, compressed_remark
 from mmjax.run.identity import bank_remark
 
 NOTES = """\
@@ -60,7 +61,7 @@ def _sections(run: FoundRun, workdir: str | Path) -> dict[str, sections.Blocks]:
   return {
     'Result': sections.result(run),
     'Data': sections.data(run),
-    'Bank file': [bank_remark(run.dir, config)],
+    'Bank file': [bank_remark(run.dir, config), compressed_remark(run.dir)],
     'Parameters': sections.parameters(run),
     'Settings': sections.settings(run),
     'Training': [*sections.training(run), *sections.images(curves)],
@@ -69,7 +70,9 @@ def _sections(run: FoundRun, workdir: str | Path) -> dict[str, sections.Blocks]:
     'Samples': _samples(run),
     'Speed and memory': sections.speed(run),
     'Machine and versions': sections.environment(run),
-    'Commands to repeat it': [sections.commands(config, workdir, run.history.get('init_from'))],
+    'Commands to repeat it': [
+      sections.commands(config, workdir, run.history.get('init_from'), compressed_from(run.dir))
+    ],
     'Notes of a person': _notes(run.path / 'notes.md'),
   }
 

@@ -21,6 +21,7 @@ from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.lm import Params, abstract_params
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
+from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.identity import BANK_SHA256, TEXTS_SHA256, bank_identity, compare_models
 from mmjax.run.leaves import leaves_sha256, refuse_non_finite
@@ -74,6 +75,7 @@ def settle_origin(origin: Origin, config: Config) -> Config:
     UserError: if there is no such run, or the config contradicts its model or its tokenizer.
   """
   source = open_run(origin.path, needs_tokenizer=not config.data.tokenizer)
+  refuse_compressed(source, 'trained on')
   old = source.read_config()
   compare_models(old, config, str(source.path))
   refuse_starts(source, old, config)

@@ -13,7 +13,8 @@ from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import MemoryReader, token_text
 from mmjax.inference.settings import Sampling
 from mmjax.inference.taught import taught_rows
-from mmjax.model.lm import BANK, count_params
+from mmjax.model.lm import count_params
+from mmjax.run.compressed import compressed_remark
 from mmjax.run.directory import RunDir
 from mmjax.run.identity import bank_texts
 from mmjax.run.log import read_metrics
@@ -60,7 +61,7 @@ class RunView:
     if lm.config.memory.teach_rows:
       self.taught = [found['row'] for found in taught_rows(lm, run)]
     self.snippets, remark = bank_texts(run, lm.config)
-    self.remarks += [remark] if remark else []
+    self.remarks += filter(None, (remark, compressed_remark(run)))
     try:
       self.corpus = CorpusReads(self.reader, open_text(lm.config, run))
     except UserError as error:
@@ -210,7 +211,7 @@ class RunView:
     if not changes:
       return self.lm
     reader = self._needed_reader()
-    bank_MP = np.array(self.lm.params[BANK])
+    bank_MP = np.array(self.lm.bank_MP)
     for change in changes:
       reader.check_row(change.row)
       if change.other is not None:
@@ -258,7 +259,7 @@ class RunView:
     return token_text(self.lm.tokenizer, int(token))
 
   def _nearest(self, row: int, layer: int | str) -> list[list[float]]:
-    bank_MP = np.asarray(self.lm.params[BANK])
+    bank_MP = np.asarray(self.lm.bank_MP)
     with np.errstate(divide='ignore', invalid='ignore'):
       cosine_M = np.nan_to_num(bank_MP @ bank_MP[row] / np.linalg.norm(bank_MP, axis=1) / np.linalg.norm(bank_MP[row]))
     cosine_M[row] = -np.inf

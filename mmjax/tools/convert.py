@@ -1,14 +1,16 @@
-"""Writes the weights of a run into a file, and makes a run of such a file, or of one of the PyTorch code:
+"""Writes the weights of a run into a file, makes a run of such a file, or of one of the PyTorch code, or a smaller run:
 
   python -m mmjax.tools.convert export --workdir out/run --to model.safetensors
   python -m mmjax.tools.convert export --workdir out/run --to llama --format llama
   python -m mmjax.tools.convert import --from model.safetensors --out out/imported --tokenizer out/run/tokenizer.model
   python -m mmjax.tools.convert import --from model.pth --out out/imported [--config FILE] [--tokenizer FILE]
+  python -m mmjax.tools.convert compress --workdir out/run --bits 8 --out out/small
 
 A model that the PyTorch code has goes under its names, any other under mmjax's own. The imported run can be evaluated,
 sampled and trained on. A .safetensors that export wrote tells all settings of its model. What a state dict of the
 PyTorch code cannot tell, above all the number of heads, comes from --config and --config.model.n_heads=... overrides.
 --format llama writes a feed-forward model as a directory for LlamaForCausalLM and AutoTokenizer of transformers.
+What compress makes has a bank of 8 or 4 bits a value. It is evaluated, sampled, served and inspected, but not trained.
 """
 
 import argparse
@@ -16,8 +18,10 @@ import argparse
 from mmjax.config import own_config, user_path
 from mmjax.console import command_parser
 from mmjax.errors import UserError, run_command
+from mmjax.interop.compress import compress_run
 from mmjax.interop.convert import EXPORT_DTYPES, export_run, import_run
 from mmjax.interop.llama import export_llama
+from mmjax.kernels.packed_bank import BITS
 
 
 def main() -> None:
@@ -28,9 +32,13 @@ def main() -> None:
     import_run(source, out, arguments.config, overrides, arguments.tokenizer, arguments.dtype)
     return
   if overrides:
-    raise UserError(f'argument {overrides[0]!r} is not understood; export uses the settings of the run')
+    raise UserError(f'argument {overrides[0]!r} is not understood; {arguments.command} uses the settings of the run')
+  workdir = user_path(arguments.workdir)
+  if arguments.command == 'compress':
+    compress_run(workdir, user_path(arguments.out), arguments.bits, arguments.checkpoint)
+    return
   export = export_llama if arguments.format == 'llama' else export_run
-  export(user_path(arguments.workdir), user_path(arguments.to), arguments.checkpoint, arguments.dtype)
+  export(workdir, user_path(arguments.to), arguments.checkpoint, arguments.dtype)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
   give.add_argument('--format', choices=['file', 'llama'], default='file', help='what is written')
   give.add_argument('--checkpoint', default='best', help='best, last or a step')
   give.add_argument('--dtype', choices=list(EXPORT_DTYPES), help='cast; by default float32 is kept')
+  pack = commands.add_parser('compress', help='run directory -> run directory with a smaller bank')
+  pack.add_argument('--workdir', required=True, help='run directory')
+  pack.add_argument('--bits', type=int, choices=BITS, required=True, help='of a value of the bank')
+  pack.add_argument('--out', required=True, help='new run directory')
+  pack.add_argument('--checkpoint', default='best', help='best, last or a step')
   return parser
 
 

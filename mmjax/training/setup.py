@@ -21,6 +21,7 @@ from mmjax.errors import UserError
 from mmjax.files import write_file
 from mmjax.model.lm import Params
 from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models
 from mmjax.run.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
@@ -57,6 +58,7 @@ def settle_config(
       new run starts from does not fit.
   """
   run.check_usable()
+  refuse_compressed(run, 'trained')
   recorded = run.read_record().get('init_from')
   origin = parse_origin(init_from) if init_from else None
   if config.memory.teach_rows and not (origin or recorded):

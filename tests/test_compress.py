@@ -1,0 +1,161 @@
+"""Runs with a packed bank: rounding against NumPy, reading against the unpacked bank, and what is done with a run."""
+
+import shutil
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import mmjax
+from mmjax.errors import StorageError, UserError
+from mmjax.inference.api import LanguageModel
+from mmjax.inference.measure import measure_run, open_text
+from mmjax.inference.memory_reads import MemoryReader
+from mmjax.interop.compress import compress_run
+from mmjax.interop.convert import export_run
+from mmjax.kernels.bank import bank_bag, bank_lookup
+from mmjax.kernels.packed_bank import PackedBank, pack_bank, unpack_bank
+from mmjax.model.lm import BANK, build_model, count_params
+from mmjax.run.directory import RunDir, open_run
+from mmjax.run.log import read_metrics
+from mmjax.serve.view import Change, RunView
+from mmjax.tools import convert
+from mmjax.training.setup import settle_config
+from tests.helpers import arrays_of, tiny_config
+from tests.serving import MODELS
+
+KINDS = MODELS | {'fusion': {}, 'buckets': {'model__sublayer': 'ngram_bucket', 'model__num_selected': 4}}
+del KINDS['dense']
+
+
+def make_bank(P: int, M: int = 6) -> np.ndarray:
+  """Returns rows of very different sizes, one of them 0."""
+  draw = np.random.default_rng(0)
+  return (draw.normal(0, 1, (M, P)) * np.array([0, 1e-20, 1e-3, 1, 50, 1e20])[:, None]).astype(np.float32)
+
+
+def codes_of(bank: PackedBank, bits: int) -> np.ndarray:
+  """Reads the integers as the class describes them, value by value."""
+  code, (M, P) = np.asarray(bank.code), bank.shape
+  if bits == 8:
+    return code.astype(int)
+  half = -(-P // 2)
+  return np.array([[(int(code[i, j % half]) >> (4 * (j // half)) & 15) - 8 for j in range(P)] for i in range(M)])
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('P', [8, 48, 37])
+def test_values_are_rounded_to_the_nearest_code(P, bits):
+  bank_MP = make_bank(P)
+  packed = pack_bank(jnp.asarray(bank_MP), bits)
+  largest, group = {8: (127, P), 4: (7, 32)}[bits]
+  for start in range(0, P, group):
+    part = bank_MP[:, start : start + group].astype(np.float64)
+    scale = np.asarray(packed.scale).astype(np.float64)[:, start // group, None]
+    np.testing.assert_allclose(scale, np.abs(part).max(1, keepdims=True) / largest, rtol=2**-8)
+    expected = np.clip(np.round(part / np.where(scale, scale, 1)), -largest, largest)
+    np.testing.assert_array_equal(codes_of(packed, bits)[:, start : start + group], expected)
+    found = np.asarray(unpack_bank(packed))[:, start : start + group]
+    np.testing.assert_allclose(found, expected * scale, rtol=1e-6)
+    assert (np.abs(found - part) <= 0.51 * scale + 2**-8 * np.abs(part)).all()
+  n_scales = 1 if bits == 8 else -(-P // 32)
+  assert packed.nbytes == 6 * (P if bits == 8 else -(-P // 2)) + 2 * 6 * n_scales
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_packed_rows_are_read_as_the_unpacked_ones(bits):
+  packed, draw = pack_bank(jnp.asarray(make_bank(40)[:5]), bits), np.random.default_rng(1)
+  row, weight = (jnp.asarray(x) for x in (draw.integers(0, 5, (2, 3, 2, 4)), draw.normal(size=(2, 3, 2, 4))))
+  for bank in (packed, unpack_bank(packed)):
+    assert bank.shape == (5, 40)
+  read = [jax.jit(bank_lookup, static_argnums=2)(b, row, 'float32') for b in (packed, unpack_bank(packed))]
+  np.testing.assert_array_equal(*read)
+  sums = [jax.jit(bank_bag)(b, row, weight.astype('float32')) for b in (packed, unpack_bank(packed))]
+  np.testing.assert_allclose(*sums, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize('name', KINDS)
+def test_every_memory_computes_the_same_from_packed_and_unpacked_rows(name):
+  config = tiny_config(**KINDS[name])
+  params = build_model(config)[1]
+  packed = pack_bank(params[BANK], 4)
+  lms = [LanguageModel(config, None, params | {BANK: bank}) for bank in (packed, unpack_bank(packed), params[BANK])]
+  tokens = np.random.default_rng(0).integers(0, 300, (2, 16))
+  ours, same, other = (np.asarray(lm.logits(tokens)) for lm in lms)
+  np.testing.assert_allclose(ours, same, atol=1e-5)
+  assert np.abs(ours - other).max() > 1e-4
+  prompt = [tokens[0].tolist()]
+  assert lms[0].generate_tokens(prompt, max_new_tokens=20) == lms[1].generate_tokens(prompt, max_new_tokens=20)
+  assert len({count_params(lm.params) for lm in lms}) == 1
+
+
+@pytest.fixture(scope='module')
+def small(tiny_run, tmp_path_factory):
+  """A run of fewer bits; do not write into it."""
+  out = tmp_path_factory.mktemp('small') / 'run'
+  compress_run(tiny_run, out, 8, 'best')
+  return out
+
+
+def test_a_compressed_run_is_evaluated_sampled_and_looked_into(small, tiny_run):
+  run, lm = open_run(small), mmjax.load(small)
+  assert isinstance(lm.params[BANK], PackedBank)
+  found, expected = measure_run(lm, run), read_metrics(small / 'metrics.jsonl')[-1]
+  assert expected['step'] == found['checkpoint']
+  assert found['loss'] == pytest.approx(expected['loss'], abs=1e-3) and found['loss'] != expected['loss']
+  for name in ('loss', 'loss_zeroed', 'loss_shuffled'):
+    assert found['probes'][name] == pytest.approx(expected['probes'][name], abs=1e-3)
+  assert len(lm.generate('the memory', max_new_tokens=5)) == 1
+  row = MemoryReader(lm).read_row(3, open_text(lm.config, run))
+  assert len(row['layers']) == 2
+  view, said = RunView(lm, run), f'The bank has 8 bits a value. It was compressed from step {lm.step} of {tiny_run};'
+  assert view.remarks[0].startswith(said)
+  assert view.describe()['parameters'] == sum(x.size for x in arrays_of(tiny_run, lm.step).values())
+  without = view.changed([Change(3, 0.0)]).params[BANK]
+  assert not without[3].any()
+  np.testing.assert_array_equal(np.delete(without, 3, 0), np.delete(lm.bank_MP, 3, 0))
+
+
+def test_what_a_compressed_run_is_not_for_is_refused(small, tiny_run, tmp_path):
+  config = RunDir(small).read_config()
+  for what, call in {
+    'trained': lambda: settle_config(RunDir(small), config, False),
+    'trained on': lambda: settle_config(RunDir(tmp_path / 'new'), config, False, str(small)),
+    'exported': lambda: export_run(small, tmp_path / 'model.safetensors', 'best', None),
+    'compressed again': lambda: compress_run(small, tmp_path / 'smaller', 4, 'best'),
+  }.items():
+    said = f'{small} cannot be {what}: its bank has 8 bits a value; use the run it was made from, {tiny_run}'
+    with pytest.raises(UserError, match=f'^{said}$'):
+      call()
+  with pytest.raises(UserError, match='already exists'):
+    compress_run(tiny_run, small, 4, 'best')
+  assert not (tmp_path / 'smaller').exists()
+
+
+@pytest.mark.parametrize('damage', ['codes', 'settings'])
+def test_damage_of_a_compressed_run_is_refused(small, damage, tmp_path, capfd):
+  run = shutil.copytree(small, tmp_path / 'run')
+  if damage == 'settings':
+    path = run / 'compressed.json'
+    path.write_text(path.read_text().replace('8', '4'))
+    with pytest.raises(UserError, match='compressed.json was changed after it was written'):
+      mmjax.load(run)
+    return
+  path = max(run.glob('checkpoints/*/params/**/d/*'), key=lambda p: p.stat().st_size)
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 16
+  path.write_bytes(data)
+  with pytest.raises(StorageError, match='no whole checkpoint is left'):
+    mmjax.load(run)
+  assert 'corrupt' in capfd.readouterr().err
+
+
+def test_command_says_what_was_saved(tiny_run, tmp_path, monkeypatch, capsys):
+  out = str(tmp_path / 'run4')
+  monkeypatch.setattr(sys, 'argv', ['convert', 'compress', '--workdir', str(tiny_run), '--bits', '4', '--out', out])
+  convert.main()
+  assert 'Bytes of the bank: 2,048 -> 384, 5.33 times smaller' in capsys.readouterr().out
+  assert mmjax.load(out).params[BANK].code.dtype == jnp.uint8
