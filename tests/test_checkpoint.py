@@ -280,8 +280,9 @@ def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path
 
   config = tiny_config()
   learner = Learner(config, place(config), 10)
-  state = jax.tree.map(lambda x: jnp.full(x.shape, 3, x.dtype), learner.shapes) | {'loss_average': jnp.float32(0)}
-  older = {name: entry for name, entry in state.items() if name != 'loss_average'}
+  starts = {'loss_average': jnp.float32(0), 'reads': {'count_M': jnp.zeros(64, jnp.int32), 'updates': jnp.int32(0)}}
+  state = jax.tree.map(lambda x: jnp.full(x.shape, 3, x.dtype), learner.shapes) | starts
+  older = {name: entry for name, entry in state.items() if name not in starts}
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(3, older, {'tokens': 5})
   restored, metadata = learner.restore_state(checkpoints)

@@ -6,14 +6,19 @@ import numpy as np
 import pytest
 
 import mmjax
+from mmjax.console import Progress
 from mmjax.errors import StoppedError, UserError
+from mmjax.inference.measure import open_text
+from mmjax.inference.memory_reads import MemoryReader
 from mmjax.inference.taught import taught_rows
 from mmjax.model.lm import model_graph
 from mmjax.run.checkpoint import Checkpoints
-from mmjax.run.directory import open_run
+from mmjax.run.directory import RunDir, open_run
+from mmjax.run.placement import place
 from mmjax.serve.view import RunView
 from mmjax.tools.inspect import taught_table
-from mmjax.training import loop
+from mmjax.training import loop, setup
+from mmjax.training.learner import Learner
 from mmjax.training.loop import fit
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.step import init_state, make_train_step
@@ -63,16 +68,17 @@ def test_update_moves_rows_that_are_taught_and_nothing_else(optimizer):
   np.testing.assert_array_equal(after['reads']['background_M'], background['count_M'])
 
 
-def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, monkeypatch, capsys):
-  """Also if the run was stopped; its counts go on from those of the run that it teaches."""
+@pytest.mark.parametrize('stopped', rarely((False, True), False))
+def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, monkeypatch, stopped):
+  """The counts of reads go on from those of the run that is taught."""
   run = tmp_path / 'run'
-  changes = TEACH | new_text(tmp_path) | {'train__checkpoint_interval': 1}
-  config = run_config(text, **changes)
-  monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(2))
-  with pytest.raises(StoppedError):
-    fit(config, run, init_from=str(tiny_run))
-  monkeypatch.undo()
-  fit(config, run)
+  config = run_config(text, **TEACH | new_text(tmp_path), train__checkpoint_interval=1)
+  if stopped:
+    monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(2))
+    with pytest.raises(StoppedError):
+      fit(config, run, init_from=str(tiny_run))
+    monkeypatch.undo()
+  fit(config, run, init_from=str(tiny_run))
   assert Checkpoints(run, read_only=True).steps()[0] == 0
   taught, without = (mmjax.load(run, 'last', without_taught=w).params for w in (False, True))
   start = mmjax.load(tiny_run).params
@@ -99,3 +105,41 @@ def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, m
   assert RunView(mmjax.load(run, 'last'), open_run(run)).describe()['taught'] == [row['row'] for row in found]
   with pytest.raises(UserError, match='taught no rows'):
     mmjax.load(tiny_run, without_taught=True)
+
+
+@pytest.mark.thorough
+def test_reads_of_the_old_text_are_counted_where_training_did_not(tiny_run, monkeypatch):
+  config = tiny_config(**TEACH, train__batch_size=3)
+  learner, lm, quiet = Learner(config, place(config), STEPS), mmjax.load(tiny_run), Progress(quiet=True)
+  reads = setup.count_background(learner, lm.params, open_run(tiny_run), quiet)
+  reader, split = MemoryReader(lm), open_text(lm.config, open_run(tiny_run))
+  count_M = np.zeros(64, np.int64)
+  for first in range(0, split.n_rows, 3):
+    batch = split.rows(np.arange(first, min(first + 3, split.n_rows)))
+    row_LBTR, _ = reader.read_batch(split, batch)
+    count_M[np.unique(row_LBTR[:, batch['target'] >= 0])] += 1
+  assert int(reads['updates']) == -(-split.n_rows // 3) > 1
+  np.testing.assert_array_equal(reads['count_M'], count_M)
+
+  def gone(*_):
+    raise UserError('it is gone')
+
+  monkeypatch.setattr(setup, 'evaluation_data', gone)
+  with pytest.raises(UserError, match='without counting them, and its validation text is not found: put it back to'):
+    setup.count_background(learner, lm.params, open_run(tiny_run), quiet)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'said'),
+  [
+    ({}, 'memory.teach_rows=5 needs --init_from RUN: rows are taught to a model that has learned'),
+    ({'memory__teach_rows': 65}, 'memory.teach_rows=65 must be at most model.knowledge_num=64, all rows of the bank'),
+    ({'memory__bank_update': 'lazy', 'train__optimizer': 'adamw'}, "needs memory.bank_update='dense', not 'lazy'"),
+    ({'memory__teach_rows': 0, 'memory__bank_update': 'lazy'}, "with train.optimizer='sgd' it must be 'dense'"),
+    ({'train__optimizer': 'muon'}, "needs train.optimizer='sgd' or 'adamw': Muon moves no bank"),
+    ({'model__sublayer': 'dense'}, 'memory.teach_rows=5 does nothing in a model of dense layers'),
+  ],
+)
+def test_settings_that_cannot_teach_are_refused(tmp_path, changes, said):
+  with pytest.raises(UserError, match=said):
+    setup.settle_config(RunDir(tmp_path / 'run'), tiny_config(**TEACH | changes), False)
