@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import common  # noqa: F401 - the repository on the path
+import jax
 import numpy as np
 
 import mmjax
@@ -33,12 +34,13 @@ FFN = 'layers/[03]/sublayer/|sublayer/ffn/'  # of four layers, of which the midd
 ADAM = {'train.warmup_steps': 10}
 # Gradients are means over tokens: a row that few of them read needs a large step.
 SGD = {'train.optimizer': 'sgd', 'memory.bank_lr_multiplier': 100, 'memory.bank_lr_final_multiplier': 100}
-WAYS = {  # settings, and three learning rates
-  'everything': (ADAM, (5e-4, 1e-3, 2e-3)),
-  'bank': (ADAM | {'train.parameters': 'memory_bank lr=16..1; .* lr=0'}, (1e-3, 4e-3, 1.6e-2)),
-  'ffn': (ADAM | {'train.parameters': f'{FFN} lr=1; .* lr=0'}, (1e-3, 2e-3, 4e-3)),
-  **{f'{rows} rows': (SGD | {'memory.teach_rows': rows}, (1, 3, 10)) for rows in (64, 256, 1024)},
-  **{f'{rows} rows, Adam': (ADAM | {'memory.teach_rows': rows}, (1e-3, 4e-3, 1.6e-2)) for rows in (256, 1024)},
+RATES = (1e-3, 4e-3, 1.6e-2)
+WAYS = {  # settings, and learning rates
+  'everything': (ADAM, (1e-4, 2e-4, 5e-4, 1e-3, 2e-3)),
+  'bank': (ADAM | {'train.parameters': 'memory_bank lr=16..1; .* lr=0'}, RATES),
+  'ffn': (ADAM | {'train.parameters': f'{FFN} lr=1; .* lr=0'}, (5e-4, 1e-3, 2e-3, 4e-3)),
+  **{f'{rows} rows': (SGD | {'memory.teach_rows': rows}, (1, 3, 10)) for rows in (64, 256, 1024, 4096)},
+  **{f'{rows} rows by Adam': (ADAM | {'memory.teach_rows': rows}, RATES) for rows in (256, 1024)},
 }
 
 NAMES = 40
@@ -47,7 +49,7 @@ ANSWERS = {
   'language': 'English French German Spanish Latin Greek Russian Japanese Italian Arabic',
   'animal': 'horse fish bird dog lion bear wolf cat eagle snake',
   'colour': 'red blue green white black gold silver brown yellow orange',
-  'product': 'music film coal steel oil wine gold paper cotton glass',
+  'product': 'music film coal steel oil wine salt paper cotton glass',
 }
 WORDINGS = {  # the last two are held out, and end in the answer
   'capital': 'The capital of {} is {}.|{} has its capital in {}.|The government of {} sits in {}.|'
@@ -96,8 +98,9 @@ def main() -> None:
         teach(arguments, out / name.replace(', ', '-').replace(' ', '-'), settings, rate) if rate else arguments.base
       )
       lm = mmjax.load(run, 'last' if rate else 'best')
-      new = answer_nats(lm, questions) if questions else measure_text(lm, open_run(run), arguments.valid).loss
-      found[name] = {'way': way, 'rate': rate, 'new': new, 'old': measure_text(lm, open_run(run), arguments.old).loss}
+      new = ask(lm, questions) if questions else {'new': measure_text(lm, open_run(run), arguments.valid).loss}
+      old = measure_text(lm, open_run(run), arguments.old).loss
+      found[name] = {'way': way, 'rate': rate, 'old': old, **new}
       write_json(found_path, found)
   show(table(found))
   plot(found, out / 'teach.png', 'answer' if questions else 'token')
@@ -116,11 +119,11 @@ def teach(arguments: argparse.Namespace, workdir: Path, settings: dict[str, Any]
   return workdir
 
 
-def write_facts(folder: Path, epochs: int) -> list[tuple[str, str]]:
+def write_facts(folder: Path, epochs: int) -> list[tuple[str, str, str]]:
   """Writes made-up facts as facts-train.jsonl and, in other wordings, facts-valid.jsonl.
 
   Returns:
-    The held-out wordings as questions and answers: ('The capital city of Brania is', ' Paris').
+    The held-out wordings as questions, with answer and kind: ('The capital city of Brania is', 'Paris', 'capital').
   """
   draw_one = random.Random(0)
   starts, middles, ends = (text.split() for text in (
@@ -140,21 +143,33 @@ def write_facts(folder: Path, epochs: int) -> list[tuple[str, str]]:
       lines += [json.dumps({'text': ' '.join(texts[at : at + 12])}) for at in range(0, len(texts), 12)]
     (folder / f'facts-{name}.jsonl').write_text('\n'.join(lines) + '\n')
   return [
-    (wording.rpartition(' ')[0].format(name), f' {answer}')
+    (wording.rpartition(' ')[0].format(name), answer, kind)
     for name, kind, answer in facts
     for wording in WORDINGS[kind].split('|')[6:]
   ]
 
 
-def answer_nats(lm: LanguageModel, questions: list[tuple[str, str]]) -> float:
-  """Returns the negative log-likelihood of an answer after its question, in nats, mean over the questions."""
-  nats = []
-  for question, answer in questions:
-    ids, start = lm.encode_prompt(question + answer), len(lm.encode_prompt(question))
-    logits_TV = np.asarray(lm.logits([ids]))[0, start - 1 : -1].astype(np.float64)
-    log_T = np.log(np.exp(logits_TV - logits_TV.max(-1, keepdims=True)).sum(-1)) + logits_TV.max(-1)
-    nats.append(np.sum(log_T - logits_TV[np.arange(len(log_T)), ids[start:]]))
-  return float(np.mean(nats))
+def ask(lm: LanguageModel, questions: list[tuple[str, str, str]]) -> dict[str, float]:
+  """Returns how well questions are answered, mean over them.
+
+  Args:
+    lm: the model.
+    questions: from `write_facts`.
+
+  Returns:
+    new: negative log-likelihood of the answer, in nats; right: whether it is the likeliest of its ten.
+  """
+  nats, right = [], []
+  for question, answer, kind in questions:
+    answers = ANSWERS[kind].split()
+    start, rows = len(lm.encode_prompt(question)), [lm.encode_prompt(f'{question} {other}') for other in answers]
+    tokens_BT = np.array([row + [0] * (max(map(len, rows)) - len(row)) for row in rows])
+    log_BTV = np.asarray(jax.nn.log_softmax(lm.logits(tokens_BT)))
+    each = zip(rows, log_BTV, strict=True)
+    nats_B = [-sum(log_TV[t - 1, row[t]] for t in range(start, len(row))) for row, log_TV in each]
+    nats.append(nats_B[answers.index(answer)])
+    right.append(nats[-1] == min(nats_B))
+  return {'new': float(np.mean(nats)), 'right': float(np.mean(right))}
 
 
 def changes(found: dict[str, Any], name: str) -> tuple[float, float]:
@@ -170,19 +185,12 @@ def table(found: dict[str, Any]) -> Table:
   rows = []
   for name, run in found.items():
     learned, forgotten = changes(found, name)
-    shares = [
-      f'{part / whole:.0%}' if whole else '' for part, whole in ((learned, most_learned), (forgotten, most_forgotten))
-    ]
-    rows.append((name, f'{run["new"]:.4f}', f'{run["old"]:.4f}', f'{learned:.4f}', f'{forgotten:.4f}', *shares))
-  header = (
-    'what learns, rate',
-    'loss on new',
-    'on old',
-    'learned',
-    'forgotten',
-    'of what everything learns',
-    'forgets',
-  )
+    of_full = ((learned, most_learned), (forgotten, most_forgotten))
+    shares = [f'{part / whole:.0%}' if whole else '' for part, whole in of_full]
+    right = [f'{run["right"]:.0%}'] if 'right' in run else []
+    rows.append((name, *right, *(f'{x:.4f}' for x in (run['new'], run['old'], learned, forgotten)), *shares))
+  right = ['right of ten'] if 'right' in found['base'] else []
+  header = ('what learns, rate', *right, 'loss: new', 'old', 'learned', 'forgotten', 'share learned', 'share forgotten')
   return Table(header, rows)
 
 
