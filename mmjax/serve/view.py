@@ -25,6 +25,7 @@ HEAD_READS, LAYER_READS = 16, 32  # shown of a token: of each head, of each laye
 LIKELY = 8  # next tokens that are shown
 CONTEXTS = 16  # of a row: shown, and the effect of its value is measured on
 NEAREST = 8
+FARTHEST = 16  # taught rows
 MAP_SIDE = 256  # cells of the map's side
 MOST_POINTS = 400  # of a curve
 
@@ -86,7 +87,7 @@ class RunView:
       'n_layers': config.model.n_layers,
       'memory': memory,
       'remarks': self.remarks,
-      'taught': self.taught,
+      'taught': {'rows': len(self.taught), 'farthest': self.taught[:FARTHEST]},
       'corpus': self.corpus is not None,
     }
 

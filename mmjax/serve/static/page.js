@@ -421,7 +421,7 @@ async function drawMap() {
     choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, layerName(number)])], layer, value => { state.map.layer = value; drawMap() }),
     h('div.bank', null, h('div', null, h('p', null, canvas), under),
       h('div', null, h('h3', null, 'Read most'), h('div.hottest', null, found.hottest.map(([row, reads]) => h('span', null, rowButton(run, row, ofLayer), h('small', null, ` ${number(reads)}`)))),
-        taught.length ? [h('h3', null, `Taught: ${number(taught.length)} rows; these moved farthest`), h('div.hottest', null, taught.slice(0, 16).map(row => h('span', null, rowButton(run, row, ofLayer))))] : null,
+        taught.rows ? [h('h3', null, `Taught: ${number(taught.rows)} rows; these moved farthest`), h('div.hottest', null, taught.farthest.map(row => h('span', null, rowButton(run, row, ofLayer))))] : null,
         saved ? null : h('form.row', { onsubmit: event => { event.preventDefault(); openRow(run, +go.value, ofLayer) } }, go, h('button', null, 'Open')))))
   clearTimeout(state.polling)
   const later = () => { state.polling = setTimeout(() => $('bank').contains(document.activeElement) ? later() : drawMap(), 2000) }
