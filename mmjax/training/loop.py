@@ -102,13 +102,7 @@ class Trainer:
   failed_saves: int = 0
 
   def begin(self, params: Any, reads: Any, read_from: dict[str, Any] | None) -> TrainState:
-    """Returns the state to go on from: the newest saved, a new one, or one of what is given.
-
-    Args:
-      params: of another run, or None.
-      reads: what that run counted.
-      read_from: what run.json says of it.
-    """
+    """Returns the state to go on from: the newest saved, a new one, or one of another run's parameters and counts."""
     config, say = self.learner.config, self.progress.say
     with explain_out_of_memory(config):
       if self.checkpoints.ever_saved:

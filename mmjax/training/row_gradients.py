@@ -5,6 +5,7 @@ updated alone (lazy_bank.py), or on a GPU in one array for all layers. step.py a
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -65,6 +66,21 @@ def no_taps(config: Config, batch: int, length: int) -> list[Reads]:
   shape = (batch, length, config.memory.n_heads, model.num_selected)
   rows = bank_readers(config).values()
   return [no_reads(shape, model.knowledge_dim, dtype, bag=row.sums_rows) for row in rows]
+
+
+def gradient_and_sum(
+  config: Config, objective: Callable, *, whole: bool
+) -> tuple[Callable, Callable, Callable[[Array], Array | RowSums] | None]:
+  """Returns the gradient of a micro-batch, what adds one to a sum, and what makes an empty sum of the bank.
+
+  To be asked while a program is traced; `whole` says that every device has the whole bank. The gradient is called and
+  returns like `jax.value_and_grad(objective, has_aux=True)`; the last is None where the sum is like a gradient.
+  """
+  if is_lazy(config):
+    return gradient_by_reads(config, objective), add_gradients, lambda _: no_rows(config)
+  if adds_reads_in_place(config, whole=whole):
+    return gradient_by_reads(config, objective), add_gradients, jnp.zeros_like
+  return jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add), None
 
 
 def gradient_by_reads(config: Config, objective: Callable) -> Callable:

@@ -11,7 +11,6 @@ the optimizer's time and find nothing.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -29,14 +28,7 @@ from mmjax.model.lm import BANK, Params, init_params, without_bank
 from mmjax.run.sharding import ROWS, spread
 from mmjax.training.lazy_bank import init_moments, update_rows
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
-from mmjax.training.row_gradients import (
-  RowSums,
-  add_gradients,
-  adds_reads_in_place,
-  gradient_by_reads,
-  is_lazy,
-  no_rows,
-)
+from mmjax.training.row_gradients import RowSums, gradient_and_sum, is_lazy
 from mmjax.training.teach import Reads, count_reads, first_reads, gradient_of_rows, rows_to_teach
 
 TrainState = dict[str, Any]
@@ -60,21 +52,6 @@ def init_state(
   if BANK in params:
     state['reads'] = first_reads(config, reads)
   return state | ({'bank_moments': init_moments(params[BANK])} if is_lazy(config) else {})
-
-
-def gradient_and_sum(
-  config: Config, objective: Callable, *, whole: bool
-) -> tuple[Callable, Callable, Callable[[Array], Array | RowSums] | None]:
-  """Returns the gradient of a micro-batch, what adds one to a sum, and what makes an empty sum of the bank.
-
-  To be asked while a program is traced; `whole` says that every device has the whole bank. The gradient is called and
-  returns like `jax.value_and_grad(objective, has_aux=True)`; the last is None where the sum is like a gradient.
-  """
-  if is_lazy(config):
-    return gradient_by_reads(config, objective), add_gradients, lambda _: no_rows(config)
-  if adds_reads_in_place(config, whole=whole):
-    return gradient_by_reads(config, objective), add_gradients, jnp.zeros_like
-  return jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add), None
 
 
 def make_gradient(
