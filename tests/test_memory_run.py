@@ -34,7 +34,7 @@ SMALLER = TINY | {
 RUNS = {  # config file, and what differs
   'gate': ('product_key_bag', {'memory.layers': '1'}),
   'ngrams': ('ngram_rows', {'memory.layers': '1'}),
-  'values': ('ngram_rows', {'memory.layers': '0', 'memory.value_layers': '1'}),
+  'values': ('ngram_rows', {'memory.layers': '0', 'memory.value_layers': '1', 'memory.value_conv': 3}),
   'both': ('product_key_bag', {'memory.ngram_layers': '0', 'memory.ngrams': '2'}),
 }
 

@@ -23,6 +23,7 @@ from mmjax.memory import (
 )
 from mmjax.memory.base import Bank, ParamTree
 from mmjax.model.sublayers.dense import DenseFFN
+from mmjax.model.values import ValueReader
 
 
 class MemorySublayer(MemoryLayer):
@@ -78,9 +79,9 @@ def ngram_bucket(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) ->
   return _sublayer(NgramBucket(**_ngram_sizes(model, memory), key_dim=memory.query_dim(model)), memory, rngs)
 
 
-def ngram_reader(model: ModelConfig, memory: MemoryConfig) -> NgramBag:
-  """Returns what reads the rows that go into the values of attention; it has no parameters."""
-  return NgramBag(**_ngram_sizes(model, memory))
+def value_reader(model: ModelConfig, memory: MemoryConfig) -> ValueReader:
+  """Returns what reads the rows that go into the values of attention."""
+  return ValueReader(NgramBag(**_ngram_sizes(model, memory)), memory.value_conv)
 
 
 def _sublayer(sizes: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySublayer:
