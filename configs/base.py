@@ -75,7 +75,7 @@ train.optimizer = 'adamw'  # also 'muon': matrices of layers by Muon, all else b
 train.learning_rate = 0.0002  # peak
 train.muon_lr_multiplier = 5.0  # factor of the learning rate of the matrices that Muon moves
 train.embedding_lr_multiplier = 1.0  # factor of the embedding's learning rate; the embedding is also the output layer
-train.parameters = ''  # rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none
+train.parameters = ''  # rates, decays and betas by name: 'gate lr=0.5; norm decay=0'; '': none
 train.schedule = 'cosine'  # after the warm-up; also 'warmdown': the peak, then linear to the final rate
 train.warmdown_share = 0.4  # share of all updates in which the rate falls
 train.final_learning_rate = 0.0  # at the end of the schedule

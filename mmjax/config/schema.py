@@ -10,12 +10,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mmjax.config.parameters import MOST, first_rule, read_rules
+from mmjax.config.parameters import MOST, NEAREST_ONE, first_rule, read_rules
 from mmjax.config.setting import field, settings_of
 from mmjax.config.wording import quote
 from mmjax.errors import UserError
 
-NEAREST_ONE = 1 - 1e-6  # what is nearer to 1 may be 1 in float32
 MULTIPLIER = {'least': 0, 'most': MOST}  # of a rate or a decay
 
 
@@ -257,7 +256,7 @@ class TrainConfig:
   embedding_lr_multiplier: float = field(
     1.0, "factor of the embedding's learning rate; the embedding is also the output layer",
     **MULTIPLIER, before=1.0, needs=EMBEDDING_RATE)
-  parameters: str = field('', "rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none", before='')
+  parameters: str = field('', "rates, decays and betas by name: 'gate lr=0.5; norm decay=0'; '': none", before='')
   schedule: str = field('cosine', "after the warm-up; also 'warmdown': the peak, then linear to the final rate",
     choices=('cosine', 'warmdown'), before='cosine')
   warmdown_share: float = field(0.4, 'share of all updates in which the rate falls', 0, 1, before=0.4, needs=WARMDOWN)

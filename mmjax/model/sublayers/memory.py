@@ -44,10 +44,9 @@ class MemorySublayer(MemoryLayer):
     last_BTn: Array | None = None,
   ) -> SublayerOutput:
     """See mmjax.model.sublayers; raises ValueError as `Memory.apply` does."""
-    row_BThr = sign_BTh = None
-    if isinstance(self.memory, NgramBag):
-      row_BThr, sign_BTh = self.memory.rows_of(last_BTn), self.memory.signs_of(last_BTn)
-    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, row_BThr, sign_BTh, dtype=dtype)
+    finders = (self.memory.rows_of, self.memory.signs_of) if isinstance(self.memory, NgramBag) else ()
+    ngrams = (find(last_BTn) for find in finders)
+    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, *ngrams, dtype=dtype)
     if self.ffn is None:
       return out
     return out._replace(delta_BTD=out.delta_BTD + self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD)
