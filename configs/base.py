@@ -39,6 +39,7 @@ memory.n_heads = 1  # 1 to 8; each has queries and sub-keys, or hashes, of its o
 memory.ngrams = '1'  # how many of the last tokens address a row or bucket; '2,3': heads take turns
 memory.ngram_ranges = 'shared'  # 'own': each head has rows that no other reads; for '1', a row for each token
 memory.ngram_signs = False  # True: another hash of an n-gram turns signs in what its rows give
+memory.row_dropout = 0.0  # share of the heads' reads at n-grams that training drops; the others count more
 memory.scores = 'none'  # 'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does
 memory.score_activation = 'softmax'  # makes weights of the scores of a head's rows; also 'relu'
 memory.query_key_norm = 'none'  # 'l2': halves of queries and sub-keys have length 1, and scores have a learned scale

@@ -114,6 +114,8 @@ class MemoryConfig:
     'shared', "'own': each head has rows that no other reads; for '1', a row for each token",
     choices=('shared', 'own'), before='shared')
   ngram_signs: bool = field(False, "True: another hash of an n-gram turns signs in what its rows give", before=False)
+  row_dropout: float = field(0.0, "share of the heads' reads at n-grams that training drops; the others count more",
+    0, NEAREST_ONE, before=0.0)
   scores: str = field(
     'none', "'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does",
     choices=('none', 'scale'))

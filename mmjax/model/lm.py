@@ -77,6 +77,7 @@ class Block(nnx.Module):
     self.sublayer = SUBLAYERS[kind].build(model, memory, rngs=rngs)
     self.uses_bank = SUBLAYERS[kind].uses_bank
     self.dropout = model.dropout
+    self.drops_rows = SUBLAYERS[kind].reads_ngrams and memory.row_dropout > 0
 
   def __call__(
     self,
@@ -93,7 +94,8 @@ class Block(nnx.Module):
     h_attn_BTD, kv = attend(self.attention, x_BTD, self.attention_norm)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = add_to_stream(x_BTD, h_attn_BTD)
-    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn)
+    row_key = {'key': jax.random.fold_in(key, 2)} if self.drops_rows and key is not None else {}  # split gave 0 and 1
+    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn, **row_key)
     return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
 
 

@@ -6,6 +6,7 @@ not the residual stream, and the scores never reach the output, so that no gradi
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -22,6 +23,7 @@ from mmjax.memory import (
   SublayerOutput,
 )
 from mmjax.memory.base import Bank, ParamTree
+from mmjax.model.layers import dropout
 from mmjax.model.sublayers.dense import DenseFFN
 from mmjax.model.values import ValueReader
 
@@ -29,11 +31,11 @@ from mmjax.model.values import ValueReader
 class MemorySublayer(MemoryLayer):
   """A memory, and perhaps a dense sublayer beside it."""
 
-  def __init__(self, memory: Memory, *, reads_residual: bool, ffn_dim: int, rngs: nnx.Rngs):
+  def __init__(self, memory: Memory, *, reads_residual: bool, ffn_dim: int, row_dropout: float, rngs: nnx.Rngs):
     gate = memory.init_gate(rngs)  # in the order in which runs have always drawn their numbers
     self.ffn = DenseFFN(memory.dim, ffn_dim, memory.norm_eps, rngs=rngs) if ffn_dim else None
     ParamTree.__init__(self, gate | memory.init_read(rngs))
-    self.memory, self.reads_residual = memory, reads_residual
+    self.memory, self.reads_residual, self.row_dropout = memory, reads_residual, row_dropout
 
   def __call__(
     self,
@@ -42,10 +44,14 @@ class MemorySublayer(MemoryLayer):
     bank_MP: Bank | None,
     dtype: DTypeLike,
     last_BTn: Array | None = None,
+    key: Array | None = None,
   ) -> SublayerOutput:
     """See mmjax.model.sublayers; raises ValueError as `Memory.apply` does."""
-    finders = (self.memory.rows_of, self.memory.signs_of) if isinstance(self.memory, NgramBag) else ()
-    ngrams = (find(last_BTn) for find in finders)
+    ngrams = ()
+    if isinstance(self.memory, NgramBag):
+      shape = (*h_BTD.shape[:2], self.memory.n_heads)
+      kept_BTh = None if key is None else dropout(jnp.ones(shape), self.row_dropout, key)
+      ngrams = self.memory.rows_of(last_BTn), self.memory.signs_of(last_BTn), kept_BTh
     out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, *ngrams, dtype=dtype)
     if self.ffn is None:
       return out
@@ -84,7 +90,13 @@ def value_reader(model: ModelConfig, memory: MemoryConfig) -> ValueReader:
 
 
 def _sublayer(sizes: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySublayer:
-  return MemorySublayer(sizes, reads_residual=memory.input == 'residual', ffn_dim=memory.ffn_dim, rngs=rngs)
+  return MemorySublayer(
+    sizes,
+    reads_residual=memory.input == 'residual',
+    ffn_dim=memory.ffn_dim,
+    row_dropout=memory.row_dropout,
+    rngs=rngs,
+  )
 
 
 def _sizes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
