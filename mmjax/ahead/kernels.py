@@ -93,7 +93,7 @@ def _kernel(module: Module, around: dict, instruction: Instruction, runs: int, l
       if part.opcode == 'custom-call':  # it may be wrapped together with the slice that it writes
         kind, target, found = _library_call(inner, part)
         flops.update(found)
-  if nvidia.TRITON.search(re.sub(r'metadata=\{[^}]*\}', '', instruction.rest)):
+  if nvidia.calls_triton(instruction.rest):
     kind = 'triton'
   return Kernel(
     instruction.name, kind, target, runs, moved, dict(flops), sends, results,

@@ -97,8 +97,13 @@ def describe_devices(devices: Sequence[Any]) -> str:
 
 
 def count_triton(module: str) -> int:
-  """Counts the lines of a compiled module in which Triton, Pallas or Mosaic is called."""
-  return sum(bool(TRITON.search(line)) for line in module.splitlines())
+  """Counts the instructions of a compiled module that call Triton, Pallas or Mosaic, whatever its source is called."""
+  return sum(calls_triton(line) for line in module.splitlines() if ' = ' in line)
+
+
+def calls_triton(instruction: str) -> bool:
+  """Tells whether an instruction calls one of them, in the text of a compiled module."""
+  return bool(TRITON.search(re.sub(r'metadata=\{[^}]*\}', '', instruction)))
 
 
 if __name__ == '__main__' and (seen := find_driver()):
