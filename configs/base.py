@@ -33,11 +33,13 @@ model.aux_loss_weight = 0.1  # weight of the experts' load-balance loss
 memory.layers = 'all'  # layers with a memory: also 'middle' (all but the first and last quarter), '2,3'; 0 is first
 memory.ngram_layers = ''  # which of these layers have an 'ngram_bag' instead of a gate: '1', 'all'; '': none
 memory.value_layers = ''  # layers whose values get rows of n-grams: '1,3', 'all', 'alternate'; '': none
+memory.value_conv = 0  # width of a causal convolution over these rows before they are projected; 0: none
 memory.input = 'attention'  # the memory reads what attention added; 'residual': it reads the residual stream
 memory.n_heads = 1  # 1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank
 memory.ngrams = '1'  # how many of the last tokens address a row or bucket; '2,3': heads take turns
 memory.ngram_ranges = 'shared'  # 'own': each head has rows that no other reads; for '1', a row for each token
 memory.ngram_signs = False  # True: another hash of an n-gram turns signs in what its rows give
+memory.row_dropout = 0.0  # share of the heads' reads at n-grams that training drops; the others count more
 memory.scores = 'none'  # 'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does
 memory.score_activation = 'softmax'  # makes weights of the scores of a head's rows; also 'relu'
 memory.query_key_norm = 'none'  # 'l2': halves of queries and sub-keys have length 1, and scores have a learned scale
@@ -74,7 +76,7 @@ train.optimizer = 'adamw'  # also 'muon': matrices of layers by Muon, all else b
 train.learning_rate = 0.0002  # peak
 train.muon_lr_multiplier = 5.0  # factor of the learning rate of the matrices that Muon moves
 train.embedding_lr_multiplier = 1.0  # factor of the embedding's learning rate; the embedding is also the output layer
-train.parameters = ''  # rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none
+train.parameters = ''  # rates, decays and betas by name: 'gate lr=0.5; norm decay=0'; '': none
 train.schedule = 'cosine'  # after the warm-up; also 'warmdown': the peak, then linear to the final rate
 train.warmdown_share = 0.4  # share of all updates in which the rate falls
 train.final_learning_rate = 0.0  # at the end of the schedule

@@ -204,7 +204,7 @@ def sized(model: dict, settings: dict) -> dict:
     model['model.knowledge_dim'] = width
   if 'memory.key_dim' in model:
     model['memory.key_dim'] = width // 4 * 2  # half of a row's width, and even
-  if 'memory.bank_std' in model:
+  if isinstance(model.get('memory.bank_std'), str):  # a number, such as 0, stays
     model['memory.bank_std'] = width**-0.5
   if 'memory.ffn_dim' in model:
     budget = flops_per_token(as_config(settings | MODELS['g0']))['total']

@@ -165,7 +165,7 @@ def test_importing_the_package_is_cheap():
 @pytest.mark.parametrize(
   ('module', 'most', 'never'),
   [
-    ('training.optimizer', 27, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
+    ('training.optimizer', 28, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
     (
       'inference.api',
       40,

@@ -94,6 +94,18 @@ def test_rows_that_ngrams_address_are_shown_with_these(tiny_run, capsys):
   assert inspect.contexts_table([], '').header == ['contexts that take it; the token that took it is in «»']
 
 
+@pytest.mark.parametrize(('sublayer', 'ngrams'), [('ngram_bag', '1,2'), ('ngram_bucket', '2,1')])
+def test_row_of_a_range_is_shown_with_its_head_and_token(tiny_run, sublayer, ngrams):
+  own = {'model__num_selected': 2, 'memory__n_heads': 2, 'memory__ngrams': ngrams, 'memory__ngram_ranges': 'own'}
+  config = tiny_config(model__sublayer=sublayer, model__knowledge_num=1000, **own)
+  reader = MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
+  for token in reader.read_text(TEXT):
+    for read in token['layers'][0]['rows']:
+      alone = int(ngrams[2 * read['head']]) == 1
+      assert reader.range_of(read['row']) == {'head': read['head'], 'token': token['token'] if alone else None}
+  assert reader.range_of(999) is None  # left over
+
+
 def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
   rows = split.rows(np.arange(split.n_rows))
   row_BTR, score_BTR, log_BTV = forward(rows['input'])

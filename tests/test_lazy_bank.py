@@ -114,7 +114,8 @@ def test_rule_equals_float64_row_by_row(monkeypatch):
   monkeypatch.setattr(lazy_bank, 'CHUNK_ROWS', 4)
   M, P, updates = 11, 3, 25
   decay = {'train__weight_decay': 0.3, 'memory__bank_decay_multiplier': 0.5}
-  config = tiny_config(train__beta2=0.95, train__eps=1e-3, **decay)
+  betas = {'train__beta1': 0.5, 'train__parameters': 'memory_bank beta1=0.9 beta2=0.95'}
+  config = tiny_config(train__eps=1e-3, **betas, **decay)
   rate = optax.linear_schedule(0.2, 0.01, updates)
   rng = np.random.default_rng(0)
   first = rng.standard_normal((M, P)).astype(np.float32)

@@ -66,6 +66,7 @@ def test_every_parameter_and_the_bank_learn(name):
   for path, slope in jax.tree_util.tree_leaves_with_path(slopes):
     at_start = name == 'buckets' and 'query' in path_name(path)  # of keys that are 0
     assert np.any(slope) != at_start, path_name(path)
+  assert np.any(jax.grad(lambda bank_MP: loss(memory.init(jax.random.key(0)), bank_MP)[0])(0 * bank_MP))  # from 0 too
 
 
 @pytest.mark.parametrize('name', MEMORIES)

@@ -34,7 +34,13 @@ SMALLER = TINY | {
 RUNS = {  # config file, and what differs
   'gate': ('product_key_bag', {'memory.layers': '1'}),
   'ngrams': ('ngram_rows', {'memory.layers': '1'}),
-  'values': ('ngram_rows', {'memory.layers': '0', 'memory.value_layers': '1'}),
+  'values': ('ngram_rows', {'memory.layers': '0', 'memory.value_layers': '1', 'memory.value_conv': 3}),
+  'grown': (
+    'ngram_rows',
+    {'memory.layers': '1', 'memory.ngram_ranges': 'own', 'memory.ngram_signs': True, 'model.knowledge_num': 1900}
+    | {'memory.row_dropout': 0.2}
+    | {'memory.bank_std': 0.0, 'memory.bank_update': 'lazy', 'train.parameters': 'memory_bank beta1=0.75 beta2=0.95'},
+  ),
   'both': ('product_key_bag', {'memory.ngram_layers': '0', 'memory.ngrams': '2'}),
 }
 

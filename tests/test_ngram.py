@@ -10,7 +10,7 @@ from mmjax.config import load_config
 from mmjax.config.sublayers import memory_layers
 from mmjax.errors import UserError
 from mmjax.kernels.bank import TappedBank, add_reads, no_reads
-from mmjax.memory import NgramBag
+from mmjax.memory import NgramBag, init_bank
 from mmjax.memory.ngram import (
   FIRST_OF_SIGNS,
   NO_TOKEN,
@@ -164,6 +164,38 @@ def test_signs_are_in_the_sums_and_in_the_gradient_of_the_bank_by_either_route()
   tap = no_reads(row.shape, 5, jnp.float32, bag=True)
   reads = jax.grad(lambda tap: total(TappedBank(jnp.asarray(bank), tap)))(tap)
   np.testing.assert_allclose(add_reads(jnp.zeros((40, 5)), row, reads), grad, atol=1e-5)
+
+
+def test_dropped_heads_say_nothing_and_the_others_more():
+  memory = NgramBag(dim=6, n_rows=64, row_dim=5, n_heads=2, ngrams=(1, 2), output_gate=False)
+  x_BTD, bank = jnp.ones((1, 3, 6)), init_bank(jax.random.key(1), n_rows=64, row_dim=5)
+  params, row = memory.init(jax.random.key(0)), jnp.arange(6).reshape(1, 3, 2, 1)
+  kept = jnp.asarray([[[0, 2], [2, 0], [0, 0]]], jnp.float32)
+  delta, pull = jax.vjp(lambda bank: memory.apply(params, x_BTD, bank, row, None, kept).delta_BTD, bank)
+  down = params['down']['kernel'].reshape(2, 5, 6)
+  want = jnp.stack([2 * bank[1] @ down[1], 2 * bank[2] @ down[0], jnp.zeros(6)])[None]
+  np.testing.assert_allclose(delta, want, atol=1e-6)
+  assert np.flatnonzero(np.any(pull(jnp.ones_like(delta))[0], axis=-1)).tolist() == [1, 2]
+
+
+def test_rows_are_dropped_by_the_key_alone_in_each_layer_for_itself(monkeypatch):
+  config, seen = tiny_config(**NGRAM, memory__row_dropout=0.25), []
+  graphdef, params = build_model(config)
+  model, tokens = nnx.merge(graphdef, params), random_batch(config)['input'][0]
+  apply = NgramBag.apply
+
+  def spy(self, params, x_BTD, bank_MP, row_BThr, sign_BTh, kept_BTh, **more):
+    seen.append(kept_BTh)
+    return apply(self, params, x_BTD, bank_MP, row_BThr, sign_BTh, kept_BTh, **more)
+
+  monkeypatch.setattr(NgramBag, 'apply', spy)
+  outs = [model(tokens, dropout_key=key).hidden_BTD for key in (None, jax.random.key(1), jax.random.key(1))]
+  assert seen[:2] == [None, None] and not np.allclose(outs[0], outs[1], atol=1e-3)
+  np.testing.assert_array_equal(outs[1], outs[2])
+  first, second, *again = (np.asarray(kept) for kept in seen[2:])
+  assert np.array_equal(again, [first, second]) and not np.array_equal(first, second)
+  kept = np.stack([first, second])
+  assert np.allclose(np.unique(kept), [0, 1 / 0.75]) and abs(kept.mean() - 1) < 0.15
 
 
 def test_model_with_ranges_and_signs_keeps_documents_apart():

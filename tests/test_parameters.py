@@ -13,12 +13,15 @@ from mmjax.config.parameters import Rule, first_rule, parameter_table, read_rule
 from mmjax.errors import UserError
 from mmjax.files import path_name
 from mmjax.model.lm import abstract_params
-from mmjax.training.optimizer import bank_rate, check_parameters, learning_rate_schedule, make_optimizer
+from mmjax.training.optimizer import bank_rate, check_parameters, learning_rate_schedule, make_optimizer, may_overflow
 from tests.helpers import tiny_config
 
 STEPS = 4
 BAG = {'model__sublayer': 'memory_bag', 'memory__bank_lr_multiplier': 16.0, 'memory__bank_decay_multiplier': 0.5}
-TABLE = r'embedding lr=4; layers/1/.*gate lr=0.5 decay=0; bank lr=3..1; norm/scale$ decay=2; layers/.* lr=0.25'
+TABLE = (
+  r'embedding lr=4 beta1=0.5; layers/1/.*gate lr=0.5 decay=0; bank lr=3..1 beta1=0.75 beta2=0.95; norm/scale$ decay=2; '
+  'layers/.* lr=0.25'
+)
 
 
 def test_rules_are_read_and_the_first_that_says_it_counts():
@@ -51,7 +54,12 @@ def by_hand(name: str, count: int) -> tuple[float, float]:
   return rate, decay
 
 
-def test_rates_and_decays_of_groups_from_a_config_equal_optax_by_hand():
+def betas_by_hand(name: str) -> tuple[float, float]:
+  """Of a parameter by TABLE."""
+  return {'embedding': (0.5, 0.999), 'memory_bank': (0.75, 0.95)}.get(name, (0.9, 0.999))
+
+
+def test_rates_decays_and_betas_of_groups_from_a_config_equal_optax_by_hand():
   config = tiny_config(**BAG | {'memory__bank_lr_multiplier': 1.0}, train__parameters=TABLE, train__weight_decay=0.2)
   train = config.train
   leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_params(config))
@@ -61,9 +69,8 @@ def test_rates_and_decays_of_groups_from_a_config_equal_optax_by_hand():
   optimizer, everyones = make_optimizer(config, STEPS), learning_rate_schedule(train, STEPS)
   got = jax.tree.unflatten(treedef, params)
   state = optimizer.init(got)
-  adam = optax.chain(
-    optax.clip_by_global_norm(train.grad_clip), optax.scale_by_adam(train.beta1, train.beta2, train.eps)
-  )
+  own = {name: optax.scale_by_adam(*betas_by_hand(name), train.eps) for name in names}
+  adam = optax.chain(optax.clip_by_global_norm(train.grad_clip), optax.multi_transform(own, names))
   adam_state = adam.init(params)
   update, step = jax.jit(optimizer.update), jax.jit(adam.update)
   for count, gradient in enumerate(gradients):
@@ -89,7 +96,7 @@ def test_lazy_bank_follows_the_table():
 @pytest.mark.parametrize(
   ('table', 'said'),
   [
-    ('embedding', "'embedding' must be a pattern and then lr=NUMBER, lr=FIRST..LAST or decay=NUMBER"),
+    ('embedding', "'embedding' must be a pattern and then lr=NUMBER, lr=FIRST..LAST, decay=NUMBER, beta1="),
     ('embedding lr4', "'embedding lr4' must be a pattern and then"),
     ('embedding rate=4', "'embedding rate=4' must be a pattern and then"),
     ('embedding lr=1 lr=2', 'must be a pattern and then'),
@@ -97,6 +104,8 @@ def test_lazy_bank_follows_the_table():
     ('embedding lr=-1', "'lr=-1' must be a number from 0 to 10000"),
     ('embedding lr=nan', "'lr=nan' must be a number from 0 to 10000"),
     ('embedding decay=1..2', "'decay=1..2' must be a number from 0 to 10000"),
+    ('embedding beta1=1', "'beta1=1' must be a number from 0 to 0.999999"),
+    ('embedding beta=0.5', "must be a pattern and then lr=NUMBER, lr=FIRST..LAST, decay=NUMBER, beta1=NUMBER or"),
     ('( lr=1', "'(' is not a regular expression: missing )"),
     ('gate lr=1e4; a decay=1e4', 'train.learning_rate x train.parameters (100) times its weight decay (0.01)'),
   ],
@@ -131,11 +140,11 @@ def test_pattern_that_is_in_no_name_is_refused_by_name(table):
     make_optimizer(tiny_config(train__parameters=table), STEPS)
 
 
-@pytest.mark.parametrize('what', ['lr', 'decay'])
+@pytest.mark.parametrize('what', ['lr', 'decay', 'beta2'])
 def test_rule_after_others_that_say_it_of_all_its_parameters_is_refused(what):
   with pytest.raises(UserError, match=rf"the {what} of '\^embed' does nothing, because earlier rules give one"):
-    make_optimizer(tiny_config(train__parameters=f'embedding {what}=2; ^embed {what}=3'), STEPS)
-  make_optimizer(tiny_config(train__parameters=f'^embed {what}=3; norm|embedding {what}=2'), STEPS)
+    make_optimizer(tiny_config(train__parameters=f'embedding {what}=0.2; ^embed {what}=0.3'), STEPS)
+  make_optimizer(tiny_config(train__parameters=f'^embed {what}=0.3; norm|embedding {what}=0.2'), STEPS)
 
 
 def test_parameters_without_a_gradient_have_no_rate():
@@ -149,3 +158,24 @@ def test_parameters_that_do_not_learn_are_named():
     tiny_config(train__parameters='^embedding lr=0')
   )
   assert re.match(r'(\d+) of \1 parameters .* more leaves', check_parameters(tiny_config(train__parameters='.* lr=0')))
+
+
+def test_betas_of_what_muon_moves_are_refused_and_others_are_of_adam():
+  matrices = r'layers/.*kernel beta1=0.5'
+  with pytest.raises(UserError, match=r"beta1 of 'layers/.\*kernel' does nothing: Adam moves nothing that it fits"):
+    check_parameters(tiny_config(train__parameters=matrices, train__optimizer='muon'))
+  check_parameters(tiny_config(train__parameters=matrices))
+  config = tiny_config(train__parameters='memory_bank beta1=0', train__optimizer='muon')
+  params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(config))
+  optimizer = make_optimizer(config, STEPS)
+  state = optimizer.init(params)
+  for gradient in (params, jax.tree.map(jnp.zeros_like, params)):
+    updates, state = jax.jit(optimizer.update)(gradient, state, jax.tree.map(jnp.zeros_like, params))
+  assert not np.any(updates['memory_bank']) and np.all(updates['embedding'] < 0)  # no memory of the last gradient
+
+
+def test_a_step_is_checked_where_the_betas_of_some_parameter_do_not_bound_it():
+  huge = {'train__grad_clip': 0.0}
+  assert not may_overflow(tiny_config(**huge))
+  assert not may_overflow(tiny_config(**huge, train__parameters='memory_bank beta1=0.75 beta2=0.95'))
+  assert may_overflow(tiny_config(**huge, train__parameters='memory_bank beta2=0.5'))

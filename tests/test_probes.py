@@ -176,6 +176,7 @@ def test_norms_of_a_step_equal_numpy():
   assert gate_norms(grads_32) == {1: pytest.approx(want, rel=1e-6)}
   update, before = (np.sqrt((x['memory_bank'][[2, 5]] ** 2).sum()) for x in (updates, params))
   ratio = row_update_ratio(params_32['memory_bank'], updates_32['memory_bank'], usage)
+  assert row_update_ratio(0 * params_32['memory_bank'], 1e3 * updates_32['memory_bank'], usage) == 0  # of a zero start
   assert float(ratio) == pytest.approx(update / before, rel=1e-6)
 
 

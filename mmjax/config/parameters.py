@@ -1,11 +1,12 @@
-"""The table of parameters: learning rate and weight decay of each, by patterns of its name; the first that fits wins.
+"""The table of parameters: learning rate, weight decay and Adam's betas by patterns of names; the first that fits wins.
 
-train.parameters='embedding lr=4; layers/.*/gate lr=0.5; memory_bank lr=16..1 decay=0'
+train.parameters='embedding lr=4; layers/.*/gate lr=0.5; memory_bank lr=16..1 decay=0 beta1=0.75 beta2=0.95'
 
 A rule is a regular expression, searched in names such as layers/0/attention/wq/kernel, and what it says: `lr`, over
-everyone's learning rate, as a number or from the first update to the last, and `decay`, over train.weight_decay. For
-its rate a parameter follows the first rule that fits and says one, and so for its decay. Rules of a user come before
-those that other settings make. The form is that of big_vision (https://github.com/google-research/big_vision).
+everyone's learning rate, as a number or from the first update to the last; `decay`, over train.weight_decay; and
+`beta1` and `beta2`, instead of those of train. For its rate a parameter follows the first rule that fits and says one,
+and so for the others. Rules of a user come before those that other settings make. The form is that of big_vision
+(https://github.com/google-research/big_vision).
 mmjax/run/sharding.py says in a list of the same form where parameters lie.
 """
 
@@ -17,8 +18,10 @@ from mmjax.config.wording import nearest, quote
 from mmjax.errors import UserError
 
 MOST = 1e4  # of a multiplier
+NEAREST_ONE = 1 - 1e-6  # what is nearer to 1 may be 1 in float32
+SAYS = {'lr': MOST, 'decay': MOST, 'beta1': NEAREST_ONE, 'beta2': NEAREST_ONE}  # what a rule may say, at most how much
 MATRIX = r'^layers/.*kernel$'  # what Muon moves, where it has two axes
-FORM = 'a pattern and then lr=NUMBER, lr=FIRST..LAST or decay=NUMBER'
+FORM = 'a pattern and then lr=NUMBER, lr=FIRST..LAST, decay=NUMBER, beta1=NUMBER or beta2=NUMBER'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +33,15 @@ class Rule:
     lr: learning rate over everyone's; a pair goes linearly from the first update to the last; None: nothing is said.
     decay: weight decay over train.weight_decay.
     stated_in: the setting that says it.
+    beta1, beta2: of Adam; None: nothing is said.
   """
 
   pattern: str
   lr: float | tuple[float, float] | None = None
   decay: float | None = None
   stated_in: str = 'train.parameters'
+  beta1: float | None = None
+  beta2: float | None = None
 
   @property
   def rates(self) -> tuple[float, float]:
@@ -59,8 +65,15 @@ def parameter_table(config: Any) -> tuple[Rule, ...]:
 
 
 def first_rule(table: tuple[Rule, ...], name: str, what: str) -> Rule | None:
-  """Returns the rule that says `what`, 'lr' or 'decay', of a parameter."""
+  """Returns the rule that says `what`, one of SAYS, of a parameter."""
   return next((rule for rule in table if getattr(rule, what) is not None and re.search(rule.pattern, name)), None)
+
+
+def betas_of(config: Any, name: str) -> tuple[float, float]:
+  """Returns Adam's beta1 and beta2 of a parameter."""
+  rules = read_rules(config.train.parameters)
+  found = {what: first_rule(rules, name, what) for what in ('beta1', 'beta2')}
+  return tuple(getattr(rule or config.train, what) for what, rule in found.items())
 
 
 def read_rules(text: str) -> tuple[Rule, ...]:
@@ -81,18 +94,18 @@ def _read_rule(words: list[str]) -> Rule:
   values = {}
   for word in said:
     what, _, value = word.partition('=')
-    if what not in ('lr', 'decay') or what in values:
-      raise UserError(f'train.parameters: {quote(" ".join(words))} must be {FORM}{nearest(what, ("lr", "decay"))}')
-    values[what] = tuple(_read_number(word, part) for part in value.split('..', 1 if what == 'lr' else 0))
+    if what not in SAYS or what in values:
+      raise UserError(f'train.parameters: {quote(" ".join(words))} must be {FORM}{nearest(what, SAYS)}')
+    values[what] = tuple(_read_number(word, part, SAYS[what]) for part in value.split('..', 1 if what == 'lr' else 0))
   if not values:
     raise UserError(f'train.parameters: {quote(" ".join(words))} must be {FORM}')
   return Rule(pattern, **{what: pair if len(pair) > 1 else pair[0] for what, pair in values.items()})
 
 
-def _read_number(word: str, text: str) -> float:
+def _read_number(word: str, text: str, most: float) -> float:
   try:
-    if 0 <= float(text) <= MOST:
+    if 0 <= float(text) <= most:
       return float(text)
   except ValueError:
     pass
-  raise UserError(f'train.parameters: {quote(word)} must be a number from 0 to {MOST:g}')
+  raise UserError(f'train.parameters: {quote(word)} must be a number from 0 to {most:g}')

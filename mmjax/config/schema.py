@@ -10,12 +10,11 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mmjax.config.parameters import MOST, first_rule, read_rules
+from mmjax.config.parameters import MOST, NEAREST_ONE, first_rule, read_rules
 from mmjax.config.setting import field, settings_of
 from mmjax.config.wording import quote
 from mmjax.errors import UserError
 
-NEAREST_ONE = 1 - 1e-6  # what is nearer to 1 may be 1 in float32
 MULTIPLIER = {'least': 0, 'most': MOST}  # of a rate or a decay
 
 
@@ -32,6 +31,7 @@ BANK_RATE = (_unsaid('memory_bank', 'lr'), "when train.parameters gives the bank
 EMBEDDING_RATE = (_unsaid('embedding', 'lr'), "when train.parameters gives the embedding's rate")
 BANK_DECAY = (lambda c: c.train.weight_decay > 0 and _unsaid('memory_bank', 'decay')(c),
   'when train.weight_decay is 0 or train.parameters gives the decay of the bank')
+VALUE_LAYERS = (lambda c: c.memory.value_layers, 'without memory.value_layers')
 TRAIN_FILES = (lambda c: c.data.train_files, 'without data.train_files')
 NO_VALID_FILES = (lambda c: not c.data.valid_files, 'when data.valid_files is set')
 PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
@@ -103,6 +103,8 @@ class MemoryConfig:
     before='')
   value_layers: str = field('', "layers whose values get rows of n-grams: '1,3', 'all', 'alternate'; '': none",
     before='')
+  value_conv: int = field(0, 'width of a causal convolution over these rows before they are projected; 0: none', 0, 16,
+    before=0, needs=VALUE_LAYERS)
   input: str = field('attention', "the memory reads what attention added; 'residual': it reads the residual stream",
     choices=('attention', 'residual'))
   n_heads: int = field(1, '1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank', 1, 8)
@@ -112,6 +114,8 @@ class MemoryConfig:
     'shared', "'own': each head has rows that no other reads; for '1', a row for each token",
     choices=('shared', 'own'), before='shared')
   ngram_signs: bool = field(False, "True: another hash of an n-gram turns signs in what its rows give", before=False)
+  row_dropout: float = field(0.0, "share of the heads' reads at n-grams that training drops; the others count more",
+    0, NEAREST_ONE, before=0.0)
   scores: str = field(
     'none', "'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does",
     choices=('none', 'scale'))
@@ -254,7 +258,7 @@ class TrainConfig:
   embedding_lr_multiplier: float = field(
     1.0, "factor of the embedding's learning rate; the embedding is also the output layer",
     **MULTIPLIER, before=1.0, needs=EMBEDDING_RATE)
-  parameters: str = field('', "rates and decays by name: 'layers/.*/gate lr=0.5; norm decay=0'; '': none", before='')
+  parameters: str = field('', "rates, decays and betas by name: 'gate lr=0.5; norm decay=0'; '': none", before='')
   schedule: str = field('cosine', "after the warm-up; also 'warmdown': the peak, then linear to the final rate",
     choices=('cosine', 'warmdown'), before='cosine')
   warmdown_share: float = field(0.4, 'share of all updates in which the rate falls', 0, 1, before=0.4, needs=WARMDOWN)

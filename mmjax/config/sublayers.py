@@ -205,7 +205,7 @@ SUBLAYERS = {
   ),
   'ngram_bag': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bag',
-    (*NGRAM_ROWS, *PLACE, 'memory.bag_gate'),
+    (*NGRAM_ROWS, *PLACE, 'memory.row_dropout', 'memory.bag_gate'),
     _ngram_bag,
     uses_bank=True,
     reads_ngrams=True,
@@ -213,7 +213,7 @@ SUBLAYERS = {
   ),
   'ngram_bucket': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bucket',
-    (*NGRAM_ROWS, *PLACE, 'memory.key_dim', 'memory.bag_gate'),
+    (*NGRAM_ROWS, *PLACE, 'memory.key_dim', 'memory.row_dropout', 'memory.bag_gate'),
     _ngram_bucket,
     uses_bank=True,
     reads_ngrams=True,

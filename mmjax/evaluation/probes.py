@@ -25,7 +25,8 @@ Of a training step:
   gate_grad_norm   for each layer with a gate, L2 norm of the gradient of its query projection, before clipping.
   key_grad_norm    the same of its sub-keys.
   row_update_ratio L2 norm of what the update added to the rows that the step's batch read (in any layer), over the
-                   norm of these rows before it. All that moves them counts: learning rates, moments, decay.
+                   norm of these rows before it; 0 where that is 0. All that moves them counts: learning rates, moments,
+                   decay.
 """
 
 import dataclasses

@@ -27,6 +27,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
+from mmjax.memory.ngram import own_ranges
 from mmjax.model.lm import BANK, LM, Output, Params, model_graph
 from mmjax.model.sublayers import row_weights
 from mmjax.run.placement import Placement
@@ -80,6 +81,23 @@ class MemoryReader:
     last = self.lm.config.model.knowledge_num - 1
     if not 0 <= row <= last:
       raise UserError(f'row {row} is not in the bank, which has rows 0 to {last}')
+
+  def range_of(self, row: int) -> dict[str, Any] | None:
+    """Returns of whose range a row is: its `head`, and the `token` that alone reads it, None where a hash finds it.
+
+    None where heads share rows, and for a row that no head reads.
+    """
+    model, memory = self.lm.config.model, self.lm.config.memory
+    if memory.ngram_ranges == 'shared':
+      return None
+    together = model.num_selected if model.sublayer == 'ngram_bucket' else 1  # rows that have one address
+    ngrams, slots = memory.ngram_of_heads(), model.num_selected // together
+    first_R, size_R = own_ranges(ngrams, slots, model.knowledge_num // together, model.vocab_size)
+    at_R = row // together - first_R
+    for slot in np.flatnonzero((at_R >= 0) & (at_R < size_R)).tolist():
+      head = slot // slots
+      return {'head': head, 'token': token_text(self.lm.tokenizer, int(at_R[slot])) if ngrams[head] == 1 else None}
+    return None
 
   @own_jax_settings()
   def read_text(self, text: str, *, layer: int | str | None = None, top: int | None = None) -> list[dict[str, Any]]:
@@ -158,12 +176,13 @@ class MemoryReader:
       positions: read at most about so many positions of the corpus, its first; 0: all.
 
     Returns:
-      `row`; `positions`, how many were read; and `layers`, for each its `layer`; `taken`, how many positions took the
-      row; `strength_is`: 'weight', 'score', or '' where n-grams address rows; `contexts`: `before`, `token`, `after`
-      (texts; the token after which the model read the row), `strength`, `corpus_row` and `position`; and `effect`, None
-      where no position took it: `contexts` it is the mean over; `next_token_gain`, change of the log-probability of the
-      token that really follows, nats; `up` and `down`, tokens with the largest rise and fall of their log-probability:
-      `id`, `token`, `log_change` in nats, and their mean `probability` and `probability_without`.
+      `row`; `range`, see `range_of`; `positions`, how many were read; and `layers`, for each its `layer`; `taken`, how
+      many positions took the row; `strength_is`: 'weight', 'score', or '' where n-grams address rows; `contexts`:
+      `before`, `token`, `after` (texts; the token after which the model read the row), `strength`, `corpus_row` and
+      `position`; and `effect`, None where no position took it: `contexts` it is the mean over; `next_token_gain`, the
+      change of the log-probability of the token that really follows, nats; `up` and `down`, tokens with the largest
+      rise and fall of their log-probability: `id`, `token`, `log_change` in nats, and their mean `probability` and
+      `probability_without`.
 
     Raises:
       UserError: if there is no such row, or the layer has no memory.
@@ -172,7 +191,7 @@ class MemoryReader:
     layers = self.chosen_layers(layer)
     best, taken, read = self._best_contexts(row, split, layers, positions)
     found = [self.describe_row(row, number, split, best[number], top) | {'taken': taken[number]} for number in layers]
-    return {'row': row, 'positions': read, 'layers': found}
+    return {'row': row, 'range': self.range_of(row), 'positions': read, 'layers': found}
 
   @own_jax_settings()
   def describe_row(

@@ -54,7 +54,10 @@ class _Bag(Memory):
 
   def sums(self, selection: Selection, bank_MP: Bank) -> Array:
     """Returns the weighted sum of each head's rows, float32 y_BThP."""
-    y_BThP = bank_bag(bank_MP, selection.row_BThr, self.weights(selection))
+    weight_BThr = self.weights(selection)
+    if selection.kept_BTh is not None:
+      weight_BThr *= selection.kept_BTh[..., None]
+    y_BThP = bank_bag(bank_MP, selection.row_BThr, weight_BThr)
     return y_BThP if selection.sign_BTh is None else with_signs(y_BThP, selection.sign_BTh)
 
   def weights(self, selection: Selection) -> Array:

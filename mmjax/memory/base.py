@@ -23,13 +23,14 @@ class Selection(NamedTuple):
   """Rows in [0, M), int32, best first; their float32 scores before any softmax; the aux loss of the choice.
 
   With a selection bias, which the scores are without, the order is that of score plus bias. The int32 numbers of the
-  signs that n-grams have, None without.
+  signs that n-grams have, and the float32 factors of the heads' sums, which are 0 where one is dropped; None without.
   """
 
   row_BThr: Array
   score_BThr: Array
   aux_loss: Array | float = 0.0
   sign_BTh: Array | None = None
+  kept_BTh: Array | None = None
 
 
 class SublayerOutput(NamedTuple):
@@ -93,6 +94,7 @@ class Memory:
     bank_MP: Bank,
     row_BThr: Array | None = None,
     sign_BTh: Array | None = None,
+    kept_BTh: Array | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
   ) -> SublayerOutput:
@@ -104,6 +106,7 @@ class Memory:
       bank_MP: float32; as `mmjax.kernels.bank` describes, it may be sharded by rows, a part, tapped, or packed.
       row_BThr: int32, the rows that n-grams address, for a memory that reads those; see `NgramBag.rows`.
       sign_BTh: int32, the numbers of their signs, for a memory that has signs; see `NgramBag.signs_of`.
+      kept_BTh: float32, factors of what the rows of each head of a bag say: 0 drops them. None: 1.
       dtype: of the matrix products; rows are selected in float32 whatever it is.
 
     Returns:
@@ -128,7 +131,7 @@ class Memory:
     found = None if sign_BTh is None else sign_BTh.shape
     if found != sign_shape:
       raise ValueError(f'the numbers of signs must have the shape {sign_shape}, not {found}: see NgramBag.signs_of')
-    selection = self.select(params, x_BTD, row_BThr, dtype)._replace(sign_BTh=sign_BTh)
+    selection = self.select(params, x_BTD, row_BThr, dtype)._replace(sign_BTh=sign_BTh, kept_BTh=kept_BTh)
     delta_BTD = self.read(params, x_BTD, selection, bank_MP, dtype)
     row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.aux_loss)
@@ -166,12 +169,13 @@ class MemoryLayer(ParamTree):
     bank_MP: Bank,
     row_BThr: Array | None = None,
     sign_BTh: Array | None = None,
+    kept_BTh: Array | None = None,
     *,
     dtype: DTypeLike = jnp.float32,
   ) -> SublayerOutput:
     """See `Memory.apply`."""
     params = nnx.to_pure_dict(nnx.state(self, nnx.Param))
-    return self.memory.apply(params, x_BTD, bank_MP, row_BThr, sign_BTh, dtype=dtype)
+    return self.memory.apply(params, x_BTD, bank_MP, row_BThr, sign_BTh, kept_BTh, dtype=dtype)
 
 
 def init_kernels(rngs: nnx.Rngs, **shapes: tuple[int, int]) -> Params:

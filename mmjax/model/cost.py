@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from mmjax.config import Config
 from mmjax.config.sublayers import SUBLAYERS, TRAINED, layer_kinds, memory_layers
 from mmjax.errors import UserError
-from mmjax.model.layers import GatedValues
 from mmjax.model.lm import abstract_params, count_params
+from mmjax.model.values import GatedValues
 
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
 
@@ -44,7 +44,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
     cross attention        2 (2 D D + 2 D P + 2 N R P)
     bag                    2 (2 D h P), half of that without its gate
-    bag reads              2 R P: the weighted sums; those of value rows are computed once
+    bag reads              2 R P: the weighted sums; those of value rows once, and 2 W h P for a convolution W wide
     dense                  2 * 3 D F, also where it stands beside a memory (F = memory.ffn_dim)
     experts                2 (3 D F (chosen + shared) + D E): those a token uses, not all that are computed
   and 2 D V for the head. The backward pass doubles it, giving 3 times the forward pass; a gate that
@@ -72,7 +72,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
   if layers := len(memory.value_layer_numbers(model.n_layers)):
     width = memory.n_heads * model.knowledge_dim
     counts['value_rows'] = TRAINED * 2 * layers * (width * kv_heads + value_gate)
-    counts['bag_reads'] += TRAINED * 2 * model.num_selected * width
+    counts['bag_reads'] += TRAINED * 2 * (model.num_selected + memory.value_conv) * width
   parts = {name: float(flops) for name, flops in counts.items()}
   parts['head'] = float(TRAINED * 2 * model.dim * model.vocab_size)
   return {**parts, 'total': sum(parts.values())}
@@ -86,7 +86,8 @@ def bytes_per_token(config: Config) -> dict[str, int]:
     the head) among it. 'total': their sum.
   """
   model = config.model
-  reads = len(memory_layers(config)) * config.memory.n_heads * model.num_selected
+  readers = len(memory_layers(config)) + max(0, config.memory.value_conv - 1)
+  reads = readers * config.memory.n_heads * model.num_selected
   bank, weights = 4 * reads * model.knowledge_dim, 4 * count_params(abstract_params(config))[1]
   return {'bank': bank, 'weights': weights, 'total': bank + weights}
 

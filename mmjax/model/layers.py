@@ -18,6 +18,7 @@ from mmjax.kernels.attention import cached_attention, causal_attention
 from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.matmul import matmul, uniform
 from mmjax.kernels.norm import normed_matmul, rms_norm
+from mmjax.model.values import ValueEmbedding, ValueRows
 
 
 class LayerCache(TypedDict):
@@ -112,54 +113,6 @@ def apply_rope(x_BTNH: Array, angle_BTa: Array) -> Array:
   even, odd = pairs[..., 0], pairs[..., 1]
   turned = jnp.stack((even * cos - odd * sin, even * sin + odd * cos), axis=-1)
   return turned.reshape(x_BTNH.shape).astype(x_BTNH.dtype)
-
-
-class GatedValues(nnx.Module):
-  """What attention adds to its values, each head weighed by a gate.
-
-  The gate is 2 sigmoid(x W) of a few channels of the input, and starts at 1. Source: nanochat
-  (https://github.com/karpathy/nanochat), after Zhou et al. 2024, arXiv:2410.17897.
-  """
-
-  GATE_CHANNELS = 12
-
-  def __init__(self, dim: int, n_kv_heads: int):
-    self.gate = nnx.Param(jnp.zeros((min(self.GATE_CHANNELS, dim), n_kv_heads), jnp.float32))
-
-  def add(self, own_BTF: Array, x_BTD: Array, v_BTKH: Array) -> Array:
-    """Returns the values with `own_BTF` added, F = K H, in the dtype of `v_BTKH`; x_BTD is the normed input."""
-    gate_DK = self.gate[...]
-    weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(gate_DK)].astype(jnp.float32) @ gate_DK)
-    return v_BTKH + (weight_BTK[..., None] * own_BTF.reshape(v_BTKH.shape)).astype(v_BTKH.dtype)
-
-
-class ValueEmbedding(GatedValues):
-  """A second embedding of the token, for the values of attention."""
-
-  def __init__(self, *, vocab_size: int, dim: int, n_kv_heads: int, head_dim: int, rngs: nnx.Rngs):
-    bound = (3 / dim) ** 0.5
-    shape = (vocab_size, n_kv_heads * head_dim)
-    super().__init__(dim, n_kv_heads)
-    self.table = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
-
-  @jax.named_scope('value_embedding')
-  def __call__(self, token_BT: Array, x_BTD: Array, v_BTKH: Array) -> Array:
-    """Returns the values with those of the tokens added, in the dtype of `v_BTKH`; x_BTD is the normed input."""
-    return self.add(self.table[...][token_BT], x_BTD, v_BTKH)
-
-
-class ValueRows(GatedValues):
-  """Rows of a memory bank that the last tokens address, projected for the values of attention."""
-
-  def __init__(self, *, row_width: int, dim: int, n_kv_heads: int, head_dim: int, rngs: nnx.Rngs):
-    super().__init__(dim, n_kv_heads)
-    self.kernel = nnx.Param(uniform(rngs.params(), (row_width, n_kv_heads * head_dim), fan_in=row_width))
-
-  @jax.named_scope('value_rows')
-  def __call__(self, rows_BThP: Array, x_BTD: Array, v_BTKH: Array) -> Array:
-    """Returns the values with the projection of all heads' rows added; otherwise as `ValueEmbedding`."""
-    rows_BTF = rows_BThP.reshape(*rows_BThP.shape[:2], -1).astype(v_BTKH.dtype)
-    return self.add(matmul(rows_BTF, self.kernel[...]), x_BTD, v_BTKH)
 
 
 class Attention(nnx.Module):

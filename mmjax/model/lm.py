@@ -77,6 +77,7 @@ class Block(nnx.Module):
     self.sublayer = SUBLAYERS[kind].build(model, memory, rngs=rngs)
     self.uses_bank = SUBLAYERS[kind].uses_bank
     self.dropout = model.dropout
+    self.drops_rows = SUBLAYERS[kind].reads_ngrams and memory.row_dropout > 0
 
   def __call__(
     self,
@@ -93,7 +94,8 @@ class Block(nnx.Module):
     h_attn_BTD, kv = attend(self.attention, x_BTD, self.attention_norm)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = add_to_stream(x_BTD, h_attn_BTD)
-    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn)
+    row_key = {'key': jax.random.fold_in(key, 2)} if self.drops_rows and key is not None else {}  # split gave 0 and 1
+    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn, **row_key)
     return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
 
 
@@ -112,13 +114,14 @@ class LM(nnx.Module):
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, number, kind, rngs=rngs) for number, kind in enumerate(kinds)])
-    self.value_reader = None
+    read_values = None
     if memory.value_layers:
-      from mmjax.model.sublayers.memory import ngram_reader  # only here: a model imports what it has
+      from mmjax.model.sublayers.memory import value_reader  # only here: a model imports what it has
 
-      self.value_reader = ngram_reader(model, memory)
+      read_values = value_reader(model, memory)
+    self.value_reader = read_values
     reads_ngrams = self.value_reader or any(SUBLAYERS[kind].reads_ngrams for kind in kinds)
-    self.n_last = max(memory.ngram_of_heads()) if reads_ngrams else 0
+    self.n_last = max(memory.ngram_of_heads()) + max(0, memory.value_conv - 1) if reads_ngrams else 0
     self.norm = RMSNorm(model.dim, model.norm_eps)
     self.head_dim = model.head_dim
     self.rope_theta = model.rope_theta
@@ -165,7 +168,7 @@ class LM(nnx.Module):
 
     reads, rows_BThP = [], None
     if self.value_reader:
-      selection, rows_BThP = self.value_reader.sums_of(last_BTn, bank_to_read())
+      selection, rows_BThP = self.value_reader(last_BTn, bank_to_read())
       reads.append([x.reshape(*tokens_BT.shape, -1) for x in selection[:2]])
 
     def attend(layer: Attention, x_BTD: Array, norm: RMSNorm) -> tuple[Array, LayerCache]:
@@ -211,7 +214,7 @@ class LM(nnx.Module):
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
     token_BS = cache.token_BS.at[jnp.arange(len(tokens_BT))[:, None], position_BT].set(tokens_BT)
     last_BTn = cached_last_tokens(token_BS, position_BT, self.n_last) if self.n_last else None
-    rows_BThP = self.value_reader.sums_of(last_BTn, bank_MP)[1] if self.value_reader else None
+    rows_BThP = self.value_reader.decode(last_BTn, bank_MP) if self.value_reader else None
     x_BTD = self.embedding[...][tokens_BT]
     layers = []
     for layer, kv in zip(self.layers, cache.layers, strict=True):

@@ -25,7 +25,7 @@ FREE = (
 )  # fmt: skip
 FREE_SECTIONS = ('runtime.',)
 # How a model learns, which does not change what its parameters mean.
-LEARNING = ('model.dropout', 'model.aux_loss_weight')
+LEARNING = ('model.dropout', 'model.aux_loss_weight', 'memory.row_dropout')
 MICRO_BATCHES = ('train.batch_size', 'train.accumulation_steps')  # their product, the rows of an update, is fixed
 FIXED_OF_TRAIN = (*MICRO_BATCHES, 'train.dtype', 'train.optimizer', 'train.parameters')
 

@@ -1,6 +1,7 @@
 """What the page shows of one run, as JSON can hold it; `inspect` and the Python API compute it with the same code."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -169,9 +170,10 @@ class RunView:
       raise UserError(self.remarks[-1])
     at = slice(None) if layer is None else [self.reader.layers.index(self.reader.chosen_layers(layer)[0])]
     usage_M = self.corpus.usage_LM[at].sum(axis=0)
-    side = round(len(usage_M) ** 0.5)
+    side = math.isqrt(len(usage_M) - 1) + 1
     pooled = -(-side // MAP_SIDE)
-    padded = np.pad(usage_M.reshape(side, side), (0, -side % pooled))
+    square = np.pad(usage_M, (0, side * side - len(usage_M))).reshape(side, side)
+    padded = np.pad(square, (0, -side % pooled))
     cells = padded.reshape(len(padded) // pooled, pooled, -1, pooled).sum(axis=(1, 3))
     hottest = np.argsort(-usage_M, kind='stable')[:16]
     return {

@@ -174,6 +174,10 @@ def print_found(found: dict[str, Any], top: int) -> None:
   show(Text(f'Row {row["row"]} over {row["positions"]:,} positions of the corpus', 'bold'))
   if row['snippet'] is not None:
     show(Text('It started from the text: ') + Text(plain(row['snippet']), 'italic'))
+  if row['range'] is not None:
+    token = row['range']['token']
+    how = 'finds it by a hash of the last tokens' if token is None else f'reads it at the token «{plain(token)}»'
+    show(Text(f'It lies in the range of head {row["range"]["head"]}, which {how}.'))
   for layer in row['layers']:
     name, share = layer_name(layer['layer']).capitalize(), layer['taken'] / row['positions']
     show(f'\n{name}: taken at {layer["taken"]:,} ({share:.3%})')

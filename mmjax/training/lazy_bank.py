@@ -28,7 +28,7 @@ import optax
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.config.parameters import first_rule, parameter_table
+from mmjax.config.parameters import betas_of, first_rule, parameter_table
 from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.lm import BANK
 from mmjax.training.row_gradients import CHUNK_ROWS, RowSums
@@ -59,7 +59,7 @@ def update_rows(
   """Makes one update by the rule above, in place where the compiler may reuse the arrays.
 
   Args:
-    config: betas, eps and decay.
+    config: betas and decay of the bank, eps.
     rate: the bank's learning rate for the number of updates made before.
     bank_MP: float32.
     moments: from `init_moments`.
@@ -71,15 +71,16 @@ def update_rows(
     The bank, the moments, and the row_update_ratio of mmjax.evaluation.probes.
   """
   train, step_rate, t = config.train, rate(count), count + 1
+  beta1, beta2 = betas_of(config, BANK)
   decay = train.weight_decay * first_rule(parameter_table(config), BANK, 'decay').decay
   log_decay_after = moments['log_decay'] + jnp.where(applied, jnp.log1p(-step_rate * decay), 0)
   chunk = min(CHUNK_ROWS, len(sums.row_U))
 
   def adam(mean_UP: Array, square_UP: Array, t: Array) -> Array:
-    return mean_UP / (1 - train.beta1**t) / (jnp.sqrt(square_UP / (1 - train.beta2**t)) + train.eps)
+    return mean_UP / (1 - beta1**t) / (jnp.sqrt(square_UP / (1 - beta2**t)) + train.eps)
 
   def drift(n: Array) -> Array:
-    factor = min(train.beta1 / train.beta2**0.5, MOST_DRIFT) if train.beta2 else 0.0
+    factor = min(beta1 / beta2**0.5, MOST_DRIFT) if beta2 else 0.0
     return factor * (1 - factor**n) / (1 - factor)
 
   def update_chunk(i: Array, carry: tuple) -> tuple:
@@ -91,8 +92,8 @@ def update_rows(
     passed_U1 = (t - count_U)[:, None].astype(jnp.float32)
     drift_U1 = drift(passed_U1 - 1)
     late_UP = (drift_U1 - drift(missed_U[:, None])) * adam(mean_UP, square_UP, jnp.maximum(count_U, 1)[:, None])
-    mean_UP = (1 - train.beta1) * g_UP + train.beta1**passed_U1 * mean_UP
-    square_UP = (1 - train.beta2) * g_UP**2 + train.beta2**passed_U1 * square_UP
+    mean_UP = (1 - beta1) * g_UP + beta1**passed_U1 * mean_UP
+    square_UP = (1 - beta2) * g_UP**2 + beta2**passed_U1 * square_UP
     row_UP = row_UP * jnp.exp(moments['log_decay'] - log_decay_U)[:, None] - step_rate * late_UP
     row_UP -= step_rate * ((1 + drift_U1) * adam(mean_UP, square_UP, t) + decay * row_UP)
 

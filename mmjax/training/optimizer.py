@@ -1,10 +1,9 @@
 """AdamW as the record used it: clip by global norm, cosine schedule, decay on what gets a gradient; or Muon.
 
-Any parameter may have a rate and a decay of its own: mmjax/config/parameters.py has the table. A bank that is updated
-row by row is the work of mmjax/training/lazy_bank.py.
+Any parameter may have a rate, a decay and betas of its own: mmjax/config/parameters.py has the table. A bank that is
+updated row by row is the work of mmjax/training/lazy_bank.py.
 """
 
-import operator
 import re
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import optax
 import optax.contrib
 
 from mmjax.config import Config, TrainConfig
-from mmjax.config.parameters import MATRIX, Rule, first_rule, parameter_table, read_rules
+from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, parameter_table, read_rules
 from mmjax.errors import UserError
 from mmjax.files import first_three, named_leaves, path_name
 from mmjax.model.lm import BANK, Params, abstract_params, without_bank
@@ -70,13 +69,20 @@ def check_parameters(config: Config) -> str:
     UserError: if a rule of train.parameters sets nothing: no parameter fits and learns, or all are set above.
   """
   rules, table = read_rules(config.train.parameters), parameter_table(config)
-  names = [name for name, learns in named_leaves(gets_gradient(config, abstract_params(config))) if learns]
+  params = abstract_params(config)
+  names = [name for name, learns in named_leaves(gets_gradient(config, params)) if learns]
+  by_adam = {name for name, moved in named_leaves(by_muon(config, params)) if not moved}
+  by_adam = set() if config.train.optimizer == 'sgd' else by_adam
   for rule in rules:
     fitting = [name for name in names if re.search(rule.pattern, name)]
     if not fitting:
       known = dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names)
       raise UserError(f'train.parameters: {rule.pattern!r} fits no parameter that learns; those are {", ".join(known)}')
-    for what in ('lr', 'decay'):
+    for what in SAYS:
+      if what.startswith('beta') and getattr(rule, what) is not None and not by_adam.intersection(fitting):
+        raise UserError(
+          f'train.parameters: the {what} of {rule.pattern!r} does nothing: Adam moves nothing that it fits'
+        )
       if getattr(rule, what) is not None and not any(first_rule(rules, name, what) is rule for name in fitting):
         raise UserError(
           f'train.parameters: the {what} of {rule.pattern!r} does nothing, because earlier rules give one to every '
@@ -109,7 +115,7 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
   params = abstract_params(config)
   if config.memory.teach_rows:
     rate = bank_rate(config, total_steps)
-    return optax.chain(*clip, of_bank_alone(optax.chain(_direction(config.train), optax.scale_by_learning_rate(rate))))
+    return optax.chain(*clip, of_bank_alone(optax.chain(_direction(config, BANK), optax.scale_by_learning_rate(rate))))
   if is_lazy(config):
     return optax.chain(*clip, apart_from_bank(optax.chain(*_steps(config, without_bank(params), total_steps))))
   return optax.chain(*clip, *_steps(config, params, total_steps))
@@ -125,9 +131,11 @@ def may_overflow(config: Config) -> bool:
   """
   train, float32 = config.train, jnp.finfo(jnp.float32)
   largest_mean = train.grad_clip or float(float32.max) ** 0.5
-  bounded = train.beta1**2 < train.beta2 or train.beta1 == 0
   if train.optimizer == 'sgd':
     return not train.grad_clip
+  sources = [train, *read_rules(train.parameters)]
+  beta1s, beta2s = ({getattr(source, what) for source in sources} - {None} for what in ('beta1', 'beta2'))
+  bounded = max(beta1s) ** 2 < min(beta2s) or max(beta1s) == 0
   return train.eps < float(float32.tiny) or not (bounded or largest_mean / train.eps < 1e20)
 
 
@@ -165,8 +173,18 @@ def muon_direction() -> optax.GradientTransformation:
   return optax.chain(optax.contrib.scale_by_muon(weight_dimension_numbers=in_and_out), optax.stateless(widen))
 
 
-def _direction(train: TrainConfig) -> optax.GradientTransformation:
-  return optax.identity() if train.optimizer == 'sgd' else optax.scale_by_adam(train.beta1, train.beta2, train.eps)
+def by_muon(config: Config, params: Params) -> Params:
+  """Returns a dict like `params` with True where Muon moves one, and not Adam."""
+  return jax.tree_util.tree_map_with_path(
+    lambda path, leaf: config.train.optimizer == 'muon' and leaf.ndim == 2 and bool(re.search(MATRIX, path_name(path))),
+    params,
+  )
+
+
+def _direction(config: Config, name: str) -> optax.GradientTransformation:
+  """Returns the step before its rate of a parameter that Muon does not move."""
+  train = config.train
+  return optax.identity() if train.optimizer == 'sgd' else optax.scale_by_adam(*betas_of(config, name), train.eps)
 
 
 def _steps(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
@@ -181,13 +199,17 @@ def _steps(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
       lambda path, learns: learns and follows(first_rule(table, path_name(path), what)), learns
     )
 
-  steps = [_direction(train)]
+  matrix = by_muon(config, params)
+  betas = {betas_of(config, name): name for name, moved in named_leaves(matrix) if not moved}
+  steps = [_direction(config, name) for name in betas.values()]
+  if train.optimizer == 'muon' or len(betas) > 1:
+    for i, own in enumerate(betas):
+      follows = jax.tree_util.tree_map_with_path(
+        lambda path, moved, own=own: not moved and betas_of(config, path_name(path)) == own, matrix
+      )
+      steps[i] = optax.masked(steps[i], follows)
   if train.optimizer == 'muon':
-    matrix = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: leaf.ndim == 2 and re.search(MATRIX, path_name(path)) is not None, params
-    )
-    others = jax.tree.map(operator.not_, matrix)
-    steps = [optax.masked(steps[0], others), optax.masked(muon_direction(), matrix)]
+    steps.append(optax.masked(muon_direction(), matrix))
   steps.append(optax.add_decayed_weights(train.weight_decay, mask=mask('decay', lambda rule: rule not in decays)))
   for rule in decays:
     own = mask('decay', lambda other, rule=rule: other is rule)

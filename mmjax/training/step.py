@@ -71,17 +71,18 @@ def make_gradient(
   mesh = None if is_lazy(config) or mesh is None or mesh.size == 1 else mesh
   objective = make_loss(config, graphdef, attention, mesh=mesh)
   whole = mesh is None or mesh.shape[ROWS] == 1
+  drops = config.model.dropout or config.memory.row_dropout
 
   def gradient(
     params: Params, batch: dict[str, Array], total_weight: Array, step: Array
   ) -> tuple[dict[str, Array], Params]:
     grad, add_up, empty_bank = gradient_and_sum(config, objective, whole=whole)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
-    if mesh and config.model.dropout:
+    if mesh and drops:
       key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
 
     def of_micro_batch(index: Array | int, rows: dict[str, Array]) -> tuple[dict[str, Array], Params]:
-      own_key = jax.random.fold_in(key, index) if config.model.dropout else None
+      own_key = jax.random.fold_in(key, index) if drops else None
       (_, parts), grads = grad(params, rows, total_weight, own_key)
       if on_micro_batch is not None:
         jax.debug.callback(on_micro_batch, index, parts['loss'])

@@ -8,6 +8,7 @@ A row of the table (mmjax/config/sublayers.py) names what makes a sublayer, a cl
   bank_MP     the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one,
   dtype       of the matrix products,
   last_BTn    int32, the last tokens at each position (mmjax.memory.ngram); None in a model where they address no row.
+In training with memory.row_dropout one that reads n-grams also gets a PRNG `key`.
 What else the code must know of it stands in its row.
 """
 

@@ -6,6 +6,7 @@ not the residual stream, and the scores never reach the output, so that no gradi
 
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -22,17 +23,19 @@ from mmjax.memory import (
   SublayerOutput,
 )
 from mmjax.memory.base import Bank, ParamTree
+from mmjax.model.layers import dropout
 from mmjax.model.sublayers.dense import DenseFFN
+from mmjax.model.values import ValueReader
 
 
 class MemorySublayer(MemoryLayer):
   """A memory, and perhaps a dense sublayer beside it."""
 
-  def __init__(self, memory: Memory, *, reads_residual: bool, ffn_dim: int, rngs: nnx.Rngs):
+  def __init__(self, memory: Memory, *, reads_residual: bool, ffn_dim: int, row_dropout: float, rngs: nnx.Rngs):
     gate = memory.init_gate(rngs)  # in the order in which runs have always drawn their numbers
     self.ffn = DenseFFN(memory.dim, ffn_dim, memory.norm_eps, rngs=rngs) if ffn_dim else None
     ParamTree.__init__(self, gate | memory.init_read(rngs))
-    self.memory, self.reads_residual = memory, reads_residual
+    self.memory, self.reads_residual, self.row_dropout = memory, reads_residual, row_dropout
 
   def __call__(
     self,
@@ -41,12 +44,15 @@ class MemorySublayer(MemoryLayer):
     bank_MP: Bank | None,
     dtype: DTypeLike,
     last_BTn: Array | None = None,
+    key: Array | None = None,
   ) -> SublayerOutput:
     """See mmjax.model.sublayers; raises ValueError as `Memory.apply` does."""
-    row_BThr = sign_BTh = None
+    ngrams = ()
     if isinstance(self.memory, NgramBag):
-      row_BThr, sign_BTh = self.memory.rows_of(last_BTn), self.memory.signs_of(last_BTn)
-    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, row_BThr, sign_BTh, dtype=dtype)
+      shape = (*h_BTD.shape[:2], self.memory.n_heads)
+      kept_BTh = None if key is None else dropout(jnp.ones(shape), self.row_dropout, key)
+      ngrams = self.memory.rows_of(last_BTn), self.memory.signs_of(last_BTn), kept_BTh
+    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, *ngrams, dtype=dtype)
     if self.ffn is None:
       return out
     return out._replace(delta_BTD=out.delta_BTD + self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD)
@@ -78,13 +84,19 @@ def ngram_bucket(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) ->
   return _sublayer(NgramBucket(**_ngram_sizes(model, memory), key_dim=memory.query_dim(model)), memory, rngs)
 
 
-def ngram_reader(model: ModelConfig, memory: MemoryConfig) -> NgramBag:
-  """Returns what reads the rows that go into the values of attention; it has no parameters."""
-  return NgramBag(**_ngram_sizes(model, memory))
+def value_reader(model: ModelConfig, memory: MemoryConfig) -> ValueReader:
+  """Returns what reads the rows that go into the values of attention."""
+  return ValueReader(NgramBag(**_ngram_sizes(model, memory)), memory.value_conv)
 
 
 def _sublayer(sizes: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySublayer:
-  return MemorySublayer(sizes, reads_residual=memory.input == 'residual', ffn_dim=memory.ffn_dim, rngs=rngs)
+  return MemorySublayer(
+    sizes,
+    reads_residual=memory.input == 'residual',
+    ffn_dim=memory.ffn_dim,
+    row_dropout=memory.row_dropout,
+    rngs=rngs,
+  )
 
 
 def _sizes(model: ModelConfig, memory: MemoryConfig) -> dict[str, Any]:
