@@ -14,18 +14,17 @@ def main() -> None:
   """Flags -> model -> numbers and continuations -> table, eval.json, report."""
   from mmjax.errors import interrupt_ends_at_once
   from mmjax.inference.settings import (
-    add_placement_flags,
+    add_model_flags,
     add_sampling_flags,
-    placement_from_flags,
+    model_from_flags,
     sampling_from_flags,
   )
 
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
-  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--prompts', help='text file, one prompt a line (default: the three of the record)')
   parser.add_argument('--valid_files', default='', help='other text to evaluate on: comma-separated paths or globs')
-  add_placement_flags(parser)
+  add_model_flags(parser)
   add_sampling_flags(parser)
   arguments, overrides = parser.parse_known_args()
   sampling = sampling_from_flags(arguments)
@@ -43,7 +42,7 @@ def main() -> None:
   prompts = read_prompts(arguments.prompts or PROMPTS)
   run = open_run(arguments.workdir)
   config = override_config(run.read_config(), overrides, WHERE)
-  lm = load(run.path, arguments.checkpoint, **placement_from_flags(arguments))
+  lm = load(run.path, **model_from_flags(arguments))
   lm.config = config
   found = measure_run(lm, run, arguments.valid_files) | continue_prompts(lm, prompts, sampling)
   print_evaluation(found)

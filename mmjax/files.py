@@ -5,6 +5,7 @@ hash of itself, so that damage is noticed when it is read.
 """
 
 import contextlib
+import datetime
 import fcntl
 import hashlib
 import json
@@ -223,6 +224,11 @@ def locked_directory(directory: Path, waiting: Callable[[], None]) -> Iterator[N
         return
     finally:  # the process that held it may have removed it: then the lock is on nothing, and we begin again
       os.close(descriptor)
+
+
+def utc_now() -> str:
+  """Returns the time (UTC) as files hold it, to the second."""
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
 
 
 def path_name(path: tuple, separator: str = '/') -> str:

@@ -14,6 +14,7 @@ EVERYTHING = [*SOURCES, *sorted(p for d in ('.', 'configs', 'benchmarks') for p 
 ORDER = (
   'environment',
   'errors',
+  'choices',
   'files',
   'console',
   'config',

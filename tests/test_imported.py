@@ -86,7 +86,7 @@ def test_imported_run_is_trained_on_from_its_weights(tmp_path):
 
 def test_tokenizer_of_another_size_is_refused(tmp_path):
   (tmp_path / 'spm.model').write_bytes(train_tokenizer([__doc__, *map(str, range(3000))], 301))
-  with pytest.raises(UserError, match='has 301 pieces but the embedding has 300 rows'):
+  with pytest.raises(UserError, match='has 301 pieces but the model has 300'):
     take(save(make_state(), tmp_path / 'model.pth'), tmp_path / 'run', tokenizer=str(tmp_path / 'spm.model'))
   assert not (tmp_path / 'run').exists()
 

@@ -113,8 +113,8 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
     (NgramBag, {'vocab_size': 0}, 'vocab_size=0 must be a whole number of at least 1'),
     (NgramBag, {'vocab_size': 10, 'ngrams': (1, 2), 'n_rows': 35}, 'n_rows=35 must be at least 36, so that each head'),
     (NgramBucket, {'vocab_size': 10, 'n_rows': 59}, 'n_rows=59 must be at least 60, so that each head'),
-    (CrossAttention, {'scores': 'bag'}, "scores='bag' must be one of scale, none"),
-    (MemoryBag, {'query_key_norm': 'l1'}, "query_key_norm='l1' must be one of l2, none"),
+    (CrossAttention, {'scores': 'bag'}, "scores='bag' must be one of none, scale"),
+    (MemoryBag, {'query_key_norm': 'l1'}, "query_key_norm='l1' must be one of none, l2"),
   ],
 )
 def test_sizes_that_make_no_memory_are_refused(kind, sizes, said):
@@ -219,7 +219,7 @@ def test_base_install_is_enough():
     'NgramBag',
     'NgramBucket',
   ]
-  assert packages == "['environment', 'errors', 'kernels', 'memory']"
+  assert packages == "['choices', 'environment', 'errors', 'kernels', 'memory']"
 
 
 def test_extra_names_every_package_that_a_base_install_lacks():

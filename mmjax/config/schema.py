@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from mmjax.choices import ATTENTION, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES
 from mmjax.config.parameters import MOST, NEAREST_ONE, first_rule, read_rules
 from mmjax.config.setting import field, settings_of
 from mmjax.config.wording import quote
@@ -118,12 +119,12 @@ class MemoryConfig:
     0, NEAREST_ONE, before=0.0)
   scores: str = field(
     'none', "'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does",
-    choices=('none', 'scale'))
+    choices=SCORES)
   score_activation: str = field('softmax', "makes weights of the scores of a head's rows; also 'relu'",
-    choices=('softmax', 'relu'))
+    choices=SCORE_ACTIVATION)
   query_key_norm: str = field(
     'none', "'l2': halves of queries and sub-keys have length 1, and scores have a learned scale",
-    choices=('none', 'l2'))
+    choices=QUERY_KEY_NORM)
   key_dim: int = field(
     0, "width of a query, which is two sub-keys, or in an 'ngram_bucket' one key; even; 0: knowledge_dim", before=0)
   bag_gate: bool = field(True, "multiplies a bag's sums by silu(m Wu) before their projection; False: does not",
@@ -294,7 +295,7 @@ class RuntimeConfig:
   data_devices: int = field(0, 'devices that divide the batch; 0: all that row_devices leaves')
   row_devices: int = field(1, 'devices that divide the rows of the bank, and the batch too', 1)
   attention: str = field('auto', "'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU",
-    choices=('auto', 'xla', 'xla_blocked', 'cudnn'))
+    choices=('auto', *ATTENTION))
   remat: str = field('none', "'block' recomputes each block in the backward pass: less memory, more time",
     choices=('none', 'block'))
   triton_gemm: bool = field(

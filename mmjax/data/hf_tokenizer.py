@@ -20,25 +20,14 @@ READ = 'byte-level BPE, or BPE or Unigram with byte fallback,'
 
 def load_hf_tokenizer(path: Path) -> Tokenizer:
   """Reads a tokenizer.json; see mmjax.data.tokenizer.load_tokenizer."""
-  try:
-    import tokenizers
-  except ImportError:
-    raise UserError(f"'{path}' needs the package tokenizers: pip install 'mmjax[hf]'") from None
-  try:
-    text = path.read_text(encoding='utf-8')
-    settings, backend = json.loads(text), tokenizers.Tokenizer.from_str(text)
-    parts = json.dumps([settings[name] for name in ('normalizer', 'pre_tokenizer', 'decoder')])
-    special = {token['content']: token['id'] for token in settings['added_tokens'] if token['special']}
-    byte_level, byte_fallback = '"type": "ByteLevel"' in parts, bool(settings['model'].get('byte_fallback'))
-  except (KeyboardInterrupt, SystemExit):
-    raise
-  except BaseException as error:  # noqa: BLE001 - of the backend: Exception, or a panic of Rust, which is none
-    raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
+  backend, settings, special = _open(path)
   backend.no_truncation()
   backend.no_padding()
   backend.post_processor = None  # adds control tokens, which nobody asks for, and may leave spaces out of the offsets
   backend.encode_special_tokens = True  # text that looks like a control token stays text
   model = type(backend.model).__name__
+  parts = json.dumps([settings.get(name) for name in ('normalizer', 'pre_tokenizer', 'decoder')])
+  byte_level, byte_fallback = '"type": "ByteLevel"' in parts, bool(settings['model'].get('byte_fallback'))
   if model == 'BPE':
     backend.model.dropout = None  # merges left out at random: a text would have other tokens each time
   if not (model == 'BPE' and byte_level) and not (model in ('BPE', 'Unigram') and byte_fallback):
@@ -64,6 +53,23 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
     return backend.encode(text, add_special_tokens=False).offsets
 
   return Tokenizer(path, 'huggingface', pieces, encode_slice, spans, special, pad_id, bos_id, eos_id)
+
+
+def _open(path: Path) -> tuple[Any, dict[str, Any], dict[str, int]]:
+  """Returns the tokenizer of the package tokenizers, what the file says, and the ids of its control tokens."""
+  try:
+    import tokenizers
+  except ImportError:
+    raise UserError(f"'{path}' needs the package tokenizers: pip install 'mmjax[hf]'") from None
+  try:
+    text = path.read_text(encoding='utf-8')
+    settings, backend = json.loads(text), tokenizers.Tokenizer.from_str(text)
+    special = {token['content']: token['id'] for token in settings['added_tokens'] if token['special']}
+    return backend, settings, special
+  except (KeyboardInterrupt, SystemExit):
+    raise
+  except BaseException as error:  # noqa: BLE001 - of the backend: Exception, or a panic of Rust, which is none
+    raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
 
 
 def _find(tokens: Mapping[str, int], names: Sequence[str], otherwise: int | None = None) -> int | None:

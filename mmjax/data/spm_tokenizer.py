@@ -28,12 +28,7 @@ def load_spm_tokenizer(path: Path) -> Tokenizer:
     pieces = [_piece_bytes(model, token) for token in range(model.get_piece_size())]
   except (RuntimeError, OSError, ValueError) as error:
     raise UserError(f"'{path}' is not a SentencePiece model: {error}") from None
-  eos_id = model.eos_id()
-  if eos_id < 0:  # none is marked
-    named = (model.piece_to_id(name) for name in EOS_NAMES)
-    eos_id = next((token for token in named if not model.is_unknown(token)), -1)
-  if eos_id < 0:
-    raise UserError(f"'{path}' has no end-of-sequence token (eos_id) and none of {', '.join(EOS_NAMES)}")
+  eos_id = _eos_id(model, path)
   pieces[eos_id] = b''  # a user-defined symbol is text as others see it
   space_ids = [model.piece_to_id(f'<0x{byte:02X}>') for byte in SPACE.encode()]
   byte_fallback = all(model.is_byte(token) for token in space_ids)
@@ -64,6 +59,16 @@ def load_spm_tokenizer(path: Path) -> Tokenizer:
   bos_id = model.bos_id() if model.bos_id() >= 0 else eos_id
   controls = {model.id_to_piece(eos_id): eos_id}
   return Tokenizer(path, 'sentencepiece', pieces, encode_slice, spans, controls, pad_id, bos_id, eos_id)
+
+
+def _eos_id(model: sentencepiece.SentencePieceProcessor, path: Path) -> int:
+  eos_id = model.eos_id()
+  if eos_id < 0:  # none is marked
+    named = (model.piece_to_id(name) for name in EOS_NAMES)
+    eos_id = next((token for token in named if not model.is_unknown(token)), -1)
+  if eos_id < 0:
+    raise UserError(f"'{path}' has no end-of-sequence token (eos_id) and none of {', '.join(EOS_NAMES)}")
+  return eos_id
 
 
 def _piece_bytes(model: sentencepiece.SentencePieceProcessor, token: int) -> bytes:

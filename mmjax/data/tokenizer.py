@@ -175,12 +175,16 @@ def _slice_end(text: str, start: int) -> int:
   return at if at > 0 else stop
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, most: int | None = None) -> Tokenizer:
   """Reads a SentencePiece model, or a Hugging Face tokenizer where the name ends in .json.
 
+  Args:
+    path: of the file.
+    most: V of the model that it is for.
+
   Raises:
-    UserError: if there is no such file, it is not the one whose hash lies beside it, it is no tokenizer, or it has no
-      token that can end a document.
+    UserError: if there is no such file, it is not the one whose hash lies beside it, it is no tokenizer, it has no
+      token that can end a document, or it has more pieces than the model.
   """
   path = user_path(path)
   if not path.is_file():
@@ -190,7 +194,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     from mmjax.data.hf_tokenizer import load_hf_tokenizer as load  # needs an optional dependency
   else:
     from mmjax.data.spm_tokenizer import load_spm_tokenizer as load
-  return load(path)
+  tokenizer = load(path)
+  if most is not None and tokenizer.vocab_size > most:
+    raise UserError(f"'{path}' has {tokenizer.vocab_size} pieces but the model has {most}; they do not belong together")
+  return tokenizer
 
 
 def tokenizer_file_name(path: str | Path) -> str:

@@ -92,8 +92,9 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
       parser.add_argument(f'--{field.name}', type=field.type, default=field.default, help=text)
 
 
-def add_placement_flags(parser: argparse.ArgumentParser) -> None:
-  """Gives a command that reads a trained model --attention, --dtype and --without."""
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+  """Gives a command that reads a trained model the flags that say which of a run, and how."""
+  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument(
     '--attention', choices=CHOICES['runtime.attention'], help="attention backend (default: the run's, if that can run)"
   )
@@ -103,13 +104,16 @@ def add_placement_flags(parser: argparse.ArgumentParser) -> None:
     help="dtype of products (default: the run's for losses, float32 for all else)",
   )
   parser.add_argument(
-    '--without', action='store_true', help='take out the rows that the run taught: the model that it started from'
+    '--without',
+    dest='without_taught',
+    action='store_true',
+    help='take out the rows that the run taught: the model that it started from',
   )
 
 
-def placement_from_flags(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Returns what the flags of `add_placement_flags` say, as `mmjax.load` takes it."""
-  return {'attention': arguments.attention, 'dtype': arguments.dtype, 'without_taught': arguments.without}
+def model_from_flags(arguments: argparse.Namespace) -> dict[str, Any]:
+  """Returns what the flags of `add_model_flags` say, as `mmjax.load` takes it."""
+  return {name: getattr(arguments, name) for name in ('checkpoint', 'attention', 'dtype', 'without_taught')}
 
 
 def sampling_from_flags(arguments: argparse.Namespace) -> Sampling:

@@ -76,13 +76,13 @@ def import_run(
   shapes = {name: value.shape for name, value in tensors.items()}
   config = fitting_config(shapes, str(source), config_file, overrides, header.get('settings', {}))
   check_accounted(shapes, tensor_shapes(config), str(source))
-  vocabulary = _load_tokenizer(tokenizer, config.model.vocab_size) if tokenizer else None
+  vocabulary = load_tokenizer(tokenizer, most=config.model.vocab_size) if tokenizer else None
   if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
     raise UserError(f'tokenizer {tokenizer!r} is not that of {source}, as the hash in its header shows')
 
   params = to_params(tensors, config)
   with RunDir(out) as run:
-    counters = NO_TRAINING | {'step_before': header.get('step', 0)}
+    counters = NO_TRAINING | ({'step_before': header['step']} if header.get('step') else {})
     Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), counters)
     if vocabulary:
       write_tokenizer(out / tokenizer_file_name(vocabulary.path), vocabulary)
@@ -136,14 +136,8 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   tensors, step = read_weights(run, config, which, dtype)
   if not foreign:
     tensors[TIED] = tensors['tok_embeddings.weight']
-  # The file holds the bank, however it started, and says nothing of how it was trained.
-  memory = dataclasses.replace(config.memory, bank_init='normal', bank_file='')
-  own, settings = dataclasses.replace(config, memory=memory, train=TrainConfig()), {}
-  for name, value in flatten(own.to_dict()).items():
-    section, _, field = name.partition('.')
-    if (section in ('model', 'memory') or name in READING) and name not in idle_settings(own):
-      settings.setdefault(section, {})[field] = value
-  header = {'version': __version__, 'names': 'mmjax' if foreign else 'pytorch', 'step': step, 'settings': settings}
+  header = {'version': __version__, 'names': 'mmjax' if foreign else 'pytorch', 'step': step}
+  header['settings'] = _model_settings(config)
   if run.tokenizer_path.exists():
     header['tokenizer_sha256'] = sha256_of(run.tokenizer_path)
   digest = write_tensors(target, tensors, {HEADER: json.dumps(header)} | ({} if foreign else {'format': 'pt'}))
@@ -154,6 +148,17 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
     print(f'The tensors do not say: {untold_sizes(config.model)}')
   else:
     print('The header holds all settings of the model, so import needs no --config')
+
+
+def _model_settings(config: Config) -> dict[str, dict[str, Any]]:
+  """Returns the settings of a model in a file, which holds its bank and does not say how it was trained."""
+  memory = dataclasses.replace(config.memory, bank_init='normal', bank_file='')
+  own, settings = dataclasses.replace(config, memory=memory, train=TrainConfig()), {}
+  for name, value in flatten(own.to_dict()).items():
+    section, _, field = name.partition('.')
+    if (section in ('model', 'memory') or name in READING) and name not in idle_settings(own):
+      settings.setdefault(section, {})[field] = value
+  return settings
 
 
 def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> tuple[dict[str, np.ndarray], int]:
@@ -222,6 +227,12 @@ def fitting_config(
   if any('/' in name for name in shapes) and 'tok_embeddings.weight' not in shapes:
     print(f'{source} has no settings in its header, so all come from the config')
     return load_config(config_file, overrides)
+  return _config_of_shapes(shapes, source, config_file, overrides)
+
+
+def _config_of_shapes(
+  shapes: Mapping[str, tuple[int, ...]], source: str, config_file: str, overrides: Sequence[str]
+) -> Config:
   sizes = read_sizes(shapes, source)
   for override in overrides:  # before the others, which mean nothing in another model
     name, _, kind = override.partition('=')
@@ -262,16 +273,6 @@ def _config_of_header(
 
 def _as_overrides(settings: Mapping[str, Any], section: str = '') -> list[str]:
   return [f'--config.{section}{name}={value}' for name, value in settings.items()]
-
-
-def _load_tokenizer(path: str, vocab_size: int) -> Tokenizer:
-  tokenizer = load_tokenizer(path)
-  if tokenizer.vocab_size > vocab_size:
-    raise UserError(
-      f'tokenizer {path!r} has {tokenizer.vocab_size} pieces but the embedding has {vocab_size} rows; '
-      'they do not belong together'
-    )
-  return tokenizer
 
 
 def _say_imported(config: Config, params: Params, out: Path, tokenizer: Tokenizer | None) -> None:

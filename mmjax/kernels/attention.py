@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mmjax.choices import ATTENTION
+
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, so that no difference of scores is a NaN
 BLOCK_TOKENS = 128  # queries whose scores exist at a time
 MAX_BLOCKS = 16  # blocks are unrolled: long sequences get longer ones, or compilation would take long
@@ -47,7 +49,7 @@ def causal_attention(
         q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, is_causal=True, implementation='cudnn'
       )
   elif backend != 'xla':
-    raise ValueError(f"backend={backend!r} must be 'xla', 'xla_blocked' or 'cudnn'")
+    raise ValueError(f'backend={backend!r} must be one of {", ".join(ATTENTION)}')
   causal_1TS = jnp.tril(jnp.ones((1, T, T), bool))
   return cached_attention(q_BTNH, k_BTKH, v_BTKH, causal_1TS if same_BTS is None else causal_1TS & same_BTS)
 

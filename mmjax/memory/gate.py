@@ -12,12 +12,14 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from mmjax.choices import QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES
 from mmjax.kernels.bank import bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.norm import exact_normed_matmul
 from mmjax.kernels.product_key import product_key_topk
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
 
+WORDS = {'query_key_norm': QUERY_KEY_NORM, 'activation': SCORE_ACTIVATION, 'scores': SCORES}
 NORM_EPS = 1e-6
 BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/experiments.md
 
@@ -25,6 +27,8 @@ BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/experiments.md
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GatedMemory(Memory):
   """A memory whose gate selects rows by the product of their keys.
+
+  The defaults are those with which a gate learns. Those of a config are the record's, whose gate does not.
 
   Attributes:
     n_rows: M = C * C, a square: there are C sub-keys in each half.
@@ -49,9 +53,10 @@ class GatedMemory(Memory):
     width = self.query_dim or self.row_dim
     if width % 2:
       raise ValueError(f'the width of a query, {width}, must be even, because a query is two sub-keys')
-    for field, choices in (('query_key_norm', ('l2', 'none')), ('activation', ('softmax', 'relu'))):
-      if getattr(self, field) not in choices:
-        raise ValueError(f'{field}={getattr(self, field)!r} must be one of {", ".join(choices)}')
+    for field in dataclasses.fields(self):
+      value, words = getattr(self, field.name), WORDS.get(field.name)
+      if words and value not in words:
+        raise ValueError(f'{field.name}={value!r} must be one of {", ".join(words)}')
 
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns the parameters of the norm and of the gate."""
@@ -93,11 +98,6 @@ class RowsMemory(GatedMemory):
   """
 
   scores: str = 'scale'
-
-  def __post_init__(self):
-    super().__post_init__()
-    if self.scores not in ('scale', 'none'):
-      raise ValueError(f'scores={self.scores!r} must be one of scale, none')
 
   def rows(self, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns rows_BTRP of all heads in `dtype`."""

@@ -1,6 +1,5 @@
 """Compares runs: one table of rows of runs, its notes and plots, as compare.md, and its numbers as compare.json."""
 
-import datetime
 import itertools
 import shlex
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from mmjax import __version__
 from mmjax.config import user_path
 from mmjax.console import Table, markdown, number, show
 from mmjax.errors import UserError
-from mmjax.files import write_file, write_json
+from mmjax.files import utc_now, write_file, write_json
 from mmjax.report.compare_plots import row_styles, write_plots
 from mmjax.report.lead import find_lead
 from mmjax.report.lead_tables import draw_lead, lead_blocks
@@ -126,7 +125,7 @@ def _table(columns: Columns, found: Sequence[Summary]) -> Table:
 def _document(
   command: str, origin: dict[str, Any], found: list[Summary], lasting: Sequence[Table | str], plots: dict[str, str]
 ) -> str:
-  time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  time = utc_now()
   notes = [note for note, belongs in NOTES.items() if belongs(found)]
   if skipped := [f'{s["name"]}: {s["skipped_updates"]}' for s in found if s['skipped_updates']]:
     notes.append(f'Updates skipped, as not finite or as loss spikes: {", ".join(skipped)}.')

@@ -1,6 +1,5 @@
 """Writes report.md: what a run was and found, from the files of its directory alone. See mmjax/tools/report.py."""
 
-import datetime
 import shlex
 import warnings
 from pathlib import Path
@@ -10,7 +9,7 @@ import jax
 from mmjax import __version__
 from mmjax.console import markdown
 from mmjax.errors import CommandError, UserError
-from mmjax.files import write_file
+from mmjax.files import utc_now, write_file
 from mmjax.report import sections
 from mmjax.report.found import FoundRun
 from mmjax.report.plots import write_plots
@@ -44,7 +43,7 @@ def write_report(workdir: str | Path) -> Path:
     content = _sections(run, workdir)
   except (KeyError, TypeError, AttributeError) as error:  # records that are JSON and not what was written
     raise UserError(f'{workdir}: a record in metrics.jsonl or eval.json is damaged: {error!r}') from error
-  time = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+  time = utc_now()
   head = f'# {run.config.experiment}\n\nWritten {time} by mmjax {__version__} from the files in this directory.\n'
   bodies = {title: markdown(*blocks) for title, blocks in content.items()}
   path = run.path / 'report.md'

@@ -6,7 +6,6 @@ sealed. A directory may come from anywhere, so no link in it is followed out of 
 """
 
 import contextlib
-import datetime
 import errno
 import json
 import os
@@ -24,7 +23,7 @@ from mmjax.config import Config, as_of_today, config_from_dict, user_path
 from mmjax.config.wording import nearest
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import StorageError, UserError, file_error
-from mmjax.files import lock, read_json, sha256_path, write_file, write_json
+from mmjax.files import lock, read_json, sha256_path, utc_now, write_file, write_json
 from mmjax.run.processes import is_main
 
 # A file with the number of the last step saved, so that a step that vanished is missed, also when all of them did: it
@@ -151,12 +150,7 @@ class RunDir:
     Raises:
       UserError: if it is not the one that belongs to the model.
     """
-    tokenizer = load_tokenizer(self.tokenizer_path)
-    if tokenizer.vocab_size > vocab_size:
-      raise UserError(
-        f'{self.tokenizer_path} has {tokenizer.vocab_size} pieces but the model has {vocab_size}; '
-        'they do not belong together'
-      )
+    tokenizer = load_tokenizer(self.tokenizer_path, most=vocab_size)
     trained_with = self.read_record()['identity'].get('tokenizer_sha256', tokenizer.sha256)  # none for an import
     if tokenizer.sha256 != trained_with:
       raise UserError(
@@ -240,7 +234,7 @@ def describe_environment() -> dict[str, Any]:
   """Returns time (UTC), host, process, device and library versions, as run.json holds them."""
   device = jax.devices()[0]
   return {
-    'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+    'time': utc_now(),
     'host': socket.gethostname(),
     'pid': os.getpid(),
     'platform': device.platform,
@@ -266,9 +260,8 @@ def _lock(path: Path, shared: bool = False) -> int:
     try:
       lock(fd, lambda: _refuse(path.parent, fd), shared)
       if not shared:
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
         os.ftruncate(fd, 0)
-        os.write(fd, json.dumps({'pid': os.getpid(), 'host': socket.gethostname(), 'start': now}).encode())
+        os.write(fd, json.dumps({'pid': os.getpid(), 'host': socket.gethostname(), 'start': utc_now()}).encode())
     except BaseException:
       os.close(fd)
       raise

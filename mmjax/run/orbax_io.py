@@ -98,18 +98,9 @@ def read_step(
   with _quiet():
     for name, tree in abstract_items.items():
       try:
-        with _open_manager(directory) as manager:
-          target = ocp.args.StandardRestore(dict(named_leaves(tree, '.')))
-          restored = manager.restore(step, args=ocp.args.Composite(**{name: target}))[name]
-        leaves = [restored[leaf] for leaf, _ in named_leaves(tree, '.')]
-        items[name] = jax.tree.unflatten(jax.tree.structure(tree), leaves)
+        items[name] = _read_item(directory, step, name, tree)
       except Exception as error:  # noqa: BLE001 - damage surfaces as whatever the reader stumbles over
-        text = first_line(error)
-        if _may_pass(error):
-          problem = StorageError(f'checkpoint {step} in {directory} cannot be read: {text}')
-        else:
-          where = _locate(directory / str(step) / name, manifest['leaves'][name], str(error))
-          problem = CorruptError(f'{where} cannot be read: {text}')
+        problem = _explain(error, directory / str(step) / name, manifest['leaves'][name])
       if in_any_process(problem is not None):  # all leave together: reading the next item is a collective operation
         problem = problem or CorruptError('another process cannot read it')
         break
@@ -120,6 +111,22 @@ def read_step(
   if wrong:
     raise CorruptError(f'{first_three(wrong)} failed the checksum')
   return items, manifest
+
+
+def _read_item(directory: Path, step: int, name: str, tree: Any) -> Any:
+  """Returns a pytree of a step, with the leaves that `tree` describes, which nobody has checked yet."""
+  leaves = dict(named_leaves(tree, '.'))
+  with _open_manager(directory) as manager:
+    restored = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(leaves)}))[name]
+  return jax.tree.unflatten(jax.tree.structure(tree), [restored[leaf] for leaf in leaves])
+
+
+def _explain(error: Exception, item_dir: Path, names: Mapping[str, Any]) -> StorageError | CorruptError:
+  """Returns what it means that an item with leaves of these names cannot be read."""
+  step = item_dir.parent
+  if _may_pass(error):
+    return StorageError(f'checkpoint {step.name} in {step.parent} cannot be read: {first_line(error)}')
+  return CorruptError(f'{_locate(item_dir, names, str(error))} cannot be read: {first_line(error)}')
 
 
 def read_manifest(path: Path, step: int) -> dict[str, Any]:

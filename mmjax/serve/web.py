@@ -130,17 +130,13 @@ def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
     iterator = await worker(lambda: view.stream(**fields))
     return StreamingResponse(_pieces(worker, streams, iterator), media_type='application/x-ndjson')
 
-  async def file(request: Request) -> Response:
-    name, kind = FILES[request.url.path]
-    return Response(static(name), media_type=kind)
-
   @contextlib.asynccontextmanager
   async def lifespan(app: Starlette) -> AsyncIterator[None]:
     growing = asyncio.create_task(_grow(worker, views))
     yield
     growing.cancel()
 
-  routes = [Route(path, file) for path in FILES]
+  routes = [Route(path, _file) for path in FILES]
   routes += [Route('/api/runs', runs), Route('/api/stream', stream, methods=['POST'])]
   routes += [Route('/api/{question}', ask, methods=['POST'])]
   routes += Completions(views, worker).routes
@@ -225,6 +221,11 @@ def _sampling(value: Any, name: str) -> Sampling:
 
 
 CHECKS = {'row': whole_number, 'layer': _layer, 'text': _text, 'changes': _changes, 'sampling': _sampling}
+
+
+async def _file(request: Request) -> Response:
+  name, kind = FILES[request.url.path]
+  return Response(static(name), media_type=kind)
 
 
 async def _pieces(worker: Worker, streams: asyncio.Semaphore, iterator: Any) -> AsyncIterator[str]:

@@ -75,16 +75,7 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   Raises:
     UserError: if the text gives too few snippets, or the encoder is not to be had.
   """
-  if out.suffix.lower() != '.safetensors':
-    raise UserError(f"--out '{out}' must end in .safetensors")
-  if out.exists():
-    raise UserError(f"--out '{out}' already exists; remove it or choose another name")
-  if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
-    raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
-  if snippets_a_row < 1:
-    raise UserError(f'--snippets_a_row {snippets_a_row} must be at least 1')
-  if config.model.knowledge_num != config.model.n_sub_keys**2:
-    raise UserError(f'model.knowledge_num={config.model.knowledge_num} must be a square: rows are chosen for sub-keys')
+  check_flags(config, out, encoder, snippets_a_row)
   embed = None if encoder == 'lsa' else load_encoder(encoder)
   model, length = config.model, config.memory.knowledge_length
   progress = Progress(sys.stderr)
@@ -109,6 +100,20 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   write_tensors(out, {BANK: bank_MP})
   stages.remove()
   progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {texts_path(out)}')
+
+
+def check_flags(config: Config, out: Path, encoder: str, snippets_a_row: int) -> None:
+  """Raises UserError for a flag or a size that no bank can be built with."""
+  if out.suffix.lower() != '.safetensors':
+    raise UserError(f"--out '{out}' must end in .safetensors")
+  if out.exists():
+    raise UserError(f"--out '{out}' already exists; remove it or choose another name")
+  if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
+    raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
+  if snippets_a_row < 1:
+    raise UserError(f'--snippets_a_row {snippets_a_row} must be at least 1')
+  if config.model.knowledge_num != config.model.n_sub_keys**2:
+    raise UserError(f'model.knowledge_num={config.model.knowledge_num} must be a square: rows are chosen for sub-keys')
 
 
 def encode(

@@ -14,7 +14,7 @@ from typing import Any
 from mmjax.config import user_path
 from mmjax.console import Table, command_parser, markdown, number, prepare_terminal, show
 from mmjax.errors import UserError, run_command
-from mmjax.inference.settings import add_placement_flags, placement_from_flags
+from mmjax.inference.settings import add_model_flags, model_from_flags
 
 NOTE = (
   'A cell is the mean loss of a group of tokens, in nats. After it stands, where an earlier run of the list read the '
@@ -28,12 +28,11 @@ def main() -> None:
   """Reads flags, evaluates, prints, writes."""
   parser = command_parser('breakdown', __doc__)
   parser.add_argument('runs', nargs='+', help='run directories, or folders of them; the baseline first')
-  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--ngrams', default='2,3', help="sizes of n-grams, comma-separated, or 'none' (default: 2,3)")
   parser.add_argument('--valid_files', default='', help='other text: comma-separated paths or globs, each a group')
   parser.add_argument('--json', help='file to write the numbers to')
   parser.add_argument('--markdown', help='file to write the tables to')
-  add_placement_flags(parser)
+  add_model_flags(parser)
   arguments, overrides = parser.parse_known_args()
   sizes = ngram_sizes(arguments.ngrams)
 
@@ -44,9 +43,8 @@ def main() -> None:
   prepare_terminal()
   runs = [run.path for run in find_runs(arguments.runs)]
   files = [name for name in arguments.valid_files.split(',') if name]
-  placement = placement_from_flags(arguments)
   found = []
-  for run in break_down(runs, arguments.checkpoint, sizes, files, overrides, **placement):
+  for run in break_down(runs, ngrams=sizes, valid_files=files, overrides=overrides, **model_from_flags(arguments)):
     found.append(run)
     print(f'{run["run"]}: {number(run["groups"]["all"][0]["loss"])} nats a token', flush=True)
     if arguments.json:  # after each, so that what stops it takes no more than one

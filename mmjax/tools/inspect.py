@@ -25,7 +25,7 @@ from mmjax.config.sublayers import layer_name
 from mmjax.console import Table, command_parser, number, prepare_terminal, printable, show, table_console
 from mmjax.data.reader import read_text
 from mmjax.errors import UserError, run_command
-from mmjax.inference.settings import add_placement_flags, placement_from_flags
+from mmjax.inference.settings import add_model_flags, model_from_flags
 
 if TYPE_CHECKING:
   from mmjax.inference.api import LanguageModel
@@ -41,7 +41,6 @@ def main() -> None:
   """Reads flags, looks, prints, writes JSON."""
   parser = command_parser('inspect', __doc__)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
-  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--text', help='text to read')
   parser.add_argument('--text_file', help='UTF-8 file with the text to read')
   parser.add_argument('--row', type=int, help='a row of the bank to look up in a corpus')
@@ -55,7 +54,7 @@ def main() -> None:
     '--positions', type=int, default=POSITIONS, help=f'of the corpus to read; 0: all (default: the first {POSITIONS:,})'
   )
   parser.add_argument('--json', help='file to write what was found to')
-  add_placement_flags(parser)
+  add_model_flags(parser)
   arguments, overrides = parser.parse_known_args()
   text = text_of(arguments)
 
@@ -64,7 +63,7 @@ def main() -> None:
   from mmjax.inference.measure import WHERE
 
   prepare_terminal()
-  lm = load(arguments.workdir, arguments.checkpoint, **placement_from_flags(arguments))
+  lm = load(arguments.workdir, **model_from_flags(arguments))
   lm.config = override_config(lm.config, overrides, (*WHERE, 'memory.bank_file'))
   found = look(lm, text, arguments)
   print_found(found, arguments.top)

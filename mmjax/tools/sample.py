@@ -14,9 +14,9 @@ from mmjax.console import command_parser, prepare_terminal, printable
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import (
   Sampling,
-  add_placement_flags,
+  add_model_flags,
   add_sampling_flags,
-  placement_from_flags,
+  model_from_flags,
   sampling_from_flags,
 )
 
@@ -28,9 +28,8 @@ def main() -> None:
   """Reads flags, loads the model, and continues one prompt or many."""
   parser = command_parser('sample', __doc__)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
-  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--prompt', help='text to continue; without it you are asked')
-  add_placement_flags(parser)
+  add_model_flags(parser)
   add_sampling_flags(parser)
   arguments = parser.parse_args()
   sampling = sampling_from_flags(arguments)
@@ -39,7 +38,7 @@ def main() -> None:
     from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
 
   prepare_terminal()
-  lm = load(arguments.workdir, arguments.checkpoint, **placement_from_flags(arguments))
+  lm = load(arguments.workdir, **model_from_flags(arguments))
   if arguments.prompt is not None:
     write_continuation(lm, arguments.prompt, sampling)
     return

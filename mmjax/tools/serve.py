@@ -12,21 +12,20 @@ import argparse
 from mmjax.config import user_path
 from mmjax.console import command_parser, prepare_terminal
 from mmjax.errors import UserError, run_command
-from mmjax.inference.settings import add_placement_flags, placement_from_flags
+from mmjax.inference.settings import add_model_flags, model_from_flags
 
 
 def main() -> None:
   """Reads flags; serves until Ctrl-C, or writes a file."""
   parser = command_parser('serve', __doc__)
   parser.add_argument('--workdir', required=True, action='append', help='run directory; give it twice to compare two')
-  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
   parser.add_argument('--port', type=int, default=8517, help='0: any that is free (default: 8517)')
   parser.add_argument(
     '--host', default='127.0.0.1', help='address to listen on (default: 127.0.0.1, this machine alone)'
   )
   parser.add_argument('--save', help='file to write the page to, for --text')
   parser.add_argument('--text', help='text to read, with --save')
-  add_placement_flags(parser)
+  add_model_flags(parser)
   arguments = parser.parse_args()
   check(arguments)
 
@@ -37,7 +36,7 @@ def main() -> None:
   prepare_terminal()
   views = []
   for workdir in arguments.workdir:
-    lm = load(workdir, arguments.checkpoint, **placement_from_flags(arguments))
+    lm = load(workdir, **model_from_flags(arguments))
     views.append(RunView(lm, open_run(workdir)))
   if arguments.save:
     from mmjax.files import write_file

@@ -10,7 +10,6 @@ that of the first run that is not done: 2 user error, 3 diverged, 4 storage, 1 c
 
 import argparse
 import contextlib
-import datetime
 import os
 import shlex
 import subprocess
@@ -23,7 +22,7 @@ from typing import Any
 from mmjax.config import overrides_of, user_path
 from mmjax.console import Progress, Table, command_parser, format_seconds, number, show
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
-from mmjax.files import locked_directory, read_json, write_json
+from mmjax.files import locked_directory, read_json, utc_now, write_json
 from mmjax.report.found import FoundRun
 from mmjax.run.identity import names_other_text, settings_changed
 from mmjax.run.signals import StopSignals
@@ -194,7 +193,7 @@ class Sweep:
       'bits_per_byte': evaluated.get('bits_per_byte'),
       'seconds': spent + seconds,  # of all starts, compiling and evaluating included
       'said': said,
-      'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
+      'time': utc_now(),
     }
     names = [planned.name for planned in self.runs]
     ordered = [*names, *(name for name in self.ended if name not in names)]

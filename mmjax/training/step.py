@@ -20,7 +20,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from mmjax.config import Config
+from mmjax.config import Config, TrainConfig
 from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import gate_norms, row_update_ratio
@@ -137,12 +137,7 @@ def make_train_step(
     with jax.named_scope('optimizer'):
       grad_norm = optax.global_norm(grads)
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
-      factor, average = config.train.max_loss_factor, state['loss_average']
-      spikes = (factor > 0) & (average > 0) & (parts['loss'] > factor * average)  # never before there is an average
-      # The loop notices one step late that too many updates were skipped. This one is not applied, so that the
-      # parameters that the loop dumps are those of the step that diverged.
-      given_up = state['skipped'] == config.train.max_skipped_updates
-      applied = finite & ~spikes & ~given_up
+      applied = finite & goes_on(config.train, state, parts['loss'])
       after, ratio = apply(state, grads, row_sums, parts.get('usage_LM'), applied)
     after |= counters(state, parts['loss'], applied)
     if 'usage_LM' in parts:
@@ -155,12 +150,21 @@ def make_train_step(
       'tokens': tokens,
       'finite': finite,
       'applied': applied,
-      'loss_average': average,
+      'loss_average': state['loss_average'],
       'skipped': after['skipped'],
     }
     return after, parts | metrics | ratio
 
   return skip_unsound(train_step) if may_overflow(config) else train_step
+
+
+def goes_on(train: TrainConfig, state: TrainState, loss: Array) -> Array:
+  """Tells whether an update that is finite may be applied: its loss is no spike, and the run is not given up."""
+  factor, average = train.max_loss_factor, state['loss_average']
+  spikes = (factor > 0) & (average > 0) & (loss > factor * average)  # never before there is an average
+  # The loop notices one step late that too many updates were skipped. This one is not applied, so that the
+  # parameters that the loop dumps are those of the step that diverged.
+  return ~spikes & ~(state['skipped'] == train.max_skipped_updates)
 
 
 def make_apply(config: Config, optimizer: optax.GradientTransformation, total_steps: int) -> Callable:
