@@ -179,8 +179,10 @@ def positive(name: str, text: str) -> float:
   raise UserError(f'{name}={text!r} must be a number above 0')
 
 
-def make_run(name: str, scale: str, learning_rate: float, seed: int = 0, tokens: float = 0.0) -> Run:
-  """Returns one model of the grid at a scale; tokens=0: as many as the scale says."""
+def make_run(
+  name: str, scale: str, learning_rate: float, seed: int = 0, tokens: float = 0.0, model: dict | None = None
+) -> Run:
+  """Returns one model of the grid, or another, at a scale; tokens=0: as many as the scale says."""
   settings = dict(SCALES[scale]['settings'])
   rows = settings['train.batch_size'] * settings['train.accumulation_steps']
   steps = max(1, int((tokens or SCALES[scale]['tokens']) / (rows * settings['model.max_seq_len'])))
@@ -192,7 +194,7 @@ def make_run(name: str, scale: str, learning_rate: float, seed: int = 0, tokens:
     'train.eval_interval': max(1, -(-steps // SCALES[scale]['evaluations'])),
     'train.checkpoint_interval': max(1, -(-steps // CHECKPOINTS)),
   }
-  settings = without_idle_sizes(settings | sized(MODELS[name], settings))
+  settings = without_idle_sizes(settings | sized(model or MODELS[name], settings))
   return Run(f'{name}-lr{learning_rate:g}', str(CONFIGS / 'exp_1_4_2.py'), settings, seed)
 
 
@@ -209,7 +211,10 @@ def sized(model: dict, settings: dict) -> dict:
   if 'memory.ffn_dim' in model:
     budget = flops_per_token(as_config(settings | MODELS['g0']))['total']
     model['memory.ffn_dim'] = matching_width(as_config(settings | model | {'memory.ffn_dim': 0}), budget)
-  if 'model.hidden_dim' in model:
+  if model.get('model.hidden_dim') == 'what is left':
+    budget = flops_per_token(as_config(settings | MODELS['g0']))['total']
+    model['model.hidden_dim'] = matching_width(as_config(settings | model | {'model.hidden_dim': 8}), budget)
+  elif 'model.hidden_dim' in model:
     model['model.hidden_dim'] = sized(FAST_BANK, settings)['memory.ffn_dim']
   return model
 

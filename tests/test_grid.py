@@ -77,6 +77,31 @@ def test_models_differ_as_the_experiment_says(models):
   assert wide.memory.bank_std == pytest.approx((4 * width) ** -0.5)
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize('scale', ['small', 'gpu'])
+def test_models_that_should_last_train_like_the_baseline_and_cost_no_more(scale):
+  runs = {run.name: run.config for run in read_sweep('sweeps/lasting.py', [f'scale={scale}', 'tokens=3e6,12e6'])}
+  strong = runs['g0-3M-s0']
+  plain = dataclasses.replace(strong.model, value_embeddings='')
+  budget = flops_per_token(dataclasses.replace(strong, model=plain))['total']
+  for name, config in runs.items():
+    longer = {'max_steps': strong.train.max_steps, 'warmup_steps': strong.train.warmup_steps}
+    longer |= {'eval_interval': strong.train.eval_interval, 'checkpoint_interval': strong.train.checkpoint_interval}
+    assert dataclasses.replace(config.train, **longer) == strong.train, name
+    bare = dataclasses.replace(config, model=dataclasses.replace(config.model, value_embeddings=''))
+    assert 0.98 * budget < flops_per_token(bare)['total'] <= budget, name
+  assert len(runs) == 2 * len({name.partition('-')[0] for name in runs})
+
+
+def test_mistakes_in_the_settings_of_the_longer_runs_are_named():
+  with pytest.raises(UserError, match="scale='cpu' must be one of small, gpu, tiny"):
+    read_sweep('sweeps/lasting.py', ['scale=cpu'])
+  with pytest.raises(UserError, match="tokens='many' must be a number above 0"):
+    read_sweep('sweeps/lasting.py', ['tokens=many'])
+  with pytest.raises(UserError, match="seeds='a' must be whole numbers, comma-separated"):
+    read_sweep('sweeps/lasting.py', ['seeds=a'])
+
+
 @pytest.mark.parametrize(('name', 'model'), [('product_key_bag', 'g23'), ('ngram_rows', 'g42')])
 @pytest.mark.thorough
 def test_configs_are_the_best_of_the_grid_at_the_sizes_of_the_record(name, model):

@@ -1,0 +1,81 @@
+"""Which lead lasts? The models of sweeps/memory.py with the largest lead, and rows that grow, at several lengths.
+
+python -m mmjax.tools.sweep sweeps/lasting.py --set tokens=3e6,12e6,48e6 --config.data.train_files=... \\
+  --config.data.valid_files=...
+
+All of them, and G0 before all, train as well as was found for G0: docs/experiments.md, "A baseline that one would
+train". --set scale=gpu takes the record's sizes, and --set seeds=0,1 more seeds. A run is called after its model and
+its millions of tokens, so that mmjax.tools.compare fits the lead against tokens.
+"""
+
+import runpy
+from pathlib import Path
+
+from mmjax.errors import UserError
+from mmjax.tools.sweep_file import Run
+
+GRID = runpy.run_path(str(Path(__file__).with_name('memory.py')))
+# At scale gpu Muon's own rate is as high as at scale small; nothing was tuned there.
+LEARNING_RATES = {'small': 4e-3, 'gpu': 1e-3, 'tiny': 4e-3}
+MUON_RATE = 1e-2
+STRONG = {
+  'train.optimizer': 'muon',
+  'train.schedule': 'warmdown',
+  'train.warmdown_share': 0.5,
+  'train.embedding_lr_multiplier': 16.0,
+  'model.value_embeddings': 'alternate',
+}
+BANK = {'memory.bank_lr_multiplier': 64.0}
+# A range of rows for each of 6 heads, of which two read rows of the token alone, two of the last two, two of the last
+# three; signs for n-grams that meet in a row.
+GROWING = GRID['NGRAMS'] | {
+  'memory.ngrams': '1,2,3',
+  'memory.n_heads': 6,
+  'memory.ngram_ranges': 'own',
+  'memory.ngram_signs': True,
+  'model.knowledge_num': 1048576,
+  'memory.bank_update': 'lazy',
+}
+OF_A_SUBLAYER = ('model.num_selected', 'memory.layers', 'memory.input', 'memory.ffn_dim')
+IN_VALUES = {'memory.value_layers': 'alternate'}
+G42 = GRID['MODELS']['g42']
+MODELS = {
+  'g0': GRID['MODELS']['g0'],
+  'g42': G42 | BANK,
+  'g52': GROWING | BANK,
+  # The same rows in the values of attention, instead of next to a feed-forward layer, and in both places.
+  'g53': {name: value for name, value in GROWING.items() if name not in OF_A_SUBLAYER}
+  | IN_VALUES
+  | BANK
+  | {'model.sublayer': 'dense', 'model.hidden_dim': 'what is left'},
+  'g54': GROWING | IN_VALUES | BANK,
+  # Does a choice by context add to the same rows? Buckets of 8 of them, and one row.
+  'g55': GRID['MODELS']['g51'] | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
+  'g56': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
+  # Rows that grow with the tokens.
+  'g57': GROWING | BANK | {'model.knowledge_num': 4194304},
+  'g58': GROWING | IN_VALUES | BANK | {'model.knowledge_num': 4194304},
+}
+
+
+def get_runs(scale='small', tokens='3e6', seeds='0'):
+  """Returns every model at every length with every seed; choose with --only.
+
+  Args:
+    scale: 'small', 'gpu', or 'tiny' to try the machinery.
+    tokens: lengths, comma-separated.
+    seeds: comma-separated.
+  """
+  if scale not in LEARNING_RATES:
+    raise UserError(f'scale={scale!r} must be one of {", ".join(LEARNING_RATES)}')
+  if not all(seed.strip().isdecimal() for seed in seeds.split(',')):
+    raise UserError(f'seeds={seeds!r} must be whole numbers, comma-separated')
+  rate = LEARNING_RATES[scale]
+  train = STRONG | {'train.muon_lr_multiplier': MUON_RATE / rate}
+  runs = []
+  for length in (GRID['positive']('tokens', text) for text in tokens.split(',')):
+    for name, model in MODELS.items():
+      made = GRID['make_run'](name, scale, rate, 0, length, model)
+      called = f'{name}-{length / 1e6:g}M'
+      runs += [Run(called, made.config, dict(made.overrides) | train, int(seed)) for seed in seeds.split(',')]
+  return runs
