@@ -112,6 +112,15 @@ def test_configs_are_the_best_of_the_grid_at_the_sizes_of_the_record(name, model
 
 
 @pytest.mark.thorough
+def test_the_best_of_the_longer_runs_is_a_config_at_the_sizes_of_the_record():
+  [best] = [run.config for run in read_sweep('sweeps/lasting.py', ['scale=gpu']) if run.name == 'g52-3M-s0']
+  config = load_config('configs/ngram_rows_1m.py')
+  assert (config.model, config.memory) == (best.model, best.memory)
+  names = 'optimizer', 'learning_rate', 'muon_lr_multiplier', 'embedding_lr_multiplier', 'schedule', 'warmdown_share'
+  assert [getattr(config.train, name) for name in names] == [getattr(best.train, name) for name in names]
+
+
+@pytest.mark.thorough
 def test_list_grows_with_what_is_known():
   def names(*settings: str) -> list[str]:
     return [run.name for run in read_sweep(GRID, ['scale=tiny', *settings])]
