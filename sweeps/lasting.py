@@ -36,7 +36,7 @@ GROWING = GRID['NGRAMS'] | {
   'model.knowledge_num': 1048576,
   'memory.bank_update': 'lazy',
 }
-OF_A_SUBLAYER = ('model.num_selected', 'memory.layers', 'memory.input', 'memory.ffn_dim')
+OF_A_SUBLAYER = ('memory.layers', 'memory.input', 'memory.ffn_dim')
 IN_VALUES = {'memory.value_layers': 'alternate'}
 G42 = GRID['MODELS']['g42']
 MODELS = {
