@@ -20,7 +20,8 @@ from flax import nnx
 from mmjax.config import Config, load_config
 from mmjax.inference.generate import NO_EOS, Decoder
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import Params, build_model, count_params, model_graph
+from mmjax.model.cost import count_params
+from mmjax.model.lm import Params, build_model, model_graph
 from mmjax.run.placement import place_reader
 
 PROMPT_TOKENS = 16

@@ -17,7 +17,8 @@ from mmjax.interop.compress import compress_run
 from mmjax.interop.convert import export_run
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.packed_bank import PackedBank, pack_bank, unpack_bank
-from mmjax.model.lm import BANK, build_model, count_params
+from mmjax.model.cost import count_params
+from mmjax.model.lm import BANK, build_model
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.log import read_metrics
 from mmjax.serve.view import Change, RunView

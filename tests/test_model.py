@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from mmjax.config import load_config
-from mmjax.model.layers import RMSNorm, apply_rope, dropout, rope_angles
-from mmjax.model.lm import abstract_params, build_model, count_params, init_cache
+from mmjax.model.cost import count_params
+from mmjax.model.layers import RMSNorm, apply_rope, dropout, init_cache, rope_angles
+from mmjax.model.lm import abstract_params, build_model
 from tests.helpers import random_batch, rarely, tiny_config
 
 THOROUGH = pytest.mark.thorough  # parity with torch covers them in the fast suite

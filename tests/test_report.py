@@ -11,7 +11,8 @@ import pytest
 from mmjax.config import load_config
 from mmjax.console import Table, markdown
 from mmjax.errors import UserError
-from mmjax.model.lm import build_model, count_params
+from mmjax.model.cost import count_params
+from mmjax.model.lm import build_model
 from mmjax.report import sections
 from mmjax.report.plots import write_plots
 from mmjax.report.write import write_report

@@ -13,6 +13,7 @@ from mmjax.config.sublayers import NGRAM_ROWS, SUBLAYERS, Sublayer
 from mmjax.errors import UserError
 from mmjax.interop.convert import export_run, import_run
 from mmjax.model.cost import flops_per_token
+from mmjax.model.sublayers.dense import SwiGLU
 from mmjax.report.write import write_report
 from mmjax.training.loop import fit
 from tests.helpers import REPOSITORY, TINY_CONFIG, overrides, tiny_config
@@ -29,10 +30,13 @@ class Toy(nnx.Module):
   def __init__(self, model, memory, *, rngs):
     self.norm, self.kernel = RMSNorm(model.dim, model.norm_eps), Linear(model.dim, model.dim, rngs=rngs)
 
+  def flops(self):
+    return {'toy': self.kernel.flops()}
+
   def __call__(self, h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn=None):
     return SublayerOutput(self.kernel(self.norm(h_BTD), dtype))
 """
-ROW = Sublayer('a_toy_sublayer:Toy', (), lambda config: {'toy': 3 * 2 * config.model.dim**2})
+ROW = Sublayer('a_toy_sublayer:Toy', ())
 
 
 @pytest.fixture
@@ -68,9 +72,10 @@ def test_new_sublayer_is_one_module_one_row_and_one_config(toy, text, tmp_path):
       load_config(TINY_CONFIG, ['--config.model.sublayer=toy', f'--config.{setting}'])
 
 
-def test_row_without_a_cost_is_none():
-  with pytest.raises(TypeError, match='flops'):
-    Sublayer('a_toy_sublayer:Toy', ())
+def test_sublayer_without_a_cost_is_none(monkeypatch):
+  monkeypatch.delattr(SwiGLU, 'flops')
+  with pytest.raises(AttributeError, match='flops'):
+    flops_per_token(tiny_config(model__sublayer='dense', model__hidden_dim=24))
 
 
 def test_own_settings_are_settings():

@@ -1,8 +1,8 @@
 """The table of sublayers: what follows attention, the one thing in which the experiments differ.
 
 A new one is a module in mmjax/model/sublayers, a row here and a config file. The row says all that others must know of
-it: what it reads, which settings are its own (set in a model that has no such layer they are refused), what a token
-costs, what no gradient reaches. It names what makes it and does not import that: the table can be read without JAX.
+it: what it reads, which settings are its own (set in a model that has no such layer they are refused), what no gradient
+reaches. It names what makes it and does not import that: the table can be read without JAX.
 """
 
 import dataclasses
@@ -11,9 +11,6 @@ from collections.abc import Callable
 from typing import Any
 
 from mmjax.config.schema import Config, MemoryConfig, ModelConfig
-
-TRAINED = 3  # forward, gradient with respect to the input, gradient with respect to the weight
-FORWARD_ONLY = 1
 
 ROWS = (
   'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.n_heads', 'memory.bank_init',
@@ -38,7 +35,6 @@ class Sublayer:
   Attributes:
     path: what makes it, 'package.module:name'; mmjax.model.sublayers says how it is made and called.
     settings: those of model and memory that mean nothing unless some layer is of this or another kind that names them.
-    flops: of a config, the FLOPs of one training step for a token and layer, by part: see mmjax.model.cost.
     uses_bank: whether it reads the bank.
     has_gate: whether queries pick the rows.
     reads_ngrams: whether the last tokens do.
@@ -50,7 +46,6 @@ class Sublayer:
 
   path: str
   settings: tuple[str, ...]
-  flops: Callable[[Config], dict[str, int]]
   uses_bank: bool = False
   has_gate: bool = False
   reads_ngrams: bool = False
@@ -109,95 +104,20 @@ def _frozen_gate(memory: MemoryConfig) -> tuple[str, ...]:
   return () if _scaled(memory) else (r'gate/keys$', r'gate/query/kernel$', r'gate/norm/scale$')
 
 
-def _swiglu(config: Config, hidden_dim: int) -> int:
-  return TRAINED * 2 * 3 * config.model.dim * hidden_dim
-
-
-def _dense(config: Config) -> dict[str, int]:
-  return {'ffn': _swiglu(config, config.model.dense_hidden_dim)}
-
-
-def _moe(config: Config) -> dict[str, int]:
-  model = config.model
-  experts = (model.experts_per_token + 1) * _swiglu(config, model.dense_hidden_dim)
-  return {'moe': experts + TRAINED * 2 * model.dim * model.n_experts}
-
-
-def _beside(config: Config) -> dict[str, int]:
-  """A dense sublayer that stands beside a memory."""
-  return {'ffn': _swiglu(config, config.memory.ffn_dim)} if config.memory.ffn_dim else {}
-
-
-def _gate(config: Config, times: int) -> dict[str, int]:
-  model, memory = config.model, config.memory
-  query_and_scores = memory.query_dim(model) * (model.dim + model.n_sub_keys)
-  return {'gate': times * 2 * memory.n_heads * query_and_scores} | _beside(config)
-
-
-def _gate_perhaps_frozen(config: Config) -> dict[str, int]:
-  return _gate(config, FORWARD_ONLY if _frozen_gate(config.memory) else TRAINED)
-
-
-def _gated_fusion(config: Config) -> dict[str, int]:
-  model = config.model
-  fused = model.dim + config.memory.n_heads * model.num_selected * model.knowledge_dim
-  return _gate_perhaps_frozen(config) | {'fusion': TRAINED * 2 * (2 * fused * model.dim + model.dim * model.dim)}
-
-
-def _cross_attention(config: Config) -> dict[str, int]:
-  model = config.model
-  projections = 2 * model.dim * model.dim + 2 * model.dim * model.knowledge_dim  # wq, wo; wk, wv on the query's side
-  reads = 2 * model.n_heads * config.memory.n_heads * model.num_selected * model.knowledge_dim  # scores, weighted sum
-  return _gate_perhaps_frozen(config) | {'cross_attention': TRAINED * 2 * (projections + reads)}
-
-
-def _memory_bag(config: Config) -> dict[str, int]:
-  return _gate(config, TRAINED) | _bag(config)
-
-
-def _ngram_bag(config: Config) -> dict[str, int]:
-  return _beside(config) | _bag(config)
-
-
-def _ngram_bucket(config: Config) -> dict[str, int]:
-  model, memory = config.model, config.memory
-  return {
-    'gate': TRAINED * 2 * memory.n_heads * memory.query_dim(model) * (model.dim + model.num_selected)
-  } | _ngram_bag(config)
-
-
-def _bag(config: Config) -> dict[str, int]:
-  model, width = config.model, config.memory.n_heads * config.model.knowledge_dim
-  return {
-    'bag': TRAINED * 2 * (2 if config.memory.bag_gate else 1) * model.dim * width,
-    'bag_reads': TRAINED * 2 * model.num_selected * width,
-  }
-
-
+READS_ROWS = {  # one by one, and what becomes of them is not a bag
+  'settings': (*ROWS, *PLACE, *GATE, *SCORES),
+  'uses_bank': True,
+  'has_gate': True,
+  'scores_weigh': _scaled,
+  'without_gradient': _frozen_gate,
+}
 SUBLAYERS = {
-  'dense': Sublayer('mmjax.model.sublayers.dense:dense', ('model.hidden_dim',), _dense),
-  'cross_attention': Sublayer(
-    'mmjax.model.sublayers.memory:cross_attention',
-    (*ROWS, *PLACE, *GATE, *SCORES),
-    _cross_attention,
-    uses_bank=True,
-    has_gate=True,
-    scores_weigh=_scaled,
-    without_gradient=_frozen_gate,
-  ),
-  'gated_fusion': Sublayer(
-    'mmjax.model.sublayers.memory:gated_fusion',
-    (*ROWS, *PLACE, *GATE, *SCORES),
-    _gated_fusion,
-    uses_bank=True,
-    has_gate=True,
-    scores_weigh=_scaled,
-    without_gradient=_frozen_gate,
-  ),
+  'dense': Sublayer('mmjax.model.sublayers.dense:dense', ('model.hidden_dim',)),
+  'cross_attention': Sublayer('mmjax.model.sublayers.memory:cross_attention', **READS_ROWS),
+  'gated_fusion': Sublayer('mmjax.model.sublayers.memory:gated_fusion', **READS_ROWS),
   'memory_bag': Sublayer(
     'mmjax.model.sublayers.memory:memory_bag',
     (*ROWS, *PLACE, *GATE, 'memory.score_activation', 'memory.bag_gate'),
-    _memory_bag,
     uses_bank=True,
     has_gate=True,
     sums_rows=True,
@@ -206,7 +126,6 @@ SUBLAYERS = {
   'ngram_bag': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bag',
     (*NGRAM_ROWS, *PLACE, 'memory.row_dropout', 'memory.bag_gate'),
-    _ngram_bag,
     uses_bank=True,
     reads_ngrams=True,
     sums_rows=True,
@@ -214,7 +133,6 @@ SUBLAYERS = {
   'ngram_bucket': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bucket',
     (*NGRAM_ROWS, *PLACE, 'memory.key_dim', 'memory.row_dropout', 'memory.bag_gate'),
-    _ngram_bucket,
     uses_bank=True,
     reads_ngrams=True,
     sums_rows=True,
@@ -223,6 +141,5 @@ SUBLAYERS = {
   'moe': Sublayer(
     'mmjax.model.sublayers.moe:moe',
     ('model.hidden_dim', 'model.n_experts', 'model.experts_per_token', 'model.aux_loss_weight'),
-    _moe,
   ),
 }

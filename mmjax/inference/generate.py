@@ -21,7 +21,8 @@ from mmjax.environment import own_jax_settings
 from mmjax.files import path_name
 from mmjax.inference.sampling import Sampler, only_pieces
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import BANK, Cache, Params, init_cache, model_graph
+from mmjax.model.layers import Cache, init_cache
+from mmjax.model.lm import BANK, Params, model_graph
 from mmjax.run.placement import Placement, place_reader
 
 BLOCK_STEPS = 16  # tokens between two looks of the host: smooth to read, and the call costs 1/16 of its time a token

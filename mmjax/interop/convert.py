@@ -38,7 +38,8 @@ from mmjax.interop.names import (
   to_tensors,
 )
 from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
-from mmjax.model.lm import Params, count_params
+from mmjax.model.cost import count_params
+from mmjax.model.lm import Params
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import RunDir, write_tokenizer

@@ -16,6 +16,8 @@ from jax.typing import DTypeLike
 from mmjax.errors import refuse_wrong_jaxlib
 from mmjax.kernels.forms import on_cpu
 
+TRAINED = 3  # products that training makes of one: the forward pass, and the gradients of both factors
+
 
 def uniform(key: Array, shape: tuple[int, ...], *, fan_in: int) -> Array:
   """Returns torch's default for the weight of a linear layer: U(-1/sqrt(fan_in), 1/sqrt(fan_in)), float32."""

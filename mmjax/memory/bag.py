@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
-from mmjax.kernels.matmul import matmul
+from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
 from mmjax.memory.gate import GatedMemory
@@ -37,6 +37,13 @@ class _Bag(Memory):
     width = self.n_heads * self.row_dim
     up = {'up': (self.dim, width)} if self.output_gate else {}
     return init_kernels(rngs, **up, down=(width, self.dim))
+
+  def flops(self) -> dict[str, int]:
+    """Adds those of the projections, and of the weighted sums of rows."""
+    width = self.n_heads * self.row_dim
+    projections = (2 if self.output_gate else 1) * self.dim * width
+    own = {'bag': TRAINED * 2 * projections, 'bag_reads': TRAINED * 2 * self.rows_per_head * width}
+    return super().flops() | own
 
   @jax.named_scope('bag')
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
@@ -176,6 +183,11 @@ class NgramBucket(NgramBag):
     """Returns the parameters of the norm, and of the gate the kernel `query`, (D, h * p), and `keys`, (M, p)."""
     gate = init_kernels(rngs, query=(self.dim, self.n_heads * self.key_dim))
     return super().init_gate(rngs) | {'gate': gate | {'keys': jnp.zeros((self.n_rows, self.key_dim), jnp.float32)}}
+
+  def flops(self) -> dict[str, int]:
+    """Adds those of the query, and of its scores against the keys of the rows that it reads."""
+    query_and_scores = self.key_dim * (self.dim + self.rows_per_head)
+    return super().flops() | {'gate': TRAINED * 2 * self.n_heads * query_and_scores}
 
   def rows_of(self, token_BTn: Array) -> Array:
     """Returns the rows of the buckets that the last tokens at each position address, int32 row_BThr."""

@@ -136,6 +136,10 @@ class Memory:
     row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.aux_loss)
 
+  def flops(self) -> dict[str, int]:
+    """Returns the FLOPs of a training step for a token by part: of its matrix products, as in mmjax.model.cost."""
+    return {}
+
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns the parameters of the norm and of what selects rows, here none."""
     return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.kernels.matmul import matmul
+from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import rms_norm
 from mmjax.memory.base import Bank, Params, Selection, init_kernels
 from mmjax.memory.gate import RowsMemory
@@ -32,6 +32,12 @@ class CrossAttention(RowsMemory):
     """Returns the kernels `wq` and `wo`, (D, D), `wk` and `wv`, (P, D)."""
     square, of_rows = (self.dim, self.dim), (self.row_dim, self.dim)
     return {'attention': init_kernels(rngs, wq=square, wk=of_rows, wv=of_rows, wo=square)}
+
+  def flops(self) -> dict[str, int]:
+    """Adds those of wq and wo, of wk and wv on the query's side, and of scores and weighted sums of rows."""
+    projections = 2 * self.dim * self.dim + 2 * self.dim * self.row_dim
+    reads = 2 * self.attention_heads * self.n_heads * self.rows_per_head * self.row_dim
+    return super().flops() | {'cross_attention': TRAINED * 2 * (projections + reads)}
 
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns what the normed input reads from its rows.

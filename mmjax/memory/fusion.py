@@ -6,6 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.kernels.fusion import gated_mlp
+from mmjax.kernels.matmul import TRAINED
 from mmjax.kernels.norm import rms_norm
 from mmjax.memory.base import Bank, Params, Selection, init_kernels
 from mmjax.memory.gate import RowsMemory
@@ -18,6 +19,11 @@ class GatedFusion(RowsMemory):
     """Returns the kernels of the fusion."""
     width = self.dim + self.n_heads * self.rows_per_head * self.row_dim
     return {'fusion': init_kernels(rngs, gate=(width, self.dim), up=(width, self.dim), down=(self.dim, self.dim))}
+
+  def flops(self) -> dict[str, int]:
+    """Adds those of the fusion."""
+    width = self.dim + self.n_heads * self.rows_per_head * self.row_dim
+    return super().flops() | {'fusion': TRAINED * 2 * (2 * width * self.dim + self.dim * self.dim)}
 
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns the fusion of the normed input and the rows."""

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from mmjax.choices import QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES
 from mmjax.kernels.bank import bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
+from mmjax.kernels.matmul import TRAINED
 from mmjax.kernels.norm import exact_normed_matmul
 from mmjax.kernels.product_key import product_key_topk
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
@@ -83,6 +84,17 @@ class GatedMemory(Memory):
     row_BThr, score_BThr = product_key_topk(query_BTkp, keys_kCp, self.rows_per_head, bias_kC, gradient_dtype=dtype)
     return Selection(row_BThr, score_BThr, balancing_slope(bias_kC, row_BThr) if self.selection_bias else 0.0)
 
+  def flops(self) -> dict[str, int]:
+    """Adds those of the query, and of its scores against the sub-keys of both halves."""
+    query_and_scores = (self.query_dim or self.row_dim) * (self.dim + math.isqrt(self.n_rows))
+    times = TRAINED if self.gate_learns else 1
+    return super().flops() | {'gate': times * 2 * self.n_heads * query_and_scores}
+
+  @property
+  def gate_learns(self) -> bool:
+    """Whether a gradient reaches the gate."""
+    return True
+
   def weights(self, selection: Selection) -> Array:
     """Returns how much each row counts among those of its head, float32 weight_BThr."""
     return score_weights(selection.score_BThr, self.activation)
@@ -98,6 +110,11 @@ class RowsMemory(GatedMemory):
   """
 
   scores: str = 'scale'
+
+  @property
+  def gate_learns(self) -> bool:
+    """Whether a gradient reaches the gate."""
+    return self.scores != 'none'
 
   def rows(self, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns rows_BTRP of all heads in `dtype`."""

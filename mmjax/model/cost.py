@@ -8,16 +8,21 @@ useful work.
 """
 
 import dataclasses
+import functools
+import math
 import re
 from collections import Counter
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 
-from mmjax.config import Config
-from mmjax.config.sublayers import SUBLAYERS, TRAINED, layer_kinds, memory_layers
+from mmjax.config import Config, MemoryConfig, ModelConfig
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds, memory_layers
 from mmjax.errors import UserError
-from mmjax.model.lm import abstract_params, count_params
+from mmjax.kernels.matmul import TRAINED
+from mmjax.model.lm import BANK, Params, abstract_params, without_bank
 from mmjax.model.values import GatedValues
 
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
@@ -65,7 +70,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
   counts = Counter()
   for kind in layer_kinds(model, memory):
     counts.update(attention)
-    counts.update(SUBLAYERS[kind].flops(config))
+    counts.update(_sublayer_flops(kind, model, memory))
   value_gate = min(GatedValues.GATE_CHANNELS, model.dim) * model.n_kv_heads
   if layers := len(model.value_layers()):
     counts['value_embeddings'] = TRAINED * 2 * value_gate * layers
@@ -76,6 +81,18 @@ def flops_per_token(config: Config) -> dict[str, float]:
   parts = {name: float(flops) for name, flops in counts.items()}
   parts['head'] = float(TRAINED * 2 * model.dim * model.vocab_size)
   return {**parts, 'total': sum(parts.values())}
+
+
+@functools.cache
+def _sublayer_flops(kind: str, model: ModelConfig, memory: MemoryConfig) -> dict[str, int]:
+  """Asks a sublayer of a kind, without its values."""
+  return nnx.eval_shape(lambda: SUBLAYERS[kind].build(model, memory, rngs=nnx.Rngs(0))).flops()
+
+
+def count_params(params: Params) -> tuple[int, int]:
+  """Returns the number of parameters, and how many of them are not in the bank."""
+  others = sum(leaf.size for leaf in jax.tree.leaves(without_bank(params)))
+  return others + (math.prod(params[BANK].shape) if BANK in params else 0), others
 
 
 def bytes_per_token(config: Config) -> dict[str, int]:

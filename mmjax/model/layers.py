@@ -5,8 +5,9 @@ and rotations are float32, as they are under torch's autocast in the code that t
 reads the stream in that dtype.
 """
 
+import math
 from functools import partial
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from mmjax.config import ModelConfig
 from mmjax.kernels.attention import cached_attention, causal_attention
 from mmjax.kernels.forms import on_cpu
-from mmjax.kernels.matmul import matmul, uniform
+from mmjax.kernels.matmul import TRAINED, matmul, uniform
 from mmjax.kernels.norm import normed_matmul, rms_norm
 from mmjax.model.values import ValueEmbedding, ValueRows
 
@@ -28,6 +30,27 @@ class LayerCache(TypedDict):
   v: Array
 
 
+class Cache(NamedTuple):
+  """What decoding remembers: slot s of every array holds position s.
+
+  Attributes:
+    token_BS: int32.
+    layers: their keys and values, (B, S, K, H).
+  """
+
+  token_BS: Array
+  layers: list[LayerCache]
+
+
+def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
+  """Returns an empty cache for `length` positions, all zeros."""
+  shape = (batch, length, model.n_kv_heads, model.head_dim)
+  layers: list[LayerCache] = [
+    {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)} for _ in range(model.n_layers)
+  ]
+  return Cache(jnp.zeros((batch, length), jnp.int32), layers)
+
+
 class Linear(nnx.Module):
   """A matrix product without bias; `kernel` is (in, out)."""
 
@@ -37,6 +60,10 @@ class Linear(nnx.Module):
   def __call__(self, x: Array, dtype: DTypeLike) -> Array:
     """Maps (..., in) to (..., out), both operands and the result in `dtype`."""
     return matmul(x.astype(dtype), self.kernel[...])
+
+  def flops(self) -> int:
+    """Returns what a token costs in a training step."""
+    return TRAINED * 2 * math.prod(self.kernel.shape)
 
 
 class RMSNorm(nnx.Module):

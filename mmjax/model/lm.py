@@ -4,7 +4,6 @@ A model is a graph definition and a nested dict of float32 parameters; `nnx.merg
 it. Its sublayers, next on the way, stand in the table of mmjax.model.sublayers; one bank is passed to every block.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import count
@@ -21,7 +20,7 @@ from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
 from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Bank, Params, SublayerOutput, init_bank
 from mmjax.memory.ngram import cached_last_tokens, last_tokens
-from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
+from mmjax.model.layers import Attention, Cache, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
 
 BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict
 
@@ -42,18 +41,6 @@ class Output(NamedTuple):
   score_LBTR: Array | None
   aux_loss: Array
   kvs: list[LayerCache]
-
-
-class Cache(NamedTuple):
-  """What decoding remembers: slot s of every array holds position s.
-
-  Attributes:
-    token_BS: int32.
-    layers: their keys and values, (B, S, K, H).
-  """
-
-  token_BS: Array
-  layers: list[LayerCache]
 
 
 Attend = Callable[[Attention, Array, RMSNorm], tuple[Array, LayerCache]]
@@ -252,21 +239,6 @@ def abstract_params(config: Config) -> Params:
 def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
   """Returns the graph definition and the first parameters."""
   return model_graph(config), jax.jit(partial(init_params, config))()
-
-
-def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
-  """Returns an empty cache for `length` positions, all zeros."""
-  shape = (batch, length, model.n_kv_heads, model.head_dim)
-  layers: list[LayerCache] = [
-    {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)} for _ in range(model.n_layers)
-  ]
-  return Cache(jnp.zeros((batch, length), jnp.int32), layers)
-
-
-def count_params(params: Params) -> tuple[int, int]:
-  """Returns the number of parameters, and how many of them are not in the bank."""
-  others = sum(leaf.size for leaf in jax.tree.leaves(without_bank(params)))
-  return others + (math.prod(params[BANK].shape) if BANK in params else 0), others
 
 
 def without_bank(params: Params) -> Params:

@@ -5,8 +5,8 @@ from typing import Any
 
 from mmjax.config import Config
 from mmjax.console import Table, number
-from mmjax.model.cost import bytes_per_token, flops_per_token
-from mmjax.model.lm import abstract_params, count_params
+from mmjax.model.cost import bytes_per_token, count_params, flops_per_token
+from mmjax.model.lm import abstract_params
 
 # Of mmjax.evaluation.evaluate.EvalResult: field -> (name, format).
 QUALITY = {

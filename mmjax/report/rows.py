@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from mmjax.config import flatten, user_path
 from mmjax.errors import UserError
 from mmjax.files import read_json
-from mmjax.model.cost import flops_per_token
-from mmjax.model.lm import abstract_params, count_params
+from mmjax.model.cost import count_params, flops_per_token
+from mmjax.model.lm import abstract_params
 from mmjax.report.found import FoundRun
 from mmjax.run.identity import FREE, FREE_SECTIONS
 

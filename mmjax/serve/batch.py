@@ -24,7 +24,8 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
 from mmjax.inference.sampling import LEAST_TEMPERATURE, draw, only_pieces
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import Cache, Params, init_cache, model_graph
+from mmjax.model.layers import Cache, init_cache
+from mmjax.model.lm import Params, model_graph
 
 SLOTS = 16  # written at the same time
 CPU_ROWS = 4  # of a group on a CPU; elsewhere all are one group

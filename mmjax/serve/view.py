@@ -14,7 +14,7 @@ from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import MemoryReader, token_text
 from mmjax.inference.settings import Sampling
 from mmjax.inference.taught import taught_rows
-from mmjax.model.lm import count_params
+from mmjax.model.cost import count_params
 from mmjax.run.compressed import compressed_remark
 from mmjax.run.directory import RunDir
 from mmjax.run.identity import bank_texts

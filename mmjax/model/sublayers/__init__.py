@@ -9,7 +9,8 @@ A row of the table (mmjax/config/sublayers.py) names what makes a sublayer, a cl
   dtype       of the matrix products,
   last_BTn    int32, the last tokens at each position (mmjax.memory.ngram); None in a model where they address no row.
 In training with memory.row_dropout one that reads n-grams also gets a PRNG `key`.
-What else the code must know of it stands in its row.
+It has a method `flops()`, which returns the FLOPs of a training step for a token by part (see mmjax.model.cost). What
+else the code must know of it stands in its row.
 """
 
 import jax.numpy as jnp

@@ -24,6 +24,10 @@ class SwiGLU(nnx.Module):
     """Maps (B, T, D) to (B, T, D) in `dtype`."""
     return gated_mlp((x_BTD,), *(linear.kernel[...] for linear in (self.gate, self.up, self.down)), dtype)
 
+  def flops(self) -> dict[str, int]:
+    """See mmjax.model.sublayers."""
+    return {'ffn': self.gate.flops() + self.up.flops() + self.down.flops()}
+
 
 class DenseFFN(SwiGLU):
   """The whole sublayer: norm, then SwiGLU."""

@@ -57,6 +57,10 @@ class MemorySublayer(MemoryLayer):
       return out
     return out._replace(delta_BTD=out.delta_BTD + self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD)
 
+  def flops(self) -> dict[str, int]:
+    """See mmjax.model.sublayers."""
+    return self.memory.flops() | ({} if self.ffn is None else self.ffn.flops())
+
 
 def cross_attention(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> MemorySublayer:
   """Experiment 1.4.1."""

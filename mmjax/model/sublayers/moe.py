@@ -60,6 +60,10 @@ class MoEFFN(nnx.Module):
       out_BTD += recomputed_on_gpu(weighted)(weight_BTE[..., e, None], x_BTD)
     return SublayerOutput(out_BTD, aux_loss=self._balance(chosen_BTE, probability_BTE))
 
+  def flops(self) -> dict[str, int]:
+    """See mmjax.model.sublayers; counts the experts that a token uses, not all that are computed."""
+    return {'moe': (self.experts_per_token + 1) * self.shared_expert.flops()['ffn'] + self.router.flops()}
+
   def _balance(self, chosen_BTE: Array, probability_BTE: Array) -> Array:
     """Returns the auxiliary loss: per sequence, expert load (1 when even) times mean probability, summed over E."""
     load_BE = chosen_BTE.mean(axis=1) * len(self.experts) / self.experts_per_token
