@@ -137,7 +137,7 @@ class Completions:
     asked = self._check(await read_body(request))
     if self.batches[asked.view.name].full:
       raise Refusal('busy: too many completions are being written; ask again later', 429)
-    echoes = await self.worker(_echoes, asked)
+    echoes = [await self.worker(_echo, asked, prompt) for prompt in asked.prompts] if asked.echo else []
     head = {'id': f'cmpl-{secrets.token_hex(12)}', 'object': 'text_completion', 'created': int(time.time())}
     head |= {'model': asked.view.name}
     if asked.stream:
@@ -266,12 +266,8 @@ def _prompts(view: RunView, value: Any) -> tuple[list[list[int]], bool]:
   return values, starts
 
 
-def _echoes(asked: Asked) -> list[Echo]:
-  """Returns the prompts as they are echoed; nothing is computed unless log-probabilities are wanted."""
-  return [_echo(asked, prompt) for prompt in asked.prompts] if asked.echo else []
-
-
 def _echo(asked: Asked, prompt: list[int]) -> Echo:
+  """Returns a prompt as it is echoed; nothing is computed unless log-probabilities are wanted."""
   echo: Echo = [(token, None, []) for token in prompt]
   if asked.logprobs is not None and len(prompt) > 1:
     log_TV = asked.view.log_probs(asked.view.lm, prompt)[:-1]

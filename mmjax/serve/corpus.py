@@ -64,7 +64,9 @@ class CorpusReads:
       `taken`, how many; `strip`, how many in each of STRIP equal parts of what was read; `contexts`, as
       `MemoryReader.describe_row` takes them, at most `most`; `ngrams`, where these address rows: texts and counts.
     """
-    at, found, before, n_of_R = self.reader.layers.index(layer), [], 0, self._ngram_of_slots(layer)
+    at, found, before = self.reader.layers.index(layer), [], 0
+    # Of how many tokens the address of each read is made; of none where a gate picks rows.
+    n_of_R = np.repeat(self.reader.ngrams[layer], self.reader.lm.config.model.num_selected).astype(int)
     for part in self._parts:
       hit_XR = part.row_LXR[at] == row
       for x in np.flatnonzero(hit_XR.any(axis=-1)):
@@ -80,10 +82,6 @@ class CorpusReads:
       'contexts': [reader[:3] for reader in best],
       'ngrams': self._ngrams([(corpus_row, position, n) for _, corpus_row, position, _, n in found if n]),
     }
-
-  def _ngram_of_slots(self, layer: int | str) -> np.ndarray:
-    """Returns of how many tokens the address of each read of a layer is made; empty where a gate picks rows."""
-    return np.repeat(self.reader.ngrams[layer], self.reader.lm.config.model.num_selected).astype(int)
 
   def _ngrams(self, places: list[tuple[int, int, int]]) -> list[tuple[str, int]]:
     counts, tokenizer = Counter(), self.reader.lm.tokenizer
