@@ -4,12 +4,13 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.files import write_file, write_json
-from mmjax.kernels.packed_bank import pack_bank
+from mmjax.kernels.packed_bank import pack_bank, unpack_bank
 from mmjax.model.lm import BANK
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed, write_compressed_from
@@ -55,5 +56,7 @@ def compress_run(workdir: Path, out: Path, bits: int, which: str) -> None:
     # Which rows were taught only the other run can tell: what they were before lies there.
     run.write_config(dataclasses.replace(config, memory=dataclasses.replace(config.memory, teach_rows=0)))
   before, after = params[BANK].nbytes, packed.nbytes
+  off = float(jnp.linalg.norm(unpack_bank(packed) - params[BANK]) / jnp.linalg.norm(params[BANK]))
   print(f'{out}: the bank of step {step} of {source.path} in {bits} bits a value')
   print(f'Bytes of the bank: {before:,} -> {after:,}, {before / after:.2f} times smaller')
+  print(f'Rounding error: {off:.2%} of the length of the bank')

@@ -1,8 +1,8 @@
 """A bank in 8 or 4 bits a value, read without unpacking it: rows are gathered as integers, then multiplied out.
 
-A value is code * scale. In 8 bits a row has one scale and codes from -127 to 127; in 4 bits each GROUP values of a row
-have one, with codes from -7 to 7. A scale is the largest absolute value over the largest code, in bfloat16, so no value
-is off by more than half a scale, but for what rounding the scale itself adds.
+A value is code * scale. In 8 bits each column of the bank has a scale, and codes go from -127 to 127: no value is off
+by more than half a scale, which is the column's largest absolute value / 127. In 4 bits each GROUP values of a row have
+a scale, in bfloat16, and codes go from -8 to 7: the largest value of a group is -8 scales, whatever its sign.
 
 Source: blocks of values with a scale each, as in Dettmers et al. 2022, arXiv:2110.02861.
 """
@@ -28,7 +28,7 @@ class PackedBank:
   Attributes:
     code: int8 (M, P); or uint8 (M, P / 2, rounded up): code + 8 of a value of the row's first half in the lower four
       bits, of its second half in the upper four.
-    scale: bfloat16, one for each row (M, 1), or for each GROUP of it (M, P / GROUP, rounded up).
+    scale: float32 (1, P); or bfloat16 (M, P / GROUP, rounded up).
     row_dim: P.
   """
 
@@ -50,10 +50,10 @@ class PackedBank:
     """Returns the values of rows, float32 (..., P); for `[...]`, which modules ask parameters for, the bank itself."""
     if row_X is ...:
       return self
-    code_XP, scale = self.code[row_X], self.scale[row_X].astype(jnp.float32)
+    code_XP, scale = self.code[row_X], self.scale[0]
     if self.code.dtype == jnp.uint8:
       code_XP = jnp.concatenate((code_XP & 15, code_XP >> 4), axis=-1)[..., : self.row_dim].astype(jnp.int8) - 8
-      scale = jnp.repeat(scale, GROUP, axis=-1)[..., : self.row_dim]
+      scale = jnp.repeat(self.scale[row_X].astype(jnp.float32), GROUP, axis=-1)[..., : self.row_dim]
     return code_XP.astype(jnp.float32) * scale
 
 
@@ -65,16 +65,19 @@ def pack_bank(bank_MP: Array, bits: int) -> PackedBank:
     bits: one of BITS.
   """
   n_rows, row_dim = bank_MP.shape
-  group, largest = (row_dim, 127) if bits == 8 else (GROUP, 7)
-  value = jnp.pad(bank_MP, ((0, 0), (0, -row_dim % group))).reshape(n_rows, -1, group)
-  scale = (jnp.max(jnp.abs(value), axis=-1) / largest).astype(jnp.bfloat16)
-  step = jnp.where(scale == 0, 1, scale).astype(jnp.float32)[..., None]  # as it is read: its rounding costs nothing
-  code_MP = jnp.clip(jnp.round(value / step), -largest, largest).reshape(n_rows, -1)[:, :row_dim].astype(jnp.int8)
   if bits == 8:
-    return PackedBank(code_MP, scale, row_dim)
-  code_MP = jnp.pad(code_MP + 8, ((0, 0), (0, row_dim % 2))).astype(jnp.uint8)
-  lower, upper = jnp.split(code_MP, 2, axis=1)
-  return PackedBank(lower | upper << 4, scale, row_dim)
+    scale_1P = jnp.max(jnp.abs(bank_MP), axis=0, keepdims=True) / 127
+    return PackedBank(_codes(bank_MP, scale_1P, -127, 127), scale_1P, row_dim)
+  group_MXg = jnp.pad(bank_MP, ((0, 0), (0, -row_dim % GROUP))).reshape(n_rows, -1, GROUP)
+  most, least = jnp.max(group_MXg, axis=-1), jnp.min(group_MXg, axis=-1)
+  scale_MX = (jnp.where(most > -least, most, least) / -8).astype(jnp.bfloat16)
+  code_MP = _codes(group_MXg, scale_MX[..., None].astype(jnp.float32), -8, 7).reshape(n_rows, -1)[:, :row_dim]
+  lower, upper = jnp.split(jnp.pad(code_MP + 8, ((0, 0), (0, row_dim % 2))).astype(jnp.uint8), 2, axis=1)
+  return PackedBank(lower | upper << 4, scale_MX, row_dim)
+
+
+def _codes(value: Array, scale: Array, least: int, most: int) -> Array:
+  return jnp.clip(jnp.round(value / jnp.where(scale == 0, 1, scale)), least, most).astype(jnp.int8)
 
 
 def unpack_bank(bank_MP: Array | PackedBank) -> Array:
