@@ -164,3 +164,14 @@ def test_command_says_what_was_saved(tiny_run, tmp_path, monkeypatch, capsys):
   convert.main()
   assert 'Bytes of the bank: 2,048 -> 384, 5.33 times smaller' in capsys.readouterr().out
   assert mmjax.load(out).params[BANK].code.dtype == jnp.uint8
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+def test_reading_does_not_unpack_the_bank(bits):
+  packed = pack_bank(jnp.ones((4096, 40)), bits)
+  row, weight = jnp.zeros((2, 8, 2, 4), jnp.int32), jnp.ones((2, 8, 2, 4))
+  for compiled in (
+    jax.jit(bank_lookup, static_argnums=2).lower(packed, row, 'float32').compile(),
+    jax.jit(bank_bag).lower(packed, row, weight).compile(),
+  ):
+    assert compiled.memory_analysis().temp_size_in_bytes < packed.nbytes / 2
