@@ -104,7 +104,7 @@ def main() -> None:
       write_json(found_path, found)
   found = in_order(found)
   show(table(found))
-  plot(found, out / 'teach.png', 'answer' if questions else 'token')
+  plot(found, out / 'teach.png', 'an answer' if questions else 'a token')
 
 
 def read_found(path: Path) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def plot(found: dict[str, Any], path: Path, unit: str) -> None:
     style = {'color': f'C{at}', 'label': way, 'marker': 'o'}
     lines.append(Line(1000 * forgotten, learned, style))
   title = 'Learned over forgotten: up and to the left is better'
-  axes = 'forgotten, thousandths of a nat a token of old text', f'learned, nats a {unit}'
+  axes = 'forgotten, thousandths of a nat a token of old text', f'learned, nats {unit}'
   draw(path, Panel(title, *axes, lines, log_x=True))
 
 

@@ -259,6 +259,20 @@ def test_muon_moves_matrices_of_the_layers_by_orthogonal_steps_and_the_rest_by_a
   assert matrices >= 7
 
 
+def test_plain_gradient_descent_moves_by_the_rate_times_the_gradient_and_keeps_no_moments():
+  config = tiny_config(train__optimizer='sgd', train__weight_decay=0.0, train__grad_clip=0.0, model__n_layers=1)
+  params = jax.tree.map(jnp.zeros_like, init_params(config))
+  gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape), params)
+  optimizer = make_optimizer(config, 10)
+  state = optimizer.init(params)
+  step, _ = optimizer.update(gradient, state, params)
+  assert all(jnp.size(leaf) == 1 for leaf in jax.tree.leaves(state))  # counters
+  for name, moved in named_leaves(step).items():
+    if name in ('embedding', 'memory_bank'):
+      np.testing.assert_allclose(moved, -config.train.learning_rate * named_leaves(gradient)[name], rtol=1e-6)
+  assert may_overflow(config) and not may_overflow(tiny_config(train__optimizer='sgd'))
+
+
 def test_non_finite_gradient_skips_the_update_and_is_counted():
   config = tiny_config()
   step, state = compiled(config)
