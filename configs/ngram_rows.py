@@ -1,6 +1,6 @@
 """The best memory found at the cost of 1.4.0: rows that the last one or two tokens address, G42 of docs/experiments.md.
 
-docs/experiments.md measured it at small scale; at this size nobody has.
+It was measured at small scale; at this size nobody has. configs/ngram_rows_1m.py has more rows and trains better.
 
 python train.py --config configs/ngram_rows.py                            # text that is read once or twice
 python train.py --config configs/ngram_rows.py --config.memory.ngrams=1   # more often: n-grams learn it by heart

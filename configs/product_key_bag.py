@@ -1,6 +1,6 @@
-"""The best memory found whose gate learns where to look, at the cost of 1.4.0: G23 of docs/experiments.md.
+"""The best memory found whose gate learns where to look, at the cost of 1.4.0: G23 of docs/first_experiments.md.
 
-docs/experiments.md measured it at small scale; at this size nobody has. configs/ngram_rows.py is ahead of it.
+It was measured at small scale; at this size nobody has. configs/ngram_rows.py is ahead of it.
 
 python train.py --config configs/product_key_bag.py
 

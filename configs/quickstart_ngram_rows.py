@@ -3,7 +3,7 @@
 python train.py --config configs/quickstart_ngram_rows.py   -> BENCHMARKS.md, "Quickstart"
 python train.py --config configs/quickstart.py --config.model.sublayer=dense   # the same without a memory
 
-Rows for longer n-grams would learn this text by heart, because it is read three times: docs/experiments.md.
+Rows for longer n-grams would learn this text by heart, because it is read three times: docs/first_experiments.md.
 """
 
 from configs import ngram_rows, quickstart

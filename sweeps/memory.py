@@ -2,7 +2,7 @@
 
 python -m mmjax.tools.sweep sweeps/memory.py --config.data.train_files=... --config.data.valid_files=...
 Add --set learning_rate=4e-3 when that has found the best rate, and --set winners=g42,g41 when that has found the best
-models: docs/experiments.md.
+models: docs/first_experiments.md.
 
 Without a learning rate the runs are G0 at three of them. With one, they are every model at that rate. With winners,
 they are also two more seeds of G0 and the winners, and the best winner at the other rates. The list only grows, so
@@ -64,7 +64,7 @@ SCALES = {
     },
   },
 }  # fmt: skip
-# Runs this short need another warm-up and beta2 than the record: docs/experiments.md, "Tune the baseline first".
+# Runs this short need another warm-up and beta2 than the record: docs/first_experiments.md, "Tune the baseline first".
 WARMUP_SHARE = 0.2  # of the updates
 BETA2 = 0.99
 CHECKPOINTS = 10

@@ -57,9 +57,10 @@ def test_triton_call_is_found(line):
   assert TRITON.search(line)
 
 
-def test_calls_of_triton_are_counted_by_lines():
+def test_calls_of_triton_are_counted_by_lines_whatever_the_source_is_called():
   fusion = 'fusion(%p), calls=%triton_softmax, backend_config={"kind":"__triton"}'
-  assert count_triton(f'HloModule step\n  %f = f32[8] {fusion}\n  %g = f32[8] add(%f, %f)\n  %h = {fusion}') == 2
+  named = '1 "test_step_calls_no_triton"\n  %g = f32[8] add(%f, %f), metadata={op_name="jit(no_triton)/add"}'
+  assert count_triton(f'HloModule step\n{named}\n  %f = f32[8] {fusion}\n  %h = {fusion}') == 2
 
 
 @pytest.mark.parametrize('platform', ['gpu', 'cuda'])

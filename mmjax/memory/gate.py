@@ -22,7 +22,7 @@ from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
 
 WORDS = {'query_key_norm': QUERY_KEY_NORM, 'activation': SCORE_ACTIVATION, 'scores': SCORES}
 NORM_EPS = 1e-6
-BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/experiments.md
+BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/first_experiments.md
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
