@@ -132,4 +132,5 @@ def test_on_a_gpu_the_run_decides_and_float32_never_gets_cudnn(monkeypatch):
   assert place_reader(own, dtype='float32').options == {
     'xla_gpu_enable_triton_gemm': False,
     'xla_disable_hlo_passes': placement.TRITON_PASSES,
+    'xla_gpu_experimental_enable_fusion_autotuner': False,
   }

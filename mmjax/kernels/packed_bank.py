@@ -68,10 +68,10 @@ def pack_bank(bank_MP: Array, bits: int) -> PackedBank:
   if bits == 8:
     scale_1P = jnp.max(jnp.abs(bank_MP), axis=0, keepdims=True) / 127
     return PackedBank(_codes(bank_MP, scale_1P, -127, 127), scale_1P, row_dim)
-  group_MXg = jnp.pad(bank_MP, ((0, 0), (0, -row_dim % GROUP))).reshape(n_rows, -1, GROUP)
-  most, least = jnp.max(group_MXg, axis=-1), jnp.min(group_MXg, axis=-1)
+  groups = jnp.pad(bank_MP, ((0, 0), (0, -row_dim % GROUP))).reshape(n_rows, -1, GROUP)
+  most, least = jnp.max(groups, axis=-1), jnp.min(groups, axis=-1)
   scale_MX = (jnp.where(most > -least, most, least) / -8).astype(jnp.bfloat16)
-  code_MP = _codes(group_MXg, scale_MX[..., None].astype(jnp.float32), -8, 7).reshape(n_rows, -1)[:, :row_dim]
+  code_MP = _codes(groups, scale_MX[..., None].astype(jnp.float32), -8, 7).reshape(n_rows, -1)[:, :row_dim]
   lower, upper = jnp.split(jnp.pad(code_MP + 8, ((0, 0), (0, row_dim % 2))).astype(jnp.uint8), 2, axis=1)
   return PackedBank(lower | upper << 4, scale_MX, row_dim)
 

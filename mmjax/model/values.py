@@ -46,11 +46,11 @@ class ValueReader(nnx.Module):
   def _convolve(self, rows_BThP: Array, last_BTn: Array, earlier: Callable[[int], Array]) -> Array:
     if self.conv is None:
       return rows_BThP
-    conv_WhP = self.conv[...]
-    out_BThP = rows_BThP * (1 + conv_WhP[0])
-    for back in range(1, len(conv_WhP)):
+    weights = self.conv[...]
+    out_BThP = rows_BThP * (1 + weights[0])
+    for back in range(1, len(weights)):
       is_there_BT11 = (last_BTn[..., back] != NO_TOKEN)[..., None, None]
-      out_BThP += jnp.where(is_there_BT11, earlier(back), 0) * conv_WhP[back]
+      out_BThP += jnp.where(is_there_BT11, earlier(back), 0) * weights[back]
     return out_BThP
 
 
