@@ -126,6 +126,7 @@ def test_generation_starts_as_rows_do_in_training(lm):
   assert lm.encode_prompt('the bank')[1:] == lm.tokenizer.encode('the bank')
 
 
+@pytest.mark.thorough
 def test_stream_adds_up_to_generate(lm):
   options = {'max_new_tokens': 40, 'temperature': 1.5, 'top_p': 1.0, 'seed': 5}
   assert ''.join(lm.stream('the memory', **options)) == lm.generate('the memory', **options)[0]

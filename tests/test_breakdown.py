@@ -61,6 +61,7 @@ def test_losses_of_groups_are_those_of_plain_python(tiny_run, tmp_path, monkeypa
   assert 'Loss by 2-gram read' in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_runs_that_read_the_same_are_compared_and_share_the_counts(tiny_run, tmp_path, monkeypatch):
   shutil.copytree(tiny_run, tmp_path / 'twin')
   (tmp_path / 'other.txt').write_text('the bank reads the memory\n\nand writes it again')

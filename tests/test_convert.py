@@ -185,6 +185,7 @@ def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_confi
       export_run(tmp_path / 'run', tmp_path / 'model.pth', 'best', None)
 
 
+@pytest.mark.thorough
 def test_header_binds_what_it_says_and_no_more(tmp_path):
   run_of(tiny_config(**MIXED), tmp_path / 'run')
   file = tmp_path / 'model.safetensors'

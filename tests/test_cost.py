@@ -71,6 +71,7 @@ def test_bytes_are_those_of_rows_and_weights():
   assert bytes_per_token(load_config(RECORD))['bank'] == 0
 
 
+@pytest.mark.thorough
 def test_tool_prints_the_costs_and_the_width_that_matches(monkeypatch, capsys):
   flags = ['--config', 'configs/product_key_bag.py', '--match', RECORD, '--config.memory.ffn_dim=8']
   monkeypatch.setattr(sys, 'argv', ['cost', *flags])

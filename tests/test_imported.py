@@ -47,6 +47,7 @@ def test_imported_run_computes_what_torch_computes(tmp_path):
   np.testing.assert_allclose(got_BTV, torch_logits(model, tokens_BT), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_another_tokenizer_than_the_one_in_the_header_is_refused(tiny_run, tmp_path):
   file, other = tmp_path / 'model.safetensors', tmp_path / 'other.model'
   export_run(tiny_run, file, 'best', 'bfloat16')
@@ -126,6 +127,7 @@ def test_import_without_a_tokenizer_takes_and_gives_token_ids(tmp_path):
       use()
 
 
+@pytest.mark.thorough
 def test_imported_run_trains_under_other_data_and_training_settings(tmp_path):
   """Nothing but the architecture is bound: not the clip, which changes the optimizer's state."""
   write_text(tmp_path)

@@ -94,6 +94,7 @@ def test_data_of_an_earlier_version_are_counted_where_they_can_be(tmp_path):
   assert again != directory and read_index(again)['splits'] == before['splits']
 
 
+@pytest.mark.thorough
 def test_nothing_is_written_through_a_link_that_was_laid(tmp_path, corpus):
   directory, _ = run(tmp_path, corpus)
   victim = tmp_path / 'victim'

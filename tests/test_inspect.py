@@ -94,6 +94,7 @@ def test_rows_that_ngrams_address_are_shown_with_these(tiny_run, capsys):
   assert inspect.contexts_table([], '').header == ['contexts that take it; the token that took it is in «»']
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(('sublayer', 'ngrams'), [('ngram_bag', '1,2'), ('ngram_bucket', '2,1')])
 def test_row_of_a_range_is_shown_with_its_head_and_token(tiny_run, sublayer, ngrams):
   own = {'model__num_selected': 2, 'memory__n_heads': 2, 'memory__ngrams': ngrams, 'memory__ngram_ranges': 'own'}
@@ -148,6 +149,7 @@ def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
   assert np.abs(change_V).max() > 1e-3
 
 
+@pytest.mark.thorough
 def test_a_row_is_replaced_in_its_own_layer_only(tiny_run, split):
   reader = MemoryReader(mmjax.load(tiny_run))
   row = reader.read_text('the memory')[-1]['layers'][0]['rows'][0]['row']

@@ -203,6 +203,7 @@ print(sorted({{name.split('.')[1] for name in sys.modules if name.startswith('mm
 """
 
 
+@pytest.mark.thorough
 def test_base_install_is_enough():
   """All that training needs beside it is blocked, but for what JAX and Flax themselves import."""
   needed = [line for package in ('jax', 'flax') for line in importlib.metadata.requires(package)]

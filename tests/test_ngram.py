@@ -178,6 +178,7 @@ def test_dropped_heads_say_nothing_and_the_others_more():
   assert np.flatnonzero(np.any(pull(jnp.ones_like(delta))[0], axis=-1)).tolist() == [1, 2]
 
 
+@pytest.mark.thorough
 def test_rows_are_dropped_by_the_key_alone_in_each_layer_for_itself(monkeypatch):
   config, seen = tiny_config(**NGRAM, memory__row_dropout=0.25), []
   graphdef, params = build_model(config)
@@ -212,6 +213,7 @@ def test_model_with_ranges_and_signs_keeps_documents_apart():
   assert out.row_LBTR[0, 1, 6].tolist() == own_rows_by_hand(last[0], [1, 1, 2, 2, 3, 3], 900, 300)
 
 
+@pytest.mark.thorough
 def test_bucket_starts_as_the_mean_of_its_rows_and_of_one_row_is_an_ngram_bag():
   more = {'memory__input': 'residual', 'memory__n_heads': 3, 'memory__ngrams': '1,2', 'memory__key_dim': 4}
   tokens = random_batch(tiny_config())['input'][0]
@@ -307,6 +309,7 @@ def test_rows_of_ngrams_that_are_missing_or_of_another_shape_are_refused(row_BTh
     memory.apply(memory.init(jax.random.key(0)), jnp.zeros((1, 2, 8)), jnp.zeros((64, 8)), row_BThr)
 
 
+@pytest.mark.thorough
 def test_layers_of_both_kinds_share_the_bank():
   config = tiny_config(
     model__sublayer='memory_bag', model__n_layers=4, memory__layers='1,2,3', memory__ngram_layers='2', memory__n_heads=2

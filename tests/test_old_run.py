@@ -69,6 +69,7 @@ def test_old_run_evaluates_to_what_it_recorded(old):
   assert_same_losses(measure_text(lm, run).to_dict(), recorded)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('text', rarely(['shards', 'sentences'], 'shards'))
 def test_old_run_goes_on_as_it_would_have(old, text):
   run, config = old

@@ -59,6 +59,7 @@ def test_lengths_and_batches_equal_torch(batch, length):
   compare_logits(config, batch, length, 'xla_blocked' if length == 511 else 'xla')
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('sublayer', rarely(('dense', 'gated_fusion'), 'gated_fusion'))
 def test_gradient_reaches_only_earlier_tokens_in_both_models(sublayer):
   config = tiny_config(model__sublayer=sublayer)

@@ -62,6 +62,7 @@ def numpy_weights(config, score_X: np.ndarray) -> np.ndarray:
   return np.exp(score_X) / np.exp(score_X).sum()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('form', rarely(FORMS, 'bag'))
 def test_probes_of_an_evaluation_equal_brute_force(form):
   config = tiny_config(**FORMS[form], train__batch_size=3, model__max_seq_len=T, runtime__attention='xla')

@@ -43,6 +43,7 @@ def test_gate_of_the_example_learns(examples, kind, capsys, tmp_path, monkeypatc
   assert float(capsys.readouterr().out) > 0.01
 
 
+@pytest.mark.thorough
 def test_memories_and_optimizers_of_the_guide_do_what_it_says(examples):
   names = dict(examples[1])
   for _, block in python_blocks('docs/guide.md', '## A memory in your own model'):

@@ -103,6 +103,7 @@ def test_texts_of_a_rebuilt_bank_are_not_shown_for_an_old_run(case, monkeypatch,
   assert 'bank_sha256' in read_json(run / 'run.json')['identity']
 
 
+@pytest.mark.thorough
 def test_bank_under_another_name_is_the_same_bank(case, monkeypatch, capsys):
   run, bank, go_on = case
   for name in ('bank.safetensors', 'bank.jsonl'):

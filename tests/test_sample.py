@@ -33,6 +33,7 @@ def test_a_prompt_is_continued_as_the_api_does(tiny_run, monkeypatch, capfd):
   assert out == printable(want) + '\n'
 
 
+@pytest.mark.thorough
 def test_lines_of_stdin_are_prompts_and_a_bad_one_does_not_end_it(tiny_run, monkeypatch, capfd):
   stdin = b'the memory\n\xff\xfe\nthe memory\n\n\x1b[2J\x00\n'
   code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, stdin=stdin)

@@ -97,6 +97,7 @@ def test_map_holds_every_read_once(bag, monkeypatch):
   assert sum(bag.map(None)['cells']) == np.sum(bag.corpus.usage_LM)
 
 
+@pytest.mark.thorough
 def test_changed_bank_computes_what_a_model_with_that_bank_does(bag):
   text = 'the memory'  # shorter than a row
   (row, *_), (other, *_), *_ = bag.read(text)['tokens'][-1]['layers'][0]
@@ -243,6 +244,7 @@ def test_request_that_never_arrives_is_dropped(port, monkeypatch):
     assert b'408' in slow.recv(4096)
 
 
+@pytest.mark.thorough
 def test_saved_page_holds_its_answers_and_no_markup_of_the_text(bag, dense):
   text = 'the </script><script>alert(1)</script> row'
   page = saved_page([bag, dense], text)

@@ -240,6 +240,7 @@ def test_warm_down_stays_at_the_peak_and_falls_in_a_line():
   np.testing.assert_allclose([all_of_it(0), all_of_it(12), all_of_it(24)], [1e-2, 0.045, 0.08], rtol=1e-6)
 
 
+@pytest.mark.thorough
 def test_muon_moves_matrices_of_the_layers_by_orthogonal_steps_and_the_rest_by_adam():
   more = {'model__n_layers': 1, 'memory__scores': 'scale', 'train__weight_decay': 0.0, 'train__grad_clip': 0.0}
   configs = [tiny_config(train__optimizer=name, **more) for name in ('adamw', 'muon')]
@@ -354,6 +355,7 @@ def test_spike_skips_the_update_and_leaves_the_average():
     assert float(after['loss_average']) == pytest.approx(0.98 * average + 0.02 * loss, rel=1e-5)
 
 
+@pytest.mark.thorough
 def test_bf16_step_is_close_to_float32_and_keeps_float32_state():
   exact, rough = tiny_config(), tiny_config(train__dtype='bfloat16')
   batch = random_batch(exact)

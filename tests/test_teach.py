@@ -44,6 +44,7 @@ def test_rows_are_those_of_the_largest_score():
     assert taught.tolist() == sorted(best) and not set(taught) & {0, 1, 2}
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('optimizer', rarely(('sgd', 'adamw'), 'sgd'))
 def test_update_moves_rows_that_are_taught_and_nothing_else(optimizer):
   config = tiny_config(**TEACH | {'train__optimizer': optimizer, 'train__grad_clip': 0.005})

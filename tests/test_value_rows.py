@@ -127,6 +127,7 @@ def test_cost_is_a_projection_and_a_gate_for_each_layer_and_one_read():
   assert bytes_per_token(config)['weights'] - bytes_per_token(plain)['weights'] == 4 * (3 * 8 * 16 + 12 * 2)
 
 
+@pytest.mark.thorough
 def test_rows_of_values_are_shown_and_exchanged_for_values_alone(tiny_run):
   config = tiny_config(**BOTH, memory__bank_std=3.0)
   graphdef, params = build_model(config)
