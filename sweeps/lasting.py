@@ -49,9 +49,10 @@ MODELS = {
   | BANK
   | {'model.sublayer': 'dense', 'model.hidden_dim': 'what is left'},
   'g54': GROWING | IN_VALUES | BANK,
-  # Does a choice by context add to the same rows? Buckets of 8 of them, and one row.
+  # Does a choice by context add to the same rows? Buckets of 8 of them, one row, and one row for each bucket.
   'g55': GRID['MODELS']['g51'] | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
   'g56': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
+  'g59': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 131072} | BANK,
   # Rows that grow with the tokens.
   'g57': GROWING | BANK | {'model.knowledge_num': 4194304},
   'g58': GROWING | IN_VALUES | BANK | {'model.knowledge_num': 4194304},
