@@ -109,18 +109,34 @@ def test_stop_ends_the_text_before_it(port):
 
 def streamed(port, **fields):
   """Returns the text of a stream, and how many pieces it had."""
+  pieces = pieces_of(port, **fields)
+  return ''.join(piece['text'] for piece in pieces), len(pieces)
+
+
+def pieces_of(port, **fields):
+  """Returns the pieces of a stream."""
   status, headers, text = request(port, '/v1/completions', ASKED | {'stream': True} | fields)
   assert status == 200 and headers['Content-Type'].startswith('text/event-stream')
   *events, last = [line.removeprefix('data: ') for line in text.split('\n\n') if line]
   assert last == '[DONE]'
   pieces = [json.loads(event)['choices'][0] for event in events]
   assert [piece['finish_reason'] is None for piece in pieces] == [True] * (len(pieces) - 1) + [False]
-  return ''.join(piece['text'] for piece in pieces), len(pieces)
+  return pieces
 
 
 def test_stream_is_the_same_text_in_pieces(port):
   text, pieces = streamed(port)
   assert text == texts(complete(port))[0] and pieces > 3
+
+
+def test_stream_has_the_log_probabilities_of_the_whole(port):
+  cut_at = texts(complete(port, max_tokens=20, temperature=3, seed=1))[0][8:10]
+  for seed in range(4):  # so hot that many tokens are a part of a character
+    for stop in (None, 'never there at all', cut_at):
+      fields = {'max_tokens': 20, 'temperature': 3, 'seed': seed, 'stop': stop, 'logprobs': 0}
+      whole = complete(port, **fields)['choices'][0]['logprobs']
+      parts = [piece['logprobs'] for piece in pieces_of(port, **fields)]
+      assert {name: [value for part in parts for value in part[name]] for name in whole} == whole
 
 
 def test_answers_do_not_depend_on_company(port):

@@ -6,6 +6,7 @@ unless its value asks for nothing; `user` is ignored.
 """
 
 import asyncio
+import bisect
 import codecs
 import contextlib
 import json
@@ -105,7 +106,10 @@ class Choice:
     """Returns what is new since the last piece, as the protocol has it; what may become a stop is held back."""
     end = max(self._sent, len(self._text) - (0 if self.finish_reason else self._reach))
     text, self._sent = self._text[self._sent : end], end
-    logprobs, self._logprobs = self._logprobs, {name: [] for name in self._logprobs}
+    offsets = self._logprobs['text_offset']
+    told = len(offsets) if self.finish_reason else bisect.bisect_left(offsets, end)  # not those of what is held back
+    logprobs = {name: values[:told] for name, values in self._logprobs.items()}
+    self._logprobs = {name: values[told:] for name, values in self._logprobs.items()}
     logprobs = None if self.asked.logprobs is None else logprobs
     return {'text': text, 'index': self.index, 'logprobs': logprobs, 'finish_reason': self.finish_reason}
 
