@@ -309,6 +309,14 @@ def test_rows_of_ngrams_that_are_missing_or_of_another_shape_are_refused(row_BTh
     memory.apply(memory.init(jax.random.key(0)), jnp.zeros((1, 2, 8)), jnp.zeros((64, 8)), row_BThr)
 
 
+@pytest.mark.parametrize('last_BTn', [jnp.zeros((1, 4, 1), jnp.int32), jnp.zeros((1, 4, 2))])
+def test_too_few_last_tokens_and_fractions_are_refused(last_BTn):
+  memory = NgramBag(dim=8, n_rows=64, row_dim=8, n_heads=2, ngrams=(1, 2), signs=True)
+  for of_last in (memory.rows_of, memory.signs_of):
+    with pytest.raises(ValueError, match='must be whole numbers, at least 2 at each position'):
+      of_last(last_BTn)
+
+
 @pytest.mark.thorough
 def test_layers_of_both_kinds_share_the_bank():
   config = tiny_config(

@@ -151,6 +151,12 @@ def sign_vectors(row_dim: int) -> Array:
 
 def _codes(token_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:
   """Returns 32 bits for each n-gram, uint32 (B, T, h, r), by the hash of each number."""
+  # JAX would read the last of too few tokens again, and cut fractions off.
+  if token_BTn.shape[-1] < max(ngrams) or not jnp.issubdtype(token_BTn.dtype, jnp.integer):
+    raise ValueError(
+      f'last tokens of shape {token_BTn.shape} and dtype {token_BTn.dtype} must be whole numbers, at least '
+      f'{max(ngrams)} at each position: see last_tokens'
+    )
   code_BThr = number_hr
   for back in range(max(ngrams)):
     mixed_BThr = _mix(code_BThr ^ _mix(token_BTn[..., back, None, None].astype(jnp.uint32)))
