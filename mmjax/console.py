@@ -58,6 +58,14 @@ def number(value: float | None, spec: str = '') -> str:
   return format(value, spec or (',' if isinstance(value, int) else ',.4f'))
 
 
+def rounded_tokens(tokens: float) -> str:
+  """Writes 2,998,272 tokens as 3 M: two digits and a unit."""
+  if tokens < 1e3:
+    return f'{tokens:.0f}'
+  scale, unit = (1e9, 'G') if tokens >= 1e9 else (1e6, 'M') if tokens >= 1e6 else (1e3, 'k')
+  return f'{float(f"{tokens:.2g}") / scale:g} {unit}'
+
+
 def format_seconds(seconds: float) -> str:
   """Returns '2 h 05 min', '5 min 10 s' or '12 s'."""
   minutes, rest = divmod(round(seconds), 60)

@@ -57,7 +57,7 @@ def test_losses_of_groups_are_those_of_plain_python(tiny_run, tmp_path, monkeypa
   kept = rows['target'] != PADDING
   expected = -np.take_along_axis(log_softmax(zeroed, axis=-1)[kept], rows['target'][kept][:, None], -1).mean()
   assert found['groups']['all'][0]['loss_zeroed'] == pytest.approx(expected, rel=1e-5)
-  assert f'| run, bank zeroed | 0.0 M | {expected:.4f} |' in (tmp_path / 'breakdown.md').read_text()
+  assert f'| run, bank zeroed | 768, step 6 | {expected:.4f} |' in (tmp_path / 'breakdown.md').read_text()
   assert 'Loss by 2-gram read' in capsys.readouterr().out
 
 

@@ -9,7 +9,7 @@ import pytest
 from mmjax.errors import UserError
 from mmjax.report.compare import compare
 from mmjax.report.found import FoundRun
-from mmjax.report.lead import FORMS, find_lead, fit
+from mmjax.report.lead import FORMS, _model_name, find_lead, fit
 from tests.test_compare import DENSE, make_run
 
 LENGTHS = {'3e6': 3_000_064, '12e6': 12_000_000, '48e6': 48_000_000}  # the first not quite, as whole updates are
@@ -44,6 +44,10 @@ def test_ranges_are_over_points_left_out_and_over_seeds():
   ends = [math.log(0.4 / x) / math.log(16) for x in (0.2, 0.05)]
   assert fit(FORMS['power'], two)['b_range'] == pytest.approx(ends)
   assert fit(FORMS['power'], points[:2])['b_range'] is None
+  lost = [points[0], points[1], points[2] | {'seeds': {0: 0.25, 1: -0.05}}]  # the second seed's has no logarithm
+  found = fit(FORMS['power'], lost)
+  assert found['refits_without'] == [1, 5] and found['b_range'] is None and found['at']['1e+08']['range'] is None
+  assert fit(FORMS['log'], lost)['b_range'] is not None
 
 
 def test_a_lead_that_is_lost_has_no_power_law():
@@ -86,6 +90,15 @@ def test_leads_of_a_sweep_are_found_by_names(runs):
   assert [entry['loss'] for entry in model['equal_time']] == [
     None, *(pytest.approx(np.mean(pair), abs=1e-4) for pair in (losses[:2], losses[1:]))
   ]  # fmt: skip
+
+
+def test_only_the_tokens_that_a_run_read_are_cut_from_its_name(tmp_path):
+  names = {'g0-3e6': 3, 'g0-12e6': 12, 'g57-4M-3e6': 3, 'g57-4M-12000000-s0': 12, 'g52-1M-3M': 3, 'g52-1M-12M_s1': 12}
+  paths = [
+    make_run(tmp_path / name, (5.0, 4.0), done=5, **{'train__max_steps': tokens * 7812, 'seed': int(name[-1] == '1')})
+    for name, tokens in names.items()
+  ]
+  assert sorted({_model_name(FoundRun(path)) for path in paths}) == ['g0', 'g52-1M', 'g57-4M']
 
 
 def test_models_may_be_named_by_patterns(runs):

@@ -20,7 +20,8 @@ from mmjax.report.found import FoundRun
 
 FAR = (1e8, 1e9)  # tokens at which a fit says something
 SEED = re.compile(r'[-_.](s|seed)[-_.]?\d+$')
-TOKENS = re.compile(r'[-_]\d+(\.\d+)?(e\d+|[kMG])(?=[-_]|$)')  # the -12e6 of g42-muon-12e6
+TOKENS = re.compile(r'[-_](\d+(?:\.\d+)?(?:e\d+)?)([kMG]?)(?=[-_]|$)')  # the -12e6 of g42-muon-12e6
+UNITS = {'': 1, 'k': 1e3, 'M': 1e6, 'G': 1e9}
 
 
 class Form(NamedTuple):
@@ -59,8 +60,8 @@ def find_lead(runs: Sequence[FoundRun], patterns: str = '') -> dict[str, Any] | 
   Returns:
     None where no model and the first have two lengths of training in common, or names do not tell models apart. Else
     baseline, a name, and models: for each other its points (tokens, loss, lead, standard_error over seeds, seeds,
-    seconds), fits (by form: a, b, b_range, residual in nats, at: tokens -> lead and its range), and equal_time (the
-    tokens and seconds of the baseline, its loss, and that of the model after as many seconds).
+    seconds), fits (by form: a, b, b_range, refits_without, residual in nats, at: tokens -> lead and its range), and
+    equal_time (the tokens and seconds of the baseline, its loss, and that of the model after as many seconds).
 
   Raises:
     UserError: if a pattern fits no run, two runs of a model have the same tokens and seed, or the models that patterns
@@ -101,14 +102,24 @@ def _models(runs: Sequence[FoundRun], patterns: str) -> dict[str, list[FoundRun]
     if not equals or not found[name]:
       raise UserError(f'--models {pair}: {"no run fits it" if equals else "must be NAME=PATTERN"}, such as g0=g0-*')
   for run in () if patterns else runs:
-    found.setdefault(TOKENS.sub('', SEED.sub('', run.path.resolve().name)), []).append(run)
+    found.setdefault(_model_name(run), []).append(run)
   return found
+
+
+def _model_name(run: FoundRun) -> str:
+  """Returns the name of a run without its seed and its tokens: of g52-4M-12e6-s0, which read 12 M, g52-4M."""
+  length = length_of(_tokens(run))
+
+  def without(match: re.Match) -> str:
+    return '' if length_of(float(match[1]) * UNITS[match[2]]) == length else match[0]
+
+  return TOKENS.sub(without, SEED.sub('', run.path.resolve().name))
 
 
 def _twins(runs: Sequence[FoundRun]) -> list[str]:
   """Returns two runs that differ neither in their tokens nor in their seed; [] if there are none."""
   seen: dict[tuple[float, int], FoundRun] = {}
-  for run in runs:
+  for run in (run for run in runs if run.finished and run.finite_evals):
     if (twin := seen.setdefault((length_of(_tokens(run)), run.config.seed), run)) is not run:
       return [str(twin.path), str(run.path)]
   return []
@@ -160,14 +171,16 @@ def _lead_points(first: Points, model: Points) -> list[dict[str, Any]]:
 def fit(form: Form, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
   """Fits a form to the leads of at least two points; None where its line cannot hold one, as no log is below 0.
 
-  Ranges are those of the fits that leave out one point of three or more, and that take one seed at each point.
+  Ranges are those of the fits that leave out one point of three or more, and that take one seed at each point: of the
+  refits. They are None where the form cannot hold one of these; `refits_without` says how many of how many.
   """
   tokens, lead = (np.array([point[name] for point in points], float) for name in ('tokens', 'lead'))
   line = fit_line(form, tokens, lead)
   if line is None:
     return None
   lines = [fit_line(form, *pair) for pair in _other_points(tokens, lead, points)]
-  known = [other for other in lines if other is not None]
+  without = lines.count(None)
+  known = [] if without else lines  # a range of what is left would hide what speaks against the form
   a, b = form.parameters(*line)
   slopes = [form.parameters(*other)[1] for other in known]
   predictions = {}
@@ -175,7 +188,8 @@ def fit(form: Form, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
     ends = [float(at(form, other, far)) for other in known]
     predictions[f'{far:g}'] = {'lead': float(at(form, line, far)), 'range': _range(ends)}
   residual = float(np.sqrt(np.mean(np.square(at(form, line, tokens) - lead))))
-  return {'a': a, 'b': b, 'b_range': _range(slopes), 'residual': residual, 'at': predictions}
+  ranges = {'b_range': _range(slopes), 'refits_without': [without, len(lines)]}
+  return {'a': a, 'b': b, **ranges, 'residual': residual, 'at': predictions}
 
 
 def fit_line(form: Form, tokens: np.ndarray, lead: np.ndarray) -> tuple[float, float] | None:

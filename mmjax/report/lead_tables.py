@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.console import Table, number
+from mmjax.console import Table, number, rounded_tokens
 from mmjax.report.draw import INK, Line, Panel, draw
 from mmjax.report.lead import FAR, FORMS, at, fit_line, length_of
 
@@ -33,12 +33,12 @@ def lead_blocks(found: Mapping[str, Any]) -> list[Table | str]:
     cells = [_time_cell(entry) for entry in model['equal_time']]
     rates = [point['tokens'] / point['seconds'] for point in model['points'] if point['seconds']]
     times.append([name, number(float(np.median(rates)) if rates else None, ',.0f'), *cells])
-  header = [_short(length) for length in lengths]
+  header = [rounded_tokens(length) for length in lengths]
   kept = [f'{b} over {a}' for a, b in itertools.pairwise(header)]
-  far = [f'at {_short(tokens)}' for tokens in FAR]
+  far = [f'at {rounded_tokens(tokens)}' for tokens in FAR]
   own = next(iter(models.values()))['equal_time']  # of the first model, so the same in all
   rates = ', '.join(number(entry['tokens'] / entry['seconds'], ',.0f') for entry in own)
-  after = [f'as long as {first} on {_short(entry["tokens"])}' for entry in own]
+  after = [f'as long as {first} on {rounded_tokens(entry["tokens"])}' for entry in own]
   return [
     Table(['model', *header, *kept], leads, f'Lead over {first}, nats a token, after so many training tokens'),
     Table(['model', 'lead', 'a', 'b', 'residual', *far], fits, 'Fits of the lead, their ranges in brackets'),
@@ -54,10 +54,11 @@ def _worth(found: Mapping[str, Any]) -> str:
   least, most = points[0]['tokens'], points[-1]['tokens']
   return (
     f'What a fit is worth: it has two parameters and at most {len(points)} points, which leaves {len(points) - 2} to '
-    f'contradict a form. The points span a factor of {most / least:.3g} in tokens, and {_short(FAR[-1])} is a factor '
-    f'of {FAR[-1] / most:.3g} beyond the last. A range is that of the fits that leave out one point, of three or more, '
-    'and that take one seed for each. It holds only as far as the form does. Where the two forms differ, these points '
-    'do not tell which of them is right.'
+    f'contradict a form. The points span a factor of {most / least:.3g} in tokens, and {rounded_tokens(FAR[-1])} is a '
+    f'factor of {FAR[-1] / most:.3g} beyond the last. A range is that of the refits, which leave out one of three or '
+    'more points, or take one seed for each. It is not given where one of them cannot be: no power of tokens is '
+    'negative, and a lead may be. It holds only as far as the form does. Where the two forms differ, these points do '
+    'not tell which of them is right.'
   )
 
 
@@ -72,7 +73,9 @@ def _fit_cells(fitted: Mapping[str, Any] | None) -> list[str]:
   if fitted is None:
     return ['-'] * (3 + len(FAR))
   ends = [f'{x["lead"]:+.3f}{_brackets(x["range"])}' for x in fitted['at'].values()]
-  return [f'{fitted["a"]:.4g}', f'{fitted["b"]:.3f}{_brackets(fitted["b_range"])}', f'{fitted["residual"]:.4f}', *ends]
+  without, refits = fitted['refits_without']
+  b_range = f' [{without} of {refits} refits cannot be]' if without else _brackets(fitted['b_range'])
+  return [f'{fitted["a"]:.4g}', f'{fitted["b"]:.3f}{b_range}', f'{fitted["residual"]:.4f}', *ends]
 
 
 def _brackets(ends: Sequence[float] | None) -> str:
@@ -81,12 +84,6 @@ def _brackets(ends: Sequence[float] | None) -> str:
 
 def _time_cell(entry: Mapping[str, Any]) -> str:
   return '-' if entry['loss'] is None else number(entry['loss_first'] - entry['loss'], '+.4f')
-
-
-def _short(tokens: float) -> str:
-  """Writes 3.0e6 as 3 M."""
-  scale, unit = (1e9, 'G') if tokens >= 1e9 else (1e6, 'M') if tokens >= 1e6 else (1e3, 'k')
-  return f'{float(f"{tokens:.2g}") / scale:g} {unit}'
 
 
 def draw_lead(found: Mapping[str, Any], path: Path, styles: Sequence[Mapping[str, Any]]) -> str:
@@ -112,4 +109,4 @@ def draw_lead(found: Mapping[str, Any], path: Path, styles: Sequence[Mapping[str
   legend += [(form.written, {'color': INK, 'linestyle': DASHES[name]}) for name, form in FORMS.items()]
   title = f'Lead over {found["baseline"]} against tokens'
   draw(path, Panel(title, 'training tokens', 'nats per token', lines, zero_line=True, log_x=True), legend=legend)
-  return f'{title}; beyond the last points stand the fits alone, as far as {_short(FAR[-1])}.'
+  return f'{title}; beyond the last points stand the fits alone, as far as {rounded_tokens(FAR[-1])}.'

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmjax.config import user_path
-from mmjax.console import Table, command_parser, markdown, number, prepare_terminal, show
-from mmjax.errors import UserError, run_command
+from mmjax.console import Table, command_parser, markdown, number, prepare_terminal, rounded_tokens, show
+from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import add_model_flags, model_from_flags
 
 NOTE = (
   'A cell is the mean loss of a group of tokens, in nats. After it stands, where an earlier run of the list read the '
   'same text, how much higher that is than the loss of that run, ± one standard error over held-out documents, which '
   'says nothing of other seeds. An n-gram is the token and those before it. Its count is exact, over the tokens that '
-  'training had read by the checkpoint.'
+  'training had read by the checkpoint; a run that started from another counts its own alone.'
 )
 
 
@@ -36,9 +36,10 @@ def main() -> None:
   arguments, overrides = parser.parse_known_args()
   sizes = ngram_sizes(arguments.ngrams)
 
-  from mmjax.files import write_file, write_json  # only now: --help and bad flags need not wait for JAX
-  from mmjax.inference.breakdown import break_down
-  from mmjax.report.rows import find_runs
+  with interrupt_ends_at_once():
+    from mmjax.files import write_file, write_json  # only now: --help and bad flags need not wait for JAX
+    from mmjax.inference.breakdown import break_down
+    from mmjax.report.rows import find_runs
 
   prepare_terminal()
   runs = [run.path for run in find_runs(arguments.runs)]
@@ -63,7 +64,7 @@ def ngram_sizes(text: str) -> list[int]:
   Raises:
     UserError: if it is no list of numbers above 0.
   """
-  sizes = [] if text == 'none' else text.split(',')
+  sizes = [] if text == 'none' else [size.strip() for size in text.split(',')]
   if not all(size.isascii() and size.isdigit() and int(size) for size in sizes):
     raise UserError(f"--ngrams {text} must be numbers above 0, comma-separated, such as 2,3, or 'none'")
   return [int(size) for size in sizes]
@@ -77,14 +78,14 @@ def tables(found: Sequence[dict[str, Any]]) -> list[Table]:
 def _table(grouping: str, found: Sequence[dict[str, Any]]) -> Table:
   rows = []
   for run in found:
-    groups, read = run['groups'][grouping], f'{run["tokens_read"] / 1e6:,.1f} M'
+    groups, read = run['groups'][grouping], f'{rounded_tokens(run["tokens_read"])}, step {run["checkpoint"]:,}'
     name, tokens = run['run'].rstrip('/').rpartition('/')[2], [group['tokens'] for group in groups]
     if len(groups) > 1 and run['against'] is None:  # those compared with it have the same groups
       rows.append(['share of the tokens', read, *(f'{part / sum(tokens):.1%}' for part in tokens)])
     rows.append([name, read, *(number(group['loss']) + _difference(group) for group in groups)])
     if 'loss_zeroed' in groups[0]:
       rows.append([f'{name}, bank zeroed', read, *(number(group['loss_zeroed']) for group in groups)])
-  header = ['run', 'tokens read', *(group['group'].rpartition('/')[2] for group in found[0]['groups'][grouping])]
+  header = ['run', 'read', *(group['group'].rpartition('/')[2] for group in found[0]['groups'][grouping])]
   return Table(header, rows, f'Loss by {grouping}' if grouping != 'all' else 'Loss')
 
 
