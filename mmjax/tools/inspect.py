@@ -24,7 +24,7 @@ from mmjax.config import override_config, user_path
 from mmjax.config.sublayers import layer_name
 from mmjax.console import Table, command_parser, number, prepare_terminal, printable, show, table_console
 from mmjax.data.reader import read_text
-from mmjax.errors import UserError, run_command
+from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import add_model_flags, model_from_flags
 
 if TYPE_CHECKING:
@@ -58,9 +58,10 @@ def main() -> None:
   arguments, overrides = parser.parse_known_args()
   text = text_of(arguments)
 
-  from mmjax.files import write_json
-  from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
-  from mmjax.inference.measure import WHERE
+  with interrupt_ends_at_once():
+    from mmjax.files import write_json
+    from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
+    from mmjax.inference.measure import WHERE
 
   prepare_terminal()
   lm = load(arguments.workdir, **model_from_flags(arguments))

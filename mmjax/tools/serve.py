@@ -11,7 +11,7 @@ import argparse
 
 from mmjax.config import user_path
 from mmjax.console import command_parser, prepare_terminal
-from mmjax.errors import UserError, run_command
+from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import add_model_flags, model_from_flags
 
 
@@ -29,9 +29,10 @@ def main() -> None:
   arguments = parser.parse_args()
   check(arguments)
 
-  from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
-  from mmjax.run.directory import open_run
-  from mmjax.serve.view import RunView
+  with interrupt_ends_at_once():
+    from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
+    from mmjax.run.directory import open_run
+    from mmjax.serve.view import RunView
 
   prepare_terminal()
   views = []
