@@ -4,7 +4,7 @@ It was measured at small scale; at this size nobody has. configs/ngram_rows_1m.p
 
 python train.py --config configs/ngram_rows.py                            # text that is read once or twice
 python train.py --config configs/ngram_rows.py --config.memory.ngrams=1   # more often: n-grams learn it by heart,
-python train.py --config configs/ngram_rows.py --config.memory.row_dropout=0.7   # unless most of their reads are dropped
+python train.py --config configs/ngram_rows.py --config.memory.row_dropout=0.7   # unless training drops most rows
 
 What differs from 1.4.2, and why (docs/memory.md explains the mechanisms and names the sources):
   sublayer       an n-gram bag of 4 heads: two read a row for the token, two a row for it and the one before, at hashes.

@@ -231,8 +231,11 @@ def test_values_too_large_for_the_asked_dtype_are_refused(tmp_path):
 
 def test_nothing_is_overwritten(tmp_path):
   path = save(make_state(), tmp_path / 'model.safetensors')
-  with pytest.raises(UserError, match='already exists'):
+  with pytest.raises(UserError, match='already exists; choose another --out'):
     take(path, tmp_path)
+  (tmp_path / 'stopped' / 'checkpoints').mkdir(parents=True)
+  with pytest.raises(UserError, match='what wrote it was stopped: remove it and repeat the command'):
+    take(path, tmp_path / 'stopped')
   with pytest.raises(UserError, match='already exists'):
     write_tensors(path, {'a': np.ones(3, np.float32)})
 

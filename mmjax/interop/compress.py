@@ -14,7 +14,7 @@ from mmjax.kernels.packed_bank import pack_bank, unpack_bank
 from mmjax.model.lm import BANK
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed, write_compressed_from
-from mmjax.run.directory import RunDir, open_run, write_tokenizer
+from mmjax.run.directory import RunDir, open_run, refuse_used, write_tokenizer
 from mmjax.run.leaves import refuse_non_finite
 
 
@@ -31,8 +31,7 @@ def compress_run(workdir: Path, out: Path, bits: int, which: str) -> None:
     UserError: if there is no such run, it has no bank or one that is packed already, its values are not finite, or
       `out` is in use.
   """
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f'{str(out)!r} already exists; choose another --out')
+  refuse_used(out)
   source = open_run(workdir, needs_tokenizer=False)
   refuse_compressed(source, 'compressed again')
   config = source.read_config()

@@ -42,7 +42,7 @@ from mmjax.model.cost import count_params
 from mmjax.model.lm import Params
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed
-from mmjax.run.directory import RunDir, write_tokenizer
+from mmjax.run.directory import RunDir, refuse_used, write_tokenizer
 from mmjax.run.identity import compare_models
 from mmjax.run.leaves import refuse_non_finite
 from mmjax.training.optimizer import make_optimizer
@@ -70,8 +70,7 @@ def import_run(
   Raises:
     UserError: if the file, the settings and the tokenizer do not fit each other, or `out` is in use.
   """
-  if out.exists() and (not out.is_dir() or any(out.iterdir())):
-    raise UserError(f'{str(out)!r} already exists; choose another --out')
+  refuse_used(out)
   tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
   header = read_header(source)
   shapes = {name: value.shape for name, value in tensors.items()}

@@ -244,6 +244,16 @@ def describe_environment() -> dict[str, Any]:
   }
 
 
+def refuse_used(out: Path) -> None:
+  """Raises UserError if a new run directory cannot be made at a path, because something is there."""
+  if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    return
+  # The config is written last, so what has none was not finished.
+  is_part = (out / 'checkpoints').is_dir() and not (out / 'config.json').exists()
+  left = ', and what wrote it was stopped: remove it and repeat the command, or' if is_part else ';'
+  raise UserError(f'{str(out)!r} already exists{left} choose another --out')
+
+
 def refuse_links_out(directory: Path) -> None:
   """Raises UserError, naming it, if a link below a directory leads out of it: nothing is read or written there."""
   root = directory.resolve()
