@@ -27,7 +27,7 @@ class Sampling:
   """
 
   max_new_tokens: int = _setting(
-    96, 'stop after so many tokens if the text does not end before',
+    64, 'stop after so many tokens if the text does not end before',
     1, MOST_NEW_TOKENS, f'a whole number from 1 to {MOST_NEW_TOKENS}',
   )  # fmt: skip
   temperature: float = _setting(
