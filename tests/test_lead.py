@@ -9,7 +9,7 @@ import pytest
 from mmjax.errors import UserError
 from mmjax.report.compare import compare
 from mmjax.report.found import FoundRun
-from mmjax.report.lead import FORMS, _model_name, find_lead, fit
+from mmjax.report.lead import FORMS, find_lead, fit
 from tests.test_compare import DENSE, make_run
 
 LENGTHS = {'3e6': 3_000_064, '12e6': 12_000_000, '48e6': 48_000_000}  # the first not quite, as whole updates are
@@ -95,10 +95,11 @@ def test_leads_of_a_sweep_are_found_by_names(runs):
 def test_only_the_tokens_that_a_run_read_are_cut_from_its_name(tmp_path):
   names = {'g0-3e6': 3, 'g0-12e6': 12, 'g57-4M-3e6': 3, 'g57-4M-12000000-s0': 12, 'g52-1M-3M': 3, 'g52-1M-12M_s1': 12}
   paths = [
-    make_run(tmp_path / name, (5.0, 4.0), done=5, **{'train__max_steps': tokens * 7812, 'seed': int(name[-1] == '1')})
-    for name, tokens in names.items()
+    make_run(tmp_path / name, (5.0, 4.0), done=steps, seed=int(name[-1] == '1'), train__max_steps=steps)
+    for name, steps in ((name, 7812 * millions) for name, millions in names.items())
   ]
-  assert sorted({_model_name(FoundRun(path)) for path in paths}) == ['g0', 'g52-1M', 'g57-4M']
+  found = find_lead([FoundRun(path) for path in paths])
+  assert found['baseline'] == 'g0' and sorted(found['models']) == ['g52-1M', 'g57-4M']
 
 
 def test_models_may_be_named_by_patterns(runs):
