@@ -11,8 +11,10 @@ import pytest
 from flax import nnx
 
 from mmjax.config import load_config
+from mmjax.model import decoding
 from mmjax.model.cost import count_params
-from mmjax.model.layers import RMSNorm, apply_rope, dropout, init_cache, rope_angles
+from mmjax.model.decoding import init_cache
+from mmjax.model.layers import RMSNorm, apply_rope, dropout, rope_angles
 from mmjax.model.lm import abstract_params, build_model
 from tests.helpers import random_batch, rarely, tiny_config
 
@@ -215,8 +217,8 @@ def test_cached_decoding_equals_whole_rows(sublayer, changes):
   tokens = random_batch(config)['input'][0]
   whole = jax.jit(model)(tokens).hidden_BTD
   cache = init_cache(config.model, len(tokens), 20, jnp.float32)
-  prefill = jax.jit(partial(model.prefill, dtype=jnp.float32, attention='xla'))
-  decode = jax.jit(partial(model.decode, dtype=jnp.float32))
+  prefill = jax.jit(partial(decoding.prefill, model, dtype=jnp.float32, attention='xla'))
+  decode = jax.jit(partial(decoding.decode, model, dtype=jnp.float32))
   start, cache = prefill(tokens[:, :6], cache)
   np.testing.assert_allclose(start, whole[:, :6], atol=1e-5)
   # Rows at different positions: each goes on from its own length.

@@ -21,7 +21,8 @@ from mmjax.environment import own_jax_settings
 from mmjax.files import path_name
 from mmjax.inference.sampling import Sampler, only_pieces
 from mmjax.inference.settings import Sampling
-from mmjax.model.layers import Cache, init_cache
+from mmjax.model import decoding
+from mmjax.model.decoding import Cache, init_cache
 from mmjax.model.lm import BANK, Params, model_graph
 from mmjax.run.placement import Placement, place_reader
 
@@ -162,7 +163,7 @@ class _Steps:
     """Reads the prompts into a cache of `length` positions and chooses the first new token of every row."""
     model, dtype = nnx.merge(self.graphdef, params), self.placement.dtype
     cache = init_cache(self.sizes, len(tokens_BT), length, dtype)
-    hidden_BTD, cache = model.prefill(tokens_BT, cache, dtype=dtype, attention=self.placement.attention)
+    hidden_BTD, cache = decoding.prefill(model, tokens_BT, cache, dtype=dtype, attention=self.placement.attention)
     last_B11 = jnp.maximum(rows.position_B, 0)[:, None, None]
     logits_BV = model.logits(jnp.take_along_axis(hidden_BTD, last_B11, axis=1)[:, 0])
     return self.advance(rows, logits_BV, sampler), cache
@@ -180,7 +181,9 @@ class _Steps:
       made, rows, cache, block_BX = carry
       # Turned back here and not before the loop, so that XLA makes it part of the products.
       model = nnx.merge(self.graphdef, _transpose_kernels(params) if self.transposed else params)
-      hidden_B1D, cache = model.decode(rows.token_B[:, None], cache, rows.position_B, dtype=self.placement.dtype)
+      hidden_B1D, cache = decoding.decode(
+        model, rows.token_B[:, None], cache, rows.position_B, dtype=self.placement.dtype
+      )
       rows = self.advance(rows, model.logits(hidden_B1D[:, 0]), sampler)
       return made + 1, rows, cache, block_BX.at[:, made].set(rows.token_B)
 

@@ -7,7 +7,7 @@ reads the stream in that dtype.
 
 import math
 from functools import partial
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,6 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.config import ModelConfig
 from mmjax.kernels.attention import cached_attention, causal_attention
 from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.matmul import TRAINED, matmul, uniform
@@ -28,27 +27,6 @@ class LayerCache(TypedDict):
 
   k: Array
   v: Array
-
-
-class Cache(NamedTuple):
-  """What decoding remembers: slot s of every array holds position s.
-
-  Attributes:
-    token_BS: int32.
-    layers: their keys and values, (B, S, K, H).
-  """
-
-  token_BS: Array
-  layers: list[LayerCache]
-
-
-def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) -> Cache:
-  """Returns an empty cache for `length` positions, all zeros."""
-  shape = (batch, length, model.n_kv_heads, model.head_dim)
-  layers: list[LayerCache] = [
-    {'k': jnp.zeros(shape, dtype), 'v': jnp.zeros(shape, dtype)} for _ in range(model.n_layers)
-  ]
-  return Cache(jnp.zeros((batch, length), jnp.int32), layers)
 
 
 class Linear(nnx.Module):

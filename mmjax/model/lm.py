@@ -19,8 +19,8 @@ from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
 from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Bank, Params, SublayerOutput, init_bank
-from mmjax.memory.ngram import cached_last_tokens, last_tokens
-from mmjax.model.layers import Attention, Cache, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
+from mmjax.memory.ngram import last_tokens
+from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
 
 BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict
 
@@ -178,40 +178,6 @@ class LM(nnx.Module):
     """Maps hidden states (..., D) to float32 logits (..., V) with the tied head."""
     kernel_VD = self.embedding[...].astype(hidden.dtype)
     return jnp.einsum('...D,VD->...V', hidden, kernel_VD, preferred_element_type=jnp.float32)
-
-  def prefill(self, tokens_BT: Array, cache: Cache, *, dtype: DTypeLike, attention: str) -> tuple[Array, Cache]:
-    """Reads prompts from position 0 on, padded on the right, and returns hidden_BTD in `dtype` and the filled cache.
-
-    What padding writes into the cache, which comes from `init_cache` with S >= T, is overwritten before it is seen.
-    """
-    out = self(tokens_BT, dtype=dtype, attention=attention)
-
-    def fill(slots: Array, found: Array) -> Array:
-      return jax.lax.dynamic_update_slice(slots, found.astype(slots.dtype), (0,) * slots.ndim)
-
-    return out.hidden_BTD, jax.tree.map(fill, cache, Cache(tokens_BT, out.kvs))
-
-  def decode(self, tokens_BT: Array, cache: Cache, position_B: Array, *, dtype: DTypeLike) -> tuple[Array, Cache]:
-    """Continues rows by T tokens each, usually one, and returns hidden_BTD in `dtype` and the updated cache.
-
-    `position_B` is the position of each row's first new token, with position_B + T <= S.
-    """
-    position_BT = position_B[:, None] + jnp.arange(tokens_BT.shape[1])
-    angle_BTa = rope_angles(position_BT, self.head_dim, self.rope_theta)
-    bank_MP = None if self.memory_bank is None else self.memory_bank[...]
-    token_BS = cache.token_BS.at[jnp.arange(len(tokens_BT))[:, None], position_BT].set(tokens_BT)
-    last_BTn = cached_last_tokens(token_BS, position_BT, self.n_last) if self.n_last else None
-    rows_BThP = self.value_reader.decode(last_BTn, bank_MP) if self.value_reader else None
-    x_BTD = self.embedding[...][tokens_BT]
-    layers = []
-    for layer, kv in zip(self.layers, cache.layers, strict=True):
-
-      def attend(layer: Attention, x_BTD: Array, norm: RMSNorm, kv: LayerCache = kv) -> tuple[Array, LayerCache]:
-        return layer.decode(x_BTD, norm, angle_BTa, tokens_BT, kv, position_BT, dtype, rows_BThP)
-
-      x_BTD, _, kv = layer(x_BTD, bank_MP, last_BTn, None, attend=attend, dtype=dtype)
-      layers.append(kv)
-    return self.norm(x_BTD, dtype).astype(dtype), Cache(token_BS, layers)
 
 
 def init_params(config: Config) -> Params:

@@ -24,7 +24,8 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
 from mmjax.inference.sampling import LEAST_TEMPERATURE, draw, only_pieces
 from mmjax.inference.settings import Sampling
-from mmjax.model.layers import Cache, init_cache
+from mmjax.model import decoding
+from mmjax.model.decoding import Cache, init_cache
 from mmjax.model.lm import Params, model_graph
 
 SLOTS = 16  # written at the same time
@@ -193,7 +194,8 @@ class _Steps:
   def admit(self, params: Params, cache: Cache, tokens_1T: Array, slot: Array) -> Cache:
     """Returns the cache with a prompt in one of its rows."""
     row = init_cache(self.config.model, 1, cache.token_BS.shape[1], self.dtype)
-    _, row = nnx.merge(self.graphdef, params).prefill(tokens_1T, row, dtype=self.dtype, attention=self.attention)
+    model = nnx.merge(self.graphdef, params)
+    _, row = decoding.prefill(model, tokens_1T, row, dtype=self.dtype, attention=self.attention)
     return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, slot, 0), cache, row)
 
   def decode(self, params: Params, cache: Cache, state: dict[str, Array]) -> tuple[Cache, tuple[Array, ...]]:
@@ -209,7 +211,7 @@ class _Steps:
 
     def step(carry: tuple, at: Array) -> tuple[tuple, tuple[Array, ...]]:
       token_B, cache = carry
-      hidden_B1D, cache = model.decode(token_B[:, None], cache, state['position_B'] + at, dtype=self.dtype)
+      hidden_B1D, cache = decoding.decode(model, token_B[:, None], cache, state['position_B'] + at, dtype=self.dtype)
       logits_BV = only_pieces(model.logits(hidden_B1D[:, 0]), self.n_ids)
       log_BV = jax.nn.log_softmax(logits_BV, axis=-1)
       step_key_B = jax.vmap(jax.random.fold_in)(key_B, state['step_B'] + at)

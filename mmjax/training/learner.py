@@ -1,8 +1,7 @@
-"""What learns: states of a run and its update, compiled for a mesh, and one sentence where memory is too small."""
+"""What learns: states of a run and its update, compiled for a mesh."""
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,18 @@ import optax
 
 from mmjax.config import Config
 from mmjax.data.bank_file import read_bank
-from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import EvalStep, make_eval_step
 from mmjax.model.cost import flops_per_token
 from mmjax.model.lm import BANK, Params, model_graph
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.leaves import refuse_non_finite
-from mmjax.run.placement import Placement, is_nvidia
+from mmjax.run.placement import Placement
 from mmjax.run.sharding import batch_shapes, placed, replicated
 from mmjax.training.optimizer import make_optimizer
+from mmjax.training.out_of_memory import explain_out_of_memory
 from mmjax.training.step import TrainState, init_state, make_train_step
 from mmjax.training.teach import Reads, first_reads
 
-GIB = 1 << 30
 SLOW_UPDATE_FLOPS = 1e12  # 3 to 30 s on a CPU
 
 
@@ -115,30 +113,3 @@ class Learner:
   def eval_step(self) -> EvalStep:
     """Returns the evaluation of a batch, which is compiled at its first call."""
     return make_eval_step(model_graph(self.config), self.config, self.placement)
-
-
-@contextlib.contextmanager
-def explain_out_of_memory(config: Config, memory: Any = None) -> Iterator[None]:
-  """Turns the runtime's out-of-memory error into one sentence with the settings to change."""
-  try:
-    yield
-  except Exception as error:
-    if not (isinstance(error, MemoryError) or 'RESOURCE_EXHAUSTED' in str(error)):
-      raise
-    need = '' if memory is None else f' The step needs {describe_memory(memory)}.'
-    fit = ' `python -m mmjax.tools.fit` with the same --config and --gpu finds the largest micro-batch that fits.'
-    train = config.train
-    raise UserError(
-      f'Out of memory.{need} Lower train.batch_size={train.batch_size} and raise '
-      f'train.accumulation_steps={train.accumulation_steps}, with the same product, {train.update_rows}, or set '
-      f"runtime.remat='block' (now {config.runtime.remat!r}); a run can go on with either. A new run may "
-      f'also lower model.max_seq_len={config.model.max_seq_len}.{fit if is_nvidia(jax.default_backend()) else ""}'
-    ) from error
-
-
-def describe_memory(memory: Any) -> str:
-  """Says what the compiler's memory analysis found, in GiB."""
-  return (
-    f'{memory.temp_size_in_bytes / GIB:.2f} GiB for activations and gradients, and '
-    f'{memory.argument_size_in_bytes / GIB:.2f} GiB of state and batch'
-  )

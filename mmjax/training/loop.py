@@ -34,8 +34,9 @@ from mmjax.run.processes import is_main, joined
 from mmjax.run.sharding import put_batch
 from mmjax.run.signals import StopSignals
 from mmjax.run.text import training_data
-from mmjax.training.learner import Learner, describe_memory, explain_out_of_memory
+from mmjax.training.learner import Learner
 from mmjax.training.optimizer import check_parameters
+from mmjax.training.out_of_memory import describe_memory, explain_out_of_memory
 from mmjax.training.profile import StepProfiler
 from mmjax.training.progress import MicroBatchWatch, show_step
 from mmjax.training.setup import Inputs, count_background, open_inputs, record_run, settle_config

@@ -1,11 +1,10 @@
 """The gradient of the bank as what was read, for where it is not worth an array like the bank for each layer.
 
 Every layer's reads keep their gradients, and these are added up row by row: in slots of their own, for rows that are
-updated alone (lazy_bank.py), or on a GPU in one array for all layers. step.py asks for it; the rest of it is spared.
+updated alone (lazy_bank.py), or on a GPU in one array for all layers. step.py asks for it.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -49,15 +48,16 @@ def is_lazy(config: Config) -> bool:
   return config.memory.bank_update == 'lazy' and uses_bank(config.model, config.memory)
 
 
-def adds_reads_in_place(config: Config, *, whole: bool) -> bool:
-  """Whether a GPU adds the gradients of all layers to one array: each would else fill and add up one of its own.
+def keeps_reads(config: Config, *, whole: bool) -> bool:
+  """Whether a micro-batch's gradient of the bank is what was read; to be asked while a program is traced.
 
-  A CPU does not: its sums would have another order than those of every run before. Nor do sums of several rows, whose
-  reads would be kept with their weights and added one by one.
+  It is for a lazy update, and on a GPU that has the `whole` bank: there an array for each layer would have to be filled
+  and added up. A CPU's sums would have another order than those of every run before. Sums of several rows, whose reads
+  would be kept with their weights and added one by one, gain nothing.
   """
   readers = bank_readers(config).values()
   alone = config.model.num_selected == 1 or not any(row.sums_rows for row in readers)
-  return bool(whole and alone and readers and not on_cpu())
+  return is_lazy(config) or bool(whole and alone and readers and not on_cpu())
 
 
 def no_taps(config: Config, batch: int, length: int) -> list[Reads]:
@@ -66,21 +66,6 @@ def no_taps(config: Config, batch: int, length: int) -> list[Reads]:
   shape = (batch, length, config.memory.n_heads, model.num_selected)
   rows = bank_readers(config).values()
   return [no_reads(shape, model.knowledge_dim, dtype, bag=row.sums_rows) for row in rows]
-
-
-def gradient_and_sum(
-  config: Config, objective: Callable, *, whole: bool
-) -> tuple[Callable, Callable, Callable[[Array], Array | RowSums] | None]:
-  """Returns the gradient of a micro-batch, what adds one to a sum, and what makes an empty sum of the bank.
-
-  To be asked while a program is traced; `whole` says that every device has the whole bank. The gradient is called and
-  returns like `jax.value_and_grad(objective, has_aux=True)`; the last is None where the sum is like a gradient.
-  """
-  if is_lazy(config):
-    return gradient_by_reads(config, objective), add_gradients, lambda _: no_rows(config)
-  if adds_reads_in_place(config, whole=whole):
-    return gradient_by_reads(config, objective), add_gradients, jnp.zeros_like
-  return jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add), None
 
 
 def gradient_by_reads(config: Config, objective: Callable) -> Callable:
@@ -98,6 +83,11 @@ def gradient_by_reads(config: Config, objective: Callable) -> Callable:
     return (value, parts), grads | {BANK: RowReads(row_LBThr, reads)}
 
   return gradient
+
+
+def empty_sum(config: Config, bank_MP: Array) -> Array | RowSums:
+  """Returns what `add_gradients` adds gradients of the bank to: `RowSums` for a lazy update, or float32 (M, P)."""
+  return no_rows(config) if is_lazy(config) else jnp.zeros_like(bank_MP)
 
 
 def no_rows(config: Config) -> RowSums:

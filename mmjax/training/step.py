@@ -3,15 +3,11 @@
 The loop calls what `make_train_step` returns; its gradient is that of mmjax/evaluation/loss.py, which runs the model of
 mmjax/model/lm.py: next on the way.
 
-Gradients of the micro-batches are accumulated by a scan inside the step. An update is computed and then thrown away if
-its loss or gradient is not finite, or if its loss is above `train.max_loss_factor` times the running average. Only the
-counters move then; parameters, optimizer state and the average stay. Where the settings let a finite gradient make
-parameters that are not finite (`may_overflow`), the result is checked too. Elsewhere that check would take a third of
-the optimizer's time and find nothing.
+Gradients of the micro-batches are accumulated by a scan inside the step. Which updates are thrown away: skips.py.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +16,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from mmjax.config import Config, TrainConfig
+from mmjax.config import Config
 from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import gate_norms, row_update_ratio
@@ -28,13 +24,16 @@ from mmjax.model.lm import BANK, Params, init_params, without_bank
 from mmjax.run.sharding import ROWS, spread
 from mmjax.training.lazy_bank import init_moments, update_rows
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
-from mmjax.training.row_gradients import RowSums, gradient_and_sum, is_lazy
+from mmjax.training.row_gradients import (
+  RowSums,
+  add_gradients,
+  empty_sum,
+  gradient_by_reads,
+  is_lazy,
+  keeps_reads,
+)
+from mmjax.training.skips import TrainState, TrainStep, count_update, goes_on, skip_unsound
 from mmjax.training.teach import Reads, count_reads, first_reads, gradient_of_rows, rows_to_teach
-
-TrainState = dict[str, Any]
-TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
-
-LOSS_AVERAGE_DECAY = 0.98  # of the running average that a spike is measured by: about the last 50 updates
 
 
 def init_state(
@@ -76,7 +75,9 @@ def make_gradient(
   def gradient(
     params: Params, batch: dict[str, Array], total_weight: Array, step: Array
   ) -> tuple[dict[str, Array], Params]:
-    grad, add_up, empty_bank = gradient_and_sum(config, objective, whole=whole)
+    grad, add_up, empty_bank = jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add), None
+    if keeps_reads(config, whole=whole):  # an array like the bank would cost more than what was read of it
+      grad, add_up, empty_bank = gradient_by_reads(config, objective), add_gradients, empty_sum
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     if mesh and drops:
       key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
@@ -98,7 +99,7 @@ def make_gradient(
     shapes = jax.eval_shape(of_micro_batch, 0, first)
     parts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     if empty_bank:
-      grads[BANK] = empty_bank(params[BANK])
+      grads[BANK] = empty_bank(config, params[BANK])
     return jax.lax.scan(add, (parts, grads), (jnp.arange(len(batch['input'])), batch))[0]
 
   return spread(gradient, mesh) if mesh else gradient
@@ -139,7 +140,7 @@ def make_train_step(
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
       applied = finite & goes_on(config.train, state, parts['loss'])
       after, ratio = apply(state, grads, row_sums, parts.get('usage_LM'), applied)
-    after |= counters(state, parts['loss'], applied)
+    after |= count_update(state, parts['loss'], applied)
     if 'usage_LM' in parts:
       after['reads'] = count_reads(state['reads'], parts['usage_LM'])
     metrics = {
@@ -156,15 +157,6 @@ def make_train_step(
     return after, parts | metrics | ratio
 
   return skip_unsound(train_step) if may_overflow(config) else train_step
-
-
-def goes_on(train: TrainConfig, state: TrainState, loss: Array) -> Array:
-  """Tells whether an update that is finite may be applied: its loss is no spike, and the run is not given up."""
-  factor, average = train.max_loss_factor, state['loss_average']
-  spikes = (factor > 0) & (average > 0) & (loss > factor * average)  # never before there is an average
-  # The loop notices one step late that too many updates were skipped. This one is not applied, so that the
-  # parameters that the loop dumps are those of the step that diverged.
-  return ~spikes & ~(state['skipped'] == train.max_skipped_updates)
 
 
 def make_apply(config: Config, optimizer: optax.GradientTransformation, total_steps: int) -> Callable:
@@ -194,29 +186,3 @@ def make_apply(config: Config, optimizer: optax.GradientTransformation, total_st
     return after, metrics
 
   return apply
-
-
-def counters(state: TrainState, loss: Array, applied: Array) -> TrainState:
-  """Returns what the state counts, see `init_state`, after an update that was applied, or thrown away."""
-  average = state['loss_average']
-  next_average = LOSS_AVERAGE_DECAY * average + (1 - LOSS_AVERAGE_DECAY) * loss
-  return {
-    'step': state['step'] + 1,
-    'skipped': jnp.where(applied, 0, state['skipped'] + 1),
-    'skipped_total': state['skipped_total'] + (1 - applied.astype(jnp.int32)),
-    'loss_average': jnp.where(applied, jnp.where(average > 0, next_average, loss), average),
-  }
-
-
-def skip_unsound(train_step: TrainStep) -> TrainStep:
-  """Returns the step with an update skipped whose parameters, optimizer state or moments would not be finite."""
-
-  def step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-    after, metrics = train_step(state, batch)
-    sound = jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(after)]))
-    skipped = state | {name: state[name] + 1 for name in ('step', 'skipped', 'skipped_total')}
-    metrics |= {name: metrics[name] & sound for name in ('finite', 'applied')}
-    metrics['skipped'] = jnp.where(sound, metrics['skipped'], skipped['skipped'])
-    return jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, skipped), metrics
-
-  return step
