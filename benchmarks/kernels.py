@@ -25,7 +25,7 @@ from jax import Array
 from mmjax.config import load_config
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
 from mmjax.memory.ngram import last_tokens
-from mmjax.model.sublayers import SUBLAYERS
+from mmjax.model.sublayers import SUBLAYERS, SublayerInput
 from mmjax.run.placement import attention_backend, place_reader
 from tests import references
 
@@ -243,7 +243,8 @@ def sublayer_case(B: int, dtype: str, platform: str) -> Case:
       config, graphdef = made
       ngrams = config.memory.ngram_of_heads()
       last_BTn = last_tokens(tokens_BT, max(ngrams))
-      out = nnx.merge(graphdef, params)(h_BTD, h_attn_BTD, bank_MP, jnp.dtype(dtype), last_BTn)
+      reads = SublayerInput(h_BTD, h_attn_BTD, bank_MP, last_BTn)
+      out = nnx.merge(graphdef, params)(reads, jnp.dtype(dtype))
       return out.delta_BTD, jnp.asarray(out.aux_loss)
 
     variants[name] = _compile(run, (params, *inputs), tokens_BT)

@@ -24,7 +24,7 @@ from mmjax.memory.ngram import (
   sign_vectors,
 )
 from mmjax.model.lm import build_model
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.model.sublayers import SUBLAYERS, SublayerInput, layer_kinds
 from tests.helpers import random_batch, tiny_config
 
 NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}
@@ -293,7 +293,7 @@ def test_a_memory_refuses_arrays_of_other_shapes(changes, said):
   shapes = {'h_BTD': (1, 2, config.model.dim), 'bank_MP': (64, 8)} | changes
   h_BTD, bank_MP = (jnp.zeros(shape) for shape in shapes.values())
   with pytest.raises(ValueError, match=said):
-    memory(h_BTD, h_BTD, bank_MP, jnp.float32, jnp.zeros((1, 2, 3), jnp.int32))
+    memory(SublayerInput(h_BTD, h_BTD, bank_MP, jnp.zeros((1, 2, 3), jnp.int32)), jnp.float32)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class Toy(nnx.Module):
   def flops(self):
     return {'toy': self.kernel.flops()}
 
-  def __call__(self, h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn=None):
-    return SublayerOutput(self.kernel(self.norm(h_BTD), dtype))
+  def __call__(self, inputs, dtype):
+    return SublayerOutput(self.kernel(self.norm(inputs.h_BTD), dtype))
 """
 ROW = Sublayer('a_toy_sublayer:Toy', ())
 

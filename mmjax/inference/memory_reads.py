@@ -20,16 +20,17 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.config.sublayers import bank_readers
+from mmjax.config.sublayers import SUBLAYERS, bank_readers, layer_kinds
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
-from mmjax.memory.ngram import own_ranges
+from mmjax.memory import NgramBag
 from mmjax.model.lm import BANK, LM, Output, Params, model_graph
 from mmjax.model.sublayers import row_weights
+from mmjax.model.sublayers.memory import value_reader
 from mmjax.run.placement import Placement
 
 MOST_TOKENS = 4096  # of a text
@@ -60,6 +61,7 @@ class MemoryReader:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
     self.ngrams = {layer: config.memory.ngram_of_heads() if row.reads_ngrams else () for layer, row in rows.items()}
     self.weighs = {layer: row.scores_weigh(config.memory) for layer, row in rows.items()}
+    self._addressed = _addressed_memory(config)
     self._weighs_L111 = np.array(list(self.weighs.values()))[:, None, None, None]
     forward = _Forward(model_graph(config), lm.placement, config)
     self._reads, self._log_probs = map(lm.placement.jit, (forward.reads, forward.log_probs))
@@ -87,17 +89,11 @@ class MemoryReader:
 
     None where heads share rows, and for a row that no head reads.
     """
-    model, memory = self.lm.config.model, self.lm.config.memory
-    if memory.ngram_ranges == 'shared':
+    found = None if self._addressed is None else self._addressed.range_of(row)
+    if found is None:
       return None
-    together = model.num_selected if model.sublayer == 'ngram_bucket' else 1  # rows that have one address
-    ngrams, slots = memory.ngram_of_heads(), model.num_selected // together
-    first_R, size_R = own_ranges(ngrams, slots, model.knowledge_num // together, model.vocab_size)
-    at_R = row // together - first_R
-    for slot in np.flatnonzero((at_R >= 0) & (at_R < size_R)).tolist():
-      head = slot // slots
-      return {'head': head, 'token': token_text(self.lm.tokenizer, int(at_R[slot])) if ngrams[head] == 1 else None}
-    return None
+    head, token = found
+    return {'head': head, 'token': None if token is None else token_text(self.lm.tokenizer, token)}
 
   @own_jax_settings()
   def read_text(self, text: str, *, layer: int | str | None = None, top: int | None = None) -> list[dict[str, Any]]:
@@ -304,6 +300,15 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
   """Returns the text of one token; control tokens have a name in angle brackets, bytes of a character are U+FFFD."""
   names = {tokenizer.pad_id: '<pad>', tokenizer.bos_id: '<bos>', tokenizer.eos_id: '<eos>'}
   return tokenizer.decode([token]) or names.get(token, f'<{token}>')
+
+
+def _addressed_memory(config: Config) -> NgramBag | None:
+  """Returns the sizes of the memory whose rows n-grams address, of a sublayer or else of values."""
+  model, memory = config.model, config.memory
+  rows = [SUBLAYERS[kind] for kind in layer_kinds(model, memory) if SUBLAYERS[kind].reads_ngrams]
+  if rows:
+    return nnx.eval_shape(lambda: rows[0].build(model, memory, rngs=nnx.Rngs(0))).memory
+  return value_reader(model, memory).bag if memory.value_layers else None
 
 
 def _inputs(split: TokenSplit, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:

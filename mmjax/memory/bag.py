@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -19,7 +20,7 @@ from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
 from mmjax.memory.gate import GatedMemory
-from mmjax.memory.ngram import bucket_rows, last_tokens, ngram_rows, ngram_signs, with_signs
+from mmjax.memory.ngram import bucket_rows, last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +128,10 @@ class NgramBag(_Bag):
     """Returns which signs the n-grams of `rows_of` have, int32 sign_BTh; None where they have none."""
     return ngram_signs(token_BTn, self.ngram_of_heads()) if self.signs else None
 
+  def addresses(self, last_BTn: Array) -> tuple[Array, Array | None]:
+    """Returns what `rows_of` and `signs_of` do."""
+    return self.rows_of(last_BTn), self.signs_of(last_BTn)
+
   @jax.named_scope('bag')
   def sums_of(self, token_BTn: Array, bank_MP: Bank) -> tuple[Selection, Array]:
     """Returns the rows that the last tokens address, and the mean of each head's, float32 y_BThP.
@@ -137,9 +142,30 @@ class NgramBag(_Bag):
       token_BTn: int32, from `last_tokens` or `cached_last_tokens`.
       bank_MP: as in `apply`.
     """
-    row_BThr = self.rows_of(token_BTn)
-    selection = Selection(row_BThr, jnp.zeros(row_BThr.shape, jnp.float32), sign_BTh=self.signs_of(token_BTn))
+    row_BThr, sign_BTh = self.addresses(token_BTn)
+    selection = Selection(row_BThr, jnp.zeros(row_BThr.shape, jnp.float32), sign_BTh=sign_BTh)
     return selection, self.sums(selection, bank_MP)
+
+  def range_of(self, row: int) -> tuple[int, int | None] | None:
+    """Returns the head in whose range a row is, and the token that alone reads it, None where a hash finds it.
+
+    None where heads share all rows, and for a row that no head reads.
+    """
+    if self.vocab_size is None:
+      return None
+    slots, address = self.rows_per_head // self.rows_an_address, row // self.rows_an_address
+    first_R, size_R = own_ranges(
+      tuple(self.ngram_of_heads()), slots, self.n_rows // self.rows_an_address, self.vocab_size
+    )
+    for slot in np.flatnonzero((first_R <= address) & (address < first_R + size_R)).tolist():
+      head = slot // slots
+      return head, int(address - first_R[slot]) if self.ngram_of_heads()[head] == 1 else None
+    return None
+
+  @property
+  def rows_an_address(self) -> int:
+    """How many neighbouring rows an n-gram finds together."""
+    return 1
 
   def ngram_of_heads(self) -> list[int]:
     """Returns how many of the last tokens address the rows of each head."""
@@ -188,6 +214,11 @@ class NgramBucket(NgramBag):
     """Adds those of the query, and of its scores against the keys of the rows that it reads."""
     query_and_scores = self.key_dim * (self.dim + self.rows_per_head)
     return super().flops() | {'gate': TRAINED * 2 * self.n_heads * query_and_scores}
+
+  @property
+  def rows_an_address(self) -> int:
+    """A bucket."""
+    return self.rows_per_head
 
   def rows_of(self, token_BTn: Array) -> Array:
     """Returns the rows of the buckets that the last tokens at each position address, int32 row_BThr."""

@@ -33,6 +33,24 @@ class Selection(NamedTuple):
   kept_BTh: Array | None = None
 
 
+class SublayerInput(NamedTuple):
+  """What a sublayer may read.
+
+  Attributes:
+    h_BTD: float32 residual stream after attention was added.
+    h_attn_BTD: what attention added to it, in the compute dtype.
+    bank_MP: the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one.
+    last_BTn: int32, the last tokens at each position (mmjax.memory.ngram); None in a model where they address no row.
+    key: a PRNG key, in training with dropout; otherwise None.
+  """
+
+  h_BTD: Array
+  h_attn_BTD: Array
+  bank_MP: Bank | None = None
+  last_BTn: Array | None = None
+  key: Array | None = None
+
+
 class SublayerOutput(NamedTuple):
   """What a memory, or another sublayer, adds to the residual stream and to the training loss, and what it read.
 
@@ -135,6 +153,10 @@ class Memory:
     delta_BTD = self.read(params, x_BTD, selection, bank_MP, dtype)
     row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.aux_loss)
+
+  def addresses(self, last_BTn: Array | None) -> tuple[Array | None, Array | None]:
+    """Returns the `row_BThr` and `sign_BTh` that `apply` takes, from the last tokens at each position: here none."""
+    return None, None
 
   def flops(self) -> dict[str, int]:
     """Returns the FLOPs of a training step for a token by part: of its matrix products, as in mmjax.model.cost."""

@@ -22,8 +22,8 @@ from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds, memory_layers
 from mmjax.errors import UserError
 from mmjax.kernels.matmul import TRAINED
-from mmjax.model.lm import BANK, Params, abstract_params, without_bank
-from mmjax.model.values import GatedValues
+from mmjax.model.lm import BANK, Block, Params, abstract_params, without_bank
+from mmjax.model.sublayers.memory import value_reader
 
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
 
@@ -62,31 +62,24 @@ def flops_per_token(config: Config) -> dict[str, float]:
     FLOPs of each part over all layers, and their sum as 'total'.
   """
   model, memory = config.model, config.memory
-  heads, kv_heads = model.n_heads * model.head_dim, model.n_kv_heads * model.head_dim
-  attention = {
-    'attention_projections': TRAINED * 2 * (2 * model.dim * heads + 2 * model.dim * kv_heads),
-    'attention': TRAINED * 2 * heads * (model.max_seq_len + 1),
-  }
-  counts = Counter()
-  for kind in layer_kinds(model, memory):
-    counts.update(attention)
-    counts.update(_sublayer_flops(kind, model, memory))
-  value_gate = min(GatedValues.GATE_CHANNELS, model.dim) * model.n_kv_heads
-  if layers := len(model.value_layers()):
-    counts['value_embeddings'] = TRAINED * 2 * value_gate * layers
-  if layers := len(memory.value_layer_numbers(model.n_layers)):
-    width = memory.n_heads * model.knowledge_dim
-    counts['value_rows'] = TRAINED * 2 * layers * (width * kv_heads + value_gate)
-    counts['bag_reads'] += TRAINED * 2 * (model.num_selected + memory.value_conv) * width
+  counts = Counter(_value_flops(model, memory) if memory.value_layers else {})
+  for number, kind in enumerate(layer_kinds(model, memory)):
+    counts.update(_block_flops(number, kind, model, memory))
   parts = {name: float(flops) for name, flops in counts.items()}
   parts['head'] = float(TRAINED * 2 * model.dim * model.vocab_size)
   return {**parts, 'total': sum(parts.values())}
 
 
 @functools.cache
-def _sublayer_flops(kind: str, model: ModelConfig, memory: MemoryConfig) -> dict[str, int]:
-  """Asks a sublayer of a kind, without its values."""
-  return nnx.eval_shape(lambda: SUBLAYERS[kind].build(model, memory, rngs=nnx.Rngs(0))).flops()
+def _block_flops(number: int, kind: str, model: ModelConfig, memory: MemoryConfig) -> dict[str, int]:
+  """Asks a block, without its values."""
+  return nnx.eval_shape(lambda: Block(model, memory, number, kind, rngs=nnx.Rngs(0))).flops(model.max_seq_len)
+
+
+@functools.cache
+def _value_flops(model: ModelConfig, memory: MemoryConfig) -> dict[str, int]:
+  """Asks what reads the rows that go into values."""
+  return nnx.eval_shape(lambda: value_reader(model, memory)).flops()
 
 
 def count_params(params: Params) -> tuple[int, int]:

@@ -148,6 +148,16 @@ class Attention(nnx.Module):
     self.value_embedding = None if vocab_size is None else ValueEmbedding(vocab_size=vocab_size, **sizes, rngs=rngs)
     self.value_rows = None if row_width is None else ValueRows(row_width=row_width, **sizes, rngs=rngs)
 
+  def flops(self, length: int) -> dict[str, int]:
+    """Returns the FLOPs of a training step for a token of a row of so many, on average, by part."""
+    projections = (self.wq, self.wk, self.wv, self.wo)
+    own = {
+      'attention_projections': sum(linear.flops() for linear in projections),
+      'attention': TRAINED * 2 * self.wq.kernel.shape[1] * (length + 1),
+    }
+    added = {'value_embeddings': self.value_embedding, 'value_rows': self.value_rows}
+    return own | {name: values.flops() for name, values in added.items() if values is not None}
+
   @jax.named_scope('attention')
   def __call__(
     self,

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
 from mmjax.kernels.matmul import uniform
-from mmjax.memory.base import Bank, Params, SublayerOutput, init_bank
+from mmjax.memory.base import Bank, Params, SublayerInput, SublayerOutput, init_bank
 from mmjax.memory.ngram import last_tokens
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
 
@@ -64,7 +64,6 @@ class Block(nnx.Module):
     self.sublayer = SUBLAYERS[kind].build(model, memory, rngs=rngs)
     self.uses_bank = SUBLAYERS[kind].uses_bank
     self.dropout = model.dropout
-    self.drops_rows = SUBLAYERS[kind].reads_ngrams and memory.row_dropout > 0
 
   def __call__(
     self,
@@ -81,9 +80,13 @@ class Block(nnx.Module):
     h_attn_BTD, kv = attend(self.attention, x_BTD, self.attention_norm)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = add_to_stream(x_BTD, h_attn_BTD)
-    row_key = {'key': jax.random.fold_in(key, 2)} if self.drops_rows and key is not None else {}  # split gave 0 and 1
-    out = self.sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn, **row_key)
+    own_key = None if key is None else jax.random.fold_in(key, 2)  # split gave 0 and 1
+    out = self.sublayer(SublayerInput(h_BTD, h_attn_BTD, bank_MP, last_BTn, own_key), dtype)
     return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
+
+  def flops(self, length: int) -> dict[str, int]:
+    """Returns the FLOPs of a training step for a token of a row of so many, on average, by part."""
+    return self.attention.flops(length) | self.sublayer.flops()
 
 
 class LM(nnx.Module):

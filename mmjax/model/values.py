@@ -1,5 +1,6 @@
 """What attention may add to its values: an embedding of the token, and rows of a bank that the last tokens address."""
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mmjax.kernels.matmul import matmul, uniform
+from mmjax.kernels.matmul import TRAINED, matmul, uniform
 from mmjax.memory import NgramBag
 from mmjax.memory.base import Bank, Selection
 from mmjax.memory.ngram import NO_TOKEN
@@ -38,6 +39,11 @@ class ValueReader(nnx.Module):
 
     return selection, self._convolve(rows_BThP, last_BTn, shifted)
 
+  def flops(self) -> dict[str, int]:
+    """See mmjax.model.sublayers."""
+    width = 0 if self.conv is None else math.prod(self.conv.shape)
+    return {'bag_reads': self.bag.flops()['bag_reads'] + TRAINED * 2 * width}
+
   def decode(self, last_BTn: Array, bank_MP: Bank) -> Array:
     """Returns rows_BThP for some positions of rows: those of earlier tokens are read once more."""
     rows_BThP = self.bag.sums_of(last_BTn, bank_MP)[1]
@@ -65,6 +71,10 @@ class GatedValues(nnx.Module):
 
   def __init__(self, dim: int, n_kv_heads: int):
     self.gate = nnx.Param(jnp.zeros((min(self.GATE_CHANNELS, dim), n_kv_heads), jnp.float32))
+
+  def flops(self) -> int:
+    """Returns what the gate of a token costs in a training step."""
+    return TRAINED * 2 * math.prod(self.gate.shape)
 
   def add(self, own_BTF: Array, x_BTD: Array, v_BTKH: Array) -> Array:
     """Returns the values with `own_BTF` added, F = K H, in the dtype of `v_BTKH`; x_BTD is the normed input."""
@@ -94,6 +104,10 @@ class ValueRows(GatedValues):
   def __init__(self, *, row_width: int, dim: int, n_kv_heads: int, head_dim: int, rngs: nnx.Rngs):
     super().__init__(dim, n_kv_heads)
     self.kernel = nnx.Param(uniform(rngs.params(), (row_width, n_kv_heads * head_dim), fan_in=row_width))
+
+  def flops(self) -> int:
+    """Adds the projection's."""
+    return super().flops() + TRAINED * 2 * math.prod(self.kernel.shape)
 
   @jax.named_scope('value_rows')
   def __call__(self, rows_BThP: Array, x_BTD: Array, v_BTKH: Array) -> Array:

@@ -2,15 +2,9 @@
 
 A row of the table (mmjax/config/sublayers.py) names what makes a sublayer, a class or a function that is called as
 `make(model, memory, rngs=rngs)` with these sections of a config. What it makes is an nnx.Module that is called as
-`sublayer(h_BTD, h_attn_BTD, bank_MP, dtype, last_BTn) -> SublayerOutput`, where
-  h_BTD       float32 residual stream after attention was added,
-  h_attn_BTD  what attention added to it, in the compute dtype,
-  bank_MP     the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one,
-  dtype       of the matrix products,
-  last_BTn    int32, the last tokens at each position (mmjax.memory.ngram); None in a model where they address no row.
-In training with memory.row_dropout one that reads n-grams also gets a PRNG `key`.
-It has a method `flops()`, which returns the FLOPs of a training step for a token by part (see mmjax.model.cost). What
-else the code must know of it stands in its row.
+`sublayer(inputs, dtype) -> SublayerOutput`, with a `SublayerInput` and the dtype of the matrix products. It has a
+method `flops()`, which returns the FLOPs of a training step for a token by part (see mmjax.model.cost). What else the
+code must know of it stands in its row.
 """
 
 import jax.numpy as jnp
@@ -18,10 +12,10 @@ from jax import Array
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
-from mmjax.memory.base import SublayerOutput
+from mmjax.memory.base import SublayerInput, SublayerOutput
 from mmjax.memory.gate import score_weights
 
-__all__ = ['SUBLAYERS', 'SublayerOutput', 'layer_kinds', 'row_weights']
+__all__ = ['SUBLAYERS', 'SublayerInput', 'SublayerOutput', 'layer_kinds', 'row_weights']
 
 
 def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Array:

@@ -7,8 +7,8 @@ from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.kernels.fusion import gated_mlp
-from mmjax.memory.base import SublayerOutput
 from mmjax.model.layers import Linear, RMSNorm
+from mmjax.model.sublayers import SublayerInput, SublayerOutput
 
 
 class SwiGLU(nnx.Module):
@@ -36,11 +36,9 @@ class DenseFFN(SwiGLU):
     super().__init__(dim, hidden_dim, rngs=rngs)
     self.norm = RMSNorm(dim, norm_eps)
 
-  def __call__(
-    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, last_BTn: Array | None = None
-  ) -> SublayerOutput:
+  def __call__(self, inputs: SublayerInput, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers."""
-    return SublayerOutput(self.transform(self.norm(h_BTD, dtype), dtype))
+    return SublayerOutput(self.transform(self.norm(inputs.h_BTD, dtype), dtype))
 
 
 def dense(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> DenseFFN:

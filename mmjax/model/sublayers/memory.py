@@ -8,7 +8,6 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
@@ -20,10 +19,10 @@ from mmjax.memory import (
   MemoryLayer,
   NgramBag,
   NgramBucket,
-  SublayerOutput,
 )
-from mmjax.memory.base import Bank, ParamTree
+from mmjax.memory.base import ParamTree
 from mmjax.model.layers import dropout
+from mmjax.model.sublayers import SublayerInput, SublayerOutput
 from mmjax.model.sublayers.dense import DenseFFN
 from mmjax.model.values import ValueReader
 
@@ -37,25 +36,17 @@ class MemorySublayer(MemoryLayer):
     ParamTree.__init__(self, gate | memory.init_read(rngs))
     self.memory, self.reads_residual, self.row_dropout = memory, reads_residual, row_dropout
 
-  def __call__(
-    self,
-    h_BTD: Array,
-    h_attn_BTD: Array,
-    bank_MP: Bank | None,
-    dtype: DTypeLike,
-    last_BTn: Array | None = None,
-    key: Array | None = None,
-  ) -> SublayerOutput:
+  def __call__(self, inputs: SublayerInput, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers; raises ValueError as `Memory.apply` does."""
-    ngrams = ()
-    if isinstance(self.memory, NgramBag):
-      shape = (*h_BTD.shape[:2], self.memory.n_heads)
-      kept_BTh = None if key is None else dropout(jnp.ones(shape), self.row_dropout, key)
-      ngrams = self.memory.rows_of(last_BTn), self.memory.signs_of(last_BTn), kept_BTh
-    out = super().__call__(h_BTD if self.reads_residual else h_attn_BTD, bank_MP, *ngrams, dtype=dtype)
+    kept_BTh = None
+    if inputs.key is not None and self.row_dropout:
+      kept_BTh = dropout(jnp.ones((*inputs.h_BTD.shape[:2], self.memory.n_heads)), self.row_dropout, inputs.key)
+    x_BTD = inputs.h_BTD if self.reads_residual else inputs.h_attn_BTD
+    addresses = self.memory.addresses(inputs.last_BTn)
+    out = super().__call__(x_BTD, inputs.bank_MP, *addresses, kept_BTh, dtype=dtype)
     if self.ffn is None:
       return out
-    return out._replace(delta_BTD=out.delta_BTD + self.ffn(h_BTD, h_attn_BTD, bank_MP, dtype).delta_BTD)
+    return out._replace(delta_BTD=out.delta_BTD + self.ffn(inputs, dtype).delta_BTD)
 
   def flops(self) -> dict[str, int]:
     """See mmjax.model.sublayers."""

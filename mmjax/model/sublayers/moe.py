@@ -11,8 +11,8 @@ from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.kernels.forms import recomputed_on_gpu
-from mmjax.memory.base import SublayerOutput
 from mmjax.model.layers import Linear, RMSNorm
+from mmjax.model.sublayers import SublayerInput, SublayerOutput
 from mmjax.model.sublayers.dense import SwiGLU
 
 
@@ -41,11 +41,9 @@ class MoEFFN(nnx.Module):
     self.experts_per_token, self.aux_loss_weight = experts_per_token, aux_loss_weight
 
   @jax.named_scope('router')
-  def __call__(
-    self, h_BTD: Array, h_attn_BTD: Array, bank_MP: Array | None, dtype: DTypeLike, last_BTn: Array | None = None
-  ) -> SublayerOutput:
+  def __call__(self, inputs: SublayerInput, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers."""
-    x_BTD = self.norm(h_BTD, dtype)
+    x_BTD = self.norm(inputs.h_BTD, dtype)
     logits_BTE = jnp.matmul(x_BTD, self.router.kernel[...], precision=jax.lax.Precision.HIGHEST)
     probability_BTE = jax.nn.softmax(logits_BTE, axis=-1)  # float32: the choice must not hang on rounding
     best_BTe, expert_BTe = jax.lax.top_k(probability_BTE, self.experts_per_token)
