@@ -9,7 +9,9 @@ import optax
 import pytest
 
 from mmjax.config import load_config
+from mmjax.config.optimizers import OPTIMIZERS, Optimizer
 from mmjax.config.parameters import Rule, first_rule, parameter_table, read_rules
+from mmjax.config.rules import CHOICES
 from mmjax.errors import UserError
 from mmjax.files import path_name
 from mmjax.model.lm import abstract_params
@@ -83,6 +85,25 @@ def test_rates_decays_and_betas_of_groups_from_a_config_equal_optax_by_hand():
       params[i] -= rate * (steps[i] + train.weight_decay * decay * params[i])
   for name, a, b in zip(names, jax.tree.leaves(got), params, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def step_of_a_sign(train, beta1, beta2):
+  return optax.scale_by_sign()
+
+
+def test_new_optimizer_is_a_function_and_a_row(monkeypatch):
+  monkeypatch.setitem(OPTIMIZERS, 'sign', Optimizer(f'{__name__}:step_of_a_sign'))
+  monkeypatch.setitem(CHOICES, 'train.optimizer', tuple(OPTIMIZERS))  # as where the row stands in the file
+  config = tiny_config(train__optimizer='sign', train__parameters='embedding lr=4', train__weight_decay=0.0)
+  params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(config))
+  optimizer = make_optimizer(config, 5)
+  updates, _ = optimizer.update(jax.tree.map(lambda x: -0.1 * x, params), optimizer.init(params), params)
+  rate = float(learning_rate_schedule(config.train, 5)(0))
+  np.testing.assert_allclose(updates['embedding'], 4 * rate, rtol=1e-6)
+  np.testing.assert_allclose(updates['memory_bank'], rate, rtol=1e-6)
+  for settings in ({'memory__bank_update': 'lazy'}, {'train__parameters': 'embedding beta1=0.5'}):
+    with pytest.raises(UserError, match="'sign'|Adam moves nothing"):
+      check_parameters(tiny_config(train__optimizer='sign', **settings))
 
 
 def test_lazy_bank_follows_the_table():

@@ -138,7 +138,7 @@ def test_reads_of_the_old_text_are_counted_where_training_did_not(tiny_run, monk
     ({'memory__teach_rows': 65}, 'memory.teach_rows=65 must be at most model.knowledge_num=64, all rows of the bank'),
     ({'memory__bank_update': 'lazy', 'train__optimizer': 'adamw'}, "needs memory.bank_update='dense', not 'lazy'"),
     ({'memory__teach_rows': 0, 'memory__bank_update': 'lazy'}, "with train.optimizer='sgd' it must be 'dense'"),
-    ({'train__optimizer': 'muon'}, "needs train.optimizer='sgd' or 'adamw': Muon moves no bank"),
+    ({'train__optimizer': 'muon'}, "needs train.optimizer='adamw' or 'sgd', not 'muon', which is for matrices"),
     ({'model__sublayer': 'dense'}, 'memory.teach_rows=5 does nothing in a model of dense layers'),
   ],
 )

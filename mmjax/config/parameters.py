@@ -14,6 +14,7 @@ import dataclasses
 import re
 from typing import Any
 
+from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.wording import nearest, quote
 from mmjax.errors import UserError
 
@@ -60,7 +61,7 @@ def parameter_table(config: Any) -> tuple[Rule, ...]:
     *read_rules(train.parameters),
     Rule('^memory_bank$', rates, memory.bank_decay_multiplier, 'memory.bank_lr_multiplier'),
     Rule('^embedding$', train.embedding_lr_multiplier, None, 'train.embedding_lr_multiplier'),
-    *([muon] if train.optimizer == 'muon' else []),
+    *([muon] if OPTIMIZERS[train.optimizer].matrices else []),
   )
 
 

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from mmjax.config.history import removed_remark
+from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import Rule, parameter_table, read_rules
 from mmjax.config.schema import SETTINGS, Config, ModelConfig, TrainConfig
 from mmjax.config.setting import flatten
@@ -12,7 +13,7 @@ from mmjax.config.wording import nearest, quote, short
 from mmjax.errors import UserError
 
 CHOICES = {name: setting.choices for name, setting in SETTINGS.items() if setting.choices}
-CHOICES['model.sublayer'] = tuple(SUBLAYERS)
+CHOICES |= {'model.sublayer': tuple(SUBLAYERS), 'train.optimizer': tuple(OPTIMIZERS)}
 LEAST_CLIP = 1e-6  # a gradient that is cut to less moves nothing: Adam's square of it is 0
 
 
@@ -66,8 +67,10 @@ def check_together(config: Config) -> None:
   )
   _check_model(config.model)
   _check_rows(config)
-  lazy = memory.bank_update == 'lazy' and train.optimizer == 'sgd'
-  _refuse(lazy, "memory.bank_update='lazy' is Adam's rule; with train.optimizer='sgd' it must be 'dense'")
+  _refuse(
+    memory.bank_update == 'lazy' and not OPTIMIZERS[train.optimizer].is_adam,
+    f"memory.bank_update='lazy' is Adam's rule; with train.optimizer={train.optimizer!r} it must be 'dense'",
+  )
   _check_processes(runtime.coordinator, runtime.num_processes, runtime.process_id)
 
 
@@ -125,7 +128,9 @@ def _check_rows(config: Config) -> None:
     said = f'memory.teach_rows={taught}'
     _refuse(taught > bank, f'{said} must be at most model.knowledge_num={bank}, all rows of the bank')
     _refuse(memory.bank_update != 'dense', f"{said} needs memory.bank_update='dense', not {quote(memory.bank_update)}")
-    _refuse(config.train.optimizer == 'muon', f"{said} needs train.optimizer='sgd' or 'adamw': Muon moves no bank")
+    name = config.train.optimizer
+    others = ' or '.join(repr(other) for other, row in OPTIMIZERS.items() if not row.matrices)
+    _refuse(OPTIMIZERS[name].matrices, f'{said} needs train.optimizer={others}, not {name!r}, which is for matrices')
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:

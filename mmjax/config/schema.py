@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mmjax.choices import ATTENTION, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES
+from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import MOST, NEAREST_ONE, first_rule, read_rules
 from mmjax.config.setting import field, settings_of
 from mmjax.config.wording import quote
@@ -36,7 +37,7 @@ VALUE_LAYERS = (lambda c: c.memory.value_layers, 'without memory.value_layers')
 TRAIN_FILES = (lambda c: c.data.train_files, 'without data.train_files')
 NO_VALID_FILES = (lambda c: not c.data.valid_files, 'when data.valid_files is set')
 PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
-MUON = (lambda c: c.train.optimizer == 'muon', "without train.optimizer='muon'")
+MUON = (lambda c: bool(OPTIMIZERS[c.train.optimizer].matrices), "without train.optimizer='muon'")
 WARMDOWN = (lambda c: c.train.schedule == 'warmdown', "without train.schedule='warmdown'")
 NO_STEPS = (lambda c: not c.train.max_steps, 'when train.max_steps is set; max_steps=0 lets epochs end the run')
 ADDRESS = (lambda c: c.runtime.coordinator != 'auto', "with runtime.coordinator='auto'")
@@ -61,7 +62,7 @@ class ModelConfig:
     '', "layers whose values get an embedding of the token: '1,3', 'all', 'alternate'; '': none",
     before='')
   sublayer: str = field('gated_fusion',
-    'after attention; or dense, cross_attention, memory_bag, ngram_bag, ngram_bucket, moe')
+    'what follows attention: a row of mmjax/config/sublayers.py')
   hidden_dim: int = field(0, 'F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)')
   knowledge_num: int = field(65536, 'M: rows of the bank, a square; the gate has sqrt(M) sub-keys in each half', 1)
   knowledge_dim: int = field(128, 'P: width of a row; even', 2)
@@ -252,7 +253,7 @@ class TrainConfig:
   max_steps: int = field(0, 'optimizer updates; 0: as many as the epochs give')
   optimizer: str = field(
     'adamw', "also 'muon': matrices of layers by Muon, all else by AdamW; 'sgd': plain gradient descent",
-    choices=('adamw', 'muon', 'sgd'), before='adamw')
+    before='adamw')
   learning_rate: float = field(2e-4, 'peak', 0, 10)
   muon_lr_multiplier: float = field(5.0, 'factor of the learning rate of the matrices that Muon moves',
     **MULTIPLIER, before=5.0, needs=MUON)

@@ -14,6 +14,7 @@ import optax
 import optax.contrib
 
 from mmjax.config import Config, TrainConfig
+from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, parameter_table, read_rules
 from mmjax.errors import UserError
 from mmjax.files import first_three, named_leaves, path_name
@@ -71,8 +72,8 @@ def check_parameters(config: Config) -> str:
   rules, table = read_rules(config.train.parameters), parameter_table(config)
   params = abstract_params(config)
   names = [name for name, learns in named_leaves(gets_gradient(config, params)) if learns]
-  by_adam = {name for name, moved in named_leaves(by_muon(config, params)) if not moved}
-  by_adam = set() if config.train.optimizer == 'sgd' else by_adam
+  is_adam = OPTIMIZERS[config.train.optimizer].is_adam
+  by_adam = {name for name, moved in named_leaves(by_muon(config, params)) if is_adam and not moved}
   for rule in rules:
     fitting = [name for name in names if re.search(rule.pattern, name)]
     if not fitting:
@@ -127,11 +128,11 @@ def may_overflow(config: Config) -> bool:
   A step is mean / (sqrt(square) + eps) with both corrected. Where beta1 < sqrt(beta2) the mean fades before the square
   does, so that their ratio is bounded, whatever the gradients were, by (1 - beta1) / sqrt(1 - beta2) / (1 - beta1 /
   sqrt(beta2)); the moments themselves are averages of values that are finite where the gradient's norm is. Else only
-  eps bounds it. Plain gradient descent takes gradients as they are, so that only clipping bounds it.
+  eps bounds it. Of other steps, such as the gradient itself, only clipping is known to bound one.
   """
   train, float32 = config.train, jnp.finfo(jnp.float32)
   largest_mean = train.grad_clip or float(float32.max) ** 0.5
-  if train.optimizer == 'sgd':
+  if not OPTIMIZERS[train.optimizer].is_adam:
     return not train.grad_clip
   sources = [train, *read_rules(train.parameters)]
   beta1s, beta2s = ({getattr(source, what) for source in sources} - {None} for what in ('beta1', 'beta2'))
@@ -158,7 +159,17 @@ def of_bank_alone(steps: optax.GradientTransformation) -> optax.GradientTransfor
   return optax.GradientTransformation(lambda params: steps.init({BANK: params[BANK]}), update)
 
 
-def muon_direction() -> optax.GradientTransformation:
+def gradient_step(train: TrainConfig, beta1: float, beta2: float) -> optax.GradientTransformation:
+  """Returns the gradient as it is."""
+  return optax.identity()
+
+
+def adam_step(train: TrainConfig, beta1: float, beta2: float) -> optax.GradientTransformation:
+  """Returns Adam's step (Kingma and Ba 2015, arXiv:1412.6980)."""
+  return optax.scale_by_adam(beta1, beta2, train.eps)
+
+
+def muon_step() -> optax.GradientTransformation:
   """Returns Muon for matrices (in, out): momentum, orthogonalised, times sqrt(max(1, out / in)).
 
   Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, through optax.contrib.
@@ -175,16 +186,15 @@ def muon_direction() -> optax.GradientTransformation:
 
 def by_muon(config: Config, params: Params) -> Params:
   """Returns a dict like `params` with True where Muon moves one, and not Adam."""
+  muon = bool(OPTIMIZERS[config.train.optimizer].matrices)
   return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: config.train.optimizer == 'muon' and leaf.ndim == 2 and bool(re.search(MATRIX, path_name(path))),
-    params,
+    lambda path, leaf: muon and leaf.ndim == 2 and bool(re.search(MATRIX, path_name(path))), params
   )
 
 
 def _direction(config: Config, name: str) -> optax.GradientTransformation:
   """Returns the step before its rate of a parameter that Muon does not move."""
-  train = config.train
-  return optax.identity() if train.optimizer == 'sgd' else optax.scale_by_adam(*betas_of(config, name), train.eps)
+  return OPTIMIZERS[config.train.optimizer].make(config.train, betas_of(config, name))
 
 
 def _steps(config: Config, params: Params, total_steps: int) -> list[optax.GradientTransformation]:
@@ -202,14 +212,15 @@ def _steps(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
   matrix = by_muon(config, params)
   betas = {betas_of(config, name): name for name, moved in named_leaves(matrix) if not moved}
   steps = [_direction(config, name) for name in betas.values()]
-  if train.optimizer == 'muon' or len(betas) > 1:
+  by_matrices = OPTIMIZERS[train.optimizer].matrices
+  if by_matrices or len(betas) > 1:
     for i, own in enumerate(betas):
       follows = jax.tree_util.tree_map_with_path(
         lambda path, moved, own=own: not moved and betas_of(config, path_name(path)) == own, matrix
       )
       steps[i] = optax.masked(steps[i], follows)
-  if train.optimizer == 'muon':
-    steps.append(optax.masked(muon_direction(), matrix))
+  if by_matrices:
+    steps.append(optax.masked(OPTIMIZERS[train.optimizer].make_of_matrices(), matrix))
   steps.append(optax.add_decayed_weights(train.weight_decay, mask=mask('decay', lambda rule: rule not in decays)))
   for rule in decays:
     own = mask('decay', lambda other, rule=rule: other is rule)
