@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for a bare checkout
 
 from mmjax.config import load_config
+from mmjax.config.schema import SETTINGS
 from mmjax.data.index import INDEX, described_files, read_index
 from mmjax.data.prepare import prepare
 from mmjax.data.reader import Tally, find_files, read_documents
@@ -37,7 +38,7 @@ def main() -> None:
   parser.add_argument('--train_files', default='', help='comma-separated paths or globs')
   parser.add_argument('--valid_files', default='', help='the same, held out; by default one document in a hundred')
   parser.add_argument('--share', type=float, default=1.0, help='of the training documents to keep, above 0 to 1')
-  parser.add_argument('--vocab_size', type=int, default=6400)
+  parser.add_argument('--vocab_size', type=int, default=SETTINGS['model.vocab_size'].default)
   parser.add_argument('--tokenizer', default='', help='of another run, to compare with it')
   parser.add_argument('--out', type=Path, required=True, help='the archive, .tar.xz')
   arguments = parser.parse_args()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mmjax.choices import ATTENTION, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES
+from mmjax.choices import ATTENTION, NORM_EPS, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES
 from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import MOST, NEAREST_ONE, first_rule, read_rules
 from mmjax.config.setting import field, settings_of
@@ -53,7 +53,7 @@ class ModelConfig:
   n_heads: int = field(32, 'N: query heads, each dim / n_heads wide', 1)
   n_kv_heads: int = field(8, 'K: key and value heads; the record names none, and 8 gives its parameter count', 1)
   max_seq_len: int = field(512, 'T: positions in a row', 2)
-  norm_eps: float = field(1e-5, '', 1e-20, 1)
+  norm_eps: float = field(NORM_EPS, '', 1e-20, 1)
   rope_theta: float = field(1e6, '', 1, 1e15)
   dropout: float = field(0.0, 'drops values of the embedding and of what each sublayer adds, but no attention weights',
     0, NEAREST_ONE)

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from mmjax.choices import CHECKPOINT
 from mmjax.config import Config
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.environment import own_jax_settings
@@ -205,7 +206,7 @@ class LanguageModel:
 @own_jax_settings()
 def load(
   workdir: str | Path,
-  checkpoint: str | int = 'best',
+  checkpoint: str | int = CHECKPOINT,
   *,
   dtype: DTypeLike | None = None,
   attention: str | None = None,

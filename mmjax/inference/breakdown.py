@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mmjax.choices import CHECKPOINT
 from mmjax.config import Config, override_config
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split
 from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
@@ -61,7 +62,7 @@ class Losses(NamedTuple):
 
 def break_down(
   runs: Sequence[str | Path],
-  checkpoint: str | int = 'best',
+  checkpoint: str | int = CHECKPOINT,
   ngrams: Sequence[int] = (2, 3),
   valid_files: Sequence[str] = (),
   overrides: Sequence[str] = (),

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
+from mmjax.choices import CHECKPOINT
 from mmjax.config import CHOICES
 from mmjax.errors import UserError
 
@@ -92,9 +93,15 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
       parser.add_argument(f'--{field.name}', type=field.type, default=field.default, help=text)
 
 
+def add_checkpoint_flag(parser: argparse.ArgumentParser) -> None:
+  """Gives a command that reads a run the flag that says where it stood."""
+  said = f'best, last, or the number of a step (default: {CHECKPOINT})'
+  parser.add_argument('--checkpoint', default=CHECKPOINT, help=said)
+
+
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
   """Gives a command that reads a trained model the flags that say which of a run, and how."""
-  parser.add_argument('--checkpoint', default='best', help='best, last, or the number of a step (default: best)')
+  add_checkpoint_flag(parser)
   parser.add_argument(
     '--attention', choices=CHOICES['runtime.attention'], help="attention backend (default: the run's, if that can run)"
   )

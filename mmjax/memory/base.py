@@ -11,6 +11,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.typing import DTypeLike
 
+from mmjax.choices import NORM_EPS
 from mmjax.kernels.bank import BankShard, TappedBank
 from mmjax.kernels.matmul import uniform
 from mmjax.kernels.packed_bank import PackedBank
@@ -86,7 +87,7 @@ class Memory:
   row_dim: int
   n_heads: int = 1
   rows_per_head: int = 1
-  norm_eps: float = 1e-5
+  norm_eps: float = NORM_EPS
 
   signs = False  # of a class, whether it takes those of n-grams
 

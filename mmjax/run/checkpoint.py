@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 
+from mmjax.choices import CHECKPOINT
 from mmjax.errors import CommandError, StorageError, UserError, first_line
 from mmjax.files import free_bytes, storage_errors, write_file
 from mmjax.run.directory import NEWEST, RunDir
@@ -127,7 +128,7 @@ class Checkpoints:
     items, metadata, step = self._restore(_split(abstract_state), which, newer)
     return items.pop('rest') | items, metadata, step
 
-  def restore_params(self, abstract_params: Any, which: str | int = 'best') -> tuple[Any, dict[str, Any], int]:
+  def restore_params(self, abstract_params: Any, which: str | int = CHECKPOINT) -> tuple[Any, dict[str, Any], int]:
     """Reads and verifies `state['params']` as `restore` does, without reading the optimizer's state."""
     items, metadata, step = self._restore({'params': abstract_params}, which)
     return items['params'], metadata, step

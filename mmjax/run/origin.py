@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
+from mmjax.choices import CHECKPOINT
 from mmjax.config import Config, default_settings, flatten, user_path
 from mmjax.config.wording import quote
 from mmjax.data.tokenizer import load_tokenizer
@@ -51,7 +52,7 @@ def parse_origin(text: str) -> Origin:
   """Reads RUN[@best|last|STEP]; the best checkpoint where nothing is said. A directory may have an @ in its name."""
   path, at, checkpoint = text.rpartition('@')
   if not at or '/' in checkpoint or user_path(text).is_dir():
-    path, checkpoint = text, 'best'
+    path, checkpoint = text, CHECKPOINT
   return Origin(user_path(path).resolve(), checkpoint_name(checkpoint))
 
 

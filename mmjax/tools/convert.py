@@ -18,6 +18,7 @@ import argparse
 from mmjax.config import own_config, user_path
 from mmjax.console import command_parser
 from mmjax.errors import UserError, run_command
+from mmjax.inference.settings import add_checkpoint_flag
 from mmjax.interop.compress import compress_run
 from mmjax.interop.convert import EXPORT_DTYPES, export_run, import_run
 from mmjax.interop.llama import export_llama
@@ -54,13 +55,13 @@ def _parser() -> argparse.ArgumentParser:
   give.add_argument('--workdir', required=True, help='run directory')
   give.add_argument('--to', required=True, help='new file: .pth, .pt or .safetensors; a new directory for llama')
   give.add_argument('--format', choices=['file', 'llama'], default='file', help='what is written')
-  give.add_argument('--checkpoint', default='best', help='best, last or a step')
+  add_checkpoint_flag(give)
   give.add_argument('--dtype', choices=list(EXPORT_DTYPES), help='cast; by default float32 is kept')
   pack = commands.add_parser('compress', help='run directory -> run directory with a smaller bank')
   pack.add_argument('--workdir', required=True, help='run directory')
   pack.add_argument('--bits', type=int, choices=BITS, required=True, help='of a value of the bank')
   pack.add_argument('--out', required=True, help='new run directory')
-  pack.add_argument('--checkpoint', default='best', help='best, last or a step')
+  add_checkpoint_flag(pack)
   return parser
 
 
