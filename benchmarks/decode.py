@@ -21,7 +21,7 @@ from mmjax.config import Config, load_config
 from mmjax.inference.generate import NO_EOS, Decoder
 from mmjax.inference.settings import Sampling
 from mmjax.model.cost import count_params
-from mmjax.model.lm import Params, build_model, model_graph
+from mmjax.model.lm import Params, init_params, model_graph
 from mmjax.run.placement import place_reader
 
 PROMPT_TOKENS = 16
@@ -35,7 +35,7 @@ def main() -> None:
   parser.add_argument('--against', choices=('torch',), help='also run the PyTorch port, uncached, once: minutes')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, overrides)
-  port, params = torch_pair(config) if arguments.against else (None, build_model(config)[1])
+  port, params = torch_pair(config) if arguments.against else (None, init_params(config))
   decoder = Decoder(config, params, eos_id=NO_EOS, placement=place_reader(config, dtype=arguments.dtype))
   decoding = measure_decoding(decoder, port, config, arguments)
   weights_bytes = count_params(params)[1] * jnp.dtype(arguments.dtype).itemsize

@@ -5,16 +5,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import Array
 
 from mmjax.config import Config, idle_settings, load_config
 from mmjax.data.loader import PADDING
+from mmjax.model.lm import Params, init_params, model_graph
 from tests.tiny import TINY as TINY
 
 REPOSITORY = Path(__file__).parent.parent
@@ -43,6 +46,11 @@ def xla_flags(n_devices: int) -> str:
   # A machine that is busy keeps a thread waiting for others longer than the 40 s after which XLA aborts the process.
   patient = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
   return f'{os.environ.get("XLA_FLAGS", "")} --xla_force_host_platform_device_count={n_devices} {patient}'
+
+
+def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
+  """Returns the graph definition and the first parameters."""
+  return model_graph(config), jax.jit(partial(init_params, config))()
 
 
 def random_batch(config: Config, seed: int = 0) -> dict[str, Array]:

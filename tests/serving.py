@@ -2,10 +2,9 @@
 
 import mmjax
 from mmjax.inference.api import LanguageModel
-from mmjax.model.lm import build_model
 from mmjax.run.directory import open_run
 from mmjax.serve.view import RunView
-from tests.helpers import tiny_config
+from tests.helpers import build_model, tiny_config
 
 TEXT = 'the memory reads a row of its bank'
 MODELS = {

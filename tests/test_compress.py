@@ -18,13 +18,13 @@ from mmjax.interop.convert import export_run
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.packed_bank import PackedBank, pack_bank, unpack_bank
 from mmjax.model.cost import count_params
-from mmjax.model.lm import BANK, build_model
+from mmjax.model.lm import BANK
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.log import read_metrics
 from mmjax.serve.view import Change, RunView
 from mmjax.tools import convert
 from mmjax.training.setup import settle_config
-from tests.helpers import arrays_of, tiny_config
+from tests.helpers import arrays_of, build_model, tiny_config
 from tests.serving import MODELS
 
 KINDS = MODELS | {'fusion': {}, 'buckets': {'model__sublayer': 'ngram_bucket', 'model__num_selected': 4}}

@@ -13,9 +13,8 @@ from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import evaluate, make_eval_step
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import ProbePlan, bank_health
-from mmjax.model.lm import build_model
 from mmjax.run.placement import place
-from tests.helpers import tiny_config
+from tests.helpers import build_model, tiny_config
 
 T = 12
 PLAN = ProbePlan(batches=9, seed=0, layers=(0, 1))  # all of them

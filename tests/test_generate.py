@@ -11,10 +11,9 @@ from flax import nnx
 from mmjax.inference import generate
 from mmjax.inference.generate import Decoder, padded_length
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import build_model
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import place_reader
-from tests.helpers import rarely, tiny_config
+from tests.helpers import build_model, rarely, tiny_config
 
 EOS = 2
 PROMPTS = [[5, 9, 200, 31, 7], [EOS, 17], [44, 45, 46, 47, 48, 49, 50, 51, 52, 53, 54, 55, 56, 57, 58, 59, 60, 61]]

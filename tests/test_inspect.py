@@ -18,10 +18,9 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import KEPT_CONTEXTS, MemoryReader, token_text
 from mmjax.model.layers import rope_angles
-from mmjax.model.lm import build_model
 from mmjax.run.directory import open_run
 from mmjax.tools import inspect
-from tests.helpers import tiny_config
+from tests.helpers import build_model, tiny_config
 
 BAG = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__layers': '1', 'memory__bank_std': 2.0}
 TEXT = 'the memory reads a row of its bank and writes what it learned'

@@ -12,10 +12,10 @@ from mmjax.errors import UserError
 from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
 from mmjax.memory.ngram import sign_vectors
-from mmjax.model.lm import abstract_params, build_model, model_graph
+from mmjax.model.lm import abstract_params, model_graph
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.optimizer import gets_gradient
-from tests.helpers import random_batch, tiny_config
+from tests.helpers import build_model, random_batch, tiny_config
 
 THOROUGH = pytest.mark.thorough
 PLUS = {

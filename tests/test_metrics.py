@@ -17,9 +17,8 @@ from mmjax.config import CHOICES, load_config
 from mmjax.errors import UserError
 from mmjax.evaluation.probes import bank_health
 from mmjax.model.cost import device_peak_flops, flops_per_token
-from mmjax.model.lm import build_model
 from mmjax.run.log import MetricsLog, peak_memory, read_metrics
-from tests.helpers import tiny_config
+from tests.helpers import build_model, tiny_config
 
 
 def write_steps(log: MetricsLog, *steps: int) -> None:

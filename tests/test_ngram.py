@@ -23,9 +23,8 @@ from mmjax.memory.ngram import (
   own_ranges,
   sign_vectors,
 )
-from mmjax.model.lm import build_model
 from mmjax.model.sublayers import SUBLAYERS, SublayerInput, layer_kinds
-from tests.helpers import random_batch, tiny_config
+from tests.helpers import build_model, random_batch, tiny_config
 
 NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}
 

@@ -20,9 +20,8 @@ from mmjax.evaluation.probes import (
   row_agreement,
   row_update_ratio,
 )
-from mmjax.model.lm import build_model
 from mmjax.run.placement import place
-from tests.helpers import rarely, tiny_config
+from tests.helpers import build_model, rarely, tiny_config
 
 T, SEED = 12, 5
 FORMS = {

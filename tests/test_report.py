@@ -12,12 +12,11 @@ from mmjax.config import load_config
 from mmjax.console import Table, markdown
 from mmjax.errors import UserError
 from mmjax.model.cost import count_params
-from mmjax.model.lm import build_model
 from mmjax.report import sections
 from mmjax.report.plots import write_plots
 from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
-from tests.helpers import tiny_config
+from tests.helpers import build_model, tiny_config
 
 
 def train_line(step: int, layers: int = 2, **changes: object) -> dict:

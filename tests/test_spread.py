@@ -43,11 +43,10 @@ def main(kind: str) -> None:
   import numpy as np
 
   from mmjax.ahead.kernels import kernels_of
-  from mmjax.model.lm import build_model
   from mmjax.run.hlo import Module
   from mmjax.run.sharding import make_mesh, put_batch, shardings
   from mmjax.training.step import make_gradient
-  from tests.helpers import random_batch, tiny_config
+  from tests.helpers import build_model, random_batch, tiny_config
 
   settings = {'model__sublayer': kind, 'train__batch_size': 8} | KINDS[kind]
   for row_devices in (1,) if kind in WITHOUT_BANK else (1, 4):

@@ -16,9 +16,8 @@ import train as train_command
 from mmjax.console import printable
 from mmjax.interop.files import read_tensors, write_tensors
 from mmjax.interop.names import TIED, to_tensors
-from mmjax.model.lm import build_model
 from mmjax.tools import convert, prepare, sample
-from tests.helpers import tiny_config
+from tests.helpers import build_model, tiny_config
 
 tokenizers = pytest.importorskip('tokenizers')
 

@@ -24,12 +24,11 @@ from mmjax.memory.ngram import (
   sign_vectors,
 )
 from mmjax.model.cost import bytes_per_token, flops_per_token
-from mmjax.model.lm import build_model
 from mmjax.model.values import ValueReader
 from mmjax.run.directory import open_run
 from mmjax.training.row_gradients import RowSums
 from mmjax.training.step import make_gradient
-from tests.helpers import random_batch, tiny_config
+from tests.helpers import build_model, random_batch, tiny_config
 from tests.test_model import numpy_forward
 from tests.test_ngram import rows_by_hand
 

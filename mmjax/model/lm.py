@@ -205,11 +205,6 @@ def abstract_params(config: Config) -> Params:
   return build_abstract(config)[1]
 
 
-def build_model(config: Config) -> tuple[nnx.GraphDef, Params]:
-  """Returns the graph definition and the first parameters."""
-  return model_graph(config), jax.jit(partial(init_params, config))()
-
-
 def without_bank(params: Params) -> Params:
   """Returns the dict without the bank."""
   return {name: value for name, value in params.items() if name != BANK}

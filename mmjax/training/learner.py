@@ -1,4 +1,4 @@
-"""What learns: states of a run and its update, compiled for a mesh."""
+"""What learns: states of a run and its update, compiled for a mesh. The update itself, step.py, is next on the way."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,6 @@ import optax
 from mmjax.config import Config
 from mmjax.data.bank_file import read_bank
 from mmjax.evaluation.evaluate import EvalStep, make_eval_step
-from mmjax.model.cost import flops_per_token
 from mmjax.model.lm import BANK, Params, model_graph
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.leaves import refuse_non_finite
@@ -24,8 +23,6 @@ from mmjax.training.out_of_memory import explain_out_of_memory
 from mmjax.training.step import TrainState, init_state, make_train_step
 from mmjax.training.teach import Reads, first_reads
 
-SLOW_UPDATE_FLOPS = 1e12  # 3 to 30 s on a CPU
-
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
@@ -34,13 +31,6 @@ class Learner:
   config: Config
   placement: Placement
   total_steps: int
-
-  @property
-  def has_slow_updates(self) -> bool:
-    """Whether an update takes many seconds: on a CPU, so that the host can be told of its micro-batches cheaply."""
-    tokens = self.config.train.update_rows * self.config.model.max_seq_len
-    on_cpu = self.placement.mesh.size == 1 and self.placement.platform == 'cpu'
-    return on_cpu and flops_per_token(self.config)['total'] * tokens > SLOW_UPDATE_FLOPS
 
   @cached_property
   def optimizer(self) -> optax.GradientTransformation:

@@ -1,7 +1,7 @@
 """The training loop: step, report, evaluate, save, until done or stopped.
 
-On the way from the command to the gradient it stands between train.py, which calls `fit`, and step.py, the update that
-`Trainer.train` makes again and again. What is there before the first step comes from setup.py.
+On the way from the command to the gradient it stands between train.py, which calls `fit`, and learner.py, which compiles
+the update that `Trainer.train` makes again and again. What is there before the first step comes from setup.py.
 
 The device is never waited for except where numbers are needed: whether an update was finite is looked at one step
 later, the rest at the intervals of the config. Everything that decides what is computed is in the state and the
@@ -28,7 +28,6 @@ from mmjax.run.directory import RunDir
 from mmjax.run.leaves import non_finite
 from mmjax.run.log import MetricsLog
 from mmjax.run.nvidia import describe_devices
-from mmjax.run.origin import load_origin
 from mmjax.run.placement import place, use_compilation_cache
 from mmjax.run.processes import is_main, joined
 from mmjax.run.sharding import put_batch
@@ -38,10 +37,10 @@ from mmjax.training.learner import Learner
 from mmjax.training.optimizer import check_parameters
 from mmjax.training.out_of_memory import describe_memory, explain_out_of_memory
 from mmjax.training.profile import StepProfiler
-from mmjax.training.progress import MicroBatchWatch, show_step
-from mmjax.training.setup import Inputs, count_background, open_inputs, record_run, settle_config
+from mmjax.training.progress import MicroBatchWatch, has_slow_updates, show_step
+from mmjax.training.setup import Inputs, Start, open_inputs, read_start, record_run, settle_config, with_background
 from mmjax.training.step import TrainState
-from mmjax.training.window import Window, dump_divergence
+from mmjax.training.window import Window, describe_skipped, dump_divergence
 
 MAX_FAILED_SAVES = 3
 
@@ -70,10 +69,8 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
     placement = place(config)  # or it is refused, before anything is written
     if is_main():
       print(*filter(None, (describe_devices(jax.devices()), remark)), sep='\n', flush=True)
-    params = reads = read_from = None
-    if origin and not Checkpoints(run.path, read_only=True).ever_saved:
-      params, reads, read_from = load_origin(origin, config, placement.mesh)
-    inputs = open_inputs(config, training_data(run, config, origin.tokenizer if read_from else ''))
+    start = read_start(run, config, origin, placement.mesh)
+    inputs = open_inputs(config, training_data(run, config, origin.tokenizer if start.read_from else ''))
     with (
       run,
       StopSignals() as stop,
@@ -81,11 +78,10 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
       closing(MetricsLog(run.path)) as log,
     ):
       learner = Learner(config, placement, inputs.total_steps)
-      if read_from and config.memory.teach_rows and not reads.get('updates'):
-        reads = count_background(learner, params, RunDir(origin.path), progress)
+      start = with_background(start, learner, origin, progress)
       checkpoints = Checkpoints(run.path, keep_start=bool(config.memory.teach_rows))
       trainer = Trainer(learner, run, inputs, checkpoints, log, progress)
-      trainer.train(trainer.begin(params, reads, read_from), stop)
+      trainer.train(trainer.begin(start), stop)
 
 
 @dataclasses.dataclass
@@ -102,7 +98,7 @@ class Trainer:
   seconds: float = 0.0
   failed_saves: int = 0
 
-  def begin(self, params: Any, reads: Any, read_from: dict[str, Any] | None) -> TrainState:
+  def begin(self, origin: Start) -> TrainState:
     """Returns the state to go on from: the newest saved, a new one, or one of another run's parameters and counts."""
     config, say = self.learner.config, self.progress.say
     with explain_out_of_memory(config):
@@ -111,10 +107,12 @@ class Trainer:
         self.tokens, self.seconds = counters['tokens'], counters['seconds']
         say(f'Resuming {self.run.path} at step {int(state["step"])} of {self.inputs.total_steps}')
       else:
-        state = self.learner.new_state(params, reads)
+        state = self.learner.new_state(origin.params, origin.reads)
     start = int(state['step'])
-    record_run(self.run, config, self.inputs, start, read_from)
-    if read_from:  # saved, and not read from the other run again if this one is stopped before it saves
+    record_run(self.run, config, self.inputs, start, origin.read_from)
+    if (
+      read_from := origin.read_from
+    ):  # saved, and not read from the other run again if this one is stopped before it saves
       self.checkpoints.save(START, state, {'tokens': 0, 'seconds': 0.0})
       say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({read_from["checkpoint"]})')
     self.log.truncate_after(start if self.checkpoints.ever_saved else -1)
@@ -128,7 +126,7 @@ class Trainer:
     start, total = int(state['step']), self.inputs.total_steps
     watch = MicroBatchWatch(config.train, config.model.max_seq_len, start, total, self.progress)
     self.progress.update('compiling')
-    compiled = learner.compile(state, watch if learner.has_slow_updates else None)
+    compiled = learner.compile(state, watch if has_slow_updates(config, learner.placement) else None)
     say(f'Attention: {learner.placement.attention}. The step needs {describe_memory(compiled.memory_analysis())}.')
     return compiled
 
@@ -173,14 +171,10 @@ class Trainer:
     """Logs an update that was skipped; ends the run after too many in a row."""
     if bool(metrics['applied']):
       return
-    numbers = {name: float(metrics[name]) for name in ('loss', 'loss_average', 'grad_norm')}
-    reason, skipped = 'spike' if metrics['finite'] else 'not finite', int(metrics['skipped'])
-    line = {'kind': 'skipped', 'step': step, 'reason': reason, **numbers, 'in_a_row': skipped}
-    self.log.write(line | {'row_ids': batch['row_id'].tolist()})
-    spike = f'loss {numbers["loss"]:.4f} after an average of {numbers["loss_average"]:.4f}'
-    what = spike if reason == 'spike' else 'update not finite'
-    self.progress.say(f'Step {step}: {what}; update skipped ({skipped} in a row)')
-    if skipped >= self.learner.config.train.max_skipped_updates:
+    line, said = describe_skipped(step, batch, metrics)
+    self.log.write(line)
+    self.progress.say(said)
+    if line['in_a_row'] >= self.learner.config.train.max_skipped_updates:
       raise dump_divergence(self.run.path / 'diverged', step, batch, metrics, state)
 
   def report(self, step: int) -> None:

@@ -7,7 +7,9 @@ earlier start first, then devices, text, the directory's lock, the state, the co
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.config.sublayers import uses_bank
@@ -24,7 +26,7 @@ from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models
-from mmjax.run.origin import Origin, check_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
+from mmjax.run.origin import Origin, check_origin, load_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.run.processes import is_main
 from mmjax.run.text import evaluation_data
 from mmjax.training.learner import Learner
@@ -41,6 +43,14 @@ class Inputs:
   data_sha256: str  # of the shards' hashes
   total_steps: int
   remarks: list[str]  # what a user should know of the text
+
+
+class Start(NamedTuple):
+  """What a run starts from: parameters of another run, what that has counted, and which it was; or nothing."""
+
+  params: Params | None = None
+  reads: Reads | None = None
+  read_from: dict[str, Any] | None = None
 
 
 def settle_config(
@@ -107,6 +117,20 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
     overlap_remark(valid, valid.get('also_in_train')),
   ]
   return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
+
+
+def read_start(run: RunDir, config: Config, origin: Origin | None, mesh: Mesh) -> Start:
+  """Reads what another run gives to one that has saved nothing of its own yet."""
+  if not origin or Checkpoints(run.path, read_only=True).ever_saved:
+    return Start()
+  return Start(*load_origin(origin, config, mesh))
+
+
+def with_background(start: Start, learner: Learner, origin: Origin | None, progress: Progress) -> Start:
+  """Returns a start with counts of the rows that are usual, if rows are to be taught and nobody has counted."""
+  if not (start.read_from and learner.config.memory.teach_rows) or start.reads.get('updates'):
+    return start
+  return start._replace(reads=count_background(learner, start.params, RunDir(origin.path), progress))
 
 
 def count_background(learner: Learner, params: Params, source: RunDir, progress: Progress) -> Reads:

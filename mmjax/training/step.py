@@ -24,14 +24,7 @@ from mmjax.model.lm import BANK, Params, init_params, without_bank
 from mmjax.run.sharding import ROWS, spread
 from mmjax.training.lazy_bank import init_moments, update_rows
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
-from mmjax.training.row_gradients import (
-  RowSums,
-  add_gradients,
-  empty_sum,
-  gradient_by_reads,
-  is_lazy,
-  keeps_reads,
-)
+from mmjax.training.row_gradients import RowSums, add_gradients, empty_sum, gradient_by_reads, is_lazy, keeps_reads
 from mmjax.training.skips import TrainState, TrainStep, count_update, goes_on, skip_unsound
 from mmjax.training.teach import Reads, count_reads, first_reads, gradient_of_rows, rows_to_teach
 

@@ -77,6 +77,19 @@ class Window:
     return add_norms(line, self.steps)
 
 
+def describe_skipped(
+  step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array]
+) -> tuple[dict[str, Any], str]:
+  """Returns the line of the log for an update that was skipped, and what to say of it."""
+  numbers = {name: float(metrics[name]) for name in ('loss', 'loss_average', 'grad_norm')}
+  reason, skipped = 'spike' if metrics['finite'] else 'not finite', int(metrics['skipped'])
+  line = {'kind': 'skipped', 'step': step, 'reason': reason, **numbers, 'in_a_row': skipped}
+  spike = f'loss {numbers["loss"]:.4f} after an average of {numbers["loss_average"]:.4f}'
+  what = spike if reason == 'spike' else 'update not finite'
+  said = f'Step {step}: {what}; update skipped ({skipped} in a row)'
+  return line | {'row_ids': batch['row_id'].tolist()}, said
+
+
 def dump_divergence(
   folder: Path, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState
 ) -> DivergedError:

@@ -11,15 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.memory import (
-  CrossAttention,
-  GatedFusion,
-  Memory,
-  MemoryBag,
-  MemoryLayer,
-  NgramBag,
-  NgramBucket,
-)
+from mmjax.memory import CrossAttention, GatedFusion, Memory, MemoryBag, MemoryLayer, NgramBag, NgramBucket
 from mmjax.memory.base import ParamTree
 from mmjax.model.layers import dropout
 from mmjax.model.sublayers import SublayerInput, SublayerOutput
