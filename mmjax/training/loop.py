@@ -1,7 +1,7 @@
 """The training loop: step, report, evaluate, save, until done or stopped.
 
-On the way from the command to the gradient it stands between train.py, which calls `fit`, and learner.py, which compiles
-the update that `Trainer.train` makes again and again. What is there before the first step comes from setup.py.
+On the way from the command to the gradient it stands between train.py, which calls `fit`, and learner.py, which
+compiles the update that `Trainer.train` makes again and again. What is there before the first step comes from setup.py.
 
 The device is never waited for except where numbers are needed: whether an update was finite is looked at one step
 later, the rest at the intervals of the config. Everything that decides what is computed is in the state and the
