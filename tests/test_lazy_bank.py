@@ -11,7 +11,7 @@ import pytest
 from mmjax.kernels.bank import Reads
 from mmjax.model.lm import model_graph
 from mmjax.training import lazy_bank
-from mmjax.training.lazy_bank import init_moments, update_rows
+from mmjax.training.lazy_bank import init_moments, update_read_rows
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.row_gradients import RowReads, RowSums, add_rows, no_rows
 from mmjax.training.step import init_state, make_gradient, make_train_step
@@ -97,7 +97,7 @@ def test_row_that_is_read_at_even_intervals_is_where_dense_adam_has_it_when_it_i
   bank = rng.standard_normal((2, P)).astype(np.float32)
   moments, start = jax.device_get(init_moments(jnp.asarray(bank))), 1000  # so late that no moment needs a correction
   dense, mean, square = bank[0].astype(np.float64), 0.0, 0.0
-  step = jax.jit(functools.partial(update_rows, config, lambda count: jnp.float32(0.1)))
+  step = jax.jit(functools.partial(update_read_rows, config, lambda count: jnp.float32(0.1)))
   for update in range(40):
     gradient = rng.standard_normal(P).astype(np.float32) if update % interval == 0 else np.zeros(P, np.float32)
     if update % interval == 0:
@@ -120,7 +120,7 @@ def test_rule_equals_float64_row_by_row(monkeypatch):
   rng = np.random.default_rng(0)
   first = rng.standard_normal((M, P)).astype(np.float32)
   bank, moments = first, jax.device_get(init_moments(jnp.asarray(first)))
-  step = jax.jit(functools.partial(update_rows, config, rate))
+  step = jax.jit(functools.partial(update_read_rows, config, rate))
   want, mean, square, count = first.astype(np.float64), 0.0, 0.0, 0
   last_read, forecast, last_step = np.zeros(M, int), np.zeros(M, int), np.zeros((M, P))
 

@@ -58,7 +58,7 @@ def check_together(config: Config) -> None:
     "memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one",
   )
   memory.ngram_of_heads()  # raises, as the next does
-  config.model.value_layers()
+  config.model.value_embedding_layers()
   layers = config.model.n_layers
   _refuse(
     memory.ngram_layer_numbers(layers) + memory.value_layer_numbers(layers) and memory.score_activation != 'softmax',

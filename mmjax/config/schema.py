@@ -71,7 +71,7 @@ class ModelConfig:
   experts_per_token: int = field(2, 'routed experts that a token uses; a shared one comes on top', 1)
   aux_loss_weight: float = field(0.1, "weight of the experts' load-balance loss", 0, 1e3)
 
-  def value_layers(self) -> tuple[int, ...]:
+  def value_embedding_layers(self) -> tuple[int, ...]:
     """Returns the layers, numbered from 0, that `value_embeddings` means.
 
     Raises:

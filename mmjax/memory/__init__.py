@@ -11,6 +11,7 @@ of memories may read it. Nothing here needs more than JAX, Flax and NumPy. mmjax
 memories (mmjax/model/sublayers/memory.py).
 """
 
+from mmjax.kernels.bank import TappedBank, add_reads, no_reads
 from mmjax.memory.bag import MemoryBag, NgramBag, NgramBucket
 from mmjax.memory.base import Memory, MemoryLayer, SublayerOutput, init_bank
 from mmjax.memory.cross_attention import CrossAttention
@@ -26,7 +27,10 @@ __all__ = [
   'NgramBag',
   'NgramBucket',
   'SublayerOutput',
+  'TappedBank',
+  'add_reads',
   'cached_last_tokens',
   'init_bank',
   'last_tokens',
+  'no_reads',
 ]

@@ -57,12 +57,12 @@ class Block(nnx.Module):
       n_kv_heads=model.n_kv_heads,
       head_dim=model.head_dim,
       qk_norm_eps=model.norm_eps if model.qk_norm else None,
-      vocab_size=model.vocab_size if number in model.value_layers() else None,
+      vocab_size=model.vocab_size if number in model.value_embedding_layers() else None,
       row_width=memory.n_heads * model.knowledge_dim if number in memory.value_layer_numbers(model.n_layers) else None,
       rngs=rngs,
     )
     self.sublayer = SUBLAYERS[kind].build(model, memory, rngs=rngs)
-    self.uses_bank = SUBLAYERS[kind].uses_bank
+    self.kind, self.uses_bank = kind, SUBLAYERS[kind].uses_bank
     self.dropout = model.dropout
 
   def __call__(
@@ -81,7 +81,8 @@ class Block(nnx.Module):
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
     h_BTD = add_to_stream(x_BTD, h_attn_BTD)
     own_key = None if key is None else jax.random.fold_in(key, 2)  # split gave 0 and 1
-    out = self.sublayer(SublayerInput(h_BTD, h_attn_BTD, bank_MP, last_BTn, own_key), dtype)
+    inputs = SublayerInput(h_BTD, h_attn_BTD, bank_MP, last_BTn, own_key)
+    out = jax.named_scope(self.kind)(self.sublayer)(inputs, dtype)
     return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
 
   def flops(self, length: int) -> dict[str, int]:

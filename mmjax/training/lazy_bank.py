@@ -53,7 +53,7 @@ def init_moments(bank_MP: Array) -> Moments:
 
 
 @jax.named_scope('optimizer')
-def update_rows(
+def update_read_rows(
   config: Config, rate: optax.Schedule, bank_MP: Array, moments: Moments, sums: RowSums, count: Array, applied: Array
 ) -> tuple[Array, Moments, Array]:
   """Makes one update by the rule above, in place where the compiler may reuse the arrays.

@@ -21,7 +21,7 @@ from mmjax.run.sharding import batch_shapes, placed, replicated
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.out_of_memory import explain_out_of_memory
 from mmjax.training.step import TrainState, init_state, make_train_step
-from mmjax.training.teach import Reads, first_reads
+from mmjax.training.teach import RowCounts, first_reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Learner:
     """The sharding of each leaf of the state."""
     return jax.tree.map(lambda x: x.sharding, self.shapes)
 
-  def new_state(self, params: Params | None = None, reads: Reads | None = None) -> TrainState:
+  def new_state(self, params: Params | None = None, reads: RowCounts | None = None) -> TrainState:
     """Returns the state before the first update, all where the rules put it: a new one, or of what is given.
 
     Args:

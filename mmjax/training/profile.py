@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 
+from mmjax.config.sublayers import SUBLAYERS
 from mmjax.run.hlo import Module
 
-# The named scopes of model and step; the innermost one counts.
+# The named scopes of model and step; that of a sublayer is its kind, and there are more within. The innermost counts.
 SCOPES = (
   'embedding', 'norm', 'attention', 'value_embedding', 'value_rows', 'gate', 'ngram', 'lookup', 'bag', 'fusion',
-  'cross_attention', 'feed_forward', 'router', 'loss', 'bank_usage', 'optimizer',
+  'feed_forward', 'router', 'loss', 'bank_usage', 'optimizer', *SUBLAYERS,
 )  # fmt: skip
 UNKNOWN = 'not attributed'
 _SCOPE = re.compile(rf'(?:^|[/(])({"|".join(SCOPES)})(?=[/)]|$)')

@@ -30,7 +30,7 @@ from mmjax.run.origin import Origin, check_origin, load_origin, parse_origin, re
 from mmjax.run.processes import is_main
 from mmjax.run.text import evaluation_data
 from mmjax.training.learner import Learner
-from mmjax.training.teach import Reads, count_reads, first_reads
+from mmjax.training.teach import RowCounts, count_reads, first_reads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Start(NamedTuple):
   """What a run starts from: parameters of another run, what that has counted, and which it was; or nothing."""
 
   params: Params | None = None
-  reads: Reads | None = None
+  reads: RowCounts | None = None
   read_from: dict[str, Any] | None = None
 
 
@@ -133,7 +133,7 @@ def with_background(start: Start, learner: Learner, origin: Origin | None, progr
   return start._replace(reads=count_background(learner, start.params, RunDir(origin.path), progress))
 
 
-def count_background(learner: Learner, params: Params, source: RunDir, progress: Progress) -> Reads:
+def count_background(learner: Learner, params: Params, source: RunDir, progress: Progress) -> RowCounts:
   """Counts which rows a run's own validation text reads, where its training has not counted.
 
   Args:

@@ -22,15 +22,15 @@ from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import gate_norms, row_update_ratio
 from mmjax.model.lm import BANK, Params, init_params, without_bank
 from mmjax.run.sharding import ROWS, spread
-from mmjax.training.lazy_bank import init_moments, update_rows
+from mmjax.training.lazy_bank import init_moments, update_read_rows
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
 from mmjax.training.row_gradients import RowSums, add_gradients, empty_sum, gradient_by_reads, is_lazy, keeps_reads
 from mmjax.training.skips import TrainState, TrainStep, count_update, goes_on, skip_unsound
-from mmjax.training.teach import Reads, count_reads, first_reads, gradient_of_rows, rows_to_teach
+from mmjax.training.teach import RowCounts, count_reads, first_reads, gradient_of_rows, rows_to_teach
 
 
 def init_state(
-  config: Config, optimizer: optax.GradientTransformation, params: Params | None = None, reads: Reads | None = None
+  config: Config, optimizer: optax.GradientTransformation, params: Params | None = None, reads: RowCounts | None = None
 ) -> TrainState:
   """Returns the state before the first update, of new parameters or of those given; may run under jax.jit.
 
@@ -166,7 +166,7 @@ def make_apply(config: Config, optimizer: optax.GradientTransformation, total_st
     if lazy:
       sums = sums._replace(sum_UP=updates.pop(BANK))
       params, count = without_bank(params), state['step'] - state['skipped_total']
-      bank, moments, ratio = update_rows(config, rate, bank, state['bank_moments'], sums, count, applied)
+      bank, moments, ratio = update_read_rows(config, rate, bank, state['bank_moments'], sums, count, applied)
       metrics['row_update_ratio'] = ratio
     elif usage_LM is not None:
       metrics['row_update_ratio'] = row_update_ratio(bank, updates[BANK], usage_LM)

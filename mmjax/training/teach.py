@@ -20,10 +20,10 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.model.lm import BANK, Params
 
-Reads = dict[str, Array]
+RowCounts = dict[str, Array]
 
 
-def first_reads(config: Config, before: Reads | None = None) -> Reads:
+def first_reads(config: Config, before: RowCounts | None = None) -> RowCounts:
   """Returns counts before the first update: zeros, or those of the run that the weights come from.
 
   count_M, int32: updates that read the row in any layer; updates, int32: how many were counted. Where rows are taught,
@@ -36,13 +36,13 @@ def first_reads(config: Config, before: Reads | None = None) -> Reads:
   return reads
 
 
-def count_reads(reads: Reads, usage_LM: Array) -> Reads:
+def count_reads(reads: RowCounts, usage_LM: Array) -> RowCounts:
   """Counts an update, whose layers read the rows `usage_LM` times."""
   read_M = jnp.any(usage_LM > 0, axis=0)
   return reads | {'count_M': reads['count_M'] + read_M, 'updates': reads['updates'] + 1}
 
 
-def rows_to_teach(reads: Reads, usage_LM: Array, most: int) -> Array:
+def rows_to_teach(reads: RowCounts, usage_LM: Array, most: int) -> Array:
   """Returns bool (M,): the up to `most` rows with the largest score, see the top of this file; a score of 0 is none."""
   rarity_M = jnp.log((reads['background_updates'] + 1) / (reads['background_M'] + 1))
   score_M = jnp.sum(usage_LM, axis=0) * rarity_M
