@@ -1,4 +1,7 @@
-"""Words and numbers that settings, flags and arguments of the library share: each is stated here, once."""
+"""What settings, flags and arguments of the library share, each stated once: words, numbers and rules of sizes."""
+
+import math
+from collections.abc import Sequence
 
 ATTENTION = ('xla', 'xla_blocked', 'cudnn')
 QUERY_KEY_NORM = ('none', 'l2')
@@ -6,3 +9,25 @@ SCORES = ('none', 'scale')
 SCORE_ACTIVATION = ('softmax', 'relu')
 CHECKPOINT = 'best'  # of a run that is read, unless another is asked for: 'last', or the number of a step
 NORM_EPS = 1e-5
+
+
+def nearest_squares(number: int) -> str:
+  """Names the squares on either side of a number that should be one."""
+  root = math.isqrt(number)
+  return f'{root**2} and {(root + 1) ** 2}'
+
+
+def in_turns(values: Sequence[int], n: int) -> tuple[int, ...]:
+  """Returns `n` values, which take turns."""
+  return tuple(values[i % len(values)] for i in range(n))
+
+
+def least_rows_of_ranges(ngrams: Sequence[int], rows_per_head: int, vocab_size: int) -> int:
+  """Returns how many rows a bank needs so that each row of a head has a range of its own: see mmjax.memory.ngram.
+
+  Args:
+    ngrams: for each head, how many tokens address its rows.
+    rows_per_head: r.
+    vocab_size: V.
+  """
+  return rows_per_head * sum(vocab_size if n == 1 else 2 for n in ngrams)

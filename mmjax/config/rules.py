@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+from mmjax.choices import least_rows_of_ranges, nearest_squares
 from mmjax.config.history import removed_remark
 from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import Rule, parameter_table, read_rules
@@ -112,13 +113,13 @@ def _check_rows(config: Config) -> None:
   if any(kind.has_gate for kind in kinds):
     name = 'memory.key_dim' if memory.key_dim else 'model.knowledge_dim'
     width = memory.query_dim(model)
-    _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {C * C} and {(C + 1) ** 2}')
+    _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {nearest_squares(bank)}')
     _refuse(width % 2, f'{name}={width} must be even: it is two halves; nearest: {width + 1}')
     _refuse(model.num_selected > C, f'{selected} the {C} sub-keys that model.knowledge_num={bank} gives each half')
   elif bank_readers(config):
     _refuse(model.num_selected > bank, f'{selected} model.knowledge_num={bank}, all rows of the bank')
   if memory.ngram_ranges == 'own' and any(reader.reads_ngrams for reader in bank_readers(config).values()):
-    least = model.num_selected * sum(model.vocab_size if n == 1 else 2 for n in memory.ngram_of_heads())
+    least = least_rows_of_ranges(memory.ngram_of_heads(), model.num_selected, model.vocab_size)
     _refuse(
       bank < least,
       f"model.knowledge_num={bank} must be at least {least} with memory.ngram_ranges='own': where one token addresses "

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mmjax.choices import ATTENTION, NORM_EPS, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES
+from mmjax.choices import ATTENTION, NORM_EPS, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, in_turns
 from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import MOST, NEAREST_ONE, first_rule, read_rules
 from mmjax.config.setting import field, settings_of
@@ -165,7 +165,7 @@ class MemoryConfig:
         f"memory.ngrams={quote(self.ngrams)} must be numbers of tokens from 1 to 9, such as '2,3', "
         f'and no more of them than memory.n_heads={self.n_heads}'
       )
-    return tuple(sizes[head % len(sizes)] for head in range(self.n_heads))
+    return in_turns(sizes, self.n_heads)
 
   def query_dim(self, model: ModelConfig) -> int:
     """Returns Q, the width of a query of the gate and of two sub-keys: that of a row where `key_dim` is 0."""

@@ -14,6 +14,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from mmjax.choices import in_turns, least_rows_of_ranges
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED, matmul
@@ -107,7 +108,7 @@ class NgramBag(_Bag):
       return
     if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
       raise ValueError(f'vocab_size={self.vocab_size!r} must be a whole number of at least 1, or None')
-    least = self.rows_per_head * sum(self.vocab_size if n == 1 else 2 for n in self.ngram_of_heads())
+    least = least_rows_of_ranges(self.ngram_of_heads(), self.rows_per_head, self.vocab_size)
     if self.n_rows < least:
       raise ValueError(f'n_rows={self.n_rows} must be at least {least}, so that each head has a range of its own')
 
@@ -154,9 +155,7 @@ class NgramBag(_Bag):
     if self.vocab_size is None:
       return None
     slots, address = self.rows_per_head // self.rows_an_address, row // self.rows_an_address
-    first_R, size_R = own_ranges(
-      tuple(self.ngram_of_heads()), slots, self.n_rows // self.rows_an_address, self.vocab_size
-    )
+    first_R, size_R = own_ranges(self.ngram_of_heads(), slots, self.n_rows // self.rows_an_address, self.vocab_size)
     for slot in np.flatnonzero((first_R <= address) & (address < first_R + size_R)).tolist():
       head = slot // slots
       return head, int(address - first_R[slot]) if self.ngram_of_heads()[head] == 1 else None
@@ -167,9 +166,9 @@ class NgramBag(_Bag):
     """How many neighbouring rows an n-gram finds together."""
     return 1
 
-  def ngram_of_heads(self) -> list[int]:
+  def ngram_of_heads(self) -> tuple[int, ...]:
     """Returns how many of the last tokens address the rows of each head."""
-    return [self.ngrams[head % len(self.ngrams)] for head in range(self.n_heads)]
+    return in_turns(self.ngrams, self.n_heads)
 
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
     """Returns the rows that it got, with scores of 0."""

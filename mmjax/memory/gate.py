@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.choices import QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES
+from mmjax.choices import QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, nearest_squares
 from mmjax.kernels.bank import bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED
@@ -48,7 +48,7 @@ class GatedMemory(Memory):
     super().__post_init__()
     root = math.isqrt(self.n_rows)
     if root * root != self.n_rows:
-      raise ValueError(f'n_rows={self.n_rows} must be a square; nearest: {root**2} and {(root + 1) ** 2}')
+      raise ValueError(f'n_rows={self.n_rows} must be a square; nearest: {nearest_squares(self.n_rows)}')
     if self.rows_per_head > root:
       raise ValueError(f'rows_per_head={self.rows_per_head} must be at most {root}, the sub-keys of each half')
     width = self.query_dim or self.row_dim
