@@ -69,8 +69,8 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
     placement = place(config)  # or it is refused, before anything is written
     if is_main():
       print(*filter(None, (describe_devices(jax.devices()), remark)), sep='\n', flush=True)
-    start = read_start(run, config, origin, placement.mesh)
-    inputs = open_inputs(config, training_data(run, config, origin.tokenizer if start.read_from else ''))
+    source = read_start(run, config, origin, placement.mesh)
+    inputs = open_inputs(config, training_data(run, config, origin.tokenizer if source.read_from else ''))
     with (
       run,
       StopSignals() as stop,
@@ -78,10 +78,10 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
       closing(MetricsLog(run.path)) as log,
     ):
       learner = Learner(config, placement, inputs.total_steps)
-      start = with_background(start, learner, origin, progress)
+      source = with_background(source, learner, origin, progress)
       checkpoints = Checkpoints(run.path, keep_start=bool(config.memory.teach_rows))
       trainer = Trainer(learner, run, inputs, checkpoints, log, progress)
-      trainer.train(trainer.begin(start), stop)
+      trainer.train(trainer.begin(source), stop)
 
 
 @dataclasses.dataclass
@@ -98,7 +98,7 @@ class Trainer:
   seconds: float = 0.0
   failed_saves: int = 0
 
-  def begin(self, origin: Start) -> TrainState:
+  def begin(self, source: Start) -> TrainState:
     """Returns the state to go on from: the newest saved, a new one, or one of another run's parameters and counts."""
     config, say = self.learner.config, self.progress.say
     with explain_out_of_memory(config):
@@ -107,12 +107,10 @@ class Trainer:
         self.tokens, self.seconds = counters['tokens'], counters['seconds']
         say(f'Resuming {self.run.path} at step {int(state["step"])} of {self.inputs.total_steps}')
       else:
-        state = self.learner.new_state(origin.params, origin.reads)
+        state = self.learner.new_state(source.params, source.reads)
     start = int(state['step'])
-    record_run(self.run, config, self.inputs, start, origin.read_from)
-    if (
-      read_from := origin.read_from
-    ):  # saved, and not read from the other run again if this one is stopped before it saves
+    record_run(self.run, config, self.inputs, start, source.read_from)
+    if read_from := source.read_from:  # saved at once, so that the other run is not read again
       self.checkpoints.save(START, state, {'tokens': 0, 'seconds': 0.0})
       say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({read_from["checkpoint"]})')
     self.log.truncate_after(start if self.checkpoints.ever_saved else -1)
