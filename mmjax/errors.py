@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 
 from mmjax.environment import ignore_jax_settings, missing_packages
@@ -109,7 +109,13 @@ def run_command(main: Callable[[], None]) -> None:
     explained = file_error(error, '' if error.filename is None else str(error.filename))
     _stop(str(explained), explained.exit_code)
   except KeyboardInterrupt:
-    _stop('Interrupted.', 130)
+    try:
+      _stop('Interrupted.', 130)
+    finally:
+      if main.__module__ == '__main__':  # at Python's own end JAX's threads, which still compute, would crash
+        with suppress(OSError):
+          sys.stdout.flush()
+        os._exit(130)
 
 
 def _stop(sentence: str, exit_code: int) -> None:

@@ -153,6 +153,20 @@ def test_what_ends_a_command_is_one_plain_sentence_and_a_code(error, code, said,
   assert (stopped.value.code, capfd.readouterr().err) == (code, said and f'{said}\n')
 
 
+def test_ctrl_c_does_not_wait_for_the_end_of_python_in_which_threads_of_jax_crash():
+  lines = [
+    'import atexit',
+    'from mmjax.errors import run_command',
+    'def main():',
+    "  atexit.register(print, 'Python ends')",
+    "  print('written before')",
+    '  raise KeyboardInterrupt',
+    'run_command(main)',
+  ]
+  done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stdout, done.stderr) == (130, 'written before\n', 'Interrupted.\n')
+
+
 def test_output_that_nobody_reads_is_no_error():
   code = 'from mmjax.errors import run_command; run_command(lambda: [print("x" * 1000) for _ in range(1000)])'
   process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
