@@ -1,5 +1,6 @@
 """Leads against tokens: fits of exact numbers, their ranges by hand, names of models, what compare writes of them."""
 
+import itertools
 import json
 import math
 
@@ -9,7 +10,8 @@ import pytest
 from mmjax.errors import UserError
 from mmjax.report.compare import compare
 from mmjax.report.found import FoundRun
-from mmjax.report.lead import FORMS, find_lead, fit
+from mmjax.report.lead import FORMS, Point, _equal_time, at, find_lead, fit, fit_line
+from mmjax.report.lead_tables import draw_lead, lead_blocks
 from tests.test_compare import DENSE, make_run
 
 LENGTHS = {'3e6': 3_000_064, '12e6': 12_000_000, '48e6': 48_000_000}  # the first not quite, as whole updates are
@@ -48,6 +50,26 @@ def test_ranges_are_over_points_left_out_and_over_seeds():
   found = fit(FORMS['power'], lost)
   assert found['refits_without'] == [1, 5] and found['b_range'] is None and found['at']['1e+08']['range'] is None
   assert fit(FORMS['log'], lost)['b_range'] is not None
+
+
+@pytest.mark.parametrize('form', FORMS)
+def test_ranges_over_seeds_are_those_of_all_choices_however_many(form):
+  draw = np.random.default_rng(0)
+  points = [{'tokens': t, 'seeds': dict(enumerate(0.2 + 0.1 * draw.random(3)))} for t in (1e6, 2e6, 7e6, 3e9)]
+  points = [point | {'lead': np.mean(list(point['seeds'].values()))} for point in points]
+  tokens = np.array([point['tokens'] for point in points])
+  chosen = [np.array(leads) for leads in itertools.product(*(point['seeds'].values() for point in points))]
+  lines = [fit_line(FORMS[form], tokens, leads) for leads in chosen]
+  lead = np.array([point['lead'] for point in points])
+  lines += [fit_line(FORMS[form], np.delete(tokens, at), np.delete(lead, at)) for at in range(4)]
+  found = fit(FORMS[form], points)
+  slopes = [FORMS[form].parameters(*line)[1] for line in lines]
+  assert found['refits_without'] == [0, 3**4 + 4] and found['b_range'] == pytest.approx([min(slopes), max(slopes)])
+  for far, prediction in found['at'].items():
+    ends = [at(FORMS[form], line, float(far)) for line in lines]
+    assert prediction['range'] == pytest.approx([min(ends), max(ends)])
+  many = [{'tokens': 1e6 * 2**i, 'lead': 0.2, 'seeds': dict.fromkeys(range(9), 0.2) | {9: 0.1}} for i in range(12)]
+  assert fit(FORMS[form], many)['refits_without'] == [0, 10**12 + 12]
 
 
 def test_a_lead_that_is_lost_has_no_power_law():
@@ -92,6 +114,31 @@ def test_leads_of_a_sweep_are_found_by_names(runs):
   ]  # fmt: skip
 
 
+def test_fits_go_as_far_as_the_points_and_padding_is_no_token(tmp_path, monkeypatch):
+  paths = []
+  for steps in (7812, 78125 * 300):
+    for name, loss in (('g0', 5.0), ('g42', 4.8)):
+      flags = {'train__max_steps': steps, 'data__layout': 'padded'} | (DENSE if name == 'g0' else {})
+      path = make_run(tmp_path / f'{name}-{128 * steps}', (6.0, loss), done=steps, **flags)
+      records = [json.loads(line) for line in (path / 'metrics.jsonl').read_text().splitlines()]
+      shrunk = [r | {'tokens': r['tokens'] // 2} if r['kind'] == 'train' else r for r in records]
+      (path / 'metrics.jsonl').write_text(''.join(json.dumps(record) + '\n' for record in shrunk))
+      paths.append(path)
+  found = find_lead([FoundRun(path) for path in paths])
+  assert [point['tokens'] for point in found['models']['g42']['points']] == [64 * 7812, 64 * 78125 * 300]
+  drawn = []
+  monkeypatch.setattr('mmjax.report.lead_tables.draw', lambda path, panel, legend: drawn.extend(panel.lines))
+  caption = draw_lead(found, tmp_path / 'lead.png', [{'color': 'k'}])
+  assert all((np.diff(line.x) > 0).all() for line in drawn) and caption.endswith('as far as 1.5 G.')
+  assert not any('beyond the last' in block for block in lead_blocks(found) if isinstance(block, str))
+
+
+def test_loss_at_equal_time_is_between_runs_in_the_order_of_their_times():
+  model = {1: Point(1e6, {0: 4.9}, 20.0), 2: Point(4e6, {0: 4.0}, 5.0)}  # the longer one ran on a faster machine
+  [found] = _equal_time({1: Point(1e6, {0: 5.0}, 10.0)}, model)
+  assert found['loss'] == pytest.approx(4.45)
+
+
 def test_only_the_tokens_that_a_run_read_are_cut_from_its_name(tmp_path):
   names = {'g0-3e6': 3, 'g0-12e6': 12, 'g57-4M-3e6': 3, 'g57-4M-12000000-s0': 12, 'g52-1M-3M': 3, 'g52-1M-12M_s1': 12}
   paths = [
@@ -110,6 +157,7 @@ def test_models_may_be_named_by_patterns(runs):
     ('dense=g1-*', 'no run fits it, such as g0=g0-'),
     ('g0-*', 'must be NAME=PATTERN, such as g0=g0-'),
     ('dense=g0-*,rows=g42-*', 'are of one model by --models, and have the same tokens and the same seed'),
+    ('dense=g0-*,dense=g42-*', 'dense is named twice'),
     ('dense=g0-*,rows=g42-lr*', 'no model was trained on two numbers of tokens that dense was too'),
   ):
     with pytest.raises(UserError, match=said):

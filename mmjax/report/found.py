@@ -108,6 +108,11 @@ class FoundRun:
     return steps_of_epochs(rows, train.update_rows, train.epochs)
 
   @property
+  def tokens(self) -> float:
+    """How many tokens it learns to predict up to its last step, padding left out: as its last report says."""
+    return sum(report['tokens'] / report['step'] * (self.total or 0) for report in self.of_kind('train')[-1:])
+
+  @property
   def step(self) -> int:
     """The step that it would go on from.
 

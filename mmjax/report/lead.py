@@ -6,11 +6,10 @@ Two forms with two parameters each, both straight lines against log(tokens), are
 log(lead) = log(a) - b log(tokens), and lead = a + b log(tokens).
 """
 
-import itertools
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,6 +97,8 @@ def _models(runs: Sequence[FoundRun], patterns: str) -> dict[str, list[FoundRun]
   found: dict[str, list[FoundRun]] = {}
   for pair in filter(None, patterns.split(',')):
     name, equals, pattern = pair.partition('=')
+    if name in found:
+      raise UserError(f'--models {patterns}: {name} is named twice; one pattern of a model may be such as g0-[0-9]*')
     found[name] = [run for run in runs if run.path.match(pattern or name)]
     if not equals or not found[name]:
       raise UserError(f'--models {pair}: {"no run fits it" if equals else "must be NAME=PATTERN"}, such as g0=g0-*')
@@ -133,7 +134,7 @@ def _points(runs: Sequence[FoundRun]) -> Points:
   found = {}
   for key, group in sorted(groups.items()):
     rates = [record['tokens_per_second'] for run in group for record in run.of_kind('train')]
-    tokens = statistics.fmean(map(_tokens, group))
+    tokens = statistics.fmean(run.tokens for run in group)
     losses = {run.config.seed: run.finite_evals[-1]['loss'] for run in group}
     found[key] = Point(tokens, losses, tokens / statistics.median(rates) if rates else None)
   return found
@@ -145,6 +146,7 @@ def length_of(tokens: float) -> float:
 
 
 def _tokens(run: FoundRun) -> int:
+  """Returns the positions of all updates, padding too: the same for runs of one length, whatever their seed."""
   return run.config.train.update_rows * run.config.model.max_seq_len * (run.total or 0)
 
 
@@ -178,8 +180,7 @@ def fit(form: Form, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
   line = fit_line(form, tokens, lead)
   if line is None:
     return None
-  lines = [fit_line(form, *pair) for pair in _other_points(tokens, lead, points)]
-  without = lines.count(None)
+  lines, without, refits = _refits(form, tokens, lead, points)
   known = [] if without else lines  # a range of what is left would hide what speaks against the form
   a, b = form.parameters(*line)
   slopes = [form.parameters(*other)[1] for other in known]
@@ -188,18 +189,22 @@ def fit(form: Form, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
     ends = [float(at(form, other, far)) for other in known]
     predictions[f'{far:g}'] = {'lead': float(at(form, line, far)), 'range': _range(ends)}
   residual = float(np.sqrt(np.mean(np.square(at(form, line, tokens) - lead))))
-  ranges = {'b_range': _range(slopes), 'refits_without': [without, len(lines)]}
+  ranges = {'b_range': _range(slopes), 'refits_without': [without, refits]}
   return {'a': a, 'b': b, **ranges, 'residual': residual, 'at': predictions}
 
 
 def fit_line(form: Form, tokens: np.ndarray, lead: np.ndarray) -> tuple[float, float] | None:
   """Returns value at ln(tokens) = 0 and slope of the line; None where the form cannot hold a lead."""
-  with np.errstate(invalid='ignore', divide='ignore'):
-    y = form.to_line(lead)
+  y = _on_line(form, lead)
   if not np.isfinite(y).all():
     return None
   slope, start = np.polyfit(np.log(tokens), y, 1)
   return float(start), float(slope)
+
+
+def _on_line(form: Form, lead: np.ndarray) -> np.ndarray:
+  with np.errstate(invalid='ignore', divide='ignore'):
+    return form.to_line(lead)
 
 
 def at(form: Form, line: tuple[float, float], tokens: np.ndarray | float) -> np.ndarray:
@@ -207,14 +212,29 @@ def at(form: Form, line: tuple[float, float], tokens: np.ndarray | float) -> np.
   return form.to_lead(line[0] + line[1] * np.log(tokens))
 
 
-def _other_points(
-  tokens: np.ndarray, lead: np.ndarray, points: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  for without in range(len(tokens)) if len(tokens) > 2 else ():
-    yield np.delete(tokens, without), np.delete(lead, without)
-  if any(len(point['seeds']) > 1 for point in points):
-    choices = [list(point['seeds'].values()) or [point['lead']] for point in points]
-    yield from ((tokens, np.array(chosen)) for chosen in itertools.product(*choices))
+def _refits(
+  form: Form, tokens: np.ndarray, lead: np.ndarray, points: Sequence[Mapping[str, Any]]
+) -> tuple[list[tuple[float, float] | None], int, int]:
+  """Fits without one of three or more points, and with one seed at each point.
+
+  Returns:
+    The lines, of all choices of seeds only those that say the most and the least; how many refits the form cannot hold;
+    how many there are.
+  """
+  lines = [fit_line(form, np.delete(tokens, at), np.delete(lead, at)) for at in range(len(tokens)) if len(tokens) > 2]
+  without, refits = lines.count(None), len(lines)
+  seeds = [list(point['seeds'].values()) or [point['lead']] for point in points]
+  if any(len(own) > 1 for own in seeds):
+    choices = math.prod(map(len, seeds))
+    held = math.prod(int(np.isfinite(_on_line(form, np.array(own))).sum()) for own in seeds)
+    without, refits = without + choices - held, refits + choices
+    # What a line says is a sum over its points, which tokens alone weigh: it is at an end where each point is at one.
+    low_X, high_X = (np.array([end(own) for own in seeds]) for end in (min, max))
+    x = np.log(tokens)
+    slope_X = (x - x.mean()) / np.sum(np.square(x - x.mean()))
+    for weight_X in (slope_X, *(1 / len(x) + (math.log(far) - x.mean()) * slope_X for far in FAR)):
+      lines += [fit_line(form, tokens, np.where(up_X, high_X, low_X)) for up_X in (weight_X > 0, weight_X < 0)]
+  return lines, without, refits
 
 
 def _range(values: Sequence[float]) -> list[float] | None:
@@ -223,7 +243,8 @@ def _range(values: Sequence[float]) -> list[float] | None:
 
 def _equal_time(first: Points, model: Points) -> list[dict[str, Any]]:
   """Returns its loss after the time that each run of the first took, between its own runs by log(seconds)."""
-  timed = np.array([(np.log(p.seconds), statistics.fmean(p.losses.values())) for p in model.values() if p.seconds])
+  timed = [(np.log(p.seconds), statistics.fmean(p.losses.values())) for p in model.values() if p.seconds]
+  timed = np.array(sorted(timed))  # a longer run may have had a faster machine
   found = []
   for point in (p for p in first.values() if p.seconds):
     loss = np.interp(np.log(point.seconds), *timed.T, math.nan, math.nan) if len(timed) else math.nan

@@ -52,13 +52,13 @@ def _worth(found: Mapping[str, Any]) -> str:
   """Says how much the fits are worth."""
   points = max((model['points'] for model in found['models'].values()), key=len)
   least, most = points[0]['tokens'], points[-1]['tokens']
+  beyond = f', and {rounded_tokens(FAR[-1])} is a factor of {FAR[-1] / most:.3g} beyond the last' * (FAR[-1] > most)
   return (
     f'What a fit is worth: it has two parameters and at most {len(points)} points, which leaves {len(points) - 2} to '
-    f'contradict a form. The points span a factor of {most / least:.3g} in tokens, and {rounded_tokens(FAR[-1])} is a '
-    f'factor of {FAR[-1] / most:.3g} beyond the last. A range is that of the refits, which leave out one of three or '
-    'more points, or take one seed for each. It is not given where one of them cannot be: no power of tokens is '
-    'negative, and a lead may be. It holds only as far as the form does. Where the two forms differ, these points do '
-    'not tell which of them is right.'
+    f'contradict a form. The points span a factor of {most / least:.3g} in tokens{beyond}. A range is that of the '
+    'refits, which leave out one of three or more points, or take one seed for each. It is not given where one of them '
+    'cannot be: no power of tokens is negative, and a lead may be. It holds only as far as the form does. Where the '
+    'two forms differ, these points do not tell which of them is right.'
   )
 
 
@@ -95,6 +95,7 @@ def draw_lead(found: Mapping[str, Any], path: Path, styles: Sequence[Mapping[str
     styles: of matplotlib, one for each model.
   """
   lines, legend = [], []
+  end = max(FAR[-1], *(model['points'][-1]['tokens'] for model in found['models'].values()))
   for (name, model), style in zip(found['models'].items(), styles, strict=True):
     tokens, lead = (np.array([point[key] for point in model['points']]) for key in ('tokens', 'lead'))
     colour = {'color': style['color']}
@@ -102,11 +103,11 @@ def draw_lead(found: Mapping[str, Any], path: Path, styles: Sequence[Mapping[str
     error = None if None in errors else np.array(errors)
     lines.append(Line(tokens, lead, colour | {'marker': 'o', 'linestyle': 'none', 'markersize': 6}, error))
     legend.append((name, colour))
-    x = np.geomspace(tokens[0], FAR[-1], 100)
+    x = np.geomspace(tokens[0], end, 100)
     for name, form in FORMS.items():
       if line := fit_line(form, tokens, lead):
         lines.append(Line(x, at(form, line, x), colour | {'linestyle': DASHES[name]}))
   legend += [(form.written, {'color': INK, 'linestyle': DASHES[name]}) for name, form in FORMS.items()]
   title = f'Lead over {found["baseline"]} against tokens'
   draw(path, Panel(title, 'training tokens', 'nats per token', lines, zero_line=True, log_x=True), legend=legend)
-  return f'{title}; beyond the last points stand the fits alone, as far as {rounded_tokens(FAR[-1])}.'
+  return f'{title}; beyond the last points stand the fits alone, as far as {rounded_tokens(end)}.'
