@@ -46,7 +46,11 @@ def test_losses_of_groups_are_those_of_plain_python(tiny_run, tmp_path, monkeypa
     if pair[1] != PADDING:
       losses.setdefault(group_of(pairs[pair]), []).append(float(nll))
       losses['all'].append(float(nll))
-  assert len(losses) > 3 and found['tokens_read'] == pairs.total() and found['against'] is None
+  assert (
+    len(losses) > 3
+    and found['tokens_read'] == sum(times for pair, times in pairs.items() if pair[1] != PADDING)
+    and found['against'] is None
+  )
   for group in (*found['groups']['all'], *found['groups']['2-gram read']):
     own = losses.get(group['group'], [])
     assert group['tokens'] == len(own)
@@ -78,6 +82,15 @@ def test_runs_that_read_the_same_are_compared_and_share_the_counts(tiny_run, tmp
   assert [group['group'] for group in by_file] == texts
   assert [group['tokens'] for group in by_file] == [group['tokens'] for group in by_script][::-1]
   assert [group['difference'] for group in by_file] == [0, 0]
+
+
+def test_files_and_runs_of_one_name_are_told_apart():
+  group = {'tokens': 1, 'loss': 2.0}
+  groups = {'all': [group | {'group': 'all'}], 'file': [group | {'group': f'{name}/x.jsonl'} for name in 'ab']}
+  run = {'checkpoint': 1, 'tokens_read': 9, 'against': None, 'groups': groups}
+  whole, by_file = command.tables([run | {'run': f'out/{name}/run'} for name in 'ab'])
+  assert [row[0] for row in whole.rows] == ['a/run', 'b/run']
+  assert by_file.header == ['run', 'read', 'a/x.jsonl', 'b/x.jsonl']
 
 
 def test_error_of_clusters_is_that_of_the_mean_where_each_value_is_one():

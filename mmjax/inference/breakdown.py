@@ -25,6 +25,7 @@ from mmjax.inference.api import LanguageModel, load
 from mmjax.inference.measure import WHERE, open_text
 from mmjax.model.lm import BANK, model_graph
 from mmjax.run.directory import RunDir, open_run
+from mmjax.run.orbax_io import MANIFEST, read_manifest
 from mmjax.run.placement import place_reader
 from mmjax.run.text import find_run_data
 
@@ -126,7 +127,7 @@ def _losses(
     groupings[f'{n}-gram read'] = once((n, *read), lambda n=n: _by_count(texts, train, config, lm.step, n))
   loss_X = _loss_of_banks(lm, config, texts)
   document_X = once(('document',), lambda: _documents(texts))
-  tokens = rows * config.model.max_seq_len
+  tokens = read_manifest(run.checkpoints_path / str(lm.step) / MANIFEST, lm.step)['metadata']['tokens']
   return Losses(str(path), lm.step, tokens, (read, held_out), loss_X, groupings, document_X)
 
 

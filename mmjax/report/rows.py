@@ -91,7 +91,7 @@ def make_rows(runs: Sequence[FoundRun]) -> list[Row]:
       raise UserError(f'{twin.path} and {run.path} have the same settings and the same seed; leave one out')
     row.append(run)
   names = [_common_name(row) for row in rows]
-  ends = _distinct_ends([run.path for run in runs])
+  ends = distinct_ends([run.path for run in runs])
   full = [', '.join(ends[run.path] for run in row) for row in rows]
   unique = [name if names.count(name) == 1 else whole for name, whole in zip(names, full, strict=True)]
   return [Row(name, row) for name, row in zip(unique, rows, strict=True)]
@@ -108,7 +108,7 @@ def _common_name(runs: Sequence[FoundRun]) -> str:
   return names.pop() if len(names) == 1 else ', '.join(full)
 
 
-def _distinct_ends(paths: Sequence[Path]) -> dict[Path, str]:
+def distinct_ends(paths: Sequence[str | Path]) -> dict[str | Path, str]:
   """Returns the shortest end of each path that no other path has: A/run and B/run, but only `other` of C/other."""
   parts = {path: Path(os.path.abspath(path)).parts for path in paths}
 

@@ -72,21 +72,27 @@ def ngram_sizes(text: str) -> list[int]:
 
 def tables(found: Sequence[dict[str, Any]]) -> list[Table]:
   """Returns a table for each grouping; its rows are the runs, as they are and with their bank zeroed."""
-  return [_table(name, found) for name in found[0]['groups']]
+  from mmjax.report.rows import distinct_ends
+
+  groups = {name: [group['group'] for group in groups] for name, groups in found[0]['groups'].items()}
+  if 'file' in groups:
+    ends = distinct_ends(groups['file'])
+    groups['file'] = [ends[name] for name in groups['file']]
+  names = distinct_ends([run['run'] for run in found])
+  return [_table(grouping, header, found, names) for grouping, header in groups.items()]
 
 
-def _table(grouping: str, found: Sequence[dict[str, Any]]) -> Table:
+def _table(grouping: str, header: list[str], found: Sequence[dict[str, Any]], names: dict[str, str]) -> Table:
   rows = []
   for run in found:
     groups, read = run['groups'][grouping], f'{rounded_tokens(run["tokens_read"])}, step {run["checkpoint"]:,}'
-    name, tokens = run['run'].rstrip('/').rpartition('/')[2], [group['tokens'] for group in groups]
+    name, tokens = names[run['run']], [group['tokens'] for group in groups]
     if len(groups) > 1 and run['against'] is None:  # those compared with it have the same groups
       rows.append(['share of the tokens', read, *(f'{part / sum(tokens):.1%}' for part in tokens)])
     rows.append([name, read, *(number(group['loss']) + _difference(group) for group in groups)])
     if 'loss_zeroed' in groups[0]:
       rows.append([f'{name}, bank zeroed', read, *(number(group['loss_zeroed']) for group in groups)])
-  header = ['run', 'read', *(group['group'].rpartition('/')[2] for group in found[0]['groups'][grouping])]
-  return Table(header, rows, f'Loss by {grouping}' if grouping != 'all' else 'Loss')
+  return Table(['run', 'read', *header], rows, f'Loss by {grouping}' if grouping != 'all' else 'Loss')
 
 
 def _difference(group: dict[str, Any]) -> str:
