@@ -1,6 +1,7 @@
 """The memories as a library: alone in a base install, the same in every form, and what a selection bias does."""
 
 import importlib.metadata
+import math
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from mmjax.memory import (
   init_bank,
   last_tokens,
 )
-from mmjax.memory.gate import BALANCING_SLOPE
+from mmjax.memory.gate import BALANCING_SLOPE, RowsMemory
 
 BANK = {'n_rows': 64, 'row_dim': 8}
 SIZES = BANK | {'dim': 32, 'n_heads': 2, 'rows_per_head': 3}
@@ -111,6 +112,11 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
     (NgramBag, {'ngrams': (1, 2, 3)}, 'no more than n_heads=2'),
     (NgramBag, {'ngrams': '1,2'}, "ngrams='1,2' must be a tuple"),
     (NgramBag, {'vocab_size': 0}, 'vocab_size=0 must be a whole number of at least 1'),
+    (NgramBag, {'ngrams': (True,)}, r'ngrams=\(True,\) must be a tuple of numbers of tokens'),
+    (NgramBag, {'n_heads': True}, 'n_heads=True must be a whole number of at least 1'),
+    (NgramBag, {'signs': 1}, 'signs=1 must be True or False'),
+    (MemoryBag, {'norm_eps': math.nan}, 'norm_eps=nan must be a finite number above 0'),
+    (MemoryBag, {'query_dim': -2}, 'query_dim=-2 must be a whole number of at least 1, or None'),
     (NgramBag, {'vocab_size': 10, 'ngrams': (1, 2), 'n_rows': 35}, 'n_rows=35 must be at least 36, so that each head'),
     (NgramBucket, {'vocab_size': 10, 'n_rows': 59}, 'n_rows=59 must be at least 60, so that each head'),
     (CrossAttention, {'scores': 'bag'}, "scores='bag' must be one of none, scale"),
@@ -136,6 +142,11 @@ def test_parameters_of_other_sizes_are_refused(name):
     memory.apply({}, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='the numbers of signs must have the shape'):
     memory.apply(params, x_BTD, bank_MP, ngrams[0], None if memory.signs else jnp.zeros((2, 5, 2), jnp.int32))
+  with pytest.raises(ValueError, match=r'the factors of heads must have the shape \(2, 5, 2\), not \(2, 5\)'):
+    memory.apply(params, x_BTD, bank_MP, *ngrams, jnp.ones((2, 5)))
+  if isinstance(memory, RowsMemory):
+    with pytest.raises(ValueError, match='only a bag takes factors of its heads'):
+      memory.apply(params, x_BTD, bank_MP, *ngrams, jnp.ones((2, 5, 2)))
   if ngrams[0] is None:
     with pytest.raises(ValueError, match='selects its rows itself'):
       memory.apply(params, x_BTD, bank_MP, jnp.zeros((2, 5, 2, 3), jnp.int32))

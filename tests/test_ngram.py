@@ -73,8 +73,10 @@ def test_last_tokens_are_those_of_the_segment_and_of_the_cache():
           same = t >= back and (segments is None or segment[b, t - back] == segment[b, t])
           assert found[b, t, back] == (tokens[b, t - back] if same else NO_TOKEN)
   assert last_tokens(jnp.asarray(tokens[:, :2]), 9).shape == (2, 2, 9)
+  np.testing.assert_array_equal(last_tokens(jnp.asarray(tokens, jnp.uint16), 3), last_tokens(jnp.asarray(tokens), 3))
   position = jnp.array([[4, 5], [0, 1]])
   cached = cached_last_tokens(jnp.asarray(tokens), position, 3)
+  np.testing.assert_array_equal(cached, cached_last_tokens(jnp.asarray(tokens, jnp.uint16), position, 3))
   whole = last_tokens(jnp.asarray(tokens), 3)
   np.testing.assert_array_equal(cached, np.stack([whole[0, 4:6], whole[1, :2]]))
 
@@ -97,6 +99,14 @@ def test_bucket_is_neighbouring_rows_at_a_hash_and_of_one_row_the_same():
     assert found[b, t, head].tolist() == [first, first + 1, first + 2, first + 3]
   one = bucket_rows(jnp.asarray(token), (2, 1), 1, 1026)
   np.testing.assert_array_equal(one, ngram_rows(jnp.asarray(token), (2, 1), 1, 1026))
+
+
+@pytest.mark.parametrize('token', [-1, 10])
+def test_token_that_is_not_in_the_vocabulary_reads_no_row_of_another(token):
+  memory = NgramBag(dim=8, n_rows=64, row_dim=4, ngrams=(1, 2), n_heads=2, vocab_size=10)
+  with pytest.raises(ValueError, match=f'token id {token} must be from 0 to 9'):
+    memory.rows(jnp.array([[3, token, 5]]))
+  assert memory.rows(jnp.array([[3, 9, 0]])).shape == (1, 3, 2, 1)
 
 
 @pytest.mark.parametrize('ngrams', [(1, 2, 3), (2, 3, 2), (1, 1, 1)])
@@ -175,6 +185,13 @@ def test_dropped_heads_say_nothing_and_the_others_more():
   want = jnp.stack([2 * bank[1] @ down[1], 2 * bank[2] @ down[0], jnp.zeros(6)])[None]
   np.testing.assert_allclose(delta, want, atol=1e-6)
   assert np.flatnonzero(np.any(pull(jnp.ones_like(delta))[0], axis=-1)).tolist() == [1, 2]
+
+
+def test_what_a_gate_picks_is_not_dropped_beside_layers_of_ngrams():
+  config = tiny_config(model__sublayer='memory_bag', memory__ngram_layers='1', memory__row_dropout=0.25)
+  graphdef, params = build_model(config)
+  model = nnx.merge(graphdef, params)
+  assert [block.sublayer.row_dropout for block in model.layers] == [0.0, 0.25]
 
 
 @pytest.mark.thorough

@@ -88,8 +88,8 @@ class NgramBag(_Bag):
 
   Attributes:
     ngrams: how many of the last tokens address a head's rows; heads take turns.
-    vocab_size: V; each row of a head then has a range of the bank of its own, in which one token alone finds a row
-      without a hash: see `own_ranges` of mmjax.memory.ngram. None: all heads share all rows.
+    vocab_size: V, above every token id; each row of a head then has a range of the bank of its own, in which one token
+      alone finds a row without a hash: see `own_ranges` of mmjax.memory.ngram. None: all heads share all rows.
     signs: whether a head's sum is multiplied, value by value, by +1 or -1 as another hash of the n-gram says.
   """
 
@@ -100,14 +100,12 @@ class NgramBag(_Bag):
   def __post_init__(self):
     super().__post_init__()
     tokens = self.ngrams if isinstance(self.ngrams, tuple) else ()
-    if not tokens or not all(isinstance(n, int) and n >= 1 for n in tokens) or len(tokens) > self.n_heads:
+    if not tokens or not all(type(n) is int and n >= 1 for n in tokens) or len(tokens) > self.n_heads:
       raise ValueError(
         f'ngrams={self.ngrams!r} must be a tuple of numbers of tokens, from 1, no more than n_heads={self.n_heads}'
       )
     if self.vocab_size is None:
       return
-    if not isinstance(self.vocab_size, int) or self.vocab_size < 1:
-      raise ValueError(f'vocab_size={self.vocab_size!r} must be a whole number of at least 1, or None')
     least = least_rows_of_ranges(self.ngram_of_heads(), self.rows_per_head, self.vocab_size)
     if self.n_rows < least:
       raise ValueError(f'n_rows={self.n_rows} must be at least {least}, so that each head has a range of its own')
@@ -118,6 +116,10 @@ class NgramBag(_Bag):
     Args:
       tokens_BT: int32, whole rows of a batch.
       segment_BT: int32; tokens of another segment do not count. None: each row is one segment.
+
+    Raises:
+      ValueError: if a token id is not in [0, vocab_size), where that is given; within `jax.jit` nobody can look, and
+        such a token reads the row of another.
     """
     return self.rows_of(last_tokens(tokens_BT, max(self.ngrams), segment_BT))
 

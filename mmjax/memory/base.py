@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import math
+import numbers
 from typing import Any, NamedTuple
 
 import jax
@@ -92,10 +94,8 @@ class Memory:
   signs = False  # of a class, whether it takes those of n-grams
 
   def __post_init__(self):
-    for name in ('dim', 'n_rows', 'row_dim', 'n_heads', 'rows_per_head'):
-      value = getattr(self, name)
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+    for field in dataclasses.fields(self):
+      _check_size(field.name, getattr(self, field.name), field.type)
 
   def init(self, key: Array | nnx.Rngs) -> Params:
     """Returns the first parameters, a nested dict of float32 arrays.
@@ -150,6 +150,8 @@ class Memory:
     found = None if sign_BTh is None else sign_BTh.shape
     if found != sign_shape:
       raise ValueError(f'the numbers of signs must have the shape {sign_shape}, not {found}: see NgramBag.signs_of')
+    if kept_BTh is not None and kept_BTh.shape != (heads := (*x_BTD.shape[:2], self.n_heads)):
+      raise ValueError(f'the factors of heads must have the shape {heads}, not {kept_BTh.shape}')
     selection = self.select(params, x_BTD, row_BThr, dtype)._replace(sign_BTh=sign_BTh, kept_BTh=kept_BTh)
     delta_BTD = self.read(params, x_BTD, selection, bank_MP, dtype)
     row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
@@ -166,6 +168,20 @@ class Memory:
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns the parameters of the norm and of what selects rows, here none."""
     return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
+
+
+def _check_size(name: str, value: Any, kind: Any) -> None:
+  """Raises ValueError if a field of a memory is no number of its kind, or no bool; other kinds are not looked at."""
+  whole = type(value) is int and value >= 1
+  if kind is int and not whole:
+    raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
+  if kind == int | None and not (whole or value is None):
+    raise ValueError(f'{name}={value!r} must be a whole number of at least 1, or None')
+  number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+  if kind is float and not (number and 0 < value < math.inf):
+    raise ValueError(f'{name}={value!r} must be a finite number above 0')
+  if kind is bool and type(value) is not bool:
+    raise ValueError(f'{name}={value!r} must be True or False')
 
 
 @functools.cache

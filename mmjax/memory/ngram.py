@@ -32,7 +32,7 @@ def last_tokens(tokens_BT: Array, n: int, segment_BT: Array | None = None) -> Ar
     n: how many, at least 1.
     segment_BT: int32; tokens of another segment do not count. None: each row is one segment.
   """
-  T, found = tokens_BT.shape[1], []
+  tokens_BT, T, found = _signed(tokens_BT), tokens_BT.shape[1], []
   for back in range(n):
     earlier = ((0, 0), (back, 0))
     token_BT = jnp.pad(tokens_BT, earlier, constant_values=NO_TOKEN)[:, :T]
@@ -46,7 +46,12 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
   """Does what `last_tokens` does, for some positions of rows of which slot s holds the token at position s."""
   at_BTn = position_BT[..., None] - jnp.arange(n)
   row_B11 = jnp.arange(len(token_BS))[:, None, None]
-  return jnp.where(at_BTn >= 0, token_BS[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)
+  return jnp.where(at_BTn >= 0, _signed(token_BS)[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)
+
+
+def _signed(token: Array) -> Array:
+  """Returns token ids as int32, because NO_TOKEN is no uint16; what is no whole number is refused later."""
+  return token.astype(jnp.int32) if jnp.issubdtype(token.dtype, jnp.integer) else token
 
 
 @jax.named_scope('ngram')
@@ -64,11 +69,18 @@ def ngram_rows(
 
   Returns:
     int32 (B, T, h, r) in [0, M).
+
+  Raises:
+    ValueError: if a token's id is not in [0, V), unless it is traced: then its row is that of another token.
   """
   r = rows_per_head
   code_BThr = _codes(token_BTn, ngrams, jnp.arange(len(ngrams) * r, dtype=jnp.uint32).reshape(-1, r))
   if vocab_size is None:
     return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
+  if not isinstance(token_BTn, jax.core.Tracer):
+    token_X = np.ravel(token_BTn[..., 0])
+    if (wrong_X := token_X[(token_X < 0) | (token_X >= vocab_size)]).size:
+      raise ValueError(f'token id {wrong_X[0]} must be from 0 to {vocab_size - 1}, below vocab_size')
   first_hr, size_hr = (np.reshape(x, (-1, r)) for x in own_ranges(tuple(ngrams), r, n_rows, vocab_size))
   alone_h1 = np.array(ngrams)[:, None] == 1
   code_BThr = jnp.where(alone_h1, token_BTn[..., 0, None, None].astype(jnp.uint32), code_BThr)

@@ -81,7 +81,7 @@ def _sublayer(sizes: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySubl
     sizes,
     reads_residual=memory.input == 'residual',
     ffn_dim=memory.ffn_dim,
-    row_dropout=memory.row_dropout,
+    row_dropout=memory.row_dropout if isinstance(sizes, NgramBag) else 0.0,  # what a gate picks is never dropped
     rngs=rngs,
   )
 
