@@ -208,6 +208,16 @@ def lock(descriptor: int, waiting: Callable[[], None], shared: bool = False) -> 
 
 
 @contextlib.contextmanager
+def removed_unless_whole(directory: Path) -> Iterator[None]:
+  """Removes a new directory if whatever fills it does not come to its end."""
+  try:
+    yield
+  except BaseException:
+    shutil.rmtree(directory, ignore_errors=True)
+    raise
+
+
+@contextlib.contextmanager
 def locked_directory(directory: Path, waiting: Callable[[], None]) -> Iterator[None]:
   """Makes a directory and holds it for this process alone; calls `waiting` once if another process holds it.
 

@@ -131,6 +131,7 @@ def test_what_a_compressed_run_is_not_for_is_refused(small, tiny_run, tmp_path):
     'trained on': lambda: settle_config(RunDir(tmp_path / 'new'), config, False, str(small)),
     'exported': lambda: export_run(small, tmp_path / 'model.safetensors', 'best', None),
     'compressed again': lambda: compress_run(small, tmp_path / 'smaller', 4, 'best'),
+    'read without the rows that it taught': lambda: mmjax.load(small, without_taught=True),
   }.items():
     said = f'{small} cannot be {what}: its bank has 8 bits a value; use the run it was made from, {tiny_run}'
     with pytest.raises(UserError, match=f'^{said}$'):

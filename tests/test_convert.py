@@ -240,6 +240,17 @@ def test_nothing_is_overwritten(tmp_path):
     write_tensors(path, {'a': np.ones(3, np.float32)})
 
 
+def test_import_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+  def interrupted(*_):
+    raise KeyboardInterrupt
+
+  path = save(make_state(), tmp_path / 'model.safetensors')
+  monkeypatch.setattr(RunDir, 'write_config', interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    take(path, tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 def test_run_without_the_asked_checkpoint_is_refused(tmp_path):
   take(save(make_state(), tmp_path / 'model.safetensors'), tmp_path / 'run')
   with pytest.raises(UserError, match='no checkpoint 7'):

@@ -24,7 +24,7 @@ from mmjax.inference.settings import Sampling
 from mmjax.kernels.packed_bank import unpack_bank
 from mmjax.model.lm import BANK, Params, model_graph
 from mmjax.run.checkpoint import START
-from mmjax.run.compressed import read_params
+from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
 from mmjax.run.placement import place_reader
 
@@ -232,6 +232,7 @@ def load(
   config = run.read_config()
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   if without_taught:
+    refuse_compressed(run, 'read without the rows that it taught')
     if not config.memory.teach_rows:
       raise UserError(f'{run.path} taught no rows that could be left out: its memory.teach_rows is 0')
     checkpoint = START

@@ -9,7 +9,7 @@ import numpy as np
 
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
-from mmjax.files import write_file, write_json
+from mmjax.files import removed_unless_whole, write_file, write_json
 from mmjax.kernels.packed_bank import pack_bank, unpack_bank
 from mmjax.model.lm import BANK
 from mmjax.run.checkpoint import Checkpoints
@@ -41,7 +41,7 @@ def compress_run(workdir: Path, out: Path, bits: int, which: str) -> None:
   refuse_non_finite(params, f'step {step} of {source.path} cannot be compressed')
   packed = jax.jit(pack_bank, static_argnames='bits')(params[BANK], bits=bits)
 
-  with RunDir(out) as run:
+  with RunDir(out) as run, removed_unless_whole(out):
     checkpoints = Checkpoints(out)
     checkpoints.save(step, {'params': params | {BANK: packed}, 'step': np.int32(step)}, metadata)
     write_compressed_from(run, bits, source, step)

@@ -26,7 +26,7 @@ from mmjax.config import (
 )
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.errors import UserError
-from mmjax.files import sha256_of
+from mmjax.files import removed_unless_whole, sha256_of
 from mmjax.interop.files import TORCH_SUFFIXES, check_suffix, read_metadata, read_tensors, write_tensors
 from mmjax.interop.names import (
   TIED,
@@ -81,7 +81,7 @@ def import_run(
     raise UserError(f'tokenizer {tokenizer!r} is not that of {source}, as the hash in its header shows')
 
   params = to_params(tensors, config)
-  with RunDir(out) as run:
+  with RunDir(out) as run, removed_unless_whole(out):
     counters = NO_TRAINING | ({'step_before': header['step']} if header.get('step') else {})
     Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), counters)
     if vocabulary:

@@ -14,7 +14,7 @@ import numpy as np
 from mmjax.config import ModelConfig
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
-from mmjax.files import storage_errors, write_file, write_json
+from mmjax.files import removed_unless_whole, storage_errors, write_file, write_json
 from mmjax.interop.convert import read_weights
 from mmjax.interop.files import write_tensors
 from mmjax.interop.llama_tokenizer import as_tokenizer_json, tokenizer_settings
@@ -67,12 +67,13 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
 
   with storage_errors(target):
     target.mkdir(parents=True)
-  write_json(target / 'config.json', llama_config(config.model, tokenizer, start_id, dtype or 'float32'))
-  if backend:
-    write_file(target / 'tokenizer.json', backend.to_str(pretty=True))
-    settings = tokenizer_settings(tokenizer, backend, start_id, config.model.max_seq_len)
-    write_json(target / 'tokenizer_config.json', settings)
-  write_tensors(target / 'model.safetensors', llama_tensors(tensors, config.model), {'format': 'pt'})
+  with removed_unless_whole(target):
+    write_json(target / 'config.json', llama_config(config.model, tokenizer, start_id, dtype or 'float32'))
+    if backend:
+      write_file(target / 'tokenizer.json', backend.to_str(pretty=True))
+      settings = tokenizer_settings(tokenizer, backend, start_id, config.model.max_seq_len)
+      write_json(target / 'tokenizer_config.json', settings)
+    write_tensors(target / 'model.safetensors', llama_tensors(tensors, config.model), {'format': 'pt'})
   print(f'{target}: a Llama of {dtype or "float32"} from step {step} of {workdir}')
   print(f"Load: transformers.AutoModelForCausalLM.from_pretrained('{target}')")
   if not tokenizer:
