@@ -207,6 +207,9 @@ def test_job_that_is_left_is_written_no_further(view):
     ({'temperature': -1}, None, 'temperature=-1'),
     ({'top_p': 'x'}, None, "top_p='x'"),
     ({'seed': -1}, None, 'seed=-1'),
+    ({'seed': 10**400}, None, 'seed=1000'),
+    ({'stop': 0}, 'stop', 'must be a text or a list'),
+    ({'\ud800': 1}, '\ud800', 'is not supported'),
   ],
 )  # fmt: skip
 def test_field_that_breaks_its_rule_is_refused_by_name(port, fields, name, sentence):

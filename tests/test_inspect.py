@@ -148,6 +148,14 @@ def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
   assert np.abs(change_V).max() > 1e-3
 
 
+def test_rows_of_the_embedding_that_no_piece_has_are_no_tokens(tiny_run, split):
+  config, tokenizer = tiny_config(**BAG, model__vocab_size=304), mmjax.load(tiny_run).tokenizer
+  reader = MemoryReader(LanguageModel(config, tokenizer, build_model(config)[1]))
+  row = int(reader.read_text(TEXT, top=1)[3]['layers'][0]['rows'][0]['row'])
+  [found] = reader.read_row(row, split, top=304)['layers']
+  assert {token['id'] for token in found['effect']['up']} == set(range(tokenizer.vocab_size))
+
+
 @pytest.mark.thorough
 def test_a_row_is_replaced_in_its_own_layer_only(tiny_run, split):
   reader = MemoryReader(mmjax.load(tiny_run))

@@ -189,6 +189,7 @@ def test_page_asks_nobody_else_and_its_questions_are_answered(bag, port):
     ('/api/read', '{"run": 0, "text": "\\ud800"}', {}, 400, 'lone surrogate'),
     ('/api/row', {'run': 0, 'row': 10**6, 'layer': 1}, {}, 400, 'row 1000000 is not in the bank'),
     ('/api/row', {'run': 0, 'row': None, 'layer': 1}, {}, 400, 'row=None must be a whole number'),
+    ('/api/row', {'run': 0, 'row': 1, 'layer': None}, {}, 400, 'name a layer'),
     ('/api/row', {'run': 0, 'row': 1, 'layer': 0}, {}, 400, 'layer 0 has no memory'),
     ('/api/next', {'run': 0, 'text': TEXT, 'changes': [{'row': 1, 'scale': 1e9}]}, {}, 400, 'scale='),
     ('/api/next', {'run': 0, 'text': TEXT, 'changes': [{'scale': 1}]}, {}, 400, "object with 'row'"),

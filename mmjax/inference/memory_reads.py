@@ -274,7 +274,8 @@ class MemoryReader:
       next_B = batch['target'][np.arange(ROWS), position_B]
       found.append([np.asarray(x)[: len(part)] for x in (log_with_BV, log_without_BV, next_B)])
     log_with_XV, log_without_XV, next_X = map(np.concatenate, zip(*found, strict=True))
-    log_with_XV, log_without_XV = log_with_XV.astype(np.float64), log_without_XV.astype(np.float64)
+    n_ids = self.lm.tokenizer.vocab_size  # rows of the embedding beyond it are no tokens
+    log_with_XV, log_without_XV = (x[:, :n_ids].astype(np.float64) for x in (log_with_XV, log_without_XV))
     change_XV = log_with_XV - log_without_XV
     change_V, with_V, without_V = change_XV.mean(0), np.exp(log_with_XV).mean(0), np.exp(log_without_XV).mean(0)
 

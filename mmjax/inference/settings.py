@@ -2,13 +2,13 @@
 
 import argparse
 import dataclasses
-import math
 import sys
 from collections.abc import Mapping
 from typing import Any, Self
 
 from mmjax.choices import CHECKPOINT
 from mmjax.config import CHOICES
+from mmjax.config.wording import quote, short
 from mmjax.errors import UserError
 
 MOST_NEW_TOKENS = 32768  # the positions that the PyTorch code has rotations for
@@ -54,7 +54,7 @@ class Sampling:
       given = getattr(self, field.name)
       value = _as_kind(given, field.type)
       if type(value) is not field.type or not field.metadata['least'] <= value <= field.metadata['most']:
-        shown = repr(given) if isinstance(given, str | bytes) else given
+        shown = quote(given) if isinstance(given, str | bytes) else short(given)
         raise UserError(f'{field.name}={shown} must be {field.metadata["rule"]}')
       object.__setattr__(self, field.name, value)
 
@@ -80,7 +80,7 @@ def _as_kind(value: Any, kind: type) -> Any:
     return value
   if kind is float:
     return float(value) if abs(value) < MOST_FLOAT else value
-  return int(value) if math.isfinite(value) and value == int(value) else value
+  return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ from mmjax.config import Config
 from mmjax.environment import own_jax_settings
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
-from mmjax.inference.sampling import LEAST_TEMPERATURE, draw, only_pieces
+from mmjax.inference.sampling import LEAST_TEMPERATURE, MOST_TEMPERATURE, draw, only_pieces
 from mmjax.inference.settings import Sampling
 from mmjax.model import decoding
 from mmjax.model.decoding import Cache, init_cache
@@ -170,7 +170,8 @@ class _Group:
     key = jax.random.fold_in(jax.random.key(job.sampling.seed), job.choice)
     self.state['key_B2'][row] = jax.random.key_data(key)
     self.state['token_B'][row], self.state['position_B'][row] = job.prompt[-1], len(job.prompt) - 1
-    self.state['temperature_B'][row], self.state['top_p_B'][row] = job.sampling.temperature, job.sampling.top_p
+    self.state['temperature_B'][row] = min(job.sampling.temperature, MOST_TEMPERATURE)
+    self.state['top_p_B'][row] = job.sampling.top_p
     self.state['step_B'][row] = 0
 
   def advance(self, token_B: np.ndarray) -> None:

@@ -215,7 +215,7 @@ class Completions:
       raise UserError('send a JSON object')
     for name, value in body.items():
       if value not in UNSUPPORTED[name] if name in UNSUPPORTED else name not in (*DEFAULTS, 'model', 'prompt'):
-        raise Refusal(f'{name} is not supported', field=name)
+        raise Refusal(f'{name:.80} is not supported', field=name[:80])
     asked = DEFAULTS | {name: value for name, value in body.items() if value is not None}
     view = self._view(asked.get('model'))
     for name in ('stream', 'echo'):
@@ -241,7 +241,7 @@ class Completions:
 
 
 def _stops(value: Any) -> list[str]:
-  stops = [value] if isinstance(value, str) else value or []
+  stops = [] if value is None else [value] if isinstance(value, str) else value
   if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
     raise Refusal(f'stop must be a text or a list of at most {MOST_STOPS}, none of them empty', field='stop')
   return stops

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
+from starlette.responses import Response
 
 from mmjax.errors import CommandError, UserError, first_line
 
@@ -39,14 +39,14 @@ def protocol_error(error: Exception) -> dict[str, Any]:
   return {'error': told}
 
 
-async def answer_error(request: Request, error: Exception) -> JSONResponse:
+async def answer_error(request: Request, error: Exception) -> Response:
   """Returns the answer to a request that was refused, or in which something failed."""
   status = getattr(error, 'status', 400)
   if not isinstance(error, CommandError):
     status = getattr(error, 'status_code', 500)
     error = CommandError(f'the server failed: {first_line(error)}' if status == 500 else 'there is nothing here')
   told = protocol_error(error) if request.url.path.startswith('/v1/') else {'error': str(error)}
-  return JSONResponse(told, status)
+  return Response(json.dumps(told), status, media_type='application/json')  # in ASCII: half a character has no UTF-8
 
 
 class Worker:

@@ -146,6 +146,8 @@ class RunView:
     """
     reader = self._needed_reader()
     reader.check_row(row)
+    if layer is None:
+      raise UserError(f'name a layer; those with a memory: {", ".join(map(str, reader.layers))}')
     reader.chosen_layers(layer)
     found = {'row': row, 'layer': layer, 'snippet': self.snippets.get(row), 'nearest': self._nearest(row, layer)}
     if self.corpus is None or not self.corpus.positions:
