@@ -253,6 +253,6 @@ def named_leaves(tree: Any, separator: str = '/') -> list[tuple[str, Any]]:
   return [(path_name(path, separator), leaf) for path, leaf in tree_leaves_with_path(tree)]
 
 
-def first_three(found: list[str]) -> str:
-  """Joins what was found of leaves, which may be hundreds."""
-  return ', '.join([*found[:3], *([f'and {len(found) - 3} more leaves'] if len(found) > 3 else [])])
+def first_three(found: list[str], what: str = 'leaves') -> str:
+  """Joins what was found of leaves, or of others, which may be hundreds."""
+  return ', '.join([*found[:3], *([f'and {len(found) - 3} more {what}'] if len(found) > 3 else [])])

@@ -83,7 +83,7 @@ def test_home_is_meant_by_a_leading_tilde_in_every_path(module, flags, tmp_path,
   with pytest.raises(SystemExit) as stopped:
     run_command(importlib.import_module(module).main)
   err = capfd.readouterr().err
-  assert stopped.value.code == 2 and ('~' not in err or 'the folder does not exist' in err), err
+  assert stopped.value.code == 2 and ('~' not in err or 'must lie in a folder that is there' in err), err
 
 
 def test_home_is_where_what_is_written_goes(text, tmp_path, monkeypatch, capfd):

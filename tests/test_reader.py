@@ -309,7 +309,9 @@ def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
 @pytest.mark.parametrize(
   ('pattern', 'what'),
   [
-    ('none.jsonl', "no file '.*none.jsonl'"),
+    ('none.jsonl', "no file '.*none.jsonl'$"),
+    ('pipes.jsonl', "no file '.*pipes.jsonl'; did you mean '.*/pipe.jsonl'"),
+    ('none/a.jsonl', "no file '.*none/a.jsonl'; there is no folder '.*none'$"),
     ('*.gz', r"no file matches the pattern '.*\*.gz'"),
     ('folder', "is a directory; name its files, for example '.*folder/\\*.jsonl'"),
     ('a.csv', 'must end in .jsonl or .txt'),

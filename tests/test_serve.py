@@ -263,7 +263,7 @@ def test_saved_page_holds_its_answers_and_no_markup_of_the_text(bag, dense):
   [
     (['--workdir', 'nowhere'], 'no run directory'),
     (['--workdir', 'a', '--workdir', 'b', '--workdir', 'c'], 'at most two'),
-    (['--workdir', 'a', '--save', 'x.html'], '--save FILE and --text TEXT belong together'),
+    (['--workdir', 'a', '--save', 'x.html'], '--save needs --text TEXT: a saved page shows one text'),
     (['--workdir', 'a', '--port', '99999'], '--port 99999 must be'),
   ],
 )

@@ -16,7 +16,7 @@ from mmjax.config.python_files import call_python_file
 from mmjax.config.rules import check_fields, check_together
 from mmjax.config.schema import SETTINGS, Config
 from mmjax.config.setting import Setting, flatten
-from mmjax.config.wording import nearest, quote, short
+from mmjax.config.wording import nearest, nearest_file, quote, short
 from mmjax.errors import UserError
 
 
@@ -125,7 +125,7 @@ def _read_json(path: Path) -> dict[str, Any]:
   try:
     settings = json.loads(path.read_bytes())
   except FileNotFoundError:
-    raise UserError(f"no config file '{path}'") from None
+    raise UserError(f"no config file '{path}'{nearest_file(path)}") from None
   except (ValueError, RecursionError) as error:
     raise UserError(f"config file '{path}' is not JSON: {error}") from None
   if not isinstance(settings, dict):

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 LIKE = 0.65  # of the characters of two names, the share that stands in both, in the same order
@@ -30,6 +31,15 @@ def nearest(name: str, known: Iterable[str]) -> str:
   close = [k for k in known if difflib.SequenceMatcher(None, _last(str(name)), _last(k)).ratio() >= LIKE]
   found = difflib.get_close_matches(str(name), close, n=1, cutoff=0)
   return f'; did you mean {found[0]!r}?' if found else ''
+
+
+def nearest_file(path: Path) -> str:
+  """Returns what `nearest` does for a file that is not there, among those of its folder; or that there is no folder."""
+  try:
+    known = [str(near) for near in path.parent.iterdir()]
+  except OSError:
+    return f"; there is no folder '{path.parent}'"
+  return nearest(str(path), sorted(known))
 
 
 def _last(name: str) -> str:

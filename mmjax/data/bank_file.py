@@ -46,7 +46,8 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
       f"'{path}' holds a bank of {bank_MP.shape}, but model.knowledge_num and knowledge_dim need {tuple(shape)}"
     )
   if not np.isfinite(bank_MP).all():
-    raise UserError(f"'{path}' holds values that are not finite")
+    wrong = int((~np.isfinite(bank_MP)).sum())
+    raise UserError(f"'{path}' must hold finite values, but {wrong:,} of {bank_MP.size:,} are NaN or infinite")
   return bank_MP
 
 

@@ -26,7 +26,7 @@ from mmjax.data.spm_tokenizer import sample_text, train_tokenizer
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.data.worker import is_held_out, token_dtype
 from mmjax.errors import UserError
-from mmjax.files import check_room, locked_directory, note_sha256, write_file
+from mmjax.files import check_room, first_three, locked_directory, note_sha256, write_file
 
 SAMPLE_BYTES = 12 * 2**20  # of training text that a tokenizer is trained on
 MOST_WORKERS = 16  # that data.workers=0 starts: one reading process feeds no more, and memory stays within bounds
@@ -189,7 +189,8 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
   if 'valid' in index['splits'] or not (plan.files['valid'] or fraction):
     return
   if not fraction:
-    raise UserError('data.valid_files hold no document')
+    files = first_three([str(file) for file in plan.files['valid']], 'files')
+    raise UserError(f'data.valid_files ({files}) hold no document: every line is empty or bad')
   if documents == 1:
     raise UserError(
       f'data.valid_fraction={fraction} needs at least two documents to hold one out, and the text is one; '

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mmjax.config import expand_home, user_path
+from mmjax.config.wording import nearest_file
 from mmjax.console import Progress
 from mmjax.data.blocks import Block
 from mmjax.data.formats import DAMAGED, FORMATS, PACKINGS, BadLine, NotText, decode, ending_of, parse_block
@@ -61,7 +62,7 @@ def _first_named(parts: Sequence[str]) -> tuple[list[Path], int]:
   if folder:
     return folder
   if glob.has_magic(first):
-    raise UserError(f'no file matches the pattern {first!r}')
+    raise UserError(f'no file matches the pattern {first!r}, which starts from {str(Path.cwd())!r}')
   return [Path(expand_home(first))], 1  # which is missing: `_check_file` says in what way
 
 
@@ -85,7 +86,7 @@ def _check_file(path: Path) -> None:
     raise UserError(f'the file name {ascii(str(path))} is not UTF-8; rename the file') from None
   except (FileNotFoundError, NotADirectoryError):
     leads = f", a link to '{os.readlink(path)}', leads nowhere" if path.is_symlink() else ''
-    raise UserError(f"'{path}'{leads}" if leads else f"no file '{path}'") from None
+    raise UserError(f"'{path}'{leads}" if leads else f"no file '{path}'{nearest_file(path)}") from None
   except OSError as error:  # a name that is too long, a folder that may not be entered, links in a circle
     raise file_error(error, f"'{path}' cannot be read") from None
   if stat.S_ISDIR(mode):

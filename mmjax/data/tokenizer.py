@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mmjax.config import user_path
+from mmjax.config.wording import nearest_file
 from mmjax.errors import UserError
 from mmjax.files import check_sha256, sha256_of
 
@@ -188,7 +189,7 @@ def load_tokenizer(path: str | Path, most: int | None = None) -> Tokenizer:
   """
   path = user_path(path)
   if not path.is_file():
-    raise UserError(f"no tokenizer file '{path}'")
+    raise UserError(f"no tokenizer file '{path}'{nearest_file(path)}")
   check_sha256(path)
   if tokenizer_file_name(path) == 'tokenizer.json':
     from mmjax.data.hf_tokenizer import load_hf_tokenizer as load  # needs an optional dependency

@@ -192,7 +192,7 @@ class LanguageModel:
     try:
       ids = np.asarray(values)
     except ValueError as error:
-      raise UserError('tokens must be rows of one length') from error
+      raise UserError(f'tokens={str(values):.60} must be rows of one length') from error
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
       first = next((x for x in ids.flat if not isinstance(x, int | np.integer) or isinstance(x, bool)), ids.flat[0])
       first = repr(first.item() if isinstance(first, np.generic) else first)

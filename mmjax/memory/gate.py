@@ -74,7 +74,7 @@ class GatedMemory(Memory):
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
     """Returns the rows whose sub-keys match best, in float32: in bf16 a fifth of the tokens would get other rows."""
     if row_BThr is not None:
-      raise ValueError('a memory with a gate selects its rows itself: it takes none of n-grams')
+      raise ValueError(f'row_BThr of shape {row_BThr.shape} must be None: a memory with a gate selects its rows itself')
     gate = params['gate']
     query = exact_normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
     query_BTkp, keys_kCp = query.reshape(*x_BTD.shape[:-1], len(gate['keys']), -1), gate['keys']

@@ -88,7 +88,7 @@ def text_of(arguments: argparse.Namespace) -> str | None:
     if value is not None and value < least:
       raise UserError(f'--{name} {value} must be at least {least}')
   if arguments.json and not user_path(arguments.json).absolute().parent.is_dir():
-    raise UserError(f"--json '{arguments.json}': the folder does not exist")
+    raise UserError(f"--json '{arguments.json}' must lie in a folder that is there")
   if arguments.text is not None and arguments.text_file is not None:
     raise UserError('give --text or --text_file, not both')
   if arguments.text_file is None:

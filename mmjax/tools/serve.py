@@ -58,7 +58,8 @@ def check(arguments: argparse.Namespace) -> None:
   if not 0 <= arguments.port < 2**16:
     raise UserError(f'--port {arguments.port} must be from 0 to {2**16 - 1}')
   if bool(arguments.save) != (arguments.text is not None):
-    raise UserError('--save FILE and --text TEXT belong together')
+    given, missing = ('--save', '--text TEXT') if arguments.save else ('--text', '--save FILE')
+    raise UserError(f'{given} needs {missing}: a saved page shows one text')
   try:
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
