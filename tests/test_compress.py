@@ -19,6 +19,7 @@ from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.packed_bank import PackedBank, pack_bank, unpack_bank
 from mmjax.model.cost import count_params
 from mmjax.model.lm import BANK
+from mmjax.report.compare import compare
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.log import read_metrics
 from mmjax.serve.view import Change, RunView
@@ -131,6 +132,7 @@ def test_what_a_compressed_run_is_not_for_is_refused(small, tiny_run, tmp_path):
     'trained on': lambda: settle_config(RunDir(tmp_path / 'new'), config, False, str(small)),
     'exported': lambda: export_run(small, tmp_path / 'model.safetensors', 'best', None),
     'compressed again': lambda: compress_run(small, tmp_path / 'smaller', 4, 'best'),
+    'compared': lambda: compare([small], tmp_path / 'compared'),
     'read without the rows that it taught': lambda: mmjax.load(small, without_taught=True),
   }.items():
     said = f'{small} cannot be {what}: its bank has 8 bits a value; use the run it was made from, {tiny_run}'

@@ -78,9 +78,9 @@ def ngram_rows(
   if vocab_size is None:
     return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
   if not isinstance(token_BTn, jax.core.Tracer):
-    token_X = np.ravel(token_BTn[..., 0])
-    if (wrong_X := token_X[(token_X < 0) | (token_X >= vocab_size)]).size:
-      raise ValueError(f'token id {wrong_X[0]} must be from 0 to {vocab_size - 1}, below vocab_size')
+    for token in (jnp.min(token_BTn[..., 0], initial=0), jnp.max(token_BTn[..., 0], initial=0)):
+      if not 0 <= token < vocab_size:
+        raise ValueError(f'token id {token} must be from 0 to {vocab_size - 1}, below vocab_size')
   first_hr, size_hr = (np.reshape(x, (-1, r)) for x in own_ranges(tuple(ngrams), r, n_rows, vocab_size))
   alone_h1 = np.array(ngrams)[:, None] == 1
   code_BThr = jnp.where(alone_h1, token_BTn[..., 0, None, None].astype(jnp.uint32), code_BThr)

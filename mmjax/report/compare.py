@@ -16,6 +16,7 @@ from mmjax.report.lead import find_lead
 from mmjax.report.lead_tables import draw_lead, lead_blocks
 from mmjax.report.numbers import READS, probe_difference
 from mmjax.report.rows import find_runs, make_rows, other_origin, summary
+from mmjax.run.compressed import refuse_compressed
 
 Summary = dict[str, Any]
 Columns = dict[str, Callable[[Summary], str]]
@@ -82,12 +83,13 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   Returns:
     The path of compare.md.
 
-  Raises:
+    UserError: if a path is no run, or one with a packed bank, or a run learned from or was evaluated on other text.
     UserError: if a path is no run, or a run learned from or was evaluated on other text.
     StorageError: if the result cannot be written.
   """
   runs = find_runs(paths)
   for run in runs:
+    refuse_compressed(run.dir, 'compared')  # its log is of the bank before
     if (what := other_origin(runs[0], run)) and not allow_other_data:
       raise UserError(
         f'{runs[0].path} and {run.path} were trained on different data: {what}; their losses cannot be compared '
