@@ -34,12 +34,13 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_file(path: Path) -> str:
-  """Returns what `nearest` does for a file that is not there, among those of its folder; or that there is no folder."""
+  """Returns what `nearest` does for a file that is not there, of the stems in its folder; or that there is no folder."""
   try:
-    known = [str(near) for near in path.parent.iterdir()]
+    known = {near.stem: near for near in sorted(path.parent.iterdir())}
   except OSError:
     return f"; there is no folder '{path.parent}'"
-  return nearest(str(path), sorted(known))
+  found = difflib.get_close_matches(path.stem, known, n=1, cutoff=LIKE)
+  return f"; did you mean '{known[found[0]]}'?" if found else ''
 
 
 def _last(name: str) -> str:
