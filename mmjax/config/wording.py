@@ -34,7 +34,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_file(path: Path) -> str:
-  """Returns what `nearest` does for a file that is not there, of the stems in its folder; or that there is no folder."""
+  """Returns what `nearest` does for a file that is not there, by stems in its folder; or that there is no folder."""
   try:
     known = {near.stem: near for near in sorted(path.parent.iterdir())}
   except OSError:
