@@ -41,28 +41,28 @@ def times_read(split: TokenSplit, *, global_batch_rows: int, seed: int, steps: i
   return np.bincount(read, minlength=split.n_rows)
 
 
-def count_ngrams(split: TokenSplit, times_N: np.ndarray, n: int, wanted_X: np.ndarray) -> np.ndarray:
+def count_ngrams(split: TokenSplit, row_times: np.ndarray, n: int, wanted_X: np.ndarray) -> np.ndarray:
   """Counts how often n-grams were read as the n - 1 tokens before a target and the target.
 
   Args:
     split: what training read.
-    times_N: how often it read each row, from `times_read`.
+    row_times: int64[rows], how often it read each row, from `times_read`.
     n: tokens of an n-gram.
     wanted_X: int64 n-grams, as `ngram_keys` makes them with the same vocabulary.
 
   Returns:
     int64[X].
   """
-  key_U, place_X = np.unique(wanted_X, return_inverse=True)
-  count_U = np.zeros(len(key_U), np.int64)
-  start_N, stop_N = split.spans()
+  own_keys, place_X = np.unique(wanted_X, return_inverse=True)
+  counts = np.zeros(len(own_keys), np.int64)
+  starts, stops = split.spans()
   for start in range(0, split.n_tokens, CHUNK):
     stop = min(start + CHUNK, split.n_tokens)
     position_t = np.arange(start, stop)
-    row_t = np.searchsorted(start_N, position_t, 'right') - 1
-    times_t = times_N[row_t] * (position_t < stop_N[row_t])  # not what padded rows cut off
+    row_t = np.searchsorted(starts, position_t, 'right') - 1
+    times_t = row_times[row_t] * (position_t < stops[row_t])  # not what padded rows cut off
     key_t = ngram_keys(split, n, start, stop)
     for times in np.unique(times_t[times_t > 0]):
       sorted_t = np.sort(key_t[times_t == times])
-      count_U += times * (np.searchsorted(sorted_t, key_U, 'right') - np.searchsorted(sorted_t, key_U))
-  return count_U[place_X]
+      counts += times * (np.searchsorted(sorted_t, own_keys, 'right') - np.searchsorted(sorted_t, own_keys))
+  return counts[place_X]

@@ -78,7 +78,7 @@ def latent_semantic_vectors(token_XT: np.ndarray, vocab_size: int, dim: int) -> 
 
 
 def unit_rows(vector_XP: np.ndarray) -> np.ndarray:
-  """Scales rows to length 1; rows of zeros stay."""
+  """Scales rows to length 1, float32; rows of zeros stay."""
   length_X1 = np.linalg.norm(vector_XP, axis=1, keepdims=True)
   return (vector_XP / np.maximum(length_X1, 1e-12)).astype(np.float32)
 
@@ -155,7 +155,7 @@ def balanced_leaves(
 
 
 def leading_direction(vector_XP: np.ndarray, reference_P: np.ndarray) -> np.ndarray:
-  """Returns the direction of the largest variance by power iteration, pointing to the side of `reference_P`."""
+  """Returns the direction of the largest variance by power iteration, float (P,), on the side of `reference_P`."""
   sample = vector_XP[:: max(1, len(vector_XP) // DIRECTION_SAMPLE)]
   centred = sample - sample.mean(axis=0)
   direction_P = reference_P

@@ -138,7 +138,7 @@ def gate_norms(grads: Params) -> dict[int, dict[str, Array]]:
   """Returns a training step's gate_grad_norm and key_grad_norm, see the top of this file, of each layer with a gate.
 
   Args:
-    grads: before clipping.
+    grads: float32, before clipping.
   """
   gates = {layer: block['sublayer'].get('gate', {}) for layer, block in grads['layers'].items()}
   return {

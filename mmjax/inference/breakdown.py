@@ -144,15 +144,15 @@ def _training_split(run: RunDir, config: Config) -> TokenSplit:
 
 def text_positions(text: TokenSplit) -> np.ndarray:
   """Returns where the targets of all rows are in a split's stream, int64[X], in the order of evaluation."""
-  start_N, stop_N = text.spans()
-  place_NT = start_N[:, None] + np.arange(text.max_seq_len)
-  return place_NT[place_NT < stop_N[:, None]]
+  starts, stops = text.spans()
+  place_XT = starts[:, None] + np.arange(text.max_seq_len)
+  return place_XT[place_XT < stops[:, None]]
 
 
 def _by_count(texts: Sequence[TokenSplit], train: TokenSplit, config: Config, steps: int, n: int) -> Grouping:
-  times_N = times_read(train, global_batch_rows=config.train.update_rows, seed=config.seed, steps=steps)
+  times = times_read(train, global_batch_rows=config.train.update_rows, seed=config.seed, steps=steps)
   key_X = np.concatenate([ngram_keys(text, n, 0, text.n_tokens)[text_positions(text)] for text in texts])
-  count_X = count_ngrams(train, times_N, n, key_X)
+  count_X = count_ngrams(train, times, n, key_X)
   return Grouping(tuple(COUNTS), np.digitize(count_X, list(COUNTS.values())) - 1)
 
 
@@ -234,9 +234,9 @@ def _groups(grouping: Grouping, losses: Losses, first: Losses) -> list[dict[str,
 def clustered_error(value_X: np.ndarray, cluster_X: np.ndarray) -> float | None:
   """Returns the standard error of a mean whose values depend on each other within a cluster; None of one cluster.
 
-  That is the ratio estimator's: sqrt(C / (C - 1) * sum_c (sum_{x in c} (value_x - mean))^2) / X for C clusters.
+  That is the ratio estimator's: sqrt(n / (n - 1) * sum_c (sum_{x in c} (value_x - mean))^2) / X for n clusters.
   """
   _, cluster_X = np.unique(cluster_X, return_inverse=True)
-  sum_C = np.bincount(cluster_X, value_X - value_X.mean())
-  C = len(sum_C)
-  return float(np.sqrt(C / (C - 1) * np.sum(np.square(sum_C))) / len(value_X)) if C > 1 else None
+  sums = np.bincount(cluster_X, value_X - value_X.mean())
+  n = len(sums)
+  return float(np.sqrt(n / (n - 1) * np.sum(np.square(sums))) / len(value_X)) if n > 1 else None

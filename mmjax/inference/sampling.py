@@ -66,7 +66,7 @@ class Sampler:
 
 
 def only_pieces(logits_BV: Array, n_ids: int | None) -> Array:
-  """Returns the logits with -inf for what is no piece of the tokenizer, which has so many; None: all are."""
+  """Returns float32 logits with -inf for what is no piece of the tokenizer, which has `n_ids`; None: all are."""
   return logits_BV if n_ids is None else jnp.where(jnp.arange(logits_BV.shape[-1]) < n_ids, logits_BV, -jnp.inf)
 
 

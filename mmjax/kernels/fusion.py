@@ -18,7 +18,7 @@ def gated_mlp(
   """Returns (silu(z @ gate) * (z @ up)) @ down in `dtype`.
 
   Args:
-    inputs: z, or m_BTD and rows_BTF for z = concat(m, rows); float.
+    inputs: z, or m_BTD and rows_BTX for z = concat(m, rows); float.
     gate_kernel: [width of z, F], cast to the compute dtype.
     up_kernel: the same shape.
     down_kernel: [F, D].
@@ -31,13 +31,13 @@ def gated_mlp(
     # Cast for each product alone, so that their gradients are added up in float32.
     gate, up = (matmul(inputs[0].astype(dtype), kernel) for kernel in (gate_kernel, up_kernel))
     return matmul(jax.nn.silu(gate) * up, down_kernel)
-  m_BTD, rows_BTF = (x.astype(dtype) for x in inputs)
+  m_BTD, rows_BTX = (x.astype(dtype) for x in inputs)
   D = m_BTD.shape[-1]
   if m_BTD.shape[1] == 1:  # decoding: one token is small, slices of the kernels are not: it takes half the time
-    z = jnp.concatenate((m_BTD, rows_BTF), axis=-1)
+    z = jnp.concatenate((m_BTD, rows_BTX), axis=-1)
     gate, up = matmul(z, gate_kernel), matmul(z, up_kernel)
   else:
-    gate, up = (matmul(m_BTD, kernel[:D]) + matmul(rows_BTF, kernel[D:]) for kernel in (gate_kernel, up_kernel))
+    gate, up = (matmul(m_BTD, kernel[:D]) + matmul(rows_BTX, kernel[D:]) for kernel in (gate_kernel, up_kernel))
   return matmul(_gate(gate, up), down_kernel)
 
 

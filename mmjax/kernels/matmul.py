@@ -54,7 +54,7 @@ def _matmul_bwd(residuals, grad):
 
 
 def together(grad_x: Array, grad_kernel: Array) -> tuple[Array, Array]:
-  """Returns both; on a GPU when both are there.
+  """Returns both gradients of a product, of any shapes and dtypes; on a GPU when both are there.
 
   XLA would leave the gradients of kernels there for the end of the backward pass, and keep what they are made of.
   """

@@ -118,5 +118,5 @@ def _exact_product(x: Array, kernel: Array) -> Array:
 
 
 def ratio_of_norms(square: Array, of_square: Array) -> Array:
-  """Returns the ratio of two norms, given their squares; 0 where the second is 0."""
+  """Returns the ratio of two norms, given their squares, float32 of one shape; 0 where the second is 0."""
   return jnp.where(of_square > 0, jnp.sqrt(square / jnp.maximum(of_square, jnp.finfo(jnp.float32).tiny)), 0.0)

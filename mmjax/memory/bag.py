@@ -49,7 +49,7 @@ class _Bag(Memory):
 
   @jax.named_scope('bag')
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y."""
+    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y, in `dtype`."""
     y_BTF = self.sums(selection, bank_MP).reshape(*x_BTD.shape[:-1], -1).astype(dtype)
     down = params['down']['kernel']
     if not self.output_gate:
@@ -124,7 +124,7 @@ class NgramBag(_Bag):
     return self.rows_of(last_tokens(tokens_BT, max(self.ngrams), segment_BT))
 
   def rows_of(self, token_BTn: Array) -> Array:
-    """Does what `rows` does, from the last tokens at each position: see `cached_last_tokens`."""
+    """Does what `rows` does, from the last tokens at each position, int32: see `cached_last_tokens`."""
     return ngram_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows, self.vocab_size)
 
   def signs_of(self, token_BTn: Array) -> Array | None:
@@ -184,7 +184,7 @@ class NgramBag(_Bag):
     return Selection(row_BThr, jnp.zeros(shape, jnp.float32))
 
   def weights(self, selection: Selection) -> Array:
-    """Returns 1 / r for each row."""
+    """Returns 1 / r for each row, float32 weight_BThr."""
     return jnp.full(selection.row_BThr.shape, 1 / self.rows_per_head, jnp.float32)
 
 
@@ -236,5 +236,5 @@ class NgramBucket(NgramBag):
     return Selection(row_BThr, score_BThr * self.key_dim**-0.5)
 
   def weights(self, selection: Selection) -> Array:
-    """Returns the softmax over the rows of each bucket."""
+    """Returns the softmax over the rows of each bucket, float32 weight_BThr."""
     return jax.nn.softmax(selection.score_BThr, axis=-1)

@@ -71,9 +71,9 @@ class SublayerOutput(NamedTuple):
 class Memory:
   """Sizes of a memory, which norms its input, selects rows for each token and reads them.
 
-  A subclass has three methods more: `init_read(rngs)` returns the parameters of what becomes of the rows;
-  `select(params, x_BTD, row_BThr, dtype)` returns a Selection and `read(params, x_BTD, selection, bank_MP, dtype)`
-  delta_BTD, both from an input that is still to be normed.
+  A subclass has three methods more: `init_read(rngs)` returns the parameters of what becomes of the rows, float32;
+  `select(params, x_BTD, row_BThr, dtype)` returns a Selection, of `row_BThr` (int32) if the last tokens address rows;
+  and `read(params, x_BTD, selection, bank_MP, dtype)` returns delta_BTD in `dtype`. `x_BTD` is still to be normed.
 
   Attributes:
     dim: D, of the residual stream.
@@ -158,7 +158,7 @@ class Memory:
     return SublayerOutput(delta_BTD, row_BTR, score_BTR, selection.aux_loss)
 
   def addresses(self, last_BTn: Array | None) -> tuple[Array | None, Array | None]:
-    """Returns the `row_BThr` and `sign_BTh` that `apply` takes, from the last tokens at each position: here none."""
+    """Returns what `apply` takes, int32 `row_BThr` and `sign_BTh`, from the last tokens at each position: here none."""
     return None, None
 
   def flops(self) -> dict[str, int]:

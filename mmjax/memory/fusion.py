@@ -1,4 +1,4 @@
-"""Experiment 1.4.2: rows from the bank, concatenated with the memory's input, through a gated MLP."""
+"""Experiment 1.4.2: rows and the memory's input, concatenated, through a SwiGLU (Shazeer 2020, arXiv:2002.05202)."""
 
 import jax
 from flax import nnx
@@ -26,9 +26,9 @@ class GatedFusion(RowsMemory):
     return super().flops() | {'fusion': TRAINED * 2 * (2 * width * self.dim + self.dim * self.dim)}
 
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns the fusion of the normed input and the rows."""
+    """Returns the fusion of the normed input and the rows, in `dtype`."""
     m_BTD = rms_norm(x_BTD, params['norm']['scale'], self.norm_eps, dtype)
-    rows_BTF = self.rows(selection, bank_MP, dtype).reshape(*m_BTD.shape[:-1], -1)
+    rows_BTX = self.rows(selection, bank_MP, dtype).reshape(*m_BTD.shape[:-1], -1)
     with jax.named_scope('fusion'):
       kernels = (params['fusion'][name]['kernel'] for name in ('gate', 'up', 'down'))
-      return gated_mlp((m_BTD, rows_BTF), *kernels, dtype)
+      return gated_mlp((m_BTD, rows_BTX), *kernels, dtype)

@@ -131,7 +131,7 @@ class RowsMemory(GatedMemory):
 
 
 def score_weights(score_BThr: Array, activation: str) -> Array:
-  """Turns the scores of each head's rows into weights: 'softmax' over the head's rows, or 'relu'."""
+  """Turns the scores of each head's rows, float32, into weights: 'softmax' over the head's rows, or 'relu'."""
   return jax.nn.softmax(score_BThr, axis=-1) if activation == 'softmax' else jax.nn.relu(score_BThr)
 
 

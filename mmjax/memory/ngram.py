@@ -157,8 +157,8 @@ with_signs.defvjp(
 
 def sign_vectors(row_dim: int) -> Array:
   """Returns SIGN_VECTORS vectors of +1 and -1, float32: bits of a hash of each value's number."""
-  number_SP = jnp.arange(SIGN_VECTORS * row_dim, dtype=jnp.uint32).reshape(SIGN_VECTORS, row_dim)
-  return 1 - 2 * (_mix(number_SP + 1) >> 31).astype(jnp.float32)
+  number_XP = jnp.arange(SIGN_VECTORS * row_dim, dtype=jnp.uint32).reshape(SIGN_VECTORS, row_dim)
+  return 1 - 2 * (_mix(number_XP + 1) >> 31).astype(jnp.float32)
 
 
 def _codes(token_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:

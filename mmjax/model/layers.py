@@ -79,7 +79,7 @@ _add_to_stream.defvjp(lambda x, delta: (x + delta, jnp.zeros((), delta.dtype)), 
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-  """Zeroes values with probability `rate` and rescales the rest; the identity without a key."""
+  """Zeroes values with probability `rate` and rescales the rest, float of any shape; the identity without a key."""
   if key is None or rate == 0.0:
     return x
   keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

@@ -45,7 +45,7 @@ class ValueReader(nnx.Module):
     return {'bag_reads': self.bag.flops()['bag_reads'] + TRAINED * 2 * width}
 
   def decode(self, last_BTn: Array, bank_MP: Bank) -> Array:
-    """Returns rows_BThP for some positions of rows: those of earlier tokens are read once more."""
+    """Returns float32 rows_BThP for some positions of rows: those of earlier tokens are read once more."""
     rows_BThP = self.bag.sums_of(last_BTn, bank_MP)[1]
     return self._convolve(rows_BThP, last_BTn, lambda back: self.bag.sums_of(last_BTn[..., back:], bank_MP)[1])
 
@@ -76,11 +76,11 @@ class GatedValues(nnx.Module):
     """Returns what the gate of a token costs in a training step."""
     return TRAINED * 2 * math.prod(self.gate.shape)
 
-  def add(self, own_BTF: Array, x_BTD: Array, v_BTKH: Array) -> Array:
-    """Returns the values with `own_BTF` added, F = K H, in the dtype of `v_BTKH`; x_BTD is the normed input."""
-    gate_DK = self.gate[...]
-    weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(gate_DK)].astype(jnp.float32) @ gate_DK)
-    return v_BTKH + (weight_BTK[..., None] * own_BTF.reshape(v_BTKH.shape)).astype(v_BTKH.dtype)
+  def add(self, own_BTX: Array, x_BTD: Array, v_BTKH: Array) -> Array:
+    """Returns the values with `own_BTX` added, X = K H, in the dtype of `v_BTKH`; x_BTD is the normed input."""
+    gate_XK = self.gate[...]
+    weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(gate_XK)].astype(jnp.float32) @ gate_XK)
+    return v_BTKH + (weight_BTK[..., None] * own_BTX.reshape(v_BTKH.shape)).astype(v_BTKH.dtype)
 
 
 class ValueEmbedding(GatedValues):
@@ -112,5 +112,5 @@ class ValueRows(GatedValues):
   @jax.named_scope('value_rows')
   def __call__(self, rows_BThP: Array, x_BTD: Array, v_BTKH: Array) -> Array:
     """Returns the values with the projection of all heads' rows added; otherwise as `ValueEmbedding`."""
-    rows_BTF = rows_BThP.reshape(*rows_BThP.shape[:2], -1).astype(v_BTKH.dtype)
-    return self.add(matmul(rows_BTF, self.kernel[...]), x_BTD, v_BTKH)
+    rows_BTX = rows_BThP.reshape(*rows_BThP.shape[:2], -1).astype(v_BTKH.dtype)
+    return self.add(matmul(rows_BTX, self.kernel[...]), x_BTD, v_BTKH)

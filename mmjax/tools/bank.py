@@ -134,9 +134,9 @@ def encode(
     return stages.run('vectors', semantic)
   parts = []
   for start in range(0, len(start_X), SNIPPETS_A_PART):
-    part_S = start_X[start : start + SNIPPETS_A_PART]
-    parts.append(stages.run(f'embedded-{start}', lambda part_S=part_S: embed(snippet_texts(split, part_S, length))))
-    done = start + len(part_S)
+    part_X = start_X[start : start + SNIPPETS_A_PART]
+    parts.append(stages.run(f'embedded-{start}', lambda part_X=part_X: embed(snippet_texts(split, part_X, length))))
+    done = start + len(part_X)
     progress.update('encoding', done, len(start_X), f'{done:,} snippets')
   return stages.run('vectors', lambda: unit_rows(reduce_dim(parts, dim)))
 

@@ -22,7 +22,7 @@ LOSS_AVERAGE_DECAY = 0.98  # of the running average that a spike is measured by:
 
 
 def goes_on(train: TrainConfig, state: TrainState, loss: Array) -> Array:
-  """Tells whether an update that is finite may be applied: its loss is no spike, and the run is not given up."""
+  """Tells, as a bool (), whether a finite update may be applied: its loss is no spike, and the run is not given up."""
   factor, average = train.max_loss_factor, state['loss_average']
   spikes = (factor > 0) & (average > 0) & (loss > factor * average)  # never before there is an average
   # The loop notices one step late that too many updates were skipped. This one is not applied, so that the

@@ -37,7 +37,7 @@ def first_reads(config: Config, before: RowCounts | None = None) -> RowCounts:
 
 
 def count_reads(reads: RowCounts, usage_LM: Array) -> RowCounts:
-  """Counts an update, whose layers read the rows `usage_LM` times."""
+  """Counts an update, whose layers read the rows int32 `usage_LM` times."""
   read_M = jnp.any(usage_LM > 0, axis=0)
   return reads | {'count_M': reads['count_M'] + read_M, 'updates': reads['updates'] + 1}
 
@@ -46,11 +46,11 @@ def rows_to_teach(reads: RowCounts, usage_LM: Array, most: int) -> Array:
   """Returns bool (M,): the up to `most` rows with the largest score, see the top of this file; a score of 0 is none."""
   rarity_M = jnp.log((reads['background_updates'] + 1) / (reads['background_M'] + 1))
   score_M = jnp.sum(usage_LM, axis=0) * rarity_M
-  score_t, row_t = jax.lax.top_k(score_M, most)
-  return jnp.zeros(score_M.shape, bool).at[row_t].set(score_t > 0)
+  score_X, row_X = jax.lax.top_k(score_M, most)
+  return jnp.zeros(score_M.shape, bool).at[row_X].set(score_X > 0)
 
 
 def gradient_of_rows(grads: Params, taught_M: Array) -> Params:
-  """Returns gradients that are 0 but for these rows of the bank."""
+  """Returns gradients, float32 as before, that are 0 but for the rows of the bank where bool `taught_M` is true."""
   zeros = jax.tree.map(jnp.zeros_like, grads)
   return zeros | {BANK: jnp.where(taught_M[:, None], grads[BANK], 0)}
