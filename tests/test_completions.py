@@ -81,6 +81,12 @@ def test_log_probabilities_with_echo_are_those_of_the_logits(port, view):
     assert max(top.values()) == pytest.approx(float(log_V.max()), abs=1e-5) and 2 <= len(top) <= 3
 
 
+def test_highest_temperature_stays_a_number():
+  group = batch._Group(1)
+  group.place(0, batch.Job([1], Sampling(temperature=1e308)))
+  assert np.isfinite(group.state['temperature_B']).all()  # what has no piece would be NaN otherwise, and be drawn
+
+
 def test_token_ids_are_read_as_they_are(port, view):
   ids = view.lm.encode_prompt(PROMPT)
   assert texts(complete(port, prompt=ids)) == texts(complete(port))
