@@ -31,7 +31,7 @@ def main() -> None:
     from mmjax.run.processes import is_main
     from mmjax.training.loop import fit
 
-  workdir = user_path(args.workdir or f'out/{config.experiment}')
+  workdir = user_path(f'out/{config.experiment}' if args.workdir is None else args.workdir)
   fit(config, workdir, allow_config_change=args.allow_config_change, init_from=args.init_from)
   if is_main():
     print(f'Report: {write_report(workdir)}')

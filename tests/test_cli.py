@@ -193,6 +193,12 @@ def test_tokenizer_with_more_pieces_than_the_model_is_refused_with_both_numbers(
   assert '300' in sentence_of(err) and '299' in sentence_of(err)
 
 
+def test_workdir_that_is_empty_is_refused(tmp_path, monkeypatch, capsys):
+  flags = tiny_flags(tmp_path, data__train_files=f'{tmp_path}/missing.jsonl')
+  code, err = run_train(monkeypatch, capsys, *flags, '--workdir', '')
+  assert code == 2 and 'a path is empty' in sentence_of(err)
+
+
 def test_workdir_that_is_a_file_is_refused(tmp_path, monkeypatch, capsys):
   (tmp_path / 'run').write_text('a file')
   (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({'text': f'document {i} of many'}) for i in range(99)))

@@ -20,8 +20,11 @@ def expand_home(text: str) -> str:
 
 
 def user_path(text: str | os.PathLike) -> Path:
-  """Returns the path that a user typed; see `expand_home`."""
+  """Returns the path that a user typed; see `expand_home`. An empty one would be the current folder: it is refused."""
   try:
-    return Path(expand_home(os.fsdecode(text)))
+    path = os.fsdecode(text)
   except TypeError:
     raise UserError(f'a path must be text, not {type(text).__name__}') from None
+  if not path:
+    raise UserError('a path is empty, perhaps because it came from a variable that is not set')
+  return Path(expand_home(path))

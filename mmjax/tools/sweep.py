@@ -39,7 +39,7 @@ def main() -> None:
   if not arguments.max_minutes >= 0:  # so is NaN
     raise UserError(f'--max_minutes {arguments.max_minutes:g} must be at least 0')
   runs = read_sweep(arguments.file, arguments.set, overrides, arguments.only)
-  sweep = Sweep(user_path(arguments.out or Path('out') / Path(arguments.file).stem), runs)
+  sweep = Sweep(user_path(Path('out') / Path(arguments.file).stem if arguments.out is None else arguments.out), runs)
   if arguments.dry_run:
     sweep.print_plan()
     return
