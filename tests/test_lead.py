@@ -61,7 +61,7 @@ def test_ranges_over_seeds_are_those_of_all_choices_however_many(form):
   chosen = [np.array(leads) for leads in itertools.product(*(point['seeds'].values() for point in points))]
   lines = [fit_line(FORMS[form], tokens, leads) for leads in chosen]
   lead = np.array([point['lead'] for point in points])
-  lines += [fit_line(FORMS[form], np.delete(tokens, at), np.delete(lead, at)) for at in range(4)]
+  lines += [fit_line(FORMS[form], np.delete(tokens, i), np.delete(lead, i)) for i in range(4)]
   found = fit(FORMS[form], points)
   slopes = [FORMS[form].parameters(*line)[1] for line in lines]
   assert found['refits_without'] == [0, 3**4 + 4] and found['b_range'] == pytest.approx([min(slopes), max(slopes)])

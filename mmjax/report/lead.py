@@ -221,7 +221,7 @@ def _refits(
     The lines, of all choices of seeds only those that say the most and the least; how many refits the form cannot hold;
     how many there are.
   """
-  lines = [fit_line(form, np.delete(tokens, at), np.delete(lead, at)) for at in range(len(tokens)) if len(tokens) > 2]
+  lines = [fit_line(form, np.delete(tokens, i), np.delete(lead, i)) for i in range(len(tokens)) if len(tokens) > 2]
   without, refits = lines.count(None), len(lines)
   seeds = [list(point['seeds'].values()) or [point['lead']] for point in points]
   if any(len(own) > 1 for own in seeds):
