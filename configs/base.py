@@ -33,7 +33,6 @@ model.aux_loss_weight = 0.1  # weight of the experts' load-balance loss
 memory.layers = 'all'  # layers with a memory: also 'middle' (all but the first and last quarter), '2,3'; 0 is first
 memory.ngram_layers = ''  # which of these layers have an 'ngram_bag' instead of a gate: '1', 'all'; '': none
 memory.value_layers = ''  # layers whose values get rows of n-grams: '1,3', 'all', 'alternate'; '': none
-memory.value_conv = 0  # width of a causal convolution over these rows before they are projected; 0: none
 memory.input = 'attention'  # the memory reads what attention added; 'residual': it reads the residual stream
 memory.n_heads = 1  # 1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank
 memory.ngrams = '1'  # how many of the last tokens address a row or bucket; '2,3': heads take turns

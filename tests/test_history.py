@@ -17,7 +17,7 @@ from tests.helpers import TINY_CONFIG, run_config, tiny_config
 
 NEUTRAL = {
   'memory': {'keys_init': 'normal', 'balance_loss_weight': 0.0, 'bank_grad_clip': 0.0, 'revive_after': 0,
-             'revive_noise': 0.01, 'revive_keys': False},
+             'revive_noise': 0.01, 'revive_keys': False, 'value_conv': 0},
   'runtime': {'scan_layers': True},
 }  # fmt: skip
 MATTERED = [('keys_init', 'uniform'), ('balance_loss_weight', 0.01), ('bank_grad_clip', 1.0), ('revive_after', 100)]
@@ -47,6 +47,11 @@ def test_weights_that_would_be_read_otherwise_are_refused(field, value):
     as_of_today(saved(**{field: value}), to_train=False)
   with pytest.raises(UserError, match=f"memory.{field}='{value}' must be one of .*: mmjax no longer has it"):
     load_config(TINY_CONFIG, [f'--config.memory.{field}={value}'])
+
+
+def test_run_with_a_parameter_that_is_gone_is_not_read():
+  with pytest.raises(UserError, match=r'memory.value_conv=4: mmjax no longer has it, .*; commit b51c970 reads it'):
+    as_of_today(saved(value_conv=4), to_train=False)
 
 
 @pytest.mark.parametrize('name', ['memory.keys_init', 'runtime.scan_layers'])

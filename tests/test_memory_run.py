@@ -34,7 +34,7 @@ SMALLER = TINY | {
 RUNS = {  # config file, and what differs
   'gate': ('product_key_bag', {'memory.layers': '1'}),
   'ngrams': ('ngram_rows', {'memory.layers': '1'}),
-  'values': ('ngram_rows', {'memory.layers': '0', 'memory.value_layers': '1', 'memory.value_conv': 3}),
+  'values': ('ngram_rows', {'memory.layers': '0', 'memory.value_layers': '1'}),
   'grown': (
     'ngram_rows',
     {'memory.layers': '1', 'memory.ngram_ranges': 'own', 'memory.ngram_signs': True, 'model.knowledge_num': 1900}

@@ -25,7 +25,7 @@ NORMED = HEADS_AND_FFN | {'memory__query_key_norm': 'l2'}
 SCALED = NORMED | {'memory__scores': 'scale'}
 OWN = {'memory__ngrams': '1,2', 'memory__ngram_ranges': 'own', 'memory__ngram_signs': True, 'model__knowledge_num': 999}
 VALUE_ROWS = {
-  'memory__n_heads': 2, 'memory__ngrams': '1,2', 'memory__value_layers': '1', 'memory__value_conv': 4
+  'memory__n_heads': 2, 'memory__ngrams': '1,2', 'memory__value_layers': '1'
 }  # fmt: skip
 ATTENTION = {'model__qk_norm': True, 'model__value_embeddings': 'all'}
 OTHER_DECODED = [('dense', {}), ('cross_attention', SCALED), ('moe', {}), ('gated_fusion', SCALED)]
@@ -172,19 +172,11 @@ def test_logits_do_not_depend_on_later_tokens(sublayer):
   assert (gradient[8:] == 0).all()
 
 
-def with_random_conv(params):
-  """With a convolution over the rows for values that is not 0, as it starts, if the model has one."""
-  found = params.get('value_reader')
-  return params | (
-    {'value_reader': {'conv': jax.random.normal(jax.random.key(0), found['conv'].shape)}} if found else {}
-  )
-
-
 @pytest.mark.parametrize('changes', [{}, VALUE_ROWS | {'model__sublayer': 'dense'}], ids=['fusion', 'values'])
 def test_segments_are_computed_as_if_alone(changes):
   config = tiny_config(**changes)
   graphdef, params = build_model(config)
-  model = jax.jit(nnx.merge(graphdef, with_random_conv(params)))
+  model = jax.jit(nnx.merge(graphdef, params))
   tokens = random_batch(config)['input'][0]
   segment = jnp.broadcast_to(jnp.array([0] * 5 + [1] * 11), tokens.shape)
   together = model(tokens, segment)
@@ -212,7 +204,6 @@ def test_segments_are_computed_as_if_alone(changes):
 def test_cached_decoding_equals_whole_rows(sublayer, changes):
   config = tiny_config(model__sublayer=sublayer, **changes)
   graphdef, params = build_model(config)
-  params = with_random_conv(params)
   model = nnx.merge(graphdef, params)
   tokens = random_batch(config)['input'][0]
   whole = jax.jit(model)(tokens).hidden_BTD

@@ -14,17 +14,13 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import MemoryReader
 from mmjax.interop.names import not_in_pytorch, tensor_shapes
-from mmjax.memory import NgramBag
 from mmjax.memory.ngram import (
   FIRST_OF_SIGNS,
   NO_TOKEN,
   SIGN_VECTORS,
-  cached_last_tokens,
-  last_tokens,
   sign_vectors,
 )
 from mmjax.model.cost import bytes_per_token, flops_per_token
-from mmjax.model.values import ValueReader
 from mmjax.run.directory import open_run
 from mmjax.training.row_gradients import RowSums
 from mmjax.training.step import make_gradient
@@ -89,28 +85,6 @@ def test_bank_gets_the_sum_of_all_gradients_also_row_by_row(remat):
   np.testing.assert_allclose(found, values + layer, rtol=1e-4, atol=1e-6)
 
 
-def test_convolution_weighs_the_rows_of_tokens_before_within_a_document():
-  bag = NgramBag(dim=8, n_rows=64, row_dim=4, n_heads=2, ngrams=(1, 2), signs=True)
-  bank_MP, conv_WhP = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(((64, 4), (3, 2, 4))))
-  reader = ValueReader(bag, 3)
-  assert not np.any(reader.conv[...])
-  reader.conv[...] = conv_WhP
-  token_BT = jax.random.randint(jax.random.key(2), (2, 7), 0, 99)
-  segment_BT = jnp.array([[0, 0, 0, 1, 1, 1, 1], [4, 5, 5, 5, 5, 6, 6]])
-  last_BTn = last_tokens(token_BT, 2 + 2, segment_BT)
-  selection, found_BThP = reader(last_BTn, bank_MP)
-  alone_BThP = bag.sums_of(last_BTn, bank_MP)[1]
-  np.testing.assert_array_equal(selection.row_BThr, bag.rows(token_BT, segment_BT))
-  for b, t in np.ndindex(token_BT.shape):
-    before = [back for back in range(3) if back <= t and segment_BT[b, t - back] == segment_BT[b, t]]
-    want_hP = alone_BThP[b, t] + sum(conv_WhP[back] * alone_BThP[b, t - back] for back in before)
-    np.testing.assert_allclose(found_BThP[b, t], want_hP, rtol=1e-5, atol=1e-5)
-  position_BT = jnp.array([[0, 1], [5, 6]])
-  decoded_BThP = reader.decode(cached_last_tokens(token_BT, position_BT, 4), bank_MP)
-  whole_BThP = reader(last_tokens(token_BT, 4), bank_MP)[1]
-  np.testing.assert_allclose(decoded_BThP, whole_BThP[jnp.arange(2)[:, None], position_BT], rtol=1e-5, atol=1e-5)
-
-
 def test_cost_is_a_projection_and_a_gate_for_each_layer_and_one_read():
   config, plain = tiny_config(**VALUES), tiny_config(model__sublayer='dense')
   flops = flops_per_token(config)
@@ -120,9 +94,6 @@ def test_cost_is_a_projection_and_a_gate_for_each_layer_and_one_read():
     flops_per_token(tiny_config(**VALUES | {'memory__value_layers': 'all'}))['value_rows'] == 2 * flops['value_rows']
   )
   assert bytes_per_token(config)['bank'] == 3 * 2 * 8 * 4
-  convolved = tiny_config(**VALUES, memory__value_conv=4)
-  assert flops_per_token(convolved)['bag_reads'] - flops['bag_reads'] == 3 * 2 * 4 * 3 * 8
-  assert bytes_per_token(convolved)['bank'] == 4 * bytes_per_token(config)['bank']
   assert bytes_per_token(config)['weights'] - bytes_per_token(plain)['weights'] == 4 * (3 * 8 * 16 + 12 * 2)
 
 
@@ -170,7 +141,6 @@ def test_rows_of_values_are_shown_and_exchanged_for_values_alone(tiny_run):
       ['memory.value_layers=2', 'memory.layers=1'],
       "memory.layers='1' does nothing in a model of dense layers",
     ),
-    ('dense', ['memory.value_conv=3'], 'memory.value_conv=3 does nothing without memory.value_layers'),
     ('dense', ['memory.ngrams=2'], "'ngram_bag', 'ngram_bucket' and memory.value_layers$"),
     ('dense', ['memory.value_layers=8'], "memory.value_layers='8' must be 'all', 'alternate' or different layers"),
     ('dense', ['memory.value_layers=1', 'memory.ngram_ranges=own', 'model.knowledge_num=9999'], 'at least 51200 with'),

@@ -9,7 +9,8 @@ from mmjax.config.wording import quote
 from mmjax.errors import UserError
 
 # Settings that no run of ours was better for, and the value at which they did nothing; None: none matters. How weights
-# are read has no part in these, so that any run can be read; it goes on only where it was trained without them.
+# are read has no part in these, but for READING, so that any run can be read; it goes on only where it was trained
+# without them.
 REMOVED = {
   'memory.revive_after': 0,
   'memory.revive_noise': None,
@@ -18,9 +19,12 @@ REMOVED = {
   'memory.balance_loss_weight': 0.0,
   'memory.bank_grad_clip': 0.0,
   'runtime.scan_layers': None,
+  'memory.value_conv': 0,
 }
+READING = ('memory.value_conv',)
 REMOVED_CHOICES = {'memory.query_key_norm': 'layer_norm', 'memory.score_activation': 'none'}  # these change the reading
-LAST_WITH_REMOVED = '1e0ca4d'  # the last commit that has them all
+LAST_WITH = {'memory.value_conv': 'b51c970'}  # the last commit that has a setting; of all others this one:
+LAST_WITH_REMOVED = '1e0ca4d'
 
 
 def gone_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -44,10 +48,12 @@ def as_of_today(settings: Any, *, to_train: bool) -> Any:
     return settings
   if to_train and (gone := gone_settings(settings)):
     name, value = next(iter(gone.items()))
-    raise UserError(f'{name}={quote(value)}{removed_remark(name)}; commit {LAST_WITH_REMOVED} trains with it')
+    last = LAST_WITH.get(name, LAST_WITH_REMOVED)
+    raise UserError(f'{name}={quote(value)}{removed_remark(name)}; commit {last} trains with it')
   for name, value in flatten(settings).items():
-    if removed_remark(name, value) and name not in REMOVED:
-      raise UserError(f'{name}={quote(value)}{removed_remark(name, value)}; commit {LAST_WITH_REMOVED} reads it')
+    if removed_remark(name, value) and (name not in REMOVED or (name in READING and value != REMOVED[name])):
+      last = LAST_WITH.get(name, LAST_WITH_REMOVED)
+      raise UserError(f'{name}={quote(value)}{removed_remark(name, value)}; commit {last} reads it')
   today = {name: dict(value) if isinstance(value, Mapping) else value for name, value in settings.items()}
   sections = {name: value for name, value in today.items() if isinstance(value, dict)}
   for name in REMOVED:

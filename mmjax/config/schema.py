@@ -33,7 +33,6 @@ BANK_RATE = (_unsaid('memory_bank', 'lr'), "when train.parameters gives the bank
 EMBEDDING_RATE = (_unsaid('embedding', 'lr'), "when train.parameters gives the embedding's rate")
 BANK_DECAY = (lambda c: c.train.weight_decay > 0 and _unsaid('memory_bank', 'decay')(c),
   'when train.weight_decay is 0 or train.parameters gives the decay of the bank')
-VALUE_LAYERS = (lambda c: c.memory.value_layers, 'without memory.value_layers')
 TRAIN_FILES = (lambda c: c.data.train_files, 'without data.train_files')
 NO_VALID_FILES = (lambda c: not c.data.valid_files, 'when data.valid_files is set')
 PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
@@ -106,8 +105,6 @@ class MemoryConfig:
     before='')
   value_layers: str = field('', "layers whose values get rows of n-grams: '1,3', 'all', 'alternate'; '': none",
     before='')
-  value_conv: int = field(0, 'width of a causal convolution over these rows before they are projected; 0: none', 0, 16,
-    before=0, needs=VALUE_LAYERS)
   input: str = field('attention', "the memory reads what attention added; 'residual': it reads the residual stream",
     choices=('attention', 'residual'))
   n_heads: int = field(1, '1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank', 1, 8)

@@ -30,7 +30,7 @@ from mmjax.inference.generate import padded_length
 from mmjax.memory import NgramBag
 from mmjax.model.lm import BANK, LM, Output, Params, model_graph
 from mmjax.model.sublayers import row_weights
-from mmjax.model.sublayers.memory import value_reader
+from mmjax.model.sublayers.memory import value_bag
 from mmjax.run.placement import Placement
 
 MOST_TOKENS = 4096  # of a text
@@ -309,7 +309,7 @@ def _addressed_memory(config: Config) -> NgramBag | None:
   rows = [SUBLAYERS[kind] for kind in layer_kinds(model, memory) if SUBLAYERS[kind].reads_ngrams]
   if rows:
     return nnx.eval_shape(lambda: rows[0].build(model, memory, rngs=nnx.Rngs(0))).memory
-  return value_reader(model, memory).bag if memory.value_layers else None
+  return value_bag(model, memory) if memory.value_layers else None
 
 
 def _inputs(split: TokenSplit, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:

@@ -23,7 +23,7 @@ from mmjax.config.sublayers import SUBLAYERS, layer_kinds, memory_layers
 from mmjax.errors import UserError
 from mmjax.kernels.matmul import TRAINED
 from mmjax.model.lm import BANK, Block, Params, abstract_params, without_bank
-from mmjax.model.sublayers.memory import value_reader
+from mmjax.model.sublayers.memory import value_bag
 
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
 
@@ -49,7 +49,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
     cross attention        2 (2 D D + 2 D P + 2 N R P)
     bag                    2 (2 D h P), half of that without its gate
-    bag reads              2 R P: the weighted sums; those of value rows once, and 2 W h P for a convolution W wide
+    bag reads              2 R P: the weighted sums; those of value rows once
     dense                  2 * 3 D F, also where it stands beside a memory (F = memory.ffn_dim)
     experts                2 (3 D F (chosen + shared) + D E): those a token uses, not all that are computed
   and 2 D V for the head. The backward pass doubles it, giving 3 times the forward pass; a gate that
@@ -62,7 +62,9 @@ def flops_per_token(config: Config) -> dict[str, float]:
     FLOPs of each part over all layers, and their sum as 'total'.
   """
   model, memory = config.model, config.memory
-  counts = Counter(_value_flops(model, memory) if memory.value_layers else {})
+  counts = Counter()
+  if memory.value_layers:
+    counts['bag_reads'] = value_bag(model, memory).flops()['bag_reads']
   for number, kind in enumerate(layer_kinds(model, memory)):
     counts.update(_block_flops(number, kind, model, memory))
   parts = {name: float(flops) for name, flops in counts.items()}
@@ -74,12 +76,6 @@ def flops_per_token(config: Config) -> dict[str, float]:
 def _block_flops(number: int, kind: str, model: ModelConfig, memory: MemoryConfig) -> dict[str, int]:
   """Asks a block, without its values."""
   return nnx.eval_shape(lambda: Block(model, memory, number, kind, rngs=nnx.Rngs(0))).flops(model.max_seq_len)
-
-
-@functools.cache
-def _value_flops(model: ModelConfig, memory: MemoryConfig) -> dict[str, int]:
-  """Asks what reads the rows that go into values."""
-  return nnx.eval_shape(lambda: value_reader(model, memory)).flops()
 
 
 def count_params(params: Params) -> tuple[int, int]:
@@ -96,8 +92,7 @@ def bytes_per_token(config: Config) -> dict[str, int]:
     the head) among it. 'total': their sum.
   """
   model = config.model
-  readers = len(memory_layers(config)) + max(0, config.memory.value_conv - 1)
-  reads = readers * config.memory.n_heads * model.num_selected
+  reads = len(memory_layers(config)) * config.memory.n_heads * model.num_selected
   bank, weights = 4 * reads * model.knowledge_dim, 4 * count_params(abstract_params(config))[1]
   return {'bank': bank, 'weights': weights, 'total': bank + weights}
 

@@ -60,7 +60,7 @@ def decode(model: LM, tokens_BT: Array, cache: Cache, position_B: Array, *, dtyp
   bank_MP = None if model.memory_bank is None else model.memory_bank[...]
   token_BS = cache.token_BS.at[jnp.arange(len(tokens_BT))[:, None], position_BT].set(tokens_BT)
   last_BTn = cached_last_tokens(token_BS, position_BT, model.n_last) if model.n_last else None
-  rows_BThP = model.value_reader.decode(last_BTn, bank_MP) if model.value_reader else None
+  rows_BThP = model.value_bag.sums_of(last_BTn, bank_MP)[1] if model.value_bag else None
   x_BTD = model.embedding[...][tokens_BT]
   layers = []
   for layer, kv in zip(model.layers, cache.layers, strict=True):

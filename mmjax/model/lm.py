@@ -105,14 +105,13 @@ class LM(nnx.Module):
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, number, kind, rngs=rngs) for number, kind in enumerate(kinds)])
-    read_values = None
+    self.value_bag = None
     if memory.value_layers:
-      from mmjax.model.sublayers.memory import value_reader  # only here: a model imports what it has
+      from mmjax.model.sublayers.memory import value_bag  # only here: a model imports what it has
 
-      read_values = value_reader(model, memory)
-    self.value_reader = read_values
-    reads_ngrams = self.value_reader or any(SUBLAYERS[kind].reads_ngrams for kind in kinds)
-    self.n_last = max(memory.ngram_of_heads()) + max(0, memory.value_conv - 1) if reads_ngrams else 0
+      self.value_bag = value_bag(model, memory)
+    reads_ngrams = self.value_bag or any(SUBLAYERS[kind].reads_ngrams for kind in kinds)
+    self.n_last = max(memory.ngram_of_heads()) if reads_ngrams else 0
     self.norm = RMSNorm(model.dim, model.norm_eps)
     self.head_dim = model.head_dim
     self.rope_theta = model.rope_theta
@@ -158,8 +157,8 @@ class LM(nnx.Module):
       return bank_of_reader(next(readers), bank_MP) if bank_of_reader else bank_MP
 
     reads, rows_BThP = [], None
-    if self.value_reader:
-      selection, rows_BThP = self.value_reader(last_BTn, bank_to_read())
+    if self.value_bag:
+      selection, rows_BThP = self.value_bag.sums_of(last_BTn, bank_to_read())
       reads.append([x.reshape(*tokens_BT.shape, -1) for x in selection[:2]])
 
     def attend(layer: Attention, x_BTD: Array, norm: RMSNorm) -> tuple[Array, LayerCache]:

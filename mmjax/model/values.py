@@ -1,7 +1,6 @@
 """What attention may add to its values: an embedding of the token, and rows of a bank that the last tokens address."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,55 +8,6 @@ from flax import nnx
 from jax import Array
 
 from mmjax.kernels.matmul import TRAINED, matmul, uniform
-from mmjax.memory import NgramBag
-from mmjax.memory.base import Bank, Selection
-from mmjax.memory.ngram import NO_TOKEN
-
-
-class ValueReader(nnx.Module):
-  """Reads the rows of all layers whose values get some, once, and adds a short causal convolution over them.
-
-  The convolution weighs each value of a token's rows and of those of the tokens before it, as many as `conv_width` says
-  in all, within its document. It starts at 0. Source: Allen-Zhu 2025, arXiv:2512.17351, who puts it into each layer.
-  """
-
-  def __init__(self, bag: NgramBag, conv_width: int):
-    self.bag = bag
-    self.conv = nnx.Param(jnp.zeros((conv_width, bag.n_heads, bag.row_dim), jnp.float32)) if conv_width else None
-
-  def __call__(self, last_BTn: Array, bank_MP: Bank) -> tuple[Selection, Array]:
-    """Returns what each position of whole rows reads, and float32 rows_BThP, what the heads make of that.
-
-    Args:
-      last_BTn: int32, the last tokens, as many as n-grams look at and, with a convolution, conv_width - 1 more.
-      bank_MP: as `Memory.apply` takes it.
-    """
-    selection, rows_BThP = self.bag.sums_of(last_BTn, bank_MP)
-
-    def shifted(back: int) -> Array:
-      return jnp.pad(rows_BThP, ((0, 0), (back, 0), (0, 0), (0, 0)))[:, : rows_BThP.shape[1]]
-
-    return selection, self._convolve(rows_BThP, last_BTn, shifted)
-
-  def flops(self) -> dict[str, int]:
-    """See mmjax.model.sublayers."""
-    width = 0 if self.conv is None else math.prod(self.conv.shape)
-    return {'bag_reads': self.bag.flops()['bag_reads'] + TRAINED * 2 * width}
-
-  def decode(self, last_BTn: Array, bank_MP: Bank) -> Array:
-    """Returns float32 rows_BThP for some positions of rows: those of earlier tokens are read once more."""
-    rows_BThP = self.bag.sums_of(last_BTn, bank_MP)[1]
-    return self._convolve(rows_BThP, last_BTn, lambda back: self.bag.sums_of(last_BTn[..., back:], bank_MP)[1])
-
-  def _convolve(self, rows_BThP: Array, last_BTn: Array, earlier: Callable[[int], Array]) -> Array:
-    if self.conv is None:
-      return rows_BThP
-    weights = self.conv[...]
-    out_BThP = rows_BThP * (1 + weights[0])
-    for back in range(1, len(weights)):
-      is_there_BT11 = (last_BTn[..., back] != NO_TOKEN)[..., None, None]
-      out_BThP += jnp.where(is_there_BT11, earlier(back), 0) * weights[back]
-    return out_BThP
 
 
 class GatedValues(nnx.Module):

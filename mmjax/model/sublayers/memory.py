@@ -16,7 +16,6 @@ from mmjax.memory.base import ParamTree
 from mmjax.model.layers import dropout
 from mmjax.model.sublayers import SublayerInput, SublayerOutput
 from mmjax.model.sublayers.dense import DenseFFN
-from mmjax.model.values import ValueReader
 
 
 class MemorySublayer(MemoryLayer):
@@ -71,9 +70,9 @@ def ngram_bucket(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) ->
   return _sublayer(NgramBucket(**_ngram_sizes(model, memory), key_dim=memory.query_dim(model)), memory, rngs)
 
 
-def value_reader(model: ModelConfig, memory: MemoryConfig) -> ValueReader:
-  """Returns what reads the rows that go into the values of attention."""
-  return ValueReader(NgramBag(**_ngram_sizes(model, memory)), memory.value_conv)
+def value_bag(model: ModelConfig, memory: MemoryConfig) -> NgramBag:
+  """Returns what reads the rows that go into the values of attention: once, for all layers."""
+  return NgramBag(**_ngram_sizes(model, memory))
 
 
 def _sublayer(sizes: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySublayer:
