@@ -29,12 +29,12 @@ class MemorySublayer(MemoryLayer):
 
   def __call__(self, inputs: SublayerInput, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers; raises ValueError as `Memory.apply` does."""
-    kept_BTh = None
-    if inputs.key is not None and self.row_dropout:
-      kept_BTh = dropout(jnp.ones((*inputs.h_BTD.shape[:2], self.memory.n_heads)), self.row_dropout, inputs.key)
     x_BTD = inputs.h_BTD if self.reads_residual else inputs.h_attn_BTD
-    addresses = self.memory.addresses(inputs.last_BTn)
-    out = super().__call__(x_BTD, inputs.bank_MP, *addresses, kept_BTh, dtype=dtype)
+    row_BThr, sign_BTh = self.memory.addresses(inputs.last_BTn)
+    kept_BTh = None
+    if self.row_dropout and inputs.key is not None and row_BThr is not None:  # what a gate picks is never dropped
+      kept_BTh = dropout(jnp.ones(row_BThr.shape[:3]), self.row_dropout, inputs.key)
+    out = super().__call__(x_BTD, inputs.bank_MP, row_BThr, sign_BTh, kept_BTh, dtype=dtype)
     if self.ffn is None:
       return out
     return out._replace(delta_BTD=out.delta_BTD + self.ffn(inputs, dtype).delta_BTD)
@@ -80,7 +80,7 @@ def _sublayer(sizes: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySubl
     sizes,
     reads_residual=memory.input == 'residual',
     ffn_dim=memory.ffn_dim,
-    row_dropout=memory.row_dropout if isinstance(sizes, NgramBag) else 0.0,  # what a gate picks is never dropped
+    row_dropout=memory.row_dropout,
     rngs=rngs,
   )
 
