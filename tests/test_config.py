@@ -287,7 +287,11 @@ IDLE = [  # config, override, what is said
     'when data.valid_files is set',
   ),
   ('base', 'data.text_key=body', "data.text_key='body' does nothing without data.train_files"),
-  ('base', 'train.beta2=0.9 --config.train.optimizer=sgd', 'train.beta2=0.9 does nothing with train.optimizer='),
+  (
+    'base',
+    'train.beta2=0.9 --config.train.optimizer=sgd',
+    "train.beta2=0.9 does nothing with a train.optimizer that is not Adam's",
+  ),
   ('quickstart', 'train.epochs=1', 'train.epochs=1.0 does nothing when train.max_steps is set'),
   ('base', 'runtime.num_processes=2 --config.runtime.coordinator=auto', "nothing with runtime.coordinator='auto'"),
 ]

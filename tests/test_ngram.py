@@ -191,7 +191,14 @@ def test_what_a_gate_picks_is_not_dropped_beside_layers_of_ngrams():
   config = tiny_config(model__sublayer='memory_bag', memory__ngram_layers='1', memory__row_dropout=0.25)
   graphdef, params = build_model(config)
   model = nnx.merge(graphdef, params)
-  assert [block.sublayer.row_dropout for block in model.layers] == [0.0, 0.25]
+  h_BTD = jax.random.normal(jax.random.key(0), (2, 5, config.model.dim))
+  last_BTn, key = jnp.zeros((2, 5, max(config.memory.ngram_of_heads())), jnp.int32), jax.random.key(1)
+  for block, drops in zip(model.layers, (False, True), strict=True):
+    whole, dropped = (
+      block.sublayer(SublayerInput(h_BTD, h_BTD, model.memory_bank[...], last_BTn, own_key), jnp.float32).delta_BTD
+      for own_key in (None, key)
+    )
+    assert np.array_equal(whole, dropped) != drops
 
 
 @pytest.mark.thorough
