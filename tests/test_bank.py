@@ -121,3 +121,22 @@ def test_reads_of_a_tapped_bank_add_up_to_its_gradient(bag):
   assert value == tapped_value and not np.any(none)
   np.testing.assert_allclose(add_reads(jnp.zeros((9, 3)), row, reads), want, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(got_weight, want_weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('bag', [False, True])
+def test_gradients_of_a_narrow_bank_add_up_in_float32(bag):
+  bank_MP = jax.random.normal(jax.random.key(0), (4, 3))
+  row_X1 = jnp.repeat(jnp.arange(4), jnp.array([3000, 5, 1, 0]), total_repeat_length=3006)[:, None]
+
+  def gradient(bank_MP):
+    def total(bank_MP):
+      if bag:
+        return bank_bag(bank_MP, row_X1, jnp.ones(row_X1.shape)).sum()
+      return bank_lookup(bank_MP, row_X1, jnp.float32).sum()
+
+    return jax.jit(jax.grad(total))(bank_MP)
+
+  narrow_MP = gradient(bank_MP.astype(jnp.bfloat16))
+  assert narrow_MP.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(narrow_MP, gradient(bank_MP).astype(jnp.bfloat16))
+  np.testing.assert_allclose(narrow_MP[:, 0].astype(jnp.float32), [3000, 5, 1, 0], rtol=1 / 256)

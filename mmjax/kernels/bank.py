@@ -109,7 +109,7 @@ def bank_lookup(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BTR: A
   """Gathers rows of the bank.
 
   Args:
-    bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped; may be packed.
+    bank_MP: float; may be sharded by rows under jit; may be a part of a bank; may be tapped; may be packed.
     row_BTR: int32 in [0, M), in any order and number, any number of axes.
     dtype: of the result.
 
@@ -124,7 +124,26 @@ def bank_lookup(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BTR: A
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
     return _tapped(jax.lax.stop_gradient(bank_MP)[row_BTR].astype(dtype), tap.grad)
-  return bank_MP[row_BTR].astype(dtype)  # rows are cast, and their gradients back, so that these add up in float32
+  if isinstance(bank_MP, PackedBank) or bank_MP.dtype == jnp.float32:
+    return bank_MP[row_BTR].astype(dtype)  # rows are cast, and their gradients back, so that these add up in float32
+  return _narrow_lookup(bank_MP, row_BTR, jnp.dtype(dtype))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _narrow_lookup(bank_MP: Array, row_BTR: Array, dtype: jnp.dtype) -> Array:
+  return bank_MP[row_BTR].astype(dtype)
+
+
+def _narrow_lookup_bwd(dtype, residuals, grad_BTRP):
+  bank_MP, row_BTR = residuals
+  sums_MP = jnp.zeros(bank_MP.shape, jnp.float32)
+  grad_MP = _add_scatter(sums_MP, row_BTR.reshape(-1), grad_BTRP.reshape(-1, bank_MP.shape[1]))
+  return grad_MP.astype(bank_MP.dtype), None
+
+
+_narrow_lookup.defvjp(
+  lambda bank_MP, row_BTR, dtype: (_narrow_lookup(bank_MP, row_BTR, dtype), (bank_MP, row_BTR)), _narrow_lookup_bwd
+)
 
 
 @jax.named_scope('lookup')
@@ -134,7 +153,7 @@ def bank_bag(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BThr: Arr
   The rows are read again in the backward pass instead of kept: r times the memory of the sums.
 
   Args:
-    bank_MP: float32; may be sharded by rows under jit; may be a part of a bank; may be tapped; may be packed.
+    bank_MP: float; may be sharded by rows under jit; may be a part of a bank; may be tapped; may be packed.
     row_BThr: int32 in [0, M), in any order and number, any number of axes; the last is summed over.
     weight_BThr: float32, like `row_BThr`.
 
@@ -191,7 +210,7 @@ def _bag_fwd(bank_MP, row_BThr, weight_BThr, differentiable):
 
 def _bag_bwd(differentiable, residuals, grad_BThP):
   def no_sums(bank_MP):
-    return jnp.zeros_like(bank_MP) if differentiable else jnp.zeros((), jnp.float32)
+    return jnp.zeros(bank_MP.shape if differentiable else (), jnp.float32)
 
   def add_rows(sums_MP, bank_MP, row, weight, grad):
     if differentiable:
@@ -210,7 +229,7 @@ def _bag_bwd(differentiable, residuals, grad_BThP):
     return grad_MP, jnp.moveaxis(grad_weight_rBTh, 0, -1)
 
   grad_MP, grad_weight_BThr = jax.lax.platform_dependent(*residuals, grad_BThP, cpu=one_by_one, default=whole)
-  return grad_MP if differentiable else None, None, grad_weight_BThr
+  return grad_MP.astype(residuals[0].dtype) if differentiable else None, None, grad_weight_BThr
 
 
 _bag.defvjp(_bag_fwd, _bag_bwd)
