@@ -86,6 +86,23 @@ def test_home_is_meant_by_a_leading_tilde_in_every_path(module, flags, tmp_path,
   assert stopped.value.code == 2 and ('~' not in err or 'must lie in a folder that is there' in err), err
 
 
+@pytest.mark.parametrize(
+  ('tool', 'flags', 'output'),
+  [
+    ('inspect', ['--workdir', 'x', '--row', '1'], '--json'),
+    ('breakdown', ['x'], '--json'),
+    ('breakdown', ['x'], '--markdown'),
+    ('serve', ['--workdir', 'x', '--text', 'a'], '--save'),
+  ],
+)
+def test_folder_of_what_will_be_written_is_looked_for_at_once(tool, flags, output, tmp_path, monkeypatch, capfd):
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(sys, 'argv', [tool, *flags, output, 'nowhere/x'])
+  with pytest.raises(SystemExit):
+    run_command(importlib.import_module(f'mmjax.tools.{tool}').main)
+  assert f"{output} 'nowhere/x' must lie in a folder that is there" in capfd.readouterr().err
+
+
 def test_home_is_where_what_is_written_goes(text, tmp_path, monkeypatch, capfd):
   monkeypatch.setenv('HOME', str(tmp_path))
   monkeypatch.chdir(tmp_path)

@@ -7,6 +7,7 @@ import pytest
 from mmjax.config import load_config
 from mmjax.errors import UserError
 from mmjax.model.cost import bytes_per_token, flops_per_token, matching_width, width_field, with_width
+from mmjax.report.numbers import costs
 from mmjax.tools import cost as cost_tool
 from tests.helpers import tiny_config
 
@@ -72,6 +73,12 @@ def test_bytes_are_those_of_rows_and_weights():
 
 
 @pytest.mark.thorough
+@pytest.mark.parametrize(('optimizer', 'moments'), [('adamw', 2), ('sgd', 0)])
+def test_state_is_what_the_optimizer_keeps(optimizer, moments):
+  found = costs(tiny_config(train__optimizer=optimizer))
+  assert found['bytes of parameters and optimizer state'] == 4 * (1 + moments) * found['parameters']
+
+
 def test_tool_prints_the_costs_and_the_width_that_matches(monkeypatch, capsys):
   flags = ['--config', 'configs/product_key_bag.py', '--match', RECORD, '--config.memory.ffn_dim=8']
   monkeypatch.setattr(sys, 'argv', ['cost', *flags])

@@ -5,7 +5,7 @@ mmjax/config/schema.py states every setting once. The dataclasses are frozen: af
 
 from mmjax.config.history import as_of_today, gone_settings
 from mmjax.config.idle import idle_settings
-from mmjax.config.paths import expand_home, user_path
+from mmjax.config.paths import check_output, expand_home, user_path
 from mmjax.config.python_files import call_python_file, own_config
 from mmjax.config.reading import (
   base_config,

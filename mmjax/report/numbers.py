@@ -1,12 +1,17 @@
 """The numbers of evaluations and of costs: each with its name and how it is written, stated once for every table."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import jax
 
 from mmjax.config import Config
 from mmjax.console import Table, number
 from mmjax.model.cost import bytes_per_token, count_params, flops_per_token
 from mmjax.model.lm import abstract_params
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.step import init_state
 
 # Of mmjax.evaluation.evaluate.EvalResult: field -> (name, format).
 QUALITY = {
@@ -82,10 +87,17 @@ def costs(config: Config) -> dict[str, float]:
   return flops | {
     'parameters': total,
     'parameters not in the bank': without_bank,
-    'bytes of parameters and optimizer state': 3 * 4 * total,
+    'bytes of parameters and optimizer state': _state_bytes(config),
     'bytes of rows that a token reads': touched['bank'],
     'bytes of other parameters that a token reads': touched['weights'],
   }
+
+
+def _state_bytes(config: Config) -> int:
+  """Counts parameters and what the optimizer keeps of them."""
+  state = jax.eval_shape(partial(init_state, config, make_optimizer(config, total_steps=1)))
+  kept = jax.tree.leaves([state.get(name) for name in ('params', 'opt_state', 'bank_moments')])
+  return sum(leaf.size * leaf.dtype.itemsize for leaf in kept if leaf.ndim)  # counters of updates are no arrays
 
 
 def cost_table(columns: Mapping[str, Mapping[str, float]]) -> Table:

@@ -11,7 +11,7 @@ now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 from collections.abc import Sequence
 from typing import Any
 
-from mmjax.config import user_path
+from mmjax.config import check_output, user_path
 from mmjax.console import Table, command_parser, markdown, number, prepare_terminal, rounded_tokens, show
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import add_model_flags, model_from_flags
@@ -35,6 +35,8 @@ def main() -> None:
   add_model_flags(parser)
   arguments, overrides = parser.parse_known_args()
   sizes = ngram_sizes(arguments.ngrams)
+  check_output('--json', arguments.json)
+  check_output('--markdown', arguments.markdown)
 
   with interrupt_ends_at_once():
     from mmjax.files import write_file, write_json  # only now: --help and bad flags need not wait for JAX

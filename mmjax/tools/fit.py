@@ -48,8 +48,9 @@ def main() -> None:
   config = load_config(arguments.config, overrides)
   names = arguments.gpu.split(',') if arguments.markdown else [arguments.gpu]
   cards = [find_card(name) for name in names]
-  if arguments.devices < 1:
-    raise UserError(f'--devices={arguments.devices} must be at least 1')
+  for name, least in (('devices', 1), ('top', 0)):
+    if (value := getattr(arguments, name)) < least:
+      raise UserError(f'--{name}={value} must be at least {least}')
   for card in cards:
     check_card(config, card)
   has_gpu = find_driver() is not None

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 from rich.text import Text
 
-from mmjax.config import override_config, user_path
+from mmjax.config import check_output, override_config, user_path
 from mmjax.config.sublayers import layer_name
 from mmjax.console import Table, command_parser, number, prepare_terminal, printable, show, table_console
 from mmjax.data.reader import read_text
@@ -87,8 +87,7 @@ def text_of(arguments: argparse.Namespace) -> str | None:
     value = getattr(arguments, name)
     if value is not None and value < least:
       raise UserError(f'--{name} {value} must be at least {least}')
-  if arguments.json and not user_path(arguments.json).absolute().parent.is_dir():
-    raise UserError(f"--json '{arguments.json}' must lie in a folder that is there")
+  check_output('--json', arguments.json)
   if arguments.text is not None and arguments.text_file is not None:
     raise UserError('give --text or --text_file, not both')
   if arguments.text_file is None:

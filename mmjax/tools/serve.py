@@ -9,7 +9,7 @@ Needs `pip install 'mmjax[serve]'`. Exit codes: 0 done, 2 user error, 4 storage.
 
 import argparse
 
-from mmjax.config import user_path
+from mmjax.config import check_output, user_path
 from mmjax.console import command_parser, prepare_terminal
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import add_model_flags, model_from_flags
@@ -60,6 +60,7 @@ def check(arguments: argparse.Namespace) -> None:
   if bool(arguments.save) != (arguments.text is not None):
     given, missing = ('--save', '--text TEXT') if arguments.save else ('--text', '--save FILE')
     raise UserError(f'{given} needs {missing}: a saved page shows one text')
+  check_output('--save', arguments.save)
   try:
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
