@@ -332,6 +332,13 @@ def test_rows_of_ngrams_that_are_missing_or_of_another_shape_are_refused(row_BTh
     memory.apply(memory.init(jax.random.key(0)), jnp.zeros((1, 2, 8)), jnp.zeros((64, 8)), row_BThr)
 
 
+def test_rows_of_a_larger_bank_are_refused():
+  memory = NgramBag(dim=8, n_rows=16, row_dim=8, n_heads=2)
+  row_BThr = jnp.full((1, 2, 2, 1), 16)
+  with pytest.raises(ValueError, match='row 16 of n-grams must be below n_rows=16'):
+    memory.apply(memory.init(jax.random.key(0)), jnp.zeros((1, 2, 8)), jnp.zeros((16, 8)), row_BThr)
+
+
 @pytest.mark.parametrize('last_BTn', [jnp.zeros((1, 4, 1), jnp.int32), jnp.zeros((1, 4, 2))])
 def test_too_few_last_tokens_and_fractions_are_refused(last_BTn):
   memory = NgramBag(dim=8, n_rows=64, row_dim=8, n_heads=2, ngrams=(1, 2), signs=True)

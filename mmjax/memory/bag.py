@@ -181,6 +181,8 @@ class NgramBag(_Bag):
       raise ValueError(
         f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {row_BThr.shape}'
       )
+    if not isinstance(row_BThr, jax.core.Tracer) and row_BThr.size and row_BThr.max() >= self.n_rows:
+      raise ValueError(f'row {row_BThr.max()} of n-grams must be below n_rows={self.n_rows}')
     return Selection(row_BThr, jnp.zeros(shape, jnp.float32))
 
   def weights(self, selection: Selection) -> Array:

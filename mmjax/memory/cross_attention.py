@@ -28,6 +28,11 @@ class CrossAttention(RowsMemory):
 
   attention_heads: int = 1
 
+  def __post_init__(self):
+    super().__post_init__()
+    if self.dim % self.attention_heads:
+      raise ValueError(f'dim={self.dim} must be divisible by attention_heads={self.attention_heads}')
+
   def init_read(self, rngs: nnx.Rngs) -> Params:
     """Returns the kernels `wq` and `wo`, (D, D), `wk` and `wv`, (P, D)."""
     square, of_rows = (self.dim, self.dim), (self.row_dim, self.dim)
