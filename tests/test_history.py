@@ -50,7 +50,7 @@ def test_weights_that_would_be_read_otherwise_are_refused(field, value):
 
 
 def test_run_with_a_parameter_that_is_gone_is_not_read():
-  with pytest.raises(UserError, match=r'memory.value_conv=4: mmjax no longer has it, .*; commit b51c970 reads it'):
+  with pytest.raises(UserError, match=r'memory.value_conv=4: mmjax no longer has it, .*; commit c5a56c4 reads it'):
     as_of_today(saved(value_conv=4), to_train=False)
 
 

@@ -23,7 +23,7 @@ REMOVED = {
 }
 READING = ('memory.value_conv',)
 REMOVED_CHOICES = {'memory.query_key_norm': 'layer_norm', 'memory.score_activation': 'none'}  # these change the reading
-LAST_WITH = {'memory.value_conv': 'b51c970'}  # the last commit that has a setting; of all others this one:
+LAST_WITH = {'memory.value_conv': 'c5a56c4'}  # the last commit that has a setting; of all others this one:
 LAST_WITH_REMOVED = '1e0ca4d'
 
 
