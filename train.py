@@ -16,7 +16,7 @@ def main() -> None:
     '--allow_config_change', action='store_true', help='resume with other schedule settings (train.*)'
   )
   parser.add_argument(
-    '--init_from', default='', metavar='RUN[@CHECKPOINT]',
+    '--init_from', metavar='RUN[@CHECKPOINT]',
     help='start from the weights and the tokenizer of another run: of its best checkpoint, @last or @STEP',
   )  # fmt: skip
   args, overrides = parser.parse_known_args()

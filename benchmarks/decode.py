@@ -9,6 +9,7 @@ counted; it is shown.
 import argparse
 import os
 import time
+from functools import partial
 from typing import Any
 
 import common
@@ -35,7 +36,7 @@ def main() -> None:
   parser.add_argument('--against', choices=('torch',), help='also run the PyTorch port, uncached, once: minutes')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, overrides)
-  port, params = torch_pair(config) if arguments.against else (None, init_params(config))
+  port, params = torch_pair(config) if arguments.against else (None, jax.jit(partial(init_params, config))())
   decoder = Decoder(config, params, eos_id=NO_EOS, placement=place_reader(config, dtype=arguments.dtype))
   decoding = measure_decoding(decoder, port, config, arguments)
   weights_bytes = count_params(params)[1] * jnp.dtype(arguments.dtype).itemsize

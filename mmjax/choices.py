@@ -9,6 +9,9 @@ SCORES = ('none', 'scale')
 SCORE_ACTIVATION = ('softmax', 'relu')
 CHECKPOINT = 'best'  # of a run that is read, unless another is asked for: 'last', or the number of a step
 NORM_EPS = 1e-5
+NGRAMS = (2, 3)  # by whose counts a loss is broken down
+TOP = 5  # rows, contexts and tokens to show of a memory
+EVERY_RUN = '*'  # of a sweep
 
 
 def nearest_squares(number: int) -> str:

@@ -208,12 +208,16 @@ def lock(descriptor: int, waiting: Callable[[], None], shared: bool = False) -> 
 
 
 @contextlib.contextmanager
-def removed_unless_whole(directory: Path) -> Iterator[None]:
-  """Removes a new directory if whatever fills it does not come to its end."""
+def removed_unless_whole(directory: Path, last: str) -> Iterator[None]:
+  """Removes a new directory if whatever fills it does not come to its end.
+
+  If the file that is written last is there, another process was faster, and its directory stays.
+  """
   try:
     yield
   except BaseException:
-    shutil.rmtree(directory, ignore_errors=True)
+    if not (directory / last).exists():
+      shutil.rmtree(directory, ignore_errors=True)
     raise
 
 

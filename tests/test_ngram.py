@@ -332,6 +332,14 @@ def test_rows_of_ngrams_that_are_missing_or_of_another_shape_are_refused(row_BTh
     memory.apply(memory.init(jax.random.key(0)), jnp.zeros((1, 2, 8)), jnp.zeros((64, 8)), row_BThr)
 
 
+def test_a_jitted_function_may_close_over_its_tokens_and_rows():
+  memory = NgramBag(dim=8, n_rows=64, row_dim=4, n_heads=2, ngrams=(1, 2), vocab_size=10)
+  last_BTn, bank_MP = last_tokens(jnp.arange(8).reshape(1, 8), 2), jnp.ones((64, 4))
+  row_BThr, params = memory.rows_of(last_BTn), memory.init(jax.random.key(0))
+  assert jax.jit(lambda bank_MP: memory.sums_of(last_BTn, bank_MP)[1])(bank_MP).shape == (1, 8, 2, 4)
+  assert jax.jit(lambda x_BTD: memory.apply(params, x_BTD, bank_MP, row_BThr).delta_BTD)(jnp.ones((1, 8, 8))).shape
+
+
 def test_rows_of_a_larger_bank_are_refused():
   memory = NgramBag(dim=8, n_rows=16, row_dim=8, n_heads=2)
   row_BThr = jnp.full((1, 2, 2, 1), 16)

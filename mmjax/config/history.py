@@ -23,8 +23,8 @@ REMOVED = {
 }
 READING = ('memory.value_conv',)
 REMOVED_CHOICES = {'memory.query_key_norm': 'layer_norm', 'memory.score_activation': 'none'}  # these change the reading
-LAST_WITH = {'memory.value_conv': 'c5a56c4'}  # the last commit that has a setting; of all others this one:
-LAST_WITH_REMOVED = '1e0ca4d'
+LAST_WITH = {'memory.value_conv': 'c5a56c4'}  # the last commit that has a setting
+LAST_WITH_REMOVED = '1e0ca4d'  # and all others
 
 
 def gone_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,4 +69,4 @@ def as_of_today(settings: Any, *, to_train: bool) -> Any:
 def removed_remark(name: str, choice: Any = None) -> str:
   """Returns what to say of a setting, or a choice for one, that went; '' of any other."""
   gone = name in REMOVED or (choice is not None and REMOVED_CHOICES.get(name) == choice)
-  return ': mmjax no longer has it, since no run was better for it' if gone else ''
+  return ': mmjax no longer has it, since no run was clearly better for it' if gone else ''

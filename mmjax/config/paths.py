@@ -32,5 +32,5 @@ def user_path(text: str | os.PathLike) -> Path:
 
 def check_output(flag: str, text: str | None) -> None:
   """Raises UserError if a flag names a file whose folder is not there: before what it would hold is computed."""
-  if text and not user_path(text).absolute().parent.is_dir():
+  if text is not None and not user_path(text).absolute().parent.is_dir():
     raise UserError(f"{flag} '{text}' must lie in a folder that is there")

@@ -35,10 +35,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def nearest_file(path: Path) -> str:
   """Returns what `nearest` does for a file that is not there, by stems in its folder; or that there is no folder."""
+  if not path.parent.is_dir():
+    return f"; there is no folder '{path.parent}'"
   try:
     known = {near.stem: near for near in sorted(path.parent.iterdir())}
-  except OSError:
-    return f"; there is no folder '{path.parent}'"
+  except OSError:  # a folder that may not be listed
+    return ''
   found = difflib.get_close_matches(path.stem, known, n=1, cutoff=LIKE)
   return f"; did you mean '{known[found[0]]}'?" if found else ''
 

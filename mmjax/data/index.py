@@ -119,7 +119,7 @@ def shard_files(shard: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def open_shards(directory: Path, split: Mapping[str, Any], dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-  """Yields the tokens of each shard of a split, memory-mapped, and where its documents begin, with the end."""
+  """Yields the tokens of each shard, mapped, of `dtype`, and where its documents begin, with the end, int64."""
   for shard in split['shards']:
     tokens = np.memmap(directory / shard['file'], np.dtype(dtype).newbyteorder('<'), 'r', shape=(shard['tokens'],))
     yield tokens, np.load(directory / shard['offsets_file'], 'r', allow_pickle=False)

@@ -41,7 +41,7 @@ def read_snippets(split: TokenSplit, start_X: np.ndarray, length: int) -> np.nda
 
 
 def snippet_texts(split: TokenSplit, start_X: np.ndarray, length: int) -> list[str]:
-  """Returns the texts of snippets."""
+  """Returns the texts of snippets, which begin at int64 positions of the stream."""
   return [split.tokenizer.decode(tokens) for tokens in read_snippets(split, start_X, length)]
 
 

@@ -184,7 +184,7 @@ def bank_health(counts_M: np.ndarray) -> dict[str, float]:
   """Measures how evenly the rows of a bank are used.
 
   Args:
-    counts_M: int; how often each row was selected.
+    counts_M: int32 or int64; how often each row was selected.
 
   Returns:
     used_share: share of rows selected at least once. kl_to_uniform: KL(usage || uniform) in nats, 0 to log M.

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mmjax.choices import CHECKPOINT
+from mmjax.choices import CHECKPOINT, NGRAMS
 from mmjax.config import Config, override_config
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split
 from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
@@ -64,7 +64,7 @@ class Losses(NamedTuple):
 def break_down(
   runs: Sequence[str | Path],
   checkpoint: str | int = CHECKPOINT,
-  ngrams: Sequence[int] = (2, 3),
+  ngrams: Sequence[int] = NGRAMS,
   valid_files: Sequence[str] = (),
   overrides: Sequence[str] = (),
   **placement: Any,
@@ -232,7 +232,7 @@ def _groups(grouping: Grouping, losses: Losses, first: Losses) -> list[dict[str,
 
 
 def clustered_error(value_X: np.ndarray, cluster_X: np.ndarray) -> float | None:
-  """Returns the standard error of a mean whose values depend on each other within a cluster; None of one cluster.
+  """Returns the standard error of a mean of floats that depend on each other within a cluster; None of one cluster.
 
   That is the ratio estimator's: sqrt(n / (n - 1) * sum_c (sum_{x in c} (value_x - mean))^2) / X for n clusters.
   """

@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
+from mmjax.choices import TOP
 from mmjax.config import Config
 from mmjax.config.sublayers import SUBLAYERS, bank_readers, layer_kinds
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
@@ -27,6 +28,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
+from mmjax.inference.sampling import only_pieces
 from mmjax.memory import NgramBag
 from mmjax.model.lm import BANK, LM, Output, Params, model_graph
 from mmjax.model.sublayers import row_weights
@@ -63,7 +65,7 @@ class MemoryReader:
     self.weighs = {layer: row.scores_weigh(config.memory) for layer, row in rows.items()}
     self._addressed = _addressed_memory(config)
     self._weighs_L111 = np.array(list(self.weighs.values()))[:, None, None, None]
-    forward = _Forward(model_graph(config), lm.placement, config)
+    forward = _Forward(model_graph(config), lm.placement, config, lm.tokenizer.vocab_size)
     self._reads, self._log_probs = map(lm.placement.jit, (forward.reads, forward.log_probs))
 
   def chosen_layers(self, layer: int | str | None) -> list[int | str]:
@@ -156,7 +158,7 @@ class MemoryReader:
 
   @own_jax_settings()
   def read_row(
-    self, row: int, split: TokenSplit, *, layer: int | str | None = None, top: int = 10, positions: int = 0
+    self, row: int, split: TokenSplit, *, layer: int | str | None = None, top: int = TOP, positions: int = 0
   ) -> dict[str, Any]:
     """Finds the contexts of a corpus that take a row most, and what its value changes there.
 
@@ -274,7 +276,7 @@ class MemoryReader:
       next_B = batch['target'][np.arange(ROWS), position_B]
       found.append([np.asarray(x)[: len(part)] for x in (log_with_BV, log_without_BV, next_B)])
     log_with_XV, log_without_XV, next_X = map(np.concatenate, zip(*found, strict=True))
-    n_ids = self.lm.tokenizer.vocab_size  # rows of the embedding beyond it are no tokens
+    n_ids = self.lm.tokenizer.vocab_size
     log_with_XV, log_without_XV = (x[:, :n_ids].astype(np.float64) for x in (log_with_XV, log_without_XV))
     change_XV = log_with_XV - log_without_XV
     change_V, with_V, without_V = change_XV.mean(0), np.exp(log_with_XV).mean(0), np.exp(log_without_XV).mean(0)
@@ -324,6 +326,7 @@ class _Forward:
   graphdef: nnx.GraphDef
   placement: Placement
   config: Config
+  n_ids: int  # pieces of the tokenizer; the embedding may have more rows
 
   def run(self, params: Params, tokens_BT: Array, segment_BT: Array | None, **settings: Any) -> tuple[LM, Output]:
     model = nnx.merge(self.graphdef, params)
@@ -352,4 +355,4 @@ class _Forward:
 
     model, out = self.run(params, tokens_BT, segment_BT, bank_of_reader=replace)
     hidden_BD = out.hidden_BTD[jnp.arange(len(position_B)), position_B]
-    return jax.nn.log_softmax(model.logits(hidden_BD), axis=-1)
+    return jax.nn.log_softmax(only_pieces(model.logits(hidden_BD), self.n_ids), axis=-1)

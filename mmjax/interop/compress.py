@@ -41,7 +41,7 @@ def compress_run(workdir: Path, out: Path, bits: int, which: str) -> None:
   refuse_non_finite(params, f'step {step} of {source.path} cannot be compressed')
   packed = jax.jit(pack_bank, static_argnames='bits')(params[BANK], bits=bits)
 
-  with RunDir(out) as run, removed_unless_whole(out):
+  with RunDir(out) as run, removed_unless_whole(out, 'config.json'):
     checkpoints = Checkpoints(out)
     checkpoints.save(step, {'params': params | {BANK: packed}, 'step': np.int32(step)}, metadata)
     write_compressed_from(run, bits, source, step)

@@ -76,12 +76,12 @@ def import_run(
   shapes = {name: value.shape for name, value in tensors.items()}
   config = fitting_config(shapes, str(source), config_file, overrides, header.get('settings', {}))
   check_accounted(shapes, tensor_shapes(config), str(source))
-  vocabulary = load_tokenizer(tokenizer, most=config.model.vocab_size) if tokenizer else None
+  vocabulary = None if tokenizer is None else load_tokenizer(tokenizer, most=config.model.vocab_size)
   if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
     raise UserError(f'tokenizer {tokenizer!r} is not that of {source}, as the hash in its header shows')
 
   params = to_params(tensors, config)
-  with RunDir(out) as run, removed_unless_whole(out):
+  with RunDir(out) as run, removed_unless_whole(out, 'config.json'):
     counters = NO_TRAINING | ({'step_before': header['step']} if header.get('step') else {})
     Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), counters)
     if vocabulary:

@@ -67,7 +67,7 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
 
   with storage_errors(target):
     target.mkdir(parents=True)
-  with removed_unless_whole(target):
+  with removed_unless_whole(target, 'model.safetensors'):
     write_json(target / 'config.json', llama_config(config.model, tokenizer, start_id, dtype or 'float32'))
     if backend:
       write_file(target / 'tokenizer.json', backend.to_str(pretty=True))

@@ -132,7 +132,7 @@ class NgramBag(_Bag):
     return ngram_signs(token_BTn, self.ngram_of_heads()) if self.signs else None
 
   def addresses(self, last_BTn: Array) -> tuple[Array, Array | None]:
-    """Returns what `rows_of` and `signs_of` do."""
+    """Returns what `rows_of` and `signs_of` do, int32."""
     return self.rows_of(last_BTn), self.signs_of(last_BTn)
 
   @jax.named_scope('bag')
@@ -173,7 +173,7 @@ class NgramBag(_Bag):
     return in_turns(self.ngrams, self.n_heads)
 
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
-    """Returns the rows that it got, with scores of 0."""
+    """Returns the rows that it got, with float32 scores of 0."""
     shape = (*x_BTD.shape[:2], self.n_heads, self.rows_per_head)
     if row_BThr is None:
       raise ValueError('a memory that reads n-grams needs the rows that they address: see NgramBag.rows')
@@ -181,8 +181,8 @@ class NgramBag(_Bag):
       raise ValueError(
         f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {row_BThr.shape}'
       )
-    if not isinstance(row_BThr, jax.core.Tracer) and row_BThr.size and row_BThr.max() >= self.n_rows:
-      raise ValueError(f'row {row_BThr.max()} of n-grams must be below n_rows={self.n_rows}')
+    if not isinstance(row_BThr, jax.core.Tracer) and (last := np.asarray(row_BThr).max(initial=0)) >= self.n_rows:
+      raise ValueError(f'row {last} of n-grams must be below n_rows={self.n_rows}')
     return Selection(row_BThr, jnp.zeros(shape, jnp.float32))
 
   def weights(self, selection: Selection) -> Array:
@@ -229,7 +229,7 @@ class NgramBucket(NgramBag):
 
   @jax.named_scope('gate')
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
-    """Returns the rows that it got, each with the product of its key and its head's query, over sqrt(p)."""
+    """Returns the rows that it got, each with the float32 product of its key and its head's query, over sqrt(p)."""
     row_BThr, gate = super().select(params, x_BTD, row_BThr, dtype).row_BThr, params['gate']
     query = normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
     query_BThp = query.reshape(*row_BThr.shape[:3], self.key_dim)

@@ -95,7 +95,8 @@ class Memory:
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
-      _check_size(field.name, getattr(self, field.name), field.type)
+      if field.name in _own_fields(type(self)):
+        _check_size(field.name, getattr(self, field.name), field.type)
 
   def init(self, key: Array | nnx.Rngs) -> Params:
     """Returns the first parameters, a nested dict of float32 arrays.
@@ -168,6 +169,13 @@ class Memory:
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns the parameters of the norm and of what selects rows, here none."""
     return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
+
+
+@functools.cache
+def _own_fields(cls: type) -> set[str]:
+  """Returns the fields that mmjax's classes give a memory; those of others' subclasses may mean anything."""
+  bases = (base for base in cls.__mro__ if base.__module__.startswith('mmjax.'))
+  return {name for base in bases for name in base.__dict__.get('__annotations__', {})}
 
 
 def _check_size(name: str, value: Any, kind: Any) -> None:

@@ -45,7 +45,7 @@ class CrossAttention(RowsMemory):
     return super().flops() | {'cross_attention': TRAINED * 2 * (projections + reads)}
 
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns what the normed input reads from its rows.
+    """Returns what the normed input reads from its rows, (B, T, D) in `dtype`.
 
     Each row would be projected for one token only. So the query is carried through the keys' projection instead,
     q . (row Wk) = (Wk q) . row, and the values' projection comes after the weighted sum of rows: the same numbers

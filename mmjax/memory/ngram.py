@@ -78,7 +78,8 @@ def ngram_rows(
   if vocab_size is None:
     return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
   if not isinstance(token_BTn, jax.core.Tracer):
-    for token in (jnp.min(token_BTn[..., 0], initial=0), jnp.max(token_BTn[..., 0], initial=0)):
+    last_BT = np.asarray(token_BTn)[..., 0]  # in NumPy, because within a trace JAX would put this into it
+    for token in (last_BT.min(initial=0), last_BT.max(initial=0)):
       if not 0 <= token < vocab_size:
         raise ValueError(f'token id {token} must be from 0 to {vocab_size - 1}, below vocab_size')
   first_hr, size_hr = (np.reshape(x, (-1, r)) for x in own_ranges(tuple(ngrams), r, n_rows, vocab_size))

@@ -65,8 +65,10 @@ def flops_per_token(config: Config) -> dict[str, float]:
   counts = Counter()
   if memory.value_layers:
     counts['bag_reads'] = value_bag(model, memory).flops()['bag_reads']
+  embeddings, rows, like = model.value_embedding_layers(), memory.value_layer_numbers(model.n_layers), {}
   for number, kind in enumerate(layer_kinds(model, memory)):
-    counts.update(_block_flops(number, kind, model, memory))
+    first = like.setdefault((kind, number in embeddings, number in rows), number)  # of its kind: a block costs a trace
+    counts.update(_block_flops(first, kind, model, memory))
   parts = {name: float(flops) for name, flops in counts.items()}
   parts['head'] = float(TRAINED * 2 * model.dim * model.vocab_size)
   return {**parts, 'total': sum(parts.values())}

@@ -82,7 +82,8 @@ class Block(nnx.Module):
     h_BTD = add_to_stream(x_BTD, h_attn_BTD)
     own_key = None if key is None else jax.random.fold_in(key, 2)  # split gave 0 and 1
     inputs = SublayerInput(h_BTD, h_attn_BTD, bank_MP, last_BTn, own_key)
-    out = jax.named_scope(self.kind)(self.sublayer)(inputs, dtype)
+    with jax.named_scope(self.kind):
+      out = self.sublayer(inputs, dtype)
     return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
 
   def flops(self, length: int) -> dict[str, int]:

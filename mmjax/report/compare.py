@@ -83,8 +83,8 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   Returns:
     The path of compare.md.
 
+  Raises:
     UserError: if a path is no run, or one with a packed bank, or a run learned from or was evaluated on other text.
-    UserError: if a path is no run, or a run learned from or was evaluated on other text.
     StorageError: if the result cannot be written.
   """
   runs = find_runs(paths)

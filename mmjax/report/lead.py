@@ -134,7 +134,7 @@ def _points(runs: Sequence[FoundRun]) -> Points:
   found = {}
   for key, group in sorted(groups.items()):
     rates = [record['tokens_per_second'] for run in group for record in run.of_kind('train')]
-    tokens = statistics.fmean(run.tokens for run in group)
+    tokens = statistics.fmean(run.tokens or _tokens(run) for run in group)
     losses = {run.config.seed: run.finite_evals[-1]['loss'] for run in group}
     found[key] = Point(tokens, losses, tokens / statistics.median(rates) if rates else None)
   return found
@@ -194,7 +194,7 @@ def fit(form: Form, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | Non
 
 
 def fit_line(form: Form, tokens: np.ndarray, lead: np.ndarray) -> tuple[float, float] | None:
-  """Returns value at ln(tokens) = 0 and slope of the line; None where the form cannot hold a lead."""
+  """Returns value at ln(tokens) = 0 and slope of a line through floats; None where the form cannot hold a lead."""
   y = _on_line(form, lead)
   if not np.isfinite(y).all():
     return None
@@ -208,7 +208,7 @@ def _on_line(form: Form, lead: np.ndarray) -> np.ndarray:
 
 
 def at(form: Form, line: tuple[float, float], tokens: np.ndarray | float) -> np.ndarray:
-  """Returns the lead that a fitted line says after so many tokens."""
+  """Returns the lead that a fitted line says after so many tokens, nats, float64."""
   return form.to_lead(line[0] + line[1] * np.log(tokens))
 
 

@@ -121,7 +121,7 @@ def spread(gradient: Callable, mesh: Mesh) -> Callable:
 
 
 def put_batch(mesh: Mesh, batch: dict[str, np.ndarray], accumulation_steps: int) -> dict[str, jax.Array]:
-  """Moves a batch of A * B rows to the devices as (A, B, T) arrays; `row_id` stays behind.
+  """Moves a batch of A * B rows to the devices as int32 (A, B, T) arrays; `row_id` stays behind.
 
   Of several processes each is given the whole batch and moves the rows that its own devices need.
   """

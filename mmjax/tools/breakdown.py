@@ -11,6 +11,7 @@ now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 from collections.abc import Sequence
 from typing import Any
 
+from mmjax.choices import NGRAMS
 from mmjax.config import check_output, user_path
 from mmjax.console import Table, command_parser, markdown, number, prepare_terminal, rounded_tokens, show
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
@@ -28,7 +29,9 @@ def main() -> None:
   """Reads flags, evaluates, prints, writes."""
   parser = command_parser('breakdown', __doc__)
   parser.add_argument('runs', nargs='+', help='run directories, or folders of them; the baseline first')
-  parser.add_argument('--ngrams', default='2,3', help="sizes of n-grams, comma-separated, or 'none' (default: 2,3)")
+  sizes = ','.join(map(str, NGRAMS))
+  said = f"sizes of n-grams, comma-separated, or 'none' (default: {sizes})"
+  parser.add_argument('--ngrams', default=sizes, help=said)
   parser.add_argument('--valid_files', default='', help='other text: comma-separated paths or globs, each a group')
   parser.add_argument('--json', help='file to write the numbers to')
   parser.add_argument('--markdown', help='file to write the tables to')
@@ -50,11 +53,11 @@ def main() -> None:
   for run in break_down(runs, ngrams=sizes, valid_files=files, overrides=overrides, **model_from_flags(arguments)):
     found.append(run)
     print(f'{run["run"]}: {number(run["groups"]["all"][0]["loss"])} nats a token', flush=True)
-    if arguments.json:  # after each, so that what stops it takes no more than one
+    if arguments.json is not None:  # after each, so that what stops it takes no more than one
       write_json(user_path(arguments.json), {'runs': found})
   shown = tables(found)
   show(*shown, NOTE)
-  if arguments.markdown:
+  if arguments.markdown is not None:
     write_file(user_path(arguments.markdown), markdown(*shown, NOTE))
   if written := ' and '.join(filter(None, (arguments.json, arguments.markdown))):
     print(f'Written: {written}')

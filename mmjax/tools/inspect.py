@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rich.cells import cell_len
 from rich.text import Text
 
+from mmjax.choices import TOP
 from mmjax.config import check_output, override_config, user_path
 from mmjax.config.sublayers import layer_name
 from mmjax.console import Table, command_parser, number, prepare_terminal, printable, show, table_console
@@ -46,7 +47,9 @@ def main() -> None:
   parser.add_argument('--row', type=int, help='a row of the bank to look up in a corpus')
   parser.add_argument('--taught', action='store_true', help='list the rows that the run taught (memory.teach_rows)')
   parser.add_argument('--layer', type=_layer, help="one layer, or 'values' (default: all)")
-  parser.add_argument('--top', type=int, default=5, help='rows of a token, contexts and tokens to show (default: 5)')
+  parser.add_argument(
+    '--top', type=int, default=TOP, help=f'rows of a token, contexts and tokens to show (default: {TOP})'
+  )
   parser.add_argument(
     '--corpus', default='', help="comma-separated files or globs (default: the run's validation text)"
   )
@@ -68,7 +71,7 @@ def main() -> None:
   lm.config = override_config(lm.config, overrides, (*WHERE, 'memory.bank_file'))
   found = look(lm, text, arguments)
   print_found(found, arguments.top)
-  if arguments.json:
+  if arguments.json is not None:
     write_json(user_path(arguments.json), found)
     print(f'Written: {arguments.json}')
 

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from mmjax.choices import EVERY_RUN
 from mmjax.config import overrides_of, user_path
 from mmjax.console import Progress, Table, command_parser, format_seconds, number, show
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError, run_command
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     '--set', action='append', default=[], metavar='NAME=VALUE', help='an argument of the get_runs() in the file'
   )
-  parser.add_argument('--only', default='*', help="runs to make, comma-separated patterns: 'g0-*,g5-*'")
+  parser.add_argument('--only', default=EVERY_RUN, help="runs to make, comma-separated patterns: 'g0-*,g5-*'")
   parser.add_argument('--max_minutes', type=float, default=0.0, help='save and stop after so many (default: no limit)')
   parser.add_argument('--retry', action='store_true', help='start runs that diverged again')
   parser.add_argument('--dry_run', action='store_true', help='list the runs and how far they are; change nothing')

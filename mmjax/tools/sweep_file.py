@@ -8,6 +8,7 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from mmjax.choices import EVERY_RUN
 from mmjax.config import Config, call_python_file, load_config
 from mmjax.errors import UserError
 
@@ -38,7 +39,7 @@ class Planned(NamedTuple):
 
 
 def read_sweep(
-  path: str, settings: Sequence[str] = (), overrides: Sequence[str] = (), only: str = '*'
+  path: str, settings: Sequence[str] = (), overrides: Sequence[str] = (), only: str = EVERY_RUN
 ) -> list[Planned]:
   """Reads a sweep file and checks the settings of every run before one is started.
 

@@ -46,7 +46,7 @@ MAX_FAILED_SAVES = 3
 
 
 @own_jax_settings()
-def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, init_from: str = '') -> None:
+def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, init_from: str | None = None) -> None:
   """Trains a model in `workdir`, or goes on with the one that is there.
 
   Args:

@@ -54,7 +54,7 @@ class Start(NamedTuple):
 
 
 def settle_config(
-  run: RunDir, config: Config, allow_config_change: bool, init_from: str = ''
+  run: RunDir, config: Config, allow_config_change: bool, init_from: str | None = None
 ) -> tuple[Config, Origin | None]:
   """Compares the settings with those of an earlier start in the directory; looks only, writes nothing.
 
@@ -70,7 +70,7 @@ def settle_config(
   run.check_usable()
   refuse_compressed(run, 'trained')
   recorded = run.read_record().get('init_from')
-  origin = parse_origin(init_from) if init_from else None
+  origin = None if init_from is None else parse_origin(init_from)
   if config.memory.teach_rows and not (origin or recorded):
     raise UserError(
       f'memory.teach_rows={config.memory.teach_rows} needs --init_from RUN: rows are taught to a model that has learned'
