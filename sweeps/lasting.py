@@ -51,6 +51,10 @@ MODELS = {
   'g54': GROWING | IN_VALUES | BANK,
   # Does a choice by context add to the same rows? Buckets of 8 of them, one row, and one row for each bucket.
   'g55': GRID['MODELS']['g51'] | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
+  # A key is read as seldom as its row, and a rate of its own lets it learn.
+  'g60': GRID['MODELS']['g51']
+  | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576, 'train.parameters': 'gate/keys lr=16'}
+  | BANK,
   'g56': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
   'g59': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 131072} | BANK,
   # Rows that grow with the tokens.
