@@ -4,20 +4,21 @@ Dense Adam reads and writes the bank, two moments and the gradient in every upda
 what its rows cost. Every row that is read gets a slot when it is first read, gradients add up in the slots, and Adam
 runs over the slots in use. It pays if an update reads far fewer rows than there are: BENCHMARKS.md, "Cost of the bank".
 
-The rule, for a row that was touched (read) in update s and next in update t, with g the sum of its clipped gradients in
+The rule, for a row touched (read) in update t' and next in update t, with g the sum of its clipped gradients in
 t. Updates are numbered from 1, skipped ones not counted; rate_j and decay are the bank's own.
-  mean   <- beta1^(t-s) mean + (1 - beta1) g         exactly dense Adam's: in between its gradients were 0
-  square <- beta2^(t-s) square + (1 - beta2) g^2     exactly dense Adam's
-  row    <- row prod_{s<j<t} (1 - rate_j decay)      exact but late: until t the row is read without it
+  mean   <- beta1^(t-t') mean + (1 - beta1) g         exactly dense Adam's: in between its gradients were 0
+  square <- beta2^(t-t') square + (1 - beta2) g^2     exactly dense Adam's
+  row    <- row prod_{t'<j<t} (1 - rate_j decay)      exact but late: until t the row is read without it
   row    <- row - rate_t (mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
 Dense Adam's mean goes on moving a row after it was read: in tau updates without a gradient by as much as that last step
 times drift(tau) = sum_{j=1..tau} (beta1 / sqrt(beta2))^j. Here a row moves by drift(tau) at once, with a forecast of
-tau: the updates between its last two reads, or all since the start at its first. At its next read drift(t-s-1) less
+tau: the updates between its last two reads, or all since the start at its first. At its next read drift(t-t'-1) less
 that forecast makes up for the difference. Two differences from dense Adam remain. While a forecast is wrong, the row
 has another value. And the whole drift uses the rate of one update, where dense Adam would use that of each. If every
 update reads every row, nothing differs.
 docs/memory.md has the same as equations.
 
+Sources of the dense rule: Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101.
 Elsewhere: torch.optim.SparseAdam and LazyAdam of TensorFlow Addons leave the moments of untouched rows as they are,
 where these decay, and have no weight decay.
 """
