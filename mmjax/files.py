@@ -100,7 +100,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is not JSON: {error}') from error
   if not isinstance(value, dict):
-    raise UserError(f'{path} must be a JSON object')
+    raise UserError(f'{path} must be a JSON object, not {type(value).__name__}')
   stated = {name: value.pop(name) for name in SEALS if name in value}
   if any(found != _seal_of(value, name) for name, found in stated.items()) or (sealed and not stated):
     hint = '' if sealed else f'; if that was on purpose, remove {SEAL!r} from it'

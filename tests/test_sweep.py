@@ -209,7 +209,7 @@ def test_two_runs_of_one_name_are_refused(tmp_path):
   with pytest.raises(UserError, match="two runs are called 'a-s0'"):
     read_sweep(str(tmp_path / 'sweep.py'))
   (tmp_path / 'sweep.py').write_text('def get_runs():\n  return [1]\n')
-  with pytest.raises(UserError, match=r'must return a list of mmjax.tools.sweep_file.Run'):
+  with pytest.raises(UserError, match=r'must return a list of mmjax.tools.sweep_file.Run, not \[1\]'):
     read_sweep(str(tmp_path / 'sweep.py'))
 
 

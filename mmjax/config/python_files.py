@@ -64,7 +64,7 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
       spec.loader.exec_module(module)
       called = getattr(module, function, None)
       if called is None:
-        raise UserError(f'it has no {function}()')
+        raise UserError(f'it has no {function}(){nearest(function, vars(module))}')
       known = inspect.signature(called).parameters
       for name in arguments:
         if name not in known:

@@ -117,7 +117,8 @@ def _read_config_file(path: str) -> dict[str, Any]:
     return flatten(config_from_dict(_read_json(user_path(path))).to_dict())
   settings = call_python_file(path, 'config file', 'get_config', {})
   if not isinstance(settings, ConfigDict):
-    raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict')
+    kind = type(settings).__name__
+    raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict, not {kind}')
   return flatten(settings.to_dict())
 
 
@@ -129,7 +130,7 @@ def _read_json(path: Path) -> dict[str, Any]:
   except (ValueError, RecursionError) as error:
     raise UserError(f"config file '{path}' is not JSON: {error}") from None
   if not isinstance(settings, dict):
-    raise UserError(f"config file '{path}' must hold a JSON object of settings")
+    raise UserError(f"config file '{path}' must hold a JSON object of settings, not {quote(settings)}")
   return as_of_today(settings, to_train=True)
 
 

@@ -211,7 +211,7 @@ def check_fills_batch(split: TokenSplit, global_batch_rows: int) -> None:
 
 
 def eval_batches(split: TokenSplit, rows: int) -> Iterator[dict[str, np.ndarray]]:
-  """Yields all rows in order, `rows` at a time; the last batch is filled up with rows of padding (row_id -1)."""
+  """Yields all rows in order, `rows` at a time, as `TokenSplit.rows` does; rows of padding fill the last batch."""
   row_ids = np.full(-(-split.n_rows // rows) * rows, -1)
   row_ids[: split.n_rows] = np.arange(split.n_rows)
   dataset = grain.MapDataset.source(row_ids.reshape(-1, rows)).map(split.rows)

@@ -184,7 +184,8 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
     if file | identify(Path(file['path'])) != file:
       raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
   if 'train' not in index['splits']:
-    raise UserError('no training document is left: every line is empty, bad or held out')
+    files = first_three([str(file) for file in plan.files['train']], 'files')
+    raise UserError(f'no training document is left of {files}: every line is empty, bad or held out')
   fraction, documents = plan.settings['valid_fraction'], index['splits']['train']['documents']
   if 'valid' in index['splits'] or not (plan.files['valid'] or fraction):
     return

@@ -65,7 +65,7 @@ def make_loss(
 def run_model(
   config: Config, graphdef: nnx.GraphDef, attention: str, params: Params, rows: dict[str, Array], **more
 ) -> tuple[LM, Output]:
-  """Returns the model and what it makes of rows; `more` of the keywords of its call."""
+  """Returns the model and what it makes of `input` and `segment`, int32 (B, T); `more` of the keywords of its call."""
   model = nnx.merge(graphdef, params)
   out = model(
     rows['input'],

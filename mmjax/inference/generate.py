@@ -69,7 +69,7 @@ class Decoder:
     self._eos_id, self._vocab_size = eos_id, config.model.vocab_size
 
   def with_bank(self, bank_MP: Array) -> 'Decoder':
-    """Returns this decoder with another bank; the compiled functions are the same."""
+    """Returns this decoder with another bank, of the same shape and dtype; the compiled functions are the same."""
     other = copy.copy(self)
     other._params = self._params | {BANK: bank_MP}
     other._decode_params = self._decode_params | {BANK: bank_MP}

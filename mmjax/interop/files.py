@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from mmjax.config.wording import nearest_file
 from mmjax.errors import UserError
 from mmjax.files import check_sha256, sha256_path, storage_errors, write_file
 from mmjax.interop.names import is_buffer
@@ -44,7 +45,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
   """
   check_suffix(path)
   if not path.is_file():
-    raise UserError(f'no file {str(path)!r}')
+    raise UserError(f'no file {str(path)!r}{nearest_file(path)}')
   check_sha256(path)
   tensors = read_torch(path) if path.suffix.lower() in TORCH_SUFFIXES else _read_safetensors(path)
   if not tensors:

@@ -5,6 +5,8 @@ is read thousands of times in a batch, and bf16 would stop counting after a few 
 
 The gradient of a bank is as large as the bank, whatever was read. Through a `TappedBank` no such array is made: the
 backward pass hands out what it would have been the sum of, and `add_reads` sums that where the caller wants it.
+
+Elsewhere: torch.nn.EmbeddingBag reads weighted sums without keeping their rows. docs/memory.md, "How the bank learns".
 """
 
 import dataclasses

@@ -176,7 +176,7 @@ class NgramBag(_Bag):
     """Returns the rows that it got, with float32 scores of 0."""
     shape = (*x_BTD.shape[:2], self.n_heads, self.rows_per_head)
     if row_BThr is None:
-      raise ValueError('a memory that reads n-grams needs the rows that they address: see NgramBag.rows')
+      raise ValueError('row_BThr=None: a memory of n-grams needs the rows that they address: see NgramBag.rows')
     if row_BThr.shape != shape:
       raise ValueError(
         f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {row_BThr.shape}'

@@ -119,7 +119,8 @@ class RowsMemory(GatedMemory):
   def rows(self, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns rows_BTRP of all heads in `dtype`."""
     if selection.kept_BTh is not None:
-      raise ValueError('this memory reads its rows one by one: only a bag takes factors of its heads')
+      shape = selection.kept_BTh.shape
+      raise ValueError(f'kept_BTh of shape {shape} must be None: only a bag takes factors of its heads')
     rows_BThrP = bank_lookup(bank_MP, selection.row_BThr, dtype)
     if self.scores == 'scale':
       weight_BThr = self.weights(selection)

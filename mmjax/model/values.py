@@ -27,7 +27,7 @@ class GatedValues(nnx.Module):
     return TRAINED * 2 * math.prod(self.gate.shape)
 
   def add(self, own_BTX: Array, x_BTD: Array, v_BTKH: Array) -> Array:
-    """Returns the values with `own_BTX` added, X = K H, in the dtype of `v_BTKH`; x_BTD is the normed input."""
+    """Returns the values plus float `own_BTX`, X = K H, in the dtype of `v_BTKH`; x_BTD is the normed input."""
     gate_XK = self.gate[...]
     weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(gate_XK)].astype(jnp.float32) @ gate_XK)
     return v_BTKH + (weight_BTK[..., None] * own_BTX.reshape(v_BTKH.shape)).astype(v_BTKH.dtype)
@@ -44,7 +44,7 @@ class ValueEmbedding(GatedValues):
 
   @jax.named_scope('value_embedding')
   def __call__(self, token_BT: Array, x_BTD: Array, v_BTKH: Array) -> Array:
-    """Returns the values with those of the tokens added, in the dtype of `v_BTKH`; x_BTD is the normed input."""
+    """Returns the values plus those of int32 tokens, in the dtype of `v_BTKH`; x_BTD is the normed input."""
     return self.add(self.table[...][token_BT], x_BTD, v_BTKH)
 
 

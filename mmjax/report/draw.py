@@ -97,7 +97,7 @@ def _number(value: float, _: int) -> str:
 
 
 def smoothed(x: np.ndarray, y: np.ndarray, parts: int) -> tuple[np.ndarray, np.ndarray, int]:
-  """Returns a curve's running mean over about 1/`parts` of it, and over how many values that is."""
+  """Returns x and the running mean of y, float (X,), over about 1/`parts` of it, and over how many values that is."""
   width = 2 * (len(y) // (2 * parts)) + 1  # odd, so that the mean is centred on a value
   inner = slice(width // 2, len(y) - width // 2)
   return x[inner], np.convolve(y, np.ones(width) / width, mode='valid') if len(y) else y, width

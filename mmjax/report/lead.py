@@ -70,14 +70,19 @@ def find_lead(runs: Sequence[FoundRun], patterns: str = '') -> dict[str, Any] | 
   if twins := next(filter(None, map(_twins, named.values())), None):
     if not patterns:
       return None  # runs of one name in several folders, which are no models then
-    raise UserError(f'{" and ".join(twins)} are of one model by --models, and have the same tokens and the same seed')
+    same = 'are of one model by --models, and have the same tokens and the same seed'
+    raise UserError(f'{" and ".join(twins)} {same}; leave one of them out of its pattern')
   models = {name: _points(own) for name, own in named.items()}
   baseline, *others = models
   leads = {name: _lead_points(models[baseline], models[name]) for name in others}
   leads = {name: points for name, points in leads.items() if len(points) > 1}
   if not leads:
     if patterns:
-      raise UserError(f'--models {patterns}: no model was trained on two numbers of tokens that {baseline} was too')
+      of_first = ', '.join(f'{point.tokens:g}' for point in models[baseline].values()) or 'none'
+      raise UserError(
+        f'--models {patterns}: no model was trained on two numbers of tokens that {baseline} was too, '
+        f'which was on {of_first}'
+      )
     return None
   return {
     'baseline': baseline,

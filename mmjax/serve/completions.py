@@ -212,7 +212,7 @@ class Completions:
       Refusal: for the first that does not.
     """
     if not isinstance(body, dict):
-      raise UserError('send a JSON object')
+      raise UserError(f'send a JSON object, not {body!r:.80}')
     for name, value in body.items():
       if value not in UNSUPPORTED[name] if name in UNSUPPORTED else name not in (*DEFAULTS, 'model', 'prompt'):
         raise Refusal(f'{name:.80} is not supported', field=name[:80])

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mmjax.config.sublayers import VALUES
+from mmjax.config.wording import quote
 from mmjax.errors import CommandError, UserError
 from mmjax.files import finite
 from mmjax.inference.settings import Sampling
@@ -193,17 +194,17 @@ def _layer(value: Any, name: str) -> int | str | None:
 
 def _text(value: Any, name: str) -> str:
   if not isinstance(value, str) or len(value) > MOST_CHARS:
-    raise UserError(f'{name} must be a text of at most {MOST_CHARS:,} characters')
+    raise UserError(f'{name}={quote(value)} must be a text of at most {MOST_CHARS:,} characters')
   return value
 
 
 def _changes(value: Any, name: str) -> list[Change]:
   if not isinstance(value, list) or len(value) > MOST_CHANGES:
-    raise UserError(f'{name} must be a list of at most {MOST_CHANGES:,} objects')
+    raise UserError(f'{name}={quote(value)} must be a list of at most {MOST_CHANGES:,} objects')
   found = []
   for change in value:
     if not isinstance(change, dict) or not {'row'} <= set(change) <= {'row', 'scale', 'other'}:
-      raise UserError(f"each of {name} must be an object with 'row' and 'scale' or 'other'")
+      raise UserError(f"each of {name} must be an object with 'row' and 'scale' or 'other', not {quote(change)}")
     scale = change.get('scale', 1)
     if type(scale) not in (int, float) or not abs(scale) <= 1e3:
       raise UserError(f'scale={scale!r:.40} must be a number from -1000 to 1000')
@@ -214,7 +215,7 @@ def _changes(value: Any, name: str) -> list[Change]:
 
 def _sampling(value: Any, name: str) -> Sampling:
   if not isinstance(value, dict):
-    raise UserError(f'{name} must be an object')
+    raise UserError(f'{name}={quote(value)} must be an object')
   sampling = Sampling.of(value)
   whole_number(sampling.max_new_tokens, 'max_new_tokens', most=MOST_NEW_TOKENS)
   return sampling

@@ -23,6 +23,7 @@ from rich.text import Text
 from mmjax.choices import TOP
 from mmjax.config import check_output, override_config, user_path
 from mmjax.config.sublayers import layer_name
+from mmjax.config.wording import quote
 from mmjax.console import Table, command_parser, number, prepare_terminal, printable, show, table_console
 from mmjax.data.reader import read_text
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
@@ -92,7 +93,7 @@ def text_of(arguments: argparse.Namespace) -> str | None:
       raise UserError(f'--{name} {value} must be at least {least}')
   check_output('--json', arguments.json)
   if arguments.text is not None and arguments.text_file is not None:
-    raise UserError('give --text or --text_file, not both')
+    raise UserError(f'give --text {quote(arguments.text)} or --text_file {quote(arguments.text_file)}, not both')
   if arguments.text_file is None:
     if arguments.text is None and arguments.row is None and not arguments.taught:
       raise UserError('nothing to look at: give --text, --text_file, --row or --taught')

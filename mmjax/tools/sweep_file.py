@@ -58,7 +58,9 @@ def read_sweep(
       raise UserError(f'--set {name!r} is not understood; it looks like --set scale=gpu')
   runs = call_python_file(path, 'sweep file', 'get_runs', {name: value for name, _, value in split})
   if not isinstance(runs, list | tuple) or not all(isinstance(run, Run) for run in runs):
-    raise UserError(f'sweep file {path!r}: get_runs() must return a list of mmjax.tools.sweep_file.Run')
+    raise UserError(
+      f'sweep file {path!r}: get_runs() must return a list of mmjax.tools.sweep_file.Run, not {runs!r:.80}'
+    )
   planned = [_plan(run, overrides) for run in runs]
   names = [run.name for run in planned]
   twice = next((name for name in names if names.count(name) > 1), None)

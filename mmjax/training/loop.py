@@ -166,14 +166,15 @@ class Trainer:
     self.progress.say(f'Done: {total} steps, {self.tokens:,} tokens, {self.seconds / 60:.1f} minutes of training')
 
   def check(self, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState) -> None:
-    """Logs an update that was skipped; ends the run after too many in a row."""
+    """Logs an update that was skipped; raises DivergedError after train.max_skipped_updates in a row."""
     if bool(metrics['applied']):
       return
     line, said = describe_skipped(step, batch, metrics)
     self.log.write(line)
     self.progress.say(said)
-    if line['in_a_row'] >= self.learner.config.train.max_skipped_updates:
-      raise dump_divergence(self.run.path / 'diverged', step, batch, metrics, state)
+    train = self.learner.config.train
+    if line['in_a_row'] >= train.max_skipped_updates:
+      raise dump_divergence(self.run.path / 'diverged', train, step, batch, metrics, state)
 
   def report(self, step: int) -> None:
     """Writes one line of metrics over the steps since the last one."""
@@ -186,7 +187,7 @@ class Trainer:
     self.window = Window()
 
   def evaluate(self, eval_step: Any, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> EvalResult:
-    """Evaluates on the whole validation set; `metrics` are those of the step before."""
+    """Evaluates on the whole validation set; `metrics` are those of the step before, with norms float32 (X,)."""
     config = self.learner.config
     with self.window.pause(), explain_out_of_memory(config):
       result = evaluate_split(config, eval_step, state['params'], self.inputs.valid)

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mmjax.config import Config
+from mmjax.config import Config, TrainConfig
 from mmjax.config.sublayers import memory_layers
 from mmjax.errors import DivergedError
 from mmjax.evaluation.probes import add_norms, bank_health
@@ -34,7 +34,7 @@ class Window:
     self.start = time.perf_counter()
 
   def add(self, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of one step without waiting for them."""
+    """Takes the metrics of one step, see mmjax.training.step, without waiting for them; sums int32 `usage_LM`."""
     self.steps.append({name: value for name, value in metrics.items() if name not in ('usage_LM', 'grad_norm_X')})
     if 'usage_LM' in metrics:
       self.usage_LM = metrics['usage_LM'] if self.usage_LM is None else self.usage_LM + metrics['usage_LM']
@@ -80,7 +80,10 @@ class Window:
 def describe_skipped(
   step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array]
 ) -> tuple[dict[str, Any], str]:
-  """Returns the line of the log for an update that was skipped, and what to say of it."""
+  """Returns the line of the log for an update that was skipped, and what to say of it.
+
+  `batch` is of numpy, with `row_id` int64 (A * B,); `metrics` hold scalars, see mmjax.training.step.
+  """
   numbers = {name: float(metrics[name]) for name in ('loss', 'loss_average', 'grad_norm')}
   reason, skipped = 'spike' if metrics['finite'] else 'not finite', int(metrics['skipped'])
   line = {'kind': 'skipped', 'step': step, 'reason': reason, **numbers, 'in_a_row': skipped}
@@ -91,13 +94,21 @@ def describe_skipped(
 
 
 def dump_divergence(
-  folder: Path, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState
+  folder: Path,
+  train: TrainConfig,
+  step: int,
+  batch: dict[str, np.ndarray],
+  metrics: dict[str, jax.Array],
+  state: TrainState,
 ) -> DivergedError:
-  """Writes the batch that broke a run and the norms of every parameter and its gradient; returns what to raise."""
+  """Writes the batch that broke a run and the norms of every parameter and its gradient; returns what to raise.
+
+  Arguments are as in `describe_skipped`, and `metrics` also hold `grad_norm_X`, float32, in the order of the leaves.
+  """
   error = DivergedError(
     f'Diverged: {int(metrics["skipped"])} updates in a row were not finite or spikes, up to step {step} '
-    f'(train.max_skipped_updates); batch and norms are in {folder}. '
-    'A lower train.learning_rate or a smaller train.grad_clip may help.'
+    f'(train.max_skipped_updates={train.max_skipped_updates}); batch and norms are in {folder}. A train.learning_rate '
+    f'below {train.learning_rate:g} or a smaller train.grad_clip (now {train.grad_clip:g}; 0: none) may help.'
   )
   leaves = named_leaves(state['params'])
   names = [name for name, _ in leaves]
