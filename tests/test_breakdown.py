@@ -11,7 +11,7 @@ from scipy.special import log_softmax
 import mmjax
 from mmjax.data.loader import PADDING, train_batches
 from mmjax.errors import UserError
-from mmjax.inference.breakdown import _training_split, break_down, clustered_error
+from mmjax.inference.breakdown import Grouping, Losses, _summary, _training_split, break_down, clustered_error
 from mmjax.inference.measure import open_text
 from mmjax.run.directory import open_run
 from mmjax.run.orbax_io import MANIFEST, read_manifest
@@ -111,3 +111,17 @@ def test_sizes_of_ngrams_are_checked(sizes):
   with pytest.raises(UserError, match='must be numbers above 0'):
     command.ngram_sizes(sizes)
   assert command.ngram_sizes('2,3') == [2, 3] and command.ngram_sizes('none') == []
+
+
+def test_runs_of_two_seeds_are_compared_in_groups_that_hold_the_same_tokens():
+  def losses(run, loss_X, count_X):
+    groupings = {'all': Grouping(('all',), np.zeros(4, int)), '2-gram read': Grouping(('never', 'more'), count_X)}
+    return Losses(run, 1, 9, ('text',), {'loss': loss_X}, groupings, np.array([0, 0, 1, 1]))
+
+  first = losses('a', np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 1, 1]))
+  second = losses('b', np.array([1.0, 1.0, 2.0, 4.0]), np.array([0, 1, 1, 1]))
+  found = _summary(second, first)['groups']
+  assert found['all'][0]['difference'] == -0.5
+  assert not any('difference' in group for group in found['2-gram read'])
+  again = _summary(second._replace(groupings=first.groupings), first)['groups']
+  assert [group['difference'] for group in again['2-gram read']] == [-0.5, -0.5]

@@ -46,7 +46,7 @@ class Losses(NamedTuple):
 
   Attributes:
     run, step, tokens_read: its directory, its checkpoint, and the tokens that training had read by then.
-    texts: what must be equal for two models to be compared target by target: what they read, what they evaluate.
+    held_out: the text that is evaluated: models that have the same can be compared target by target.
     loss_X: float64 in nats, by what was changed: 'loss' and, with a bank, 'loss_zeroed'.
     groupings: of the targets.
     document_X: int, the document of each.
@@ -55,7 +55,7 @@ class Losses(NamedTuple):
   run: str
   step: int
   tokens_read: int
-  texts: tuple
+  held_out: tuple
   loss_X: dict[str, np.ndarray]
   groupings: dict[str, Grouping]
   document_X: np.ndarray
@@ -72,7 +72,8 @@ def break_down(
   """Breaks down the loss of runs, one after the other.
 
   Args:
-    runs: run directories; each is compared with the first of them that read the same and evaluates the same text.
+    runs: run directories; each is compared with the first of them that is evaluated on the same text, in groups that
+      are the same: by counts, only if both read the same rows.
     checkpoint: 'best', 'last', or the number of a step.
     ngrams: sizes of the n-grams whose counts make groups.
     valid_files: paths or globs of other text, each a group of its own; by default the validation set of each run.
@@ -82,7 +83,7 @@ def break_down(
   Yields:
     For each run: run, checkpoint, tokens_read, tokens (held out), loss, against (a run, or None) and groups: for each
     grouping a list of groups with group, tokens, loss and, of a memory model, loss_zeroed, in nats a token, the bank
-    being zero; with a run to compare with also difference, standard_error. The error is that of a mean whose
+    being zero; where both have the same tokens in it also difference, standard_error. The error is that of a mean whose
     independent parts are the held-out documents.
 
   Raises:
@@ -91,7 +92,7 @@ def break_down(
   first, shared = {}, {}
   for path in runs:
     losses = _losses(path, checkpoint, ngrams, valid_files, overrides, shared, placement)
-    yield _summary(losses, first.setdefault(losses.texts, losses))
+    yield _summary(losses, first.setdefault(losses.held_out, losses))
 
 
 @own_jax_settings()
@@ -116,7 +117,7 @@ def _losses(
       shared[*key, held_out] = make()
     return shared[*key, held_out]
 
-  groupings = {'script': once(('script',), lambda: _by_script(texts))}
+  groupings = {'all': once(('all',), lambda: _all(texts)), 'script': once(('script',), lambda: _by_script(texts))}
   if valid_files:
     sizes = [len(text_positions(text)) for text in texts]
     groupings['file'] = once(('file',), lambda: Grouping(tuple(valid_files), np.repeat(np.arange(len(texts)), sizes)))
@@ -128,7 +129,7 @@ def _losses(
   loss_X = _loss_of_banks(lm, config, texts)
   document_X = once(('document',), lambda: _documents(texts))
   tokens = read_manifest(run.checkpoints_path / str(lm.step) / MANIFEST, lm.step)['metadata']['tokens']
-  return Losses(str(path), lm.step, tokens, (read, held_out), loss_X, groupings, document_X)
+  return Losses(str(path), lm.step, tokens, held_out, loss_X, groupings, document_X)
 
 
 def _training_split(run: RunDir, config: Config) -> TokenSplit:
@@ -154,6 +155,10 @@ def _by_count(texts: Sequence[TokenSplit], train: TokenSplit, config: Config, st
   key_X = np.concatenate([ngram_keys(text, n, 0, text.n_tokens)[text_positions(text)] for text in texts])
   count_X = count_ngrams(train, times, n, key_X)
   return Grouping(tuple(COUNTS), np.digitize(count_X, list(COUNTS.values())) - 1)
+
+
+def _all(texts: Sequence[TokenSplit]) -> Grouping:
+  return Grouping(('all',), np.zeros(sum(len(text_positions(text)) for text in texts), int))
 
 
 def _by_script(texts: Sequence[TokenSplit]) -> Grouping:
@@ -203,8 +208,7 @@ def _loss_of_banks(lm: LanguageModel, config: Config, texts: Sequence[TokenSplit
 
 def _summary(losses: Losses, first: Losses) -> dict[str, Any]:
   """Returns what `break_down` says of a run."""
-  whole = Grouping(('all',), np.zeros(len(losses.document_X), int))
-  groups = {name: _groups(grouping, losses, first) for name, grouping in {'all': whole, **losses.groupings}.items()}
+  groups = {name: _groups(grouping, losses, first, name) for name, grouping in losses.groupings.items()}
   return {
     'run': losses.run,
     'checkpoint': losses.step,
@@ -214,14 +218,15 @@ def _summary(losses: Losses, first: Losses) -> dict[str, Any]:
   }
 
 
-def _groups(grouping: Grouping, losses: Losses, first: Losses) -> list[dict[str, Any]]:
-  found = []
-  for number, name in enumerate(grouping.names):
+def _groups(grouping: Grouping, losses: Losses, first: Losses, name: str) -> list[dict[str, Any]]:
+  found, others = [], first.groupings.get(name)  # runs that read other rows have other counts
+  compares = first is not losses and others is not None and np.array_equal(grouping.group_X, others.group_X)
+  for number, group in enumerate(grouping.names):
     inside_X = grouping.group_X == number
     tokens = int(inside_X.sum())
-    entry = {'group': name, 'tokens': tokens}
+    entry = {'group': group, 'tokens': tokens}
     entry |= {key: float(x[inside_X].mean()) if tokens else None for key, x in losses.loss_X.items()}
-    if first is not losses and tokens:
+    if compares and tokens:
       change_X = (losses.loss_X['loss'] - first.loss_X['loss'])[inside_X]
       entry |= {
         'difference': float(change_X.mean()),

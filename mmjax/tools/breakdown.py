@@ -18,10 +18,11 @@ from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import add_model_flags, model_from_flags
 
 NOTE = (
-  'A cell is the mean loss of a group of tokens, in nats. After it stands, where an earlier run of the list read the '
-  'same text, how much higher that is than the loss of that run, ± one standard error over held-out documents, which '
-  'says nothing of other seeds. An n-gram is the token and those before it. Its count is exact, over the tokens that '
-  'training had read by the checkpoint; a run that started from another counts its own alone.'
+  'A cell is the mean loss of a group of tokens, in nats. After it stands how much higher that is than the loss of the '
+  'first run with the same tokens in the group, ± one standard error over held-out documents, which says nothing of '
+  'other seeds. Runs that read other rows, as another seed does, have other tokens in the groups of counts. An n-gram '
+  'is the token and those before it. Its count is exact, over the tokens that training had read by the checkpoint; a '
+  'run that started from another counts its own alone.'
 )
 
 
@@ -92,7 +93,7 @@ def _table(grouping: str, header: list[str], found: Sequence[dict[str, Any]], na
   for run in found:
     groups, read = run['groups'][grouping], f'{rounded_tokens(run["tokens_read"])}, step {run["checkpoint"]:,}'
     name, tokens = names[run['run']], [group['tokens'] for group in groups]
-    if len(groups) > 1 and run['against'] is None:  # those compared with it have the same groups
+    if len(groups) > 1 and not any('difference' in group for group in groups):  # the others have those of the first
       rows.append(['share of the tokens', read, *(f'{part / sum(tokens):.1%}' for part in tokens)])
     rows.append([name, read, *(number(group['loss']) + _difference(group) for group in groups)])
     if 'loss_zeroed' in groups[0]:
