@@ -87,6 +87,7 @@ def test_models_that_should_last_train_like_the_baseline_and_cost_no_more(scale)
   for name, config in runs.items():
     longer = {'max_steps': strong.train.max_steps, 'warmup_steps': strong.train.warmup_steps}
     longer |= {'eval_interval': strong.train.eval_interval, 'checkpoint_interval': strong.train.checkpoint_interval}
+    longer['parameters'] = strong.train.parameters  # which give the keys of g60 a rate
     assert dataclasses.replace(config.train, **longer) == strong.train, name
     bare = dataclasses.replace(config, model=dataclasses.replace(config.model, value_embeddings=''))
     assert 0.98 * budget < flops_per_token(bare)['total'] <= budget, name

@@ -13,7 +13,7 @@ from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
 from mmjax.memory.ngram import sign_vectors
 from mmjax.model.lm import abstract_params, model_graph
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds
+from mmjax.model.sublayers import SUBLAYERS, SublayerInput, layer_kinds
 from mmjax.training.optimizer import gets_gradient
 from tests.helpers import build_model, random_batch, tiny_config
 
@@ -173,7 +173,7 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   @jax.jit
   def run(params, bank):
     inputs = (jnp.asarray(x, jnp.float32) for x in (h, h_attn))
-    out = nnx.merge(graphdef, params)(*inputs, bank, jnp.float32, last)
+    out = nnx.merge(graphdef, params)(SublayerInput(*inputs, bank, last), jnp.float32)
     return jnp.sum(out.delta_BTD * direction), out
 
   (_, out), gradient = jax.value_and_grad(run, argnums=(0, 1), has_aux=True)(params, jnp.asarray(bank, jnp.float32))
