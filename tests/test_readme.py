@@ -2,12 +2,15 @@
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from mmjax.config.history import LAST_WITH_REMOVED
 
 GATE = ('plain JAX', 'Flax NNX', 'Flax Linen', 'Equinox')
 
@@ -73,3 +76,13 @@ def test_way_from_the_command_to_the_gradient_takes_at_most_a_thousand_lines():
     'mmjax/evaluation/loss.py', 'mmjax/model/lm.py',
   ] and len(files) > 6  # fmt: skip
   assert sum(len(Path(file).read_text().splitlines()) for file in files) <= 1000
+
+
+def test_commits_that_documents_and_messages_name_are_in_the_history():
+  log = subprocess.run(['git', 'log', '--format=%H'], capture_output=True, text=True, check=False).stdout.split()
+  known = {commit[:7] for commit in log}
+  if LAST_WITH_REMOVED not in known:
+    pytest.skip('the history is not here')
+  for path in ('BENCHMARKS.md', *map(str, Path('docs').glob('*.md')), 'mmjax/config/history.py'):
+    named = {word for word in re.findall(r'\b[0-9a-f]{7}\b', Path(path).read_text()) if re.search('[a-f]', word)}
+    assert {word for word in named if re.search('[0-9]', word)} <= known, path
