@@ -305,9 +305,12 @@ def test_setting_that_does_nothing_is_refused_with_what_it_belongs_to(file, flag
 
 def test_settings_of_all_kinds_of_layers_count():
   gate_and_ngrams = ['memory.ngram_layers=1', 'memory.ngrams=2', 'memory.query_key_norm=l2']
-  load_config('configs/product_key_bag.py', [f'--config.{setting}' for setting in gate_and_ngrams])
-  load_config('configs/exp_1_4_2.py', ['--config.memory.layers=0,3', '--config.model.hidden_dim=64'])
-  load_config('configs/exp_1_4_0.py', ['--config.memory.ffn_dim=0', '--config.model.n_experts=4'])  # as they are anyway
+  both = load_config('configs/product_key_bag.py', [f'--config.{setting}' for setting in gate_and_ngrams])
+  assert {'memory_bag', 'ngram_bag'} <= set(layer_kinds(both.model, both.memory)) and both.memory.ngrams == '2'
+  some = load_config('configs/exp_1_4_2.py', ['--config.memory.layers=0,3', '--config.model.hidden_dim=64'])
+  assert layer_kinds(some.model, some.memory).count('dense') == 6 and some.model.dense_hidden_dim == 64
+  as_it_is = load_config('configs/exp_1_4_0.py', ['--config.memory.ffn_dim=0', '--config.model.n_experts=4'])
+  assert as_it_is == load_config('configs/exp_1_4_0.py')
 
 
 def test_override_takes_with_it_what_the_file_says_of_what_it_takes_away(tmp_path):

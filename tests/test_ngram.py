@@ -10,12 +10,11 @@ from mmjax.config import load_config
 from mmjax.config.sublayers import memory_layers
 from mmjax.errors import UserError
 from mmjax.kernels.bank import TappedBank, add_reads, no_reads
-from mmjax.memory import NgramBag, init_bank
+from mmjax.memory import NgramBag, NgramBucket, init_bank
 from mmjax.memory.ngram import (
   FIRST_OF_SIGNS,
   NO_TOKEN,
   SIGN_VECTORS,
-  bucket_rows,
   cached_last_tokens,
   last_tokens,
   ngram_rows,
@@ -92,12 +91,13 @@ def test_rows_are_those_of_a_hash_of_as_many_tokens_as_the_head_looks_at():
 
 def test_bucket_is_neighbouring_rows_at_a_hash_and_of_one_row_the_same():
   token = np.random.default_rng(0).integers(-1, 6400, (2, 5, 2), np.int32)
-  found = bucket_rows(jnp.asarray(token), (2, 1), 4, 1026)
+  sizes = {'dim': 8, 'n_rows': 1026, 'row_dim': 4, 'n_heads': 2, 'ngrams': (2, 1)}
+  found = NgramBucket(**sizes, rows_per_head=4).rows_of(jnp.asarray(token))
   assert found.shape == (2, 5, 2, 4) and found.dtype == jnp.int32
   for b, t, head in np.ndindex(found.shape[:3]):
     first = 4 * rows_by_hand(token[b, t, : (2, 1)[head]].tolist(), head, 1026 // 4)
     assert found[b, t, head].tolist() == [first, first + 1, first + 2, first + 3]
-  one = bucket_rows(jnp.asarray(token), (2, 1), 1, 1026)
+  one = NgramBucket(**sizes).rows_of(jnp.asarray(token))
   np.testing.assert_array_equal(one, ngram_rows(jnp.asarray(token), (2, 1), 1, 1026))
 
 
@@ -113,7 +113,8 @@ def test_token_that_is_not_in_the_vocabulary_reads_no_row_of_another(token):
 def test_ranges_of_their_own_are_disjoint_prime_and_exact_for_single_tokens(ngrams):
   token = np.random.default_rng(0).integers(0, 99, (2, 5, 3), np.int32)
   rows = np.asarray(ngram_rows(jnp.asarray(token), ngrams, 2, 1009, 99))
-  buckets = np.asarray(bucket_rows(jnp.asarray(token), ngrams, 2, 1009, 99))
+  sizes = {'dim': 8, 'n_rows': 1009, 'row_dim': 4, 'n_heads': 3, 'rows_per_head': 2, 'vocab_size': 99}
+  buckets = np.asarray(NgramBucket(**sizes, ngrams=ngrams).rows_of(jnp.asarray(token)))
   for b, t in np.ndindex(2, 5):
     last = token[b, t].tolist()
     assert rows[b, t].ravel().tolist() == own_rows_by_hand(last, [n for n in ngrams for _ in 'ab'], 1009, 99)

@@ -5,7 +5,7 @@ read without JAX.
 """
 
 import dataclasses
-import importlib
+import pkgutil
 from typing import Any
 
 
@@ -26,16 +26,11 @@ class Optimizer:
 
   def make(self, train: Any, betas: tuple[float, float]) -> Any:
     """Returns the step of parameters that `make_of_matrices` does not move."""
-    return _named(self.path)(train, *betas)
+    return pkgutil.resolve_name(self.path)(train, *betas)
 
   def make_of_matrices(self) -> Any:
     """Returns the step of matrices of layers."""
-    return _named(self.matrices)()
-
-
-def _named(path: str) -> Any:
-  module, _, name = path.partition(':')
-  return getattr(importlib.import_module(module), name)
+    return pkgutil.resolve_name(self.matrices)()
 
 
 OPTIMIZERS = {

@@ -6,7 +6,7 @@ reaches. It names what makes it and does not import that: the table can be read 
 """
 
 import dataclasses
-import importlib
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -55,8 +55,7 @@ class Sublayer:
 
   def build(self, model: ModelConfig, memory: MemoryConfig, *, rngs: Any) -> Any:
     """Returns a new module."""
-    module, _, name = self.path.partition(':')
-    return getattr(importlib.import_module(module), name)(model, memory, rngs=rngs)
+    return pkgutil.resolve_name(self.path)(model, memory, rngs=rngs)
 
 
 def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:

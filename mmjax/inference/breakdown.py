@@ -208,7 +208,7 @@ def _loss_of_banks(lm: LanguageModel, config: Config, texts: Sequence[TokenSplit
 
 def _summary(losses: Losses, first: Losses) -> dict[str, Any]:
   """Returns what `break_down` says of a run."""
-  groups = {name: _groups(grouping, losses, first, name) for name, grouping in losses.groupings.items()}
+  groups = {name: _groups(name, losses, first) for name in losses.groupings}
   return {
     'run': losses.run,
     'checkpoint': losses.step,
@@ -218,8 +218,9 @@ def _summary(losses: Losses, first: Losses) -> dict[str, Any]:
   }
 
 
-def _groups(grouping: Grouping, losses: Losses, first: Losses, name: str) -> list[dict[str, Any]]:
-  found, others = [], first.groupings.get(name)  # runs that read other rows have other counts
+def _groups(name: str, losses: Losses, first: Losses) -> list[dict[str, Any]]:
+  found, grouping, others = [], losses.groupings[name], first.groupings.get(name)
+  # Runs that read other rows have other counts.
   compares = first is not losses and others is not None and np.array_equal(grouping.group_X, others.group_X)
   for number, group in enumerate(grouping.names):
     inside_X = grouping.group_X == number

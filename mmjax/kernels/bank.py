@@ -121,11 +121,15 @@ def bank_lookup(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BTR: A
   refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
     row_BTR, own_BTR = _gather_rows(bank_MP, row_BTR)
-    rows_BTRP = bank_MP.part_MP[row_BTR].astype(dtype)
+    rows_BTRP = _gather(bank_MP.part_MP, row_BTR, dtype)
     return _hand_back(bank_MP, jnp.where(own_BTR[..., None], rows_BTRP, 0))
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
     return _tapped(jax.lax.stop_gradient(bank_MP)[row_BTR].astype(dtype), tap.grad)
+  return _gather(bank_MP, row_BTR, dtype)
+
+
+def _gather(bank_MP: Array | PackedBank, row_BTR: Array, dtype: DTypeLike) -> Array:
   if isinstance(bank_MP, PackedBank) or bank_MP.dtype == jnp.float32:
     return bank_MP[row_BTR].astype(dtype)  # rows are cast, and their gradients back, so that these add up in float32
   return _narrow_lookup(bank_MP, row_BTR, jnp.dtype(dtype))

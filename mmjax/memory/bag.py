@@ -21,7 +21,7 @@ from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
 from mmjax.memory.gate import GatedMemory
-from mmjax.memory.ngram import bucket_rows, last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
+from mmjax.memory.ngram import last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,9 @@ class NgramBag(_Bag):
 
   def rows_of(self, token_BTn: Array) -> Array:
     """Does what `rows` does, from the last tokens at each position, int32: see `cached_last_tokens`."""
-    return ngram_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows, self.vocab_size)
+    addresses, size = self.rows_per_head // self.bucket_size, self.bucket_size
+    bucket = ngram_rows(token_BTn, self.ngram_of_heads(), addresses, self.n_rows // size, self.vocab_size)
+    return bucket * size + jnp.arange(size, dtype=jnp.int32)
 
   def signs_of(self, token_BTn: Array) -> Array | None:
     """Returns which signs the n-grams of `rows_of` have, int32 sign_BTh; None where they have none."""
@@ -156,16 +158,16 @@ class NgramBag(_Bag):
     """
     if self.vocab_size is None:
       return None
-    slots, address = self.rows_per_head // self.rows_an_address, row // self.rows_an_address
-    first_R, size_R = own_ranges(self.ngram_of_heads(), slots, self.n_rows // self.rows_an_address, self.vocab_size)
+    slots, address = self.rows_per_head // self.bucket_size, row // self.bucket_size
+    first_R, size_R = own_ranges(self.ngram_of_heads(), slots, self.n_rows // self.bucket_size, self.vocab_size)
     for slot in np.flatnonzero((first_R <= address) & (address < first_R + size_R)).tolist():
       head = slot // slots
       return head, int(address - first_R[slot]) if self.ngram_of_heads()[head] == 1 else None
     return None
 
   @property
-  def rows_an_address(self) -> int:
-    """How many neighbouring rows an n-gram finds together."""
+  def bucket_size(self) -> int:
+    """How many neighbouring rows an n-gram addresses at once; what is left of the bank is never read."""
     return 1
 
   def ngram_of_heads(self) -> tuple[int, ...]:
@@ -219,13 +221,9 @@ class NgramBucket(NgramBag):
     return super().flops() | {'gate': TRAINED * 2 * self.n_heads * query_and_scores}
 
   @property
-  def rows_an_address(self) -> int:
-    """A bucket."""
+  def bucket_size(self) -> int:
+    """All rows of a head."""
     return self.rows_per_head
-
-  def rows_of(self, token_BTn: Array) -> Array:
-    """Returns the rows of the buckets that the last tokens at each position address, int32 row_BThr."""
-    return bucket_rows(token_BTn, self.ngram_of_heads(), self.rows_per_head, self.n_rows, self.vocab_size)
 
   @jax.named_scope('gate')
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:

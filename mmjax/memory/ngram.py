@@ -88,17 +88,6 @@ def ngram_rows(
   return first_hr + (code_BThr % size_hr.astype(np.uint32)).astype(jnp.int32)
 
 
-def bucket_rows(
-  token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int, vocab_size: int | None = None
-) -> Array:
-  """Hashes n-grams to buckets of r neighbouring rows; of r = 1 they are those of `ngram_rows`.
-
-  Arguments and result are those of `ngram_rows`. Rows that are left when M is not divisible by r are in no bucket.
-  """
-  bucket_BTh1 = ngram_rows(token_BTn, ngrams, 1, n_rows // rows_per_head, vocab_size)
-  return bucket_BTh1 * rows_per_head + jnp.arange(rows_per_head, dtype=jnp.int32)
-
-
 @functools.cache
 def own_ranges(
   ngrams: tuple[int, ...], rows_per_head: int, n_rows: int, vocab_size: int

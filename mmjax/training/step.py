@@ -68,9 +68,10 @@ def make_gradient(
   def gradient(
     params: Params, batch: dict[str, Array], total_weight: Array, step: Array
   ) -> tuple[dict[str, Array], Params]:
-    grad, add_up, empty_bank = jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add), None
-    if keeps_reads(config, whole=whole):  # an array like the bank would cost more than what was read of it
-      grad, add_up, empty_bank = gradient_by_reads(config, objective), add_gradients, empty_sum
+    grad, add_up = jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add)
+    keeps = keeps_reads(config, whole=whole)
+    if keeps:  # an array like the bank would cost more than what was read of it
+      grad, add_up = gradient_by_reads(config, objective), add_gradients
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     if mesh and drops:
       key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
@@ -87,12 +88,12 @@ def make_gradient(
       return (jax.tree.map(jnp.add, so_far[0], parts), add_up(so_far[1], grads)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
-    if len(batch['input']) == 1 and not empty_bank:  # no sums, which would be written and read once more
+    if len(batch['input']) == 1 and not keeps:  # no sums, which would be written and read once more
       return of_micro_batch(0, first)
     shapes = jax.eval_shape(of_micro_batch, 0, first)
     parts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    if empty_bank:
-      grads[BANK] = empty_bank(config, params[BANK])
+    if keeps:
+      grads[BANK] = empty_sum(config, params[BANK])
     return jax.lax.scan(add, (parts, grads), (jnp.arange(len(batch['input'])), batch))[0]
 
   return spread(gradient, mesh) if mesh else gradient
