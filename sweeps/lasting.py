@@ -15,8 +15,8 @@ from mmjax.errors import UserError
 from mmjax.tools.sweep_file import Run
 
 GRID = runpy.run_path(str(Path(__file__).with_name('memory.py')))
-# At scale gpu Muon's own rate is as high as at scale small; nothing was tuned there.
-LEARNING_RATES = {'small': 4e-3, 'gpu': 1e-3, 'tiny': 4e-3}
+# Everything was tuned at scale small. At the others Muon's own rate is as high as there.
+LEARNING_RATES = {'small': 4e-3, 'cpu': 4e-3, 'gpu': 1e-3, 'tiny': 4e-3}
 MUON_RATE = 1e-2
 STRONG = {
   'train.optimizer': 'muon',
@@ -67,7 +67,7 @@ def get_runs(scale='small', tokens='3e6', seeds='0'):
   """Returns every model at every length with every seed; choose with --only.
 
   Args:
-    scale: 'small', 'gpu', or 'tiny' to try the machinery.
+    scale: 'small', 'cpu' (192 x 4), 'gpu', or 'tiny' to try the machinery.
     tokens: lengths, comma-separated.
     seeds: comma-separated.
   """

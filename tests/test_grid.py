@@ -78,7 +78,7 @@ def test_models_differ_as_the_experiment_says(models):
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize('scale', ['small', 'gpu'])
+@pytest.mark.parametrize('scale', ['small', 'cpu', 'gpu'])
 def test_models_that_should_last_train_like_the_baseline_and_cost_no_more(scale):
   runs = {run.name: run.config for run in read_sweep('sweeps/lasting.py', [f'scale={scale}', 'tokens=3e6,12e6'])}
   strong = runs['g0-3M-s0']
@@ -95,8 +95,8 @@ def test_models_that_should_last_train_like_the_baseline_and_cost_no_more(scale)
 
 
 def test_mistakes_in_the_settings_of_the_longer_runs_are_named():
-  with pytest.raises(UserError, match="scale='cpu' must be one of small, gpu, tiny"):
-    read_sweep('sweeps/lasting.py', ['scale=cpu'])
+  with pytest.raises(UserError, match="scale='large' must be one of small, cpu, gpu, tiny"):
+    read_sweep('sweeps/lasting.py', ['scale=large'])
   with pytest.raises(UserError, match="tokens='many' must be a number above 0"):
     read_sweep('sweeps/lasting.py', ['tokens=many'])
   with pytest.raises(UserError, match="seeds='a' must be whole numbers, comma-separated"):
