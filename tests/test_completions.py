@@ -67,7 +67,7 @@ def test_log_probabilities_with_echo_are_those_of_the_logits(port, view):
   found = choice['logprobs']
   ids = view.lm.encode_prompt(PROMPT)
   [new] = view.lm.generate_tokens([ids], max_new_tokens=6, temperature=0)
-  whole = [*ids, *(token for token in new if token != view.lm.tokenizer.eos_id)]
+  whole = [*ids, *new]
   log_TV = np.asarray(jax.nn.log_softmax(view.lm.logits([whole])[0, :, : view.lm.tokenizer.vocab_size]))
   expected = [log_TV[t, token] for t, token in enumerate(whole[1:])]
   assert found['token_logprobs'] == pytest.approx(expected, abs=1e-5)
@@ -79,6 +79,18 @@ def test_log_probabilities_with_echo_are_those_of_the_logits(port, view):
   assert found['text_offset'][:3] == [len(''.join(found['tokens'][:at])) for at in range(3)]
   for top, log_V in zip(found['top_logprobs'], log_TV, strict=False):
     assert max(top.values()) == pytest.approx(float(log_V.max()), abs=1e-5) and 2 <= len(top) <= 3
+
+
+def test_end_of_text_is_a_token_with_a_log_probability(port, view):
+  tokenizer = view.lm.tokenizer
+  prompt, eos = view.lm.encode_prompt(PROMPT), tokenizer.eos_id
+  # So hot that EOS comes soon in one of these; lm-evaluation-harness takes the last entry for what was written.
+  fields = {'prompt': prompt, 'temperature': 1e6, 'max_tokens': 100, 'n': 16, 'logprobs': 1, 'echo': True}
+  answer = complete(port, **fields)
+  ended = [choice for choice in answer['choices'] if choice['finish_reason'] == 'stop']
+  assert ended and all(choice['logprobs']['tokens'][-1] == '<eos>' for choice in ended)
+  told = sum(len(choice['logprobs']['token_logprobs']) - len(prompt) for choice in answer['choices'])
+  assert told == answer['usage']['completion_tokens'] and tokenizer.decode([eos]) == ''
 
 
 def test_highest_temperature_stays_a_number():
@@ -133,6 +145,13 @@ def pieces_of(port, **fields):
 def test_stream_is_the_same_text_in_pieces(port):
   text, pieces = streamed(port)
   assert text == texts(complete(port))[0] and pieces > 3
+
+
+def test_stream_tells_its_usage_if_asked(port):
+  options = {'stream': True, 'stream_options': {'include_usage': True}}
+  *_, last, done = request(port, '/v1/completions', ASKED | options)[2].strip().split('\n\n')
+  told = json.loads(last.removeprefix('data: '))
+  assert done.endswith('[DONE]') and told['choices'] == [] and told['usage'] == complete(port)['usage']
 
 
 def test_stream_has_the_log_probabilities_of_the_whole(port):
@@ -207,9 +226,11 @@ def test_job_that_is_left_is_written_no_further(view):
     ({'max_tokens': True}, 'max_tokens', 'must be a whole number'),
     ({'n': 65}, 'n', 'from 1 to 64'),
     ({'logprobs': 6}, 'logprobs', 'from 0 to 5'),
-    ({'stop': ['a'] * 5}, 'stop', 'at most 4'),
+    ({'stop': ['a'] * 17}, 'stop', 'at most 16'),
     ({'stop': ''}, 'stop', 'none of them empty'),
     ({'stream': 1}, 'stream', 'must be true or false'),
+    ({'stream_options': {'include_usage': True}}, 'stream_options', 'with stream'),
+    ({'stream_options': {'more': 1}, 'stream': True}, 'stream_options', 'include_usage'),
     ({'temperature': -1}, None, 'temperature=-1'),
     ({'top_p': 'x'}, None, "top_p='x'"),
     ({'seed': -1}, None, 'seed=-1'),

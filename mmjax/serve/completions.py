@@ -30,21 +30,26 @@ from mmjax.serve.requests import Refusal, Worker, protocol_error, read_body, who
 from mmjax.serve.view import RunView
 
 MOST_CHOICES = 64  # of one request
-MOST_STOPS = 4
+MOST_STOPS = 16  # OpenAI takes 4; tasks of lm-evaluation-harness have more
 DEFAULTS = {
   'max_tokens': 16, 'temperature': 1.0, 'top_p': 1.0, 'n': 1, 'stream': False, 'stop': None, 'echo': False,
-  'logprobs': None, 'seed': None, 'user': None,
+  'logprobs': None, 'seed': None, 'user': None, 'stream_options': None,
 }  # fmt: skip
 # Fields of the protocol that say nothing at these values, and are refused at others.
 UNSUPPORTED = {
   'best_of': (None, 1), 'frequency_penalty': (None, 0), 'presence_penalty': (None, 0), 'logit_bias': (None, {}),
-  'suffix': (None, ''), 'stream_options': (None,),
+  'suffix': (None, ''),
 }  # fmt: skip
 Echo = list[tuple[int, float | None, list[tuple[int, float]]]]  # id, log-probability, likeliest tokens with theirs
 
 
 class Asked(NamedTuple):
-  """A checked request. `starts`: whether prompts begin with a token that the client did not send."""
+  """A checked request.
+
+  Attributes:
+    starts: whether prompts begin with a token that the client did not send.
+    tells_usage: whether a stream ends with the counts of tokens.
+  """
 
   view: RunView
   prompts: list[list[int]]
@@ -56,6 +61,7 @@ class Asked(NamedTuple):
   stops: list[str]
   echo: bool
   logprobs: int | None
+  tells_usage: bool
 
 
 class Choice:
@@ -78,11 +84,9 @@ class Choice:
     """Takes a token that was written; the choice ends with EOS, a stop or the last token asked for."""
     self.n_tokens += 1
     before = len(self._text)
-    if token.id == self.asked.view.lm.tokenizer.eos_id:
-      self.finish_reason = 'stop'
-    else:
-      self._add(*token)
-      self.finish_reason = 'length' if self.n_tokens == self.asked.max_tokens else None
+    self._add(*token)  # EOS too, which has no text: clients count on a log-probability for each token
+    ended = token.id == self.asked.view.lm.tokenizer.eos_id
+    self.finish_reason = 'stop' if ended else 'length' if self.n_tokens == self.asked.max_tokens else None
     if self.finish_reason:
       self._text += self._decoder.decode(b'', final=True)
     at = [self._text.find(stop, max(self._prompt, before - self._reach)) for stop in self.asked.stops]
@@ -157,15 +161,15 @@ class Completions:
   async def _whole(self, asked: Asked, echoes: list[Echo]) -> dict[str, Any]:
     choices = [Choice(asked, index) for index in range(len(asked.prompts) * asked.n)]
     pieces = [piece async for piece in self._pieces(choices, echoes)]
-    n_prompt, n_new = sum(len(p) - asked.starts for p in asked.prompts), sum(choice.n_tokens for choice in choices)
-    usage = {'prompt_tokens': n_prompt, 'completion_tokens': n_new, 'total_tokens': n_prompt + n_new}
-    return {'choices': sorted(pieces, key=lambda piece: piece['index']), 'usage': usage}
+    return {'choices': sorted(pieces, key=lambda piece: piece['index']), 'usage': _usage(asked, choices)}
 
   async def _events(self, asked: Asked, echoes: list[Echo], head: dict[str, Any]) -> AsyncIterator[str]:
     choices = [Choice(asked, index) for index in range(len(asked.prompts) * asked.n)]
     try:
       async for piece in self._pieces(choices, echoes):
         yield f'data: {json.dumps(finite(head | {"choices": [piece]}))}\n\n'
+      if asked.tells_usage:
+        yield f'data: {json.dumps(head | {"choices": [], "usage": _usage(asked, choices)})}\n\n'
       yield 'data: [DONE]\n\n'
     except CommandError as error:
       yield f'data: {json.dumps(protocol_error(error))}\n\n'
@@ -231,8 +235,11 @@ class Completions:
     logprobs = None if asked['logprobs'] is None else whole_number(asked['logprobs'], 'logprobs', 0, TOP)
     seed = secrets.randbelow(2**31) if asked['seed'] is None else asked['seed']
     sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)
-    stream, echo = asked['stream'], asked['echo']
-    return Asked(view, prompts, starts, sampling, max_tokens, n, stream, _stops(asked['stop']), echo, logprobs)
+    stream, echo, options = asked['stream'], asked['echo'], asked['stream_options'] or {}
+    if options not in ({}, {'include_usage': True}, {'include_usage': False}) or (options and not stream):
+      raise Refusal("stream_options must be {'include_usage': true} or false, with stream", field='stream_options')
+    stops, tells_usage = _stops(asked['stop']), options == {'include_usage': True}
+    return Asked(view, prompts, starts, sampling, max_tokens, n, stream, stops, echo, logprobs, tells_usage)
 
   def _view(self, name: Any) -> RunView:
     if not isinstance(name, str) or name not in self.views:
@@ -279,6 +286,11 @@ def _echo(asked: Asked, prompt: list[int]) -> Echo:
     for t, (token, log_V, best_X) in enumerate(zip(prompt[1:], log_TV, best_TX, strict=True), 1):
       echo[t] = (token, float(log_V[token]), [(int(at), float(log_V[at])) for at in best_X])
   return echo[asked.starts :]
+
+
+def _usage(asked: Asked, choices: Sequence[Choice]) -> dict[str, int]:
+  n_prompt, n_new = sum(len(p) - asked.starts for p in asked.prompts), sum(choice.n_tokens for choice in choices)
+  return {'prompt_tokens': n_prompt, 'completion_tokens': n_new, 'total_tokens': n_prompt + n_new}
 
 
 def _name(tokenizer: Tokenizer, token: int) -> str:
