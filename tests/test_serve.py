@@ -61,6 +61,15 @@ def test_surprise_is_that_of_the_logits_and_reads_are_those_of_read_text(bag):
     assert token['layers'] == [rows]
 
 
+def test_characters_of_several_tokens_are_shown_whole_and_counted_in_bytes(bag):
+  text = 'a 你😀 é'
+  found = bag.read(text)
+  start, *tokens = found['tokens']
+  assert found['bytes'] == len(text.encode()) and start['shown'] == '<eos>'
+  assert ''.join(token['shown'] for token in tokens).replace('·', '') == text
+  assert '<0xE4>' in [token['token'] for token in tokens] and '\ufffd' not in json.dumps(found)
+
+
 def test_rows_that_started_from_text_are_shown_with_it(bag, monkeypatch):
   row = bag.read(TEXT)['tokens'][2]['layers'][0][0][0]
   monkeypatch.setattr(bag, 'snippets', {row: 'a text', bag.lm.config.model.knowledge_num: 'of no row'})
@@ -80,7 +89,7 @@ def test_who_reads_a_row_is_what_inspect_finds(tiny_run, name):
   assert strengths[0] == pytest.approx(strengths[1], abs=1e-5)
   assert found['rank'] == 1 and found['strength_is'] == of_layer['strength_is']
   if name == 'ngrams':  # all that hash there end in the token of a context
-    assert sum(count for _, count in found['ngrams']) == min(found['taken'], 512)
+    assert sum(count for _, count in found['ngrams']) == found['taken']
     assert all(any(text.endswith(c['token']) for text, _ in found['ngrams']) for c in found['contexts'])
 
 
@@ -92,9 +101,10 @@ def test_map_holds_every_read_once(bag, monkeypatch):
   assert [reads for _, reads in found['hottest']] == sorted(found['cells'], reverse=True)[: len(found['hottest'])]
   monkeypatch.setattr('mmjax.serve.view.MAP_SIDE', 3)
   pooled = bag.map(1)
-  assert pooled['side'] <= 3 and sum(pooled['cells']) == sum(found['cells'])
+  assert pooled['side'] <= 3 and pooled['line'] == found['side'] and sum(pooled['cells']) == sum(found['cells'])
   monkeypatch.setattr(bag.corpus, 'usage_LM', bag.corpus.usage_LM[:, :60])  # no square: n-grams need none
-  assert sum(bag.map(None)['cells']) == np.sum(bag.corpus.usage_LM)
+  uneven = bag.map(None)
+  assert sum(uneven['cells']) == np.sum(bag.corpus.usage_LM) and uneven['line'] == 8
 
 
 @pytest.mark.thorough

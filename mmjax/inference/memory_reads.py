@@ -300,9 +300,14 @@ class MemoryReader:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-  """Returns the text of one token; control tokens have a name in angle brackets, bytes of a character are U+FFFD."""
+  """Returns the text of one token; control tokens and bytes of a character have a name: <eos>, <0xE4>."""
+  raw = tokenizer.decode_bytes([token])
+  try:
+    text = raw.decode()
+  except UnicodeDecodeError:
+    return ''.join(f'<0x{byte:02X}>' for byte in raw)
   names = {tokenizer.pad_id: '<pad>', tokenizer.bos_id: '<bos>', tokenizer.eos_id: '<eos>'}
-  return tokenizer.decode([token]) or names.get(token, f'<{token}>')
+  return text or names.get(token, f'<{token}>')
 
 
 def _addressed_memory(config: Config) -> NgramBag | None:

@@ -12,7 +12,6 @@ from mmjax.inference.memory_reads import ROWS, MemoryReader, token_text
 MOST_POSITIONS = 65536
 MOST_READS = 2**24  # kept, of all layers together: 8 bytes each
 STRIP = 96  # parts that the text is cut into, to show where in it a row is read
-COUNTED_NGRAMS = 512  # readers of a row that are asked for their n-gram
 
 
 class Part(NamedTuple):
@@ -84,10 +83,12 @@ class CorpusReads:
     }
 
   def _ngrams(self, places: list[tuple[int, int, int]]) -> list[tuple[str, int]]:
-    counts, tokenizer = Counter(), self.reader.lm.tokenizer
-    for corpus_row, position, n in places[:COUNTED_NGRAMS]:
-      inputs = self.split.rows(np.array([corpus_row]))['input'][0]
-      counts[
-        ''.join(token_text(tokenizer, int(token)) for token in inputs[max(0, position + 1 - n) : position + 1])
-      ] += 1
+    corpus_rows, at_X = np.unique([corpus_row for corpus_row, *_ in places], return_inverse=True)
+    inputs = self.split.rows(corpus_rows)['input'].tolist() if places else []
+    ids = Counter()
+    for at, (_, position, n) in zip(at_X, places, strict=True):
+      ids[tuple(inputs[at][max(0, position + 1 - n) : position + 1])] += 1
+    counts = Counter()
+    for tokens, count in ids.items():
+      counts[''.join(token_text(self.reader.lm.tokenizer, token) for token in tokens)] += count
     return counts.most_common(8)

@@ -23,6 +23,7 @@ from mmjax.serve.corpus import CorpusReads
 
 MOST_TOKENS = 1024  # of a text
 HEAD_READS, LAYER_READS = 16, 32  # shown of a token: of each head, of each layer
+CONTINUES = bytes(range(0x80, 0xC0))  # of a character of several bytes all but the first are one of these
 LIKELY = 8  # next tokens that are shown
 CONTEXTS = 16  # of a row: shown, and the effect of its value is measured on
 NEAREST = 8
@@ -86,6 +87,7 @@ class RunView:
       'step': self.lm.step,
       'parameters': count_params(self.lm.params)[0],
       'n_layers': config.model.n_layers,
+      'max_seq_len': config.model.max_seq_len,
       'memory': memory,
       'remarks': self.remarks,
       'taught': {'rows': len(self.taught), 'farthest': self.taught[:FARTHEST]},
@@ -96,10 +98,11 @@ class RunView:
     """Reads a text.
 
     Returns:
-      `tokens`: for each, the one that rows begin with included, `token`; `nats`, how surprising it was, None for the
-      first; `likely`: the tokens that seemed most likely in its stead, with their probabilities; `layers`: for each
-      that has a memory, reads as [row, head, score, weight, n-gram], strongest first. `cut`: whether the text was
-      longer. `snippets`: of these rows, those that started from text.
+      `tokens`: for each, the one that rows begin with included, `token`; `shown`, its part of the text, see `_shown`;
+      `nats`, how surprising it was, None for the first; `likely`: the tokens that seemed most likely in its stead, with
+      their probabilities; `layers`: for each that has a memory, reads as [row, head, score, weight, n-gram], strongest
+      first. `bytes`: of the text that they are. `cut`: whether the text was longer. `snippets`: of these rows, those
+      that started from text.
     """
     ids, cut = self._ids(text)
     nats_T, likely = self._surprise(self.lm, ids)
@@ -107,12 +110,14 @@ class RunView:
     if self.reader:
       reads = self.reader.read_text(text)[: len(ids)]
       layers = [[self._strongest(entry['rows']) for entry in token['layers']] for token in reads]
+    pieces = [self.lm.tokenizer.decode_bytes([token]) for token in ids]
     tokens = [
-      {'token': token_text(self.lm.tokenizer, token), 'nats': nats, 'likely': best, 'layers': reads}
-      for token, nats, best, reads in zip(ids, nats_T, likely, layers, strict=True)
+      {'token': name, 'shown': _shown(pieces, t) or name, 'nats': nats_T[t], 'likely': likely[t], 'layers': layers[t]}
+      for t, name in enumerate(map(self._text, ids))
     ]
     shown = {row for reads in layers for layer in reads for row, *_ in layer}
-    return {'tokens': tokens, 'cut': cut, 'snippets': {row: self.snippets[row] for row in shown & self.snippets.keys()}}
+    snippets = {row: self.snippets[row] for row in shown & self.snippets.keys()}
+    return {'tokens': tokens, 'bytes': sum(map(len, pieces)), 'cut': cut, 'snippets': snippets}
 
   def next(self, text: str, changes: Sequence[Change]) -> dict[str, Any]:
     """Returns what follows a text, by the model as it is and by the changed one.
@@ -164,8 +169,9 @@ class RunView:
     several rows in a cell.
 
     Returns:
-      `side` and `cells`, reads line by line; `rows_per_cell`, on a side; `hottest`: [row, reads] of the rows read most;
-      `used`: how many rows are read at all; `positions` read so far; `done`: whether these are all.
+      `side` and `cells`, reads line by line; `line`, rows in a line; `rows_per_cell`, on a side; `hottest`: [row,
+      reads] of the rows read most; `used`: how many rows are read at all; `positions` read so far; `done`: whether
+      these are all.
     """
     self._needed_reader()
     if self.corpus is None:
@@ -181,6 +187,7 @@ class RunView:
     return {
       'side': len(cells),
       'cells': cells.ravel().tolist(),
+      'line': side,
       'rows_per_cell': pooled,
       'hottest': [[int(at), int(usage_M[at])] for at in hottest if usage_M[at]],
       'used': int(np.count_nonzero(usage_M)),
@@ -278,6 +285,13 @@ def _largest(values_X: np.ndarray, most: int = LIKELY) -> list[int]:
   most = min(most, len(values_X))
   at_X = np.argpartition(-values_X, most - 1)[:most]
   return at_X[np.argsort(-values_X[at_X], kind='stable')].tolist()
+
+
+def _shown(pieces: Sequence[bytes], t: int) -> str:
+  """Returns a token's part of a text: characters that begin in it, whole; a dot if none does; '' if it has no text."""
+  begun, behind = pieces[t].lstrip(CONTINUES), b''.join(pieces[t + 1 : t + 4])
+  rest = behind[: len(behind) - len(behind.lstrip(CONTINUES))]
+  return (begun + rest).decode(errors='replace') if begun else '·' * bool(pieces[t])
 
 
 def _thinned(points: list[Any]) -> list[Any]:

@@ -8,6 +8,7 @@ const FULL_NATS = 9 // surprise of the strongest colour
 
 const state = {
   runs: [], text: '', reads: [], nexts: [], changes: [], // the last three by run
+  compared: [], // changes that `nexts` are of
   stories: {}, // continuations by run and variant
   answers: {}, // all that was asked, for a saved page
   held: null, // {run, at}: the token whose reads are shown when nothing is pointed at
@@ -70,16 +71,18 @@ async function ask(question, fields, signal) {
   return question === 'stream' ? response : state.answers[key(question, fields)] = await response.json()
 }
 
-// Runs what the user asked for, says that it is being computed, and says what went wrong.
+// Runs what the user asked for, says that it is being computed, and says what went wrong; returns whether all went well.
 async function doing(what, work) {
   const waiting = setTimeout(() => say(what), 150)
   try {
     await work()
     clearTimeout(waiting)
     say('')
+    return true
   } catch (error) {
     clearTimeout(waiting)
     if (error.name !== 'AbortError') say(error.message, true)
+    return false
   }
 }
 
@@ -91,6 +94,7 @@ async function read() {
     state.answers = Object.fromEntries(Object.entries(state.answers).filter(([asked]) => /^(row|map|health)/.test(asked)))
     const reads = await Promise.all(state.runs.map((_, run) => ask('read', { run, text })))
     Object.assign(state, { text, reads, row: null, stories: {} })
+    $('beyond').hidden = true
     state.held = { run: 0, at: mostSurprising(reads[0].tokens) }
     await predict()
     drawMap()
@@ -98,7 +102,9 @@ async function read() {
 }
 
 async function predict() {
-  state.nexts = await Promise.all(state.runs.map((_, run) => ask('next', { run, text: state.text, changes: state.changes[run] })))
+  const { changes } = state
+  state.nexts = await Promise.all(state.runs.map((_, run) => ask('next', { run, text: state.text, changes: changes[run] })))
+  state.compared = changes
   if (!state.nexts.some(next => next.nats)) state.byChange = false
   drawTokens()
   drawInspector()
@@ -113,15 +119,16 @@ function drawTokens() {
     const changed = state.nexts[run]?.nats
     const nats = found.tokens.slice(1).reduce((sum, token) => sum + token.nats, 0)
     const after = changed?.slice(1).reduce((sum, value) => sum + value, 0)
-    const bytes = new TextEncoder().encode(found.tokens.slice(1).map(token => token.token).join('')).length
+    const most = state.runs[run].max_seq_len
     const mean = value => number(value / Math.max(1, found.tokens.length - 1), 3)
     const field = h('div.tokens', { role: 'group', 'aria-label': 'tokens', onkeydown: event => moveToken(event, run) })
     found.tokens.forEach((token, at) => field.append(...tokenElements(token, run, at, changed)))
     return h('div.card', null,
       h('div.head', null, h('h2', null, state.runs.length > 1 ? state.runs[run].name : 'Surprise'),
-        h('small', null, `${mean(nats)} nats a token`, changed ? ` → ${mean(after)} changed` : '', `, ${number(nats / Math.LN2 / Math.max(1, bytes), 3)} bits a byte`)),
+        h('small', null, `${mean(nats)} nats a token`, changed ? ` → ${mean(after)} changed` : '', `, ${number(nats / Math.LN2 / Math.max(1, found.bytes), 3)} bits a byte`)),
       field,
       found.cut ? h('p.note', null, `The text is longer; its first ${found.tokens.length} tokens are shown.`) : null,
+      found.tokens.length > most ? h('p.note', null, `The model reads ${number(most)} tokens at a time, as in training, and begins anew behind them. What comes next follows from the last ${number(most)} of the text.`) : null,
       h('div.row', null, legend(), changed ? h('button', { type: 'button', 'aria-pressed': `${state.byChange}`,
         onclick: () => { state.byChange = !state.byChange; drawTokens() } }, 'Colour by change') : null))
   }))
@@ -137,7 +144,7 @@ function legend() {
 function tokenElements(token, run, at, changed) {
   const change = state.byChange && changed && at ? changed[at] - token.nats : 0
   const strength = state.byChange ? Math.min(1, Math.abs(change)) : Math.min(1, (token.nats ?? 0) / FULL_NATS)
-  const space = /^ [^]/.test(token.token) ? ' ' : '', text = token.token.slice(space.length)
+  const space = /^ [^]/.test(token.shown) ? ' ' : '', text = token.shown.slice(space.length)
   const element = h('span.t', {
     role: 'button', tabindex: state.held?.run === run && state.held.at === at ? 0 : -1,
     '--s': 85 * strength, '--tone': state.byChange && change < 0 ? 'var(--cold)' : 'var(--hot)',
@@ -193,7 +200,7 @@ function drawInspector() {
   const memory = state.runs[shown.run].memory
   const rows = token.layers.flatMap(reads => reads.map(([row]) => row))
   refill('inspector', 
-    h('div.head', null, h('span.big', null, visible(token.token)),
+    h('div.head', null, h('span', null, h('span.big', null, visible(token.token)), token.shown !== token.token ? h('small', null, token.shown === '·' ? ' goes on with a character' : ` begins ${token.shown}`) : null),
       h('small', null, state.runs.length > 1 ? `${state.runs[shown.run].name}, ` : '', `token ${shown.at}`)),
     token.nats == null ? h('p.soft', null, 'Every row of text begins with this token.')
       : h('p', null, h('b', null, `${token.nats.toFixed(2)} nats`), ` of surprise: it had a probability of ${percent(Math.exp(-token.nats))}.`),
@@ -201,7 +208,7 @@ function drawInspector() {
       h('tr', null, h('td', null, h('code', null, visible(text))), h('td.bar', null, bar(share)), h('td.n', null, percent(share))))) : null,
     memory ? h('div.layers', null, memory.layers.map((layer, i) => layerReads(shown.run, layer, token.layers[i]))) : h('p.note', null, state.runs[shown.run].remarks[0]),
     memory && !saved ? h('p', null, h('button', { type: 'button', onclick: () => change(shown.run, [...new Set(rows)].map(row => ({ row, scale: 0 }))) },
-      'Switch off all rows that this token read')) : null)
+      token.layers.some(reads => reads.length < memory.reads) ? 'Switch off the rows that are shown' : 'Switch off all rows that this token read')) : null)
 }
 
 const layerName = layer => layer === 'values' ? 'values' : `layer ${layer}`
@@ -259,13 +266,13 @@ function closeRow() {
 
 function drawRow(run, found) {
   const { row, layer, effect } = found
-  const scale = h('input', { type: 'number', step: 'any', value: 2, 'aria-label': 'factor' })
-  const other = h('input', { type: 'number', min: 0, max: state.runs[run].memory.rows - 1, 'aria-label': 'other row' })
+  const scale = h('input', { type: 'number', min: -1000, max: 1000, step: 'any', value: 2, required: true, 'aria-label': 'factor' })
+  const other = h('input', { type: 'number', min: 0, max: state.runs[run].memory.rows - 1, required: true, 'aria-label': 'other row' })
   if (found.nearest.length) other.value = found.nearest[0][0]
   const edits = h('div.row', null,
     h('button', { type: 'button', onclick: () => change(run, [{ row, scale: 0 }]) }, 'Switch off'),
-    h('span.row', null, h('button', { type: 'button', onclick: () => change(run, [{ row, scale: +scale.value }]) }, 'Scale by'), scale),
-    h('span.row', null, h('button', { type: 'button', onclick: () => change(run, [{ row, other: +other.value }]) }, 'Exchange with'), other))
+    h('form.row', { onsubmit: event => { event.preventDefault(); change(run, [{ row, scale: +scale.value }]) } }, h('button', null, 'Scale by'), scale),
+    h('form.row', { onsubmit: event => { event.preventDefault(); change(run, [{ row, other: +other.value }]) } }, h('button', null, 'Exchange with'), other))
   const strongest = (tokens, kind) => h('div', null, h('h3', null, kind === '.up' ? 'made more likely' : 'made less likely'),
     h('table', null, tokens.slice(0, 8).map(token => h('tr', { title: `${percent(token.probability_without)} without, ${percent(token.probability)} with` },
       h('td', null, h('code', null, visible(token.token))), h('td.bar', null, bar(Math.abs(token.log_change) / Math.abs(tokens[0].log_change || 1), kind)),
@@ -321,22 +328,29 @@ function paint(canvas, counts, ground = Infinity) {
 // --- changes, next tokens, continuations ----------------------------------------------------------------------------
 
 async function change(run, changes) {
-  const rows = new Set(changes.map(entry => entry.row))
-  state.changes[run] = [...state.changes[run].filter(entry => entry.other != null || !rows.has(entry.row)), ...changes]
-  await compare()
+  const before = state.changes[run], rows = new Set(changes.map(entry => entry.row))
+  // A row's new factor takes the place of its last; where values change places, the order says which value it is for.
+  const kept = [...before, ...changes].some(entry => entry.other != null) ? before : before.filter(entry => !rows.has(entry.row))
+  await compare(withRun(run, [...kept, ...changes]))
 }
 
-async function compare() {
-  await doing('Reading with the changed bank…', predict)
-  if (state.row) await openRow(state.row.run, state.row.row, state.row.layer)
+const withRun = (run, changes) => state.changes.map((others, at) => at === run ? changes : others)
+
+// Reads with these changes of the banks; if it fails they are taken back.
+async function compare(changes) {
+  state.changes = changes
+  if (!await doing('Reading with the changed bank…', predict)) {
+    state.changes = state.compared
+    drawComing()
+  } else if (state.row) await openRow(state.row.run, state.row.row, state.row.layer)
 }
 
 function drawComing() {
-  const chips = state.changes.flatMap((changes, run) => changes.map((entry, i) => h('span.chip', null,
+  const chips = state.changes.flatMap((changes, run) => changes.map(entry => h('span.chip', null,
     `${state.runs.length > 1 ? `${state.runs[run].name}: ` : ''}row ${entry.row} ${entry.other != null ? `⇄ row ${entry.other}` : entry.scale === 0 ? 'off' : `× ${entry.scale}`}`,
-    h('button', { type: 'button', 'aria-label': `undo the change of row ${entry.row}`, onclick: () => { state.changes[run].splice(i, 1); compare() } }, '×'))))
+    h('button', { type: 'button', 'aria-label': `undo the change of row ${entry.row}`, onclick: () => compare(withRun(run, changes.filter(other => other !== entry))) }, '×'))))
   const all = chips.length > 12 ? [...chips.slice(0, 12), h('small', null, `and ${chips.length - 12} more`)] : chips
-  if (chips.length) all.push(h('button', { type: 'button', onclick: () => { state.changes = state.runs.map(() => []); compare() } }, 'Undo all'))
+  if (chips.length) all.push(h('button', { type: 'button', onclick: () => compare(state.runs.map(() => [])) }, 'Undo all'))
   refill('changes', ...all)
   fill($('variants'), ...state.nexts.map((found, run) => {
     const isChanged = found.nats != null
@@ -358,6 +372,9 @@ async function proceed(event) {
   state.stop?.abort()
   const stop = state.stop = new AbortController()
   const sampling = Object.fromEntries([...new FormData($('sampling'))].map(([name, value]) => [name, +value]))
+  const trained = state.runs.filter((run, at) => Math.min(run.max_seq_len, state.reads[at].tokens.length) + sampling.max_new_tokens > run.max_seq_len + 1)
+  $('beyond').hidden = !trained.length
+  $('beyond').textContent = trained.map(run => `${run.name} was trained on positions up to ${number(run.max_seq_len)}; this continuation may go beyond them.`).join(' ')
   $('stop').disabled = false
   await doing('Writing… the first continuation of a length compiles the model for it.', () => Promise.all(state.runs.flatMap((_, run) =>
     variantsOf(run).map(variant => write(run, variant, sampling, stop.signal)))))
@@ -400,8 +417,8 @@ async function drawMap() {
   if (!memory || !corpus) return refill('bank', title, h('p.note', null, memory ? remarks.at(-1) : `${state.runs[run].name} has no memory: nothing is read.`))
   const found = await ask('map', { run, layer }).catch(error => ({ error }))
   if (found.error) return say(found.error.message, true)
-  const ofLayer = layer ?? memory.layers[0], sub = Math.round(Math.sqrt(memory.rows)), side = found.side
-  const rowAt = (x, y) => Math.min(sub - 1, y * found.rows_per_cell) * sub + Math.min(sub - 1, x * found.rows_per_cell)
+  const ofLayer = layer ?? memory.layers[0], { side, line } = found
+  const rowAt = (x, y) => Math.min(memory.rows - 1, (y * line + x) * found.rows_per_cell)
   const canvas = h('canvas.map', { width: side, height: side, role: 'img', 'aria-label': 'map of the bank: each point is a row, the darker the more it is read' })
   const cell = event => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight].map(part => Math.max(0, Math.min(side - 1, Math.floor(part * side))))
   const gate = memory.ngrams[ofLayer].length === 0
@@ -410,13 +427,13 @@ async function drawMap() {
   const under = h('p', null, caption)
   canvas.addEventListener('mousemove', event => {
     const [x, y] = cell(event), row = rowAt(x, y)
-    under.replaceChildren(h('small', null, `row ${row}${found.rows_per_cell > 1 ? ' and its neighbours' : ''}${gate ? `, sub-keys ${Math.floor(row / sub)} and ${row % sub}` : ''}: read ${number(found.cells[y * side + x])} times; click opens it`))
+    under.replaceChildren(h('small', null, `row ${row}${found.rows_per_cell > 1 ? ' and its neighbours' : ''}${gate ? `, sub-keys ${Math.floor(row / line)} and ${row % line}` : ''}: read ${number(found.cells[y * side + x])} times; click opens it`))
   })
   canvas.addEventListener('mouseleave', () => under.replaceChildren(caption))
   canvas.addEventListener('click', event => openRow(run, rowAt(...cell(event)), ofLayer))
   paint(canvas, found.cells)
-  markRows(canvas, run, layer, sub, found.rows_per_cell)
-  const go = h('input', { type: 'number', min: 0, max: memory.rows - 1, 'aria-label': 'row to open', placeholder: 'row' })
+  markRows(canvas, run, layer, line, found.rows_per_cell)
+  const go = h('input', { type: 'number', min: 0, max: memory.rows - 1, required: true, 'aria-label': 'row to open', placeholder: 'row' })
   refill('bank', title,
     choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, layerName(number)])], layer, value => { state.map.layer = value; drawMap() }),
     h('div.bank', null, h('div', null, h('p', null, canvas), under),
@@ -429,14 +446,14 @@ async function drawMap() {
 }
 
 // Rings around the rows that the held token read, or the open row.
-function markRows(canvas, run, layer, sub, pooled) {
+function markRows(canvas, run, layer, line, pooled) {
   const context = canvas.getContext('2d'), { held, row } = state
   const layers = state.runs[run].memory.layers
   let rows = []
   if (row?.run === run) rows = [row.row]
   else if (held?.run === run) rows = state.reads[run].tokens[held.at].layers.flatMap((reads, i) => layer == null || layers[i] === layer ? reads.map(([at]) => at) : [])
   context.fillStyle = matchMedia('(prefers-color-scheme: dark)').matches ? '#7ce0ff' : '#0b63d1'
-  for (const at of rows) context.fillRect(Math.floor(at % sub / pooled), Math.floor(Math.floor(at / sub) / pooled), 1, 1)
+  for (const at of rows) context.fillRect(Math.floor(at % line / pooled), Math.floor(Math.floor(at / line) / pooled), 1, 1)
 }
 
 async function drawHealth() {
@@ -489,7 +506,7 @@ async function save() {
 
 async function start() {
   state.runs = saved ? saved.runs : await fetch('api/runs').then(response => response.json())
-  state.changes = state.runs.map(() => [])
+  state.changes = state.compared = state.runs.map(() => [])
   fill($('runs'), ...state.runs.map(run => h('span', null, h('b', null, run.name), ` ${run.sublayer}, update ${number(run.step)}, ${number(run.parameters / 1e6)} M parameters, `,
     run.memory ? `${number(run.memory.rows)} rows of ${run.memory.width} in ${layersOf(run)}` : 'no memory')))
   $('save').hidden = Boolean(saved)
