@@ -90,6 +90,7 @@ def test_who_reads_a_row_is_what_inspect_finds(tiny_run, name):
   assert found['rank'] == 1 and found['strength_is'] == of_layer['strength_is']
   if name == 'ngrams':  # all that hash there end in the token of a context
     assert sum(count for _, count in found['ngrams']) == found['taken']
+    assert sum(count for _, count in view.corpus._ngrams([(0, 3, 2)] * 600)) == 600  # however many they are
     assert all(any(text.endswith(c['token']) for text, _ in found['ngrams']) for c in found['contexts'])
 
 
