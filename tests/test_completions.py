@@ -50,7 +50,8 @@ def test_models_are_the_runs(port):
   assert [model['id'] for model in listed['data']] == ['run']
   assert json.loads(request(port, '/v1/models/run')[2])['object'] == 'model'
   assert request(port, '/v1/models/other')[0] == 404
-  assert json.loads(request(port, '/v1/other')[2])['error']['message'] == 'there is nothing here'
+  said = json.loads(request(port, '/v1/chat/completions', {})[2])['error']['message']
+  assert said == 'there is nothing here; there are /v1/models and /v1/completions'
 
 
 @pytest.mark.parametrize('how', [{'temperature': 0}, {'temperature': 0.75, 'top_p': 0.9}, {'temperature': 1.3}, {}])

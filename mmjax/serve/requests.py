@@ -41,11 +41,14 @@ def protocol_error(error: Exception) -> dict[str, Any]:
 
 async def answer_error(request: Request, error: Exception) -> Response:
   """Returns the answer to a request that was refused, or in which something failed."""
-  status = getattr(error, 'status', 400)
+  status, is_protocol = getattr(error, 'status', 400), request.url.path.startswith('/v1/')
   if not isinstance(error, CommandError):
     status = getattr(error, 'status_code', 500)
-    error = CommandError(f'the server failed: {first_line(error)}' if status == 500 else 'there is nothing here')
-  told = protocol_error(error) if request.url.path.startswith('/v1/') else {'error': str(error)}
+    where = '; there are /v1/models and /v1/completions' if is_protocol else ''
+    error = CommandError(
+      f'the server failed: {first_line(error)}' if status == 500 else f'there is nothing here{where}'
+    )
+  told = protocol_error(error) if is_protocol else {'error': str(error)}
   return Response(json.dumps(told), status, media_type='application/json')  # in ASCII: half a character has no UTF-8
 
 

@@ -77,6 +77,7 @@ class RunView:
       'layers': reader.layers,
       'ngrams': {layer: reader.ngrams[layer] for layer in reader.layers},
       'heads': config.memory.n_heads,
+      'own_ranges': config.memory.ngram_ranges == 'own',
       'reads': config.memory.n_heads * config.model.num_selected,
       'rows': config.model.knowledge_num,
       'width': config.model.knowledge_dim,
@@ -143,8 +144,8 @@ class RunView:
   def row(self, row: int, layer: int | str) -> dict[str, Any]:
     """Returns all that is known of a row in a layer: what `MemoryReader.describe_row` and `CorpusReads.readers` say.
 
-    Also `rank` of 1 for the row that the layer reads most, `snippet`, and `nearest`: [row, cosine, reads] of the rows
-    whose values point the same way.
+    Also `range`, see `MemoryReader.range_of`; `rank` of 1 for the row that the layer reads most; `snippet`; and
+    `nearest`: [row, cosine, reads] of the rows whose values point the same way.
 
     Raises:
       UserError: if there is no such row or layer.
@@ -154,7 +155,8 @@ class RunView:
     if layer is None:
       raise UserError(f'name a layer; those with a memory: {", ".join(map(str, reader.layers))}')
     reader.chosen_layers(layer)
-    found = {'row': row, 'layer': layer, 'snippet': self.snippets.get(row), 'nearest': self._nearest(row, layer)}
+    found = {'row': row, 'layer': layer, 'range': reader.range_of(row), 'snippet': self.snippets.get(row)}
+    found['nearest'] = self._nearest(row, layer)
     if self.corpus is None or not self.corpus.positions:
       return found
     readers = self.corpus.readers(row, layer, CONTEXTS)

@@ -89,7 +89,7 @@ async function doing(what, work) {
 // --- the text -------------------------------------------------------------------------------------------------------
 
 async function read() {
-  const text = $('text').value
+  const text = saved ? saved.text : $('text').value // which has its own ends of lines
   await doing('Reading… the first text of a length compiles the model for it.', async () => {
     state.answers = Object.fromEntries(Object.entries(state.answers).filter(([asked]) => /^(row|map|health)/.test(asked)))
     const reads = await Promise.all(state.runs.map((_, run) => ask('read', { run, text })))
@@ -282,6 +282,7 @@ function drawRow(run, found) {
       h('button', { type: 'button', onclick: closeRow }, '← back to the token')),
     h('div.tabs', null, state.runs[run].memory.layers.map(number => h('button', { type: 'button', 'aria-pressed': `${number === layer}`,
       disabled: saved && !(key('row', { run, row, layer: number }) in saved.answers), onclick: () => openRow(run, row, number) }, layerName(number)))),
+    found.range ? h('p.note', null, `It lies in the range of head ${found.range.head}, which ${found.range.token == null ? 'finds it by a hash' : `reads it after “${visible(found.range.token)}” alone`}.`) : null,
     found.snippet ? h('p.note', null, 'It started from the text: ', h('i', null, found.snippet)) : null,
     found.taken == null ? h('p.note', null, state.runs[run].remarks.at(-1) ?? 'The validation text is still being read.')
     : !found.taken ? h('p', null, h('b', null, 'Not read'), ` in ${number(found.positions)} tokens of the validation text by this layer.`) : [
@@ -290,7 +291,7 @@ function drawRow(run, found) {
     saved ? null : edits,
     found.ngrams?.length ? [h('h3', null, 'n-grams that address it, by how often'), h('p', null, found.ngrams.map(([text, count]) => [h('code', null, `“${visible(text)}”`), h('small', null, ` ×${count}  `)]))] : null,
     effect ? [h('div.pair', null, strongest(effect.up, '.up'), strongest(effect.down, '.down')),
-      h('small', null, `Change of the next token's log-probability by this row's value, against an average row, over the ${effect.contexts} texts that read it most. The token that really follows: ${effect.next_token_gain > 0 ? '+' : ''}${effect.next_token_gain.toFixed(3)} nats.`)] : null,
+      h('small', null, `Change of the next token's log-probability by this row's value, against an average row, over the ${effect.contexts} places that read it ${found.strength_is ? 'most' : 'first'}. The token that really follows: ${effect.next_token_gain > 0 ? '+' : ''}${effect.next_token_gain.toFixed(3)} nats.`)] : null,
     contextList(found),
     h('h3', null, 'Rows nearest to it, by the cosine of their values'),
     h('table', null, found.nearest.map(([at, cosine, reads]) => h('tr', null, h('td', null, rowButton(run, at, layer)), h('td.bar', null, bar(Math.max(0, cosine))),
@@ -301,7 +302,7 @@ function contextList({ contexts, strength_is }) {
   if (!contexts?.length) return null
   const lines = contexts.map(context => h('div.context', null, strength_is ? h('span', { title: strength_is }, number(context.strength, 2)) : null,
     context.before, h('mark', null, context.token), context.after))
-  return [h('h3', null, 'Where it is read most: after the marked token'), lines.slice(0, 6),
+  return [h('h3', null, `Where it is read ${strength_is ? 'most' : 'first'}: after the marked token`), lines.slice(0, 6),
     lines.length > 6 ? h('details', null, h('summary.soft', null, `${lines.length - 6} more`), lines.slice(6)) : null]
 }
 
@@ -423,7 +424,7 @@ async function drawMap() {
   const cell = event => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight].map(part => Math.max(0, Math.min(side - 1, Math.floor(part * side))))
   const gate = memory.ngrams[ofLayer].length === 0
   const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${found.done ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. `,
-    gate ? 'A line is the first sub-key of a row, a column its second.' : 'Rows stand in the order of their hash.')
+    gate ? 'A line is the first sub-key of a row, a column its second.' : memory.own_ranges ? 'The ranges of the heads stand one behind the other.' : 'Rows stand in the order of their hash.')
   const under = h('p', null, caption)
   canvas.addEventListener('mousemove', event => {
     const [x, y] = cell(event), row = rowAt(x, y)
@@ -521,6 +522,7 @@ async function start() {
   $('stop').addEventListener('click', () => { state.stop.abort(); $('stop').disabled = true })
   $('save').addEventListener('click', () => doing('Saving…', save))
   document.addEventListener('keydown', event => { if (event.key === 'Escape' && state.row) closeRow() })
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', drawMap)
   await drawHealth()
 }
 
