@@ -130,6 +130,14 @@ def test_changed_bank_computes_what_a_model_with_that_bank_does(bag):
   np.testing.assert_array_equal(bag.changed([Change(row, other=other)] * 2).logits([ids]), bag.lm.logits([ids]))
 
 
+def test_bank_that_is_switched_off_is_one_of_zeros(bag):
+  [off] = web._changes([{'row': None, 'scale': 0}], 'changes')
+  zeros = RunView(bag.lm.with_bank(np.zeros(bag.lm.bank_MP.shape)), bag.run)
+  assert bag.next(TEXT, [off])['nats'] == [token['nats'] for token in zeros.read(TEXT)['tokens']]
+  with pytest.raises(UserError, match='row=None'):
+    web._changes([{'row': None, 'other': 1}], 'changes')
+
+
 def test_bank_of_another_shape_is_refused(bag, dense):
   for lm in (bag.lm, dense.lm):
     with pytest.raises(UserError, match='does not fit'):

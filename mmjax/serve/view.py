@@ -34,9 +34,12 @@ MOST_POINTS = 400  # of a curve
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-  """One change of the bank: a row's value times `scale` (0: switched off), or exchanged with that of row `other`."""
+  """One change of the bank: a row's value times `scale` (0: switched off), or exchanged with that of row `other`.
 
-  row: int
+  `row` None: all rows.
+  """
+
+  row: int | None
   scale: float = 1.0
   other: int | None = None
 
@@ -227,6 +230,9 @@ class RunView:
     reader = self._needed_reader()
     bank_MP = np.array(self.lm.bank_MP)
     for change in changes:
+      if change.row is None:
+        bank_MP *= change.scale
+        continue
       reader.check_row(change.row)
       if change.other is not None:
         reader.check_row(change.other)

@@ -205,11 +205,11 @@ def _changes(value: Any, name: str) -> list[Change]:
   for change in value:
     if not isinstance(change, dict) or not {'row'} <= set(change) <= {'row', 'scale', 'other'}:
       raise UserError(f"each of {name} must be an object with 'row' and 'scale' or 'other', not {quote(change)}")
-    scale = change.get('scale', 1)
+    scale, row_or_all = change.get('scale', 1), whole_number if 'other' in change else _number_or_none
     if type(scale) not in (int, float) or not abs(scale) <= 1e3:
       raise UserError(f'scale={scale!r:.40} must be a number from -1000 to 1000')
     other = _number_or_none(change.get('other'), 'other')
-    found.append(Change(whole_number(change['row'], 'row'), float(scale), other))
+    found.append(Change(row_or_all(change['row'], 'row'), float(scale), other))
   return found
 
 

@@ -208,7 +208,8 @@ function drawInspector() {
       h('tr', null, h('td', null, h('code', null, visible(text))), h('td.bar', null, bar(share)), h('td.n', null, percent(share))))) : null,
     memory ? h('div.layers', null, memory.layers.map((layer, i) => layerReads(shown.run, layer, token.layers[i]))) : h('p.note', null, state.runs[shown.run].remarks[0]),
     memory && !saved ? h('p', null, h('button', { type: 'button', onclick: () => change(shown.run, [...new Set(rows)].map(row => ({ row, scale: 0 }))) },
-      token.layers.some(reads => reads.length < memory.reads) ? 'Switch off the rows that are shown' : 'Switch off all rows that this token read')) : null)
+      token.layers.some(reads => reads.length < memory.reads) ? 'Switch off the rows that are shown' : 'Switch off all rows that this token read'),
+      ' ', h('button', { type: 'button', onclick: () => change(shown.run, [{ row: null, scale: 0 }]) }, 'Switch off the bank')) : null)
 }
 
 const layerName = layer => layer === 'values' ? 'values' : `layer ${layer}`
@@ -241,7 +242,7 @@ function layerReads(run, layer, reads) {
 }
 
 function rowButton(run, row, layer, text = `#${row}`) {
-  const isOff = state.changes[run].some(change => change.row === row && change.scale === 0)
+  const isOff = state.changes[run].some(change => (change.row ?? row) === row && change.scale === 0)
   const known = !saved || key('row', { run, row, layer }) in saved.answers
   return h('button.link' + (isOff ? '.off' : ''), { type: 'button', disabled: !known, 'aria-label': `open row ${row} of ${layerName(layer)}`, onclick: () => openRow(run, row, layer) }, text)
 }
@@ -348,8 +349,8 @@ async function compare(changes) {
 
 function drawComing() {
   const chips = state.changes.flatMap((changes, run) => changes.map(entry => h('span.chip', null,
-    `${state.runs.length > 1 ? `${state.runs[run].name}: ` : ''}row ${entry.row} ${entry.other != null ? `⇄ row ${entry.other}` : entry.scale === 0 ? 'off' : `× ${entry.scale}`}`,
-    h('button', { type: 'button', 'aria-label': `undo the change of row ${entry.row}`, onclick: () => compare(withRun(run, changes.filter(other => other !== entry))) }, '×'))))
+    `${state.runs.length > 1 ? `${state.runs[run].name}: ` : ''}${entry.row == null ? 'all rows' : `row ${entry.row}`} ${entry.other != null ? `⇄ row ${entry.other}` : entry.scale === 0 ? 'off' : `× ${entry.scale}`}`,
+    h('button', { type: 'button', 'aria-label': `undo the change of ${entry.row == null ? 'all rows' : `row ${entry.row}`}`, onclick: () => compare(withRun(run, changes.filter(other => other !== entry))) }, '×'))))
   const all = chips.length > 12 ? [...chips.slice(0, 12), h('small', null, `and ${chips.length - 12} more`)] : chips
   if (chips.length) all.push(h('button', { type: 'button', onclick: () => compare(state.runs.map(() => [])) }, 'Undo all'))
   refill('changes', ...all)
