@@ -114,6 +114,7 @@ def test_choices_differ_and_the_first_is_that_of_one(port):
   assert len(several) == 6 and len(set(several)) == 6
   assert [several[0], several[3]] == [texts(complete(port))[0], texts(complete(port, prompt='a row'))[0]]
   assert texts(complete(port, seed=None)) != texts(complete(port, seed=None))
+  assert len(set(texts(complete(port, seed=None, prompt=[PROMPT] * 3)))) == 3
 
 
 def test_stop_ends_the_text_before_it(port):

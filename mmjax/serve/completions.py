@@ -48,12 +48,14 @@ class Asked(NamedTuple):
 
   Attributes:
     starts: whether prompts begin with a token that the client did not send.
+    seeded: whether the client gave a seed; a prompt then gets the same texts whatever prompts stand beside it.
     tells_usage: whether a stream ends with the counts of tokens.
   """
 
   view: RunView
   prompts: list[list[int]]
   starts: bool
+  seeded: bool
   sampling: Sampling
   max_tokens: int
   n: int
@@ -182,7 +184,7 @@ class Completions:
       asked, number = choice.asked, choice.index // choice.asked.n
       if asked.echo:
         choice.echo(echoes[number])
-      job = Job(asked.prompts[number], asked.sampling, choice.index % asked.n)
+      job = Job(asked.prompts[number], asked.sampling, choice.index % asked.n if asked.seeded else choice.index)
       async with contextlib.aclosing(self.batches[asked.view.name].write(job)) as tokens:
         while not choice.finish_reason:
           choice.add(await anext(tokens))
@@ -233,13 +235,14 @@ class Completions:
       said = f'max_tokens={max_tokens} and a prompt of {longest} are more than model.max_seq_len={most}'
       raise Refusal(said, field='max_tokens')
     logprobs = None if asked['logprobs'] is None else whole_number(asked['logprobs'], 'logprobs', 0, TOP)
-    seed = secrets.randbelow(2**31) if asked['seed'] is None else asked['seed']
+    seeded = asked['seed'] is not None
+    seed = asked['seed'] if seeded else secrets.randbelow(2**31)
     sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)
     stream, echo, options = asked['stream'], asked['echo'], asked['stream_options'] or {}
     if options not in ({}, {'include_usage': True}, {'include_usage': False}) or (options and not stream):
       raise Refusal("stream_options must be {'include_usage': true} or false, with stream", field='stream_options')
     stops, tells_usage = _stops(asked['stop']), options == {'include_usage': True}
-    return Asked(view, prompts, starts, sampling, max_tokens, n, stream, stops, echo, logprobs, tells_usage)
+    return Asked(view, prompts, starts, seeded, sampling, max_tokens, n, stream, stops, echo, logprobs, tells_usage)
 
   def _view(self, name: Any) -> RunView:
     if not isinstance(name, str) or name not in self.views:

@@ -279,7 +279,7 @@ function drawRow(run, found) {
       h('td', null, h('code', null, visible(token.token))), h('td.bar', null, bar(Math.abs(token.log_change) / Math.abs(tokens[0].log_change || 1), kind)),
       h('td.n', null, token.log_change.toFixed(3))))))
   refill('inspector', 
-    h('div.head', null, h('h2', null, `Row ${row}`),
+    h('div.head', null, h('h2', null, `Row ${row}${state.runs.length > 1 ? ` of ${state.runs[run].name}` : ''}`),
       h('button', { type: 'button', onclick: closeRow }, '← back to the token')),
     h('div.tabs', null, state.runs[run].memory.layers.map(number => h('button', { type: 'button', 'aria-pressed': `${number === layer}`,
       disabled: saved && !(key('row', { run, row, layer: number }) in saved.answers), onclick: () => openRow(run, row, number) }, layerName(number)))),
