@@ -359,6 +359,12 @@ def test_browser_types_points_opens_switches_off_compares_streams_and_stops(brow
   stopped = browser.text('#story-0-0')
   time.sleep(0.5)
   assert browser.text('#story-0-0') == stopped
+  height = 'document.documentElement.scrollHeight'
+  before = browser.js(height)
+  browser.js("document.querySelector('canvas.map').scrollIntoView()")
+  browser.point(*browser.js("(b => [b.x + 9, b.y + 9])(document.querySelector('canvas.map').getBoundingClientRect())"))
+  browser.wait("document.querySelector('.pointed').textContent.includes('click opens it')")
+  assert browser.js(height) == before  # or the map moves away from the mouse
   browser.click('#changes button', 'Undo all')
   browser.wait("!document.querySelector('.chip')")
   browser.screenshot(tmp_path / 'desktop.png', whole=True)

@@ -426,19 +426,19 @@ async function drawMap() {
   const gate = memory.ngrams[ofLayer].length === 0
   const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${found.done ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. `,
     gate ? 'A line is the first sub-key of a row, a column its second.' : memory.own_ranges ? 'The ranges of the heads stand one behind the other.' : 'Rows stand in the order of their hash.')
-  const under = h('p', null, caption)
+  const under = h('p.pointed') // of one height, or the map would move away from the mouse
   canvas.addEventListener('mousemove', event => {
     const [x, y] = cell(event), row = rowAt(x, y)
     under.replaceChildren(h('small', null, `row ${row}${found.rows_per_cell > 1 ? ' and its neighbours' : ''}${gate ? `, sub-keys ${Math.floor(row / line)} and ${row % line}` : ''}: read ${number(found.cells[y * side + x])} times; click opens it`))
   })
-  canvas.addEventListener('mouseleave', () => under.replaceChildren(caption))
+  canvas.addEventListener('mouseleave', () => under.replaceChildren())
   canvas.addEventListener('click', event => openRow(run, rowAt(...cell(event)), ofLayer))
   paint(canvas, found.cells)
   markRows(canvas, run, layer, line, found.rows_per_cell)
   const go = h('input', { type: 'number', min: 0, max: memory.rows - 1, required: true, 'aria-label': 'row to open', placeholder: 'row' })
   refill('bank', title,
     choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, layerName(number)])], layer, value => { state.map.layer = value; drawMap() }),
-    h('div.bank', null, h('div', null, h('p', null, canvas), under),
+    h('div.bank', null, h('div', null, h('p', null, canvas), under, h('p', null, caption)),
       h('div', null, h('h3', null, 'Read most'), h('div.hottest', null, found.hottest.map(([row, reads]) => h('span', null, rowButton(run, row, ofLayer), h('small', null, ` ${number(reads)}`)))),
         taught.rows ? [h('h3', null, `Taught: ${number(taught.rows)} rows; these moved farthest`), h('div.hottest', null, taught.farthest.map(row => h('span', null, rowButton(run, row, ofLayer))))] : null,
         saved ? null : h('form.row', { onsubmit: event => { event.preventDefault(); openRow(run, +go.value, ofLayer) } }, go, h('button', null, 'Open')))))
