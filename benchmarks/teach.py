@@ -1,6 +1,6 @@
 """What is learned against what is forgotten:   python benchmarks/teach.py --base RUN --old OLD --train NEW --valid HELD
 
-Trains a run of n-gram rows on new text in several ways, each at three rates: everything, the bank alone, the
+Trains a run of n-gram rows on new text in several ways, each at several rates: everything, the bank alone, the
 feed-forward layers alone, and the t rows an update that the text reads most beyond the background
 (memory.teach_rows). Then it measures the loss on held-out text of the new kind and on text of the old kind. Without
 --train the new text is a list of made-up facts in six wordings, and what is measured is the loss of the answers in two

@@ -1,4 +1,4 @@
-"""The best memory found at the cost of 1.4.0: rows that the last one or two tokens address, G42 of docs/experiments.md.
+"""Rows that the last one or two tokens address, at the cost of 1.4.0: G42, the best of docs/first_experiments.md.
 
 It was measured at small scale; at this size nobody has. configs/ngram_rows_1m.py has more rows and trains better.
 

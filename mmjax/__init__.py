@@ -1,4 +1,4 @@
-"""Language models with product-key memory, in JAX and Flax.
+"""Language models with an explicit memory, in JAX and Flax.
 
 import mmjax
 lm = mmjax.load('out/quickstart')

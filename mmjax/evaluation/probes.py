@@ -16,9 +16,9 @@ Of every evaluation, over the probed positions: those of its first batches, as m
                    but no longer where the gate looks for them.
   row_agreement    for each layer, how often a row stands for what comes next. Take a position and, at random, another
                    with the same next token: the chance that a head's best row (the first, where n-grams address
-                   rows) is the same at both. The mean over heads
-                   and over all positions that have such another. Each position weighs the same, so that the most
-                   frequent token does not decide alone. None where no next token occurs twice.
+                   rows) is the same at both. The mean over heads and over all positions that have such another. Each
+                   position weighs the same, so that the most frequent token does not decide alone. None where no next
+                   token occurs twice.
   row_agreement_chance  the same for another of these positions whatever its next token.
 
 Of a training step:

@@ -166,8 +166,8 @@ def _by_script(texts: Sequence[TokenSplit]) -> Grouping:
   for text in texts:
     start = text.document_start
     documents = [text.tokenizer.decode(text.stream(a, b - 1).tolist()) for a, b in zip(start, start[1:], strict=False)]
-    group_D = np.array([0 if _is_chinese(document) else 1 for document in documents])
-    parts.append(group_D[_document_of(text)])
+    group_X = np.array([0 if _is_chinese(document) else 1 for document in documents])
+    parts.append(group_X[_document_of(text)])
   return Grouping(SCRIPTS, np.concatenate(parts))
 
 

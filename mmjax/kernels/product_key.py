@@ -66,7 +66,7 @@ def product_key_topk(
 
 
 def _scores(query_Xkp: Array, keys_kCp: Array) -> Array:
-  # K first, as the products come: turning their axes costs a CPU more than the products do.
+  # k first, as the products come: turning their axes costs a CPU more than the products do.
   # HIGHEST, because GPUs would multiply float32 as TF32, which picks other rows.
   return jnp.einsum('Xkp,kCp->kXC', query_Xkp, keys_kCp, precision=jax.lax.Precision.HIGHEST)
 
@@ -103,7 +103,7 @@ def _best_by_rounds(score_kXC: Array, num_selected: int) -> tuple[Array, Array]:
   r, h = num_selected, k // 2
   # Barriers, because only rank 2 gets XLA's fast top-k and reshapes move through it: 30 times slower on a CPU.
   flat_XC = jax.lax.optimization_barrier(score_kXC.reshape(-1, C))
-  # One barrier an output: around both, XLA 0.10.2 aborts while it partitions over several devices.
+  # One barrier an output: around both, the XLA of jax 0.10 aborts while it partitions over several devices.
   best_Xr, sub_key_Xr = (jax.lax.optimization_barrier(x) for x in jax.lax.top_k(flat_XC, r))
   # Heads and tokens last: what follows is arithmetic on the few candidates of all of them at a time.
   best_2rX, sub_key_2rX = (

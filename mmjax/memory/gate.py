@@ -21,7 +21,7 @@ from mmjax.kernels.product_key import product_key_topk
 from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
 
 WORDS = {'query_key_norm': QUERY_KEY_NORM, 'activation': SCORE_ACTIVATION, 'scores': SCORES}
-NORM_EPS = 1e-6
+UNIT_EPS = 1e-6
 BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/first_experiments.md
 
 
@@ -161,4 +161,4 @@ def _scaled_units(query_BTkp: Array, keys_kCp: Array, scale_k: Array) -> tuple[A
 
 
 def _unit(x: Array) -> Array:
-  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + NORM_EPS)
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + UNIT_EPS)

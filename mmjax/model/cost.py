@@ -46,6 +46,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
     value rows             2 (h P KH + 12 K), in layers whose values get them
     attention              2 * 2 NH (T + 1) / 2: scores and values over the (T + 1) / 2 positions seen on average
     gate                   2 h (D Q + 2 C Q/2): the query, and scores against C sub-keys in each half
+    gate of a bucket       2 h Q (D + r): the query, and scores against the keys of r rows
     gated fusion           2 ((D + R P) D + (D + R P) D + D D)
     cross attention        2 (2 D D + 2 D P + 2 N R P)
     bag                    2 (2 D h P), half of that without its gate

@@ -1,9 +1,9 @@
 """The run whose weights a new run starts from:   train.py --init_from RUN[@best|last|STEP]
 
-All parameters come along, so also a selection bias and the bank, whatever it started from, and the tokenizer. The
-optimizer, and the counters begin anew. Data and schedule are the config's, and so are model and
-memory; but of these each setting that decides the shape or the meaning of a parameter must equal the other run's, and
-one that says how parameters start is refused unless it is at its default or says the same.
+All parameters come along, a selection bias and the bank among them, and so does the tokenizer. The optimizer's state
+begins anew. Data and schedule are the config's. So are model and memory, but a setting that decides the shape or the
+meaning of a parameter must equal the other run's, and one that says how parameters start is refused unless it is at
+its default or says the same.
 
 Before its first update the new run saves what it starts from as its own step 0, and run.json notes where that came
 from. From then on the other run is not needed.

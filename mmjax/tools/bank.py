@@ -55,7 +55,10 @@ def main() -> None:
     '--encoder', default='lsa', help=f'lsa (built in), or {SENTENCE_TRANSFORMERS}DIR, a model in that directory'
   )
   build.add_argument(
-    '--snippets_a_row', type=int, default=SNIPPETS_A_ROW, help='to choose each row from (default: 8); fewer are faster'
+    '--snippets_a_row',
+    type=int,
+    default=SNIPPETS_A_ROW,
+    help='to choose each row from (default: %(default)s); fewer are faster',
   )
   build.add_argument('--config', default=str(own_config('exp_1_4_3.py')), help='config file that sizes come from')
   arguments, overrides = parser.parse_known_args()
@@ -144,7 +147,7 @@ def encode(
 
 
 def load_encoder(encoder: str) -> Callable[[list[str]], np.ndarray]:
-  """Returns a function from texts to float32 vectors (S, Q): the model in the directory that `encoder` names."""
+  """Returns a function from texts to float32 vectors (X, width): the model in the directory that `encoder` names."""
   try:
     from sentence_transformers import SentenceTransformer
   except ImportError:

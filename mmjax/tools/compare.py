@@ -17,7 +17,7 @@ def main() -> None:
   """Reads flags, compares, and says where the result is."""
   parser = command_parser('compare', __doc__)
   parser.add_argument('runs', nargs='+', help='run directories, or folders of them; the first is the baseline')
-  parser.add_argument('--out', default='out/compare', help='folder to write into (default: out/compare)')
+  parser.add_argument('--out', default='out/compare', help='folder to write into (default: %(default)s)')
   parser.add_argument('--allow_other_data', action='store_true', help='mark runs on other data, not refuse them')
   parser.add_argument('--models', default='', help='names and patterns of the runs of each model: g0=g0-*,g42=g42-*')
   arguments = parser.parse_args()

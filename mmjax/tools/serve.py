@@ -19,9 +19,9 @@ def main() -> None:
   """Reads flags; serves until Ctrl-C, or writes a file."""
   parser = command_parser('serve', __doc__)
   parser.add_argument('--workdir', required=True, action='append', help='run directory; give it twice to compare two')
-  parser.add_argument('--port', type=int, default=8517, help='0: any that is free (default: 8517)')
+  parser.add_argument('--port', type=int, default=8517, help='0: any that is free (default: %(default)s)')
   parser.add_argument(
-    '--host', default='127.0.0.1', help='address to listen on (default: 127.0.0.1, this machine alone)'
+    '--host', default='127.0.0.1', help='address to listen on (default: %(default)s, this machine alone)'
   )
   parser.add_argument('--save', help='file to write the page to, for --text')
   parser.add_argument('--text', help='text to read, with --save')

@@ -11,7 +11,6 @@ step number, so a resumed run goes on bit for bit (on a CPU).
 import dataclasses
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -21,7 +20,7 @@ from mmjax.console import Progress
 from mmjax.data.loader import train_batches
 from mmjax.environment import own_jax_settings
 from mmjax.errors import DivergedError, StoppedError, StorageError
-from mmjax.evaluation.evaluate import EvalResult, evaluate_split
+from mmjax.evaluation.evaluate import EvalResult, EvalStep, evaluate_split
 from mmjax.evaluation.probes import add_norms
 from mmjax.run.checkpoint import START, Checkpoints
 from mmjax.run.directory import RunDir
@@ -186,7 +185,7 @@ class Trainer:
     show_step(self.progress, self.inputs.total_steps, line)
     self.window = Window()
 
-  def evaluate(self, eval_step: Any, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> EvalResult:
+  def evaluate(self, eval_step: EvalStep, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> EvalResult:
     """Evaluates on the whole validation set; `metrics` are those of the step before, with norms float32 (X,)."""
     config = self.learner.config
     with self.window.pause(), explain_out_of_memory(config):

@@ -25,7 +25,7 @@ MEANS = ('loss', 'aux_loss', 'accuracy', 'grad_norm')
 
 
 class Window:
-  """Sums the metrics of the steps between two reports, on the device, and reads them once."""
+  """Keeps the metrics of the steps between two reports on the device, and reads them once."""
 
   def __init__(self) -> None:
     self.steps: list[dict[str, jax.Array]] = []
