@@ -21,7 +21,8 @@ def test_kernels_on_four_devices_equal_one_device():
   }
   run = subprocess.run([sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
-  assert run.stdout.split() == ['attention', 'product_key', 'bank', 'bag', 'gated_mlp', 'matmul', 'cross_entropy']
+  kernels = ['attention', 'product_key', 'bank', 'bag', 'gated_mlp', 'matmul', 'cross_entropy']
+  assert run.stdout.split() == [*kernels, 'MemoryBag', 'GatedFusion', 'NgramBag']
 
 
 def main():
@@ -36,6 +37,7 @@ def main():
   from mmjax.kernels.fusion import gated_mlp
   from mmjax.kernels.matmul import matmul
   from mmjax.kernels.product_key import product_key_topk
+  from mmjax.memory import GatedFusion, MemoryBag, NgramBag
 
   assert jax.device_count() == 4
   mesh = jax.make_mesh((2, 2), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2)
@@ -85,6 +87,20 @@ def main():
     [batch, whole, batch, batch],
     ('all-gather',),
   )
+
+  mesh = jax.make_mesh((2, 2), ('data', 'rows'))  # its axes are explicit
+  batch, rows, whole = (NamedSharding(mesh, PartitionSpec(*p)) for p in (('data',), ('rows',), ()))
+  sizes = {'dim': 6, 'n_rows': 16, 'row_dim': 4, 'n_heads': 2, 'rows_per_head': 2}
+  for memory in (MemoryBag(**sizes), GatedFusion(**sizes), NgramBag(**sizes, ngrams=(1, 2))):
+    params, structure = jax.tree.flatten(memory.init(jax.random.key(0)))
+
+    def apply(x_BTD, bank_MP, token_BT, *params, memory=memory, structure=structure):
+      row_BThr = memory.rows(token_BT) if isinstance(memory, NgramBag) else None
+      out = memory.apply(structure.unflatten(params), x_BTD, bank_MP, row_BThr)
+      return out.delta_BTD, out.row_BTR
+
+    inputs = [normal(4, 3, 6), normal(16, 4), integers(50, 4, 3), *params]
+    check(type(memory).__name__, apply, inputs, [batch, rows, batch, *[whole] * len(params)])
 
 
 if __name__ == '__main__':

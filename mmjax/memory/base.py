@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import numbers
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -153,6 +154,19 @@ class Memory:
       raise ValueError(f'the numbers of signs must have the shape {sign_shape}, not {found}: see NgramBag.signs_of')
     if kept_BTh is not None and kept_BTh.shape != (heads := (*x_BTD.shape[:2], self.n_heads)):
       raise ValueError(f'the factors of heads must have the shape {heads}, not {kept_BTh.shape}')
+    run = functools.partial(self._apply, dtype=dtype)
+    return _on_any_mesh(run, x_BTD, params, bank_MP, row_BThr, sign_BTh, kept_BTh)
+
+  def _apply(
+    self,
+    x_BTD: Array,
+    params: Params,
+    bank_MP: Bank,
+    row_BThr: Array | None,
+    sign_BTh: Array | None,
+    kept_BTh: Array | None,
+    dtype: DTypeLike,
+  ) -> SublayerOutput:
     selection = self.select(params, x_BTD, row_BThr, dtype)._replace(sign_BTh=sign_BTh, kept_BTh=kept_BTh)
     delta_BTD = self.read(params, x_BTD, selection, bank_MP, dtype)
     row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
@@ -169,6 +183,15 @@ class Memory:
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns the parameters of the norm and of what selects rows, here none."""
     return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
+
+
+def _on_any_mesh(run: Callable[..., SublayerOutput], x_BTD: Array, *others: Any) -> SublayerOutput:
+  """Runs a memory. Explicit axes of a mesh are left to the compiler too, and the output lies as the input does."""
+  sharding = jax.typeof(x_BTD).sharding
+  if sharding.mesh.explicit_axes:  # as `jax.make_mesh` makes them
+    like_x, whole = (sharding.update(spec=spec) for spec in (sharding.spec[:2], ()))
+    run = jax.sharding.auto_axes(run, out_sharding=SublayerOutput(sharding, like_x, like_x, whole))
+  return run(x_BTD, *others)
 
 
 @functools.cache
