@@ -2,8 +2,8 @@
 
 Layout: config.json run.json data.json tokenizer.model (with its .sha256) metrics.jsonl tensorboard/ checkpoints/<step>/
 newest_checkpoint eval.json report.md plots/ lock; profile/ and diverged/ where there is something to hold; and of a run
-that `convert compress` made, compressed.json. That, config.json, run.json and data.json are sealed. A directory may come
-from anywhere, so no link in it is followed out of it; the directory itself may be a link.
+that `convert compress` made, compressed.json. That, config.json, run.json and data.json are sealed. A directory may
+come from anywhere, so no link in it is followed out of it; the directory itself may be a link.
 """
 
 import contextlib
