@@ -89,7 +89,9 @@ def measure(base: Point, config: Config, repeats: int) -> dict[str, Any]:
       seconds['base', name].append(common.seconds_of(base.runs()[name]))
       seconds['point', name].append(common.seconds_of(point.runs()[name]))
   memory, stats = point.step.compiled.memory_analysis(), jax.devices()[0].memory_stats() or {}
-  gradient, update = (common.spread(seconds['point', name]) for name in ('gradient', 'update'))
+  gradient, update, base_gradient, base_update = (
+    common.spread(seconds[side, name]) for side in ('point', 'base') for name in ('gradient', 'update')
+  )
   return {
     'knowledge_num': config.model.knowledge_num,
     'num_selected': config.model.num_selected,
@@ -97,6 +99,7 @@ def measure(base: Point, config: Config, repeats: int) -> dict[str, Any]:
     'rows_read': int(jnp.sum(jnp.any(point.gradient()[0]['usage_LM'] > 0, axis=0))),
     'gradient_seconds': gradient,
     'update_seconds': update,
+    'base_seconds': {'gradient': base_gradient, 'update': base_update},
     'times_base': {
       name: common.spread([a / b for a, b in zip(seconds['point', name], seconds['base', name], strict=True)])
       for name in ('gradient', 'update')
@@ -110,21 +113,33 @@ def measure(base: Point, config: Config, repeats: int) -> dict[str, Any]:
 def row(entry: dict[str, Any]) -> dict[str, str]:
   """Returns a line of the table."""
   gradient, update, times = entry['gradient_seconds'], entry['update_seconds'], entry['times_base']
+  base = entry['base_seconds']
   peak = entry['peak_bytes']
   return {
     'rows of the bank': f'{entry["knowledge_num"]:,}',
     'selected': str(entry['num_selected']),
     'update of the bank': entry['bank_update'],
     'rows read': f'{entry["rows_read"]:,}',
-    'gradient, ms': f'{1e3 * gradient["median"]:.1f}',
-    'range, ms': f'{1e3 * gradient["min"]:.1f}-{1e3 * gradient["max"]:.1f}',
-    'times base': f'{times["gradient"]["median"]:.2f}',
-    'update, ms': f'{1e3 * update["median"]:.1f}',
-    'update times base': f'{times["update"]["median"]:.2f}',
+    'gradient, ms': milliseconds(gradient),
+    'base': milliseconds(base['gradient']),
+    'times': ratios(times['gradient']),
+    'update, ms': milliseconds(update),
+    'base update': milliseconds(base['update']),
+    'times base': ratios(times['update']),
     'optimizer': f'{entry["optimizer_share"]:.1%}',
     'GiB, compiler': f'{entry["analysis_bytes"] / GIB:.2f}',
     'peak GiB, allocator': f'{peak / GIB:.2f}' if peak else '',
   }
+
+
+def milliseconds(seconds: dict[str, float]) -> str:
+  """Returns a median and its range in milliseconds."""
+  return f'{1e3 * seconds["median"]:.1f} ({1e3 * seconds["min"]:.1f}-{1e3 * seconds["max"]:.1f})'
+
+
+def ratios(times: dict[str, float]) -> str:
+  """Returns the median and the range of the ratios of the turns."""
+  return f'{times["median"]:.2f} ({times["min"]:.2f}-{times["max"]:.2f})'
 
 
 if __name__ == '__main__':
