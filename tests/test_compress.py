@@ -106,6 +106,7 @@ def small(tiny_run, tmp_path_factory):
   return out
 
 
+@pytest.mark.thorough
 def test_a_compressed_run_is_evaluated_sampled_and_looked_into(small, tiny_run):
   run, lm = open_run(small), mmjax.load(small)
   assert isinstance(lm.params[BANK], PackedBank)

@@ -79,6 +79,7 @@ def test_state_is_what_the_optimizer_keeps(optimizer, moments):
   assert found['bytes of parameters and optimizer state'] == 4 * (1 + moments) * found['parameters']
 
 
+@pytest.mark.thorough
 def test_tool_prints_the_costs_and_the_width_that_matches(monkeypatch, capsys):
   flags = ['--config', 'configs/product_key_bag.py', '--match', RECORD, '--config.memory.ffn_dim=8']
   monkeypatch.setattr(sys, 'argv', ['cost', *flags])

@@ -113,6 +113,7 @@ def test_bank_under_another_name_is_the_same_bank(case, monkeypatch, capsys):
   go_on(memory__bank_file=moved)
 
 
+@pytest.mark.thorough
 def test_run_that_never_saved_does_not_start_again_from_another_bank(case):
   run, bank, go_on = case
   shutil.rmtree(run / 'checkpoints')

@@ -69,7 +69,8 @@ def test_update_moves_rows_that_are_taught_and_nothing_else(optimizer):
   np.testing.assert_array_equal(after['reads']['background_M'], background['count_M'])
 
 
-@pytest.mark.parametrize('stopped', rarely((False, True), False))
+@pytest.mark.parametrize('stopped', [False, True])
+@pytest.mark.thorough
 def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, monkeypatch, stopped):
   """The counts of reads go on from those of the run that is taught."""
   run = tmp_path / 'run'
