@@ -36,9 +36,9 @@ def main() -> None:
     for what, s in ((what, common.spread(found)) for what, found in seconds.items())
   )
   speeds = {layout: reading_speed(config, layout) for layout in ('packed', 'padded')}
-  common.print_table({'layout': layout, 'M tokens/s': f'{speed / 1e6:.1f}'} for layout, speed in speeds.items())
+  common.print_table({'layout': layout, 'M positions/s': f'{speed / 1e6:.1f}'} for layout, speed in speeds.items())
   found = common.environment(common.device_name(), common.thread_count())
-  common.write_json(arguments.json, found | {'seconds': seconds, 'tokens_per_second': speeds})
+  common.write_json(arguments.json, found | {'seconds': seconds, 'positions_per_second': speeds})
 
 
 def measure_checkpoints(config: Config, repeats: int) -> dict[str, list[float]]:

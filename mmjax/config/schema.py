@@ -66,7 +66,7 @@ class ModelConfig:
     'what follows attention: a row of mmjax/config/sublayers.py')
   hidden_dim: int = field(0, 'F of the dense sublayer and of each expert; 0: 64 * ceil(int(8 * dim / 3) / 64)')
   knowledge_num: int = field(65536,
-    'M: rows of the bank; with product keys a square, which have sqrt(M) sub-keys in each half', 1)
+    'M: rows of the bank; a square with product keys (sqrt(M) sub-keys in each half)', 1)
   knowledge_dim: int = field(128, 'P: width of a row; even, if it is also that of queries', 2)
   num_selected: int = field(8, 'rows that each head of a memory reads for a token', 1)
   n_experts: int = field(4, "E: routed experts of the 'moe' sublayer", 1)
