@@ -221,7 +221,7 @@ def test_job_that_is_left_is_written_no_further(view):
     ({'prompt': 5}, 'prompt', 'must be a text'),
     ({'prompt': {}}, 'prompt', 'must be a text'),
     ({'prompt': []}, 'prompt', 'must be a text'),
-    ({'prompt': [[10**6]]}, 'prompt', 'outside of the vocabulary'),
+    ({'prompt': [[10**6]]}, 'prompt', 'token id 1000000, outside of the vocabulary'),
     ({'prompt': [5] * 129}, 'prompt', 'has 129 tokens, more than model.max_seq_len=128'),
     ({'max_tokens': 0}, 'max_tokens', '0 must be a whole number from 1 to 128'),
     ({'max_tokens': 128}, 'max_tokens', 'are more than model.max_seq_len=128'),
@@ -230,8 +230,8 @@ def test_job_that_is_left_is_written_no_further(view):
     ({'logprobs': 6}, 'logprobs', 'from 0 to 5'),
     ({'stop': ['a'] * 17}, 'stop', 'at most 16'),
     ({'stop': ''}, 'stop', 'none of them empty'),
-    ({'stream': 1}, 'stream', 'must be true or false'),
-    ({'stream_options': {'include_usage': True}}, 'stream_options', 'with stream'),
+    ({'stream': 1}, 'stream', 'stream=1 must be true or false'),
+    ({'stream_options': {'include_usage': True}}, 'stream_options', 'with stream=true'),
     ({'stream_options': {'more': 1}, 'stream': True}, 'stream_options', 'include_usage'),
     ({'temperature': -1}, None, 'temperature=-1'),
     ({'top_p': 'x'}, None, "top_p='x'"),
@@ -257,7 +257,7 @@ def test_the_real_client_is_served(port, view):
   pieces = client.completions.create(**ASKED, stream=True)
   assert PROMPT + ''.join(piece.choices[0].text for piece in pieces) == answer.choices[0].text
   assert len(answer.choices[0].logprobs.tokens) == answer.usage.total_tokens
-  with pytest.raises(openai.BadRequestError, match='best_of is not supported'):
+  with pytest.raises(openai.BadRequestError, match='best_of=3 is not supported'):
     client.completions.create(**ASKED, best_of=3)
   with pytest.raises(openai.NotFoundError, match='is not here'):
     client.completions.create(**(ASKED | {'model': 'gpt'}))

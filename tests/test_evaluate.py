@@ -109,5 +109,5 @@ def test_evaluation_without_tokens_is_refused():
   config, _, params, step = setup('dense')
   empty = {name: np.full((4, T), -(name == 'target'), np.int32) for name in ('input', 'target', 'segment')}
   for batches in ([], [empty]):
-    with pytest.raises(UserError, match='no token to predict'):
+    with pytest.raises(UserError, match='has 0 tokens to predict'):
       evaluate(step, params, batches, 1, PLAN)

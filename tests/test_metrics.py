@@ -95,7 +95,7 @@ def test_damaged_line_is_named_and_gone_after_resuming(tmp_path):
   with open(tmp_path / 'metrics.jsonl', 'ab') as file:
     file.write(b'\xff\x00\n')
   write_steps(MetricsLog(tmp_path), 2)
-  with pytest.raises(UserError, match=r'metrics\.jsonl:2 is not a JSON object'):
+  with pytest.raises(UserError, match=r'metrics\.jsonl:2 must be a JSON object, not .*xff'):
     steps_in(tmp_path)
   MetricsLog(tmp_path).truncate_after(2)
   assert steps_in(tmp_path) == [1, 2]

@@ -316,7 +316,7 @@ def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
     ('folder', "is a directory; name its files, for example '.*folder/\\*.jsonl'"),
     ('a.csv', 'must end in .jsonl or .txt'),
     ('n' * 300 + '.jsonl', 'cannot be read: File name too long'),
-    ('pipe.jsonl', 'is not a regular file'),
+    ('pipe.jsonl', 'must be a regular file'),
   ],
 )
 def test_find_files_explains_what_is_wrong(tmp_path, pattern, what):

@@ -195,7 +195,7 @@ def test_dry_run_lists_and_changes_nothing(sweep, tmp_path, capsys):
     (['--only', 'c-*'], "no run matches 'c-*'; there are a-s0, a-s1, b-s0"),
     (['--only', 'a-*,c-*'], "no run matches 'c-*'; there are a-s0, a-s1, b-s0"),
     (['--config.model.dimm=3'], "no setting 'model.dimm'; did you mean 'model.dim'?"),
-    (['--config.seed=3'], 'experiment and seed belong to a run'),
+    (['--config.seed=3'], '--config.seed=3 must be left out'),
   ],
 )
 def test_mistakes_are_refused_before_anything_starts(sweep, tmp_path, flags, said):

@@ -26,7 +26,7 @@ def user_path(text: str | os.PathLike) -> Path:
   except TypeError:
     raise UserError(f'a path must be text, not {type(text).__name__}') from None
   if not path:
-    raise UserError('a path is empty, perhaps because it came from a variable that is not set')
+    raise UserError('a path is empty and must not be; perhaps it came from a variable that is not set')
   return Path(expand_home(path))
 
 

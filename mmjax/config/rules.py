@@ -97,9 +97,10 @@ def _check_model(model: ModelConfig) -> None:
   rule = f'model.dim={dim} must be divisible by model.n_heads={heads}'
   _refuse(dim % heads, f'{rule}; nearest: {_nearest_divisor(dim, heads)} heads')
   kv_heads = model.n_kv_heads
-  _refuse(heads % kv_heads, f'model.n_heads={heads} must be divisible by model.n_kv_heads={kv_heads}')
+  rule = f'model.n_heads={heads} must be divisible by model.n_kv_heads={kv_heads}'
+  _refuse(heads % kv_heads, f'{rule}; nearest: {_nearest_divisor(heads, kv_heads)} kv heads')
   width = f'model.dim={dim} / model.n_heads={heads} = {model.head_dim}'
-  _refuse(model.head_dim % 2, f'{width} must be even: RoPE rotates pairs')
+  _refuse(model.head_dim % 2, f'{width} must be even: RoPE rotates pairs; nearest: model.dim={dim + heads}')
   chosen = f'model.experts_per_token={model.experts_per_token}'
   _refuse(model.experts_per_token > experts, f'{chosen} must be at most model.n_experts={experts}')
 

@@ -92,7 +92,7 @@ def _check_file(path: Path) -> None:
   if stat.S_ISDIR(mode):
     raise UserError(f"'{path}' is a directory; name its files, for example '{path}/*{next(iter(FORMATS))}'")
   if not stat.S_ISREG(mode):
-    raise UserError(f"'{path}' is not a regular file")
+    raise UserError(f"'{path}' must be a regular file, not a pipe or a device; write its text to one")
   if not ending_of(path):
     packings = ' or '.join(filter(None, PACKINGS))
     raise UserError(f"'{path}' must end in {' or '.join(FORMATS)}, alone or followed by {packings}")

@@ -120,7 +120,7 @@ class MemoryReader:
     """
     layers, tokenizer = self.chosen_layers(layer), self.lm.tokenizer
     if not text:
-      raise UserError('the text is empty: there is no token to look at')
+      raise UserError('the text is empty and must hold a character at least: there is no token to look at')
     start = tokenizer.start_id(self.lm.config.data.layout)
     ids = itertools.chain([start], (token for part in tokenizer.encode_slices(text) for token in part.ids))
     ids = list(itertools.islice(ids, MOST_TOKENS))

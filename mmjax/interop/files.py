@@ -49,7 +49,7 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
   check_sha256(path)
   tensors = read_torch(path) if path.suffix.lower() in TORCH_SUFFIXES else _read_safetensors(path)
   if not tensors:
-    raise UserError(f'{path}: no tensors in this file')
+    raise UserError(f'{path}: no tensors in this file; it must hold those of a model')
   return tensors
 
 

@@ -150,7 +150,7 @@ def canonical(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.nd
   for name, value in tensors.items():
     short = short_name(name)
     if short in found:
-      raise UserError(f'{source}: two tensors are called {short!r} without their prefixes')
+      raise UserError(f'{source}: two tensors are called {short!r} without their prefixes; remove one of them')
     if not is_buffer(short):
       found[short] = value
   if TIED in found:

@@ -51,9 +51,9 @@ class GatedMemory(Memory):
       raise ValueError(f'n_rows={self.n_rows} must be a square; nearest: {nearest_squares(self.n_rows)}')
     if self.rows_per_head > root:
       raise ValueError(f'rows_per_head={self.rows_per_head} must be at most {root}, the sub-keys of each half')
-    width = self.query_dim or self.row_dim
-    if width % 2:
-      raise ValueError(f'the width of a query, {width}, must be even, because a query is two sub-keys')
+    name = 'query_dim' if self.query_dim else 'row_dim'
+    if (width := getattr(self, name)) % 2:
+      raise ValueError(f'{name}={width} must be even, because a query is two sub-keys; nearest: {width + 1}')
     for field in dataclasses.fields(self):
       value, words = getattr(self, field.name), WORDS.get(field.name)
       if words and value not in words:

@@ -103,12 +103,13 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
   """
   path = Path(path)
   try:
-    records = [record for _, record in _parse(path.read_bytes())]
+    lines = list(_parse(path.read_bytes()))
   except FileNotFoundError as error:
     raise UserError(f'{path} is missing: the run has reported nothing yet') from error
-  if None in records[:-1]:
-    raise UserError(f'{path}:{records.index(None) + 1} is not a JSON object')
-  return [record for record in records if record is not None]
+  for number, (line, record) in enumerate(lines[:-1], 1):
+    if record is None:
+      raise UserError(f'{path}:{number} must be a JSON object, not {line!r:.40}; resuming the run removes this line')
+  return [record for _, record in lines if record is not None]
 
 
 def peak_memory() -> tuple[int, str]:

@@ -25,7 +25,7 @@ from mmjax.errors import CommandError, UserError
 from mmjax.files import finite
 from mmjax.inference.memory_reads import token_text
 from mmjax.inference.settings import Sampling
-from mmjax.serve.batch import TOP, Batch, Job, Token
+from mmjax.serve.batch import MOST_JOBS, TOP, Batch, Job, Token
 from mmjax.serve.requests import Refusal, Worker, protocol_error, read_body, whole_number
 from mmjax.serve.view import RunView
 
@@ -146,7 +146,7 @@ class Completions:
     """Answers a request, as a whole or as a stream of events."""
     asked = self._check(await read_body(request))
     if self.batches[asked.view.name].full:
-      raise Refusal('busy: too many completions are being written; ask again later', 429)
+      raise Refusal(f'busy: {MOST_JOBS} completions, the most at a time, are being written; ask again later', 429)
     echoes = [await self.worker(_echo, asked, prompt) for prompt in asked.prompts] if asked.echo else []
     head = {'id': f'cmpl-{secrets.token_hex(12)}', 'object': 'text_completion', 'created': int(time.time())}
     head |= {'model': asked.view.name}
@@ -218,15 +218,15 @@ class Completions:
       Refusal: for the first that does not.
     """
     if not isinstance(body, dict):
-      raise UserError(f'send a JSON object, not {body!r:.80}')
+      raise UserError(f'the request must be a JSON object with model and prompt, not {body!r:.80}')
     for name, value in body.items():
       if value not in UNSUPPORTED[name] if name in UNSUPPORTED else name not in (*DEFAULTS, 'model', 'prompt'):
-        raise Refusal(f'{name:.80} is not supported', field=name[:80])
+        raise Refusal(f'{name:.80}={value!r:.40} is not supported; leave it out', field=name[:80])
     asked = DEFAULTS | {name: value for name, value in body.items() if value is not None}
     view = self._view(asked.get('model'))
     for name in ('stream', 'echo'):
       if not isinstance(asked[name], bool):
-        raise Refusal(f'{name} must be true or false', field=name)
+        raise Refusal(f'{name}={asked[name]!r:.40} must be true or false', field=name)
     prompts, starts = _prompts(view, asked.get('prompt'))
     n = whole_number(asked['n'], 'n', 1, MOST_CHOICES // len(prompts))
     most, longest = view.lm.config.model.max_seq_len, max(map(len, prompts))
@@ -240,7 +240,8 @@ class Completions:
     sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)
     stream, echo, options = asked['stream'], asked['echo'], asked['stream_options'] or {}
     if options not in ({}, {'include_usage': True}, {'include_usage': False}) or (options and not stream):
-      raise Refusal("stream_options must be {'include_usage': true} or false, with stream", field='stream_options')
+      said = f"stream_options={options!r:.60} must be {{'include_usage': true or false}}, with stream=true only"
+      raise Refusal(said, field='stream_options')
     stops, tells_usage = _stops(asked['stop']), options == {'include_usage': True}
     return Asked(view, prompts, starts, seeded, sampling, max_tokens, n, stream, stops, echo, logprobs, tells_usage)
 
@@ -253,7 +254,8 @@ class Completions:
 def _stops(value: Any) -> list[str]:
   stops = [] if value is None else [value] if isinstance(value, str) else value
   if not isinstance(stops, list) or len(stops) > MOST_STOPS or not all(isinstance(s, str) and s for s in stops):
-    raise Refusal(f'stop must be a text or a list of at most {MOST_STOPS}, none of them empty', field='stop')
+    said = f'stop={value!r:.80} must be a text or a list of at most {MOST_STOPS}, none of them empty'
+    raise Refusal(said, field='stop')
   return stops
 
 
@@ -269,14 +271,14 @@ def _prompts(view: RunView, value: Any) -> tuple[list[list[int]], bool]:
     refuse(f'must be at most {MOST_CHOICES} prompts, not {len(values)}')
   starts = all(isinstance(prompt, str) for prompt in values)
   if not starts and not all(isinstance(p, list) and p and all(type(t) is int for t in p) for p in values):
-    refuse('must be a text, a list of texts, a list of token ids, or a list of such lists')
+    refuse(f'must be a text, a list of texts, a list of token ids, or a list of such lists, not {value!r:.80}')
   if starts:
     values = [[lm.tokenizer.start_id(lm.config.data.layout), *lm.tokenizer.encode(prompt)] for prompt in values]
   for prompt in values:
     if len(prompt) > most:
       refuse(f'has {len(prompt)} tokens, more than model.max_seq_len={most}')
-    if not all(0 <= token < lm.tokenizer.vocab_size for token in prompt):
-      refuse(f'holds a token id outside of the vocabulary, which is 0..{lm.tokenizer.vocab_size - 1}')
+    if strange := [token for token in prompt if not 0 <= token < lm.tokenizer.vocab_size]:
+      refuse(f'holds token id {strange[0]!s:.40}, outside of the vocabulary, which is 0..{lm.tokenizer.vocab_size - 1}')
   return values, starts
 
 

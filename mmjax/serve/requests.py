@@ -73,17 +73,19 @@ async def read_body(request: Request) -> Any:
   Raises:
     UserError: if it is none, too large or too slow.
   """
-  if request.headers.get('content-type', '').partition(';')[0].strip() != 'application/json':
-    raise Refusal('send JSON, with Content-Type: application/json', 415)
+  kind = request.headers.get('content-type', '')
+  if kind.partition(';')[0].strip() != 'application/json':
+    raise Refusal(f'Content-Type: {kind or "none"} must be application/json; send JSON and say so', 415)
   raw = b''
   try:
     async with asyncio.timeout(BODY_SECONDS):
       async for part in request.stream():
         raw += part
         if len(raw) > MOST_BODY_BYTES:
-          raise Refusal(f'the request is larger than {MOST_BODY_BYTES:,} bytes', 413)
+          raise Refusal(f'the request is larger than {MOST_BODY_BYTES:,} bytes, the most; send less text', 413)
     return json.loads(raw)
   except TimeoutError:
-    raise Refusal(f'the request took longer than {BODY_SECONDS} seconds to arrive', 408) from None
+    raise Refusal(f'the request took over {BODY_SECONDS} seconds to arrive, the most; send it again', 408) from None
   except (ValueError, RecursionError) as error:
-    raise UserError('the request is not JSON') if not isinstance(error, UserError) else error from None
+    refused = isinstance(error, UserError)
+    raise error if refused else UserError(f'the request must be JSON, and is not: {first_line(error)}') from None

@@ -156,7 +156,7 @@ class RunView:
     reader = self._needed_reader()
     reader.check_row(row)
     if layer is None:
-      raise UserError(f'name a layer; those with a memory: {", ".join(map(str, reader.layers))}')
+      raise UserError(f'layer=None must be a layer with a memory: {", ".join(map(str, reader.layers))}')
     reader.chosen_layers(layer)
     found = {'row': row, 'layer': layer, 'range': reader.range_of(row), 'snippet': self.snippets.get(row)}
     found['nearest'] = self._nearest(row, layer)

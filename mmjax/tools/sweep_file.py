@@ -80,6 +80,7 @@ def _plan(run: Run, overrides: Sequence[str]) -> Planned:
     config = load_config(run.config, arguments)
   except UserError as error:
     raise UserError(f'run {run.name!r}: {error}') from error
-  if (config.experiment, config.seed) != (run.name, run.seed):
-    raise UserError('experiment and seed belong to a run of a sweep; they cannot be overridden for all of them')
+  for name, given, own in (('experiment', config.experiment, run.name), ('seed', config.seed, run.seed)):
+    if given != own:
+      raise UserError(f'--config.{name}={given} must be left out: each run of a sweep has its own, as {own!r} here')
   return Planned(f'{run.name}-s{run.seed}', config, ['--config', run.config, *arguments])

@@ -82,7 +82,8 @@ def check_parameters(config: Config) -> str:
     for what in SAYS:
       if what.startswith('beta') and getattr(rule, what) is not None and not by_adam.intersection(fitting):
         raise UserError(
-          f'train.parameters: the {what} of {rule.pattern!r} does nothing: Adam moves nothing that it fits'
+          f'train.parameters: the {what} of {rule.pattern!r} does nothing, because Adam moves nothing that it fits; '
+          'leave it out'
         )
       if getattr(rule, what) is not None and not any(first_rule(rules, name, what) is rule for name in fitting):
         raise UserError(
