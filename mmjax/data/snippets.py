@@ -83,20 +83,20 @@ def unit_rows(vector_XP: np.ndarray) -> np.ndarray:
   return (vector_XP / np.maximum(length_X1, 1e-12)).astype(np.float32)
 
 
-def reduce_dim(parts_XD: Sequence[np.ndarray], dim: int) -> np.ndarray:
+def reduce_dim(parts_XW: Sequence[np.ndarray], dim: int) -> np.ndarray:
   """Projects vectors, given in parts, on their `dim` leading principal components, float32 (X, dim).
 
   Raises:
     UserError: if they have fewer than `dim` values.
   """
-  size = parts_XD[0].shape[1]
+  size = parts_XW[0].shape[1]
   if dim > size:
     raise UserError(f'model.knowledge_dim={dim} must be at most {size}, what the encoder gives')
-  n_vectors = sum(map(len, parts_XD))
-  mean_D = sum(part.sum(axis=0, dtype=np.float64) for part in parts_XD) / n_vectors
-  products_DD = sum(part.T.astype(np.float64) @ part for part in parts_XD) - n_vectors * np.outer(mean_D, mean_D)
-  direction_DP = np.linalg.eigh(products_DD)[1][:, ::-1][:, :dim]
-  return np.concatenate([(part - mean_D) @ direction_DP for part in parts_XD]).astype(np.float32)
+  n_vectors = sum(map(len, parts_XW))
+  mean_W = sum(part.sum(axis=0, dtype=np.float64) for part in parts_XW) / n_vectors
+  products_WW = sum(part.T.astype(np.float64) @ part for part in parts_XW) - n_vectors * np.outer(mean_W, mean_W)
+  direction_WP = np.linalg.eigh(products_WW)[1][:, ::-1][:, :dim]
+  return np.concatenate([(part - mean_W) @ direction_WP for part in parts_XW]).astype(np.float32)
 
 
 def choose_rows(vector_XP: np.ndarray, n_sub_keys: int, report: Callable[[int], None]) -> np.ndarray:

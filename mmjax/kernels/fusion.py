@@ -29,16 +29,17 @@ def gated_mlp(
     return _gate_and_project(matmul(z, jnp.concatenate((gate_kernel, up_kernel), axis=1)), down_kernel)
   if len(inputs) == 1:
     # Cast for each product alone, so that their gradients are added up in float32.
-    gate, up = (matmul(inputs[0].astype(dtype), kernel) for kernel in (gate_kernel, up_kernel))
-    return matmul(jax.nn.silu(gate) * up, down_kernel)
+    gate_BTF, up_BTF = (matmul(inputs[0].astype(dtype), kernel) for kernel in (gate_kernel, up_kernel))
+    return matmul(jax.nn.silu(gate_BTF) * up_BTF, down_kernel)
   m_BTD, rows_BTX = (x.astype(dtype) for x in inputs)
   D = m_BTD.shape[-1]
   if m_BTD.shape[1] == 1:  # decoding: one token is small, slices of the kernels are not: it takes half the time
     z = jnp.concatenate((m_BTD, rows_BTX), axis=-1)
-    gate, up = matmul(z, gate_kernel), matmul(z, up_kernel)
+    gate_BTF, up_BTF = matmul(z, gate_kernel), matmul(z, up_kernel)
   else:
-    gate, up = (matmul(m_BTD, kernel[:D]) + matmul(rows_BTX, kernel[D:]) for kernel in (gate_kernel, up_kernel))
-  return matmul(_gate(gate, up), down_kernel)
+    kernels = (gate_kernel, up_kernel)
+    gate_BTF, up_BTF = (matmul(m_BTD, kernel[:D]) + matmul(rows_BTX, kernel[D:]) for kernel in kernels)
+  return matmul(_gate(gate_BTF, up_BTF), down_kernel)
 
 
 @jax.custom_vjp

@@ -1,8 +1,8 @@
-"""Product-key top-k: the best R of C*C rows from two lists of C sub-scores, exactly.
+"""Product-key top-k: the best r of C * C rows from two lists of C sub-scores, exactly.
 
 A row is a pair of sub-keys and its score is the sum of two sub-scores. The pair of the i-th best of one list and the
-j-th best of the other (from 0) has (i+1)(j+1)-1 pairs before it, so only pairs with (i+1)(j+1) <= R can be among the R
-best: 20 of C*C for R = 8. Source: Lample et al. 2019, arXiv:1907.05242, section 3.1.
+j-th best of the other (from 0) has (i+1)(j+1)-1 pairs before it, so only pairs with (i+1)(j+1) <= r can be among the r
+best: 20 of C * C for r = 8. Source: Lample et al. 2019, arXiv:1907.05242, section 3.1.
 
 Each of the h heads has two of the k = 2 h codebooks, side by side.
 """

@@ -49,17 +49,17 @@ class _Bag(Memory):
 
   @jax.named_scope('bag')
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y, in `dtype`."""
-    y_BTF = self.sums(selection, bank_MP).reshape(*x_BTD.shape[:-1], -1).astype(dtype)
+    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y, X = h * P, in `dtype`."""
+    y_BTX = self.sums(selection, bank_MP).reshape(*x_BTD.shape[:-1], -1).astype(dtype)
     down = params['down']['kernel']
     if not self.output_gate:
-      return matmul(y_BTF, down)
+      return matmul(y_BTX, down)
 
-    def project(y_BTF: Array, up_BTF: Array) -> Array:
-      return matmul(y_BTF * jax.nn.silu(up_BTF), down)
+    def project(y_BTX: Array, up_BTX: Array) -> Array:
+      return matmul(y_BTX * jax.nn.silu(up_BTX), down)
 
-    up_BTF = normed_matmul(x_BTD, params['norm']['scale'], params['up']['kernel'], self.norm_eps, dtype)
-    return recomputed_on_gpu(project)(y_BTF, up_BTF)
+    up_BTX = normed_matmul(x_BTD, params['norm']['scale'], params['up']['kernel'], self.norm_eps, dtype)
+    return recomputed_on_gpu(project)(y_BTX, up_BTX)
 
   def sums(self, selection: Selection, bank_MP: Bank) -> Array:
     """Returns the weighted sum of each head's rows, float32 y_BThP."""
@@ -200,7 +200,7 @@ class NgramBucket(NgramBag):
   a token scores the rows of its buckets and no others. With one row a bucket is what `NgramBag` reads.
 
   Attributes:
-    key_dim: p, of a key and of a head's query.
+    key_dim: Q, of a key and of a head's query.
   """
 
   key_dim: int = 16
@@ -211,7 +211,7 @@ class NgramBucket(NgramBag):
       raise ValueError(f'n_rows={self.n_rows} must be at least rows_per_head={self.rows_per_head}, one bucket')
 
   def init_gate(self, rngs: nnx.Rngs) -> Params:
-    """Returns the parameters of the norm, and of the gate the kernel `query`, (D, h * p), and `keys`, (M, p)."""
+    """Returns the parameters of the norm, and of the gate the kernel `query`, (D, h * Q), and `keys`, (M, Q)."""
     gate = init_kernels(rngs, query=(self.dim, self.n_heads * self.key_dim))
     return super().init_gate(rngs) | {'gate': gate | {'keys': jnp.zeros((self.n_rows, self.key_dim), jnp.float32)}}
 
@@ -227,12 +227,12 @@ class NgramBucket(NgramBag):
 
   @jax.named_scope('gate')
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
-    """Returns the rows that it got, each with the float32 product of its key and its head's query, over sqrt(p)."""
+    """Returns the rows that it got, each with the float32 product of its key and its head's query, over sqrt(Q)."""
     row_BThr, gate = super().select(params, x_BTD, row_BThr, dtype).row_BThr, params['gate']
     query = normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
-    query_BThp = query.reshape(*row_BThr.shape[:3], self.key_dim)
-    key_BThrp = bank_lookup(gate['keys'], row_BThr, dtype)
-    score_BThr = jnp.einsum('BThp,BThrp->BThr', query_BThp, key_BThrp, preferred_element_type=jnp.float32)
+    query_BThQ = query.reshape(*row_BThr.shape[:3], self.key_dim)
+    key_BThrQ = bank_lookup(gate['keys'], row_BThr, dtype)
+    score_BThr = jnp.einsum('BThQ,BThrQ->BThr', query_BThQ, key_BThrQ, preferred_element_type=jnp.float32)
     return Selection(row_BThr, score_BThr * self.key_dim**-0.5)
 
   def weights(self, selection: Selection) -> Array:

@@ -28,8 +28,8 @@ class GatedValues(nnx.Module):
 
   def add(self, own_BTX: Array, x_BTD: Array, v_BTKH: Array) -> Array:
     """Returns the values plus float `own_BTX`, X = K H, in the dtype of `v_BTKH`; x_BTD is the normed input."""
-    gate_XK = self.gate[...]
-    weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(gate_XK)].astype(jnp.float32) @ gate_XK)
+    kernel = self.gate[...]
+    weight_BTK = 2 * jax.nn.sigmoid(x_BTD[..., : len(kernel)].astype(jnp.float32) @ kernel)
     return v_BTKH + (weight_BTK[..., None] * own_BTX.reshape(v_BTKH.shape)).astype(v_BTKH.dtype)
 
 

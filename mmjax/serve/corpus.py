@@ -50,11 +50,11 @@ class CorpusReads:
       self.done = True
       return
     row_LBTR, strength_LBTR = self.reader.read_batch(self.split, batch)
-    at_B, at_T = np.nonzero(batch['target'] != PADDING)
-    part = Part(batch['row_id'][at_B], at_T, row_LBTR[:, at_B, at_T], strength_LBTR[:, at_B, at_T])
+    batch_row_X, at_X = np.nonzero(batch['target'] != PADDING)
+    part = Part(batch['row_id'][batch_row_X], at_X, row_LBTR[:, batch_row_X, at_X], strength_LBTR[:, batch_row_X, at_X])
     self.usage_LM += [np.bincount(row_XR.ravel(), minlength=self.usage_LM.shape[1]) for row_XR in part.row_LXR]
     self._parts.append(part)
-    self.positions += len(at_T)
+    self.positions += len(at_X)
 
   def readers(self, row: int, layer: int | str, most: int) -> dict[str, Any]:
     """Finds the positions that read a row in a layer.
