@@ -5,10 +5,12 @@ The base config is this experiment, with the sizes of the original PyTorch run: 
 epochs. docs/memory.md explains the mechanism.
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
   config = base.get_config()
   config.experiment = 'exp_1_4_2'
   return config

@@ -4,10 +4,12 @@ python -m mmjax.tools.bank build --files 'my_text/*.jsonl.xz' --out out/bank.saf
 python train.py --config configs/exp_1_4_3.py   -> BENCHMARKS.md, rows "1.4.3".
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
   config = base.get_config()
   config.experiment = 'exp_1_4_3'
   config.model.num_selected = 16

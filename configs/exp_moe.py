@@ -3,10 +3,12 @@
 python train.py --config configs/exp_moe.py   -> BENCHMARKS.md, rows "MoE".
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
   config = base.get_config()
   config.experiment = 'exp_moe'
   config.model.sublayer = 'moe'

@@ -3,10 +3,12 @@
 Its experiment keeps that name, so that runs in out/memory_plus go on.
 """
 
+from ml_collections import ConfigDict
+
 from configs import ngram_rows
 
 
-def get_config():
+def get_config() -> ConfigDict:
   config = ngram_rows.get_config()
   config.experiment = 'memory_plus'
   return config

@@ -17,10 +17,12 @@ What differs from 1.4.2, and why (docs/memory.md explains the mechanisms and nam
                  python -m mmjax.tools.cost --config configs/ngram_rows.py --match configs/exp_1_4_0.py
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
   config = base.get_config()
   config.experiment = 'ngram_rows'
   config.model.sublayer = 'ngram_bag'

@@ -14,10 +14,12 @@ were measured at small scale, and nobody has trained them at this one. What diff
 python -m mmjax.tools.fit --config configs/ngram_rows_1m.py --gpu rtx4090
 """
 
+from ml_collections import ConfigDict
+
 from configs import ngram_rows
 
 
-def get_config():
+def get_config() -> ConfigDict:
   config = ngram_rows.get_config()
   config.experiment = 'ngram_rows_1m'
   config.model.knowledge_num = 1 << 20

@@ -3,10 +3,12 @@
 python train.py --config configs/quickstart.py   -> BENCHMARKS.md, "Quickstart".
 """
 
+from ml_collections import ConfigDict
+
 from configs import base
 
 
-def get_config():
+def get_config() -> ConfigDict:
   config = base.get_config()
   config.experiment = 'quickstart'
   make_small(config)
@@ -14,7 +16,7 @@ def get_config():
   return config
 
 
-def make_small(config):
+def make_small(config: ConfigDict) -> None:
   """Sets sizes and training to those of the quickstart."""
   config.model.vocab_size = 4096
   config.model.dim = 128

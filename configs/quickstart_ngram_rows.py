@@ -7,10 +7,12 @@ Rows for two tokens would learn this text by heart, because it is read three tim
 as well as these: docs/experiments.md, "Text that is read several times".
 """
 
+from ml_collections import ConfigDict
+
 from configs import ngram_rows, quickstart
 
 
-def get_config():
+def get_config() -> ConfigDict:
   config = ngram_rows.get_config()
   config.experiment = 'quickstart_ngram_rows'
   quickstart.make_small(config)

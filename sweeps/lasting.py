@@ -63,7 +63,7 @@ MODELS = {
 }
 
 
-def get_runs(scale='small', tokens='3e6', seeds='0'):
+def get_runs(scale: str = 'small', tokens: str = '3e6', seeds: str = '0') -> list[Run]:
   """Returns every model at every length with every seed; choose with --only.
 
   Args:

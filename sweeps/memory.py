@@ -13,7 +13,7 @@ what is done stays done. --set scale=gpu takes the record's sizes, scale=small t
 import contextlib
 from pathlib import Path
 
-from mmjax.config import idle_settings, load_config
+from mmjax.config import Config, idle_settings, load_config
 from mmjax.errors import UserError
 from mmjax.model.cost import flops_per_token, matching_width
 from mmjax.tools.sweep_file import Run
@@ -143,7 +143,7 @@ MODELS = {  # models whose numbers are missing were dropped before they ran
 }
 
 
-def get_runs(scale='cpu', learning_rate='', winners='', tokens=''):
+def get_runs(scale: str = 'cpu', learning_rate: str = '', winners: str = '', tokens: str = '') -> list[Run]:
   """Returns the runs that are due.
 
   Args:
@@ -227,11 +227,11 @@ def without_idle_sizes(settings: dict) -> dict:
   return {name: value for name, value in settings.items() if name not in idle}
 
 
-def as_config(settings: dict):
+def as_config(settings: dict) -> Config:
   """Returns the config of a model at a scale."""
   return load(without_idle_sizes(settings))
 
 
-def load(settings: dict):
+def load(settings: dict) -> Config:
   """Returns the config that has these settings."""
   return load_config(str(CONFIGS / 'exp_1_4_2.py'), [f'--config.{name}={value}' for name, value in settings.items()])

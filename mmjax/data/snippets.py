@@ -49,12 +49,12 @@ def latent_semantic_vectors(token_XT: np.ndarray, vocab_size: int, dim: int) -> 
   """Encodes snippets by latent semantic analysis.
 
   Args:
-    token_XT: int tokens of X snippets.
+    token_XT: int32 tokens of X snippets.
     vocab_size: V.
-    dim: of the vectors.
+    dim: P, of the vectors.
 
   Returns:
-    float32 (X, dim), each of length 1 (or 0, for a snippet of which no token says anything).
+    float32 (X, P), each of length 1 (or 0, for a snippet of which no token says anything).
 
   Raises:
     UserError: if dim is not below min(X, V).
@@ -84,7 +84,7 @@ def unit_rows(vector_XP: np.ndarray) -> np.ndarray:
 
 
 def reduce_dim(parts_XW: Sequence[np.ndarray], dim: int) -> np.ndarray:
-  """Projects vectors, given in parts, on their `dim` leading principal components, float32 (X, dim).
+  """Projects vectors, given in parts, on their P = `dim` leading principal components, float32 (X, P).
 
   Raises:
     UserError: if they have fewer than `dim` values.

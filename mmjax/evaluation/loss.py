@@ -87,7 +87,7 @@ def _bank_of_reader(taps: list[Reads] | None, mesh: Mesh | None) -> BankOfReader
 
 @jax.named_scope('bank_usage')
 def sum_by_row(row_LBTR: Array, value_LBTR: Array, knowledge_num: int) -> Array:
-  """Returns the sum of what stands at each row of the bank, for each layer: (L, M) in the dtype of the values."""
+  """Returns the sum of what stands at each row of the bank, for each reader: (L, M) in the dtype of the values."""
   L = len(row_LBTR)
   zeros_LM = jnp.zeros((L, knowledge_num), value_LBTR.dtype)
   return zeros_LM.at[jnp.arange(L)[:, None], row_LBTR.reshape(L, -1)].add(value_LBTR.reshape(L, -1))

@@ -152,8 +152,8 @@ def row_update_ratio(bank_MP: Array, update_MP: Array, usage_LM: Array) -> Array
   """Returns a training step's row_update_ratio, see the top of this file.
 
   Args:
-    bank_MP: before the update.
-    update_MP: what is added to it.
+    bank_MP: float32, before the update.
+    update_MP: float32, what is added to it.
     usage_LM: int32, how often each layer read each row.
   """
   touched_M1 = jnp.any(usage_LM > 0, axis=0)[:, None]

@@ -33,7 +33,9 @@ NO_EOS = -1  # every row goes on to its last token
 
 
 class Rows(NamedTuple):
-  """Where each row stands: its last token and that token's position, not yet in the cache; tokens seen; its key."""
+  """Where each row stands: its last token and that token's position, int32, not yet in the cache; tokens seen and
+  whether it has ended, bool; its PRNG key; how many steps were made, int32.
+  """
 
   token_B: Array
   position_B: Array
@@ -160,7 +162,7 @@ class _Steps:
   transposed: bool
 
   def prefill(self, params: Params, tokens_BT: Array, rows: Rows, sampler: Sampler, length: int) -> tuple[Rows, Cache]:
-    """Reads the prompts into a cache of `length` positions and chooses the first new token of every row."""
+    """Reads the prompts, int32, into a cache of `length` positions and chooses the first new token of every row."""
     model, dtype = nnx.merge(self.graphdef, params), self.placement.dtype
     cache = init_cache(self.sizes, len(tokens_BT), length, dtype)
     hidden_BTD, cache = decoding.prefill(model, tokens_BT, cache, dtype=dtype, attention=self.placement.attention)
@@ -171,7 +173,7 @@ class _Steps:
   def decode(
     self, params: Params, rows: Rows, cache: Cache, sampler: Sampler, steps: Array
   ) -> tuple[Array, Rows, Cache]:
-    """Makes up to `steps` tokens a row, fewer if all end; returns them as (B, BLOCK_STEPS), EOS behind the last."""
+    """Makes up to `steps` tokens a row, fewer if all end; returns int32 (B, BLOCK_STEPS), EOS behind the last."""
 
     def goes_on(carry: tuple) -> Array:
       made, rows, *_ = carry
@@ -192,7 +194,7 @@ class _Steps:
     return block_BX, rows, cache
 
   def advance(self, rows: Rows, logits_BV: Array, sampler: Sampler) -> Rows:
-    """Chooses the next token of every row that has not ended."""
+    """Chooses the next token of every row that has not ended, from float32 logits."""
     key_B = jax.vmap(jax.random.fold_in, (0, None))(rows.key_B, rows.step)
     token_B = jnp.where(
       rows.done_B, self.eos_id, sampler.choose(only_pieces(logits_BV, self.n_ids), rows.seen_BV, key_B)

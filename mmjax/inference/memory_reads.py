@@ -353,7 +353,7 @@ class _Forward:
     row: Array,
     value_P: Array,
   ) -> Array:
-    """Returns log-probabilities (B, V) of what follows a position, the row's value replaced for a reader (-1: none)."""
+    """Returns float32 log-probabilities (B, V) of what follows, the row's value replaced for a reader (-1: none)."""
 
     def replace(reader: int, bank_MP: Array) -> Array:
       return bank_MP.at[row].set(jnp.where(reader == changed, value_P, bank_MP[row]))

@@ -70,7 +70,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
   Args:
     path: ends in .safetensors, .pth or .pt.
-    tensors: name -> floating array.
+    tensors: name -> array of float32, float16, bfloat16 or float64, of any shape.
     metadata: texts for the header of a .safetensors.
 
   Returns:

@@ -81,7 +81,7 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
 
 
 def llama_tensors(tensors: Mapping[str, np.ndarray], model: ModelConfig) -> dict[str, np.ndarray]:
-  """Returns the tensors of a feed-forward model, under the PyTorch code's names, as a Llama has them."""
+  """Returns a feed-forward model's floating tensors, named as in the PyTorch code, as a Llama has them; dtypes stay."""
   found = {f'model.{theirs}.weight': tensors[f'{name}.weight'] for name, theirs in ROOT.items()}
   for layer in range(model.n_layers):
     for name, theirs in BLOCK.items():

@@ -104,11 +104,11 @@ def to_params(tensors: Mapping[str, np.ndarray], config: Config) -> Params:
   """Turns checked tensors (see `check_accounted`) into parameters; dtypes are kept.
 
   Args:
-    tensors: canonical name -> array.
+    tensors: canonical name -> floating array, of the shape that `tensor_shapes` says.
     config: the settings of their model.
 
   Returns:
-    Nested dict of numpy arrays.
+    Nested dict of numpy arrays, kernels as (in, out).
   """
   values = {path: _turned(name, path, tensors[name]) for name, path in paths(config).items()}
   return jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], abstract_params(config))
@@ -137,11 +137,11 @@ def canonical(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, np.nd
   """Drops wrappers' prefixes, the known buffers and the second name of the tied embedding.
 
   Args:
-    tensors: as read from a file.
+    tensors: name -> floating array of any shape, as read from a file.
     source: the file, for messages.
 
   Returns:
-    Canonical name -> array.
+    Canonical name -> the same array.
 
   Raises:
     UserError: if two names become one, or the tied weights differ.

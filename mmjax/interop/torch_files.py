@@ -38,7 +38,7 @@ def read_torch(path: Path) -> dict[str, np.ndarray]:
 
 
 def torch_bytes(tensors: Mapping[str, np.ndarray]) -> bytes:
-  """Returns a .pth that `load_state_dict(torch.load(path))` takes."""
+  """Returns a .pth of arrays, any of DTYPES and any shape, that `load_state_dict(torch.load(path))` takes."""
   torch, file = _import_torch(), io.BytesIO()
   torch.save({name: _to_torch(torch, value) for name, value in tensors.items()}, file)
   return file.getvalue()

@@ -24,9 +24,9 @@ def causal_attention(
   """Lets each token see itself and the earlier tokens of its segment.
 
   Args:
-    q_BTNH: queries; query head n uses kv head n // (N / K).
-    k_BTKH: keys.
-    v_BTKH: values.
+    q_BTNH: float queries; query head n uses kv head n // (N / K).
+    k_BTKH: float keys.
+    v_BTKH: float values.
     segment_BT: int32; tokens of different segments do not see each other. None: one segment.
     backend: 'xla', 'xla_blocked' or 'cudnn', as `attention_backend` gives it.
 
@@ -58,9 +58,9 @@ def cached_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, visible_BTS: A
   """Lets each query see the keys that `visible_BTS` allows, as decoding needs it.
 
   Args:
-    q_BTNH: queries; query head n uses kv head n // (N / K).
-    k_BSKH: keys, for example a cache of which only a part is filled.
-    v_BSKH: values.
+    q_BTNH: float queries; query head n uses kv head n // (N / K).
+    k_BSKH: float keys, for example a cache of which only a part is filled.
+    v_BSKH: float values.
     visible_BTS: bool, B may be 1; at least one key for each query.
 
   Returns:

@@ -26,7 +26,7 @@ def cross_entropy_sums(
 
   Args:
     hidden_BTD: float, the compute dtype.
-    output_VD: the output projection, cast to the compute dtype.
+    output_VD: float, the output projection, cast to the compute dtype.
     target_BT: int32 in [0, V).
     weight_BT: float32; 0 leaves a position out. Has no gradient.
     chunk_tokens: positions of T, in all B rows, whose logits exist at the same time on a CPU; at least 1. Elsewhere

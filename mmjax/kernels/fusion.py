@@ -19,9 +19,9 @@ def gated_mlp(
 
   Args:
     inputs: z, or m_BTD and rows_BTX for z = concat(m, rows); float.
-    gate_kernel: [width of z, F], cast to the compute dtype.
-    up_kernel: the same shape.
-    down_kernel: [F, D].
+    gate_kernel: float (width of z, F), cast to the compute dtype, as the others are.
+    up_kernel: of the same shape.
+    down_kernel: (F, D).
     dtype: of the products.
   """
   if not on_cpu():  # the concatenation, made while its parts are, and one product for gate and up, which is kept

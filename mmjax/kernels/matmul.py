@@ -28,8 +28,8 @@ def matmul(x: Array, kernel: Array) -> Array:
   """Returns x @ kernel, computed in the dtype of x with float32 sums.
 
   Args:
-    x: (..., in), at least two axes.
-    kernel: (in, out), cast to the dtype of x; its gradient is computed in float32.
+    x: float (..., in), at least two axes.
+    kernel: float (in, out), cast to the dtype of x; its gradient is computed in float32.
 
   Returns:
     (..., out) in the dtype of x.
@@ -54,7 +54,7 @@ def _matmul_bwd(residuals, grad):
 
 
 def together(grad_x: Array, grad_kernel: Array) -> tuple[Array, Array]:
-  """Returns both gradients of a product, of any shapes and dtypes; on a GPU when both are there.
+  """Returns both gradients of a product, float (..., in) and (in, out), as they are; on a GPU when both are there.
 
   XLA would leave the gradients of kernels there for the end of the backward pass, and keep what they are made of.
   """
@@ -65,7 +65,7 @@ _matmul.defvjp(_matmul_fwd, _matmul_bwd)
 
 
 def dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: DTypeLike) -> Array:
-  """Contracts one axis of `a` with one of the matrix `b`, which have the same dtype; returns `dtype`.
+  """Contracts one axis of `a` with one of the matrix `b`, floats of the same dtype; returns `dtype`.
 
   The result has the other axes of `a`, then the other axis of `b`. Not differentiable in the CPU's fast form: for
   use inside custom gradients.
@@ -81,7 +81,7 @@ def dot(a: Array, b: Array, a_axis: int, b_axis: int, dtype: DTypeLike) -> Array
 
 
 def weight_gradient(x: Array, grad: Array) -> Array:
-  """Sums x[..., in] * grad[..., out] over all leading axes: float32 (in, out)."""
+  """Sums x[..., in] * grad[..., out], floats of one dtype, over all leading axes: float32 (in, out)."""
   lead = tuple(range(x.ndim - 1))
 
   def run(x, grad):

@@ -21,8 +21,8 @@ def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32)
   """Returns x / rms(x) * scale, float32.
 
   Args:
-    x: (..., D), float.
-    scale: (D,).
+    x: float (..., D).
+    scale: float32 (D,).
     eps: added to the mean of squares.
     dtype: of the products that read the result. Elsewhere than on a CPU x is rounded to it first, so that the backward
       pass keeps and reads half as much of a float32 stream.
@@ -38,9 +38,9 @@ def normed_matmul(x: Array, scale: Array, kernel: Array, eps: float, dtype: DTyp
   """Returns rms_norm(x) @ kernel in `dtype`, with float32 sums; the gradient of `kernel` is float32.
 
   Args:
-    x: (..., in), float.
-    scale: (in,).
-    kernel: (in, out).
+    x: float (..., in).
+    scale: float32 (in,).
+    kernel: float32 (in, out).
     eps: added to the mean of squares.
     dtype: of the product.
   """

@@ -35,7 +35,7 @@ def product_key_topk(
 
   Args:
     query_BTkp: float halves of queries. Scores are computed in float32 whatever its dtype: bf16 would pick other rows.
-    keys_kCp: codebooks of C sub-keys, two a head, side by side.
+    keys_kCp: float codebooks of C sub-keys, two a head, side by side.
     num_selected: r, at most C.
     bias_kC: float32, added to the sub-scores while rows are chosen and ordered; it gets no gradient.
     gradient_dtype: in which a GPU multiplies the gradients of the scores, as those of other products.

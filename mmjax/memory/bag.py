@@ -35,7 +35,7 @@ class _Bag(Memory):
   output_gate: bool = True
 
   def init_read(self, rngs: nnx.Rngs) -> Params:
-    """Returns the kernels `up`, of the output's gate, (D, h * P), and `down`, (h * P, D)."""
+    """Returns the float32 kernels `up`, of the output's gate, (D, h * P), and `down`, (h * P, D)."""
     width = self.n_heads * self.row_dim
     up = {'up': (self.dim, width)} if self.output_gate else {}
     return init_kernels(rngs, **up, down=(width, self.dim))
@@ -211,7 +211,7 @@ class NgramBucket(NgramBag):
       raise ValueError(f'n_rows={self.n_rows} must be at least rows_per_head={self.rows_per_head}, one bucket')
 
   def init_gate(self, rngs: nnx.Rngs) -> Params:
-    """Returns the parameters of the norm, and of the gate the kernel `query`, (D, h * Q), and `keys`, (M, Q)."""
+    """Returns the parameters of the norm, and of the gate, float32: the kernel `query`, (D, h * Q), `keys`, (M, Q)."""
     gate = init_kernels(rngs, query=(self.dim, self.n_heads * self.key_dim))
     return super().init_gate(rngs) | {'gate': gate | {'keys': jnp.zeros((self.n_rows, self.key_dim), jnp.float32)}}
 

@@ -181,7 +181,7 @@ class Memory:
     return {}
 
   def init_gate(self, rngs: nnx.Rngs) -> Params:
-    """Returns the parameters of the norm and of what selects rows, here none."""
+    """Returns the parameters of the norm, `scale`, float32 (D,), and of what selects rows, here none."""
     return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
 
 
@@ -223,7 +223,7 @@ def _shapes(memory: Memory) -> dict[tuple[str, ...], tuple[int, ...]]:
 
 
 class ParamTree(nnx.Module):
-  """A nested dict of parameters as modules, under the same names."""
+  """A nested dict of float32 parameters as modules, under the same names."""
 
   def __init__(self, params: Params):
     for name, value in params.items():
@@ -253,7 +253,7 @@ class MemoryLayer(ParamTree):
 
 
 def init_kernels(rngs: nnx.Rngs, **shapes: tuple[int, int]) -> Params:
-  """Returns kernels (in, out) of linear layers, by name."""
+  """Returns float32 kernels (in, out) of linear layers, by name, random as torch's."""
   return {name: {'kernel': uniform(rngs.params(), shape, fan_in=shape[0])} for name, shape in shapes.items()}
 
 

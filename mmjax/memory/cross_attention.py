@@ -34,7 +34,7 @@ class CrossAttention(RowsMemory):
       raise ValueError(f'dim={self.dim} must be divisible by attention_heads={self.attention_heads}')
 
   def init_read(self, rngs: nnx.Rngs) -> Params:
-    """Returns the kernels `wq` and `wo`, (D, D), `wk` and `wv`, (P, D)."""
+    """Returns the float32 kernels `wq` and `wo`, (D, D), `wk` and `wv`, (P, D)."""
     square, of_rows = (self.dim, self.dim), (self.row_dim, self.dim)
     return {'attention': init_kernels(rngs, wq=square, wk=of_rows, wv=of_rows, wo=square)}
 

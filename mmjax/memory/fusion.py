@@ -16,7 +16,7 @@ class GatedFusion(RowsMemory):
   """down(silu(gate(z)) * up(z)) with z = (m, R rows, by head and score); `gate` and `up` are (D + R * P, D)."""
 
   def init_read(self, rngs: nnx.Rngs) -> Params:
-    """Returns the kernels of the fusion."""
+    """Returns the float32 kernels of the fusion, `gate` and `up`, (D + R * P, D), and `down`, (D, D)."""
     width = self.dim + self.n_heads * self.rows_per_head * self.row_dim
     return {'fusion': init_kernels(rngs, gate=(width, self.dim), up=(width, self.dim), down=(self.dim, self.dim))}
 

@@ -60,7 +60,7 @@ class GatedMemory(Memory):
         raise ValueError(f'{field.name}={value!r} must be one of {", ".join(words)}')
 
   def init_gate(self, rngs: nnx.Rngs) -> Params:
-    """Returns the parameters of the norm and of the gate."""
+    """Returns those of the norm, and of the gate, float32: kernel `query`, (D, k * p), `keys`, (k, C, p), and more."""
     k, C, p = 2 * self.n_heads, math.isqrt(self.n_rows), (self.query_dim or self.row_dim) // 2
     gate = init_kernels(rngs, query=(self.dim, k * p))
     gate['keys'] = jax.random.normal(rngs.params(), (k, C, p), jnp.float32)

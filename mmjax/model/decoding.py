@@ -38,7 +38,7 @@ def init_cache(model: ModelConfig, batch: int, length: int, dtype: DTypeLike) ->
 
 
 def prefill(model: LM, tokens_BT: Array, cache: Cache, *, dtype: DTypeLike, attention: str) -> tuple[Array, Cache]:
-  """Reads prompts from position 0 on, padded on the right, and returns hidden_BTD in `dtype` and the filled cache.
+  """Reads int32 prompts from position 0 on, padded on the right; returns hidden_BTD in `dtype` and the filled cache.
 
   What padding writes into the cache, which comes from `init_cache` with S >= T, is overwritten before it is seen.
   """
@@ -51,9 +51,9 @@ def prefill(model: LM, tokens_BT: Array, cache: Cache, *, dtype: DTypeLike, atte
 
 
 def decode(model: LM, tokens_BT: Array, cache: Cache, position_B: Array, *, dtype: DTypeLike) -> tuple[Array, Cache]:
-  """Continues rows by T tokens each, usually one, and returns hidden_BTD in `dtype` and the updated cache.
+  """Continues rows by T int32 tokens each, usually one; returns hidden_BTD in `dtype` and the updated cache.
 
-  `position_B` is the position of each row's first new token, with position_B + T <= S.
+  `position_B`, int32, is the position of each row's first new token, with position_B + T <= S.
   """
   position_BT = position_B[:, None] + jnp.arange(tokens_BT.shape[1])
   angle_BTa = rope_angles(position_BT, model.head_dim, model.rope_theta)

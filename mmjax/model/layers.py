@@ -107,8 +107,8 @@ def apply_rope(x_BTNH: Array, angle_BTa: Array) -> Array:
   """Rotates interleaved pairs (x[2i], x[2i+1]) by their angles, in float32; keeps the dtype.
 
   Args:
-    x_BTNH: queries or keys.
-    angle_BTa: a = H / 2 angles a position, from `rope_angles`; a leading axis of 1 is broadcast over B.
+    x_BTNH: float queries or keys.
+    angle_BTa: float32, a = H / 2 angles a position, from `rope_angles`; a leading axis of 1 is broadcast over B.
 
   Returns:
     Like `x_BTNH`.

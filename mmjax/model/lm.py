@@ -185,7 +185,7 @@ class LM(nnx.Module):
 
 
 def init_params(config: Config) -> Params:
-  """Returns the first parameters, a pure function of config.seed; may run under jax.jit."""
+  """Returns the first parameters, float32, a pure function of config.seed; may run under jax.jit."""
   model = LM(config.model, config.memory, rngs=nnx.Rngs(config.seed))
   return nnx.to_pure_dict(nnx.state(model))
 

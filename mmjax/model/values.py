@@ -61,6 +61,6 @@ class ValueRows(GatedValues):
 
   @jax.named_scope('value_rows')
   def __call__(self, rows_BThP: Array, x_BTD: Array, v_BTKH: Array) -> Array:
-    """Returns the values with the projection of all heads' rows added; otherwise as `ValueEmbedding`."""
+    """Returns the values plus float rows_BThP, projected, in the dtype of `v_BTKH`; x_BTD is the normed input."""
     rows_BTX = rows_BThP.reshape(*rows_BThP.shape[:2], -1).astype(v_BTKH.dtype)
     return self.add(matmul(rows_BTX, self.kernel[...]), x_BTD, v_BTKH)

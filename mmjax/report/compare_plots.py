@@ -134,7 +134,7 @@ def differences(first: Sequence[Curve], others: Sequence[Curve]) -> tuple[np.nda
     others: as many curves, of the same seeds in the same order.
 
   Returns:
-    tokens (points,), difference (pairs, points), over the tokens that all have reached.
+    tokens, numbers (points,), and difference, float64 (pairs, points), over the tokens that all have reached.
   """
   least = max(c.x['tokens'][0] for c in (*first, *others))
   most = min(c.x['tokens'][-1] for c in (*first, *others))

@@ -175,7 +175,7 @@ class _Group:
     self.state['step_B'][row] = 0
 
   def advance(self, token_B: np.ndarray) -> None:
-    """Notes that BLOCK tokens were written, which end in these."""
+    """Notes that BLOCK tokens were written, which end in these, int32."""
     busy_B = np.array([job is not None for job in self.jobs])
     self.state['token_B'] = np.where(busy_B, token_B, 0).astype(np.int32)
     self.state['position_B'] = np.where(busy_B, self.state['position_B'] + BLOCK, 0).astype(np.int32)
@@ -193,7 +193,7 @@ class _Steps:
   n_ids: int
 
   def admit(self, params: Params, cache: Cache, tokens_1T: Array, slot: Array) -> Cache:
-    """Returns the cache with a prompt in one of its rows."""
+    """Returns the cache with a prompt, int32, in one of its rows."""
     row = init_cache(self.config.model, 1, cache.token_BS.shape[1], self.dtype)
     model = nnx.merge(self.graphdef, params)
     _, row = decoding.prefill(model, tokens_1T, row, dtype=self.dtype, attention=self.attention)
@@ -203,8 +203,8 @@ class _Steps:
     """Writes BLOCK tokens in each row.
 
     Returns:
-      The cache and, with X = BLOCK, token_XB and their log-probabilities; of the likeliest tokens log-probabilities and
-      ids, (X, B, TOP).
+      The cache and, with X = BLOCK, int32 token_XB and their float32 log-probabilities; of the likeliest tokens
+      log-probabilities and ids, (X, B, TOP).
     """
     model = nnx.merge(self.graphdef, params)
     key_B = jax.random.wrap_key_data(state['key_B2'])

@@ -124,7 +124,8 @@ def add_rows(sums: RowSums, reads: RowReads) -> RowSums:
 def add_gradients(sums: Params, grads: Params) -> Params:
   """Adds gradients of a micro-batch, whose bank is `RowReads`, to sums.
 
-  Those of the bank are `RowSums`, or (M, P): then they are added up in place, the last layer's first, as they arise.
+  Sums of the bank are `RowSums`, or float32 (M, P), to which reads are added in place, the last layer's first, as they
+  arise.
   """
   others = jax.tree.map(jnp.add, without_bank(sums), without_bank(grads))
   bank_sums, reads = sums[BANK], grads[BANK]

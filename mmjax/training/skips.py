@@ -22,7 +22,7 @@ LOSS_AVERAGE_DECAY = 0.98  # of the running average that a spike is measured by:
 
 
 def goes_on(train: TrainConfig, state: TrainState, loss: Array) -> Array:
-  """Tells, as a bool (), whether a finite update may be applied: its loss is no spike, and the run is not given up."""
+  """Tells, as a bool (), whether a finite update may be applied: its float32 loss is no spike, and the run goes on."""
   factor, average = train.max_loss_factor, state['loss_average']
   spikes = (factor > 0) & (average > 0) & (loss > factor * average)  # never before there is an average
   # The loop notices one step late that too many updates were skipped. This one is not applied, so that the
@@ -31,7 +31,7 @@ def goes_on(train: TrainConfig, state: TrainState, loss: Array) -> Array:
 
 
 def count_update(state: TrainState, loss: Array, applied: Array) -> TrainState:
-  """Returns what the state counts, see `init_state`, after an update that was applied, or thrown away."""
+  """Returns what the state counts, see `init_state`, after an update of float32 loss (), if it was applied, bool ()."""
   average = state['loss_average']
   next_average = LOSS_AVERAGE_DECAY * average + (1 - LOSS_AVERAGE_DECAY) * loss
   return {
