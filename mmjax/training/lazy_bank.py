@@ -11,11 +11,12 @@ t. Updates are numbered from 1, skipped ones not counted; rate_j and decay are t
   row    <- row prod_{t'<j<t} (1 - rate_j decay)      exact but late: until t the row is read without it
   row    <- row - rate_t (mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
 Dense Adam's mean goes on moving a row after it was read: in tau updates without a gradient by as much as that last step
-times drift(tau) = sum_{j=1..tau} (beta1 / sqrt(beta2))^j. Here a row moves by drift(tau) at once, with a forecast of
-tau: the updates between its last two reads, or all since the start at its first. At its next read drift(t-t'-1) less
-that forecast makes up for the difference. Two differences from dense Adam remain. While a forecast is wrong, the row
-has another value. And the whole drift uses the rate of one update, where dense Adam would use that of each. If every
-update reads every row, nothing differs.
+times drift(tau) = sum_{j=1..tau} f^j, f = beta1 / sqrt(beta2). Here a row moves by drift(tau) at once, with a forecast
+of tau: the updates between its last two reads, or all since the start at its first. At its next read drift(t-t'-1) less
+that forecast makes up for the difference. Differences from dense Adam remain. While a forecast is wrong, the row has
+another value. The whole drift uses the rate of one update, where dense Adam would use that of each. And f counts as at
+most MOST_DRIFT, and as 0 if beta2 is 0. Where it is larger, a row drifts less than by dense Adam, whose steps grow
+without end where f is above 1. If every update reads every row, nothing differs.
 docs/memory.md has the same as equations.
 
 Sources of the dense rule: Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101.
@@ -34,7 +35,7 @@ from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.lm import BANK
 from mmjax.training.row_gradients import CHUNK_ROWS, RowSums
 
-MOST_DRIFT = 0.999  # of a mean from one update to the next; dense Adam would move unread rows ever faster above 1
+MOST_DRIFT = 0.999  # the largest f above: a row drifts by at most 999 of its last steps
 
 Moments = dict[str, Array]
 ROW_MOMENTS = ('mean_MP', 'square_MP', 'count_M', 'missed_M', 'log_decay_M')  # those that have a part for each row
