@@ -100,8 +100,8 @@ def penalise(logits_BV: Array, seen_BV: Array, penalty: Array, *, seed_sampling:
 def keep_top_p(logits_BV: Array, top_p: Array) -> Array:
   """Sets to -inf what lies outside the nucleus: tokens whose more likely ones together hold more than `top_p`.
 
-  The smallest logit inside is found by bisection over the 2^32 float32 values, exactly: 32 sums over V take a
-  thirtieth of the time that sorting V logits takes on a CPU.
+  The smallest logit inside is found by bisection over the 2^32 float32 values, exactly: a CPU makes 32 sums over V
+  sooner than it sorts V logits.
 
   Args:
     logits_BV: float32. Equal logits stay or go together.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mmjax.choices import ATTENTION
+from mmjax.choices import ATTENTION_BACKENDS
 
 MASKED = float(jnp.finfo(jnp.float32).min)  # finite, so that no difference of scores is a NaN
 BLOCK_TOKENS = 128  # queries whose scores exist at a time
@@ -49,7 +49,7 @@ def causal_attention(
         q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, is_causal=True, implementation='cudnn'
       )
   elif backend != 'xla':
-    raise ValueError(f'backend={backend!r} must be one of {", ".join(ATTENTION)}')
+    raise ValueError(f'backend={backend!r} must be one of {", ".join(ATTENTION_BACKENDS)}')
   causal_1TS = jnp.tril(jnp.ones((1, T, T), bool))
   return cached_attention(q_BTNH, k_BTKH, v_BTKH, causal_1TS if same_BTS is None else causal_1TS & same_BTS)
 

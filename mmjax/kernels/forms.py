@@ -1,6 +1,6 @@
 """Which form of a kernel to trace: that for a CPU, which computes slowly and has a cache, or that for a GPU.
 
-A GPU computes a hundred times as fast as it moves memory, so that its forms count what is read, written and kept. The
+A GPU computes much faster than it moves memory, so that its forms count what is read, written and kept. The
 choice is made here alone, while a program is traced: for the devices that JAX has, unless `traced_for` names others.
 """
 

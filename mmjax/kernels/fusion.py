@@ -33,7 +33,7 @@ def gated_mlp(
     return matmul(jax.nn.silu(gate_BTF) * up_BTF, down_kernel)
   m_BTD, rows_BTX = (x.astype(dtype) for x in inputs)
   D = m_BTD.shape[-1]
-  if m_BTD.shape[1] == 1:  # decoding: one token is small, slices of the kernels are not: it takes half the time
+  if m_BTD.shape[1] == 1:  # decoding: to join one token is little work, to slice the kernels is much
     z = jnp.concatenate((m_BTD, rows_BTX), axis=-1)
     gate_BTF, up_BTF = matmul(z, gate_kernel), matmul(z, up_kernel)
   else:

@@ -1,8 +1,8 @@
 """Matrix products of activations and weights, in the forms that each platform runs fast.
 
-On CPUs with bf16 instructions XLA is fast only for row-major operands with a float32 result, two to three times as
-fast as for the products that autodiff writes down. On every platform a weight's gradient leaves here in float32, as it
-was summed, instead of being rounded to bf16 on its way to the float32 optimizer.
+On CPUs with bf16 instructions XLA is fast only for row-major operands with a float32 result, and autodiff writes down
+other products: BENCHMARKS.md, "Kernels". On every platform a weight's gradient leaves here in float32, as it was
+summed, instead of being rounded to bf16 on its way to the float32 optimizer.
 """
 
 import functools
@@ -89,7 +89,8 @@ def weight_gradient(x: Array, grad: Array) -> Array:
 
   def run_cpu(x, grad):
     if x.dtype == jnp.float32:
-      # Barriers, because what makes an operand would be merged into its transposition, which is then ten times slower.
+      # Barriers, or XLA would merge what makes an operand into its transposition, and transpose slowly: BENCHMARKS.md,
+      # "Training step against PyTorch".
       x, grad = jax.lax.optimization_barrier((x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])))
       # The first operand is the one that gets transposed: the narrower of the two.
       if x.shape[-1] < grad.shape[-1]:

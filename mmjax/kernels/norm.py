@@ -102,8 +102,8 @@ _divided_product.defvjp(_divided_product_fwd, _divided_product_bwd)
 def _exact_product(x: Array, kernel: Array) -> Array:
   """Returns x @ kernel in float32; of a narrow x, whose values are exact, by products of its dtype.
 
-  A float32 is the sum of three bf16, so that three such products, side by side, are as good as one in float32, which
-  GPUs compute at a tenth of the rate.
+  A float32 is the sum of three bf16, so that three such products, side by side, are as good as one in float32, which a
+  GPU computes far more slowly: BENCHMARKS.md, "A GPU: bound, not measured".
   """
   if x.dtype != jnp.bfloat16:
     return jnp.matmul(x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)

@@ -101,7 +101,7 @@ def _best_by_rounds(score_kXC: Array, num_selected: int) -> tuple[Array, Array]:
   """Finds rows and scores for a CPU: `lax.top_k`, then rounds of maxima."""
   k, _, C = score_kXC.shape
   r, h = num_selected, k // 2
-  # Barriers, because only rank 2 gets XLA's fast top-k and reshapes move through it: 30 times slower on a CPU.
+  # Barriers, because on a CPU only rank 2 gets XLA's fast top-k, and reshapes move through it.
   flat_XC = jax.lax.optimization_barrier(score_kXC.reshape(-1, C))
   # One barrier an output: around both, the XLA of jax 0.10 aborts while it partitions over several devices.
   best_Xr, sub_key_Xr = (jax.lax.optimization_barrier(x) for x in jax.lax.top_k(flat_XC, r))

@@ -49,7 +49,7 @@ class CrossAttention(RowsMemory):
 
     Each row would be projected for one token only. So the query is carried through the keys' projection instead,
     q . (row Wk) = (Wk q) . row, and the values' projection comes after the weighted sum of rows: the same numbers
-    for a fifth of the multiplications (D 512, P 128, R 8).
+    for a fifth of the multiplications (D 512, N 32, P 128, R 8).
     """
     m_BTD = rms_norm(x_BTD, params['norm']['scale'], self.norm_eps, dtype)
     rows_BTRP = self.rows(selection, bank_MP, dtype)

@@ -72,7 +72,7 @@ class GatedMemory(Memory):
 
   @jax.named_scope('gate')
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
-    """Returns the rows whose sub-keys match best, in float32: in bf16 one token in ten would get another."""
+    """Returns the rows whose sub-keys match best, in float32: bf16 would pick others (docs/memory.md)."""
     if row_BThr is not None:
       raise ValueError(f'row_BThr of shape {row_BThr.shape} must be None: a memory with a gate selects its rows itself')
     gate = params['gate']

@@ -86,7 +86,7 @@ def search(found: Estimate) -> dict[str, dict[str, Any]]:
     known: dict[int, float] = {0: found.fixed_bytes}
     if remat == config.runtime.remat:
       known[train.batch_size] = found.peak_bytes
-    else:  # with recomputed blocks some three times as many fit
+    else:  # a guess to start from: with recomputed blocks more fit
       start = int(max(room * (2.5 if remat == 'block' else 0.4) // step * step, step))
       known[start] = peak_of(start)
     batch, peaks = largest_batch(peak_of, known, found.usable_bytes, step)

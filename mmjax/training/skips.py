@@ -3,7 +3,7 @@
 An update is computed and then thrown away if its loss or gradient is not finite, or if its loss is above
 `train.max_loss_factor` times the running average. Only the counters move then; parameters, optimizer state and the
 average stay. Where the settings let a finite gradient make parameters that are not finite (`may_overflow`), the result
-is checked too. Elsewhere that check would take a third of the optimizer's time and find nothing.
+is checked too. Elsewhere that check would read parameters and moments once more and find nothing.
 """
 
 from collections.abc import Callable
