@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-ATTENTION = ('xla', 'xla_blocked', 'cudnn')
+ATTENTION_BACKENDS = ('xla', 'xla_blocked', 'cudnn')
 QUERY_KEY_NORM = ('none', 'l2')
 SCORES = ('none', 'scale')
 SCORE_ACTIVATION = ('softmax', 'relu')

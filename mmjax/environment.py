@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 
 # As jax.config names them without `jax_`, with JAX's own defaults. They change results, or stop a run that would go on.
-SETTINGS = {
+JAX_SETTINGS = {
   'enable_x64': False,
   'default_matmul_precision': None,
   'default_prng_impl': 'threefry2x32',
@@ -56,7 +56,7 @@ def missing_packages() -> str | None:
 def ignore_jax_settings() -> str | None:
   """Removes JAX's settings from the environment, and from JAX if it has read them; says in one sentence which."""
   found = []
-  for name, value in (SETTINGS | IN_COMMANDS).items():
+  for name, value in (JAX_SETTINGS | IN_COMMANDS).items():
     variable = f'JAX_{name}'.upper()
     if variable in os.environ:
       found.append(f'{variable}={os.environ.pop(variable)}')
@@ -71,6 +71,6 @@ def own_jax_settings() -> Iterator[None]:
   import jax
 
   with ExitStack() as stack:
-    for name, value in SETTINGS.items():
+    for name, value in JAX_SETTINGS.items():
       stack.enter_context(getattr(jax, name)(value))
     yield

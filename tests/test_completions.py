@@ -205,7 +205,7 @@ def test_job_that_is_left_is_written_no_further(view):
     await running._running
     return job.made
 
-  assert asyncio.run(leave()) <= 3 * batch.BLOCK
+  assert asyncio.run(leave()) <= 3 * batch.BLOCK_STEPS
 
 
 @pytest.mark.parametrize(

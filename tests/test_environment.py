@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 import mmjax
-from mmjax.environment import IN_COMMANDS, SETTINGS, ignore_jax_settings, own_jax_settings
+from mmjax.environment import IN_COMMANDS, JAX_SETTINGS, ignore_jax_settings, own_jax_settings
 from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.matmul import matmul
@@ -47,7 +47,7 @@ def other_settings():
 
 
 def current_settings() -> dict[str, object]:
-  return {name: getattr(jax.config, f'jax_{name}') for name in SETTINGS}
+  return {name: getattr(jax.config, f'jax_{name}') for name in JAX_SETTINGS}
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_command_does_not_use_settings_of_the_environment(first):
 
 
 def test_settings_that_are_ignored_exist_and_others_are_left(monkeypatch):
-  for name in (*SETTINGS, *IN_COMMANDS):
+  for name in (*JAX_SETTINGS, *IN_COMMANDS):
     assert f'jax_{name}' in jax.config.values, name
     monkeypatch.setenv(f'JAX_{name}'.upper(), 'x')
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
@@ -125,9 +125,9 @@ def test_settings_that_are_ignored_exist_and_others_are_left(monkeypatch):
 
 
 def test_own_settings_are_what_jax_starts_with():
-  assert current_settings() == SETTINGS
+  assert current_settings() == JAX_SETTINGS
   with other_settings(), own_jax_settings():
-    assert current_settings() == SETTINGS
+    assert current_settings() == JAX_SETTINGS
 
 
 @pytest.mark.thorough

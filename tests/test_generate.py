@@ -127,13 +127,13 @@ def test_penalty_and_seed_sampling_change_what_is_drawn(decoder):
 
 def test_new_lengths_and_settings_need_no_new_compilation(monkeypatch):
   traced = []
-  original = generate._Steps.decode
+  original = generate._DecoderSteps.decode
 
   def decode(steps, params, rows, cache, sampler, n_steps):
     traced.append(1)
     return original(steps, params, rows, cache, sampler, n_steps)
 
-  monkeypatch.setattr(generate._Steps, 'decode', decode)
+  monkeypatch.setattr(generate._DecoderSteps, 'decode', decode)
   decoder, _ = make_decoder()
   for length, new_tokens, temperature in ((3, 20, 0.5), (9, 22, 0.7), (16, 24, 1.0)):
     decoder.generate([list(range(3, 3 + length))], Sampling(new_tokens, temperature=temperature, top_p=temperature))

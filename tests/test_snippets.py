@@ -122,7 +122,7 @@ def built(tmp_path_factory):
     'memory.bank_file': f'{folder}/bank.safetensors',
   }
   flags = [f'--config.{name}={value}' for name, value in settings.items()]
-  config = load_config('configs/base.py', [*flags, '--config.memory.bank_std=0.25'], used=bank.SETTINGS)
+  config = load_config('configs/base.py', [*flags, '--config.memory.bank_std=0.25'], used=bank.USED_SETTINGS)
   bank.build_bank(config, folder / 'bank.safetensors', 'lsa')
   with pytest.raises(UserError, match="memory.bank_std=0.25 does nothing when memory.bank_init='file' gives the rows"):
     load_config('configs/base.py', [*flags, '--config.memory.bank_std=0.25'])

@@ -9,7 +9,7 @@ import pytest
 
 import mmjax
 from mmjax.config import CHOICES, flatten, load_config
-from mmjax.config.sublayers import NGRAM_ROWS, SUBLAYERS, Sublayer
+from mmjax.config.sublayers import NGRAM_SETTINGS, SUBLAYERS, Sublayer
 from mmjax.errors import UserError
 from mmjax.interop.convert import export_run, import_run
 from mmjax.model.cost import flops_per_token
@@ -84,7 +84,7 @@ def test_own_settings_are_settings():
     assert set(row.settings) <= names and all(name.startswith(('model.', 'memory.')) for name in row.settings), kind
   memory = {f'memory.{field.name}' for field in dataclasses.fields(tiny_config().memory)}
   own = {name for row in SUBLAYERS.values() for name in row.settings if name.startswith('memory.')}
-  assert memory == own | {'memory.value_layers'} and set(NGRAM_ROWS) <= set(SUBLAYERS['ngram_bag'].settings)
+  assert memory == own | {'memory.value_layers'} and set(NGRAM_SETTINGS) <= set(SUBLAYERS['ngram_bag'].settings)
 
 
 def test_table_and_refusals_need_no_jax():

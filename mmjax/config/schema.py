@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mmjax.choices import ATTENTION, NORM_EPS, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, in_turns
+from mmjax.choices import ATTENTION_BACKENDS, NORM_EPS, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, in_turns
 from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import MOST, NEAREST_ONE, first_rule, read_rules
 from mmjax.config.setting import field, settings_of
@@ -296,7 +296,7 @@ class RuntimeConfig:
   data_devices: int = field(0, 'devices that divide the batch; 0: all that row_devices leaves')
   row_devices: int = field(1, 'devices that divide the rows of the bank, and the batch too', 1)
   attention: str = field('auto', "'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU",
-    choices=('auto', *ATTENTION))
+    choices=('auto', *ATTENTION_BACKENDS))
   remat: str = field('none', "'block' recomputes each block in the backward pass: less memory, more time",
     choices=('none', 'block'))
   triton_gemm: bool = field(

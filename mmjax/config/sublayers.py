@@ -12,19 +12,19 @@ from typing import Any
 
 from mmjax.config.schema import Config, MemoryConfig, ModelConfig
 
-ROWS = (
+ROW_SETTINGS = (
   'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.n_heads', 'memory.bank_init',
   'memory.bank_file', 'memory.knowledge_length', 'memory.bank_std', 'memory.bank_lr_multiplier',
   'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier', 'memory.bank_update',
   'memory.teach_rows',
 )  # fmt: skip
 # All that memory.value_layers asks for.
-NGRAM_ROWS = (*ROWS, 'memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs')
-PLACE = ('memory.layers', 'memory.input', 'memory.ffn_dim')
-GATE = (
+NGRAM_SETTINGS = (*ROW_SETTINGS, 'memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs')
+PLACE_SETTINGS = ('memory.layers', 'memory.input', 'memory.ffn_dim')
+GATE_SETTINGS = (
   'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.selection_bias',
 )  # fmt: skip
-SCORES = ('memory.scores', 'memory.score_activation')
+SCORE_SETTINGS = ('memory.scores', 'memory.score_activation')
 VALUES = 'values'  # stands among the numbers of layers with a memory for the rows that all of memory.value_layers read
 
 
@@ -104,7 +104,7 @@ def _frozen_gate(memory: MemoryConfig) -> tuple[str, ...]:
 
 
 READS_ROWS = {  # one by one, and what becomes of them is not a bag
-  'settings': (*ROWS, *PLACE, *GATE, *SCORES),
+  'settings': (*ROW_SETTINGS, *PLACE_SETTINGS, *GATE_SETTINGS, *SCORE_SETTINGS),
   'uses_bank': True,
   'has_gate': True,
   'scores_weigh': _scaled,
@@ -116,7 +116,7 @@ SUBLAYERS = {
   'gated_fusion': Sublayer('mmjax.model.sublayers.memory:gated_fusion', **READS_ROWS),
   'memory_bag': Sublayer(
     'mmjax.model.sublayers.memory:memory_bag',
-    (*ROWS, *PLACE, *GATE, 'memory.score_activation', 'memory.bag_gate'),
+    (*ROW_SETTINGS, *PLACE_SETTINGS, *GATE_SETTINGS, 'memory.score_activation', 'memory.bag_gate'),
     uses_bank=True,
     has_gate=True,
     sums_rows=True,
@@ -124,14 +124,14 @@ SUBLAYERS = {
   ),
   'ngram_bag': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bag',
-    (*NGRAM_ROWS, *PLACE, 'memory.row_dropout', 'memory.bag_gate'),
+    (*NGRAM_SETTINGS, *PLACE_SETTINGS, 'memory.row_dropout', 'memory.bag_gate'),
     uses_bank=True,
     reads_ngrams=True,
     sums_rows=True,
   ),
   'ngram_bucket': Sublayer(
     'mmjax.model.sublayers.memory:ngram_bucket',
-    (*NGRAM_ROWS, *PLACE, 'memory.key_dim', 'memory.row_dropout', 'memory.bag_gate'),
+    (*NGRAM_SETTINGS, *PLACE_SETTINGS, 'memory.key_dim', 'memory.row_dropout', 'memory.bag_gate'),
     uses_bank=True,
     reads_ngrams=True,
     sums_rows=True,

@@ -126,10 +126,8 @@ def evaluate(
   sums = jax.device_get(sums)  # one transfer for all
   nll, correct, tokens = (float(_total(sums, name)) for name in ('nll', 'correct', 'tokens'))
   if not tokens or not text_bytes:
-    raise UserError(
-      f'the validation text has {tokens:.0f} tokens to predict in {text_bytes} bytes and must have at least one; give '
-      'data.valid_files with text in them'
-    )
+    said = f'the validation text has {tokens:.0f} tokens to predict in {text_bytes} bytes'
+    raise UserError(f'{said} and must have at least one; give data.valid_files with text in them')
   return EvalResult(
     loss=nll / tokens,
     perplexity=math.exp(min(nll / tokens, 700.0)),  # e^710 is no float64 any more

@@ -13,7 +13,7 @@ from mmjax.data.loader import PADDING
 from mmjax.kernels.bank import BankShard, Reads, TappedBank
 from mmjax.kernels.cross_entropy import cross_entropy_sums
 from mmjax.model.lm import LM, BankOfReader, Output, Params
-from mmjax.run.sharding import ROWS
+from mmjax.run.sharding import ROW_AXIS
 
 CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
 
@@ -82,7 +82,7 @@ def _bank_of_reader(taps: list[Reads] | None, mesh: Mesh | None) -> BankOfReader
   """Returns what is read instead of the whole bank: one whose reads are tapped, or a part of it."""
   if taps is not None:
     return lambda reader, bank_MP: TappedBank(bank_MP, taps[reader])
-  return (lambda _, part_MP: BankShard(part_MP, ROWS)) if mesh and mesh.shape[ROWS] > 1 else None
+  return (lambda _, part_MP: BankShard(part_MP, ROW_AXIS)) if mesh and mesh.shape[ROW_AXIS] > 1 else None
 
 
 @jax.named_scope('bank_usage')

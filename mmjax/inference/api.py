@@ -23,7 +23,7 @@ from mmjax.inference.generate import NO_EOS, Decoder, padded_length
 from mmjax.inference.settings import Sampling
 from mmjax.kernels.packed_bank import unpack_bank
 from mmjax.model.lm import BANK, Params, model_graph
-from mmjax.run.checkpoint import START
+from mmjax.run.checkpoint import START_STEP
 from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
 from mmjax.run.placement import place_reader
@@ -235,7 +235,7 @@ def load(
     refuse_compressed(run, 'read without the rows that it taught')
     if not config.memory.teach_rows:
       raise UserError(f'{run.path} taught no rows that could be left out: its memory.teach_rows is 0')
-    checkpoint = START
+    checkpoint = START_STEP
   params, _, step = read_params(run, config, checkpoint)
   return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)
 

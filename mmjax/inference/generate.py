@@ -33,9 +33,7 @@ NO_EOS = -1  # every row goes on to its last token
 
 
 class Rows(NamedTuple):
-  """Where each row stands: its last token and that token's position, int32, not yet in the cache; tokens seen and
-  whether it has ended, bool; its PRNG key; how many steps were made, int32.
-  """
+  """Where each row stands: last token and its place, int32, not yet in the cache; tokens seen, bool; its PRNG key."""
 
   token_B: Array
   position_B: Array
@@ -63,7 +61,7 @@ class Decoder:
     placement = placement or place_reader(config, dtype='float32')
     # A CPU reads (out, in) matrices faster where a product has a single row: BENCHMARKS.md, Generation.
     transposed = placement.platform == 'cpu'
-    steps = _Steps(model_graph(config), config.model, placement, eos_id, n_ids, transposed)
+    steps = _DecoderSteps(model_graph(config), config.model, placement, eos_id, n_ids, transposed)
     self._prefill = placement.jit(steps.prefill, static_argnames='length')
     self._decode = placement.jit(steps.decode, donate_argnames=('rows', 'cache'))
     self._params = jax.tree.map(jnp.asarray, params)  # once: arrays of NumPy would be copied at every call
@@ -151,7 +149,7 @@ class Decoder:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Steps:
+class _DecoderSteps:
   """What is compiled: `prefill` reads prompts; `decode` makes tokens, with matrices that may be transposed."""
 
   graphdef: nnx.GraphDef

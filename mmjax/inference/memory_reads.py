@@ -36,7 +36,7 @@ from mmjax.model.sublayers.memory import value_bag
 from mmjax.run.placement import Placement
 
 MOST_TOKENS = 4096  # of a text
-ROWS = 8  # of a corpus, read at a time
+ROWS_AT_A_TIME = 8  # of a corpus, read at a time
 KEPT_CONTEXTS = 64  # of a row and layer: those that it is measured on
 BEFORE, AFTER = 16, 8  # tokens of a context around the one that took the row
 
@@ -231,8 +231,8 @@ class MemoryReader:
   ) -> tuple[dict[int | str, list[tuple[float, int, int]]], Counter, int]:
     """Returns for each layer (strength, corpus row, position), strongest first; how many there were; positions read."""
     best, taken, read = {layer: [] for layer in layers}, Counter(), 0
-    most = -(-positions // (ROWS * split.max_seq_len)) if positions else None
-    for batch in itertools.islice(eval_batches(split, ROWS), most):
+    most = -(-positions // (ROWS_AT_A_TIME * split.max_seq_len)) if positions else None
+    for batch in itertools.islice(eval_batches(split, ROWS_AT_A_TIME), most):
       row_LBTR, strength_LBTR = self.read_batch(split, batch)
       strength_LBT = np.max(strength_LBTR, axis=-1, initial=-np.inf, where=row_LBTR == row)
       predicted_BT = batch['target'] != PADDING
@@ -264,16 +264,16 @@ class MemoryReader:
     bank_MP = self.lm.bank_MP
     mean_P, params = jnp.mean(bank_MP, axis=0), self.lm.params | {BANK: bank_MP}
     found = []
-    for first in range(0, len(contexts), ROWS):
-      part = list(contexts[first : first + ROWS])
-      filled = part + part[:1] * (ROWS - len(part))  # one shape, one compilation
+    for first in range(0, len(contexts), ROWS_AT_A_TIME):
+      part = list(contexts[first : first + ROWS_AT_A_TIME])
+      filled = part + part[:1] * (ROWS_AT_A_TIME - len(part))  # one shape, one compilation
       _, corpus_row_B, position_B = map(np.array, zip(*filled, strict=True))
       batch = split.rows(corpus_row_B)
       log_with_BV, log_without_BV = (
         self._log_probs(params, *_inputs(split, batch), position_B, changed, row, mean_P)
         for changed in (-1, self.layers.index(layer))
       )
-      next_B = batch['target'][np.arange(ROWS), position_B]
+      next_B = batch['target'][np.arange(ROWS_AT_A_TIME), position_B]
       found.append([np.asarray(x)[: len(part)] for x in (log_with_BV, log_without_BV, next_B)])
     log_with_XV, log_without_XV, next_X = map(np.concatenate, zip(*found, strict=True))
     n_ids = self.lm.tokenizer.vocab_size

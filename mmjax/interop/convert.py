@@ -78,9 +78,7 @@ def import_run(
   check_accounted(shapes, tensor_shapes(config), str(source))
   vocabulary = None if tokenizer is None else load_tokenizer(tokenizer, most=config.model.vocab_size)
   if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
-    raise UserError(
-      f'tokenizer {tokenizer!r} is not that of {source}, as the hash in its header shows; give that one, or none'
-    )
+    raise UserError(f'tokenizer {tokenizer!r} is not that of {source}, as the hash in its header shows; give that one')
 
   params = to_params(tensors, config)
   with RunDir(out) as run, removed_unless_whole(out, 'config.json'):

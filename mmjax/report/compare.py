@@ -38,7 +38,7 @@ COST: Columns = {
   'tokens/s': lambda s: number(s['tokens_per_second'], ',.0f'),
   'peak memory, GB': lambda s: number(s['peak_bytes'] and s['peak_bytes'] / 1e9, ',.2f'),
 }
-BANK: Columns = {
+BANK_COLUMNS: Columns = {
   'rows used': lambda s: _by_layer(s['bank'], 'used_share'),
   'effective rows': lambda s: _by_layer(s['bank'], 'effective_rows'),
   'hottest row': lambda s: _by_layer(s['bank'], 'hottest_share'),
@@ -116,7 +116,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
 
 
 def _columns(found: Sequence[Summary]) -> list[Columns]:
-  return [RESULT, COST, BANK] if any(s['bank'] for s in found) else [RESULT, COST]
+  return [RESULT, COST, BANK_COLUMNS] if any(s['bank'] for s in found) else [RESULT, COST]
 
 
 def _table(columns: Columns, found: Sequence[Summary]) -> Table:

@@ -27,7 +27,7 @@ from mmjax.run.orbax_io import MANIFEST, TMP_PATTERN, CorruptError, read_manifes
 from mmjax.run.processes import barrier, in_any_process, is_main
 
 KEEP_LAST = 2
-START = 0  # the step that a run from another's weights saves before its first update
+START_STEP = 0  # the step that a run from another's weights saves before its first update
 APART = ('params', 'reads')  # entries of a state that are items of their own
 REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN
 
@@ -51,7 +51,7 @@ class Checkpoints:
     Args:
       workdir: run directory; only the process that holds its lock may open it for writing.
       read_only: nothing is removed, renamed or saved: for commands that look at a run while it trains.
-      keep_start: step START stays, whatever is saved after it.
+      keep_start: step START_STEP stays, whatever is saved after it.
     """
     self._run = RunDir(Path(workdir).absolute())
     self.directory = self._run.checkpoints_path
@@ -168,10 +168,7 @@ class Checkpoints:
       raise UserError(f'no checkpoint {which} in {self.directory}; there are {steps}')
     if not steps:
       if not (self.ever_saved or self._rejected):
-        raise UserError(
-          f'no checkpoint was saved in {self.directory} yet, so none is {which!r}; training saves the first after '
-          'train.checkpoint_interval updates'
-        )
+        raise UserError(f'no checkpoint was saved in {self.directory} yet; wait train.checkpoint_interval updates')
       raise StorageError(
         f'no whole checkpoint is left in {self.directory}; to begin again, choose another --workdir or remove this one'
       )
@@ -231,7 +228,7 @@ class Checkpoints:
     """Removes all steps but those to keep and those that cannot be read, each whole: by a rename first."""
     if is_main():
       steps, unreadable = self.steps(), self._read_metrics()[1]
-      start = [START] if self._keep_start else []
+      start = [START_STEP] if self._keep_start else []
       for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, *start, self.best_step}:
         doomed = self.directory / f'{step}{REMOVED}'
         with contextlib.suppress(OSError):  # it stays, and the next save tries again

@@ -10,7 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 
-BITS = {'pred': 8, 's4': 4, 'u4': 4, 'token': 0, 'opaque': 0}  # the others carry their width in their name
+BITS_OF_TYPE = {'pred': 8, 's4': 4, 'u4': 4, 'token': 0, 'opaque': 0}  # the others carry their width in their name
 HELPER = 'matmul.py'  # multiplies for everybody: its callers say more
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.\-]+) = (.*)$')
@@ -33,7 +33,7 @@ class Shape:
   @property
   def bytes(self) -> float:
     """Bytes, without padding."""
-    bits = BITS[self.dtype] if self.dtype in BITS else int(re.search(r'\d+', self.dtype)[0])
+    bits = BITS_OF_TYPE[self.dtype] if self.dtype in BITS_OF_TYPE else int(re.search(r'\d+', self.dtype)[0])
     return self.size * bits / 8
 
   def __str__(self) -> str:

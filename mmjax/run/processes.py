@@ -99,10 +99,8 @@ def _compare_settings(config: Config) -> None:
   own = zlib.crc32(json.dumps(settings, sort_keys=True).encode())
   different = np.flatnonzero((found := multihost_utils.process_allgather(np.array(own, np.uint32))) != found.flat[0])
   if different.size:
-    raise UserError(
-      f'process {different[0]} was started with other settings than process 0; they must be the same, but for '
-      'runtime.process_id: give every process one command'
-    )
+    said = f'process {different[0]} was started with other settings than process 0'
+    raise UserError(f'{said}; give all the same, but for runtime.process_id')
 
 
 def _exit(error: Exception) -> None:

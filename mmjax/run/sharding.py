@@ -20,7 +20,7 @@ from mmjax.errors import UserError
 from mmjax.files import path_name
 from mmjax.model.lm import BANK
 
-ROWS = 'rows'  # the axis that divides the bank
+ROW_AXIS = 'rows'  # the axis that divides the bank
 
 # (pattern of the parameter's name, partition); the first match wins. Adam's moments carry their parameter's name.
 RULES = (
@@ -64,7 +64,7 @@ def one_device() -> Mesh:
 
 
 def _mesh(data: int, rows: int, devices: Sequence[jax.Device]) -> Mesh:
-  axes, types = ('data', ROWS), (AxisType.Auto,) * 2
+  axes, types = ('data', ROW_AXIS), (AxisType.Auto,) * 2
   return jax.make_mesh((data, rows), axes, axis_types=types, devices=devices[: data * rows])
 
 

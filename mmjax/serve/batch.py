@@ -30,8 +30,8 @@ from mmjax.model.lm import Params, model_graph
 
 SLOTS = 16  # written at the same time
 CPU_ROWS = 4  # of a group on a CPU; elsewhere all are one group
-BLOCK = 8  # tokens of each row between two looks of the host
-TOP = 5  # likeliest tokens that are told of each position
+BLOCK_STEPS = 8  # tokens of each row between two looks of the host
+MOST_LOGPROBS = 5  # likeliest tokens that are told of each position
 MOST_JOBS = 256  # written or waiting
 
 
@@ -68,7 +68,7 @@ class Batch:
     self._lm, self._worker = lm, worker
     rows = CPU_ROWS if jax.default_backend() == 'cpu' else SLOTS
     self._groups = [_Group(rows) for _ in range(SLOTS // rows)]
-    steps = _Steps(
+    steps = _BatchSteps(
       model_graph(lm.config), lm.config, lm.placement.dtype, lm.placement.attention, lm.tokenizer.vocab_size
     )
     self._admit = lm.placement.jit(steps.admit, donate_argnames='cache')
@@ -118,11 +118,11 @@ class Batch:
 
   def _empty(self, group: '_Group') -> Cache:
     model = self._lm.config.model
-    return init_cache(model, len(group.jobs), padded_length(model.max_seq_len + BLOCK), self._lm.placement.dtype)
+    return init_cache(model, len(group.jobs), padded_length(model.max_seq_len + BLOCK_STEPS), self._lm.placement.dtype)
 
   @own_jax_settings()
   def _round(self, group: '_Group') -> list[tuple[Job, list[Token]]]:
-    """Frees places of a group and fills them, and writes BLOCK tokens in each row."""
+    """Frees places of a group and fills them, and writes BLOCK_STEPS tokens in each row."""
     for row, job in enumerate(group.jobs):
       if job is not None and (job.left or job.made >= job.sampling.max_new_tokens):
         group.jobs[row] = None
@@ -140,7 +140,7 @@ class Batch:
     found = []
     for row, job in enumerate(group.jobs):
       if job is not None:
-        job.made += BLOCK
+        job.made += BLOCK_STEPS
         of_row = zip(*(x[:, row].tolist() for x in (token_XB, *told)), strict=True)
         found.append((job, [Token(id, log, list(zip(top, logs, strict=True))) for id, log, logs, top in of_row]))
     return found
@@ -151,7 +151,7 @@ class _Group:
 
   Attributes:
     jobs: of each row, or None.
-    state: on the host, what `_Steps.decode` takes.
+    state: on the host, what `_BatchSteps.decode` takes.
     cache: on the device; None before the first job.
   """
 
@@ -175,15 +175,15 @@ class _Group:
     self.state['step_B'][row] = 0
 
   def advance(self, token_B: np.ndarray) -> None:
-    """Notes that BLOCK tokens were written, which end in these, int32."""
+    """Notes that BLOCK_STEPS tokens were written, which end in these, int32."""
     busy_B = np.array([job is not None for job in self.jobs])
     self.state['token_B'] = np.where(busy_B, token_B, 0).astype(np.int32)
-    self.state['position_B'] = np.where(busy_B, self.state['position_B'] + BLOCK, 0).astype(np.int32)
-    self.state['step_B'] += BLOCK
+    self.state['position_B'] = np.where(busy_B, self.state['position_B'] + BLOCK_STEPS, 0).astype(np.int32)
+    self.state['step_B'] += BLOCK_STEPS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Steps:
+class _BatchSteps:
   """What is compiled."""
 
   graphdef: nnx.GraphDef
@@ -200,11 +200,11 @@ class _Steps:
     return jax.tree.map(lambda whole, one: jax.lax.dynamic_update_slice_in_dim(whole, one, slot, 0), cache, row)
 
   def decode(self, params: Params, cache: Cache, state: dict[str, Array]) -> tuple[Cache, tuple[Array, ...]]:
-    """Writes BLOCK tokens in each row.
+    """Writes BLOCK_STEPS tokens in each row.
 
     Returns:
-      The cache and, with X = BLOCK, int32 token_XB and their float32 log-probabilities; of the likeliest tokens
-      log-probabilities and ids, (X, B, TOP).
+      The cache and, with X = BLOCK_STEPS, int32 token_XB and their float32 log-probabilities; of the likeliest tokens
+      log-probabilities and ids, (X, B, MOST_LOGPROBS).
     """
     model = nnx.merge(self.graphdef, params)
     key_B = jax.random.wrap_key_data(state['key_B2'])
@@ -219,7 +219,7 @@ class _Steps:
       drawn_B = draw(logits_BV, jnp.maximum(temperature_B1, LEAST_TEMPERATURE), top_p_B1, step_key_B)
       token_B = jnp.where(temperature_B1[:, 0] == 0, jnp.argmax(logits_BV, axis=-1).astype(jnp.int32), drawn_B)
       log_B = jnp.take_along_axis(log_BV, token_B[:, None], axis=-1)[:, 0]
-      return (token_B, cache), (token_B, log_B, *jax.lax.top_k(log_BV, TOP))
+      return (token_B, cache), (token_B, log_B, *jax.lax.top_k(log_BV, MOST_LOGPROBS))
 
-    (_, cache), written = jax.lax.scan(step, (state['token_B'], cache), jnp.arange(BLOCK, dtype=jnp.int32))
+    (_, cache), written = jax.lax.scan(step, (state['token_B'], cache), jnp.arange(BLOCK_STEPS, dtype=jnp.int32))
     return cache, written

@@ -25,7 +25,7 @@ from mmjax.errors import CommandError, UserError
 from mmjax.files import finite
 from mmjax.inference.memory_reads import token_text
 from mmjax.inference.settings import Sampling
-from mmjax.serve.batch import MOST_JOBS, TOP, Batch, Job, Token
+from mmjax.serve.batch import MOST_JOBS, MOST_LOGPROBS, Batch, Job, Token
 from mmjax.serve.requests import Refusal, Worker, protocol_error, read_body, whole_number
 from mmjax.serve.view import RunView
 
@@ -234,7 +234,7 @@ class Completions:
     if longest + max_tokens > most:
       said = f'max_tokens={max_tokens} and a prompt of {longest} are more than model.max_seq_len={most}'
       raise Refusal(said, field='max_tokens')
-    logprobs = None if asked['logprobs'] is None else whole_number(asked['logprobs'], 'logprobs', 0, TOP)
+    logprobs = None if asked['logprobs'] is None else whole_number(asked['logprobs'], 'logprobs', 0, MOST_LOGPROBS)
     seeded = asked['seed'] is not None
     seed = asked['seed'] if seeded else secrets.randbelow(2**31)
     sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)

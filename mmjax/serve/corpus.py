@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
-from mmjax.inference.memory_reads import ROWS, MemoryReader, token_text
+from mmjax.inference.memory_reads import ROWS_AT_A_TIME, MemoryReader, token_text
 
 MOST_POSITIONS = 65536
 MOST_READS = 2**24  # kept, of all layers together: 8 bytes each
@@ -41,7 +41,7 @@ class CorpusReads:
     self.usage_LM = np.zeros((layers, config.model.knowledge_num), np.int64)
     self.positions, self.done = 0, False
     self._parts: list[Part] = []
-    self._batches = islice(eval_batches(split, ROWS), -(-wanted // (ROWS * split.max_seq_len)))
+    self._batches = islice(eval_batches(split, ROWS_AT_A_TIME), -(-wanted // (ROWS_AT_A_TIME * split.max_seq_len)))
 
   def grow(self) -> None:
     """Reads one batch more."""

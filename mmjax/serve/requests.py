@@ -87,5 +87,4 @@ async def read_body(request: Request) -> Any:
   except TimeoutError:
     raise Refusal(f'the request took over {BODY_SECONDS} seconds to arrive, the most; send it again', 408) from None
   except (ValueError, RecursionError) as error:
-    refused = isinstance(error, UserError)
-    raise error if refused else UserError(f'the request must be JSON, and is not: {first_line(error)}') from None
+    raise error if isinstance(error, UserError) else UserError(f'the request is no JSON: {first_line(error)}') from None

@@ -11,7 +11,7 @@ from mmjax.files import finite
 from mmjax.inference.settings import Sampling
 from mmjax.serve.view import RunView
 
-ROWS = 24  # that can be opened, for each layer with a memory
+SAVED_ROWS = 24  # that can be opened, for each layer with a memory
 ROW_SECONDS = 60  # after so long no more rows are looked up
 NEW_TOKENS = 60
 
@@ -51,7 +51,7 @@ def _rows(view: RunView, text: str) -> list[dict[str, Any]]:
   for token in view.read(text)['tokens']:
     for layer, reads in zip(view.reader.layers, token['layers'], strict=True):
       taken.update((layer, row) for row, *_ in reads)
-  return [{'row': row, 'layer': layer} for (layer, row), _ in taken.most_common(ROWS * len(view.reader.layers))]
+  return [{'row': row, 'layer': layer} for (layer, row), _ in taken.most_common(SAVED_ROWS * len(view.reader.layers))]
 
 
 def _key(question: str, fields: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ from mmjax.files import check_room, storage_errors
 from mmjax.interop.files import write_tensors
 from mmjax.model.lm import BANK
 
-SETTINGS = ('memory.knowledge_length', 'memory.bank_std')  # that decide what a file holds
+USED_SETTINGS = ('memory.knowledge_length', 'memory.bank_std')  # that decide what a file holds
 SNIPPETS_A_ROW = 8  # snippets considered for each row by default; bounds memory, whatever the text's size
 SENTENCE_TRANSFORMERS = 'sentence-transformers:'
 SNIPPETS_A_PART = 2048  # of an encoder's work, saved one after the other
@@ -63,7 +63,7 @@ def main() -> None:
   build.add_argument('--config', default=str(own_config('exp_1_4_3.py')), help='config file that sizes come from')
   arguments, overrides = parser.parse_known_args()
   overrides += [f'--config.data.train_files={arguments.files}', '--config.data.valid_files=']
-  config = load_config(arguments.config, overrides, used=SETTINGS)
+  config = load_config(arguments.config, overrides, used=USED_SETTINGS)
   build_bank(config, user_path(arguments.out), arguments.encoder, arguments.snippets_a_row)
 
 

@@ -22,7 +22,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import DivergedError, StoppedError, StorageError
 from mmjax.evaluation.evaluate import EvalResult, EvalStep, evaluate_split
 from mmjax.evaluation.probes import add_norms
-from mmjax.run.checkpoint import START, Checkpoints
+from mmjax.run.checkpoint import START_STEP, Checkpoints
 from mmjax.run.directory import RunDir
 from mmjax.run.leaves import non_finite
 from mmjax.run.log import MetricsLog
@@ -110,7 +110,7 @@ class Trainer:
     start = int(state['step'])
     record_run(self.run, config, self.inputs, start, source.read_from)
     if read_from := source.read_from:  # saved at once, so that the other run is not read again
-      self.checkpoints.save(START, state, {'tokens': 0, 'seconds': 0.0})
+      self.checkpoints.save(START_STEP, state, {'tokens': 0, 'seconds': 0.0})
       say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({read_from["checkpoint"]})')
     self.log.truncate_after(start if self.checkpoints.ever_saved else -1)
     return state

@@ -21,7 +21,7 @@ from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import gate_norms, row_update_ratio
 from mmjax.model.lm import BANK, Params, init_params, without_bank
-from mmjax.run.sharding import ROWS, spread
+from mmjax.run.sharding import ROW_AXIS, spread
 from mmjax.training.lazy_bank import init_moments, update_read_rows
 from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
 from mmjax.training.row_gradients import RowSums, add_gradients, empty_sum, gradient_by_reads, is_lazy, keeps_reads
@@ -62,7 +62,7 @@ def make_gradient(
   """
   mesh = None if is_lazy(config) or mesh is None or mesh.size == 1 else mesh
   objective = make_loss(config, graphdef, attention, mesh=mesh)
-  whole = mesh is None or mesh.shape[ROWS] == 1
+  whole = mesh is None or mesh.shape[ROW_AXIS] == 1
   drops = config.model.dropout or config.memory.row_dropout
 
   def gradient(
