@@ -18,7 +18,7 @@ from mmjax.files import read_json
 from mmjax.model.cost import count_params, flops_per_token
 from mmjax.model.lm import abstract_params
 from mmjax.report.found import FoundRun
-from mmjax.run.identity import FREE, FREE_SECTIONS
+from mmjax.run.identity import FREE_SECTIONS, FREE_SETTINGS
 
 # Where the data lie says nothing: which they are, their hashes say. These two decide how they are cut into rows.
 DATA_THAT_COUNTS = ('data.layout', 'data.isolate_documents')
@@ -145,7 +145,7 @@ def _what_counts(run: FoundRun) -> dict[str, Any]:
     | {
       name: value
       for name, value in flatten(run.config.to_dict()).items()
-      if name not in ('seed', *FREE)
+      if name not in ('seed', *FREE_SETTINGS)
       and not name.startswith(FREE_SECTIONS)
       and (not name.startswith('data.') or name in DATA_THAT_COUNTS)
     }

@@ -103,7 +103,7 @@ def training(run: FoundRun) -> Blocks:
   ]
 
 
-def bank_health(run: FoundRun) -> Blocks:
+def last_bank_health(run: FoundRun) -> Blocks:
   """What the last evaluation found out about the memory; nothing for a model without a bank."""
   evals = [r for r in run.of_kind('eval') if r['bank']]
   if not evals:

@@ -64,7 +64,7 @@ def _sections(run: FoundRun, workdir: str | Path) -> dict[str, sections.Blocks]:
     'Parameters': sections.parameters(run),
     'Settings': sections.settings(run),
     'Training': [*sections.training(run), *sections.images(curves)],
-    'Bank health': [*sections.bank_health(run), *sections.images(health)],
+    'Bank health': [*sections.last_bank_health(run), *sections.images(health)],
     'Evaluation': sections.evaluation(found) if found else [not_done],
     'Samples': _samples(run),
     'Speed and memory': sections.speed(run),

@@ -29,7 +29,7 @@ from mmjax.run.processes import barrier, in_any_process, is_main
 KEEP_LAST = 2
 START_STEP = 0  # the step that a run from another's weights saves before its first update
 APART = ('params', 'reads')  # entries of a state that are items of their own
-REMOVED = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN
+REMOVED_SUFFIX = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN
 
 
 def checkpoint_name(checkpoint: str | int) -> str | int:
@@ -230,7 +230,7 @@ class Checkpoints:
       steps, unreadable = self.steps(), self._read_metrics()[1]
       start = [START_STEP] if self._keep_start else []
       for step in set(steps) - {*steps[-KEEP_LAST:], *unreadable, *start, self.best_step}:
-        doomed = self.directory / f'{step}{REMOVED}'
+        doomed = self.directory / f'{step}{REMOVED_SUFFIX}'
         with contextlib.suppress(OSError):  # it stays, and the next save tries again
           (self.directory / str(step)).rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

@@ -18,7 +18,7 @@ BANK_SHA256, TEXTS_SHA256 = 'bank_sha256', 'bank_texts_sha256'  # in run.json
 # Which text it is: on resume its hash must be that of the first start, under whatever names.
 TEXT = ('data.train_files', 'data.valid_files', 'data.valid_fraction', 'data.text_key', 'data.tokenizer')
 # On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
-FREE = (
+FREE_SETTINGS = (
   *TEXT, 'memory.bank_file', 'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir',
   'train.log_interval', 'train.eval_interval', 'train.checkpoint_interval', 'train.max_skipped_updates',
   'train.profile_steps',
@@ -33,7 +33,7 @@ FIXED_OF_TRAIN = (*MICRO_BATCHES, 'train.dtype', 'train.optimizer', 'train.param
 def settings_changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
   """Lists as 'name old -> new' the differences that would make a run another run, and those of its schedule."""
   fixed, schedule = [], []
-  free = (*FREE, *MICRO_BATCHES) if old.train.update_rows == new.train.update_rows else FREE
+  free = (*FREE_SETTINGS, *MICRO_BATCHES) if old.train.update_rows == new.train.update_rows else FREE_SETTINGS
   for name, (before, after) in differences(old, new).items():
     if name not in free and not name.startswith(FREE_SECTIONS):
       is_schedule = name.startswith('train.') and name not in FIXED_OF_TRAIN
