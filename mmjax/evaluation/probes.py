@@ -110,15 +110,15 @@ def head_overlap(row_XThr: Array) -> Array:
 def row_agreement(best_LhX: np.ndarray, target_X: np.ndarray) -> list[dict[str, float | None]]:
   """Returns row_agreement and row_agreement_chance of each layer, see the top of this file.
 
-  With c_rv the positions of best row r and next token v, and n_v those of v, over the N positions with n_v > 1:
-  sum_rv c_rv (c_rv - 1) / (n_v - 1) / N, and by chance sum_r c_r (c_r - 1) / (N (N - 1)).
+  With c(r, v) the positions of best row r and next token v, c(r) those of r and c(v) those of v, over the N positions
+  with c(v) > 1: sum of c(r, v) (c(r, v) - 1) / (c(v) - 1) / N, and by chance sum of c(r) (c(r) - 1) / (N (N - 1)).
 
   Args:
     best_LhX: int, best row of each layer and head at each position.
     target_X: int next tokens, without padding.
   """
-  _, token_X, n_v = np.unique(target_X, return_inverse=True, return_counts=True)
-  shared_X = n_v[token_X] > 1
+  _, token_X, of_token = np.unique(target_X, return_inverse=True, return_counts=True)
+  shared_X = of_token[token_X] > 1
   best_LhX, token_X, total = best_LhX[..., shared_X].astype(np.int64), token_X[shared_X], int(shared_X.sum())
   if not total:
     return [{'row_agreement': None, 'row_agreement_chance': None}] * len(best_LhX)
@@ -126,10 +126,10 @@ def row_agreement(best_LhX: np.ndarray, target_X: np.ndarray) -> list[dict[str, 
   for best_hX in best_LhX:
     found_h2 = []
     for best_X in best_hX:
-      pair, c_rv = np.unique(best_X * len(n_v) + token_X, return_counts=True)
-      _, c_r = np.unique(best_X, return_counts=True)
-      same = np.sum(c_rv * (c_rv - 1) / (n_v[pair % len(n_v)] - 1)) / total
-      found_h2.append((same, np.sum(c_r * (c_r - 1.0)) / (total * (total - 1.0))))
+      pair, of_pair = np.unique(best_X * len(of_token) + token_X, return_counts=True)
+      _, of_row = np.unique(best_X, return_counts=True)
+      same = np.sum(of_pair * (of_pair - 1) / (of_token[pair % len(of_token)] - 1)) / total
+      found_h2.append((same, np.sum(of_row * (of_row - 1.0)) / (total * (total - 1.0))))
     found_L2.append(np.mean(found_h2, axis=0).tolist())
   return [dict(zip(('row_agreement', 'row_agreement_chance'), found, strict=True)) for found in found_L2]
 

@@ -123,11 +123,11 @@ def _chunk_in_one_pass(hidden_BtD, output_VD, target_Bt, weight_Bt):
   wide_BtV = logits_BtV.astype(jnp.float32)
 
   def add(a, b):
-    (max_a, index_a, sum_a, picked_a), (max_b, index_b, sum_b, picked_b) = a, b
-    first = (max_a > max_b) | ((max_a == max_b) & (index_a < index_b))
-    lower = jnp.exp(-jnp.abs(max_a - max_b))
-    total = jnp.where(max_a > max_b, sum_a + sum_b * lower, sum_b + sum_a * lower)
-    return jnp.where(first, max_a, max_b), jnp.where(first, index_a, index_b), total, picked_a + picked_b
+    (a_max, a_index, a_sum, a_picked), (b_max, b_index, b_sum, b_picked) = a, b
+    first = (a_max > b_max) | ((a_max == b_max) & (a_index < b_index))
+    lower = jnp.exp(-jnp.abs(a_max - b_max))
+    total = jnp.where(a_max > b_max, a_sum + b_sum * lower, b_sum + a_sum * lower)
+    return jnp.where(first, a_max, b_max), jnp.where(first, a_index, b_index), total, a_picked + b_picked
 
   inputs = wide_BtV, index_BtV, jnp.ones_like(wide_BtV), jnp.where(is_target_BtV, wide_BtV, 0)
   # Finite, so that no difference of the greatest is a NaN.
