@@ -151,7 +151,7 @@ class Trainer:
         unchecked = (step, batch, metrics)
         self.window.add(metrics)
         stopping = step < total and stop.requested(step)
-        evaluates = step == total or (step % train.eval_interval == 0 and not stopping)
+        evaluates = step == total or step % train.eval_interval == 0  # also before a stop: it may be the best
         saves = evaluates or stopping or step % train.checkpoint_interval == 0
         if saves or step % train.log_interval == 0:
           self.report(step)
