@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back bit for bit, or is refused by name and the step before is used."""
 
+import itertools
 import os
 import random
 import resource
@@ -292,6 +293,20 @@ def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path
   checkpoints.save(4, older, {})
   with pytest.raises(UserError, match='rest.skipped: absent saved'):
     learner.restore_state(checkpoints)
+
+
+def test_optimizer_state_is_restored_where_a_schedule_that_may_change_numbers_its_parts_otherwise(tmp_path):
+  from mmjax.run.placement import place
+  from mmjax.training.learner import Learner
+
+  config = tiny_config(memory__bank_lr_multiplier=4)
+  saved, numbers = Learner(config, place(config), 10).shapes, itertools.count()
+  saved = jax.tree.map(lambda x: jnp.full(x.shape, next(numbers), x.dtype), saved)
+  Checkpoints(tmp_path).save(3, saved, {})
+  changed = tiny_config(memory__bank_lr_multiplier=4, train__grad_clip=0, train__embedding_lr_multiplier=2)
+  restored, _ = Learner(changed, place(changed), 10).restore_state(Checkpoints(tmp_path))
+  assert jax.tree.structure(restored) != jax.tree.structure(saved)
+  assert_same(jax.tree.leaves(restored), jax.tree.leaves(saved))
 
 
 def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):

@@ -14,11 +14,12 @@ import errno
 import gc
 import json
 import logging
+import re
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +94,14 @@ def read_step(
       for name, tree in abstract_items.items()
       if name in saved or name not in newer
     }
-  _check_fits(manifest, abstract_items)
+  names = {item: _saved_names(tree, manifest['leaves'][item]) for item, tree in abstract_items.items()}
+  wanted = {item: dict(zip(names[item], jax.tree.leaves(tree), strict=True)) for item, tree in abstract_items.items()}
+  _check_fits(manifest, wanted)
   items, problem = {}, None
   with _quiet():
-    for name, tree in abstract_items.items():
+    for name, leaves in wanted.items():
       try:
-        items[name] = _read_item(directory, step, name, tree)
+        items[name] = _read_item(directory, step, name, leaves)
       except Exception as error:  # noqa: BLE001 - damage surfaces as whatever the reader stumbles over
         problem = _explain(error, directory / str(step) / name, manifest['leaves'][name])
       if in_any_process(problem is not None):  # all leave together: reading the next item is a collective operation
@@ -110,15 +113,31 @@ def read_step(
   wrong = [f'{i}.{name}' for i in items for name, leaf in found[i].items() if manifest['leaves'][i][name] != leaf]
   if wrong:
     raise CorruptError(f'{first_three(wrong)} failed the checksum')
-  return items, manifest
+  trees = {
+    item: jax.tree.unflatten(jax.tree.structure(tree), [items[item][name] for name in names[item]])
+    for item, tree in abstract_items.items()
+  }
+  return trees, manifest
 
 
-def _read_item(directory: Path, step: int, name: str, tree: Any) -> Any:
-  """Returns a pytree of a step, with the leaves that `tree` describes, which nobody has checked yet."""
-  leaves = dict(named_leaves(tree, '.'))
+def _saved_names(tree: Any, saved: Iterable[str]) -> list[str]:
+  """Returns the names that the leaves of `tree` have in a step, given all names there.
+
+  They differ where optax numbers the parts of its chain otherwise: settings of the schedule, such as train.grad_clip,
+  put parts that have no leaves among the others.
+  """
+  own, place = [name for name, _ in named_leaves(tree, '.')], re.compile(r'(?<=^opt_state)(\.\d+)+')
+  new, old = ([name for name in names if place.search(name)] for names in (own, saved))
+  same = [place.sub('', name) for name in new] == [place.sub('', name) for name in old]
+  renamed = dict(zip(new, old, strict=True)) if same else {}
+  return [renamed.get(name, name) for name in own]
+
+
+def _read_item(directory: Path, step: int, name: str, leaves: dict[str, Any]) -> dict[str, Any]:
+  """Returns those leaves of an item of a step that are described, by their names; nobody has checked them yet."""
   with _open_manager(directory) as manager:
     restored = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.StandardRestore(leaves)}))[name]
-  return jax.tree.unflatten(jax.tree.structure(tree), [restored[leaf] for leaf in leaves])
+  return {leaf: restored[leaf] for leaf in leaves}
 
 
 def _explain(error: Exception, item_dir: Path, names: Mapping[str, Any]) -> StorageError | CorruptError:
