@@ -13,6 +13,7 @@ from mmjax.console import Table, markdown
 from mmjax.errors import UserError
 from mmjax.model.cost import count_params
 from mmjax.report import sections
+from mmjax.report.found import FoundRun
 from mmjax.report.plots import write_plots
 from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
@@ -154,6 +155,12 @@ def test_skipped_updates_and_lost_numbers_are_shown(tmp_path):
   text = write_report(make_run(tmp_path / 'run', records)).read_text()
   assert 'loss spikes: 1 (updates 3).' in text
   assert 'training loss' not in cells(text)
+
+
+def test_table_of_evaluations_has_the_last_and_none_twice(tmp_path):
+  run = FoundRun(make_run(tmp_path / 'run', [eval_line(step, 3.0) for step in range(1, 22)]))
+  table = sections.training(run)[2]
+  assert [row[0] for row in table.rows] == [str(step) for step in range(1, 22, 2)]
 
 
 def test_notes_of_a_person_are_never_overwritten(tmp_path):

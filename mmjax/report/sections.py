@@ -90,14 +90,14 @@ def origin(init_from: Mapping | None) -> str:
 
 def training(run: FoundRun) -> Blocks:
   """When the run was started and resumed, its evaluations, and updates that were skipped."""
-  starts = [(s['time'], number(s['step']), where(s)) for s in run.history['starts']]
+  starts = [(s['time'], number(s['step']), where(s), '; '.join(s.get('changed', ()))) for s in run.history['starts']]
   evals, skipped = run.of_kind('eval'), [r['step'] for r in run.of_kind('skipped')]
   every = -(-len(evals) // MOST_EVALUATIONS) or 1
-  shown = evals[::every] + (evals[-1:] if every > 1 else [])
+  shown = evals[::-every][::-1]  # the last one among them
   said = f'Updates skipped, as not finite or as loss spikes: {len(skipped)}'
   return [
     origin(run.history.get('init_from')),
-    Table(('started (UTC)', 'at update', 'on'), starts),
+    Table(('started (UTC)', 'at update', 'on', 'settings changed'), starts),
     Table(['evaluated after update', *names(QUALITY)], [[number(r['step']), *written(r, QUALITY)] for r in shown]),
     said + (f' (updates {", ".join(map(str, skipped[:20]))}).' if skipped else '.'),
   ]
