@@ -180,6 +180,11 @@ def test_runs_are_rows_by_settings_and_not_by_where_they_wrote(tmp_path):
   twin = make_run(tmp_path / 'twin', (6, 5.6), seed=4)
   with pytest.raises(UserError, match='y and .*twin have the same settings and the same seed'):
     compare([first, second, twin], tmp_path / 'out')
+  record = json.loads((twin / 'run.json').read_text())
+  record['starts'].append(record['starts'][0] | {'changed': ['train.learning_rate 0.1 -> 0.01']})
+  (twin / 'run.json').write_text(json.dumps(record))  # went on with another schedule
+  rows = rows_of([first, second, twin], tmp_path / 'out')
+  assert rows['twin']['changed'] == {'changed on the way': ['train.learning_rate 0.1 -> 0.01']}
 
 
 def test_folder_stands_for_its_runs_in_the_order_of_its_sweep(tmp_path):

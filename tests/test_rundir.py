@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from mmjax.data.index import INDEX
 from mmjax.errors import StorageError, UserError
 from mmjax.files import read_json, write_file, write_json
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.identity import compare_configs
+from mmjax.training import setup
 from mmjax.training.setup import settle_config
 from tests.helpers import tiny_config
 
@@ -261,6 +264,18 @@ def test_start_is_recorded_and_other_data_refused(tmp_path):
   assert recorded['identity'] == identity
   assert [start['step'] for start in recorded['starts']] == [0, 40]
   assert recorded['starts'][0]['versions']['jax'] and recorded['starts'][0]['pid'] == os.getpid()
+
+
+def test_schedule_that_a_later_start_changes_is_recorded(tmp_path, monkeypatch):
+  (tmp_path / INDEX).write_text('{}')
+  monkeypatch.setattr(setup, 'write_tokenizer', lambda path, tokenizer: None)
+  tokenizer = SimpleNamespace(sha256='b2', path=Path('tokenizer.model'))
+  inputs = setup.Inputs(tokenizer, SimpleNamespace(directory=tmp_path), None, 'a1', 10, [])
+  with RunDir(tmp_path / 'run') as run:
+    for step, rate in ((0, 0.1), (4, 0.2), (6, 0.2)):
+      setup.record_run(run, tiny_config(train__learning_rate=rate, train__log_interval=step + 1), inputs, step)
+    starts = run.read_record()['starts']
+  assert [start.get('changed') for start in starts] == [None, ['train.learning_rate 0.1 -> 0.2'], []]
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,11 @@ class FoundRun:
     return self.history['identity'].get(BANK_SHA256, self.config.memory.bank_file)
 
   @property
+  def changed(self) -> list[str]:
+    """Settings of its schedule that a later start changed, as 'name old -> new'."""
+    return [change for start in self.history['starts'] for change in start.get('changed', ())]
+
+  @property
   def devices(self) -> str:
     """What it ran on at its last start."""
     return where(self.history['starts'][-1])

@@ -141,7 +141,7 @@ def _short(value: Any) -> str:
 def _what_counts(run: FoundRun) -> dict[str, Any]:
   return (
     run.gone
-    | {'memory.bank_file': run.bank}
+    | {'memory.bank_file': run.bank, 'changed on the way': run.changed}
     | {
       name: value
       for name, value in flatten(run.config.to_dict()).items()

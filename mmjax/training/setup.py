@@ -25,7 +25,7 @@ from mmjax.model.lm import Params
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, write_tokenizer
-from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models
+from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models, settings_changed
 from mmjax.run.origin import Origin, check_origin, load_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.run.processes import is_main
 from mmjax.run.text import evaluation_data
@@ -172,6 +172,8 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
   elif not Checkpoints(run.path, read_only=True).ever_saved:
     identity |= bank_identity(config)
   facts = {'prepared_dir': str(inputs.train.directory.absolute()), 'remarks': inputs.remarks}
+  if run.was_trained and run.config_path.exists():  # settings of the schedule, which a start may change
+    facts['changed'] = settings_changed(run.read_config(), config)[1]
   run.record_start(identity, step, origin, **facts)  # first: it refuses other data, before anything is replaced
   write_tokenizer(run.path / inputs.tokenizer.path.name, inputs.tokenizer)
   write_file(run.path / 'data.json', (inputs.train.directory / INDEX).read_bytes())
