@@ -183,7 +183,9 @@ def test_parameters_that_do_not_learn_are_named():
 
 def test_betas_of_what_muon_moves_are_refused_and_others_are_of_adam():
   matrices = r'layers/.*kernel beta1=0.5'
-  with pytest.raises(UserError, match=r"beta1 of 'layers/.\*kernel' does nothing: Adam moves nothing that it fits"):
+  with pytest.raises(
+    UserError, match=r"beta1 of 'layers/.\*kernel' does nothing, because Adam moves nothing that it fits"
+  ):
     check_parameters(tiny_config(train__parameters=matrices, train__optimizer='muon'))
   check_parameters(tiny_config(train__parameters=matrices))
   config = tiny_config(train__parameters='memory_bank beta1=0', train__optimizer='muon')
