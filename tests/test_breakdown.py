@@ -120,8 +120,11 @@ def test_runs_of_two_seeds_are_compared_in_groups_that_hold_the_same_tokens():
 
   first = losses('a', np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 1, 1]))
   second = losses('b', np.array([1.0, 1.0, 2.0, 4.0]), np.array([0, 1, 1, 1]))
-  found = _summary(second, first)['groups']
-  assert found['all'][0]['difference'] == -0.5
+  third = second._replace(run='c', loss_X={'loss': np.array([1.0, 0.0, 2.0, 4.0])})
+  seen = {}
+  assert _summary(first, seen)['against'] is None
+  found, again = (_summary(run, seen)['groups'] for run in (second, third))
+  assert found['all'][0]['difference'] == -0.5 and found['all'][0]['against'] == 'a'
   assert not any('difference' in group for group in found['2-gram read'])
-  again = _summary(second._replace(groupings=first.groupings), first)['groups']
-  assert [group['difference'] for group in again['2-gram read']] == [-0.5, -0.5]
+  assert [group['difference'] for group in again['2-gram read']] == [0, -1 / 3]  # of the first with its tokens
+  assert again['2-gram read'][0]['against'] == 'b' and again['all'][0]['against'] == 'a'

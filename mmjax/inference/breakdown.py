@@ -6,6 +6,7 @@ checkpoint, so the counts are exact. Runs that read the same share them.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,8 +73,8 @@ def break_down(
   """Breaks down the loss of runs, one after the other.
 
   Args:
-    runs: run directories; each is compared with the first of them that is evaluated on the same text, in groups that
-      are the same: by counts, only if both read the same rows.
+    runs: run directories; each is compared with the first of them that is evaluated on the same text and has the same
+      groups: by counts, only if both read the same rows.
     checkpoint: 'best', 'last', or the number of a step.
     ngrams: sizes of the n-grams whose counts make groups.
     valid_files: paths or globs of other text, each a group of its own; by default the validation set of each run.
@@ -81,10 +82,10 @@ def break_down(
     placement: dtype and attention, as `load` takes them.
 
   Yields:
-    For each run: run, checkpoint, tokens_read, tokens (held out), loss, against (a run, or None) and groups: for each
+    For each run: run, checkpoint, tokens_read, against (the first run on the same text, or None) and groups: for each
     grouping a list of groups with group, tokens, loss and, of a memory model, loss_zeroed, in nats a token, the bank
-    being zero; where both have the same tokens in it also difference, standard_error. The error is that of a mean whose
-    independent parts are the held-out documents.
+    being zero; where an earlier run has the same groups also against (that run), difference, standard_error. The error
+    is that of a mean whose independent parts are the held-out documents.
 
   Raises:
     UserError: if a run has no checkpoint, or its training or held-out text cannot be found.
@@ -92,7 +93,7 @@ def break_down(
   first, shared = {}, {}
   for path in runs:
     losses = _losses(path, checkpoint, ngrams, valid_files, overrides, shared, placement)
-    yield _summary(losses, first.setdefault(losses.held_out, losses))
+    yield _summary(losses, first)
 
 
 @own_jax_settings()
@@ -206,30 +207,32 @@ def _loss_of_banks(lm: LanguageModel, config: Config, texts: Sequence[TokenSplit
   }
 
 
-def _summary(losses: Losses, first: Losses) -> dict[str, Any]:
-  """Returns what `break_down` says of a run."""
-  groups = {name: _groups(name, losses, first) for name in losses.groupings}
+def _summary(losses: Losses, first: dict[tuple, Losses]) -> dict[str, Any]:
+  """Returns what `break_down` says of a run; `first` holds the first run with each text and groups, and is added to."""
+  groups = {}
+  for name, grouping in losses.groupings.items():
+    same = losses.held_out, name, hashlib.sha256(grouping.group_X.tobytes()).digest()
+    groups[name] = _groups(grouping, losses, first.setdefault(same, losses))
   return {
     'run': losses.run,
     'checkpoint': losses.step,
     'tokens_read': losses.tokens_read,
-    'against': None if first is losses else first.run,
+    'against': groups['all'][0].get('against'),
     'groups': groups,
   }
 
 
-def _groups(name: str, losses: Losses, first: Losses) -> list[dict[str, Any]]:
-  found, grouping, others = [], losses.groupings[name], first.groupings.get(name)
-  # Runs that read other rows have other counts.
-  compares = first is not losses and others is not None and np.array_equal(grouping.group_X, others.group_X)
+def _groups(grouping: Grouping, losses: Losses, first: Losses) -> list[dict[str, Any]]:
+  found = []
   for number, group in enumerate(grouping.names):
     inside_X = grouping.group_X == number
     tokens = int(inside_X.sum())
     entry = {'group': group, 'tokens': tokens}
     entry |= {key: float(x[inside_X].mean()) if tokens else None for key, x in losses.loss_X.items()}
-    if compares and tokens:
+    if first is not losses and tokens:
       change_X = (losses.loss_X['loss'] - first.loss_X['loss'])[inside_X]
       entry |= {
+        'against': first.run,
         'difference': float(change_X.mean()),
         'standard_error': clustered_error(change_X, losses.document_X[inside_X]),
       }

@@ -3,8 +3,8 @@
 Groups the tokens of the validation set by how often training, up to the checkpoint, read the n-gram that ends in them
 (never, 1 to 10, 11 to 100, more), by the script of their document (mainly Chinese or other), and with --valid_files
 A,B by the file. A run with a memory is also evaluated with its bank zeroed. Each run is compared with the first in the
-list that was evaluated on the same text. By n-gram, both must have read the same in training. Also takes folders of
-runs, as mmjax.tools.sweep makes them. Prints the tables, and writes them to --markdown FILE and the numbers to --json
+list that was evaluated on the same text and, by n-gram, read the same in training. Also takes folders of runs, as
+mmjax.tools.sweep makes them. Prints the tables, and writes them to --markdown FILE and the numbers to --json
 FILE. --config.data.prepared_dir=DIR says where the text is now, if it was moved. Exit codes: 0 done, 2 user error, 4
 storage.
 """
