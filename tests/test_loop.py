@@ -86,6 +86,9 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   monkeypatch.undo()
   fit(run_config(text), tmp_path)
   assert_same_run(undisturbed, tmp_path)
+  with pytest.raises(UserError, match='has made 10 updates, more than the 9 that train.max_steps'):
+    fit(run_config(text, train__max_steps=9), tmp_path, allow_config_change=True)
+  assert RunDir(tmp_path).read_config().train.max_steps == 10
 
 
 @pytest.mark.thorough

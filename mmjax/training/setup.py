@@ -163,7 +163,16 @@ def count_background(learner: Learner, params: Params, source: RunDir, progress:
 
 
 def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: Mapping[str, Any] | None = None) -> None:
-  """Writes what the run is made of into its directory: settings, tokenizer, what data and weights are, this start."""
+  """Writes what the run is made of into its directory: settings, tokenizer, what data and weights are, this start.
+
+  Raises:
+    UserError: if the run has made more updates than the settings give, or was started with other data.
+  """
+  if step > inputs.total_steps:
+    raise UserError(
+      f'{run.path} has made {step} updates, more than the {inputs.total_steps} that train.max_steps or train.epochs '
+      f'give; let it make at least {step}'
+    )
   if not is_main():
     return
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
