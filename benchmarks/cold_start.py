@@ -44,7 +44,7 @@ def main() -> None:
     }
     for kind, s in spreads.items()
   )
-  found = common.environment(common.device_name(), common.thread_count())
+  found = common.environment()
   common.write_json(arguments.json, found | {'config': config.to_dict(), 'seconds': seconds})
 
 

@@ -24,8 +24,10 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # or nothing wo
 Statistics = dict[str, float]
 
 
-def environment(device: str, threads: int) -> dict[str, Any]:
+def environment() -> dict[str, Any]:
   """Returns what a table needs beside its numbers: time, commit, command, device, versions, load."""
+  from mmjax.environment import count_cores
+
   versions = {}
   for name in ('jax', 'jaxlib', 'flax', 'optax', 'torch'):
     try:
@@ -34,17 +36,19 @@ def environment(device: str, threads: int) -> dict[str, Any]:
       continue
   return {
     'time': datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds'),
-    'commit': os.environ.get('COMMIT') or commit(),
+    'commit': commit(),
     'command': ' '.join(['python', *sys.argv]),
-    'device': device,
-    'threads': threads,
+    'device': device_name(),
+    'threads': count_cores(),  # of XLA's pool on a CPU
     'load_average': os.getloadavg()[0],
     'versions': {'python': platform.python_version(), **versions},
   }
 
 
 def commit() -> str:
-  """Returns the commit of this checkout; 'unknown' where there is no git, or no repository."""
+  """Returns $COMMIT or the commit of this checkout; 'unknown' where there is no git, or no repository."""
+  if given := os.environ.get('COMMIT'):
+    return given
   try:
     found = subprocess.run(['git', '-C', ROOT, 'rev-parse', '--short', 'HEAD'], capture_output=True, text=True)
   except OSError:
@@ -60,11 +64,6 @@ def device_name() -> str:
     return jax.devices()[0].device_kind
   models = [line for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')]
   return models[0].split(':')[1].strip() if models else 'cpu'
-
-
-def thread_count() -> int:
-  """Returns how many threads XLA's pool has on this CPU."""
-  return len(os.sched_getaffinity(0))
 
 
 def program_bytes(memory: Any) -> int:

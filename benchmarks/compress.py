@@ -61,7 +61,7 @@ def main() -> None:
   if kept:
     print()
     common.print_table(kept)
-  found = common.environment(common.device_name(), common.thread_count())
+  found = common.environment()
   common.write_json(arguments.json, found | {'config': lm.config.to_dict(), 'banks': rows, 'kept': kept})
 
 

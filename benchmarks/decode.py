@@ -7,7 +7,6 @@ counted; it is shown.
 """
 
 import argparse
-import os
 import time
 from functools import partial
 from typing import Any
@@ -19,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from mmjax.config import Config, load_config
+from mmjax.environment import count_cores
 from mmjax.inference.generate import NO_EOS, Decoder
 from mmjax.inference.settings import Sampling
 from mmjax.model.cost import count_params
@@ -44,7 +44,7 @@ def main() -> None:
   print()
   first_token = measure_first_token(config, params, decoder, arguments)
   common.print_table(map(first_token_row, first_token))
-  found = common.environment(common.device_name(), common.thread_count())
+  found = common.environment()
   common.write_json(arguments.json, found | {'config': config.to_dict(), **decoding, 'first_token': first_token})
 
 
@@ -72,7 +72,7 @@ def torch_pair(config: Config) -> tuple[object, Params]:
 
   from tests.parity import build_pair
 
-  torch.set_num_threads(len(os.sched_getaffinity(0)))  # the tests, which share their machine, set it to one
+  torch.set_num_threads(count_cores())  # the tests, which share their machine, set it to one
   port, _, params = build_pair(config)
   return port.eval(), params
 

@@ -68,7 +68,7 @@ def main() -> None:
     for dtype in ('float32', 'bfloat16'):
       if args.only in kernel and (kernel, dtype) not in FLOAT32_ONLY:
         measurements += measure(make_case(batch, dtype, platform), args.repeats, calls)
-  found = common.environment(common.device_name(), common.thread_count())
+  found = common.environment()
   common.write_json(args.json, found | {'batch': batch, 'turns': args.repeats, 'measurements': measurements})
 
 

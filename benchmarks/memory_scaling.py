@@ -48,7 +48,7 @@ def main() -> None:
     lines.append(measure(base, point_config, arguments.repeats))
     show = common.print_row if len(lines) > 1 else lambda first: common.print_table([first])
     show(row(lines[-1]))
-    found = common.environment(common.device_name(), common.thread_count())
+    found = common.environment()
     common.write_json(arguments.json, found | {'config': base_config.to_dict(), 'points': lines})
     gc.collect()  # a state of the size before may still be held by a cycle
 

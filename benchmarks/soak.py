@@ -98,7 +98,7 @@ def main() -> None:
     'log equal': 'yes' if same_log else 'NO',
     'KB a save': f'{growth_kb:.0f}',
     'open files': f'{files[0]} to {files[1]}',
-    'commit': common.environment('', 0)['commit'],
+    'commit': common.commit(),
   }
   common.print_table([row])
   grows = steps // 10 >= FEWEST_SAVES and (growth_kb > MOST_KB_A_SAVE or files[1] > files[0])

@@ -37,7 +37,7 @@ def main() -> None:
   )
   speeds = {layout: reading_speed(config, layout) for layout in ('packed', 'padded')}
   common.print_table({'layout': layout, 'M positions/s': f'{speed / 1e6:.1f}'} for layout, speed in speeds.items())
-  found = common.environment(common.device_name(), common.thread_count())
+  found = common.environment()
   common.write_json(arguments.json, found | {'seconds': seconds, 'positions_per_second': speeds})
 
 

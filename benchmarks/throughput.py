@@ -28,8 +28,9 @@ import jax.numpy as jnp
 from mmjax.ahead.estimate import RECORD_POSITIONS
 from mmjax.ahead.trial import Trial, random_rows
 from mmjax.config import Config, load_config
-from mmjax.model.cost import device_peak_flops, flops_per_token
-from mmjax.run.nvidia import count_triton
+from mmjax.environment import count_cores
+from mmjax.model.cost import flops_per_token
+from mmjax.run.nvidia import count_triton, device_peak_flops
 from mmjax.run.placement import is_nvidia
 
 GIB = 1 << 30
@@ -82,7 +83,7 @@ def report(config: Config, arguments: argparse.Namespace) -> None:
   print(
     f'{flops_per_token(config)["total"] / 1e6:.1f} MFLOPs a token; measured {config.train.dtype} products: {rates}.'
   )
-  found = common.environment(common.device_name(), common.thread_count())
+  found = common.environment()
   print(f'{found["device"]}, {found["threads"]} threads, load {found["load_average"]:.1f}, commit {found["commit"]}')
   common.write_json(
     arguments.json,
@@ -117,7 +118,7 @@ def torch_sides(config: Config, compiled_too: bool) -> tuple[dict[str, Update], 
   """Returns the update of the eager port, and of the compiled one, warmed up, and their peak memory on a GPU."""
   import torch
 
-  torch.set_num_threads(common.thread_count())  # as many as XLA's pool has
+  torch.set_num_threads(count_cores())  # as many as XLA's pool has
   updates, memory = {}, {}
   for name in ('torch', 'torch.compile')[: 1 + compiled_too]:
     if torch.cuda.is_available():
@@ -261,7 +262,7 @@ def resident_growth(config: Config, side: str) -> int:
     step = Trial(config)
     update = step.run
   else:
-    torch.set_num_threads(common.thread_count())
+    torch.set_num_threads(count_cores())
     update = torch_update(config, compile_model=False)
   update()
   common.reset_resident_peak()  # what compiling took is over

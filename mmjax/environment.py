@@ -42,9 +42,14 @@ TRAIN_PACKAGES = (
 )  # fmt: skip
 
 
+def count_cores() -> int:
+  """Returns how many of the machine's cores this process may use."""
+  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
 def missing_packages() -> str | None:
-  """Returns one sentence where packages of the extra `train` are not installed, else None."""
-  missing = [name for name in TRAIN_PACKAGES if find_spec(name) is None]
+  """Returns one sentence where packages of the base or of the extra `train` are not installed, else None."""
+  missing = [name for name in ('jax', 'flax', 'numpy', *TRAIN_PACKAGES) if find_spec(name) is None]
   if not missing:
     return None
   return (

@@ -16,8 +16,9 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from mmjax.config import CHOICES, load_config
 from mmjax.errors import UserError
 from mmjax.evaluation.probes import bank_health
-from mmjax.model.cost import device_peak_flops, flops_per_token
+from mmjax.model.cost import flops_per_token
 from mmjax.run.log import MetricsLog, peak_memory, read_metrics
+from mmjax.run.nvidia import device_peak_flops
 from tests.helpers import build_model, tiny_config
 
 
@@ -247,5 +248,5 @@ def test_flops_of_the_record_are_those_of_the_facts():
   ],
 )
 def test_peak_is_that_of_the_device_or_unknown(kind, peak):
-  assert device_peak_flops(kind, jnp.bfloat16) == peak
+  assert device_peak_flops(kind, 'bfloat16') == peak
   assert device_peak_flops(kind, 'float32') is None

@@ -10,6 +10,7 @@ import re
 
 from mmjax.config import user_path
 from mmjax.errors import UserError
+from mmjax.run.nvidia import BF16_PEAKS as PEAK
 
 # By compute capability: shared memory of a multiprocessor in KiB, its threads, its float32 units.
 CORES = {
@@ -100,18 +101,20 @@ device_description_str: "{self.name}"
 
 MIB = 1 << 20
 CARDS = {
-  'rtx3060': Card('NVIDIA GeForce RTX 3060', '8.6', 28, 1.777, 12042 * MIB, 360e9, 25.5e12, 3 * MIB, 16e9),
-  'rtx3090': Card('NVIDIA GeForce RTX 3090', '8.6', 82, 1.695, 25438126080, 936e9, 71e12, 6 * MIB, 56e9),
-  'rtx4070': Card('NVIDIA GeForce RTX 4070', '8.9', 46, 2.475, 12001 * MIB, 504e9, 58.3e12, 36 * MIB, 32e9),
-  'rtx4090': Card('NVIDIA GeForce RTX 4090', '8.9', 128, 2.52, 25393692672, 1.008e12, 165.2e12, 72 * MIB, 32e9),
-  'rtx5090': Card('NVIDIA GeForce RTX 5090', '12.0', 170, 2.407, 33666564096, 1.792e12, 209.5e12, 96 * MIB, 64e9),
-  'a100_40': Card('NVIDIA A100-SXM4-40GB', '8.0', 108, 1.41, 42331013120, 1.555e12, 312e12, 40 * MIB, 300e9),
-  'a100_80': Card('NVIDIA A100-SXM4-80GB', '8.0', 108, 1.41, 85100068864, 2.039e12, 312e12, 40 * MIB, 300e9),
-  'l4': Card('NVIDIA L4', '8.9', 58, 2.04, 23609475072, 300e9, 121e12, 48 * MIB, 32e9),
+  'rtx3060': Card('NVIDIA GeForce RTX 3060', '8.6', 28, 1.777, 12042 * MIB, 360e9, PEAK['RTX 3060'], 3 * MIB, 16e9),
+  'rtx3090': Card('NVIDIA GeForce RTX 3090', '8.6', 82, 1.695, 25438126080, 936e9, PEAK['RTX 3090'], 6 * MIB, 56e9),
+  'rtx4070': Card('NVIDIA GeForce RTX 4070', '8.9', 46, 2.475, 12001 * MIB, 504e9, PEAK['RTX 4070'], 36 * MIB, 32e9),
+  'rtx4090': Card('NVIDIA GeForce RTX 4090', '8.9', 128, 2.52, 25393692672, 1.008e12, PEAK['RTX 4090'], 72 * MIB, 32e9),
+  'rtx5090': Card(
+    'NVIDIA GeForce RTX 5090', '12.0', 170, 2.407, 33666564096, 1.792e12, PEAK['RTX 5090'], 96 * MIB, 64e9
+  ),
+  'a100_40': Card('NVIDIA A100-SXM4-40GB', '8.0', 108, 1.41, 42331013120, 1.555e12, PEAK['A100'], 40 * MIB, 300e9),
+  'a100_80': Card('NVIDIA A100-SXM4-80GB', '8.0', 108, 1.41, 85100068864, 2.039e12, PEAK['A100'], 40 * MIB, 300e9),
+  'l4': Card('NVIDIA L4', '8.9', 58, 2.04, 23609475072, 300e9, PEAK['L4'], 48 * MIB, 32e9),
   't4': Card('Tesla T4', '7.5', 40, 1.59, 15109 * MIB, 320e9, 0.0, 4 * MIB, 16e9),
   'h100': Card('NVIDIA H100 80GB HBM3', '9.0', 132, 1.98, 84942979072, 3.0e12, 798e12, 50 * MIB, 450e9),
-  'h200': Card('NVIDIA H200', '9.0', 132, 1.98, 150754820096, 4.8e12, 989e12, 60 * MIB, 450e9),
-  'b200': Card('NVIDIA B200', '10.0', 148, 1.965, 191514411008, 7.672e12, 2250e12, 126 * MIB, 900e9),
+  'h200': Card('NVIDIA H200', '9.0', 132, 1.98, 150754820096, 4.8e12, PEAK['H200'], 60 * MIB, 450e9),
+  'b200': Card('NVIDIA B200', '10.0', 148, 1.965, 191514411008, 7.672e12, PEAK['B200'], 126 * MIB, 900e9),
 }
 
 

@@ -42,14 +42,13 @@ def _has(module: str) -> bool:
     return False
 
 
-def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int = 14449) -> Any:
+def compile_for(config: Config, card: Card, devices: int = 1) -> Any:
   """Returns the compiled train step of a config for so many cards in one machine.
 
   Args:
     config: as a run would have it.
     card: what to compile for.
     devices: how many of them.
-    total_steps: of the learning rate's schedule.
 
   Raises:
     UserError: if the settings do not divide by the devices, or attention does not run there.
@@ -60,7 +59,8 @@ def compile_for(config: Config, card: Card, devices: int = 1, total_steps: int =
   from mmjax.training.learner import Learner
 
   topology = topologies.get_topology_desc(platform='cuda', target_config=card.description(), topology=f'1x1x{devices}')
-  learner = Learner(config, place(config, topology.devices), total_steps)
+  steps = config.train.max_steps or 1  # of a schedule: two lengths differ in a constant
+  learner = Learner(config, place(config, topology.devices), steps)
   return learner.compile(learner.shapes, options={'xla_gpu_autotune_level': 0})  # which would run kernels
 
 

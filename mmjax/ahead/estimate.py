@@ -107,7 +107,7 @@ def estimate(config: Config, card: Card, devices: int = 1) -> Estimate:
   from mmjax.model.cost import flops_per_token
 
   check_card(config, card)
-  compiled = compile_for(config, card, devices, config.train.max_steps or RECORD_POSITIONS // tokens_of(config))
+  compiled = compile_for(config, card, devices)
   module = Module(compiled.as_text())
   kernels, peak = kernels_of(module), peak_bytes(compiled)
   state = compiled.memory_analysis().argument_size_in_bytes

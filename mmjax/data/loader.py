@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from mmjax.config import Config
 from mmjax.data.index import counts_bytes, open_shards, verify
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer
 from mmjax.errors import UserError
@@ -133,6 +134,12 @@ class TokenSplit:
           segment[at] = np.searchsorted(self.document_start, places, 'right')
           segment[at] -= np.searchsorted(self.document_start, places[0])
     return {'input': inputs, 'target': targets, 'segment': segment, 'row_id': np.asarray(row_ids, np.int64)}
+
+
+def row_settings(config: Config) -> dict[str, Any]:
+  """Returns how a config cuts text into rows, as `open_split` takes it."""
+  data = config.data
+  return {'max_seq_len': config.model.max_seq_len, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
 
 
 def open_split(

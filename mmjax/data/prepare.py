@@ -4,7 +4,6 @@ What decides its content, and so which one it is, is in mmjax.data.plan; its lay
 """
 
 import contextlib
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from mmjax.data.shards import ShardBuilder
 from mmjax.data.spm_tokenizer import sample_text, train_tokenizer
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.data.worker import is_held_out, token_dtype
+from mmjax.environment import count_cores
 from mmjax.errors import UserError
 from mmjax.files import check_room, first_three, locked_directory, note_sha256, write_file
 
@@ -106,7 +106,7 @@ def _build(plan: Plan, data: DataConfig, progress: Progress) -> dict[str, Any]:
     builder = ShardBuilder(plan, tokenizer)
     if builder.resumed:
       progress.say(f'going on after the last whole shard in {plan.directory}')
-    builder.build(data.workers or min(_cores(), MOST_WORKERS), progress)
+    builder.build(data.workers or min(count_cores(), MOST_WORKERS), progress)
     index = _index(plan, tokenizer, builder.state)
     _check_splits(plan, index)
     if valid := index['splits'].get('valid'):
@@ -122,10 +122,6 @@ def _build(plan: Plan, data: DataConfig, progress: Progress) -> dict[str, Any]:
   for line in _remarks(index, builder.state['tallies'], tokenizer):
     progress.say(line)
   return index
-
-
-def _cores() -> int:
-  return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def _tokenizer(plan: Plan, data: DataConfig, progress: Progress) -> Tokenizer:

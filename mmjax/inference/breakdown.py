@@ -5,7 +5,6 @@ helps in general gains also where they were never read. What training read follo
 checkpoint, so the counts are exact. Runs that read the same share them.
 """
 
-import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,17 +16,16 @@ import numpy as np
 
 from mmjax.choices import CHECKPOINT, NGRAMS
 from mmjax.config import Config, override_config
-from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split
+from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split, row_settings
 from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.evaluation.token_loss import make_token_loss
 from mmjax.inference.api import LanguageModel, load
-from mmjax.inference.measure import WHERE, open_text
+from mmjax.inference.measure import WHERE, as_trained, open_text
 from mmjax.model.lm import BANK, model_graph
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.orbax_io import MANIFEST, read_manifest
-from mmjax.run.placement import place_reader
 from mmjax.run.text import find_run_data
 
 COUNTS = {'never': 0, '1 to 10': 1, '11 to 100': 11, 'more than 100': 101}  # group -> the least count in it
@@ -140,8 +138,7 @@ def _training_split(run: RunDir, config: Config) -> TokenSplit:
       f'the training text of {run.path} cannot be found, so nobody knows which n-grams it read; give '
       '--config.data.prepared_dir=DIR, or --ngrams none'
     )
-  data, length = config.data, config.model.max_seq_len
-  return open_split(place, 'train', max_seq_len=length, layout=data.layout, isolate_documents=data.isolate_documents)
+  return open_split(place, 'train', **row_settings(config))
 
 
 def text_positions(text: TokenSplit) -> np.ndarray:
@@ -187,10 +184,9 @@ def _documents(texts: Sequence[TokenSplit]) -> np.ndarray:
 
 
 def _loss_of_banks(lm: LanguageModel, config: Config, texts: Sequence[TokenSplit]) -> dict[str, np.ndarray]:
-  """Returns what `Losses.loss_X` holds, in the dtype of training, unless loaded in another."""
-  placed = place_reader(config, dtype=lm.dtype or config.train.dtype, attention=lm.attention)
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=placed.dtype.name))
-  token_loss = placed.jit(make_token_loss(config, model_graph(config), placed.attention))
+  """Returns what `Losses.loss_X` holds."""
+  config, placement = as_trained(lm, config)
+  token_loss = placement.jit(make_token_loss(config, model_graph(config), placement.attention))
   banks = {'loss': lm.params}
   if BANK in lm.params:
     zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros_like(x), x.sharding), lm.params[BANK])

@@ -8,7 +8,7 @@ from typing import Any
 from mmjax.config import Config
 from mmjax.console import Progress
 from mmjax.data.index import read_index
-from mmjax.data.loader import TokenSplit, cut_remark, open_split
+from mmjax.data.loader import TokenSplit, cut_remark, open_split, row_settings
 from mmjax.data.overlap import overlap_remark, shared_documents
 from mmjax.data.prepare import prepare
 from mmjax.data.reader import read_text
@@ -54,7 +54,7 @@ def measure_run(lm: LanguageModel, run: RunDir, valid_files: str = '') -> dict[s
     checkpoint, valid_files, attention and dtype; what EvalResult holds, with the norms that training logged at this
     step (None where it logged none); remarks: what of the text is cut off, or was learned.
   """
-  placement = _placement(lm)
+  _, placement = as_trained(lm, lm.config)
   return {
     'checkpoint': lm.step,
     'valid_files': valid_files,
@@ -79,8 +79,7 @@ def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalR
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
-  placement = _placement(lm)
-  config = dataclasses.replace(lm.config, train=dataclasses.replace(lm.config.train, dtype=placement.dtype.name))
+  config, placement = as_trained(lm, lm.config)
   split = open_text(config, run, valid_files)
   step = make_eval_step(model_graph(config), config, placement)
   return evaluate_split(config, step, lm.params, split)
@@ -98,19 +97,22 @@ def open_text(config: Config, run: RunDir, files: str = '', progress: Progress |
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
-  data, length = config.data, config.model.max_seq_len
-  rows = {'max_seq_len': length, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
   if not files:
-    return open_split(evaluation_data(run, config), 'valid', **rows)
+    return open_split(evaluation_data(run, config), 'valid', **row_settings(config))
   own = {'tokenizer': str(run.tokenizer_path), 'prepared_dir': place_for_shards(run, config)}
-  other = dataclasses.replace(data, train_files=files, valid_files='', valid_fraction=0.0, **own)
+  other = dataclasses.replace(config.data, train_files=files, valid_files='', valid_fraction=0.0, **own)
   prepared = prepare(other, config.model.vocab_size, progress)
-  return open_split(prepared, 'train', **rows)  # the name of the only split there is
+  return open_split(prepared, 'train', **row_settings(config))  # the name of the only split there is
 
 
-def _placement(lm: LanguageModel) -> Placement:
-  """Returns how a model is evaluated: in the dtype of training, unless it was loaded with another."""
-  return place_reader(lm.config, dtype=lm.dtype or lm.config.train.dtype, attention=lm.attention)
+def as_trained(lm: LanguageModel, config: Config) -> tuple[Config, Placement]:
+  """Returns how a model is evaluated: in the dtype that training has by its config, unless it was loaded with another.
+
+  Returns:
+    The config with that dtype, and where and how it is computed.
+  """
+  placement = place_reader(config, dtype=lm.dtype or config.train.dtype, attention=lm.attention)
+  return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=placement.dtype.name)), placement
 
 
 def _text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:

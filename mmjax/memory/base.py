@@ -24,10 +24,14 @@ Bank = Array | BankShard | TappedBank | PackedBank
 
 
 class Selection(NamedTuple):
-  """Rows in [0, M), int32, best first; their float32 scores before any softmax; the aux loss of the choice.
+  """What is read at each position.
 
-  With a selection bias, which the scores are without, the order is that of score plus bias. The int32 numbers of the
-  signs that n-grams have, and the float32 factors of the heads' sums, which are 0 where one is dropped; None without.
+  Attributes:
+    row_BThr: int32 in [0, M), best first; with a selection bias in the order of score plus bias.
+    score_BThr: float32, before any softmax and without a bias.
+    aux_loss: float32, of the choice.
+    sign_BTh: int32, the numbers of the signs that n-grams have; None without signs.
+    kept_BTh: float32 factors of the heads' sums, 0 where one is dropped; None without dropout.
   """
 
   row_BThr: Array

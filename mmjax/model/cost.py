@@ -1,4 +1,4 @@
-"""What a token costs, counted from the sizes of the model, and what a device can do at best: the two halves of MFU.
+"""What a token costs, counted from the sizes of the model: half of MFU; `run.nvidia.device_peak_flops` is the other.
 
 And the other way round: the width of feed-forward layers that makes a model cost what another does.
 
@@ -10,13 +10,10 @@ useful work.
 import dataclasses
 import functools
 import math
-import re
 from collections import Counter
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds, memory_layers
@@ -26,14 +23,6 @@ from mmjax.model.lm import BANK, Block, Params, abstract_params, without_bank
 from mmjax.model.sublayers.memory import value_bag
 
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
-
-# Dense (not sparse) bf16 peaks with float32 accumulation, FLOP/s, from the makers' datasheets.
-BF16_PEAKS = {
-  'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12, 'H100': 989e12,
-  'A100': 312e12, 'A800': 312e12, 'H800': 989e12, 'A10': 125e12, 'A10G': 70e12, 'A30': 165e12, 'A40': 149.7e12,
-  'L4': 121e12, 'L40': 181e12, 'L40S': 362e12, 'RTX A6000': 154.8e12, 'RTX 6000 Ada': 364.2e12,
-  'RTX 3080': 59.5e12, 'RTX 3090': 71e12, 'RTX 4080': 97.5e12, 'RTX 4090': 165.2e12, 'RTX 5090': 209.5e12,
-}  # fmt: skip
 
 
 def flops_per_token(config: Config) -> dict[str, float]:
@@ -134,16 +123,3 @@ def matching_width(config: Config, flops: float) -> int:
       f'more than the budget of {flops:,.0f}; fewer heads, rows or layers with a memory cost less'
     )
   return steps * WIDTH_STEP
-
-
-def device_peak_flops(device_kind: str, dtype: DTypeLike) -> float | None:
-  """Returns a device's peak in FLOP/s for matrix products in `dtype`, or None where it is not known.
-
-  Args:
-    device_kind: as `jax.devices()[0].device_kind` gives it, 'NVIDIA H100 80GB HBM3'.
-    dtype: only bfloat16 has a peak here; float32 products run at a speed that depends on the TF32 setting.
-  """
-  if jnp.dtype(dtype) != jnp.bfloat16 or 'Laptop' in device_kind:
-    return None
-  names = [name for name in BF16_PEAKS if re.search(rf'\b{name}\b', device_kind)]
-  return BF16_PEAKS[max(names, key=len)] if names else None

@@ -1,4 +1,4 @@
-"""Which NVIDIA driver this machine has, which of JAX's CUDA builds it runs, and what a run computes on.
+"""Which NVIDIA driver this machine has, which of JAX's CUDA builds it runs, what a run computes on, its datasheet peak.
 
 It needs the standard library alone: scripts/environment.sh runs this file before anything is installed, and prints the
 extra of pyproject.toml to install. Source of the limits: https://docs.jax.dev/en/latest/installation.html
@@ -20,6 +20,15 @@ TRITON = re.compile(r'triton|pallas|mosaic', re.IGNORECASE)
 PROC = Path('/proc/driver/nvidia/version')
 OLDEST_PYTHON = (3, 12)  # of the builds that the extras cuda12 and cuda13 name
 CUDA13_CAPABILITY = 7.5  # of the oldest GPU that CUDA 13 knows
+
+# Dense (not sparse) bf16 peaks with float32 accumulation, FLOP/s, from the makers' datasheets.
+BF16_PEAKS = {
+  'B200': 2250e12, 'GH200': 989e12, 'H200': 989e12, 'H100 NVL': 835e12, 'H100 PCIe': 756e12, 'H100': 989e12,
+  'A100': 312e12, 'A800': 312e12, 'H800': 989e12, 'A10': 125e12, 'A10G': 70e12, 'A30': 165e12, 'A40': 149.7e12,
+  'L4': 121e12, 'L40': 181e12, 'L40S': 362e12, 'RTX A6000': 154.8e12, 'RTX 6000 Ada': 364.2e12,
+  'RTX 3060': 25.5e12, 'RTX 3080': 59.5e12, 'RTX 3090': 71e12, 'RTX 4070': 58.3e12, 'RTX 4080': 97.5e12,
+  'RTX 4090': 165.2e12, 'RTX 5090': 209.5e12,
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,11 +87,12 @@ def cuda_extra(driver: Driver, python: tuple[int, ...] = sys.version_info) -> tu
 
 def describe_devices(devices: Sequence[Any]) -> str:
   """Says what a run computes on and, where that is a CPU although an NVIDIA driver runs, what to type."""
+  from mmjax.environment import count_cores  # here, since this file also runs alone
+
   many = f'{len(devices)} x ' if len(devices) > 1 else ''
   if devices[0].platform != 'cpu':
     return f'Device: {many}{devices[0].device_kind}'
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-  said, driver = f'Device: {many}CPU, {cores} cores', find_driver()
+  said, driver = f'Device: {many}CPU, {count_cores()} cores', find_driver()
   if driver is None:
     return said
   extra, why_not = cuda_extra(driver)
@@ -94,6 +104,19 @@ def describe_devices(devices: Sequence[Any]) -> str:
     f'{said}, although NVIDIA driver {driver.name} runs: JAX uses the GPU after  '
     f"{Path(sys.executable).name} -m pip install 'jax[{extra}]'"
   )
+
+
+def device_peak_flops(device_kind: str, dtype: str) -> float | None:
+  """Returns a device's peak in FLOP/s for matrix products in `dtype`, or None where it is not known.
+
+  Args:
+    device_kind: as `jax.devices()[0].device_kind` gives it, 'NVIDIA H100 80GB HBM3'.
+    dtype: only 'bfloat16' has a peak here; float32 products run at a speed that depends on the TF32 setting.
+  """
+  if dtype != 'bfloat16' or 'Laptop' in device_kind:
+    return None
+  names = [name for name in BF16_PEAKS if re.search(rf'\b{name}\b', device_kind)]
+  return BF16_PEAKS[max(names, key=len)] if names else None
 
 
 def count_triton(module: str) -> int:

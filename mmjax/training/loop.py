@@ -96,6 +96,7 @@ class Trainer:
   tokens: int = 0
   seconds: float = 0.0
   failed_saves: int = 0
+  window: Window = dataclasses.field(init=False)  # its clock runs from when it is made
 
   def begin(self, source: Start) -> TrainState:
     """Returns the state to go on from: the newest saved, a new one, or one of another run's parameters and counts."""

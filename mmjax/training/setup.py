@@ -16,7 +16,15 @@ from mmjax.config.sublayers import uses_bank
 from mmjax.console import Progress
 from mmjax.data.bank_file import read_bank
 from mmjax.data.index import INDEX, data_sha256, read_index
-from mmjax.data.loader import TokenSplit, check_fills_batch, cut_remark, eval_batches, open_split, steps_of_epochs
+from mmjax.data.loader import (
+  TokenSplit,
+  check_fills_batch,
+  cut_remark,
+  eval_batches,
+  open_split,
+  row_settings,
+  steps_of_epochs,
+)
 from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
@@ -103,9 +111,8 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
   Raises:
     UserError: if the shards are not what they must be, or give less than one batch.
   """
-  data, train = config.data, config.train
-  rows = {'max_seq_len': config.model.max_seq_len, 'layout': data.layout, 'isolate_documents': data.isolate_documents}
-  train_split, valid_split = (open_split(prepared, name, **rows) for name in ('train', 'valid'))
+  train = config.train
+  train_split, valid_split = (open_split(prepared, name, **row_settings(config)) for name in ('train', 'valid'))
   batch_rows = train.update_rows
   check_fills_batch(train_split, batch_rows)
   valid_split.scored_bytes  # noqa: B018 - now, and not at the first evaluation, it is found that it cannot be known
@@ -153,8 +160,7 @@ def count_background(learner: Learner, params: Params, source: RunDir, progress:
       f'memory.teach_rows needs to know which rows are usual, but {source.path} was trained without counting them, and '
       f'its validation text is not found: put it back to {old.data.prepared_dir!r} ({error})'
     ) from error
-  rows = {'layout': old.data.layout, 'isolate_documents': old.data.isolate_documents}
-  split = open_split(prepared, 'valid', max_seq_len=config.model.max_seq_len, **rows)
+  split = open_split(prepared, 'valid', **row_settings(old) | {'max_seq_len': config.model.max_seq_len})
   progress.say(f'Counting which rows the validation text of {source.path} reads: its training has not')
   step, reads = learner.eval_step(), first_reads(old)
   for batch in eval_batches(split, config.train.batch_size):

@@ -16,8 +16,9 @@ from mmjax.config.sublayers import memory_layers
 from mmjax.errors import DivergedError
 from mmjax.evaluation.probes import add_norms, bank_health
 from mmjax.files import named_leaves, write_json
-from mmjax.model.cost import device_peak_flops, flops_per_token
+from mmjax.model.cost import flops_per_token
 from mmjax.run.log import peak_memory
+from mmjax.run.nvidia import device_peak_flops
 from mmjax.run.processes import is_main
 from mmjax.training.step import TrainState
 
