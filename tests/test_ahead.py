@@ -124,7 +124,7 @@ def test_sub_scores_are_not_sorted(name):
     ('exp_1_4_2', 'h100', 3.5),
     ('memory_plus', 'h100', 4.5),
     ('memory_bag', 'h100', 5.0),
-    not_yet('1.60 GB', REMAT, 'rtx4090', 1.5),
+    (REMAT, 'rtx4090', 1.4),
     (LARGE, 'rtx4090', 12.0),
     ('exp_1_4_2 x 8', 'h100', 1.1),
   ],

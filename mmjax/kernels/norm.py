@@ -10,10 +10,15 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.matmul import dot, matmul, together, weight_gradient
+
+KEPT = 'rounded stream'
+# For jax.checkpoint: of a block it keeps what norms read of the stream, on a GPU half as many bytes as the stream.
+KEEP_ROUNDED = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 @jax.named_scope('norm')
@@ -67,7 +72,7 @@ def _inverse(x: Array, eps: float) -> Array:
 
 def _rounded(x: Array, dtype: DTypeLike) -> Array:
   # A barrier, or XLA would keep the wide x and round it again wherever it is read.
-  return x if x.dtype == dtype else jax.lax.optimization_barrier(x.astype(dtype))
+  return x if x.dtype == dtype else checkpoint_name(jax.lax.optimization_barrier(x.astype(dtype)), KEPT)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -77,6 +82,8 @@ def _divided_product(x: Array, scale: Array, kernel: Array, eps: float, dtype: j
 
 def _divided_product_fwd(x, scale, kernel, eps, dtype, exact):
   inverse, narrow = _inverse(x.astype(jnp.float32), eps), _rounded(x, dtype)
+  if narrow is not x:
+    inverse = checkpoint_name(inverse, KEPT)
   scaled = scale[:, None] * kernel
   if exact:
     out = _exact_product(narrow, scaled) * inverse
