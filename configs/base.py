@@ -54,7 +54,7 @@ memory.bank_lr_multiplier = 1.0  # factor of the bank's learning rate at the fir
 memory.bank_lr_final_multiplier = 1.0  # that factor at the last update; linear in between
 memory.bank_decay_multiplier = 1.0  # factor of the bank's weight decay; 0: none
 memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those that an update read; pays if they are few
-memory.teach_rows = 0  # with --init_from: an update moves so many rows, those read beyond the usual; 0: everything
+memory.teach_rows = 0  # with --init_from: an update teaches so many rows, those read beyond the usual; 0: everything
 
 data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
 data.valid_files = ''  # the same, held out; '': a share of the training documents

@@ -67,6 +67,10 @@ def test_update_moves_rows_that_are_taught_and_nothing_else(optimizer):
     assert step_length == pytest.approx(0.005, rel=1e-3)
   assert after['reads']['count_M'].sum() > background['count_M'].sum() and int(after['reads']['updates']) == 8
   np.testing.assert_array_equal(after['reads']['background_M'], background['count_M'])
+  later, metrics = step(after, random_batch(config, seed=1))
+  moved_M = np.any(later['params']['memory_bank'] != after['params']['memory_bank'], axis=1)
+  also_M = np.asarray(rows_to_teach(after['reads'], metrics['usage_LM'], 5))
+  assert also_M[~taught_M].any() and np.array_equal(moved_M, also_M if optimizer == 'sgd' else also_M | taught_M)
 
 
 @pytest.mark.parametrize('stopped', [False, True])

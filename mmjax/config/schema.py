@@ -151,7 +151,7 @@ class MemoryConfig:
   bank_update: str = field('dense', "Adam on all rows; 'lazy': on those that an update read; pays if they are few",
     choices=('dense', 'lazy'), before='dense')
   teach_rows: int = field(
-    0, 'with --init_from: an update moves so many rows, those read beyond the usual; 0: everything', before=0)
+    0, 'with --init_from: an update teaches so many rows, those read beyond the usual; 0: everything', before=0)
 
   def ngram_of_heads(self) -> tuple[int, ...]:
     """Returns how many tokens each head looks at where n-grams address rows: those of `ngrams`, in turns.

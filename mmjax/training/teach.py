@@ -1,12 +1,13 @@
 """New text into few rows of a bank (memory.teach_rows=t): what the model knew stays where it is, bit for bit.
 
 Training counts in how many updates each row of the bank was read: `reads`, a part of the state. A run that starts from
-another's weights goes on with its counts. While rows are taught, an update changes the t rows with the largest
+another's weights goes on with its counts. While rows are taught, an update teaches the t rows with the largest
 
   score = reads of the row in this update * log((B + 1) / (updates among the B before that read it + 1))
 
-and nothing else: the t rows that the new text reads most beyond the background, which are the B updates before the
-teaching. A row that every one of them read is never taught.
+and nothing else has a gradient: the t rows that the new text reads most beyond the background, which are the B updates
+before the teaching. A row that every one of them read is never taught. Adam also moves the rows of the last updates on,
+until its mean of their gradients has faded; plain gradient descent does not.
 
 Source: Lin et al. 2025, "Continual Learning via Sparse Memory Finetuning", arXiv:2510.15103: TF-IDF, with batches as
 documents. There the rows move by plain gradient descent, which train.optimizer='sgd' does here; Adam learned as much
