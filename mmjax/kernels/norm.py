@@ -71,8 +71,11 @@ def _inverse(x: Array, eps: float) -> Array:
 
 
 def _rounded(x: Array, dtype: DTypeLike) -> Array:
+  if x.dtype == dtype:
+    return x
   # A barrier, or XLA would keep the wide x and round it again wherever it is read.
-  return x if x.dtype == dtype else checkpoint_name(jax.lax.optimization_barrier(x.astype(dtype)), KEPT)
+  rounded = jax.lax.optimization_barrier(x.astype(dtype))
+  return checkpoint_name(rounded, KEPT) if rounded.dtype.itemsize < x.dtype.itemsize else rounded
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
