@@ -39,6 +39,7 @@ GROWING = GRID['NGRAMS'] | {
 OF_A_SUBLAYER = ('memory.layers', 'memory.input', 'memory.ffn_dim')
 IN_VALUES = {'memory.value_layers': 'alternate'}
 G42 = GRID['MODELS']['g42']
+BUCKETS = GRID['MODELS']['g51'] | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK
 MODELS = {
   'g0': GRID['MODELS']['g0'],
   'g42': G42 | BANK,
@@ -50,11 +51,9 @@ MODELS = {
   | {'model.sublayer': 'dense', 'model.hidden_dim': 'what is left'},
   'g54': GROWING | IN_VALUES | BANK,
   # Does a choice by context add to the same rows? Buckets of 8 of them, one row, and one row for each bucket.
-  'g55': GRID['MODELS']['g51'] | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
+  'g55': BUCKETS,
   # A key is read as seldom as its row, and a rate of its own lets it learn.
-  'g60': GRID['MODELS']['g51']
-  | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576, 'train.parameters': 'gate/keys lr=16'}
-  | BANK,
+  'g60': BUCKETS | {'train.parameters': 'gate/keys lr=16'},
   'g56': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
   'g59': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 131072} | BANK,
   # Rows that grow with the tokens.

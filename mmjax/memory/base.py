@@ -141,7 +141,14 @@ class Memory:
     Raises:
       ValueError: if an array has not the shape that the sizes say, or rows or signs of n-grams are missing or not read.
     """
-    # A wrong shape would read other rows without a word, or fail far from here.
+    self._check_inputs(params, x_BTD, bank_MP, sign_BTh, kept_BTh)
+    run = functools.partial(self._apply, dtype=dtype)
+    return _on_any_mesh(run, x_BTD, params, bank_MP, row_BThr, sign_BTh, kept_BTh)
+
+  def _check_inputs(
+    self, params: Params, x_BTD: Array, bank_MP: Bank, sign_BTh: Array | None, kept_BTh: Array | None
+  ) -> None:
+    """Raises ValueError for a wrong shape, which would read other rows without a word, or fail far from here."""
     if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim:
       raise ValueError(f'the input must have the shape (B, T, dim={self.dim}), not {x_BTD.shape}')
     bank_shape = None if bank_MP is None else bank_MP.shape
@@ -158,8 +165,6 @@ class Memory:
       raise ValueError(f'the numbers of signs must have the shape {sign_shape}, not {found}: see NgramBag.signs_of')
     if kept_BTh is not None and kept_BTh.shape != (heads := (*x_BTD.shape[:2], self.n_heads)):
       raise ValueError(f'the factors of heads must have the shape {heads}, not {kept_BTh.shape}')
-    run = functools.partial(self._apply, dtype=dtype)
-    return _on_any_mesh(run, x_BTD, params, bank_MP, row_BThr, sign_BTh, kept_BTh)
 
   def _apply(
     self,

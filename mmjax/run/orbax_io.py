@@ -97,6 +97,22 @@ def read_step(
   names = {item: _saved_names(tree, manifest['leaves'][item]) for item, tree in abstract_items.items()}
   wanted = {item: dict(zip(names[item], jax.tree.leaves(tree), strict=True)) for item, tree in abstract_items.items()}
   _check_fits(manifest, wanted)
+  items = _read_items(directory, step, wanted, manifest)
+  found = {name: describe_leaves(tree) for name, tree in items.items()}
+  wrong = [f'{i}.{name}' for i in items for name, leaf in found[i].items() if manifest['leaves'][i][name] != leaf]
+  if wrong:
+    raise CorruptError(f'{first_three(wrong)} failed the checksum')
+  trees = {
+    item: jax.tree.unflatten(jax.tree.structure(tree), [items[item][name] for name in names[item]])
+    for item, tree in abstract_items.items()
+  }
+  return trees, manifest
+
+
+def _read_items(
+  directory: Path, step: int, wanted: Mapping[str, dict[str, Any]], manifest: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Returns the leaves of each item by their names, not yet checked; raises as `read_step` does."""
   items, problem = {}, None
   with _quiet():
     for name, leaves in wanted.items():
@@ -109,15 +125,7 @@ def read_step(
         break
     if problem is not None:
       raise problem  # outside `except`, so that nothing keeps the failed tasks alive
-  found = {name: describe_leaves(tree) for name, tree in items.items()}
-  wrong = [f'{i}.{name}' for i in items for name, leaf in found[i].items() if manifest['leaves'][i][name] != leaf]
-  if wrong:
-    raise CorruptError(f'{first_three(wrong)} failed the checksum')
-  trees = {
-    item: jax.tree.unflatten(jax.tree.structure(tree), [items[item][name] for name in names[item]])
-    for item, tree in abstract_items.items()
-  }
-  return trees, manifest
+  return items
 
 
 def _saved_names(tree: Any, saved: Iterable[str]) -> list[str]:
