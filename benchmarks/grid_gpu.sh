@@ -38,7 +38,7 @@ DATA=$(realpath "$1") WORK=$(realpath "$2") RESULTS=$(realpath "$3") EARLIER=${4
 cd "$ROOT" || exit 2
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH} JAX_COMPILATION_CACHE_DIR=$WORK/cache
 
-"$PYTHON" -c 'import sys; from mmjax.environment import missing_packages; sys.exit(missing_packages())' || exit 2
+"$PYTHON" mmjax/environment.py || exit 2  # says which packages are missing
 
 "$PYTHON" - "$DATA" "$WORK" "$EARLIER" <<'CODE' || exit 2
 import sys, tarfile

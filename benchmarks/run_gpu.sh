@@ -25,7 +25,7 @@ OUT=$(cd "$OUT" && pwd)
 cd "$ROOT" || exit 2
 export PYTHONPATH=$ROOT${PYTHONPATH:+:$PYTHONPATH}
 export JAX_COMPILATION_CACHE_DIR=${CACHE:-$OUT/cache} XLA_PYTHON_CLIENT_PREALLOCATE=false
-"$PYTHON" -c 'import sys; from mmjax.environment import missing_packages; sys.exit(missing_packages())' || exit 2
+"$PYTHON" mmjax/environment.py || exit 2  # says which packages are missing
 
 SIZES=() TURNS=(--repeats 5 --updates 3)
 KERNELS=() SUBLAYER=(--only sublayer) DECODE=(--new_tokens 512 --dtype bfloat16) ROWS=65536,1048576,4194304 SELECTED=1,64 BATCHES=(64 256)

@@ -79,3 +79,7 @@ def own_jax_settings() -> Iterator[None]:
     for name, value in JAX_SETTINGS.items():
       stack.enter_context(getattr(jax, name)(value))
     yield
+
+
+if __name__ == '__main__':
+  sys.exit(missing_packages())
