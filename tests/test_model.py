@@ -269,6 +269,26 @@ def test_recomputing_blocks_keeps_one_stream_a_layer_and_on_a_gpu_a_rounded_one(
   assert kept(3) - kept(2) == one
 
 
+@pytest.mark.thorough
+def test_recomputing_blocks_does_not_select_rows_again(forms):
+  config = tiny_config(model__n_layers=2)
+  graphdef, params = build_model(config)
+  tokens = random_batch(config)['input'][0]
+
+  def total(params, remat):
+    return nnx.merge(graphdef, params)(tokens, remat=remat).hidden_BTD.sum()
+
+  def count(jaxpr, name):
+    inside = [
+      x for eqn in jaxpr.eqns for value in eqn.params.values() for x in jax.tree.leaves(value) if hasattr(x, 'eqns')
+    ]
+    return sum(eqn.primitive.name == name for eqn in jaxpr.eqns) + sum(count(x, name) for x in inside)
+
+  selects = 'top_k' if forms == 'cpu' else 'reduce'
+  plain, again = (count(jax.make_jaxpr(jax.grad(partial(total, remat=x)))(params), selects) for x in ('none', 'block'))
+  assert plain == again > 0
+
+
 def test_dropout_zeroes_its_share_and_keeps_the_mean():
   x = jnp.ones((100, 100))
   dropped = dropout(x, 0.25, jax.random.key(0))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 _platform = ContextVar('platform', default='')
 
@@ -21,6 +22,14 @@ def on_cpu() -> bool:
 def recomputed_on_gpu(function: Callable) -> Callable:
   """Keeps nothing of a function for the backward pass but its inputs, where memory is what bounds a batch."""
   return function if on_cpu() else jax.checkpoint(function)
+
+
+def kept(x: jax.Array) -> jax.Array:
+  """Marks what rematerialisation keeps of a block: it takes few bytes, or to compute it again takes long."""
+  return checkpoint_name(x, 'kept')
+
+
+KEEP = jax.checkpoint_policies.save_only_these_names('kept')  # the policy for jax.checkpoint
 
 
 @contextlib.contextmanager

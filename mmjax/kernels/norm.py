@@ -10,15 +10,10 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.forms import kept, on_cpu
 from mmjax.kernels.matmul import dot, matmul, together, weight_gradient
-
-KEPT = 'rounded stream'
-# For jax.checkpoint: of a block it keeps what norms read of the stream, on a GPU half as many bytes as the stream.
-KEEP_ROUNDED = jax.checkpoint_policies.save_only_these_names(KEPT)
 
 
 @jax.named_scope('norm')
@@ -75,7 +70,7 @@ def _rounded(x: Array, dtype: DTypeLike) -> Array:
     return x
   # A barrier, or XLA would keep the wide x and round it again wherever it is read.
   rounded = jax.lax.optimization_barrier(x.astype(dtype))
-  return checkpoint_name(rounded, KEPT) if rounded.dtype.itemsize < x.dtype.itemsize else rounded
+  return kept(rounded) if rounded.dtype.itemsize < x.dtype.itemsize else rounded  # half the bytes of the stream
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -86,7 +81,7 @@ def _divided_product(x: Array, scale: Array, kernel: Array, eps: float, dtype: j
 def _divided_product_fwd(x, scale, kernel, eps, dtype, exact):
   inverse, narrow = _inverse(x.astype(jnp.float32), eps), _rounded(x, dtype)
   if narrow is not x:
-    inverse = checkpoint_name(inverse, KEPT)
+    inverse = kept(inverse)
   scaled = scale[:, None] * kernel
   if exact:
     out = _exact_product(narrow, scaled) * inverse

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.errors import refuse_wrong_jaxlib
-from mmjax.kernels.forms import on_cpu
+from mmjax.kernels.forms import kept, on_cpu
 
 MOST_MERGED = 32  # rows of a head: longer lists do not fit into a GPU's registers, and a sort it is
 
@@ -57,7 +57,8 @@ def product_key_topk(
   score_kXC = score(query_Xkp, keys_kCp)
   if bias_kC is not None:
     score_kXC += jax.lax.stop_gradient(bias_kC)[:, None]
-  row_Xhr, score_Xhr = (_best_by_rounds if on_cpu() or r > MOST_MERGED else _best_by_merging)(score_kXC, r)
+  best = _best_by_rounds if on_cpu() or r > MOST_MERGED else _best_by_merging
+  row_Xhr, score_Xhr = (kept(x) for x in best(score_kXC, r))
   if bias_kC is not None:
     first_h1 = 2 * jnp.arange(k // 2)[:, None]
     i_Xhr, j_Xhr = jnp.divmod(row_Xhr, C)
@@ -148,7 +149,7 @@ def _best_by_merging(score_kXC: Array, num_selected: int) -> tuple[Array, Array]
 
 
 def _best_by_merging_fwd(score_kXC, num_selected):
-  found = _best_by_merging(score_kXC, num_selected)
+  found = tuple(kept(x) for x in _best_by_merging(score_kXC, num_selected))
   return found, (found[0], jnp.zeros((0, score_kXC.shape[-1])))
 
 

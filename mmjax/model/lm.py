@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
+from mmjax.kernels.forms import KEEP
 from mmjax.kernels.matmul import uniform
-from mmjax.kernels.norm import KEEP_ROUNDED
 from mmjax.memory.base import Bank, Params, SublayerInput, SublayerOutput, init_bank
 from mmjax.memory.ngram import last_tokens
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
@@ -170,7 +170,7 @@ class LM(nnx.Module):
     for number, layer in enumerate(self.layers):
       bank = bank_to_read() if layer.uses_bank else bank_MP
       run = partial(layer, attend=attend, dtype=dtype)
-      run = jax.checkpoint(run, policy=KEEP_ROUNDED) if remat == 'block' else run
+      run = jax.checkpoint(run, policy=KEEP) if remat == 'block' else run
       x_BTD, out, kv = run(x_BTD, bank, last_BTn, keys[number])
       outs.append(out)
       kvs.append(kv)
