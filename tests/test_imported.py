@@ -112,6 +112,7 @@ def test_spare_rows_of_an_embedding_are_imported_trained_on_and_never_sampled(tm
   assert mmjax.load(tmp_path / 'run', 'last').step == 1
 
 
+@pytest.mark.thorough
 def test_import_without_a_tokenizer_takes_and_gives_token_ids(tmp_path):
   state = make_state()
   take(save(state, tmp_path / 'model.pth'), tmp_path / 'run')

@@ -188,6 +188,7 @@ def test_dropped_heads_say_nothing_and_the_others_more():
   assert np.flatnonzero(np.any(pull(jnp.ones_like(delta))[0], axis=-1)).tolist() == [1, 2]
 
 
+@pytest.mark.thorough
 def test_what_a_gate_picks_is_not_dropped_beside_layers_of_ngrams():
   config = tiny_config(model__sublayer='memory_bag', memory__ngram_layers='1', memory__row_dropout=0.25)
   graphdef, params = build_model(config)

@@ -58,7 +58,8 @@ def test_model_equals_numpy_with_rows_hashed_and_averaged_by_hand():
   np.testing.assert_allclose(model.logits(out.hidden_BTD), want, atol=2e-5)
 
 
-@pytest.mark.parametrize('remat', ['none', pytest.param('block', marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize('remat', ['none', 'block'])
 def test_bank_gets_the_sum_of_all_gradients_also_row_by_row(remat):
   """A layer that reads rows after attention, too: each reader's gradient against that of a bank of its own."""
   changes = BOTH | {'train__accumulation_steps': 1, 'runtime__remat': remat}
