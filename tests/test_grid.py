@@ -19,12 +19,13 @@ from mmjax.data.prepare import prepare
 from mmjax.errors import UserError
 from mmjax.model.cost import flops_per_token, matching_width
 from mmjax.tools.sweep_file import read_sweep
+from tests.helpers import rarely
 
 GRID = 'sweeps/memory.py'
 RATES = {'small': '0.004', 'cpu': '0.004', 'gpu': '0.001', 'tiny': '0.002'}
 
 
-@pytest.fixture(scope='module', params=RATES)
+@pytest.fixture(scope='module', params=rarely(RATES, 'small'))
 def models(request):
   """The config of every model of a scale, by name."""
   runs = read_sweep(GRID, [f'scale={request.param}', f'learning_rate={RATES[request.param]}'])
