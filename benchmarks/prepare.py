@@ -8,6 +8,7 @@ Arguments are those of mmjax.tools.prepare.
 
 import datetime
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,15 +17,22 @@ import threading
 import time
 from pathlib import Path
 
+import common
+
 SAMPLE_SECONDS = 0.05
 
 
 def main() -> None:
   """Prepares once and prints the row."""
+  if {'-h', '--help'} & set(sys.argv):
+    print(__doc__)
+    return
   with tempfile.TemporaryDirectory() as out:
     command = [sys.executable, '-m', 'mmjax.tools.prepare', *sys.argv[1:], '--out', out]
     start = time.monotonic()
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+      command, stdout=subprocess.PIPE, text=True, env=os.environ | {'PYTHONPATH': str(common.ROOT)}
+    )
     peak = _PeakMemory(process.pid)
     directory = process.communicate()[0].strip()
     seconds = time.monotonic() - start
@@ -48,7 +56,7 @@ class _PeakMemory:
 
   def __init__(self, pid: int):
     self._pid, self._peak_bytes, self._done = pid, 0, threading.Event()
-    self._thread = threading.Thread(target=self._watch)
+    self._thread = threading.Thread(target=self._watch, daemon=True)  # or a command that fails would wait for it
     self._thread.start()
 
   def _watch(self) -> None:
