@@ -52,7 +52,6 @@ def seconds_to_first_step(command: list[str], workdir: Path) -> float:
   """Starts the command and waits for the first line of its log; then ends it."""
   # Not with a cache that the environment names, which JAX would take before that of the settings.
   environment = {name: value for name, value in os.environ.items() if name != 'JAX_COMPILATION_CACHE_DIR'}
-  environment['PYTHONPATH'] = os.pathsep.join([str(common.ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
   start = time.perf_counter()
   with open(workdir.with_suffix('.txt'), 'w+', encoding='utf-8') as output:
     process = subprocess.Popen(

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # for a bare checkout, and for the port in tests/
+sys.path.insert(0, str(ROOT))  # for a bare checkout, and for the port in tests/; the next line for child processes
+os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # or nothing would be left for torch on a GPU
 
 Statistics = dict[str, float]

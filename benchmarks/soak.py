@@ -48,8 +48,7 @@ class Run:
   def start(self) -> subprocess.Popen:
     """Starts the run, or goes on with it."""
     with self.output.open('a') as output:
-      environment = os.environ | {'PYTHONPATH': str(common.ROOT)}
-      return subprocess.Popen(self.command, stdout=output, stderr=output, env=environment, cwd=common.ROOT)
+      return subprocess.Popen(self.command, stdout=output, stderr=output, cwd=common.ROOT)
 
   def lines(self) -> list[dict]:
     """Returns the whole lines of the log, without what no two runs have in common."""
