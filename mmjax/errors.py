@@ -68,7 +68,8 @@ def file_error(error: OSError, what: str, also: str = '') -> StorageError | User
 def first_line(error: BaseException) -> str:
   """Returns type and first line of an error, cut to one readable line."""
   lines = str(error).strip().splitlines()
-  return f'{type(error).__name__}: {lines[0][:160] if lines else "no message"}'
+  line = lines[0].partition('See full TensorStore details')[0].strip() if lines else ''  # a path in Orbax's own code
+  return f'{type(error).__name__}: {line[:160] or "no message"}'
 
 
 @functools.cache

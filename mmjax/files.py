@@ -6,6 +6,7 @@ hash of itself, so that damage is noticed when it is read.
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -26,13 +27,14 @@ SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go s
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-  """Turns an OSError while `path` is written into one sentence that says why and how much room is left."""
+  """Turns an OSError while `path` is written into a sentence: why, and on a full disk how much room is left."""
   try:
     yield
   except OSError as error:
     room = ''
-    with contextlib.suppress(OSError):
-      room = f' ({free_bytes(path) / 1e6:.0f} MB free)'
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+      with contextlib.suppress(OSError):
+        room = f' ({free_bytes(path) / 1e6:.0f} MB free)'
     raise file_error(error, f"'{path}' cannot be written", room) from error
 
 

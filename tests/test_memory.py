@@ -263,3 +263,14 @@ def test_load_without_the_extra_says_what_to_type():
   code = "import sys; sys.modules['grain'] = None\nimport mmjax\nmmjax.load('x')"
   done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
   assert done.returncode == 1 and done.stderr.splitlines()[-1] == f'mmjax.errors.UserError: {SENTENCE.strip()}'
+
+
+def test_bank_and_sizes_from_numpy_are_taken():
+  memory = MemoryBag(dim=np.int64(16), n_rows=64, row_dim=8, n_heads=2, rows_per_head=np.int32(4))
+  params, x_BTD = memory.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 3, 16))
+  bank_MP = init_bank(jax.random.key(2), n_rows=64, row_dim=8)
+
+  def loss(bank_MP):
+    return jnp.sin(memory.apply(params, x_BTD, bank_MP).delta_BTD).sum()
+
+  np.testing.assert_array_equal(jax.grad(loss)(np.asarray(bank_MP)), jax.grad(loss)(bank_MP))

@@ -342,10 +342,11 @@ def test_a_jitted_function_may_close_over_its_tokens_and_rows():
   assert jax.jit(lambda x_BTD: memory.apply(params, x_BTD, bank_MP, row_BThr).delta_BTD)(jnp.ones((1, 8, 8))).shape
 
 
-def test_rows_of_a_larger_bank_are_refused():
+@pytest.mark.parametrize('row', [16, -1])
+def test_rows_outside_the_bank_are_refused(row):
   memory = NgramBag(dim=8, n_rows=16, row_dim=8, n_heads=2)
-  row_BThr = jnp.full((1, 2, 2, 1), 16)
-  with pytest.raises(ValueError, match='row 16 of n-grams must be below n_rows=16'):
+  row_BThr = jnp.full((1, 2, 2, 1), row)
+  with pytest.raises(ValueError, match=f'row {row} of n-grams must be from 0 to 15'):
     memory.apply(memory.init(jax.random.key(0)), jnp.zeros((1, 2, 8)), jnp.zeros((16, 8)), row_BThr)
 
 

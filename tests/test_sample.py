@@ -61,7 +61,7 @@ def test_ten_megabytes_are_answered(tiny_run, monkeypatch, capfd):
   said = [line for line in err.splitlines() if 'cpu_aot_loader' not in line]  # XLA's, of programs that it finds again
   assert said[0] == 'Note: the prompt is longer than model.max_seq_len=16 tokens; its end is used'
   assert [line.split(' ', 2)[2] for line in said[1:]] == [
-    'tokens are more than model.max_seq_len=16, up to which it was trained'
+    'tokens are more than model.max_seq_len=16, up to which the model was trained'
   ]
   assert out.endswith('\n') and len(out) > 1
 
@@ -109,3 +109,10 @@ def test_control_characters_are_escaped_and_text_is_not():
   assert printable('a\tb\nc \x1b[31m\x07\x00\x7f\x9b\r') == 'a\tb\nc \\x1b[31m\\x07\\x00\\x7f\\x9b\\r'
   assert printable('\u202eevil\u2066\u2028') == '\\u202eevil\\u2066\\u2028'
   assert printable('Ἀπόλλων ˈrænd 漢字 🙂👩\u200d🚀\ufffd') == 'Ἀπόλλων ˈrænd 漢字 🙂👩\u200d🚀\ufffd'
+
+
+def test_notes_come_after_the_text(tiny_run, monkeypatch, capfd):
+  monkeypatch.setattr(sys, 'stderr', sys.stdout)  # as on a terminal
+  flags = ['--prompt', 'the memory reads', '--max_new_tokens', '30', '--temperature', '0']
+  code, out, _ = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *flags)
+  assert code == 0 and out.splitlines()[-1].startswith('Note: ')

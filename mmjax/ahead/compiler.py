@@ -14,7 +14,7 @@ from mmjax.ahead.cards import Card
 from mmjax.config import Config
 from mmjax.errors import UserError
 
-WHEELS = "pip install -e '.[cuda12]'"
+WHEELS = "pip install -e '.[train,cuda12]'"
 NO_GPU = {'JAX_PLATFORMS': 'cpu', 'JAX_SKIP_CUDA_CONSTRAINTS_CHECK': '1'}
 
 

@@ -180,7 +180,9 @@ class LanguageModel:
   def _warn_beyond(self, length: int) -> None:
     """Warns where so many tokens are read, some of them at positions that the model was not trained on."""
     if length > (most := self.config.model.max_seq_len):
-      warnings.warn(f'{length} tokens are more than model.max_seq_len={most}, up to which it was trained', stacklevel=3)
+      warnings.warn(
+        f'{length} tokens are more than model.max_seq_len={most}, up to which the model was trained', stacklevel=3
+      )
 
   def _token_ids(self, values: ArrayLike) -> np.ndarray:
     """Returns token ids as an array of any shape.

@@ -211,6 +211,7 @@ def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, differentiable: bo
 
 
 def _bag_fwd(bank_MP, row_BThr, weight_BThr, differentiable):
+  bank_MP = jnp.asarray(bank_MP)  # a NumPy array takes no traced index
   return _bag(bank_MP, row_BThr, weight_BThr, differentiable), (bank_MP, row_BThr, weight_BThr)
 
 

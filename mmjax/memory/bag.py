@@ -183,8 +183,10 @@ class NgramBag(_Bag):
       raise ValueError(
         f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {row_BThr.shape}'
       )
-    if not isinstance(row_BThr, jax.core.Tracer) and (last := np.asarray(row_BThr).max(initial=0)) >= self.n_rows:
-      raise ValueError(f'row {last} of n-grams must be below n_rows={self.n_rows}')
+    if not isinstance(row_BThr, jax.core.Tracer):
+      for row in (np.asarray(row_BThr).min(initial=0), np.asarray(row_BThr).max(initial=0)):
+        if not 0 <= row < self.n_rows:
+          raise ValueError(f'row {row} of n-grams must be from 0 to {self.n_rows - 1}, below n_rows')
     return Selection(row_BThr, jnp.zeros(shape, jnp.float32))
 
   def weights(self, selection: Selection) -> Array:

@@ -132,7 +132,7 @@ class Memory:
       row_BThr: int32, the rows that n-grams address, for a memory that reads those; see `NgramBag.rows`.
       sign_BTh: int32, the numbers of their signs, for a memory that has signs; see `NgramBag.signs_of`.
       kept_BTh: float32, factors of what the rows of each head of a bag say: 0 drops them. None: 1.
-      dtype: of the matrix products; rows are selected in float32 whatever it is.
+      dtype: of the matrix products. Rows are selected in float32 whatever it is, of an input that a GPU rounds to it.
 
     Returns:
       SublayerOutput. Add `delta_BTD`, in `dtype`, to the stream, and `aux_loss` to the loss: its value is 0, and with a
@@ -212,7 +212,7 @@ def _own_fields(cls: type) -> set[str]:
 
 def _check_size(name: str, value: Any, kind: Any) -> None:
   """Raises ValueError if a field of a memory is no number of its kind, or no bool; other kinds are not looked at."""
-  whole = type(value) is int and value >= 1
+  whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
   if kind is int and not whole:
     raise ValueError(f'{name}={value!r} must be a whole number of at least 1')
   if kind == int | None and not (whole or value is None):

@@ -47,10 +47,18 @@ BANK_COLUMNS: Columns = {
   'rows shuffled': lambda s: probe_difference(s['probes'], 'loss_shuffled'),
 }
 # A note -> whether it belongs to these rows.
-NOTES: dict[str, Callable[[Sequence[Summary]], bool]] = {
+Notes = dict[str, Callable[[Sequence[Summary]], bool]]
+EXPLANATIONS: Notes = {
   'Loss is that of the last evaluation of each run, the mean over runs that differ only in their seed. ± is one '
   'standard error of the difference: paired, over the differences of runs with the same seed, which saw the same '
   'batches in the same order; or Welch, from the variances of both rows. One seed gives none.': bool,
+  "Rows used, effective rows (exp of the entropy of their use) and the hottest row's share of all reads: at the last "
+  'evaluation, over the whole validation set, by layer. Bank zeroed, rows shuffled: how much that raises the loss, '
+  'nats a token, on the positions that are probed; "over" another row: how far it is then above that.': lambda found: (
+    any(s['bank'] for s in found)
+  ),
+}
+LIMITS: Notes = {  # also on the terminal
   'The rows saw different numbers of tokens, so their differences are not at equal tokens.': lambda found: (
     len({s['tokens'] for s in found}) > 1
   ),
@@ -62,11 +70,6 @@ NOTES: dict[str, Callable[[Sequence[Summary]], bool]] = {
   ),
   'A run that is not finished counts only in a row where none is; such a row has no difference.': lambda found: any(
     s['marks'] for s in found
-  ),
-  "Rows used, effective rows (exp of the entropy of their use) and the hottest row's share of all reads: at the last "
-  'evaluation, over the whole validation set, by layer. Bank zeroed, rows shuffled: how much that raises the loss, '
-  'nats a token, on the positions that are probed; "over" another row: how far it is then above that.': lambda found: (
-    any(s['bank'] for s in found)
   ),
 }
 
@@ -111,8 +114,12 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   write_file(folder / 'compare.md', _document(command, runs[0].origin, found, lasting, plots))
   for columns in _columns(found):  # parts that fit a terminal
     show(_table({'model': lambda s: s['name']} | columns, found))
-  show(*lasting)
+  show(*lasting, *_notes(LIMITS, found))
   return folder / 'compare.md'
+
+
+def _notes(notes: Notes, found: Sequence[Summary]) -> list[str]:
+  return [note for note, belongs in notes.items() if belongs(found)]
 
 
 def _columns(found: Sequence[Summary]) -> list[Columns]:
@@ -128,7 +135,7 @@ def _document(
   command: str, origin: dict[str, Any], found: list[Summary], lasting: Sequence[Table | str], plots: dict[str, str]
 ) -> str:
   time = utc_now()
-  notes = [note for note, belongs in NOTES.items() if belongs(found)]
+  notes = [*_notes(EXPLANATIONS, found), *_notes(LIMITS, found)]
   if skipped := [f'{s["name"]}: {s["skipped_updates"]}' for s in found if s['skipped_updates']]:
     notes.append(f'Updates skipped, as not finite or as loss spikes: {", ".join(skipped)}.')
   different = [(s['name'], ', '.join(f'{name}={value!r}' for name, value in s['changed'].items())) for s in found[1:]]

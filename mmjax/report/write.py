@@ -58,9 +58,9 @@ def _sections(run: FoundRun, workdir: str | Path) -> dict[str, sections.Blocks]:
   curves = {name: text for name, text in plots.items() if name not in health}
   not_done = f'Not done yet: `python eval.py --workdir {shlex.quote(str(workdir))}`'
   return {
-    'Result': sections.result(run),
+    'Result': [compressed_remark(run.dir), *sections.result(run)],
     'Data': sections.data(run),
-    'Bank file': [bank_remark(run.dir, config), compressed_remark(run.dir)],
+    'Bank file': [bank_remark(run.dir, config)],
     'Parameters': sections.parameters(run),
     'Settings': sections.settings(run),
     'Training': [*sections.training(run), *sections.images(curves)],

@@ -143,6 +143,7 @@ class Checkpoints:
     self, abstract_items: Mapping[str, Any], which: str | int, newer: Sequence[str] = ()
   ) -> tuple[dict[str, Any], dict[str, Any], int]:
     abstract_items = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract_items.items()}
+    found_corrupt = False
     while True:
       step = self._choose(which)
       problem = None
@@ -151,7 +152,10 @@ class Checkpoints:
       except CorruptError as error:
         problem = str(error)
       if not in_any_process(problem is not None):
+        if found_corrupt:
+          _warn(f'checkpoint {step} is used instead')
         return items, manifest['metadata'], step
+      found_corrupt = True
       self._set_aside(step, problem or 'another process found it corrupt')
 
   def _choose(self, which: str | int) -> int:

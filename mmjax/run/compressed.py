@@ -53,8 +53,8 @@ def compressed_remark(run: RunDir) -> str:
   if not (found := compressed_from(run)):
     return ''
   return (
-    f'The bank has {found["bits"]} bits a value. It was compressed from step {found["step"]} of {found["run"]}; what '
-    'was logged in training is of the bank before that.'
+    f'The bank has {found["bits"]} bits a value. It was compressed from step {found["step"]} of {found["run"]}; '
+    'what was logged in training, and the bytes and FLOPs under "Parameters", are of the bank before that.'
   )
 
 

@@ -247,7 +247,8 @@ class Completions:
 
   def _view(self, name: Any) -> RunView:
     if not isinstance(name, str) or name not in self.views:
-      raise Refusal(f'model {name!r:.80} is not here; there are {", ".join(self.views)}', 404, 'model')
+      said = 'model is missing' if name is None else f'model {name!r:.80} is not here'
+      raise Refusal(f'{said}; there are {", ".join(self.views)}', 404, 'model')
     return self.views[name]
 
 

@@ -7,6 +7,7 @@ Ctrl-C while text is made ends that text. Exit codes: 0 done, 2 user error, 4 st
 import contextlib
 import dataclasses
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -54,10 +55,13 @@ def main() -> None:
 
 
 def write_continuation(lm: 'LanguageModel', prompt: str, sampling: Sampling) -> None:
-  """Writes the continuation of a prompt to stdout piece by piece, and a newline."""
-  for piece in lm.stream(prompt, **dataclasses.asdict(sampling)):
-    print(printable(piece), end='', flush=True)
+  """Writes the continuation of a prompt to stdout piece by piece, and a newline, before any warning of it."""
+  with warnings.catch_warnings(record=True) as said:
+    for piece in lm.stream(prompt, **dataclasses.asdict(sampling)):
+      print(printable(piece), end='', flush=True)
   print()
+  for warning in said:
+    warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
 
 def ask_prompts() -> Iterator[str]:
