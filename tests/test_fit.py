@@ -70,7 +70,7 @@ def test_card_without_bfloat16_is_refused_and_told_what_works():
 def test_missing_build_of_jax_is_one_sentence_with_the_command(monkeypatch):
   monkeypatch.setattr(compiler, 'find_spec', lambda name: None)
   monkeypatch.setattr(sys, 'version_info', (3, 12, 1))
-  with pytest.raises(UserError, match=r"pip install -e '\.\[cuda12\]'") as missing:
+  with pytest.raises(UserError, match=r"pip install -e '\.\[train,cuda12\]'") as missing:
     prepare_environment()
   monkeypatch.setattr(sys, 'version_info', (3, 11, 7))
   with pytest.raises(UserError, match=r'Python 3\.12.*python3\.12 -m venv') as old:
