@@ -68,7 +68,7 @@ def file_error(error: OSError, what: str, also: str = '') -> StorageError | User
 def first_line(error: BaseException) -> str:
   """Returns type and first line of an error, cut to one readable line."""
   lines = str(error).strip().splitlines()
-  line = lines[0].partition('See full TensorStore details')[0].strip() if lines else ''  # a path in Orbax's own code
+  line = lines[0].partition('See full TensorStore details')[0].strip() if lines else ''  # then a function of Orbax's
   return f'{type(error).__name__}: {line[:160] or "no message"}'
 
 

@@ -25,7 +25,7 @@ WORDS = 'the memory reads a row of its bank and writes what it learned into the 
 
 
 def pytest_addoption(parser):
-  parser.addoption('--faults', type=int, default=20, help='how often tests/faults kills what it runs')
+  parser.addoption('--faults', type=int, default=20, help='how often runs are killed; over 20, checkpoints damaged')
   parser.addoption('--faults_seed', type=int, default=random.randrange(10**6), help='of the moments; printed')
 
 
