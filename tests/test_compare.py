@@ -97,6 +97,13 @@ def test_same_seed_with_other_batches_is_not_paired(tmp_path):
   assert rows_of(paths, tmp_path / 'out')['b']['difference']['kind'] == 'Welch'
 
 
+def test_what_limits_a_comparison_stands_on_the_terminal(tmp_path, capsys):
+  paths = [make_run(tmp_path / 'a-s0', (6,), **DENSE), make_run(tmp_path / 'b-s0', (6, 5.4))]
+  rows_of(paths, tmp_path / 'out')
+  said = ' '.join(capsys.readouterr().out.split())
+  assert 'different numbers of tokens' in said and 'Bank zeroed, rows shuffled' not in said
+
+
 def test_one_seed_has_no_standard_error_and_says_so(tmp_path, capsys):
   paths = [make_run(tmp_path / 'a-s0', (6, 5.5), **DENSE), make_run(tmp_path / 'b-s0', (6, 5.4))]
   paths.append(make_run(tmp_path / 'b-s1', (6, 5.7), seed=1))
