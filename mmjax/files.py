@@ -6,7 +6,6 @@ hash of itself, so that damage is noticed when it is read.
 
 import contextlib
 import datetime
-import errno
 import fcntl
 import hashlib
 import json
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax.errors import CommandError, StorageError, UserError, file_error
+from mmjax.errors import STORAGE_ERRNOS, CommandError, StorageError, UserError, file_error
 
 SEAL = 'sha256'  # key of a JSON object's hash, which is taken without it
 SEALS = {SEAL: lambda data: hashlib.sha256(data).hexdigest(), 'crc32': zlib.crc32}  # that of earlier checkpoints
@@ -27,12 +26,12 @@ SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go s
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-  """Turns an OSError while `path` is written into a sentence: why, and on a full disk how much room is left."""
+  """Turns an OSError while `path` is written into a sentence: why, and how much room is left if the disk is to blame."""
   try:
     yield
   except OSError as error:
     room = ''
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if error.errno in STORAGE_ERRNOS:
       with contextlib.suppress(OSError):
         room = f' ({free_bytes(path) / 1e6:.0f} MB free)'
     raise file_error(error, f"'{path}' cannot be written", room) from error
