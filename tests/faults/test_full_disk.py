@@ -1,7 +1,9 @@
 """A disk that fills up: a real one of a few megabytes where mounting is allowed, else the sizes are made up."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,7 +19,8 @@ from mmjax.data import prepare as prepare_module
 from mmjax.data import shards
 from mmjax.data.index import verify
 from mmjax.data.prepare import prepare
-from mmjax.errors import StorageError
+from mmjax.errors import StorageError, UserError
+from mmjax.files import storage_errors
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
@@ -163,3 +166,12 @@ def test_disk_that_fills_up_while_text_is_prepared_ends_with_code_4_and_goes_on(
     assert {key: found['splits'][split][key] for key in ('tokens', 'documents')} == {
       key: whole['splits'][split][key] for key in ('tokens', 'documents')
     }
+
+
+@pytest.mark.parametrize(
+  ('number', 'kind', 'tells'), [(errno.ENOSPC, StorageError, True), (errno.EACCES, UserError, False)]
+)
+def test_room_is_told_where_the_disk_is_to_blame(tmp_path, number, kind, tells):
+  with pytest.raises(kind) as caught, storage_errors(tmp_path / 'file'):
+    raise OSError(number, os.strerror(number))
+  assert str(tmp_path / 'file') in str(caught.value) and ('MB free' in str(caught.value)) == tells
