@@ -111,13 +111,14 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.train.learning_rate=1' + '0' * 400, '0... (401 characters) must be a finite number'),
     ('--config.' + 'x' * 9000, 'xx... (9011 characters) is not understood'),
     ('--config.model.dim=1' + '0' * 400, 'dim=1' + '0' * 29 + '... (401 characters) must be at most 2147483647'),
-    ('--config.model.dim=2147483647', 'dim=2147483647 must be divisible by model.n_heads=32; nearest: 1 heads'),
+    ('--config.model.dim=2147483647', 'dim=2147483647 must be divisible by model.n_heads=32'),
     ('--config.model.n_layers=2000000000', 'n_layers=2000000000 must be at most 10000'),
     ('--config.memory.layers=' + '1' * 5000, "must be 'all', 'middle' or different layers"),
     ('--config.model.value_embeddings=8', "model.value_embeddings='8' must be 'all', 'alternate' or different layers"),
     ('--config.model.knowledge_num=65535', 'knowledge_num=65535 must be a square; nearest: 65025 and 65536'),
     ('--config.model.num_selected=257', 'num_selected=257 must be at most the 256 sub-keys'),
-    ('--config.model.dim=500', 'dim=500 must be divisible by model.n_heads=32; nearest: 25 heads'),
+    ('--config.model.dim=500', 'dim=500 must be divisible by model.n_heads=32; nearest: model.dim=512'),
+    ('--config.model.n_heads=24', 'divisible by model.n_heads=24; nearest: model.dim=528 or 16 heads'),  # of 8 for keys
     ('--config.model.n_kv_heads=5', 'n_heads=32 must be divisible by model.n_kv_heads=5; nearest: 4 kv heads'),
     ('--config.model.n_heads=512', 'must be even: RoPE rotates pairs; nearest: model.dim=1024'),
     ('--config.model.knowledge_dim=127', 'knowledge_dim=127 must be even'),
@@ -396,6 +397,7 @@ def test_rules_of_a_gate_hold_for_models_that_have_one():
     (odd[0], 'knowledge_num=60 must be a square; nearest: 49 and 64'),
     (odd[2], 'knowledge_dim=33 must be even'),
     ('--config.model.num_selected=257', 'num_selected=257 must be at most the 256 sub-keys'),
+    ('--config.model.num_selected=1', "num_selected=1 must be at least 2: the softmax of one score is 1.*'relu'"),
   ):
     with pytest.raises(UserError, match=said):
       load_config('configs/product_key_bag.py', [flag])

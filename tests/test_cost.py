@@ -72,6 +72,20 @@ def test_bytes_are_those_of_rows_and_weights():
   assert bytes_per_token(load_config(RECORD))['bank'] == 0
 
 
+def test_of_tables_only_the_rows_of_the_token_count_as_read():
+  config = tiny_config(model__value_embeddings='all')
+  values = config.model.n_kv_heads * config.model.head_dim + 12 * config.model.n_kv_heads  # a row, and the gate
+  plain = tiny_config(model__value_embeddings='')
+  more = bytes_per_token(config)['weights'] - bytes_per_token(plain)['weights']
+  assert more == 4 * config.model.n_layers * values
+  sizes = {'model__num_selected': 4, 'memory__n_heads': 2}
+  bag, bucket = (tiny_config(model__sublayer=f'ngram_{kind}', **sizes) for kind in ('bag', 'bucket'))
+  queries_and_keys = bucket.model.dim * 2 * bucket.memory.query_dim(bucket.model)
+  queries_and_keys += 2 * 4 * bucket.memory.query_dim(bucket.model)
+  more = bytes_per_token(bucket)['weights'] - bytes_per_token(bag)['weights']
+  assert more == 4 * bucket.model.n_layers * queries_and_keys
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize(('optimizer', 'moments'), [('adamw', 2), ('sgd', 0)])
 def test_state_is_what_the_optimizer_keeps(optimizer, moments):

@@ -107,6 +107,8 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
     (GatedFusion, {'row_dim': 7}, 'row_dim=7 must be even, .*; nearest: 8'),
     (MemoryBag, {'activation': 'gelu'}, "activation='gelu' must be one of softmax, relu"),
     (MemoryBag, {'rows_per_head': 9}, 'rows_per_head=9 must be at most 8, the sub-keys of each half'),
+    (MemoryBag, {'rows_per_head': 1}, "rows_per_head=1 must be at least 2: the softmax .*'relu'"),
+    (GatedFusion, {'rows_per_head': 1}, 'rows_per_head=1 must be at least 2'),
     (NgramBag, {'rows_per_head': 0}, 'rows_per_head=0 must be a whole number of at least 1'),
     (MemoryBag, {'dim': '32'}, "dim='32' must be a whole number of at least 1"),
     (NgramBag, {'ngrams': (0,)}, r'ngrams=\(0,\) must be a tuple of numbers of tokens, from 1'),
@@ -127,6 +129,35 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
 def test_sizes_that_make_no_memory_are_refused(kind, sizes, said):
   with pytest.raises(ValueError, match=said):
     kind(**SIZES | sizes)
+
+
+def test_one_row_is_allowed_where_its_weight_is_no_softmax():
+  assert MemoryBag(**SIZES | {'rows_per_head': 1}, activation='relu').gate_learns
+  assert not GatedFusion(**SIZES | {'rows_per_head': 1}, scores='none').gate_learns
+
+
+@pytest.mark.parametrize('name', MEMORIES)
+def test_empty_input_is_refused(name):
+  memory = MEMORIES[name]
+  params, bank_MP = memory.init(jax.random.key(0)), init_bank(jax.random.key(1), **BANK)
+  for shape in ((0, 3), (3, 0)):
+    with pytest.raises(ValueError, match=rf'the input of shape \({shape[0]}, {shape[1]}, {memory.dim}\) has no'):
+      memory.apply(params, jnp.ones((*shape, memory.dim)), bank_MP)
+
+
+def test_gradients_of_a_float64_bank_are_those_of_float32():
+  memory = NgramBucket(**SIZES)
+  with jax.enable_x64(True):
+    params, bank_MP = memory.init(jax.random.key(0)), init_bank(jax.random.key(1), **BANK)
+    params['gate']['keys'] = jax.random.normal(jax.random.key(3), params['gate']['keys'].shape, jnp.float32)
+    rows = memory.rows(jnp.ones((1, 2), jnp.int32))
+    x_BTD = jax.random.normal(jax.random.key(2), (1, 2, memory.dim), jnp.float32)
+
+    def loss(params, bank_MP):
+      return memory.apply(params, x_BTD, bank_MP, rows).delta_BTD.sum()
+
+    found = [jax.grad(loss, argnums=(0, 1))(params, bank_MP.astype(dtype)) for dtype in (jnp.float32, jnp.float64)]
+  jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), *found)
 
 
 @pytest.mark.parametrize('name', MEMORIES)

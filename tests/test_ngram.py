@@ -97,7 +97,7 @@ def test_bucket_is_neighbouring_rows_at_a_hash_and_of_one_row_the_same():
   for b, t, head in np.ndindex(found.shape[:3]):
     first = 4 * rows_by_hand(token[b, t, : (2, 1)[head]].tolist(), head, 1026 // 4)
     assert found[b, t, head].tolist() == [first, first + 1, first + 2, first + 3]
-  one = NgramBucket(**sizes).rows_of(jnp.asarray(token))
+  one = NgramBucket(**sizes, rows_per_head=1).rows_of(jnp.asarray(token))
   np.testing.assert_array_equal(one, ngram_rows(jnp.asarray(token), (2, 1), 1, 1026))
 
 

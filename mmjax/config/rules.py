@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from mmjax.choices import least_rows_of_ranges, nearest_squares
+from mmjax.choices import ONE_ROW, least_rows_of_ranges, nearest_squares
 from mmjax.config.history import removed_remark
 from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import Rule, parameter_table, read_rules
@@ -94,11 +94,14 @@ def _check_decay(train: TrainConfig, table: tuple[Rule, ...]) -> None:
 
 def _check_model(model: ModelConfig) -> None:
   dim, heads, experts = model.dim, model.n_heads, model.n_experts
-  rule = f'model.dim={dim} must be divisible by model.n_heads={heads}'
-  _refuse(dim % heads, f'{rule}; nearest: {_nearest_divisor(dim, heads)} heads')
   kv_heads = model.n_kv_heads
+  if dim % heads:
+    others = [n for n in _divisors(dim) if n % kv_heads == 0 and dim // n % 2 == 0]
+    also = f' or {_nearest(others, heads)} heads' if others else ''
+    fits = max(round(dim / (2 * heads)), 1) * 2 * heads
+    raise UserError(f'model.dim={dim} must be divisible by model.n_heads={heads}; nearest: model.dim={fits}{also}')
   rule = f'model.n_heads={heads} must be divisible by model.n_kv_heads={kv_heads}'
-  _refuse(heads % kv_heads, f'{rule}; nearest: {_nearest_divisor(heads, kv_heads)} kv heads')
+  _refuse(heads % kv_heads, f'{rule}; nearest: {_nearest(_divisors(heads), kv_heads)} kv heads')
   width = f'model.dim={dim} / model.n_heads={heads} = {model.head_dim}'
   _refuse(model.head_dim % 2, f'{width} must be even: RoPE rotates pairs; nearest: model.dim={dim + heads}')
   chosen = f'model.experts_per_token={model.experts_per_token}'
@@ -117,6 +120,11 @@ def _check_rows(config: Config) -> None:
     _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {nearest_squares(bank)}')
     _refuse(width % 2, f'{name}={width} must be even: it is two halves; nearest: {width + 1}')
     _refuse(model.num_selected > C, f'{selected} the {C} sub-keys that model.knowledge_num={bank} gives each half')
+    weighs = memory.score_activation == 'softmax' and any(kind.has_gate and kind.scores_weigh(memory) for kind in kinds)
+    _refuse(
+      weighs and model.num_selected == 1,
+      f"model.num_selected=1 must be at least 2: {ONE_ROW}; or memory.score_activation must be 'relu'",
+    )
   elif bank_readers(config):
     _refuse(model.num_selected > bank, f'{selected} model.knowledge_num={bank}, all rows of the bank')
   if memory.ngram_ranges == 'own' and any(reader.reads_ngrams for reader in bank_readers(config).values()):
@@ -135,9 +143,13 @@ def _check_rows(config: Config) -> None:
     _refuse(OPTIMIZERS[name].matrices, f'{said} needs train.optimizer={others}, not {name!r}, which is for matrices')
 
 
-def _nearest_divisor(number: int, wanted: int) -> int:
+def _divisors(number: int) -> list[int]:
   small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-  return min([*small, *(number // n for n in small)], key=lambda n: abs(n - wanted))
+  return [*small, *(number // n for n in small)]
+
+
+def _nearest(numbers: list[int], wanted: int) -> int:
+  return min(numbers, key=lambda n: abs(n - wanted))
 
 
 def _check_processes(address: str, processes: int, process: int) -> None:

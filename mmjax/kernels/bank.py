@@ -235,8 +235,10 @@ def _bag_bwd(differentiable, residuals, grad_BThP):
     )
     return grad_MP, jnp.moveaxis(grad_weight_rBTh, 0, -1)
 
+  bank_MP, _, weight_BThr = residuals
   grad_MP, grad_weight_BThr = jax.lax.platform_dependent(*residuals, grad_BThP, cpu=one_by_one, default=whole)
-  return grad_MP.astype(residuals[0].dtype) if differentiable else None, None, grad_weight_BThr
+  grad_MP = grad_MP.astype(bank_MP.dtype) if differentiable else None
+  return grad_MP, None, grad_weight_BThr.astype(weight_BThr.dtype)
 
 
 _bag.defvjp(_bag_fwd, _bag_bwd)

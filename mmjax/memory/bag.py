@@ -205,6 +205,7 @@ class NgramBucket(NgramBag):
     key_dim: Q, of a key and of a head's query.
   """
 
+  rows_per_head: int = 8
   key_dim: int = 16
 
   def __post_init__(self):

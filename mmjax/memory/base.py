@@ -151,6 +151,8 @@ class Memory:
     """Raises ValueError for a wrong shape, which would read other rows without a word, or fail far from here."""
     if x_BTD.ndim != 3 or x_BTD.shape[-1] != self.dim:
       raise ValueError(f'the input must have the shape (B, T, dim={self.dim}), not {x_BTD.shape}')
+    if not x_BTD.size:
+      raise ValueError(f'the input of shape {x_BTD.shape} has no position')
     bank_shape = None if bank_MP is None else bank_MP.shape
     if bank_shape != (self.n_rows, self.row_dim):
       raise ValueError(f'the bank must have the shape (n_rows, row_dim)={self.n_rows, self.row_dim}, not {bank_shape}')

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.choices import QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, nearest_squares
+from mmjax.choices import ONE_ROW, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, nearest_squares
 from mmjax.kernels.bank import bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED
@@ -29,17 +29,18 @@ BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/first_experiments.md
 class GatedMemory(Memory):
   """A memory whose gate selects rows by the product of their keys.
 
-  With the defaults and `rows_per_head` of at least 2 a gate learns: the softmax of one score is 1, whatever the score.
-  Those of a config are the record's, whose gate does not.
+  With the defaults a gate learns. Those of a config are the record's, whose gate does not.
 
   Attributes:
     n_rows: M = C * C, a square: there are C sub-keys in each half.
+    rows_per_head: r, from 2 where a softmax makes the weights: that of one score is 1, and the gate would not learn.
     query_dim: of a head's query, which is two sub-keys wide; even. None: row_dim.
     query_key_norm: 'l2': sub-scores are cosines times a learned scale, which starts at sqrt(p). 'none': products.
     selection_bias: whether a bias on sub-scores, which counts in the choice alone, learns to even out their use.
     activation: of the scores of a head's rows, which makes them weights: 'softmax' or 'relu'.
   """
 
+  rows_per_head: int = 8
   query_dim: int | None = None
   query_key_norm: str = 'l2'
   selection_bias: bool = True
@@ -59,6 +60,8 @@ class GatedMemory(Memory):
       value, words = getattr(self, field.name), WORDS.get(field.name)
       if words and value not in words:
         raise ValueError(f'{field.name}={value!r} must be one of {", ".join(words)}')
+    if self.rows_per_head == 1 and self.activation == 'softmax' and self.gate_learns:
+      raise ValueError(f"rows_per_head=1 must be at least 2: {ONE_ROW}; or activation must be 'relu'")
 
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns those of the norm, and of the gate, float32: kernel `query`, (D, k * p), `keys`, (k, C, p), and more."""

@@ -43,7 +43,13 @@ def last_tokens(tokens_BT: Array, n: int, segment_BT: Array | None = None) -> Ar
 
 
 def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
-  """Does what `last_tokens` does, at int32 `position_BT` of rows of which slot s holds the token at position s."""
+  """Does what `last_tokens` does, at int32 positions of rows of which slot s holds the token at position s.
+
+  Args:
+    token_BS: int32; each row is one segment.
+    position_BT: int32 in [0, S): beyond, JAX would read the last slot.
+    n: how many, at least 1.
+  """
   at_BTn = position_BT[..., None] - jnp.arange(n)
   row_B11 = jnp.arange(len(token_BS))[:, None, None]
   return jnp.where(at_BTn >= 0, _signed(token_BS)[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)

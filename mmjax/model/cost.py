@@ -18,6 +18,7 @@ from flax import nnx
 from mmjax.config import Config, MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds, memory_layers
 from mmjax.errors import UserError
+from mmjax.files import named_leaves
 from mmjax.kernels.matmul import TRAINED
 from mmjax.model.lm import BANK, Block, Params, abstract_params, without_bank
 from mmjax.model.sublayers.memory import value_bag
@@ -80,13 +81,25 @@ def bytes_per_token(config: Config) -> dict[str, int]:
   """Counts the bytes of float32 parameters that the forward pass of a single token touches, as decoding does.
 
   Returns:
-    'bank': the rows it reads, each as often as it is read. 'weights': everything else, sub-keys and the embedding (as
-    the head) among it. 'total': their sum.
+    'bank': the rows it reads, each as often as it is read. 'weights': everything else; of value embeddings the token's
+    row, of the keys of buckets those of its rows, and all of the others, sub-keys and the embedding (as the head) among
+    them. 'total': their sum.
   """
   model = config.model
-  reads = len(memory_layers(config)) * config.memory.n_heads * model.num_selected
-  bank, weights = 4 * reads * model.knowledge_dim, 4 * count_params(abstract_params(config))[1]
+  rows = config.memory.n_heads * model.num_selected
+  bank = 4 * len(memory_layers(config)) * rows * model.knowledge_dim
+  leaves = named_leaves(without_bank(abstract_params(config)))
+  weights = 4 * sum(_values_read(name, leaf.shape, rows) for name, leaf in leaves)
   return {'bank': bank, 'weights': weights, 'total': bank + weights}
+
+
+def _values_read(name: str, shape: tuple[int, ...], rows: int) -> int:
+  """Returns how many values of a parameter a token reads, with `rows` of the bank in each layer."""
+  if name.endswith('value_embedding/table'):
+    return shape[1]
+  if name.endswith('gate/keys') and len(shape) == 2:  # of a bucket; sub-keys have three axes
+    return rows * shape[1]
+  return math.prod(shape)
 
 
 def width_field(config: Config) -> str:
