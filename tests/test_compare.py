@@ -194,6 +194,12 @@ def test_runs_are_rows_by_settings_and_not_by_where_they_wrote(tmp_path):
   assert rows['twin']['changed'] == {'changed on the way': ['train.learning_rate 0.1 -> 0.01']}
 
 
+def test_settings_that_do_nothing_in_a_row_are_not_among_its_differences(tmp_path):
+  first = make_run(tmp_path / 'a', (6, 5.5), memory__ffn_dim=8, memory__query_key_norm='l2', train__beta1=0.5)
+  rows = rows_of([first, make_run(tmp_path / 'b', (6, 5.6), **DENSE)], tmp_path / 'out')
+  assert set(rows['b']['changed']) == {'model.sublayer', 'train.beta1'}
+
+
 def test_folder_stands_for_its_runs_in_the_order_of_its_sweep(tmp_path):
   for name in ('g10-s0', 'g2-s0', 'g1-s0'):
     make_run(tmp_path / name, (6, 5.5))

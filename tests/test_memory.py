@@ -239,7 +239,7 @@ from mmjax.memory import *
 bank = init_bank(jax.random.key(0), n_rows=16, row_dim=4)
 x, tokens = jax.numpy.ones((1, 2, 8)), jax.numpy.ones((1, 2), int)
 for kind in (MemoryBag, GatedFusion, CrossAttention, NgramBag, NgramBucket):
-  memory = kind(dim=8, n_rows=16, row_dim=4)
+  memory = kind(dim=8, n_rows=16, row_dim=4, rows_per_head=2)
   rows = memory.rows(tokens) if issubclass(kind, NgramBag) else None
   print(kind.__name__, memory.apply(memory.init(jax.random.key(1)), x, bank, rows).delta_BTD.shape)
 print(sorted({{name.split('.')[1] for name in sys.modules if name.startswith('mmjax.')}}))

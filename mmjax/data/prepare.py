@@ -208,9 +208,11 @@ def _remove_others(directory: Path, index: dict[str, Any] | None) -> None:
 
 
 def _summary(index: dict[str, Any]) -> str:
+  splits = index['splits']
   return '; '.join(
-    f'{name}: {split["tokens"]:,} tokens, {split["documents"]:,} documents, {split["text_bytes"] / 1e6:.1f} MB'
-    for name, split in index['splits'].items()
+    (f'{name}: ' if len(splits) > 1 else '')  # the only one may be for training or held out
+    + f'{split["tokens"]:,} tokens, {split["documents"]:,} documents, {split["text_bytes"] / 1e6:.1f} MB'
+    for name, split in splits.items()
   )
 
 

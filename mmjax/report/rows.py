@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmjax.config import flatten, user_path
+from mmjax.config import flatten, idle_settings, user_path
 from mmjax.errors import UserError
 from mmjax.files import read_json
 from mmjax.model.cost import count_params, flops_per_token
@@ -202,7 +202,7 @@ def summary(first: Row, row: Row) -> dict[str, Any]:
   probes, whole = row.probes, first.probes if comparable else {}
   zeroed = probes.get('loss_zeroed'), whole.get('loss')
   known = None not in zeroed and probes['positions'] == whole['positions']
-  settings = _what_counts(row.runs[0])
+  settings, idle = _what_counts(row.runs[0]), idle_settings(config)
   return {
     'name': row.name,
     'runs': [str(run.path) for run in row.runs],
@@ -222,7 +222,7 @@ def summary(first: Row, row: Row) -> dict[str, Any]:
     'devices': sorted({run.devices for run in row.runs}),
     'difference': difference(first, row) if comparable else None,
     'zeroed_over_first': zeroed[0] - zeroed[1] if known else None,
-    'changed': {name: x for name, x in settings.items() if x != _what_counts(first.runs[0])[name]},
+    'changed': {n: x for n, x in settings.items() if x != _what_counts(first.runs[0])[n] and n not in idle},
     'marks': marks + [_mark(run) for run in row.runs if not run.finished],
   }
 
