@@ -148,7 +148,7 @@ def run_of(config: Config, path: Path) -> dict[str, np.ndarray]:
 
 MIXED = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__ngram_layers': '1', 'memory__ffn_dim': 8}
 MIXED |= {'memory__query_key_norm': 'l2', 'memory__selection_bias': True, 'data__layout': 'padded'}
-SMALL = {**TINY, 'model.num_selected': 1}  # what is left makes it this experiment
+SMALL = {**TINY, 'model.num_selected': 2}  # what is left makes it this experiment
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_confi
   if name == 'mixed':
     config = tiny_config(**MIXED)
   else:
-    settings = SMALL | ({'model.knowledge_num': 1024} if name == 'ngram_rows_1m' else {})  # ranges of their own
+    settings = SMALL | ({'model.knowledge_num': 2048} if name == 'ngram_rows_1m' else {})  # ranges of their own
     config = load_config(f'configs/{name}.py', flags_for(f'configs/{name}.py', settings))
   before, file = run_of(config, tmp_path / 'run'), tmp_path / 'model.safetensors'
   export_run(tmp_path / 'run', file, 'best', None)

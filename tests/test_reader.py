@@ -1,12 +1,14 @@
 """Reading .jsonl and .txt: what is kept, and the sentence for each way a file can be wrong."""
 
 import gzip
+import io
 import json
 import lzma
 import os
 import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -15,6 +17,7 @@ from mmjax.data import blocks
 from mmjax.data.blocks import LONGEST_LINE_BYTES, TEXT_DOCUMENT_BYTES, Block
 from mmjax.data.formats import parse_block
 from mmjax.data.reader import Place, Tally, find_files, read_documents, read_files
+from mmjax.data.xz import open_xz
 from mmjax.errors import UserError
 
 GOOD = b'{"text": "one"}\n'
@@ -226,6 +229,38 @@ def test_file_that_unpacks_to_a_thousand_times_its_size_is_read_in_bounded_memor
     read(path)
   assert tracemalloc.get_traced_memory()[1] < 4 * LONGEST_LINE_BYTES
   tracemalloc.stop()
+
+
+def test_every_stream_of_an_xz_file_is_read_or_refused(tmp_path):
+  path, one, two = tmp_path / 'a.jsonl.xz', lzma.compress(GOOD), lzma.compress(GOOD.replace(b'one', b'two') * 9)
+  for packed in (one + two, one + bytes(8) + two + bytes(4), lzma.compress(b'') + one + two):
+    path.write_bytes(packed)
+    assert read(path) == ['one'] + 9 * ['two']
+  for packed in (one + GOOD, one + bytes(3), one + bytes(3) + two, bytes(4) + one, one + two[:-1], one + two + b'\0x'):
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match="a.jsonl.xz' is damaged or cut short: "):
+      read(path)
+  for byte in range(len(two)):
+    damaged = bytearray(two)
+    damaged[byte] ^= 1
+    path.write_bytes(one + damaged)
+    try:  # the first byte of the packed data counts for nothing
+      assert read(path) == ['one'] + 9 * ['two']
+      assert byte == 29
+    except UserError as error:
+      assert "a.jsonl.xz' is damaged or cut short: " in str(error)
+
+
+def test_xz_is_read_on_from_any_byte_as_whole_blocks(tmp_path):
+  data, path = np.random.default_rng(0).bytes(2**18) * 3, tmp_path / 'a.xz'
+  path.write_bytes(lzma.compress(data[: 2**19]) + lzma.compress(data[2**19 :]))
+  for start in (0, 2**19 - 5, 2**19 + 5):
+    with path.open('rb') as packed, open_xz(packed) as file:
+      file.seek(start)
+      assert file.read(2**17) == data[start : start + 2**17] and file.tell() == start + 2**17
+      assert file.read() == data[start + 2**17 :] and not file.read(1)
+      with pytest.raises(io.UnsupportedOperation):
+        file.seek(0)
 
 
 @pytest.mark.parametrize('name', ['A.JSONL', 'a.Jsonl.Gz', 'a.jsonl.XZ', '.jsonl', 'a.txt.jsonl', 'x.gz.jsonl'])

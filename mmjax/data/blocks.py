@@ -4,7 +4,7 @@ A block is about a megabyte of whole lines with their place in the file; mmjax.d
 two steps are apart so that several processes can do the second.
 
 A .txt file is one document, kept byte for byte; one longer than `TEXT_DOCUMENT_BYTES` becomes several, cut at the last
-paragraph end before that limit (else line end, else space, else character).
+paragraph end before that limit (else line end, else space, else character). One of these that is blank is left out.
 """
 
 from collections.abc import Iterator

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from mmjax.data.blocks import LONGEST_LINE_BYTES, Block, cut_lines, cut_text
+from mmjax.data.xz import open_xz
 
 WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that of UTF-16
   codecs.BOM_UTF32_LE: 'UTF-32',
@@ -205,6 +206,6 @@ FORMATS = {
 PACKINGS = {
   '': Packing(lambda file: file, 1.0),
   '.gz': Packing(lambda file: gzip.GzipFile(fileobj=file), 3.0),
-  '.xz': Packing(lzma.LZMAFile, 3.0),
+  '.xz': Packing(open_xz, 3.0),
 }
 DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)  # what unpacking raises
