@@ -319,6 +319,20 @@ def normalized(kind, text):
 
 
 @pytest.mark.parametrize('kind', KINDS)
+def test_slices_of_words_have_the_tokens_of_the_whole(tmp_path, monkeypatch, kind):
+  tokenizer, text = load_tokenizer(make_tokenizer(tmp_path, kind)), ENGLISH.strip() + f' {ENGLISH.strip()}' * 20
+  [whole] = tokenizer.encode_slices(text)
+  monkeypatch.setattr(tokenizer_module, 'SLICE_CHARS', 60)
+  slices = list(tokenizer.encode_slices(text))
+  assert len(slices) > 20
+  if kind not in ('no_bytes', 'prepended'):  # whose pieces are whole sentences here
+    assert [token for part in slices for token in part.ids] == whole.ids
+  bytes_of_tokens = [(tokenizer.bytes_per_token()[part.ids] + part.more_bytes).sum() for part in (whole, *slices)]
+  assert bytes_of_tokens[0] == sum(bytes_of_tokens[1:]) == len(text.encode())
+  assert all(part.exact for part in slices[1:]) or kind not in ('prepended', 'prefix_space', 'llama')
+
+
+@pytest.mark.parametrize('kind', KINDS)
 def test_tokens_stand_for_the_bytes_of_the_text_before_it_was_changed(tmp_path, kind):
   tokenizer, exact = load_tokenizer(make_tokenizer(tmp_path, kind)), 0
   for text in MIXED:

@@ -74,6 +74,7 @@ class Tokenizer:
     found = [name for name, token in controls.items() if token in encode_slice(name)]
     within = '|'.join(f'(?<={re.escape(name[0])})(?={re.escape(name[1:])})' for name in found)
     self._cut = re.compile(within).split if found else lambda text: [text]
+    self._adds_space = self.decode_bytes(encode_slice('a')) == b' a'
 
   def encode(self, text: str) -> list[int]:
     """Returns the ids of a text, without control tokens.
@@ -94,17 +95,21 @@ class Tokenizer:
     start = 0
     while start < len(text):
       stop = _slice_end(text, start)
-      yield self._encode(text[start:stop])
+      part = text[start:stop]
+      # Within a text, the space that the tokenizer puts in front of a slice is that of the text itself.
+      own = part[:1] == ' ' and part[1:2].strip() and start and self._adds_space
+      yield self._encode(part, part[1:] if own else part)
       start = stop
 
-  def _encode(self, text: str) -> Slice:
-    parts, raw = self._cut(text), text.encode()
+  def _encode(self, text: str, given: str) -> Slice:
+    """Encodes a text by giving the tokenizer all of it, or what follows its first character."""
+    parts, raw = self._cut(given), text.encode()
     ids = [token for part in parts for token in self._encode_slice(part)]
     decoded, more_bytes = self.decode_bytes(ids), np.zeros(len(ids), np.int64)
     if decoded == b' ' + raw:  # by far the most frequent change
       more_bytes[0] = -1
     elif decoded != raw and ids:
-      spans, at = [], 0
+      spans, at = [], len(text) - len(given)
       for part in parts:
         spans += [(at + start, at + stop) for start, stop in self._spans(part)]
         at += len(part)
