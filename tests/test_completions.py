@@ -58,7 +58,7 @@ def test_models_are_the_runs(port):
 HOW = [{'temperature': 0}, {'temperature': 0.75, 'top_p': 0.9}, {'temperature': 1.3}, {}]
 
 
-@pytest.mark.parametrize('how', rarely(HOW, HOW[0], HOW[-1]))
+@pytest.mark.parametrize('how', rarely(HOW, HOW[0]))
 def test_completion_is_what_generate_writes(port, view, how):
   answer = complete(port, **how)
   expected = view.lm.generate(PROMPT, max_new_tokens=20, seed=5, **({'temperature': 1.0, 'top_p': 1.0} | how))

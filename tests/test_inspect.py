@@ -148,6 +148,7 @@ def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
   assert np.abs(change_V).max() > 1e-3
 
 
+@pytest.mark.thorough
 def test_rows_of_the_embedding_that_no_piece_has_are_no_tokens(tiny_run, split):
   config, tokenizer = tiny_config(**BAG, model__vocab_size=304), mmjax.load(tiny_run).tokenizer
   reader = MemoryReader(LanguageModel(config, tokenizer, build_model(config)[1]))

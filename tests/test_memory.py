@@ -145,6 +145,7 @@ def test_empty_input_is_refused(name):
       memory.apply(params, jnp.ones((*shape, memory.dim)), bank_MP)
 
 
+@pytest.mark.thorough
 def test_gradients_of_a_float64_bank_are_those_of_float32():
   memory = NgramBucket(**SIZES)
   with jax.enable_x64(True):

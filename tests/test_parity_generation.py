@@ -92,6 +92,7 @@ def test_greedy_continuations_equal_torch(sublayer, penalty):
   compare_continuations(tiny_config(model__sublayer=sublayer), [1, 5, 9], 20, penalty)
 
 
+@pytest.mark.thorough
 def test_continuation_ends_where_torch_ends():
   """Takes a token that the model does make for the end of text."""
   config = tiny_config()

@@ -95,6 +95,7 @@ def test_heavy_operations_of_every_sublayer_belong_to_a_scope(kind):
   assert len(heavy) > 9 and not [name for name in heavy if innermost_scope(name) is None]
 
 
+@pytest.mark.thorough
 def test_scopes_change_nothing_but_names():
   config = tiny_config(model__n_layers=1)
   optimizer = make_optimizer(config, 10)

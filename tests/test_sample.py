@@ -111,6 +111,7 @@ def test_control_characters_are_escaped_and_text_is_not():
   assert printable('Ἀπόλλων ˈrænd 漢字 🙂👩\u200d🚀\ufffd') == 'Ἀπόλλων ˈrænd 漢字 🙂👩\u200d🚀\ufffd'
 
 
+@pytest.mark.thorough
 def test_notes_come_after_the_text(tiny_run, monkeypatch, capfd):
   monkeypatch.setattr(sys, 'stderr', sys.stdout)  # as on a terminal
   flags = ['--prompt', 'the memory reads', '--max_new_tokens', '30', '--temperature', '0']

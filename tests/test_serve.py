@@ -23,6 +23,7 @@ from mmjax.serve.saving import saved_page
 from mmjax.serve.view import Change, RunView
 from mmjax.tools import serve
 from tests.browser import CHROMIUM, Browser
+from tests.helpers import rarely
 from tests.serving import MODELS, TEXT, make_view
 
 pytest.importorskip('uvicorn', reason="needs the extra 'serve'")
@@ -76,7 +77,7 @@ def test_rows_that_started_from_text_are_shown_with_it(bag, monkeypatch):
   assert bag.read(TEXT)['snippets'] == {row: 'a text'} and bag.row(row, 1)['snippet'] == 'a text'
 
 
-@pytest.mark.parametrize('name', ['bag', 'ngrams'])
+@pytest.mark.parametrize('name', rarely(['bag', 'ngrams'], 'ngrams'))
 def test_who_reads_a_row_is_what_inspect_finds(tiny_run, name):
   view = make_view(tiny_run, name)
   row, layer = most_read(view), view.reader.layers[0]
@@ -144,6 +145,7 @@ def test_bank_of_another_shape_is_refused(bag, dense):
       lm.with_bank(np.zeros((2, 2)))
 
 
+@pytest.mark.thorough
 def test_dense_model_says_that_it_has_no_memory_and_reads_all_the_same(dense):
   described = dense.describe()
   assert (
@@ -235,6 +237,7 @@ def test_failure_inside_is_one_sentence_and_the_server_goes_on(port, bag, monkey
   assert request(port, '/api/map', {'run': 0, 'layer': 1})[0] == 200
 
 
+@pytest.mark.thorough
 def test_client_that_leaves_frees_its_place(port):
   asked = {'run': 0, 'text': TEXT, 'changes': [], 'sampling': {'max_new_tokens': 512, 'temperature': 1.5}}
   for _ in range(web.MOST_STREAMS + 2):
@@ -298,6 +301,7 @@ def test_port_that_is_taken_is_refused(bag):
     web.serve([bag], '127.0.0.1', taken.getsockname()[1])
 
 
+@pytest.mark.thorough
 def test_command_saves_a_page(tiny_run, tmp_path, monkeypatch, capsys):
   flags = ['--workdir', str(tiny_run), '--text', TEXT, '--save', str(tmp_path / 'page.html')]
   monkeypatch.setattr(sys, 'argv', ['serve', *flags])
