@@ -145,6 +145,8 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.data.workers=100000', 'workers=100000 must be at most 4096'),
     ('--config.data.isolate_documents=maybe', 'must be True or False'),
     ('--config.experiment=../up', 'must be a plain folder name'),
+    ('--config.experiment= ', 'must be a plain folder name'),
+    ('--config.experiment=a\nb', 'must be a plain folder name'),
     ('--config.train.max_loss_factor=1', 'max_loss_factor=1.0 must be above 1, or 0'),
     ('--config.runtime.coordinator=node0', "coordinator='node0' must be host:port, such as 'node0:1234', or 'auto'"),
     ('--config.runtime.num_processes=2', 'num_processes=2 needs runtime.coordinator'),

@@ -70,7 +70,19 @@ def edited(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
     (edited('layers.0.feed_forward.w1.weight', torch.ones(4, 4)), 'exactly one sublayer'),
     (edited('../../norm', torch.ones(4)), r'unexpected ../../norm \(4,\)'),
     (edited('module.norm.weight', torch.ones(32)), 'two tensors are called'),
-    ({'weight': torch.ones(3)}, 'the layers hold nothing'),
+    ({'weight': torch.ones(3)}, "no tensor has a name that begins with 'layers.0.'; there are 'weight'"),
+    (
+      {f'model.{name}': value for name, value in make_state().items()},
+      "there are 'model.memory_bank', .* more tensors",
+    ),
+    (
+      edited('tok_embeddings.weight', torch.ones(3)) | {names.TIED: torch.ones(3)},
+      'tok_embeddings.weight is missing, or',
+    ),
+    (
+      edited('layers.0.gated_memory_fusion.up_proj.weight', torch.ones(96, 32)),
+      r'layers.0.gated_memory_fusion.up_proj.weight is \(96, 32\), must be',
+    ),
     ({}, 'no tensors'),
   ],
 )
@@ -78,6 +90,26 @@ def test_a_state_dict_that_does_not_fit_is_refused_by_name(state, message, tmp_p
   with pytest.raises(UserError, match=message):
     take(save(state, tmp_path / 'model.pth'), tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
+
+
+def test_what_shapes_do_not_tell_is_said(tmp_path, capsys):
+  source = save(make_state(), tmp_path / 'model.safetensors')
+  take(source, tmp_path / 'run')
+  said = capsys.readouterr().out
+  assert 'Taken from the config: n_heads 4,' in said and 'Numbers of heads' not in said
+  four = tmp_path / 'four.json'
+  four.write_text(json.dumps(RunDir(tmp_path / 'run').read_config().to_dict()))
+  import_run(source, tmp_path / 'other', str(four), [], None, None)
+  said = capsys.readouterr().out
+  assert 'Numbers of heads that fit, too, and make another model: 2, 8, 16 (--config.model.n_heads)' in said
+  with pytest.raises(UserError, match="no memory.input='residual', .*configs/product_key_bag.py says so: name another"):
+    import_run(source, tmp_path / 'bag', 'configs/product_key_bag.py', ['--config.model.n_heads=4'], None, None)
+
+
+def test_values_that_torch_keeps_negated_are_read(tmp_path):
+  path = tmp_path / 'model.pth'
+  torch.save(make_state() | {'norm.weight': torch._neg_view(torch.ones(32))}, path)
+  assert (read_tensors(path)['norm.weight'] == -1).all()
 
 
 def test_every_misfit_is_listed(tmp_path):

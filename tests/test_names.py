@@ -101,6 +101,7 @@ def test_known_buffers_are_tolerated_in_any_dtype(tmp_path):
   state = make_state()
   buffers = {
     'pos_cis': torch.zeros(8, 4, dtype=torch.complex64),
+    'freqs_cos': torch.zeros(8, 4),
     'layers.0.attention.mask': torch.ones(1, 1, 3, 3).bool(),
   }
   assert_same_bits(read_tensors(save(state | buffers, tmp_path / 'model.pth')), state)

@@ -120,7 +120,7 @@ def test_lazy_bank_follows_the_table():
     ('embedding', "'embedding' must be a pattern and then lr=NUMBER, lr=FIRST..LAST, decay=NUMBER, beta1="),
     ('embedding lr4', "'embedding lr4' must be a pattern and then"),
     ('embedding rate=4', "'embedding rate=4' must be a pattern and then"),
-    ('embedding lr=1 lr=2', 'must be a pattern and then'),
+    ('embedding lr=1 lr=2', "'embedding lr=1 lr=2' says lr twice"),
     ('embedding lr=4x', "'lr=4x' must be a number from 0 to 10000"),
     ('embedding lr=-1', "'lr=-1' must be a number from 0 to 10000"),
     ('embedding lr=nan', "'lr=nan' must be a number from 0 to 10000"),

@@ -95,7 +95,9 @@ def _read_rule(words: list[str]) -> Rule:
   values = {}
   for word in said:
     what, _, value = word.partition('=')
-    if what not in SAYS or what in values:
+    if what in values:
+      raise UserError(f'train.parameters: {quote(" ".join(words))} says {what} twice')
+    if what not in SAYS:
       raise UserError(f'train.parameters: {quote(" ".join(words))} must be {FORM}{nearest(what, SAYS)}')
     values[what] = tuple(_read_number(word, part, SAYS[what]) for part in value.split('..', 1 if what == 'lr' else 0))
   if not values:

@@ -31,7 +31,7 @@ def check_fields(config: Config) -> None:
   _refuse(0 < spike <= 1, f'train.max_loss_factor={spike} must be above 1, or 0 to skip no spikes')
   read_rules(config.train.parameters)
   name = config.experiment
-  strange = not name or set(name) & set('/\\\0') or name.startswith('.')
+  strange = not name.strip() or not name.isprintable() or set(name) & set('/\\') or name.startswith('.')
   _refuse(strange, f'experiment={quote(name)} must be a plain folder name')
 
 

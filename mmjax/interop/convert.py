@@ -37,7 +37,7 @@ from mmjax.interop.names import (
   to_params,
   to_tensors,
 )
-from mmjax.interop.sizes import read_kv_heads, read_sizes, untold_sizes
+from mmjax.interop.sizes import fitting_heads, read_kv_heads, read_sizes, untold_sizes
 from mmjax.model.cost import count_params
 from mmjax.model.lm import Params
 from mmjax.run.checkpoint import Checkpoints
@@ -234,6 +234,8 @@ def _config_of_shapes(
   shapes: Mapping[str, tuple[int, ...]], source: str, config_file: str, overrides: Sequence[str]
 ) -> Config:
   sizes = read_sizes(shapes, source)
+  if 'dim' not in sizes:
+    raise UserError(f'{source}: tok_embeddings.weight is missing, or is no matrix')
   for override in overrides:  # before the others, which mean nothing in another model
     name, _, kind = override.partition('=')
     if name == '--config.model.sublayer' and kind != sizes['sublayer']:
@@ -247,13 +249,19 @@ def _config_of_shapes(
     sizes['hidden_dim'] = 0  # what the config calls the usual width
   config = load_config(config_file, [*_as_overrides(sizes, 'model.'), *overrides])
   if foreign := not_in_pytorch(config):
-    raise UserError(f'the PyTorch code has no {foreign}, and {source} has its names; leave it out')
+    given = any(override.startswith(f'--config.{foreign.partition("=")[0]}=') for override in overrides)
+    mend = 'leave it out' if given else f'{config_file} says so: name another config'
+    raise UserError(f'the PyTorch code has no {foreign}, and {source} has its names; {mend}')
   for name, value in sizes.items():
     given = getattr(config.model, name)
     if given != value and not (name == 'hidden_dim' and config.model.dense_hidden_dim == hidden_dim):
       raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
   print('Read from the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
   print(f'Taken from the config: {untold_sizes(config.model)}')
+  others = [n for n in fitting_heads(shapes, config.model.dim) if n != config.model.n_heads]
+  if others and not any(override.startswith('--config.model.n_heads=') for override in overrides):
+    numbers = ', '.join(map(str, others))
+    print(f'Numbers of heads that fit, too, and make another model: {numbers} (--config.model.n_heads)')
   return config
 
 

@@ -50,7 +50,7 @@ MEMORY = {  # its only one
 }  # fmt: skip
 TIED = 'output.weight'  # the PyTorch code's second name of tok_embeddings.weight
 
-_BUFFER = re.compile(r'pos_cis|layers\.\d+\.attention\.mask')
+_BUFFER = re.compile(r'pos_cis|freqs_(cis|cos|sin)|layers\.\d+\.attention\.mask')
 
 
 def not_in_pytorch(config: Config) -> str:
@@ -129,7 +129,7 @@ def short_name(name: str) -> str:
 
 
 def is_buffer(name: str) -> bool:
-  """Tells whether a tensor is one that the PyTorch code may have saved but computes anew: pos_cis or a mask."""
+  """Tells whether a tensor is one that the PyTorch code may have saved but computes anew: rotations or a mask."""
   return bool(_BUFFER.fullmatch(short_name(name)))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 from mmjax.config import ModelConfig
 from mmjax.errors import UserError
+from mmjax.files import first_three
 from mmjax.interop.names import SUBLAYER
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -20,6 +21,7 @@ TOLD = (  # field, the matrix that tells it, if it is there, and on which axis; 
   ('knowledge_num', 'memory_bank', 0),
   ('knowledge_dim', 'memory_bank', 1),
 )
+KEYS = 'layers.0.attention.wk.weight'
 UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of ModelConfig that no shape depends on
 UNTOLD_BY = {'cross_attention': ('num_selected',), 'moe': ('experts_per_token',)}  # more of them, by sublayer
 
@@ -53,7 +55,9 @@ def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
     sizes['n_experts'] = len(expert_ids)
   fusion = shapes.get('layers.0.gated_memory_fusion.up_proj.weight', ())
   if len(fusion) == 2 and 'dim' in sizes and sizes.get('knowledge_dim'):
-    sizes['num_selected'] = (fusion[1] - sizes['dim']) // sizes['knowledge_dim']
+    selected, rest = divmod(fusion[1] - sizes['dim'], sizes['knowledge_dim'])
+    if selected > 0 and not rest:
+      sizes['num_selected'] = selected
   return sizes
 
 
@@ -63,22 +67,28 @@ def read_kv_heads(shapes: Shapes, dim: int, n_heads: int, source: str) -> int:
   Raises:
     UserError: if the key projection is no whole number of such heads.
   """
-  shape = shapes.get('layers.0.attention.wk.weight', ())
+  shape = shapes.get(KEYS, ())
   if not shape:
     return n_heads  # reported as missing later
-
-  def kv_heads(n: int) -> int:
-    """How many n query heads go with; 0 for none."""
-    found, rest = divmod(shape[0], dim // n)
-    return found if found and not (rest or n % found) else 0
-
-  if not kv_heads(n_heads):
-    fitting = [n for n in range(1, dim + 1) if dim % n == 0 and (dim // n) % 2 == 0 and kv_heads(n)]
+  if not (found := _kv_heads(shape, dim, n_heads)):
     raise UserError(
       f'model.n_heads={n_heads} makes heads {dim // n_heads} wide, which does not fit {source}: '
-      f'layers.0.attention.wk.weight is {shape}; numbers of heads that fit: {fitting or "none"}'
+      f'{KEYS} is {shape}; numbers of heads that fit: {fitting_heads(shapes, dim) or "none"}'
     )
-  return kv_heads(n_heads)
+  return found
+
+
+def fitting_heads(shapes: Shapes, dim: int) -> list[int]:
+  """Returns the numbers of query heads that the key projection allows, in a model that is `dim` wide."""
+  shape = shapes.get(KEYS, ())
+  widths = [n for n in range(1, dim + 1) if dim % n == 0 and (dim // n) % 2 == 0]
+  return [n for n in widths if shape and _kv_heads(shape, dim, n)]
+
+
+def _kv_heads(shape: tuple[int, ...], dim: int, n_heads: int) -> int:
+  """Returns how many key heads of a projection's shape go with so many query heads; 0 for none."""
+  found, rest = divmod(shape[0], dim // n_heads)
+  return found if found and not (rest or n_heads % found) else 0
 
 
 def _ids(pattern: str, shapes: Shapes) -> set[str]:
@@ -89,13 +99,16 @@ def _ids(pattern: str, shapes: Shapes) -> set[str]:
 def _sublayer(shapes: Shapes, source: str) -> str:
   """Names the sublayer of which tensors that no other has are in the file."""
   inside, found = _ids(r'layers\.\d+\.(.+)', shapes), []
+  if not inside:
+    names = first_three([repr(name[:80]) for name in shapes], 'tensors')
+    raise UserError(f"{source}: no tensor has a name that begins with 'layers.0.'; there are {names}")
   for kind, table in SUBLAYER.items():
     shared = set().union(*(other for k, other in SUBLAYER.items() if k != kind))
     found += [kind] if inside & (table.keys() - shared) else []
   if len(found) != 1:
     parts = sorted({name.split('.')[0] for name in inside})
     raise UserError(
-      f'{source}: the layers hold {", ".join(parts) or "nothing"}; '
+      f'{source}: the layers hold {", ".join(parts)}; '
       f'expected the tensors of exactly one sublayer of {", ".join(SUBLAYER)}, found {" and ".join(found) or "none"}'
     )
   return found[0]

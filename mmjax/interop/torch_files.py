@@ -93,7 +93,7 @@ def _to_numpy(torch: Any, name: str, value: Any, path: Path) -> np.ndarray:
   # An expanded tensor of a few bytes may claim any shape.
   if value.numel() * value.element_size() > value.untyped_storage().nbytes():
     raise UserError(f'{where} claims the shape {tuple(value.shape)}, which is more than the file holds')
-  value = value.detach().contiguous()
+  value = value.detach().resolve_neg().contiguous()
   if dtype == 'bfloat16':  # numpy has no such type of its own
     return value.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
   return value.numpy().copy()  # leaves the memory map
