@@ -245,7 +245,7 @@ def test_every_stream_of_an_xz_file_is_read_or_refused(tmp_path):
     damaged = bytearray(two)
     damaged[byte] ^= 1
     path.write_bytes(one + damaged)
-    try:  # the first byte of the packed data counts for nothing
+    try:  # byte 29 says how much of the letter before counts for the next, and here one bit less does as well
       assert read(path) == ['one'] + 9 * ['two']
       assert byte == 29
     except UserError as error:

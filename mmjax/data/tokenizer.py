@@ -97,7 +97,7 @@ class Tokenizer:
       stop = _slice_end(text, start)
       part = text[start:stop]
       # Within a text, the space that the tokenizer puts in front of a slice is that of the text itself.
-      own = part[:1] == ' ' and part[1:2].strip() and start and self._adds_space
+      own = start > 0 and self._adds_space and part[0] == ' ' and part[1:2].strip() != ''
       yield self._encode(part, part[1:] if own else part)
       start = stop
 

@@ -236,12 +236,12 @@ def _config_of_shapes(
   sizes = read_sizes(shapes, source)
   if 'dim' not in sizes:
     raise UserError(f'{source}: tok_embeddings.weight is missing, or is no matrix')
-  for override in overrides:  # before the others, which mean nothing in another model
-    name, _, kind = override.partition('=')
-    if name == '--config.model.sublayer' and kind != sizes['sublayer']:
-      raise UserError(
-        f'model.sublayer={kind!r} contradicts {source}, whose tensors say {sizes["sublayer"]!r}; leave it out'
-      )
+  overridden = dict(override.removeprefix('--config.').partition('=')[::2] for override in overrides)
+  kind = overridden.get('model.sublayer', sizes['sublayer'])
+  if kind != sizes['sublayer']:  # before the others, which mean nothing in another model
+    raise UserError(
+      f'model.sublayer={kind!r} contradicts {source}, whose tensors say {sizes["sublayer"]!r}; leave it out'
+    )
   first = load_config(config_file, [*_as_overrides(sizes, 'model.'), *overrides, '--config.model.n_kv_heads=1']).model
   sizes['n_kv_heads'] = read_kv_heads(shapes, first.dim, first.n_heads, source)
   hidden_dim = sizes.get('hidden_dim')
@@ -249,7 +249,7 @@ def _config_of_shapes(
     sizes['hidden_dim'] = 0  # what the config calls the usual width
   config = load_config(config_file, [*_as_overrides(sizes, 'model.'), *overrides])
   if foreign := not_in_pytorch(config):
-    given = any(override.startswith(f'--config.{foreign.partition("=")[0]}=') for override in overrides)
+    given = foreign.partition('=')[0] in overridden
     mend = 'leave it out' if given else f'{config_file} says so: name another config'
     raise UserError(f'the PyTorch code has no {foreign}, and {source} has its names; {mend}')
   for name, value in sizes.items():
@@ -259,7 +259,7 @@ def _config_of_shapes(
   print('Read from the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
   print(f'Taken from the config: {untold_sizes(config.model)}')
   others = [n for n in fitting_heads(shapes, config.model.dim) if n != config.model.n_heads]
-  if others and not any(override.startswith('--config.model.n_heads=') for override in overrides):
+  if others and 'model.n_heads' not in overridden:
     numbers = ', '.join(map(str, others))
     print(f'Numbers of heads that fit, too, and make another model: {numbers} (--config.model.n_heads)')
   return config

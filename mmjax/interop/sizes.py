@@ -81,8 +81,8 @@ def read_kv_heads(shapes: Shapes, dim: int, n_heads: int, source: str) -> int:
 def fitting_heads(shapes: Shapes, dim: int) -> list[int]:
   """Returns the numbers of query heads that the key projection allows, in a model that is `dim` wide."""
   shape = shapes.get(KEYS, ())
-  widths = [n for n in range(1, dim + 1) if dim % n == 0 and (dim // n) % 2 == 0]
-  return [n for n in widths if shape and _kv_heads(shape, dim, n)]
+  counts = [n for n in range(1, dim + 1) if dim % n == 0 and (dim // n) % 2 == 0]
+  return [n for n in counts if shape and _kv_heads(shape, dim, n)]
 
 
 def _kv_heads(shape: tuple[int, ...], dim: int, n_heads: int) -> int:
