@@ -19,6 +19,8 @@ from mmjax.evaluation.probes import bank_health
 from mmjax.model.cost import flops_per_token
 from mmjax.run.log import MetricsLog, peak_memory, read_metrics
 from mmjax.run.nvidia import device_peak_flops
+from mmjax.run.sharding import make_mesh
+from mmjax.training.window import MEANS, Window
 from tests.helpers import build_model, tiny_config
 
 
@@ -229,6 +231,18 @@ def test_flops_of_the_record_are_those_of_the_facts():
   assert flops['gate'] == 2 * (gate + 8 * 512 * 64)
   assert flops['attention'] == 3 * 8 * 4 * 512 * 513 / 2
   assert flops['total'] == pytest.approx(0.16e9, rel=0.05)
+
+
+def test_mfu_counts_every_position_and_the_speed_only_tokens(monkeypatch):
+  config = tiny_config(data__layout='padded')
+  monkeypatch.setattr('mmjax.training.window.device_peak_flops', lambda *_: 1e12)
+  window = Window()
+  for tokens in (10, 20):  # of 2 x 4 rows of 16
+    window.add(dict.fromkeys((*MEANS, 'learning_rate'), 1.0) | {'applied': True, 'tokens': tokens})
+  line = window.report(config, make_mesh(config, jax.devices()[:1]))
+  assert line['tokens_per_second'] * line['seconds'] == pytest.approx(30)
+  flops = 2 * 8 * 16 * flops_per_token(config)['total']
+  assert line['mfu'] * line['seconds'] == pytest.approx(flops / 1e12)
 
 
 @pytest.mark.parametrize(

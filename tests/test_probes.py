@@ -194,7 +194,12 @@ def test_norms_of_applied_steps_are_averaged_into_a_record():
     {'layer': 3, 'used_share': 1 / 3, 'gate_grad_norm': 3.0, 'key_grad_norm': 1.5},
   ]
   assert np.isnan(add_norms(record, [step(False, 3.0)])['probes']['row_update_ratio'])
+
+
+def test_models_without_a_bank_keep_the_loss_on_the_probed_positions():
   assert add_norms({'bank': []}, [{'applied': True}]) == {'bank': [], 'probes': {}}
+  evaluated = {'bank': [], 'probes': {'positions': 10, 'loss': 3.0}}
+  assert add_norms(evaluated, [{'applied': True}]) == evaluated
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mmjax.data import blocks
 from mmjax.data.blocks import LONGEST_LINE_BYTES, TEXT_DOCUMENT_BYTES, Block
 from mmjax.data.formats import parse_block
-from mmjax.data.reader import Place, Tally, find_files, read_documents, read_files
+from mmjax.data.reader import Place, Tally, find_files, read_documents, read_files, split_names
 from mmjax.data.xz import open_xz
 from mmjax.errors import UserError
 from tests.helpers import rarely
@@ -294,6 +294,15 @@ def test_name_that_is_given_decides_and_not_what_it_leads_to(tmp_path):
     find_files(f'{tmp_path}/gone.jsonl')
   with pytest.raises(UserError, match="circle.jsonl' cannot be read: Too many levels"):
     find_files(f'{tmp_path}/circle.jsonl')
+
+
+def test_names_are_cut_apart_as_they_are_read_and_none_may_be_named_twice(tmp_path):
+  for name in ('a.txt', 'b,c.txt'):
+    write(tmp_path, GOOD, name)
+  names = [f'{tmp_path}/b,c.txt', f'{tmp_path}/a.txt']
+  assert split_names(','.join(names)) == names and split_names('') == []
+  with pytest.raises(UserError, match=r'/a.txt. is named twice in '):
+    split_names(f'{tmp_path}/a.txt,{tmp_path}/*.txt')
 
 
 def test_brackets_and_commas_that_are_in_names_are_meant_as_they_are(tmp_path):

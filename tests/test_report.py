@@ -11,6 +11,7 @@ import pytest
 from mmjax.config import load_config
 from mmjax.console import Table, markdown
 from mmjax.errors import UserError
+from mmjax.files import write_json
 from mmjax.model.cost import count_params
 from mmjax.report import sections
 from mmjax.report.found import FoundRun
@@ -127,6 +128,14 @@ def test_run_that_reported_nothing_has_a_report(tmp_path):
   text = write_report(make_run(tmp_path / 'run', [])).read_text()
   assert 'Nothing was reported yet' in text
   assert not (tmp_path / 'run' / 'plots').exists()
+
+
+@pytest.mark.parametrize(('layout', 'passes'), [('packed', '3.20'), ('padded', '1.60')])
+def test_passes_are_over_rows_of_which_padding_is_a_part(tmp_path, layout, passes):
+  run = make_run(tmp_path / 'run', [train_line(4)], data__layout=layout)  # 4 updates of 2 x 4 rows of 16 tokens
+  split = {'documents': 20, 'tokens': 160, 'text_bytes': 300, 'shards': []}
+  write_json(run / 'data.json', {'splits': {'train': split}, 'inputs': {}})
+  assert cells(write_report(run).read_text())['passes over the training rows'] == passes
 
 
 def test_dense_run_has_no_bank(tmp_path):

@@ -44,12 +44,13 @@ def _digest(tokens: np.ndarray, start: int, stop: int) -> bytes:
   return hashlib.blake2b(tokens[start:stop].tobytes(), digest_size=16).digest()
 
 
-def overlap_remark(split: Mapping[str, Any], shared: Mapping[str, int] | None) -> str:
+def overlap_remark(split: Mapping[str, Any], shared: Mapping[str, int] | None, layout: str) -> str:
   """Says how much of a split is training text too; '' for none, and where an old index does not tell."""
   if not shared or not shared['documents']:
     return ''
+  share = f' ({shared["tokens"]:,} of {split["tokens"]:,} tokens, {shared["tokens"] / split["tokens"]:.1%})'
   return (
-    f'{shared["documents"]:,} of {split["documents"]:,} validation documents ({shared["tokens"]:,} of '
-    f'{split["tokens"]:,} tokens, {shared["tokens"] / split["tokens"]:.1%}) are training documents too: the loss on '
+    f'{shared["documents"]:,} of {split["documents"]:,} validation documents'
+    f'{"" if layout == "padded" else share} are training documents too: the loss on '  # a padded row cuts its document
     'them says what the model remembers, not what it has learned'
   )

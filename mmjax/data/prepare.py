@@ -181,7 +181,8 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
       raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
   if 'train' not in index['splits']:
     files = first_three([str(file) for file in plan.files['train']], 'files')
-    raise UserError(f'no training document is left of {files}: every line is empty, bad or held out')
+    held_out = ', bad or held out' if plan.settings['valid_fraction'] else ' or bad'
+    raise UserError(f'no document is left of {files}: every line is empty{held_out}')
   fraction, documents = plan.settings['valid_fraction'], index['splits']['train']['documents']
   if 'valid' in index['splits'] or not (plan.files['valid'] or fraction):
     return

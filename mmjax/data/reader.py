@@ -33,16 +33,38 @@ def find_files(patterns: str) -> list[Path]:
     UserError: if a path does not exist, is a directory or has another ending, or a pattern matches nothing.
   """
   files: dict[str, Path] = {}
-  parts = patterns.split(',')
-  while parts:
-    found, used = _first_named(parts)
-    parts = parts[used:]
+  for _, found in _each_named(patterns):
     for file in found:
       _check_file(file)
       files.setdefault(os.path.realpath(file), file)
   if not files:
     raise UserError(f'no file is named in {patterns!r}')
   return list(files.values())
+
+
+def split_names(patterns: str) -> list[str]:
+  """Cuts comma-separated paths and globs apart, as `find_files` reads them.
+
+  Raises:
+    UserError: if two of them name the same file, or a pattern matches nothing.
+  """
+  names, seen = [], set()
+  for name, found in _each_named(patterns):
+    if twice := [str(file) for file in found if os.path.realpath(file) in seen]:
+      raise UserError(f'{twice[0]!r} is named twice in {patterns!r}')
+    seen |= {os.path.realpath(file) for file in found}
+    names.append(name)
+  return names
+
+
+def _each_named(patterns: str) -> Iterator[tuple[str, list[Path]]]:
+  """Yields each path or glob of a comma-separated list, and the files that it names."""
+  parts = patterns.split(',')
+  while parts:
+    found, used = _first_named(parts)
+    if found:
+      yield ','.join(parts[:used]), found
+    parts = parts[used:]
 
 
 def _first_named(parts: Sequence[str]) -> tuple[list[Path], int]:

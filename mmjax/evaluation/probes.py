@@ -169,7 +169,7 @@ def add_norms(record: dict[str, Any], steps: Sequence[Mapping[str, Any]]) -> dic
     steps: what `make_train_step` reports, at least one; NaN is reported where none was applied.
   """
   if 'row_update_ratio' not in steps[0]:
-    return record | {'probes': {}}
+    return {'probes': {}} | record
   steps = jax.device_get(
     [{name: step[name] for name in ('applied', 'row_update_ratio', 'gate_norms')} for step in steps]
   )

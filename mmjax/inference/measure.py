@@ -123,7 +123,7 @@ def _text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:
     shared = shared_documents(split.directory, entry, training, read_index(training))
   elif not files and 'also_in_train' in entry:
     shared = entry['also_in_train']
-  return list(filter(None, [cut_remark({'validation': split}), overlap_remark(entry, shared)]))
+  return list(filter(None, [cut_remark({'validation': split}), overlap_remark(entry, shared, split.layout)]))
 
 
 def _with_training_norms(numbers: dict[str, Any], run: RunDir, step: int) -> dict[str, Any]:

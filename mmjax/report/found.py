@@ -84,6 +84,7 @@ class FoundRun:
   def origin(self) -> dict[str, Any]:
     """What must be equal for its losses to be compared with those of others."""
     found = {name: self.history['identity'][name] for name in ('data_sha256', 'tokenizer_sha256')}
+    found['data.layout'] = self.config.data.layout
     evals = self.of_kind('eval')  # of which not the bytes count: earlier versions counted some otherwise
     return found | {'validation_tokens': evals[0]['tokens'] if evals else None}
 

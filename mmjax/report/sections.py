@@ -9,6 +9,7 @@ from typing import Any
 
 from mmjax.config import Config, default_settings, flatten, overrides_of, own_config
 from mmjax.console import Table, facts, format_seconds, number, printable
+from mmjax.data.loader import count_rows
 from mmjax.report.found import FoundRun, where
 from mmjax.report.numbers import HELD_OUT, QUALITY, cost_table, costs, memory_tables, names, written
 
@@ -26,8 +27,9 @@ def result(run: FoundRun) -> Blocks:
   rows = [('optimizer updates', number(train[-1]['step']) + (f' of {planned:,}' if planned else ''))]
   rows.append(('training tokens seen', number(tokens)))
   if run.index is not None:
-    passes = number(tokens / run.index['splits']['train']['tokens'], ',.2f')
-    rows.append(('passes over the training text', passes if planned else f'{passes} of {config.epochs}'))
+    in_a_pass = count_rows(run.index['splits']['train'], run.config.model.max_seq_len, run.config.data.layout)
+    passes = number(train[-1]['step'] * config.update_rows / in_a_pass, ',.2f')
+    rows.append(('passes over the training rows', passes if planned else f'{passes} of {config.epochs}'))
   losses = [r['loss'] for r in train[-LAST_LINES:] if r['loss'] is not None]
   if losses:
     rows.append((f'training loss, mean of the last {len(losses)} reports', number(statistics.fmean(losses))))

@@ -44,13 +44,14 @@ def main() -> None:
   check_output('--markdown', arguments.markdown)
 
   with interrupt_ends_at_once():
-    from mmjax.files import write_file, write_json  # only now: --help and bad flags need not wait for JAX
+    from mmjax.data.reader import split_names  # only now: --help and bad flags need not wait for JAX
+    from mmjax.files import write_file, write_json
     from mmjax.inference.breakdown import break_down
     from mmjax.report.rows import find_runs
 
   prepare_terminal()
   runs = [run.path for run in find_runs(arguments.runs)]
-  files = [name for name in arguments.valid_files.split(',') if name]
+  files = split_names(arguments.valid_files)
   found = []
   for run in break_down(runs, ngrams=sizes, valid_files=files, overrides=overrides, **model_from_flags(arguments)):
     found.append(run)

@@ -30,7 +30,7 @@ def main() -> None:
   config = load_config(config_file, overrides)
   directory = prepare(config.data, config.model.vocab_size)
   valid = read_index(directory)['splits'].get('valid', {})
-  if remark := overlap_remark(valid, valid.get('also_in_train')):
+  if remark := overlap_remark(valid, valid.get('also_in_train'), config.data.layout):
     print(remark, file=sys.stderr)
   print(directory)
 

@@ -121,7 +121,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
   valid = index['splits']['valid']
   remarks = [
     cut_remark({'training': train_split, 'validation': valid_split}),
-    overlap_remark(valid, valid.get('also_in_train')),
+    overlap_remark(valid, valid.get('also_in_train'), config.data.layout),
   ]
   return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
 

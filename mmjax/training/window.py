@@ -60,7 +60,8 @@ class Window:
     line = {name: float(np.mean([step[name] for step in applied])) if applied else math.nan for name in MEANS}
     tokens = int(sum(step['tokens'] for step in steps))
     peak_flops = device_peak_flops(jax.devices()[0].device_kind, config.train.dtype)
-    flops_per_second = tokens / seconds * flops_per_token(config)['total']
+    positions = len(steps) * config.train.update_rows * config.model.max_seq_len  # padding is computed, too
+    flops_per_second = positions / seconds * flops_per_token(config)['total']
     peak_bytes, peak_of = peak_memory()
     usage_LM = () if self.usage_LM is None else np.asarray(self.usage_LM)
     bank = zip(memory_layers(config) if len(usage_LM) else (), usage_LM, strict=True)
