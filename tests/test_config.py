@@ -212,6 +212,7 @@ def test_installed_without_its_configs_says_so(tmp_path, monkeypatch):
     python_files.own_config('base.py')
 
 
+BASE = 'from configs import base\ndef get_config():\n  c = base.get_config()\n'
 MINE = """from configs import base, {other}
 
 def get_config():
@@ -353,11 +354,61 @@ def test_every_command_of_the_documents_is_accepted():
   assert checked > 12
 
 
-def test_broken_config_file_is_explained(tmp_path):
+@pytest.mark.parametrize(
+  ('body', 'said'),
+  [
+    ('def get_config(:', 'failed: SyntaxError'),
+    ('import sys\nsys.exit(3)', 'failed in line 2: SystemExit: 3'),
+    ('get_config = 5', 'get_config must be a function, not int'),
+    (f'{BASE}  c.model.n_layers = True', r'broken.py.: model.n_layers=True must be of type int'),
+    (f'{BASE}  c.model.extra = 1', r"broken.py.: no setting 'model.extra'"),
+    (f'{BASE}  c.model.dim = "a"', 'failed in line 4: TypeError'),
+    (f'{BASE}  c[5] = 1', 'failed: TypeError'),
+    (
+      f'import ml_collections\n{BASE}  c.model.dim = ml_collections.config_dict.required_placeholder(int)',
+      'failed: Req',
+    ),
+  ],
+)
+def test_broken_config_file_is_explained(tmp_path, body, said):
   file = tmp_path / 'broken.py'
-  file.write_text('def get_config(:\n')
-  with pytest.raises(UserError, match='SyntaxError'):
+  file.write_text(f'{body}\n  return c\n' if body.startswith((BASE, 'import ml')) else body)
+  with pytest.raises(UserError, match=f"config file '.*{said}"):
     load_config(str(file))
+
+
+@pytest.mark.parametrize(('path', 'said'), [('', 'a path is empty'), ('.', "no config file '.'")])
+def test_path_that_names_no_config_file_is_refused(path, said):
+  with pytest.raises(UserError, match=said):
+    load_config(path)
+
+
+def test_config_file_is_read_as_it_is_now(tmp_path, monkeypatch):
+  """Python's cache of compiled files knows a file by its size and the second of its last change."""
+  monkeypatch.setattr(sys, 'dont_write_bytecode', False)
+  for dim in (128, 160, 192, 224):
+    (tmp_path / 'near.py').write_text(f'DIM = {dim}')
+    (tmp_path / 'mine.py').write_text(f'from near import DIM\n{BASE}  c.model.dim = DIM + {dim}\n  return c')
+    assert load_config(str(tmp_path / 'mine.py')).model.dim == 2 * dim
+  assert not list(tmp_path.rglob('*.pyc'))
+
+
+def test_config_file_imports_what_lies_beside_it_and_leaves_nothing(tmp_path):
+  for folder, dim in (('a', 256), ('b', 128)):
+    (tmp_path / folder / 'configs').mkdir(parents=True)
+    (tmp_path / folder / 'shared.py').write_text(f'import statistics\nDIM = {dim}')
+    (tmp_path / folder / 'configs' / 'x.py').write_text(f'import shared\n{BASE}  c.model.dim = shared.DIM\n  return c')
+  assert [load_config(f'{tmp_path}/{folder}/configs/x.py').model.dim for folder in 'abab'] == [256, 128, 256, 128]
+  assert 'shared' not in sys.modules and 'statistics' in sys.modules
+
+
+def test_config_file_may_hold_dataclasses_and_numbers_of_numpy(tmp_path):
+  sizes = '@dataclasses.dataclass\nclass Sizes:\n  dim: int = 128\n'
+  head = f'from __future__ import annotations\nimport dataclasses\nimport numpy as np\n{sizes}'
+  rate = '  c.train.learning_rate = np.float64(1e-3)'
+  (tmp_path / 'x.py').write_text(f'{head}{BASE}  c.model.dim = Sizes().dim\n{rate}\n  return c')
+  config = load_config(str(tmp_path / 'x.py'))
+  assert config.model.dim == 128 and type(config.train.learning_rate) is float
 
 
 def test_unknown_and_missing_fields_of_a_saved_config_are_refused():

@@ -4,12 +4,14 @@ import contextlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator, Mapping
-from importlib.machinery import ModuleSpec
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
-from mmjax.config.paths import expand_home
+from mmjax.config.paths import user_path
 from mmjax.config.wording import nearest
 from mmjax.errors import UserError
 
@@ -49,22 +51,25 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   Raises:
     UserError: if there is no such file, it or the function fails, or the function has no such argument.
   """
-  path = expand_home(path)
+  path = str(user_path(path))
   places = [Path(path), *(folder.parent / path for folder in own_configs())]
   file = next((place for place in places if place.is_file()), None)
   if file is None:
-    known = {str(Path(path).with_name(near.name)) for place in places for near in place.parent.glob('*.py')}
+    known = {str(Path(path).parent / near.name) for place in places for near in place.parent.glob('*.py')}
     raise UserError(f'no {what} {path!r}{nearest(path, sorted(known))}')
-  spec = importlib.util.spec_from_file_location(f'settings_{file.stem}', file)
-  if spec is None or spec.loader is None:
+  if file.suffix != '.py':
     raise UserError(f'{what} {path!r} must be a Python file (.py)')
-  module = importlib.util.module_from_spec(spec)
+  loader = _LoaderOfToday(f'settings_{file.stem}', str(file))
+  module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(loader.name, file, loader=loader))
   try:
     with _importing_from(file.resolve().parent):
-      spec.loader.exec_module(module)
+      sys.modules[loader.name] = module  # where dataclasses look for it
+      loader.exec_module(module)
       called = getattr(module, function, None)
       if called is None:
         raise UserError(f'it has no {function}(){nearest(function, vars(module))}')
+      if not callable(called):
+        raise UserError(f'{function} must be a function, not {type(called).__name__}')
       known = inspect.signature(called).parameters
       for name in arguments:
         if name not in known:
@@ -72,16 +77,25 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
       return called(**arguments)
   except UserError as error:
     raise UserError(f'{what} {path!r}: {error}') from error
-  except Exception as error:  # noqa: BLE001 - a user's file may raise anything
-    raise UserError(f'{what} {path!r} failed: {type(error).__name__}: {error}') from error
+  except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's file may raise anything
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == loader.path]
+    where = f' in line {lines[-1]}' if lines else ''
+    raise UserError(f'{what} {path!r} failed{where}: {type(error).__name__}: {error}') from error
+
+
+class _LoaderOfToday(SourceFileLoader):
+  """Compiles what stands in a file now: Python's cache knows a file by its size and the second of its last change."""
+
+  def get_code(self, fullname: str) -> CodeType:
+    return self.source_to_code(self.get_data(self.path), self.path)
 
 
 @contextlib.contextmanager
 def _importing_from(folder: Path) -> Iterator[None]:
-  """Lets a file in a folder say `from configs import base`, and import what lies beside that folder.
+  """Lets a file in a folder say `from configs import base`, and import what lies beside it and beside that folder.
 
   `configs` is for it what lies in its own folder of that name, then what mmjax has, whatever was imported as `configs`
-  before; and nothing of it stays imported for the next file.
+  before; and nothing that it imported from these folders stays imported for the next file.
   """
   spec = ModuleSpec(PACKAGE, None, is_package=True)
   nearby = (folder,) if folder.name == PACKAGE else (folder / PACKAGE, folder.parent / PACKAGE)
@@ -90,14 +104,28 @@ def _importing_from(folder: Path) -> Iterator[None]:
   for name in others:
     del sys.modules[name]
   sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-  sys.path.insert(0, str(folder.parent))
+  places, before, caches = [str(folder), str(folder.parent)], set(sys.modules), sys.dont_write_bytecode
+  sys.path[:0] = places
+  sys.dont_write_bytecode = True  # a file that is written again within a second would be read from its cache
+  importlib.invalidate_caches()
   try:
     yield
   finally:
-    sys.path.remove(str(folder.parent))
+    sys.dont_write_bytecode = caches
+    for place in places:
+      sys.path.remove(place)
+    for name in sys.modules.keys() - before:
+      if _lies_in(places, name.partition('.')[0]):
+        del sys.modules[name]
     for name in _imported_configs():
       del sys.modules[name]
     sys.modules.update(others)
+
+
+def _lies_in(places: Sequence[str], name: str) -> bool:
+  """Whether a module that was imported by this name is a user's own, in one of these folders."""
+  own = name != __name__.partition('.')[0]
+  return own and any(Path(place, name).is_dir() or Path(place, f'{name}.py').is_file() for place in places)
 
 
 def _imported_configs() -> dict[str, Any]:

@@ -114,12 +114,23 @@ def _idle_by_itself(of_file: Mapping[str, Any], used: Collection[str]) -> Collec
 def _read_config_file(path: str) -> dict[str, Any]:
   """Returns its settings by name."""
   if path.endswith('.json'):
-    return flatten(config_from_dict(_read_json(user_path(path))).to_dict())
+    settings = _read_json(user_path(path))
+    try:
+      return flatten(config_from_dict(settings).to_dict())
+    except UserError as error:
+      raise UserError(f'config file {path!r}: {error}') from None
   settings = call_python_file(path, 'config file', 'get_config', {})
   if not isinstance(settings, ConfigDict):
     kind = type(settings).__name__
     raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict, not {kind}')
-  return flatten(settings.to_dict())
+  try:
+    flat = flatten(settings.to_dict())
+    _build(flat)
+    return flat
+  except UserError as error:
+    raise UserError(f'config file {path!r}: {error}') from None
+  except Exception as error:  # noqa: BLE001 - a placeholder without a value, a name that is no text
+    raise UserError(f'config file {path!r} failed: {type(error).__name__}: {error}') from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -175,7 +186,7 @@ def _build(flat: Mapping[str, Any]) -> Config:
   values: dict[str, dict[str, Any]] = {}
   for name, value in flat.items():
     kind = type(_setting(name).default)
-    if kind is float and type(value) is int:
+    if kind is float and (type(value) is int or isinstance(value, float)):  # a NumPy float64 is one
       value = _convert(name, value, float)
     if type(value) is not kind:
       raise UserError(f'{name}={quote(value)} must be of type {kind.__name__}')

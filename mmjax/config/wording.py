@@ -35,6 +35,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def nearest_file(path: Path) -> str:
   """Returns what `nearest` does for a file that is not there, by stems in its folder; or that there is no folder."""
+  if path.is_dir():
+    return ', but a folder of that name'
   if not path.parent.is_dir():
     return f"; there is no folder '{path.parent}'"
   try:
