@@ -97,6 +97,9 @@ def test_what_shapes_do_not_tell_is_said(tmp_path, capsys):
   take(source, tmp_path / 'run')
   said = capsys.readouterr().out
   assert 'Taken from the config: n_heads 4,' in said and 'Numbers of heads' not in said
+  assert 'layout packed, isolate_documents False' in said
+  with pytest.raises(UserError, match='model.n_heads=32 does not fit .* model.dim is 32 .* that fit: 2, 4, 8, 16'):
+    import_run(source, tmp_path / 'usual', 'configs/base.py', [], None, None)
   four = tmp_path / 'four.json'
   four.write_text(json.dumps(RunDir(tmp_path / 'run').read_config().to_dict()))
   import_run(source, tmp_path / 'other', str(four), [], None, None)
@@ -143,7 +146,7 @@ def test_other_dtypes_are_cast_only_when_asked(tmp_path, capsys):
     ('--config.model.sublayer=dense', "model.sublayer='dense' contradicts"),
     ('--config.model.n_layers=3', 'model.n_layers=3 contradicts'),
     ('--config.model.n_kv_heads=4', 'model.n_kv_heads=4 contradicts'),
-    ('--config.model.n_heads=3', 'must be divisible'),
+    ('--config.model.n_heads=3', 'n_heads=3 does not fit .* fit: 2, 4, 8, 16'),
     ('--config.model.n_headz=4', "did you mean 'model.n_heads'"),
   ],
 )

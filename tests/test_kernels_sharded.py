@@ -101,6 +101,9 @@ def main():
 
     inputs = [normal(4, 3, 6), normal(16, 4), integers(50, 4, 3), *params]
     check(type(memory).__name__, apply, inputs, [batch, rows, batch, *[whole] * len(params)])
+    placed = [inputs[0], jax.device_put(inputs[1], rows), *inputs[2:]]  # the bank alone lies on the mesh
+    for got, want in zip(jax.jit(apply)(*placed), jax.jit(apply)(*inputs), strict=True):
+      np.testing.assert_allclose(got, want, atol=1e-6)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ A model that the PyTorch code has goes under its names, any other under mmjax's 
 wrote tells all settings of its model; what a state dict of the PyTorch code cannot tell comes from a config.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
@@ -37,7 +38,7 @@ from mmjax.interop.names import (
   to_params,
   to_tensors,
 )
-from mmjax.interop.sizes import fitting_heads, read_kv_heads, read_sizes, untold_sizes
+from mmjax.interop.sizes import READING, fitting_heads, read_kv_heads, read_sizes, untold_settings
 from mmjax.model.cost import count_params
 from mmjax.model.lm import Params
 from mmjax.run.checkpoint import Checkpoints
@@ -50,7 +51,6 @@ from mmjax.training.step import init_state
 
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 HEADER = 'mmjax'  # key in the header of a .safetensors: a JSON object
-READING = ('data.layout', 'data.isolate_documents')  # how the model learned to read, which no tensor tells
 NO_TRAINING = {'tokens': 0, 'seconds': 0.0}  # the training loop's counters
 
 
@@ -145,7 +145,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   if foreign:
     print(f"Written under mmjax's names, because the PyTorch code has no {foreign}")
   if target.suffix.lower() in TORCH_SUFFIXES:
-    print(f'The tensors do not say: {untold_sizes(config.model)}')
+    print(f'The tensors do not say: {untold_settings(config)}')
   else:
     print('The header holds all settings of the model, so import needs no --config')
 
@@ -242,6 +242,12 @@ def _config_of_shapes(
     raise UserError(
       f'model.sublayer={kind!r} contradicts {source}, whose tensors say {sizes["sublayer"]!r}; leave it out'
     )
+  heads = overridden.get('model.n_heads')
+  if heads is None:
+    with contextlib.suppress(UserError):  # of a file that is no config without overrides
+      heads = str(load_config(config_file).model.n_heads)
+  if heads and heads.isdecimal():  # before a rule refuses them for the width, which the file says
+    read_kv_heads(shapes, sizes['dim'], int(heads), source)
   first = load_config(config_file, [*_as_overrides(sizes, 'model.'), *overrides, '--config.model.n_kv_heads=1']).model
   sizes['n_kv_heads'] = read_kv_heads(shapes, first.dim, first.n_heads, source)
   hidden_dim = sizes.get('hidden_dim')
@@ -257,7 +263,7 @@ def _config_of_shapes(
     if given != value and not (name == 'hidden_dim' and config.model.dense_hidden_dim == hidden_dim):
       raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
   print('Read from the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
-  print(f'Taken from the config: {untold_sizes(config.model)}')
+  print(f'Taken from the config: {untold_settings(config)}')
   others = [n for n in fitting_heads(shapes, config.model.dim) if n != config.model.n_heads]
   if others and 'model.n_heads' not in overridden:
     numbers = ', '.join(map(str, others))

@@ -6,7 +6,7 @@ Those, above all the number of heads, come from a config.
 import re
 from collections.abc import Mapping
 
-from mmjax.config import ModelConfig
+from mmjax.config import Config, flatten
 from mmjax.errors import UserError
 from mmjax.files import first_three
 from mmjax.interop.names import SUBLAYER
@@ -22,14 +22,16 @@ TOLD = (  # field, the matrix that tells it, if it is there, and on which axis; 
   ('knowledge_dim', 'memory_bank', 1),
 )
 KEYS = 'layers.0.attention.wk.weight'
+READING = ('data.layout', 'data.isolate_documents')  # how the model learned to read, which no tensor tells
 UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of ModelConfig that no shape depends on
 UNTOLD_BY = {'cross_attention': ('num_selected',), 'moe': ('experts_per_token',)}  # more of them, by sublayer
 
 
-def untold_sizes(model: ModelConfig) -> str:
-  """Lists the fields that a state dict of this model cannot tell, with their values."""
-  fields = UNTOLD + UNTOLD_BY.get(model.sublayer, ())
-  return ', '.join(f'{field} {getattr(model, field)}' for field in fields)
+def untold_settings(config: Config) -> str:
+  """Lists the settings that a state dict of this model cannot tell, with their values."""
+  fields = UNTOLD + UNTOLD_BY.get(config.model.sublayer, ())
+  told = flatten(config.to_dict())
+  return ', '.join(f'{name.rpartition(".")[2]} {told[name]}' for name in (*(f'model.{f}' for f in fields), *READING))
 
 
 def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
@@ -70,12 +72,12 @@ def read_kv_heads(shapes: Shapes, dim: int, n_heads: int, source: str) -> int:
   shape = shapes.get(KEYS, ())
   if not shape:
     return n_heads  # reported as missing later
-  if not (found := _kv_heads(shape, dim, n_heads)):
+  if n_heads not in (fitting := fitting_heads(shapes, dim)):
     raise UserError(
-      f'model.n_heads={n_heads} makes heads {dim // n_heads} wide, which does not fit {source}: '
-      f'{KEYS} is {shape}; numbers of heads that fit: {fitting_heads(shapes, dim) or "none"}'
+      f'model.n_heads={n_heads} does not fit {source}, where model.dim is {dim} and {KEYS} {shape}; '
+      f'numbers of heads that fit: {", ".join(map(str, fitting)) or "none"}'
     )
-  return found
+  return _kv_heads(shape, dim, n_heads)
 
 
 def fitting_heads(shapes: Shapes, dim: int) -> list[int]:

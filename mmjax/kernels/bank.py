@@ -56,7 +56,9 @@ class BankShard:
 
 
 class TappedBank(NamedTuple):
-  """A bank that gets no gradient: instead the 'gradient' with respect to `tap` is the `Reads` of the one layer.
+  """A bank that gets no gradient: instead the 'gradient' with respect to `tap` is the `Reads` of one layer.
+
+  Each layer that reads the bank needs a tap of its own: JAX would add up the reads of two, which are of other rows.
 
   Attributes:
     bank_MP: float32.

@@ -198,10 +198,12 @@ class Memory:
 
 def _on_any_mesh(run: Callable[..., SublayerOutput], x_BTD: Array, *others: Any) -> SublayerOutput:
   """Runs a memory. Explicit axes of a mesh are left to the compiler too, and the output lies as the input does."""
-  sharding = jax.typeof(x_BTD).sharding
-  if sharding.mesh.explicit_axes:  # as `jax.make_mesh` makes them
-    like_x, whole = (sharding.update(spec=spec) for spec in (sharding.spec[:2], ()))
-    run = jax.sharding.auto_axes(run, out_sharding=SublayerOutput(sharding, like_x, like_x, whole))
+  shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves((x_BTD, others))]
+  on_mesh = [sharding for sharding in shardings if sharding.mesh.explicit_axes]  # as `jax.make_mesh` makes them
+  if on_mesh:
+    spec = shardings[0].spec if shardings[0].mesh.explicit_axes else ()
+    like_x, like_rows, whole = (on_mesh[0].update(spec=axes) for axes in (spec, spec[:2], ()))
+    run = jax.sharding.auto_axes(run, out_sharding=SublayerOutput(like_x, like_rows, like_rows, whole))
   return run(x_BTD, *others)
 
 
