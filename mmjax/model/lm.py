@@ -147,9 +147,8 @@ class LM(nnx.Module):
     angle_BTa = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
     last_BTn = last_tokens(tokens_BT, self.n_last, segment_BT) if self.n_last else None
     bank_MP = None if self.memory_bank is None else self.memory_bank[...]
-    keys = [None] * (len(self.layers) + 1)
-    if dropout_key is not None:
-      keys = list(jax.random.split(dropout_key, len(keys)))
+    parts = len(self.layers) + 1
+    keys = [None] * parts if dropout_key is None else list(jax.random.split(dropout_key, parts))
     with jax.named_scope('embedding'):
       x_BTD = dropout(self.embedding[...][tokens_BT], self.dropout, keys[-1])
 

@@ -105,11 +105,12 @@ class Trainer:
       if self.checkpoints.ever_saved:
         state, counters = self.learner.restore_state(self.checkpoints)
         self.tokens, self.seconds = counters['tokens'], counters['seconds']
-        say(f'Resuming {self.run.path} at step {int(state["step"])} of {self.inputs.total_steps}')
       else:
         state = self.learner.new_state(source.params, source.reads)
     start = int(state['step'])
     record_run(self.run, config, self.inputs, start, source.read_from)
+    if self.checkpoints.ever_saved:
+      say(f'Resuming {self.run.path} at step {start} of {self.inputs.total_steps}')
     if read_from := source.read_from:  # saved at once, so that the other run is not read again
       self.checkpoints.save(START_STEP, state, {'tokens': 0, 'seconds': 0.0})
       say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({read_from["checkpoint"]})')
