@@ -247,6 +247,8 @@ def test_header_binds_what_it_says_and_no_more(tmp_path):
     ({**metadata, 'settings': metadata['settings'] | {'model': {'n_layers': 3}}}, 'tensors do not fit the model'),
     ({'settings': 3}, 'is damaged'),
     ([], 'is damaged'),
+    ({'settings': {}, 'step': 'abc'}, 'is damaged: .*step=.abc. must be a whole number'),
+    ({'settings': {}, 'step': -5}, 'is damaged: .*step=-5'),
   ):
     save_file(tensors, file, {'mmjax': json.dumps(changed)})
     with pytest.raises(UserError, match=match):

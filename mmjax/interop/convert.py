@@ -103,6 +103,8 @@ def read_header(source: Path) -> dict[str, Any]:
     header = json.loads(metadata[HEADER])
     settings = {section: dict(values) for section, values in header['settings'].items()}
     settings = as_of_today(settings, to_train=False)
+    if type(header.get('step', 0)) is not int or header.get('step', 0) < 0:
+      raise ValueError(f'step={header["step"]!r} must be a whole number')
   except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{source}: its header {HEADER!r} is damaged: {error!r}') from None
   unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in READING]
