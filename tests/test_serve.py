@@ -140,9 +140,11 @@ def test_bank_that_is_switched_off_is_one_of_zeros(bag):
 
 
 def test_bank_of_another_shape_is_refused(bag, dense):
-  for lm in (bag.lm, dense.lm):
-    with pytest.raises(UserError, match='does not fit'):
-      lm.with_bank(np.zeros((2, 2)))
+  with pytest.raises(UserError, match=r'a bank of shape \(2, 2\) does not fit: the model has one of '):
+    bag.lm.with_bank(np.zeros((2, 2)))
+  for values in (np.zeros((2, 2)), np.zeros(0)):
+    with pytest.raises(UserError, match="model.sublayer='dense' has no bank"):
+      dense.lm.with_bank(values)
 
 
 @pytest.mark.thorough

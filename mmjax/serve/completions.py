@@ -237,7 +237,10 @@ class Completions:
     logprobs = None if asked['logprobs'] is None else whole_number(asked['logprobs'], 'logprobs', 0, MOST_LOGPROBS)
     seeded = asked['seed'] is not None
     seed = asked['seed'] if seeded else secrets.randbelow(2**31)
-    sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)
+    try:
+      sampling = Sampling(max(1, max_tokens), asked['temperature'], asked['top_p'], seed=seed)
+    except UserError as error:  # 'temperature=-1 must be ...'
+      raise Refusal(str(error), field=str(error).partition('=')[0]) from None
     stream, echo, options = asked['stream'], asked['echo'], asked['stream_options'] or {}
     if options not in ({}, {'include_usage': True}, {'include_usage': False}) or (options and not stream):
       said = f"stream_options={options!r:.60} must be {{'include_usage': true or false}}, with stream=true only"

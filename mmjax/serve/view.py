@@ -253,7 +253,7 @@ class RunView:
 
   def _needed_reader(self) -> MemoryReader:
     if self.reader is None:
-      raise UserError(f'{self.name} has no memory: {self.remarks[0]}')
+      raise UserError(f'{self.name}: {self.remarks[0]}')
     return self.reader
 
   def _ids(self, text: str) -> tuple[list[int], bool]:
