@@ -139,6 +139,11 @@ def test_bank_that_is_switched_off_is_one_of_zeros(bag):
     web._changes([{'row': None, 'other': 1}], 'changes')
 
 
+def test_page_starts_from_the_defaults_of_sampling():
+  fields = re.findall(r'name="(\w+)" type="number".* value="([\d.]+)"', web.static('page.html'))
+  assert len(fields) == 4 and all(getattr(Sampling(), name) == float(value) for name, value in fields)
+
+
 def test_bank_of_another_shape_is_refused(bag, dense):
   with pytest.raises(UserError, match=r'a bank of shape \(2, 2\) does not fit: the model has one of '):
     bag.lm.with_bank(np.zeros((2, 2)))

@@ -204,6 +204,14 @@ def test_mistakes_are_refused_before_anything_starts(sweep, tmp_path, flags, sai
   assert not (tmp_path / 'out').exists()
 
 
+def test_overrides_concern_the_runs_that_are_kept():
+  zeros = ['--config.memory.bank_std=0']
+  with pytest.raises(UserError, match="run 'g0-3M': .*memory.bank_std=0.0 does nothing"):
+    read_sweep('sweeps/lasting.py', overrides=zeros)
+  [kept] = read_sweep('sweeps/lasting.py', overrides=zeros, only='g52-3M-s0')
+  assert kept.name == 'g52-3M-s0' and kept.config.memory.bank_std == 0
+
+
 def test_two_runs_of_one_name_are_refused(tmp_path):
   (tmp_path / 'sweep.py').write_text(SWEEP.replace("('a', 1)", "('a', 0)"))
   with pytest.raises(UserError, match="two runs are called 'a-s0'"):

@@ -45,8 +45,8 @@ class EvalResult:
     accuracy: share of tokens that were the most likely one.
     tokens: tokens predicted.
     text_bytes: UTF-8 bytes of the documents that they stand for, before a tokenizer changes anything.
-    bank: for each layer with a memory its number, `bank_health`, kl_weighted, head_overlap, row_agreement and
-      row_agreement_chance (see mmjax.evaluation.probes); empty for a model without a bank.
+    bank: for each of `memory_layers` its number, or 'values', `bank_health`, kl_weighted, head_overlap, row_agreement
+      and row_agreement_chance (see mmjax.evaluation.probes); empty for a model without a bank.
     probes: positions probed and the loss on them; with a bank also loss_zeroed and loss_shuffled.
   """
 
@@ -145,7 +145,7 @@ def _total(sums: Sequence[dict[str, np.ndarray]], name: str) -> np.float64 | np.
   return sum(np.float64(s[name]) for s in sums)
 
 
-def _bank(layers: Sequence[int], reads: dict[str, Array], sums: list, probed: list) -> list[dict[str, Any]]:
+def _bank(layers: Sequence[int | str], reads: dict[str, Array], sums: list, probed: list) -> list[dict[str, Any]]:
   """Returns what EvalResult.bank holds."""
   overlap_L = [None] * len(layers)
   if 'overlap_L' in sums[0]:

@@ -1,7 +1,7 @@
 """Whether a memory works: what the model loses without its bank, what its rows stand for, and whether it learns.
 
-Three kinds of numbers, beside those of `bank_health`. Models without a memory have but the loss on the probed
-positions, to hold against that of others with their bank zeroed, and pay nothing.
+Three kinds of numbers, beside those of `bank_health`. Models without a memory have only the loss on the
+probed positions, which compares with that of others with their bank zeroed, and pay nothing.
 
 Of every evaluation, over all positions that are not padding, for each layer with a memory:
   kl_weighted      KL(usage || uniform) in nats as `kl_to_uniform`, but a read counts with the absolute weight that its
@@ -58,7 +58,7 @@ class ProbePlan:
 
   batches: int
   seed: int
-  layers: tuple[int, ...]
+  layers: tuple[int | str, ...]
 
 
 def plan_probe(config: Config, split: TokenSplit) -> ProbePlan:

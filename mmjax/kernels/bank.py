@@ -158,7 +158,7 @@ _narrow_lookup.defvjp(
 def bank_bag(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BThr: Array, weight_BThr: Array) -> Array:
   """Sums rows of the bank, weighted: an embedding bag for each head.
 
-  The rows are read again in the backward pass instead of kept: r times the memory of the sums.
+  The rows are read again in the backward pass. To keep them would take r times the memory of the sums.
 
   Args:
     bank_MP: float; may be sharded by rows under jit; may be a part of a bank; may be tapped; may be packed.
@@ -206,7 +206,7 @@ def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, differentiable: bo
     return jnp.sum(bank_MP[row_BThr] * weight_BThr[..., None], axis=-2)
 
   def one_by_one(bank_MP, row_BThr, weight_BThr):
-    # A CPU fuses these sums, and would build (B, T, h, r, P) for the other.
+    # A CPU fuses these sums; the form above would build (B, T, h, r, P) there.
     return sum(bank_MP[row_BThr[..., i]] * weight_BThr[..., i, None] for i in range(row_BThr.shape[-1]))
 
   return jax.lax.platform_dependent(bank_MP, row_BThr, weight_BThr, cpu=one_by_one, default=whole)

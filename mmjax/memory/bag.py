@@ -62,12 +62,12 @@ class _Bag(Memory):
     return recomputed_on_gpu(project)(y_BTX, up_BTX)
 
   def sums(self, selection: Selection, bank_MP: Bank) -> Array:
-    """Returns the weighted sum of each head's rows, float32 y_BThP."""
+    """Returns the weighted sum of each head's rows, float32 sum_BThP."""
     weight_BThr = self.weights(selection)
     if selection.kept_BTh is not None:
       weight_BThr *= selection.kept_BTh[..., None]
-    y_BThP = bank_bag(bank_MP, selection.row_BThr, weight_BThr)
-    return y_BThP if selection.sign_BTh is None else with_signs(y_BThP, selection.sign_BTh)
+    sum_BThP = bank_bag(bank_MP, selection.row_BThr, weight_BThr)
+    return sum_BThP if selection.sign_BTh is None else with_signs(sum_BThP, selection.sign_BTh)
 
   def weights(self, selection: Selection) -> Array:
     """Returns how much each row counts in the sum of its head, float32 weight_BThr."""
@@ -123,31 +123,31 @@ class NgramBag(_Bag):
     """
     return self.rows_of(last_tokens(tokens_BT, max(self.ngrams), segment_BT))
 
-  def rows_of(self, token_BTn: Array) -> Array:
+  def rows_of(self, last_BTn: Array) -> Array:
     """Does what `rows` does, from the last tokens at each position, int32: see `cached_last_tokens`."""
     addresses, size = self.rows_per_head // self.bucket_size, self.bucket_size
-    bucket = ngram_rows(token_BTn, self.ngram_of_heads(), addresses, self.n_rows // size, self.vocab_size)
+    bucket = ngram_rows(last_BTn, self.ngram_of_heads(), addresses, self.n_rows // size, self.vocab_size)
     return bucket * size + jnp.arange(size, dtype=jnp.int32)
 
-  def signs_of(self, token_BTn: Array) -> Array | None:
+  def signs_of(self, last_BTn: Array) -> Array | None:
     """Returns which signs the n-grams of `rows_of` have, int32 sign_BTh; None where they have none."""
-    return ngram_signs(token_BTn, self.ngram_of_heads()) if self.signs else None
+    return ngram_signs(last_BTn, self.ngram_of_heads()) if self.signs else None
 
   def addresses(self, last_BTn: Array) -> tuple[Array, Array | None]:
     """Returns what `rows_of` and `signs_of` do, int32."""
     return self.rows_of(last_BTn), self.signs_of(last_BTn)
 
   @jax.named_scope('bag')
-  def sums_of(self, token_BTn: Array, bank_MP: Bank) -> tuple[Selection, Array]:
-    """Returns the rows that the last tokens address, and the mean of each head's, float32 y_BThP.
+  def sums_of(self, last_BTn: Array, bank_MP: Bank) -> tuple[Selection, Array]:
+    """Returns the rows that the last tokens address, and the mean of each head's, float32 sum_BThP.
 
     This is all of a bag that needs no input, and what attention may add to its values.
 
     Args:
-      token_BTn: int32, from `last_tokens` or `cached_last_tokens`.
+      last_BTn: int32, from `last_tokens` or `cached_last_tokens`.
       bank_MP: as in `apply`.
     """
-    row_BThr, sign_BTh = self.addresses(token_BTn)
+    row_BThr, sign_BTh = self.addresses(last_BTn)
     selection = Selection(row_BThr, jnp.zeros(row_BThr.shape, jnp.float32), sign_BTh=sign_BTh)
     return selection, self.sums(selection, bank_MP)
 

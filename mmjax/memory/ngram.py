@@ -62,12 +62,12 @@ def _signed(token: Array) -> Array:
 
 @jax.named_scope('ngram')
 def ngram_rows(
-  token_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int, vocab_size: int | None = None
+  last_BTn: Array, ngrams: Sequence[int], rows_per_head: int, n_rows: int, vocab_size: int | None = None
 ) -> Array:
   """Hashes n-grams to rows, each head and each row of a head in its own way.
 
   Args:
-    token_BTn: int32, from `last_tokens`.
+    last_BTn: int32, from `last_tokens`.
     ngrams: for each head, how many of these tokens it looks at.
     rows_per_head: r.
     n_rows: M.
@@ -80,17 +80,17 @@ def ngram_rows(
     ValueError: if a token's id is not in [0, V), unless it is traced: then its row is that of another token.
   """
   r = rows_per_head
-  code_BThr = _codes(token_BTn, ngrams, jnp.arange(len(ngrams) * r, dtype=jnp.uint32).reshape(-1, r))
+  code_BThr = _codes(last_BTn, ngrams, jnp.arange(len(ngrams) * r, dtype=jnp.uint32).reshape(-1, r))
   if vocab_size is None:
     return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
-  if not isinstance(token_BTn, jax.core.Tracer):
-    last_BT = np.asarray(token_BTn)[..., 0]  # in NumPy, because within a trace JAX would put this into it
+  if not isinstance(last_BTn, jax.core.Tracer):
+    last_BT = np.asarray(last_BTn)[..., 0]  # in NumPy, because within a trace JAX would put this into it
     for token in (last_BT.min(initial=0), last_BT.max(initial=0)):
       if not 0 <= token < vocab_size:
         raise ValueError(f'token id {token} must be from 0 to {vocab_size - 1}, below vocab_size')
   first_hr, size_hr = (np.reshape(x, (-1, r)) for x in own_ranges(tuple(ngrams), r, n_rows, vocab_size))
   alone_h1 = np.array(ngrams)[:, None] == 1
-  code_BThr = jnp.where(alone_h1, token_BTn[..., 0, None, None].astype(jnp.uint32), code_BThr)
+  code_BThr = jnp.where(alone_h1, last_BTn[..., 0, None, None].astype(jnp.uint32), code_BThr)
   return first_hr + (code_BThr % size_hr.astype(np.uint32)).astype(jnp.int32)
 
 
@@ -120,14 +120,14 @@ def own_ranges(
 
 
 @jax.named_scope('ngram')
-def ngram_signs(token_BTn: Array, ngrams: Sequence[int]) -> Array:
+def ngram_signs(last_BTn: Array, ngrams: Sequence[int]) -> Array:
   """Hashes n-grams to the numbers of vectors of signs, in other ways than to rows: int32 (B, T, h), below SIGN_VECTORS.
 
   Args:
-    token_BTn: int32, from `last_tokens`.
+    last_BTn: int32, from `last_tokens`.
     ngrams: for each head, how many of these tokens it looks at.
   """
-  code_BTh1 = _codes(token_BTn, ngrams, FIRST_OF_SIGNS + jnp.arange(len(ngrams), dtype=jnp.uint32)[:, None])
+  code_BTh1 = _codes(last_BTn, ngrams, FIRST_OF_SIGNS + jnp.arange(len(ngrams), dtype=jnp.uint32)[:, None])
   return (code_BTh1[..., 0] % SIGN_VECTORS).astype(jnp.int32)
 
 
@@ -157,17 +157,17 @@ def sign_vectors(row_dim: int) -> Array:
   return 1 - 2 * (_mix(number_XP + 1) >> 31).astype(jnp.float32)
 
 
-def _codes(token_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:
+def _codes(last_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:
   """Returns 32 bits for each n-gram, uint32 (B, T, h, r), by the hash of each number."""
   # JAX would read the last of too few tokens again, and cut fractions off.
-  if token_BTn.shape[-1] < max(ngrams) or not jnp.issubdtype(token_BTn.dtype, jnp.integer):
+  if last_BTn.shape[-1] < max(ngrams) or not jnp.issubdtype(last_BTn.dtype, jnp.integer):
     raise ValueError(
-      f'last tokens of shape {token_BTn.shape} and dtype {token_BTn.dtype} must be whole numbers, at least '
+      f'last tokens of shape {last_BTn.shape} and dtype {last_BTn.dtype} must be whole numbers, at least '
       f'{max(ngrams)} at each position: see last_tokens'
     )
   code_BThr = number_hr
   for back in range(max(ngrams)):
-    mixed_BThr = _mix(code_BThr ^ _mix(token_BTn[..., back, None, None].astype(jnp.uint32)))
+    mixed_BThr = _mix(code_BThr ^ _mix(last_BTn[..., back, None, None].astype(jnp.uint32)))
     looks_at_h1 = jnp.array([back < n for n in ngrams])[:, None]
     code_BThr = jnp.where(looks_at_h1, mixed_BThr, code_BThr)
   return code_BThr

@@ -60,13 +60,13 @@ def decode(model: LM, tokens_BT: Array, cache: Cache, position_B: Array, *, dtyp
   bank_MP = None if model.memory_bank is None else model.memory_bank[...]
   token_BS = cache.token_BS.at[jnp.arange(len(tokens_BT))[:, None], position_BT].set(tokens_BT)
   last_BTn = cached_last_tokens(token_BS, position_BT, model.n_last) if model.n_last else None
-  rows_BThP = model.value_bag.sums_of(last_BTn, bank_MP)[1] if model.value_bag else None
+  sum_BThP = model.value_bag.sums_of(last_BTn, bank_MP)[1] if model.value_bag else None
   x_BTD = model.embedding[...][tokens_BT]
   layers = []
   for layer, kv in zip(model.layers, cache.layers, strict=True):
 
     def attend(layer: Attention, x_BTD: Array, norm: RMSNorm, kv: LayerCache = kv) -> tuple[Array, LayerCache]:
-      return layer.decode(x_BTD, norm, angle_BTa, tokens_BT, kv, position_BT, dtype, rows_BThP)
+      return layer.decode(x_BTD, norm, angle_BTa, tokens_BT, kv, position_BT, dtype, sum_BThP)
 
     x_BTD, _, kv = layer(x_BTD, bank_MP, last_BTn, None, attend=attend, dtype=dtype)
     layers.append(kv)

@@ -149,7 +149,7 @@ class Attention(nnx.Module):
     self.value_rows = None if row_width is None else ValueRows(row_width=row_width, **sizes, rngs=rngs)
 
   def flops(self, length: int) -> dict[str, int]:
-    """Returns the FLOPs of a training step for a token of a row of so many, on average, by part."""
+    """Returns the FLOPs of a training step for a token by part, averaged over a row of `length` tokens."""
     projections = (self.wq, self.wk, self.wv, self.wo)
     own = {
       'attention_projections': sum(linear.flops() for linear in projections),
@@ -164,20 +164,20 @@ class Attention(nnx.Module):
     x_BTD: Array,
     norm: RMSNorm,
     angle_BTa: Array,
-    token_BT: Array,
+    tokens_BT: Array,
     segment_BT: Array | None,
     dtype: DTypeLike,
     backend: str,
-    rows_BThP: Array | None = None,
+    sum_BThP: Array | None = None,
   ) -> tuple[Array, LayerCache]:
     """Attends over whole rows; `segment_BT` and `backend` as in `kernels.attention.causal_attention`.
 
-    `rows_BThP`, float32, are what the heads of a memory read for each token; None where no values get them.
+    `sum_BThP`, float32, is what each head of a memory read for a token; None where no values get it.
 
     Returns:
       (B, T, D) in `dtype`, and the keys (rotated) and values, (B, T, K, H), for a cache.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, token_BT, dtype, rows_BThP)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, tokens_BT, dtype, sum_BThP)
     out_BTNH = causal_attention(q_BTNH, k_BTKH, v_BTKH, segment_BT, backend=backend)
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BTKH, 'v': v_BTKH}
 
@@ -186,18 +186,18 @@ class Attention(nnx.Module):
     x_BTD: Array,
     norm: RMSNorm,
     angle_BTa: Array,
-    token_BT: Array,
+    tokens_BT: Array,
     cache: LayerCache,
     position_BT: Array,
     dtype: DTypeLike,
-    rows_BThP: Array | None = None,
+    sum_BThP: Array | None = None,
   ) -> tuple[Array, LayerCache]:
     """Attends from new tokens, at `position_BT`, to themselves and to what the cache holds before them.
 
     Returns:
       (B, T, D) in `dtype`, and the cache, (B, S, K, H) with position s in slot s, with the new keys and values in it.
     """
-    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, token_BT, dtype, rows_BThP)
+    q_BTNH, k_BTKH, v_BTKH = self._project(x_BTD, norm, angle_BTa, tokens_BT, dtype, sum_BThP)
     row_B1 = jnp.arange(x_BTD.shape[0])[:, None]
     k_BSKH = cache['k'].at[row_B1, position_BT].set(k_BTKH.astype(cache['k'].dtype))
     v_BSKH = cache['v'].at[row_B1, position_BT].set(v_BTKH.astype(cache['v'].dtype))
@@ -206,16 +206,16 @@ class Attention(nnx.Module):
     return self.wo(out_BTNH.reshape(x_BTD.shape), dtype), {'k': k_BSKH, 'v': v_BSKH}
 
   def _project(
-    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, token_BT: Array, dtype: DTypeLike, rows_BThP: Array | None
+    self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, tokens_BT: Array, dtype: DTypeLike, sum_BThP: Array | None
   ) -> tuple[Array, Array, Array]:
-    q_BTNH, k_BTKH, v_BTKH = self._project_as_one(x_BTD, norm, angle_BTa, dtype)
+    q_BTNH, k_BTKH, v_BTKH = self._project_heads(x_BTD, norm, angle_BTa, dtype)
     if self.value_embedding is not None:
-      v_BTKH = self.value_embedding(token_BT, norm(x_BTD, dtype), v_BTKH)
+      v_BTKH = self.value_embedding(tokens_BT, norm(x_BTD, dtype), v_BTKH)
     if self.value_rows is not None:
-      v_BTKH = self.value_rows(rows_BThP, norm(x_BTD, dtype), v_BTKH)
+      v_BTKH = self.value_rows(sum_BThP, norm(x_BTD, dtype), v_BTKH)
     return q_BTNH, k_BTKH, v_BTKH
 
-  def _project_as_one(
+  def _project_heads(
     self, x_BTD: Array, norm: RMSNorm, angle_BTa: Array, dtype: DTypeLike
   ) -> tuple[Array, Array, Array]:
     heads = (*x_BTD.shape[:-1], -1, self.head_dim)

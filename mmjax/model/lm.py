@@ -88,7 +88,7 @@ class Block(nnx.Module):
     return add_to_stream(h_BTD, dropout(out.delta_BTD, self.dropout, sublayer_key)), out, kv
 
   def flops(self, length: int) -> dict[str, int]:
-    """Returns the FLOPs of a training step for a token of a row of so many, on average, by part."""
+    """Returns the FLOPs of a training step for a token by part, averaged over a row of `length` tokens."""
     return self.attention.flops(length) | self.sublayer.flops()
 
 
@@ -157,13 +157,13 @@ class LM(nnx.Module):
     def bank_to_read() -> Bank:
       return bank_of_reader(next(readers), bank_MP) if bank_of_reader else bank_MP
 
-    reads, rows_BThP = [], None
+    reads, sum_BThP = [], None
     if self.value_bag:
-      selection, rows_BThP = self.value_bag.sums_of(last_BTn, bank_to_read())
+      selection, sum_BThP = self.value_bag.sums_of(last_BTn, bank_to_read())
       reads.append([x.reshape(*tokens_BT.shape, -1) for x in selection[:2]])
 
     def attend(layer: Attention, x_BTD: Array, norm: RMSNorm) -> tuple[Array, LayerCache]:
-      return layer(x_BTD, norm, angle_BTa, tokens_BT, segment_BT, dtype, attention, rows_BThP)
+      return layer(x_BTD, norm, angle_BTa, tokens_BT, segment_BT, dtype, attention, sum_BThP)
 
     outs, kvs = [], []
     for number, layer in enumerate(self.layers):

@@ -43,9 +43,9 @@ class ValueEmbedding(GatedValues):
     self.table = nnx.Param(jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound))
 
   @jax.named_scope('value_embedding')
-  def __call__(self, token_BT: Array, x_BTD: Array, v_BTKH: Array) -> Array:
+  def __call__(self, tokens_BT: Array, x_BTD: Array, v_BTKH: Array) -> Array:
     """Returns the values plus those of int32 tokens, in the dtype of `v_BTKH`; x_BTD is the normed input."""
-    return self.add(self.table[...][token_BT], x_BTD, v_BTKH)
+    return self.add(self.table[...][tokens_BT], x_BTD, v_BTKH)
 
 
 class ValueRows(GatedValues):
@@ -60,7 +60,7 @@ class ValueRows(GatedValues):
     return super().flops() + TRAINED * 2 * math.prod(self.kernel.shape)
 
   @jax.named_scope('value_rows')
-  def __call__(self, rows_BThP: Array, x_BTD: Array, v_BTKH: Array) -> Array:
-    """Returns the values plus float rows_BThP, projected, in the dtype of `v_BTKH`; x_BTD is the normed input."""
-    rows_BTX = rows_BThP.reshape(*rows_BThP.shape[:2], -1).astype(v_BTKH.dtype)
+  def __call__(self, sum_BThP: Array, x_BTD: Array, v_BTKH: Array) -> Array:
+    """Returns the values plus the float sums, projected, in the dtype of `v_BTKH`; x_BTD is the normed input."""
+    rows_BTX = sum_BThP.reshape(*sum_BThP.shape[:2], -1).astype(v_BTKH.dtype)
     return self.add(matmul(rows_BTX, self.kernel[...]), x_BTD, v_BTKH)

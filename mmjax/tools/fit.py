@@ -54,7 +54,7 @@ def main() -> None:
   for card in cards:
     check_card(config, card)
   has_gpu = find_driver() is not None
-  prepare_environment()  # which keeps this process from it
+  prepare_environment()  # which hides a GPU from this process
   rows = []
   for card in cards:
     found = estimate(config, card, arguments.devices)

@@ -41,12 +41,12 @@ class Planned(NamedTuple):
 def read_sweep(
   path: str, settings: Sequence[str] = (), overrides: Sequence[str] = (), only: str = EVERY_RUN
 ) -> list[Planned]:
-  """Reads a sweep file and checks the settings of every run before one is started.
+  """Reads a sweep file and checks the settings of every run that is kept before one is started.
 
   Args:
     path: of the file.
     settings: 'name=value' arguments for its get_runs().
-    overrides: `--config.section.field=value` arguments that apply to every run, after its own.
+    overrides: `--config.section.field=value` arguments that apply to every run that is kept, after its own.
     only: shell patterns, comma-separated, of the runs to keep: 'g0-*,g5-*'.
 
   Raises:
@@ -61,8 +61,7 @@ def read_sweep(
     raise UserError(
       f'sweep file {path!r}: get_runs() must return a list of mmjax.tools.sweep_file.Run, not {runs!r:.80}'
     )
-  planned = [_plan(run, overrides) for run in runs]
-  names = [run.name for run in planned]
+  names = [f'{run.name}-s{run.seed}' for run in runs]
   twice = next((name for name in names if names.count(name) > 1), None)
   if twice:
     raise UserError(f'sweep file {path!r}: two runs are called {twice!r}; give one another name or seed')
@@ -70,17 +69,21 @@ def read_sweep(
   for pattern in patterns:
     if not fnmatch.filter(names, pattern):
       raise UserError(f'sweep file {path!r}: no run matches {pattern!r}; there are {", ".join(names) or "none"}')
-  return [run for run in planned if any(fnmatch.fnmatchcase(run.name, pattern) for pattern in patterns)]
+  return [
+    _plan(name, run, overrides)
+    for name, run in zip(names, runs, strict=True)
+    if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+  ]
 
 
-def _plan(run: Run, overrides: Sequence[str]) -> Planned:
+def _plan(name: str, run: Run, overrides: Sequence[str]) -> Planned:
   settings = dict(run.overrides) | {'experiment': run.name, 'seed': run.seed}
-  arguments = [f'--config.{name}={value}' for name, value in settings.items()] + list(overrides)
+  arguments = [f'--config.{setting}={value}' for setting, value in settings.items()] + list(overrides)
   try:
     config = load_config(run.config, arguments)
   except UserError as error:
     raise UserError(f'run {run.name!r}: {error}') from error
-  for name, given, own in (('experiment', config.experiment, run.name), ('seed', config.seed, run.seed)):
+  for setting, given, own in (('experiment', config.experiment, run.name), ('seed', config.seed, run.seed)):
     if given != own:
-      raise UserError(f'--config.{name}={given} must be left out: each run of a sweep has its own, as {own!r} here')
-  return Planned(f'{run.name}-s{run.seed}', config, ['--config', run.config, *arguments])
+      raise UserError(f'--config.{setting}={given} must be left out: each run of a sweep has its own, as {own!r} here')
+  return Planned(name, config, ['--config', run.config, *arguments])

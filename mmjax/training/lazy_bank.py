@@ -15,7 +15,7 @@ times drift(tau) = sum_{j=1..tau} f^j, f = beta1 / sqrt(beta2). Here a row moves
 of tau: the updates between its last two reads, or all since the start at its first. At its next read drift(t-t'-1) less
 that forecast makes up for the difference. Differences from dense Adam remain. While a forecast is wrong, the row has
 another value. The whole drift uses the rate of one update, where dense Adam would use that of each. And f counts as at
-most MOST_DRIFT, and as 0 if beta2 is 0. Where it is larger, a row drifts less than by dense Adam, whose steps grow
+most LARGEST_FACTOR, and as 0 if beta2 is 0. Where it is larger, a row drifts less than by dense Adam, whose steps grow
 without end where f is above 1. If every update reads every row, nothing differs.
 docs/memory.md has the same as equations.
 
@@ -35,7 +35,7 @@ from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.lm import BANK
 from mmjax.training.row_gradients import CHUNK_ROWS, RowSums
 
-MOST_DRIFT = 0.999  # the largest f above: a row drifts by at most 999 of its last steps
+LARGEST_FACTOR = 0.999  # the largest f above: a row drifts by at most 999 of its last steps
 
 Moments = dict[str, Array]
 ROW_MOMENTS = ('mean_MP', 'square_MP', 'count_M', 'missed_M', 'log_decay_M')  # those that have a part for each row
@@ -82,7 +82,7 @@ def update_read_rows(
     return mean_UP / (1 - beta1**t) / (jnp.sqrt(square_UP / (1 - beta2**t)) + train.eps)
 
   def drift(n: Array) -> Array:
-    factor = min(beta1 / beta2**0.5, MOST_DRIFT) if beta2 else 0.0
+    factor = min(beta1 / beta2**0.5, LARGEST_FACTOR) if beta2 else 0.0
     return factor * (1 - factor**n) / (1 - factor)
 
   def update_chunk(i: Array, carry: tuple) -> tuple:

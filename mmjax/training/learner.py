@@ -75,7 +75,7 @@ class Learner:
       state, metadata, step = checkpoints.restore(self.shapes, 'last', newer=('loss_average', 'reads'))
     if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
       state['loss_average'] = jax.device_put(np.float32(0), self.places['loss_average'])
-    if 'reads' in self.shapes and 'reads' not in state:  # nor was there one who counted
+    if 'reads' in self.shapes and 'reads' not in state:  # saved before reads were counted
       state['reads'] = jax.device_put(first_reads(self.config), self.places['reads'])
     refuse_non_finite(state, f'step {step} in {checkpoints.directory} cannot be trained on; begin again elsewhere')
     return state, metadata

@@ -65,7 +65,7 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
     run = RunDir(workdir)
     config, origin = settle_config(run, config, allow_config_change, init_from)
     remark = check_parameters(config)
-    placement = place(config)  # or it is refused, before anything is written
+    placement = place(config)  # refuses what does not fit the devices, before anything is written
     if is_main():
       print(*filter(None, (describe_devices(jax.devices()), remark)), sep='\n', flush=True)
     source = read_start(run, config, origin, placement.mesh)

@@ -1,6 +1,6 @@
-"""The gradient of the bank as what was read, for where it is not worth an array like the bank for each layer.
+"""Keeps the gradient of each read, instead of an array as large as the bank for each layer.
 
-Every layer's reads keep their gradients, and these are added up row by row: in slots of their own, for rows that are
+The gradients of all reads are added up row by row: in slots of their own, for rows that are
 updated alone (lazy_bank.py), or on a GPU in one array for all layers. step.py asks for it.
 """
 

@@ -156,8 +156,8 @@ def make_train_step(
 def make_apply(config: Config, optimizer: optax.GradientTransformation, total_steps: int) -> Callable:
   """Returns apply(state, grads, sums, usage_LM, applied) -> (state, metrics).
 
-  The state is that after an update, but for what is counted, or as it was where that is not `applied`; the metric is
-  row_update_ratio, of memory models. `sums` are those of a bank that is updated lazily, with its gradient in `grads`.
+  The new state has no counters. Where `applied` is False, it is the old one. The metric is row_update_ratio, of models
+  with a memory. `sums` are those of a bank that is updated lazily, with its gradient in `grads`.
   """
   lazy, rate = is_lazy(config), bank_rate(config, total_steps)
 
