@@ -220,7 +220,8 @@ class Completions:
     if not isinstance(body, dict):
       raise UserError(f'the request must be a JSON object with model and prompt, not {body!r:.80}')
     for name, value in body.items():
-      if value not in UNSUPPORTED[name] if name in UNSUPPORTED else name not in (*DEFAULTS, 'model', 'prompt'):
+      known = value in UNSUPPORTED[name] if name in UNSUPPORTED else name in (*DEFAULTS, 'model', 'prompt')
+      if not known:
         raise Refusal(f'{name:.80}={value!r:.40} is not supported; leave it out', field=name[:80])
     asked = DEFAULTS | {name: value for name, value in body.items() if value is not None}
     view = self._view(asked.get('model'))
@@ -245,8 +246,11 @@ class Completions:
     if options not in ({}, {'include_usage': True}, {'include_usage': False}) or (options and not stream):
       said = f"stream_options={options!r:.60} must be {{'include_usage': true or false}}, with stream=true only"
       raise Refusal(said, field='stream_options')
-    stops, tells_usage = _stops(asked['stop']), options == {'include_usage': True}
-    return Asked(view, prompts, starts, seeded, sampling, max_tokens, n, stream, stops, echo, logprobs, tells_usage)
+    return Asked(
+      view=view, prompts=prompts, starts=starts, seeded=seeded, sampling=sampling, max_tokens=max_tokens, n=n,
+      stream=stream, stops=_stops(asked['stop']), echo=echo, logprobs=logprobs,
+      tells_usage=options == {'include_usage': True},
+    )  # fmt: skip
 
   def _view(self, name: Any) -> RunView:
     if not isinstance(name, str) or name not in self.views:
