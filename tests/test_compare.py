@@ -126,7 +126,7 @@ def test_one_seed_has_no_standard_error_and_says_so(tmp_path, capsys):
 )
 def test_runs_on_other_data_are_refused_or_marked(tmp_path, change, said):
   paths = [make_run(tmp_path / 'a', (6, 5.5)), make_run(tmp_path / 'b', (6, 5.4), **change)]
-  with pytest.raises(UserError, match=f'were trained or evaluated on different text: {said}'):
+  with pytest.raises(UserError, match=f'were trained or evaluated on text that differs: {said}'):
     compare(paths, tmp_path / 'out')
   assert not (tmp_path / 'out').exists()
   rows = rows_of(paths, tmp_path / 'out', allow_other_data=True)

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import py_compile
 import re
 import shutil
 import sys
@@ -377,7 +379,7 @@ def test_broken_config_file_is_explained(tmp_path, body, said):
     load_config(str(file))
 
 
-@pytest.mark.parametrize(('path', 'said'), [('', 'a path is empty'), ('.', "no config file '.'")])
+@pytest.mark.parametrize(('path', 'said'), [('', 'a path is empty'), ('.', "no config file '.', but a folder")])
 def test_path_that_names_no_config_file_is_refused(path, said):
   with pytest.raises(UserError, match=said):
     load_config(path)
@@ -392,6 +394,12 @@ def test_config_file_is_read_as_it_is_now(tmp_path, monkeypatch):
     assert load_config(str(tmp_path / 'mine.py')).model.dim == 2 * dim
   assert not list(tmp_path.rglob('*.pyc'))
 
+  source = tmp_path / 'mine.py'
+  py_compile.compile(str(source))
+  source.write_text(source.read_text().replace('DIM + 224', 'DIM + 160'))
+  os.utime(source, ns=(0, int.from_bytes(next(tmp_path.rglob('*.pyc')).read_bytes()[8:12], 'little') * 10**9))
+  assert load_config(str(source)).model.dim == 224 + 160
+
 
 def test_config_file_imports_what_lies_beside_it_and_leaves_nothing(tmp_path):
   for folder, dim in (('a', 256), ('b', 128)):
@@ -400,6 +408,33 @@ def test_config_file_imports_what_lies_beside_it_and_leaves_nothing(tmp_path):
     (tmp_path / folder / 'configs' / 'x.py').write_text(f'import shared\n{BASE}  c.model.dim = shared.DIM\n  return c')
   assert [load_config(f'{tmp_path}/{folder}/configs/x.py').model.dim for folder in 'abab'] == [256, 128, 256, 128]
   assert 'shared' not in sys.modules and 'statistics' in sys.modules
+
+  shared = tmp_path / 'a' / 'shared.py'
+  shared.write_text('\n\n1 / 0')
+  with pytest.raises(UserError, match=r"failed in line 3 of '.*a/shared.py': ZeroDivisionError"):
+    load_config(f'{tmp_path}/a/configs/x.py')
+
+
+def test_folder_named_like_an_installed_package_takes_nothing_away(tmp_path, monkeypatch):
+  monkeypatch.delitem(sys.modules, 'colorsys', raising=False)
+  (tmp_path / 'colorsys').mkdir()
+  (tmp_path / 'settings_x.py').write_text('DIM = 128')
+  (tmp_path / 'x.py').write_text(
+    f'import colorsys, sys\nfrom settings_x import DIM\n{BASE}  c.model.dim = DIM\n  sys.path.clear()\n  return c'
+  )
+  path, found = list(sys.path), set()
+  for _ in range(2):
+    assert load_config(str(tmp_path / 'x.py')).model.dim == 128
+    found.add(id(sys.modules['colorsys']))
+  assert len(found) == 1 and sys.path == path and not [name for name in sys.modules if name.startswith('settings')]
+
+
+def test_override_may_give_what_a_config_file_leaves_open(tmp_path):
+  body = f'import ml_collections as m\n{BASE}  c.model.dim = m.config_dict.placeholder(int)\n  return c'
+  (tmp_path / 'x.py').write_text(body)
+  assert load_config(str(tmp_path / 'x.py'), ['--config.model.dim=256']).model.dim == 256
+  with pytest.raises(UserError, match='x.py.: model.dim=None must be of type int'):
+    load_config(str(tmp_path / 'x.py'))
 
 
 def test_config_file_may_hold_dataclasses_and_numbers_of_numpy(tmp_path):

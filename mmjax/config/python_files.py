@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
-from types import CodeType
+from types import CodeType, ModuleType
 from typing import Any
 
 from mmjax.config.paths import user_path
@@ -55,15 +55,15 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   places = [Path(path), *(folder.parent / path for folder in own_configs())]
   file = next((place for place in places if place.is_file()), None)
   if file is None:
-    known = {str(Path(path).parent / near.name) for place in places for near in place.parent.glob('*.py')}
-    raise UserError(f'no {what} {path!r}{nearest(path, sorted(known))}')
+    near = (near for place in places for near in place.parent.glob('*.py') if near.is_file())
+    known = sorted({str(Path(path).parent / file.name) for file in near})
+    raise UserError(f'no {what} {path!r}{", but a folder" if Path(path).is_dir() else nearest(path, known)}')
   if file.suffix != '.py':
     raise UserError(f'{what} {path!r} must be a Python file (.py)')
-  loader = _LoaderOfToday(f'settings_{file.stem}', str(file))
+  loader = _LoaderOfToday(f'settings in {file.stem}', str(file))  # no module that is imported has such a name
   module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(loader.name, file, loader=loader))
   try:
-    with _importing_from(file.resolve().parent):
-      sys.modules[loader.name] = module  # where dataclasses look for it
+    with _importing_from(file.resolve().parent, {loader.name: module}):  # where dataclasses look for it
       loader.exec_module(module)
       called = getattr(module, function, None)
       if called is None:
@@ -78,8 +78,9 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   except UserError as error:
     raise UserError(f'{what} {path!r}: {error}') from error
   except (Exception, SystemExit) as error:  # noqa: BLE001 - a user's file may raise anything
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == loader.path]
-    where = f' in line {lines[-1]}' if lines else ''
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_near(Path(f.filename), file)]
+    other = f' of {frames[-1].filename!r}' if frames and frames[-1].filename != loader.path else ''
+    where = f' in line {frames[-1].lineno}{other}' if frames else ''
     raise UserError(f'{what} {path!r} failed{where}: {type(error).__name__}: {error}') from error
 
 
@@ -91,11 +92,16 @@ class _LoaderOfToday(SourceFileLoader):
 
 
 @contextlib.contextmanager
-def _importing_from(folder: Path) -> Iterator[None]:
+def _importing_from(folder: Path, modules: Mapping[str, ModuleType]) -> Iterator[None]:
   """Lets a file in a folder say `from configs import base`, and import what lies beside it and beside that folder.
 
   `configs` is for it what lies in its own folder of that name, then what mmjax has, whatever was imported as `configs`
-  before; and nothing that it imported from these folders stays imported for the next file.
+  before; and nothing that it imported from these folders stays imported for the next file. No compiled files are left
+  in them, which would be read for sources that are written again within a second.
+
+  Args:
+    folder: of the file.
+    modules: what counts as imported meanwhile, by name.
   """
   spec = ModuleSpec(PACKAGE, None, is_package=True)
   nearby = (folder,) if folder.name == PACKAGE else (folder / PACKAGE, folder.parent / PACKAGE)
@@ -103,29 +109,34 @@ def _importing_from(folder: Path) -> Iterator[None]:
   others = _imported_configs()
   for name in others:
     del sys.modules[name]
-  sys.modules[PACKAGE] = importlib.util.module_from_spec(spec)
-  places, before, caches = [str(folder), str(folder.parent)], set(sys.modules), sys.dont_write_bytecode
-  sys.path[:0] = places
-  sys.dont_write_bytecode = True  # a file that is written again within a second would be read from its cache
+  before, path, caches = set(sys.modules), list(sys.path), sys.dont_write_bytecode
+  sys.modules.update({PACKAGE: importlib.util.module_from_spec(spec), **modules})
+  sys.path[:0] = [str(folder), str(folder.parent)]
+  sys.dont_write_bytecode = True
   importlib.invalidate_caches()
   try:
     yield
   finally:
     sys.dont_write_bytecode = caches
-    for place in places:
-      sys.path.remove(place)
-    for name in sys.modules.keys() - before:
-      if _lies_in(places, name.partition('.')[0]):
+    sys.path[:] = path
+    new = sys.modules.keys() - before
+    own = {name for name in new if '.' not in name and _lies_in((folder, folder.parent), sys.modules[name])}
+    for name in new:
+      if name in modules or name.partition('.')[0] in {*own, PACKAGE}:
         del sys.modules[name]
-    for name in _imported_configs():
-      del sys.modules[name]
     sys.modules.update(others)
 
 
-def _lies_in(places: Sequence[str], name: str) -> bool:
-  """Whether a module that was imported by this name is a user's own, in one of these folders."""
-  own = name != __name__.partition('.')[0]
-  return own and any(Path(place, name).is_dir() or Path(place, f'{name}.py').is_file() for place in places)
+def _lies_in(folders: Sequence[Path], module: ModuleType) -> bool:
+  """Whether a module that is not mmjax lies in one of these folders, and not somewhere below, as in a .venv."""
+  spec = getattr(module, '__spec__', None)
+  if spec is None or module.__name__ == __name__.partition('.')[0]:
+    return False
+  return any(Path(place).parent in folders for place in (*(spec.submodule_search_locations or ()), spec.origin or ''))
+
+
+def _is_near(path: Path, file: Path) -> bool:
+  return path.resolve().parent in (file.resolve().parent, file.resolve().parent.parent)
 
 
 def _imported_configs() -> dict[str, Any]:

@@ -40,6 +40,10 @@ def load_config(path: str, overrides: Sequence[str] = (), used: Collection[str] 
   """
   of_file = _read_config_file(path)
   given = dict(_read_override(override) for override in overrides)
+  try:
+    _build(of_file | {name: SETTINGS[name].default for name in given})
+  except UserError as error:
+    raise UserError(f'config file {path!r}: {error}') from None
   config, idle = _settle(of_file | given, used)
   of_file_alone = _idle_by_itself(of_file, used) if idle else ()
   for name, (value, why) in idle.items():
@@ -124,11 +128,7 @@ def _read_config_file(path: str) -> dict[str, Any]:
     kind = type(settings).__name__
     raise UserError(f'config file {path!r}: get_config() must return an ml_collections.ConfigDict, not {kind}')
   try:
-    flat = flatten(settings.to_dict())
-    _build(flat)
-    return flat
-  except UserError as error:
-    raise UserError(f'config file {path!r}: {error}') from None
+    return flatten(settings.to_dict())
   except Exception as error:  # noqa: BLE001 - a placeholder without a value, a name that is no text
     raise UserError(f'config file {path!r} failed: {type(error).__name__}: {error}') from error
 

@@ -49,8 +49,9 @@ def overlap_remark(split: Mapping[str, Any], shared: Mapping[str, int] | None, l
   if not shared or not shared['documents']:
     return ''
   share = f' ({shared["tokens"]:,} of {split["tokens"]:,} tokens, {shared["tokens"] / split["tokens"]:.1%})'
+  if layout == 'padded':  # its rows cut documents, so nobody knows how many of these tokens count
+    share = ''
   return (
-    f'{shared["documents"]:,} of {split["documents"]:,} validation documents'
-    f'{"" if layout == "padded" else share} are training documents too: the loss on '  # a padded row cuts its document
-    'them says what the model remembers, not what it has learned'
+    f'{shared["documents"]:,} of {split["documents"]:,} validation documents{share} are training documents too: the '
+    'loss on them says what the model remembers, not what it has learned'
   )

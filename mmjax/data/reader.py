@@ -63,7 +63,8 @@ def _each_named(patterns: str) -> Iterator[tuple[str, list[Path]]]:
   while parts:
     found, used = _first_named(parts)
     if found:
-      yield ','.join(parts[:used]), found
+      name = ','.join(parts[:used])
+      yield (name if _matches(name) else name.strip()), found
     parts = parts[used:]
 
 

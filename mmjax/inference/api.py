@@ -80,7 +80,7 @@ class LanguageModel:
       UserError: if it has no bank, or one of another shape.
     """
     if BANK not in self.params:
-      raise UserError(f'model.sublayer={self.config.model.sublayer!r} has no bank that another could take the place of')
+      raise UserError(f'model.sublayer={self.config.model.sublayer!r} has no bank to replace')
     bank_MP, shape = jnp.asarray(bank_MP, jnp.float32), self.params[BANK].shape
     if bank_MP.shape != shape:
       raise UserError(f'a bank of shape {bank_MP.shape} does not fit: the model has one of {shape}')

@@ -95,7 +95,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
     refuse_compressed(run.dir, 'compared')  # its log is of the bank before
     if (what := other_origin(runs[0], run)) and not allow_other_data:
       raise UserError(
-        f'{runs[0].path} and {run.path} were trained or evaluated on different text: {what}; their losses cannot be '
+        f'{runs[0].path} and {run.path} were trained or evaluated on text that differs: {what}; their losses cannot be '
         'compared (--allow_other_data shows and marks such runs)'
       )
   rows = make_rows(runs)
