@@ -57,7 +57,8 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   if file is None:
     near = (near for place in places for near in place.parent.glob('*.py') if near.is_file())
     known = sorted({str(Path(path).parent / file.name) for file in near})
-    raise UserError(f'no {what} {path!r}{", but a folder of that name" if Path(path).is_dir() else nearest(path, known)}')
+    hint = ', but a folder of that name' if Path(path).is_dir() else nearest(path, known)
+    raise UserError(f'no {what} {path!r}{hint}')
   if file.suffix != '.py':
     raise UserError(f'{what} {path!r} must be a Python file (.py)')
   loader = _LoaderOfToday(f'settings in {file.stem}', str(file))  # no module that is imported has such a name
