@@ -1,4 +1,4 @@
-"""Sweeps: the file is checked whole before anything starts; runs are made, skipped, stopped, resumed and recorded.
+"""Sweeps: all runs that are kept are checked before one starts; runs are made, skipped, stopped, resumed and recorded.
 
 Most tests put a small stand-in in the place of the process that trains: it leaves in its directory what a run leaves.
 """

@@ -12,7 +12,7 @@ from types import CodeType, ModuleType
 from typing import Any
 
 from mmjax.config.paths import user_path
-from mmjax.config.wording import nearest
+from mmjax.config.wording import nearest, nearest_file
 from mmjax.errors import UserError
 
 PACKAGE = 'configs'  # what a config file imports others from: `from configs import base`
@@ -57,8 +57,7 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   if file is None:
     near = (near for place in places for near in place.parent.glob('*.py') if near.is_file())
     known = sorted({str(Path(path).parent / file.name) for file in near})
-    hint = ', but a folder of that name' if Path(path).is_dir() else nearest(path, known)
-    raise UserError(f'no {what} {path!r}{hint}')
+    raise UserError(f'no {what} {path!r}{nearest_file(Path(path)) if Path(path).is_dir() else nearest(path, known)}')
   if file.suffix != '.py':
     raise UserError(f'{what} {path!r} must be a Python file (.py)')
   loader = _LoaderOfToday(f'settings in {file.stem}', str(file))  # no module that is imported has such a name

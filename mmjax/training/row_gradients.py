@@ -1,7 +1,7 @@
 """Keeps the gradient of each read, instead of an array as large as the bank for each layer.
 
-The gradients of all reads are added up row by row: in slots of their own, for rows that are
-updated alone (lazy_bank.py), or on a GPU in one array for all layers. step.py asks for it.
+The gradients of all reads are added up row by row: in slots of their own, for rows that are updated alone
+(lazy_bank.py), or on a GPU in one array for all layers. step.py asks for it.
 """
 
 from collections.abc import Callable
