@@ -13,7 +13,7 @@ import pytest
 torch = pytest.importorskip('torch')
 
 from mmjax.errors import UserError  # noqa: E402
-from mmjax.interop.files import read_tensors, write_tensors  # noqa: E402
+from mmjax.interop.files import read_metadata, read_tensors, write_tensors  # noqa: E402
 
 
 class Malicious:
@@ -105,6 +105,15 @@ def test_a_changed_byte_is_noticed_by_the_hash_beside_it(suffix, tmp_path):
   path.write_bytes(content)
   with pytest.raises(UserError, match='sha256 is'):
     read_tensors(path)
+
+
+def test_same_content_is_written_as_the_same_bytes(tmp_path):
+  texts = {name: 'ä"\n\x01\u2028' for name in 'zyxabc'}
+  tensors = {'b': np.ones((2, 3), np.float32), 'ä': np.zeros(5, np.float16)}
+  found = {write_tensors(tmp_path / f'{i}.safetensors', tensors, texts) for i in range(8)}
+  assert len(found) == 1
+  assert read_metadata(tmp_path / '0.safetensors') == texts
+  np.testing.assert_array_equal(read_tensors(tmp_path / '0.safetensors')['b'], tensors['b'])
 
 
 def test_transposed_arrays_are_written_as_they_read(tmp_path):

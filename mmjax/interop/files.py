@@ -5,6 +5,7 @@ a safetensors file is checked by its library.
 """
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,13 +87,22 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
     data = torch_bytes(tensors)
   else:  # save writes the memory of an array whatever its strides are
     plain = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    data = save(plain, metadata and dict(metadata))
+    data = _in_order(save(plain, metadata and dict(metadata)))
   digest = hashlib.sha256(data).hexdigest()
   with storage_errors(path):
     path.parent.mkdir(parents=True, exist_ok=True)
   write_file(sha256_path(path), f'{digest}  {path.name}\n'.encode())
   write_file(path, data)
   return digest
+
+
+def _in_order(data: bytes) -> bytes:
+  """Returns a .safetensors file whose texts stand in order: the library's order varies, and with it the hash."""
+  end = 8 + int.from_bytes(data[:8], 'little')
+  header = json.loads(data[8:end])
+  ordered = {name: dict(sorted(entry.items())) if name == '__metadata__' else entry for name, entry in header.items()}
+  text = json.dumps(ordered, ensure_ascii=False, separators=(',', ':')).encode()
+  return b''.join((data[:8], text.ljust(end - 8), data[end:]))
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
