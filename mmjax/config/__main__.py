@@ -1,8 +1,10 @@
 """Prints every setting with its default and its meaning, as configs/base.py lists them:   python -m mmjax.config"""
 
+import argparse
 import itertools
 
 from mmjax.config.schema import SETTINGS
+from mmjax.errors import run_command
 
 
 def list_settings() -> str:
@@ -15,5 +17,11 @@ def list_settings() -> str:
   return '\n'.join(lines[:-1])
 
 
-if __name__ == '__main__':
+def main() -> None:
+  """Takes no arguments but --help."""
+  argparse.ArgumentParser(prog='python -m mmjax.config', description=__doc__).parse_args()
   print(list_settings())
+
+
+if __name__ == '__main__':
+  run_command(main)
