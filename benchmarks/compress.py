@@ -20,7 +20,7 @@ from mmjax.evaluation.evaluate import make_eval_step
 from mmjax.inference.api import LanguageModel, load
 from mmjax.inference.memory_reads import MemoryReader
 from mmjax.kernels.packed_bank import BITS, PackedBank, pack_bank
-from mmjax.model.lm import BANK, model_graph
+from mmjax.model.params import BANK, model_graph
 from mmjax.run.directory import RunDir
 from mmjax.run.placement import place_reader
 from mmjax.run.text import evaluation_data

@@ -22,7 +22,7 @@ from mmjax.environment import count_cores
 from mmjax.inference.generate import NO_EOS, Decoder
 from mmjax.inference.settings import Sampling
 from mmjax.model.cost import count_params
-from mmjax.model.lm import Params, init_params, model_graph
+from mmjax.model.params import Params, init_params, model_graph
 from mmjax.run.placement import place_reader
 
 PROMPT_TOKENS = 16

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from mmjax.ahead.trial import Trial
 from mmjax.config import Config, load_config
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 from mmjax.training.step import make_gradient
 
 GIB = 1 << 30

@@ -19,6 +19,7 @@ from mmjax.data.loader import open_split, train_batches
 from mmjax.data.prepare import prepare
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.placement import place
+from mmjax.training.begin import new_state
 from mmjax.training.learner import Learner
 
 BATCHES = 200
@@ -44,7 +45,7 @@ def main() -> None:
 def measure_checkpoints(config: Config, repeats: int) -> dict[str, list[float]]:
   """Returns the seconds of each save and restore of the config's first state."""
   learner = Learner(config, place(config), TOTAL_STEPS)
-  state = jax.block_until_ready(learner.new_state())
+  state = jax.block_until_ready(new_state(learner))
   shapes, leaves = learner.shapes, jax.tree.leaves(state)
   print(f'{sum(leaf.nbytes for leaf in leaves) / 1e6:.1f} MB in {len(leaves)} arrays')
   seconds = {'save': [], 'restore': [], 'restore the parameters': []}

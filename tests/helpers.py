@@ -17,7 +17,7 @@ from jax import Array
 
 from mmjax.config import Config, idle_settings, load_config
 from mmjax.data.loader import PADDING
-from mmjax.model.lm import Params, init_params, model_graph
+from mmjax.model.params import Params, init_params, model_graph
 from tests.tiny import TINY as TINY
 
 REPOSITORY = Path(__file__).parent.parent

@@ -17,7 +17,7 @@ from flax import nnx
 
 from mmjax.config import Config
 from mmjax.interop import names
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 from tests.torch_reference import Sizes, TorchLM
 
 torch.set_num_threads(1)  # its waiting threads spin, on the cores that JAX works on

@@ -19,7 +19,7 @@ from mmjax.ahead.memory import live_at_peak
 from mmjax.config import Config, load_config
 from mmjax.errors import UserError
 from mmjax.model.cost import count_params
-from mmjax.model.lm import abstract_params
+from mmjax.model.params import abstract_params
 from mmjax.run.hlo import Module, Shape
 
 pytestmark = [

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import mmjax
 from mmjax.errors import UserError
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 
 
 @pytest.fixture(scope='module')

@@ -166,10 +166,10 @@ def test_importing_the_package_is_cheap():
 @pytest.mark.parametrize(
   ('module', 'most', 'never'),
   [
-    ('training.optimizer', 29, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
+    ('training.optimizer', 33, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
     (
       'inference.api',
-      42,
+      47,
       'mmjax.training mmjax.evaluation mmjax.interop mmjax.tools mmjax.data.loader tensorboardX grain',
     ),
   ],
@@ -187,7 +187,8 @@ def test_imports_bring_along_only_what_is_needed(module, most, never):
   [
     (r'flock\(', 'files.py'),
     (r'tree_leaves_with_path|keystr', 'files.py'),
-    (r"'memory_bank'", 'model/lm.py config/schema.py interop/sizes.py'),  # a name in settings and in others' files, too
+    # a name in settings and in others' files, too:
+    (r"'memory_bank'", 'model/params.py config/schema.py interop/sizes.py'),
     (r'compiler_options=|traced_for\(|xla_gpu', 'run/placement.py kernels/forms.py ahead/compiler.py'),
   ],
 )

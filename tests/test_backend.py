@@ -7,12 +7,13 @@ from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from mmjax.kernels.forms import traced_for
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.nvidia import TRITON, count_triton
 from mmjax.run.placement import compiler_options
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.step import init_state, make_train_step
+from mmjax.training.state import init_state
+from mmjax.training.step import make_train_step
 from tests.helpers import random_batch, rarely, tiny_config
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mmjax.files import path_name
-from mmjax.model.lm import abstract_params
+from mmjax.model.params import abstract_params
 from mmjax.training.optimizer import make_optimizer
 from tests.helpers import tiny_config
 

@@ -292,6 +292,7 @@ def test_lack_of_memory_is_not_taken_for_corruption(tmp_path, monkeypatch, error
 
 def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path):
   from mmjax.run.placement import place
+  from mmjax.training.begin import restore_state
   from mmjax.training.learner import Learner
 
   config = tiny_config()
@@ -301,17 +302,18 @@ def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path
   older = {name: entry for name, entry in state.items() if name not in starts}
   checkpoints = Checkpoints(tmp_path)
   checkpoints.save(3, older, {'tokens': 5})
-  restored, metadata = learner.restore_state(checkpoints)
+  restored, metadata = restore_state(learner, checkpoints)
   assert metadata == {'tokens': 5}
   assert_same(restored, state)
   del older['skipped']  # what was there from the beginning stays required
   checkpoints.save(4, older, {})
   with pytest.raises(UserError, match='rest.skipped: absent saved'):
-    learner.restore_state(checkpoints)
+    restore_state(learner, checkpoints)
 
 
 def test_optimizer_state_is_restored_where_a_schedule_that_may_change_numbers_its_parts_otherwise(tmp_path):
   from mmjax.run.placement import place
+  from mmjax.training.begin import restore_state
   from mmjax.training.learner import Learner
 
   config = tiny_config(memory__bank_lr_multiplier=4)
@@ -319,7 +321,7 @@ def test_optimizer_state_is_restored_where_a_schedule_that_may_change_numbers_it
   saved = jax.tree.map(lambda x: jnp.full(x.shape, next(numbers), x.dtype), saved)
   Checkpoints(tmp_path).save(3, saved, {})
   changed = tiny_config(memory__bank_lr_multiplier=4, train__grad_clip=0, train__embedding_lr_multiplier=2)
-  restored, _ = Learner(changed, place(changed), 10).restore_state(Checkpoints(tmp_path))
+  restored, _ = restore_state(Learner(changed, place(changed), 10), Checkpoints(tmp_path))
   assert jax.tree.structure(restored) != jax.tree.structure(saved)
   assert_same(jax.tree.leaves(restored), jax.tree.leaves(saved))
 

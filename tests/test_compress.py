@@ -18,7 +18,7 @@ from mmjax.interop.convert import export_run
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.packed_bank import PackedBank, pack_bank, unpack_bank
 from mmjax.model.cost import count_params
-from mmjax.model.lm import BANK
+from mmjax.model.params import BANK
 from mmjax.report.compare import compare
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.log import read_metrics

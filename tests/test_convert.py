@@ -19,12 +19,12 @@ from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.interop.convert import export_run, import_run  # noqa: E402
 from mmjax.interop.files import read_metadata, read_tensors, write_tensors  # noqa: E402
-from mmjax.model.lm import abstract_params  # noqa: E402
+from mmjax.model.params import abstract_params  # noqa: E402
 from mmjax.run.checkpoint import Checkpoints  # noqa: E402
 from mmjax.run.directory import RunDir  # noqa: E402
 from mmjax.tools.convert import main  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
-from mmjax.training.step import init_state  # noqa: E402
+from mmjax.training.state import init_state  # noqa: E402
 from tests.helpers import TINY, arrays_of, flags_for, rarely, tiny_config  # noqa: E402
 from tests.torch_reference import Sizes, TorchLM  # noqa: E402
 from tests.weights import BASE_CONFIG, SUBLAYERS, assert_same_bits, make_state, save, take  # noqa: E402
@@ -121,7 +121,7 @@ def test_every_misfit_is_listed(tmp_path):
   with pytest.raises(UserError) as caught:
     take(save(state, tmp_path / 'model.safetensors'), tmp_path / 'run')
   lines = str(caught.value).splitlines()
-  assert '3 tensors do not fit' in lines[0] and len(lines) == 4
+  assert 'these tensors do not fit the model (3):' in lines[0] and len(lines) == 4
 
 
 def test_other_dtypes_are_cast_only_when_asked(tmp_path, capsys):

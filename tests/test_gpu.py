@@ -9,11 +9,12 @@ from mmjax.kernels.attention import causal_attention
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import traced_for
 from mmjax.kernels.product_key import product_key_topk
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 from mmjax.run.nvidia import count_triton
 from mmjax.run.placement import attention_backend, compiler_options
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.step import init_state, make_train_step
+from mmjax.training.state import init_state
+from mmjax.training.step import make_train_step
 from tests import references
 from tests.helpers import random_batch, tiny_config
 

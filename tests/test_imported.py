@@ -15,7 +15,7 @@ from mmjax.data.loader import PADDING, open_split, train_batches  # noqa: E402
 from mmjax.data.spm_tokenizer import train_tokenizer  # noqa: E402
 from mmjax.errors import UserError  # noqa: E402
 from mmjax.interop.files import read_tensors  # noqa: E402
-from mmjax.model.lm import abstract_params, model_graph  # noqa: E402
+from mmjax.model.params import abstract_params, model_graph  # noqa: E402
 from mmjax.run.checkpoint import Checkpoints  # noqa: E402
 from mmjax.run.directory import open_run  # noqa: E402
 from mmjax.run.log import read_metrics  # noqa: E402

@@ -9,12 +9,13 @@ import optax
 import pytest
 
 from mmjax.kernels.bank import Reads
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 from mmjax.training import lazy_bank
 from mmjax.training.lazy_bank import init_moments, update_read_rows
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.row_gradients import RowReads, RowSums, add_rows, no_rows
-from mmjax.training.step import init_state, make_gradient, make_train_step
+from mmjax.training.state import init_state
+from mmjax.training.step import make_gradient, make_train_step
 from tests.helpers import random_batch, rarely, tiny_config
 
 STEPS = 10

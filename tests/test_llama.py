@@ -13,7 +13,7 @@ from mmjax.data.spm_tokenizer import train_tokenizer
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.interop.llama import export_llama
-from mmjax.model.lm import abstract_params
+from mmjax.model.params import abstract_params
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, write_tokenizer
 from tests.helpers import tiny_config

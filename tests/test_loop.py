@@ -25,6 +25,7 @@ from mmjax.run.placement import place
 from mmjax.run.sharding import make_mesh, put_batch
 from mmjax.run.text import training_data
 from mmjax.training import loop
+from mmjax.training.begin import restore_state
 from mmjax.training.learner import Learner
 from mmjax.training.loop import fit
 from mmjax.training.out_of_memory import explain_out_of_memory
@@ -260,7 +261,7 @@ def test_state_that_is_not_finite_is_never_saved(text, tmp_path, monkeypatch):
 def test_checkpoint_that_holds_nan_says_so_and_is_not_trained_on(tiny_run, tmp_path, capfd):
   run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
   config, checkpoints = RunDir(run).read_config(), Checkpoints(run)
-  state, metadata = Learner(config, place(config), 6).restore_state(checkpoints)
+  state, metadata = restore_state(Learner(config, place(config), 6), checkpoints)
   state['params']['memory_bank'] = state['params']['memory_bank'].at[1, 1].set(np.inf)
   checkpoints.save(7, state, metadata)
   assert mmjax.load(run, 'last').step == 7

@@ -18,6 +18,7 @@ from flax import nnx
 from mmjax.environment import TRAIN_PACKAGES
 from mmjax.evaluation.probes import bank_health
 from mmjax.files import path_name
+from mmjax.kernels.product_key import BALANCING_SLOPE
 from mmjax.memory import (
   CrossAttention,
   GatedFusion,
@@ -28,7 +29,7 @@ from mmjax.memory import (
   init_bank,
   last_tokens,
 )
-from mmjax.memory.gate import BALANCING_SLOPE, RowsMemory
+from mmjax.memory.gate import RowsMemory
 
 BANK = {'n_rows': 64, 'row_dim': 8}
 SIZES = BANK | {'dim': 32, 'n_heads': 2, 'rows_per_head': 3}

@@ -12,7 +12,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
 from mmjax.memory.ngram import sign_vectors
-from mmjax.model.lm import abstract_params, model_graph
+from mmjax.model.params import abstract_params, model_graph
 from mmjax.model.sublayers import SUBLAYERS, SublayerInput, layer_kinds
 from mmjax.training.optimizer import gets_gradient
 from tests.helpers import build_model, random_batch, tiny_config

@@ -16,7 +16,7 @@ from mmjax.model import decoding
 from mmjax.model.cost import count_params
 from mmjax.model.decoding import init_cache
 from mmjax.model.layers import RMSNorm, apply_rope, dropout, rope_angles
-from mmjax.model.lm import abstract_params
+from mmjax.model.params import abstract_params
 from tests.helpers import build_model, random_batch, rarely, tiny_config
 
 THOROUGH = pytest.mark.thorough  # parity with torch covers them in the fast suite

@@ -14,7 +14,7 @@ from mmjax.config.parameters import Rule, first_rule, parameter_table, read_rule
 from mmjax.config.rules import CHOICES
 from mmjax.errors import UserError
 from mmjax.files import path_name
-from mmjax.model.lm import abstract_params
+from mmjax.model.params import abstract_params
 from mmjax.training.optimizer import bank_rate, check_parameters, learning_rate_schedule, make_optimizer, may_overflow
 from tests.helpers import tiny_config
 

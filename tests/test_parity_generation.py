@@ -14,7 +14,7 @@ from mmjax.config import Config, load_config  # noqa: E402
 from mmjax.inference.generate import Decoder  # noqa: E402
 from mmjax.inference.sampling import Sampler, keep_top_p, penalise  # noqa: E402
 from mmjax.inference.settings import Sampling  # noqa: E402
-from mmjax.model.lm import model_graph  # noqa: E402
+from mmjax.model.params import model_graph  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
 from tests.parity import build_pair, jax_forward, same_selection, to_params, torch_logits  # noqa: E402
 from tests.torch_reference import TorchLM, next_token_distribution  # noqa: E402

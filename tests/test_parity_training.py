@@ -20,7 +20,8 @@ from mmjax.interop import names  # noqa: E402
 from mmjax.kernels.cross_entropy import cross_entropy_sums  # noqa: E402
 from mmjax.training import step as step_module  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
-from mmjax.training.step import init_state, make_train_step  # noqa: E402
+from mmjax.training.state import init_state  # noqa: E402
+from mmjax.training.step import make_train_step  # noqa: E402
 from tests.helpers import rarely, tiny_config  # noqa: E402
 from tests.parity import build_pair, random_tokens, relative_l2, same_selection  # noqa: E402
 from tests.torch_reference import TorchLM  # noqa: E402

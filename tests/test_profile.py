@@ -9,12 +9,13 @@ import jax
 import pytest
 
 from mmjax.config.sublayers import SUBLAYERS
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 from mmjax.run.directory import RunDir
 from mmjax.training.loop import fit
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.profile import SCOPES, innermost_scope, operation_scopes, self_times
-from mmjax.training.step import init_state, make_train_step
+from mmjax.training.state import init_state
+from mmjax.training.step import make_train_step
 from tests.helpers import random_batch, rarely, tiny_config
 
 

@@ -147,10 +147,11 @@ def test_room_is_needed_for_the_snippets_that_there_are(built, tmp_path):
 
 def test_run_starts_from_the_file(built, tmp_path):
   from mmjax.run.placement import place
+  from mmjax.training.begin import new_state
   from mmjax.training.learner import Learner
 
   config, folder = built
-  state = Learner(config, place(config), 10).new_state()
+  state = new_state(Learner(config, place(config), 10))
   np.testing.assert_array_equal(state['params']['memory_bank'], read_bank(folder / 'bank.safetensors', (64, 8)))
 
 

@@ -15,12 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.data.loader import PADDING
-from mmjax.evaluation.loss import chunk_tokens, make_loss, sum_by_row
+from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
-from mmjax.model.lm import init_params, model_graph
+from mmjax.kernels.bank import sum_by_row
+from mmjax.kernels.cross_entropy import chunk_tokens
+from mmjax.model.params import init_params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, may_overflow
-from mmjax.training.step import init_state, make_train_step
+from mmjax.training.state import init_state
+from mmjax.training.step import make_train_step
 from tests import helpers
 from tests.helpers import random_batch, rarely
 

@@ -11,7 +11,7 @@ from mmjax.errors import StoppedError, UserError
 from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import MemoryReader
 from mmjax.inference.taught import taught_rows
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.placement import place
@@ -21,7 +21,8 @@ from mmjax.training import loop, setup
 from mmjax.training.learner import Learner
 from mmjax.training.loop import fit
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.step import init_state, make_train_step
+from mmjax.training.state import init_state
+from mmjax.training.step import make_train_step
 from mmjax.training.teach import rows_to_teach
 from tests.helpers import StopAfter, random_batch, rarely, run_config, tiny_config
 from tests.test_origin import new_text

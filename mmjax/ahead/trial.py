@@ -20,6 +20,7 @@ from mmjax.config import Config, load_config
 from mmjax.errors import run_command
 from mmjax.run.placement import place
 from mmjax.run.sharding import put_batch
+from mmjax.training.begin import new_state
 from mmjax.training.learner import Learner
 
 FIRST_TOKEN = 4  # after the special ones
@@ -37,7 +38,7 @@ class Trial:
   def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
     config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal'))
     self.learner = Learner(config, place(config, devices), TOTAL_STEPS)
-    self.state = self.learner.new_state()
+    self.state = new_state(self.learner)
     self.batch = put_batch(self.learner.placement.mesh, random_rows(config), config.train.accumulation_steps)
     self.compiled = self.learner.compile(self.state)
 

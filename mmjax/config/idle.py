@@ -1,7 +1,7 @@
 """Settings that do nothing: those of sublayers that a model does not have, and those that another one switches off."""
 
 from mmjax.config.schema import SETTINGS, Config
-from mmjax.config.sublayers import NGRAM_SETTINGS, SUBLAYERS, layer_kinds
+from mmjax.config.sublayers import SUBLAYERS, VALUE_ROWS, layer_kinds
 
 
 def idle_settings(config: Config) -> dict[str, str]:
@@ -15,13 +15,13 @@ def idle_settings(config: Config) -> dict[str, str]:
   if SUBLAYERS[config.model.sublayer].has_gate:
     own.add('memory.ngram_layers')  # also where it leaves no layer with a gate
   if config.memory.value_layers:
-    own.update(NGRAM_SETTINGS)
+    own.update(VALUE_ROWS.settings)
   idle = {name: row.needs[1] for name, row in SETTINGS.items() if row.needs and not row.needs[0](config)}
   if not any(SUBLAYERS[kind].scores_weigh(config.memory) for kind in kinds):
     idle['memory.score_activation'] = "without memory.scores='scale'"
   for name in dict.fromkeys(name for row in SUBLAYERS.values() for name in row.settings):
     if name not in own:
       owners = ', '.join(repr(kind) for kind, row in SUBLAYERS.items() if name in row.settings)
-      values = ' and memory.value_layers' if name in NGRAM_SETTINGS else ''
+      values = ' and memory.value_layers' if name in VALUE_ROWS.settings else ''
       idle[name] = f'in a model of {" and ".join(kinds)} layers: it belongs to model.sublayer {owners}{values}'
   return idle

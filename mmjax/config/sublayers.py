@@ -18,7 +18,6 @@ ROW_SETTINGS = (
   'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier', 'memory.bank_update',
   'memory.teach_rows',
 )  # fmt: skip
-# All that memory.value_layers asks for.
 NGRAM_SETTINGS = (*ROW_SETTINGS, 'memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs')
 PLACE_SETTINGS = ('memory.layers', 'memory.input', 'memory.ffn_dim')
 GATE_SETTINGS = (
@@ -83,8 +82,8 @@ def memory_layers(config: Config) -> list[int | str]:
 
 
 def bank_readers(config: Config) -> dict[int | str, Sublayer]:
-  """Returns for each of `memory_layers` its row of the table of sublayers; values read as an 'ngram_bag' does."""
-  rows = {VALUES: SUBLAYERS['ngram_bag']} if config.memory.value_layers else {}
+  """Returns for each of `memory_layers` its row: of the table of sublayers, or VALUE_ROWS."""
+  rows = {VALUES: VALUE_ROWS} if config.memory.value_layers else {}
   rows |= {number: SUBLAYERS[kind] for number, kind in enumerate(layer_kinds(config.model, config.memory))}
   return {layer: row for layer, row in rows.items() if row.uses_bank}
 
@@ -123,14 +122,14 @@ SUBLAYERS = {
     scores_weigh=lambda memory: True,
   ),
   'ngram_bag': Sublayer(
-    'mmjax.model.sublayers.memory:ngram_bag',
+    'mmjax.model.sublayers.ngram:ngram_bag',
     (*NGRAM_SETTINGS, *PLACE_SETTINGS, 'memory.row_dropout', 'memory.bag_gate'),
     uses_bank=True,
     reads_ngrams=True,
     sums_rows=True,
   ),
   'ngram_bucket': Sublayer(
-    'mmjax.model.sublayers.memory:ngram_bucket',
+    'mmjax.model.sublayers.ngram:ngram_bucket',
     (*NGRAM_SETTINGS, *PLACE_SETTINGS, 'memory.key_dim', 'memory.row_dropout', 'memory.bag_gate'),
     uses_bank=True,
     reads_ngrams=True,
@@ -142,3 +141,6 @@ SUBLAYERS = {
     ('model.hidden_dim', 'model.n_experts', 'model.experts_per_token', 'model.aux_loss_weight'),
   ),
 }
+VALUE_ROWS = Sublayer(  # no sublayer, but read as one: memory.value_layers get its rows into the values of attention
+  'mmjax.model.sublayers.ngram:value_bag', NGRAM_SETTINGS, uses_bank=True, reads_ngrams=True, sums_rows=True
+)

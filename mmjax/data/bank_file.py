@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from mmjax.errors import UserError
 from mmjax.files import check_sha256, write_file
-from mmjax.model.lm import BANK
+from mmjax.model.params import BANK
 
 
 def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:

@@ -20,7 +20,7 @@ from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.errors import UserError
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import ProbePlan, bank_health, make_read_probe, plan_probe, row_agreement
-from mmjax.model.lm import BANK, Params
+from mmjax.model.params import BANK, Params
 from mmjax.run.placement import Placement
 from mmjax.run.sharding import put_batch, replicated
 

@@ -10,17 +10,11 @@ from jax.sharding import Mesh
 
 from mmjax.config import Config
 from mmjax.data.loader import PADDING
-from mmjax.kernels.bank import BankShard, Reads, TappedBank
-from mmjax.kernels.cross_entropy import cross_entropy_sums
-from mmjax.model.lm import LM, BankOfReader, Output, Params
+from mmjax.kernels.bank import BankShard, Reads, TappedBank, sum_by_row
+from mmjax.kernels.cross_entropy import chunk_tokens, cross_entropy_sums
+from mmjax.model.lm import LM, BankOfReader, Output
+from mmjax.model.params import Params
 from mmjax.run.sharding import ROW_AXIS
-
-CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
-
-
-def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
-  """Returns how many positions the loss takes at a time, so that its logits stay near CHUNK_LOGITS values."""
-  return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
 
 
 def make_loss(
@@ -83,11 +77,3 @@ def _bank_of_reader(taps: list[Reads] | None, mesh: Mesh | None) -> BankOfReader
   if taps is not None:
     return lambda reader, bank_MP: TappedBank(bank_MP, taps[reader])
   return (lambda _, part_MP: BankShard(part_MP, ROW_AXIS)) if mesh and mesh.shape[ROW_AXIS] > 1 else None
-
-
-@jax.named_scope('bank_usage')
-def sum_by_row(row_LBTR: Array, value_LBTR: Array, knowledge_num: int) -> Array:
-  """Returns the sum of what stands at each row of the bank, for each reader: (L, M) in the dtype of the values."""
-  L = len(row_LBTR)
-  zeros_LM = jnp.zeros((L, knowledge_num), value_LBTR.dtype)
-  return zeros_LM.at[jnp.arange(L)[:, None], row_LBTR.reshape(L, -1)].add(value_LBTR.reshape(L, -1))

@@ -43,9 +43,10 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.config.sublayers import memory_layers
 from mmjax.data.loader import PADDING, TokenSplit
-from mmjax.evaluation.loss import sum_by_row
+from mmjax.kernels.bank import sum_by_row
 from mmjax.kernels.norm import ratio_of_norms
-from mmjax.model.lm import Output, Params
+from mmjax.model.lm import Output
+from mmjax.model.params import Params
 from mmjax.model.sublayers import row_weights
 
 PROBED_POSITIONS = 65536  # enough to tell losses that differ by 0.01 apart

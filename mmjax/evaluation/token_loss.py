@@ -11,7 +11,7 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import run_model
-from mmjax.model.lm import Params
+from mmjax.model.params import Params
 
 
 def make_token_loss(config: Config, graphdef: nnx.GraphDef, attention: str) -> Callable:

@@ -22,7 +22,7 @@ from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.inference.generate import NO_EOS, Decoder, padded_length
 from mmjax.inference.settings import Sampling
 from mmjax.kernels.packed_bank import unpack_bank
-from mmjax.model.lm import BANK, Params, model_graph
+from mmjax.model.params import BANK, Params, model_graph
 from mmjax.run.checkpoint import START_STEP
 from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run

@@ -23,7 +23,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.token_loss import make_token_loss
 from mmjax.inference.api import LanguageModel, load
 from mmjax.inference.measure import WHERE, as_trained, open_text
-from mmjax.model.lm import BANK, model_graph
+from mmjax.model.params import BANK, model_graph
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.orbax_io import MANIFEST, read_manifest
 from mmjax.run.text import find_run_data

@@ -23,7 +23,7 @@ from mmjax.inference.sampling import Sampler, only_pieces
 from mmjax.inference.settings import Sampling
 from mmjax.model import decoding
 from mmjax.model.decoding import Cache, init_cache
-from mmjax.model.lm import BANK, Params, model_graph
+from mmjax.model.params import BANK, Params, model_graph
 from mmjax.run.placement import Placement, place_reader
 
 BLOCK_STEPS = 16  # tokens between two looks of the host: smooth to read, and the call costs 1/16 of its time a token

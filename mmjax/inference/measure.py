@@ -18,7 +18,7 @@ from mmjax.evaluation.evaluate import EvalResult, evaluate_split, make_eval_step
 from mmjax.evaluation.probes import LAYER_NORMS
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
-from mmjax.model.lm import model_graph
+from mmjax.model.params import model_graph
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
 from mmjax.run.placement import Placement, place_reader

@@ -21,7 +21,7 @@ from jax import Array
 
 from mmjax.choices import TOP
 from mmjax.config import Config
-from mmjax.config.sublayers import SUBLAYERS, bank_readers, layer_kinds
+from mmjax.config.sublayers import SUBLAYERS, VALUE_ROWS, bank_readers, layer_kinds
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.environment import own_jax_settings
@@ -30,9 +30,9 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.generate import padded_length
 from mmjax.inference.sampling import only_pieces
 from mmjax.memory import NgramBag
-from mmjax.model.lm import BANK, LM, Output, Params, model_graph
+from mmjax.model.lm import LM, Output
+from mmjax.model.params import BANK, Params, model_graph
 from mmjax.model.sublayers import row_weights
-from mmjax.model.sublayers.memory import value_bag
 from mmjax.run.placement import Placement
 
 MOST_TOKENS = 4096  # of a text
@@ -316,7 +316,7 @@ def _addressed_memory(config: Config) -> NgramBag | None:
   rows = [SUBLAYERS[kind] for kind in layer_kinds(model, memory) if SUBLAYERS[kind].reads_ngrams]
   if rows:
     return nnx.eval_shape(lambda: rows[0].build(model, memory, rngs=nnx.Rngs(0))).memory
-  return value_bag(model, memory) if memory.value_layers else None
+  return VALUE_ROWS.build(model, memory, rngs=nnx.Rngs(0)) if memory.value_layers else None
 
 
 def _inputs(split: TokenSplit, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:

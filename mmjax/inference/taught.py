@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from mmjax.inference.api import LanguageModel, load
-from mmjax.model.lm import BANK
+from mmjax.model.params import BANK
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
 

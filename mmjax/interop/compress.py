@@ -11,7 +11,7 @@ from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.files import removed_unless_whole, write_file, write_json
 from mmjax.kernels.packed_bank import pack_bank, unpack_bank
-from mmjax.model.lm import BANK
+from mmjax.model.params import BANK
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed, write_compressed_from
 from mmjax.run.directory import RunDir, open_run, refuse_used, write_tokenizer

@@ -40,14 +40,14 @@ from mmjax.interop.names import (
 )
 from mmjax.interop.sizes import READING, fitting_heads, read_kv_heads, read_sizes, untold_settings
 from mmjax.model.cost import count_params
-from mmjax.model.lm import Params
+from mmjax.model.params import Params
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import RunDir, refuse_used, write_tokenizer
 from mmjax.run.identity import compare_models
 from mmjax.run.leaves import refuse_non_finite
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.step import init_state
+from mmjax.training.state import init_state
 
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 HEADER = 'mmjax'  # key in the header of a .safetensors: a JSON object

@@ -14,7 +14,7 @@ import numpy as np
 from mmjax.config import Config, flatten
 from mmjax.errors import UserError
 from mmjax.files import named_leaves, path_name
-from mmjax.model.lm import BANK, Params, abstract_params
+from mmjax.model.params import BANK, Params, abstract_params
 from mmjax.model.sublayers import SUBLAYERS
 
 
@@ -173,7 +173,7 @@ def check_accounted(found: Mapping[str, tuple[int, ...]], expected: Mapping[str,
     if found[name] != expected[name]:
       problems.append(f'{name} is {found[name]}, must be {expected[name]}')
   if problems:
-    raise UserError('\n  '.join([f'{source}: {len(problems)} tensors do not fit the model:', *problems]))
+    raise UserError('\n  '.join([f'{source}: these tensors do not fit the model ({len(problems)}):', *problems]))
 
 
 def _is_turned(name: str, path: str) -> bool:

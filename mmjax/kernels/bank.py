@@ -180,6 +180,14 @@ def bank_bag(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BThr: Arr
   return _bag(bank_MP, row_BThr, weight_BThr, True)
 
 
+@jax.named_scope('bank_usage')
+def sum_by_row(row_LBTR: Array, value_LBTR: Array, knowledge_num: int) -> Array:
+  """Returns the sum of what stands at each row of the bank, for each reader: (L, M) in the dtype of the values."""
+  L = len(row_LBTR)
+  zeros_LM = jnp.zeros((L, knowledge_num), value_LBTR.dtype)
+  return zeros_LM.at[jnp.arange(L)[:, None], row_LBTR.reshape(L, -1)].add(value_LBTR.reshape(L, -1))
+
+
 def _gather_rows(bank: BankShard, row: Array) -> tuple[Array, Array]:
   """Returns the rows that all devices of the axis ask for, numbered within this part, and which of them lie in it.
 

@@ -16,6 +16,7 @@ from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.matmul import dot, weight_gradient
 
 WIDER = 4  # times as long a chunk elsewhere than on a CPU: each adds to the gradient of the whole output projection
+CHUNK_LOGITS = 1 << 23  # float32 logits held at once by the loss: 32 MiB
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -49,6 +50,11 @@ def cross_entropy_sums(
     return _scan(add_chunk, (jnp.float32(0), jnp.float32(0)), (hidden_BTD, *rest), chunk_tokens)[0]
 
   return _by_platform(sums, chunk_tokens, hidden_BTD, output_VD, target_BT, weight_BT)
+
+
+def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
+  """Returns how many positions the loss takes at a time, so that its logits stay near CHUNK_LOGITS values."""
+  return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
 
 
 def _by_platform(run: Callable, chunk_tokens: int, *arrays: Array) -> tuple:

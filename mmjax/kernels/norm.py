@@ -15,6 +15,8 @@ from jax.typing import DTypeLike
 from mmjax.kernels.forms import kept, on_cpu
 from mmjax.kernels.matmul import dot, matmul, together, weight_gradient
 
+UNIT_EPS = 1e-6  # added to the sum of squares
+
 
 @jax.named_scope('norm')
 def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32) -> Array:
@@ -59,6 +61,11 @@ def exact_normed_matmul(x: Array, scale: Array, kernel: Array, eps: float, dtype
   if on_cpu():
     return jnp.matmul(rms_norm(x, scale, eps), kernel, precision=jax.lax.Precision.HIGHEST)
   return _divided_product(x, scale, kernel, eps, jnp.dtype(dtype), True)
+
+
+def unit(x: Array) -> Array:
+  """Returns x / |x|, float32 (..., p), of length 1 along the last axis."""
+  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + UNIT_EPS)
 
 
 def _inverse(x: Array, eps: float) -> Array:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from mmjax.errors import refuse_wrong_jaxlib
 from mmjax.kernels.forms import kept, on_cpu
 
+BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/first_experiments.md
 MOST_MERGED = 32  # rows of a head: longer lists do not fit into a GPU's registers, and a sort it is
 
 
@@ -64,6 +65,25 @@ def product_key_topk(
     i_Xhr, j_Xhr = jnp.divmod(row_Xhr, C)
     score_Xhr -= jax.lax.stop_gradient(bias_kC[first_h1, i_Xhr] + bias_kC[first_h1 + 1, j_Xhr])
   return row_Xhr.reshape(B, T, k // 2, r), score_Xhr.reshape(B, T, k // 2, r)
+
+
+def balancing_slope(bias_kC: Array, row_BThr: Array) -> Array:
+  """Returns 0, with a gradient for the bias: how much more often than one in C each sub-key is among the rows selected.
+
+  Over all positions, padding too. Descending it, whatever the loss, lifts sub-keys that are taken too seldom. Adam
+  steps by the sign and hardly by the size, which makes it the rule of Wang et al. 2024, arXiv:2408.15664, for experts.
+  The size is therefore free, and so small that it takes no part in the norm by which all gradients are clipped.
+
+  Args:
+    bias_kC: float32, with which the rows were selected.
+    row_BThr: int32 in [0, C * C).
+  """
+  k, C = bias_kC.shape
+  sub_key_BTh2r = jnp.stack(jnp.divmod(row_BThr, C), axis=3)
+  sub_key_kX = jnp.moveaxis(sub_key_BTh2r, (2, 3), (0, 1)).reshape(k, -1)
+  share_kC = jnp.zeros((k, C), jnp.float32).at[jnp.arange(k)[:, None], sub_key_kX].add(1 / sub_key_kX.shape[1])
+  balance = jnp.sum(bias_kC * (share_kC - 1 / C))
+  return BALANCING_SLOPE * (balance - jax.lax.stop_gradient(balance))
 
 
 def _scores(query_Xkp: Array, keys_kCp: Array) -> Array:

@@ -13,10 +13,11 @@ memories (mmjax/model/sublayers/memory.py).
 
 from mmjax.kernels.bank import TappedBank, add_reads, no_reads
 from mmjax.memory.bag import MemoryBag, NgramBag, NgramBucket
-from mmjax.memory.base import Memory, MemoryLayer, SublayerOutput, init_bank
+from mmjax.memory.base import Memory, SublayerOutput
 from mmjax.memory.cross_attention import CrossAttention
 from mmjax.memory.fusion import GatedFusion
 from mmjax.memory.ngram import cached_last_tokens, last_tokens
+from mmjax.memory.params import MemoryLayer, init_bank
 
 __all__ = [
   'CrossAttention',

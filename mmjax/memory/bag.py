@@ -19,9 +19,10 @@ from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import normed_matmul
-from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
+from mmjax.memory.base import Bank, Memory, Params, Selection
 from mmjax.memory.gate import GatedMemory
 from mmjax.memory.ngram import last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
+from mmjax.memory.params import init_kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """The product-key gate: a query for each head, and the rows whose two sub-keys match it best.
 
-Source: Lample et al. 2019, arXiv:1907.05242.
+What becomes of the rows: fusion.py, the last on the way. Source: Lample et al. 2019, arXiv:1907.05242.
 """
 
 import dataclasses
@@ -12,17 +12,14 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.choices import ONE_ROW, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, nearest_squares
 from mmjax.kernels.bank import bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED
-from mmjax.kernels.norm import exact_normed_matmul
-from mmjax.kernels.product_key import product_key_topk
-from mmjax.memory.base import Bank, Memory, Params, Selection, init_kernels
-
-WORDS = {'query_key_norm': QUERY_KEY_NORM, 'activation': SCORE_ACTIVATION, 'scores': SCORES}
-UNIT_EPS = 1e-6
-BALANCING_SLOPE = 1e-4  # with 1, clipping changed: docs/first_experiments.md
+from mmjax.kernels.norm import exact_normed_matmul, unit
+from mmjax.kernels.product_key import balancing_slope, product_key_topk
+from mmjax.memory.base import Bank, Memory, Params, Selection
+from mmjax.memory.checks import check_gate
+from mmjax.memory.params import init_kernels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,20 +45,7 @@ class GatedMemory(Memory):
 
   def __post_init__(self):
     super().__post_init__()
-    root = math.isqrt(self.n_rows)
-    if root * root != self.n_rows:
-      raise ValueError(f'n_rows={self.n_rows} must be a square; nearest: {nearest_squares(self.n_rows)}')
-    if self.rows_per_head > root:
-      raise ValueError(f'rows_per_head={self.rows_per_head} must be at most {root}, the sub-keys of each half')
-    name = 'query_dim' if self.query_dim else 'row_dim'
-    if (width := getattr(self, name)) % 2:
-      raise ValueError(f'{name}={width} must be even, because a query is two sub-keys; nearest: {width + 1}')
-    for field in dataclasses.fields(self):
-      value, words = getattr(self, field.name), WORDS.get(field.name)
-      if words and value not in words:
-        raise ValueError(f'{field.name}={value!r} must be one of {", ".join(words)}')
-    if self.rows_per_head == 1 and self.activation == 'softmax' and self.gate_learns:
-      raise ValueError(f"rows_per_head=1 must be at least 2: {ONE_ROW}; or activation must be 'relu'")
+    check_gate(self)
 
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns those of the norm, and of the gate, float32: kernel `query`, (D, k * p), `keys`, (k, C, p), and more."""
@@ -140,29 +124,6 @@ def score_weights(score_BThr: Array, activation: str) -> Array:
   return jax.nn.softmax(score_BThr, axis=-1) if activation == 'softmax' else jax.nn.relu(score_BThr)
 
 
-def balancing_slope(bias_kC: Array, row_BThr: Array) -> Array:
-  """Returns 0, with a gradient for the bias: how much more often than one in C each sub-key is among the rows selected.
-
-  Over all positions, padding too. Descending it, whatever the loss, lifts sub-keys that are taken too seldom. Adam
-  steps by the sign and hardly by the size, which makes it the rule of Wang et al. 2024, arXiv:2408.15664, for experts.
-  The size is therefore free, and so small that it takes no part in the norm by which all gradients are clipped.
-
-  Args:
-    bias_kC: float32, with which the rows were selected.
-    row_BThr: int32 in [0, C * C).
-  """
-  k, C = bias_kC.shape
-  sub_key_BTh2r = jnp.stack(jnp.divmod(row_BThr, C), axis=3)
-  sub_key_kX = jnp.moveaxis(sub_key_BTh2r, (2, 3), (0, 1)).reshape(k, -1)
-  share_kC = jnp.zeros((k, C), jnp.float32).at[jnp.arange(k)[:, None], sub_key_kX].add(1 / sub_key_kX.shape[1])
-  balance = jnp.sum(bias_kC * (share_kC - 1 / C))
-  return BALANCING_SLOPE * (balance - jax.lax.stop_gradient(balance))
-
-
 def _scaled_units(query_BTkp: Array, keys_kCp: Array, scale_k: Array) -> tuple[Array, Array]:
   """Returns queries of length `scale_k` and sub-keys of length 1."""
-  return _unit(query_BTkp) * scale_k[:, None], _unit(keys_kCp)
-
-
-def _unit(x: Array) -> Array:
-  return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + UNIT_EPS)
+  return unit(query_BTkp) * scale_k[:, None], unit(keys_kCp)

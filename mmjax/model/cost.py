@@ -16,12 +16,12 @@ import jax
 from flax import nnx
 
 from mmjax.config import Config, MemoryConfig, ModelConfig
-from mmjax.config.sublayers import SUBLAYERS, layer_kinds, memory_layers
+from mmjax.config.sublayers import SUBLAYERS, VALUE_ROWS, layer_kinds, memory_layers
 from mmjax.errors import UserError
 from mmjax.files import named_leaves
 from mmjax.kernels.matmul import TRAINED
-from mmjax.model.lm import BANK, Block, Params, abstract_params, without_bank
-from mmjax.model.sublayers.memory import value_bag
+from mmjax.model.lm import Block
+from mmjax.model.params import BANK, Params, abstract_params, without_bank
 
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
 
@@ -55,7 +55,7 @@ def flops_per_token(config: Config) -> dict[str, float]:
   model, memory = config.model, config.memory
   counts = Counter()
   if memory.value_layers:
-    counts['bag_reads'] = value_bag(model, memory).flops()['bag_reads']
+    counts['bag_reads'] = VALUE_ROWS.build(model, memory, rngs=nnx.Rngs(0)).flops()['bag_reads']
   embeddings, rows, like = model.value_embedding_layers(), memory.value_layer_numbers(model.n_layers), {}
   for number, kind in enumerate(layer_kinds(model, memory)):
     first = like.setdefault((kind, number in embeddings, number in rows), number)  # of its kind: a block costs a trace

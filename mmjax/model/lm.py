@@ -15,15 +15,15 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.config import Config, MemoryConfig, ModelConfig
-from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
+from mmjax.config import MemoryConfig, ModelConfig
+from mmjax.config.sublayers import SUBLAYERS, VALUE_ROWS, layer_kinds, uses_bank
 from mmjax.kernels.forms import KEEP
 from mmjax.kernels.matmul import uniform
-from mmjax.memory.base import Bank, Params, SublayerInput, SublayerOutput, init_bank
+from mmjax.memory.base import Bank, SublayerOutput
 from mmjax.memory.ngram import last_tokens
+from mmjax.memory.params import init_bank
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
-
-BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict
+from mmjax.model.sublayers import SublayerInput
 
 
 class Output(NamedTuple):
@@ -107,11 +107,7 @@ class LM(nnx.Module):
       self.memory_bank = None
     kinds = layer_kinds(model, memory)
     self.layers = nnx.List([Block(model, memory, number, kind, rngs=rngs) for number, kind in enumerate(kinds)])
-    self.value_bag = None
-    if memory.value_layers:
-      from mmjax.model.sublayers.memory import value_bag  # only here: a model imports what it has
-
-      self.value_bag = value_bag(model, memory)
+    self.value_bag = VALUE_ROWS.build(model, memory, rngs=rngs) if memory.value_layers else None
     reads_ngrams = self.value_bag or any(SUBLAYERS[kind].reads_ngrams for kind in kinds)
     self.n_last = max(memory.ngram_of_heads()) if reads_ngrams else 0
     self.norm = RMSNorm(model.dim, model.norm_eps)
@@ -182,30 +178,3 @@ class LM(nnx.Module):
     """Maps hidden states (..., D) to float32 logits (..., V) with the tied head."""
     kernel_VD = self.embedding[...].astype(hidden.dtype)
     return jnp.einsum('...D,VD->...V', hidden, kernel_VD, preferred_element_type=jnp.float32)
-
-
-def init_params(config: Config) -> Params:
-  """Returns the first parameters, float32, a pure function of config.seed; may run under jax.jit."""
-  model = LM(config.model, config.memory, rngs=nnx.Rngs(config.seed))
-  return nnx.to_pure_dict(nnx.state(model))
-
-
-def model_graph(config: Config) -> nnx.GraphDef:
-  """Returns the graph definition that `nnx.merge` joins with parameters; computes nothing."""
-  return build_abstract(config)[0]
-
-
-def build_abstract(config: Config) -> tuple[nnx.GraphDef, Params]:
-  """Returns the graph definition and the shapes of the parameters: all that decides what a model computes from them."""
-  graphdef, state = nnx.split(nnx.eval_shape(lambda: LM(config.model, config.memory, rngs=nnx.Rngs(0))))
-  return graphdef, nnx.to_pure_dict(state)
-
-
-def abstract_params(config: Config) -> Params:
-  """Returns the parameter dict with ShapeDtypeStructs for leaves."""
-  return build_abstract(config)[1]
-
-
-def without_bank(params: Params) -> Params:
-  """Returns the dict without the bank."""
-  return {name: value for name, value in params.items() if name != BANK}

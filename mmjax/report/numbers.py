@@ -9,9 +9,9 @@ import jax
 from mmjax.config import Config
 from mmjax.console import Table, number
 from mmjax.model.cost import bytes_per_token, count_params, flops_per_token
-from mmjax.model.lm import abstract_params
+from mmjax.model.params import abstract_params
 from mmjax.training.optimizer import make_optimizer
-from mmjax.training.step import init_state
+from mmjax.training.state import init_state
 
 # Of mmjax.evaluation.evaluate.EvalResult: field -> (name, format).
 QUALITY = {

@@ -16,7 +16,7 @@ from mmjax.config import flatten, idle_settings, user_path
 from mmjax.errors import UserError
 from mmjax.files import read_json
 from mmjax.model.cost import count_params, flops_per_token
-from mmjax.model.lm import abstract_params
+from mmjax.model.params import abstract_params
 from mmjax.report.found import FoundRun
 from mmjax.run.identity import FREE_SECTIONS, FREE_SETTINGS
 

@@ -12,7 +12,7 @@ from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.files import read_json, write_json
 from mmjax.kernels.packed_bank import BITS, pack_bank
-from mmjax.model.lm import BANK, Params, abstract_params
+from mmjax.model.params import BANK, Params, abstract_params
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir
 from mmjax.run.leaves import warn_non_finite

@@ -11,7 +11,7 @@ from mmjax.config import Config, flatten
 from mmjax.data.bank_file import read_texts, texts_path
 from mmjax.errors import UserError
 from mmjax.files import sha256_of
-from mmjax.model.lm import build_abstract
+from mmjax.model.params import build_abstract
 from mmjax.run.directory import RunDir
 
 BANK_SHA256, TEXTS_SHA256 = 'bank_sha256', 'bank_texts_sha256'  # in run.json

@@ -20,7 +20,7 @@ from mmjax.config import Config, default_settings, flatten, user_path
 from mmjax.config.wording import quote
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
-from mmjax.model.lm import Params, abstract_params
+from mmjax.model.params import Params, abstract_params
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, open_run

@@ -18,7 +18,7 @@ from mmjax.config import Config
 from mmjax.config.sublayers import uses_bank
 from mmjax.errors import UserError
 from mmjax.files import path_name
-from mmjax.model.lm import BANK
+from mmjax.model.params import BANK
 
 ROW_AXIS = 'rows'  # the axis that divides the bank
 

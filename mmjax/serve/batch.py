@@ -26,7 +26,7 @@ from mmjax.inference.sampling import LEAST_TEMPERATURE, MOST_TEMPERATURE, draw, 
 from mmjax.inference.settings import Sampling
 from mmjax.model import decoding
 from mmjax.model.decoding import Cache, init_cache
-from mmjax.model.lm import Params, model_graph
+from mmjax.model.params import Params, model_graph
 
 SLOTS = 16  # written at the same time
 CPU_ROWS = 4  # of a group on a CPU; elsewhere all are one group

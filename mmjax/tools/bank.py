@@ -36,7 +36,7 @@ from mmjax.data.snippets import (
 from mmjax.errors import UserError, run_command
 from mmjax.files import check_room, storage_errors
 from mmjax.interop.files import write_tensors
-from mmjax.model.lm import BANK
+from mmjax.model.params import BANK
 
 USED_SETTINGS = ('memory.knowledge_length', 'memory.bank_std')  # that decide what a file holds
 SNIPPETS_A_ROW = 8  # snippets considered for each row by default; bounds memory, whatever the text's size

@@ -32,7 +32,7 @@ from jax import Array
 from mmjax.config import Config
 from mmjax.config.parameters import betas_of, first_rule, parameter_table
 from mmjax.kernels.norm import ratio_of_norms
-from mmjax.model.lm import BANK
+from mmjax.model.params import BANK
 from mmjax.training.row_gradients import CHUNK_ROWS, RowSums
 
 LARGEST_FACTOR = 0.999  # the largest f above: a row drifts by at most 999 of its last steps

@@ -1,32 +1,27 @@
-"""What learns: states of a run and its update, compiled for a mesh. The update itself, step.py, is next on the way."""
+"""What learns: a model and its optimizer on a mesh. It compiles their update; step.py, next on the way, has it."""
 
 import dataclasses
 from collections.abc import Callable
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import optax
 
 from mmjax.config import Config
-from mmjax.data.bank_file import read_bank
 from mmjax.evaluation.evaluate import EvalStep, make_eval_step
-from mmjax.model.lm import BANK, Params, model_graph
-from mmjax.run.checkpoint import Checkpoints
-from mmjax.run.leaves import refuse_non_finite
+from mmjax.model.params import model_graph
 from mmjax.run.placement import Placement
 from mmjax.run.sharding import batch_shapes, placed, replicated
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.out_of_memory import explain_out_of_memory
-from mmjax.training.step import TrainState, init_state, make_train_step
-from mmjax.training.teach import RowCounts, first_reads
+from mmjax.training.state import TrainState, init_state
+from mmjax.training.step import make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-  """Makes states and updates of a model, for a run of so many updates."""
+  """A model that learns by so many updates, and where its state lies."""
 
   config: Config
   placement: Placement
@@ -45,40 +40,6 @@ class Learner:
   def places(self) -> Any:
     """The sharding of each leaf of the state."""
     return jax.tree.map(lambda x: x.sharding, self.shapes)
-
-  def new_state(self, params: Params | None = None, reads: RowCounts | None = None) -> TrainState:
-    """Returns the state before the first update, all where the rules put it: a new one, or of what is given.
-
-    Args:
-      params: of another run.
-      reads: what that run counted.
-    """
-    init = jax.jit(partial(init_state, self.config, self.optimizer), out_shardings=self.places)
-    if params is not None:
-      return init(params, reads)
-    state = init()
-    if self.config.memory.bank_init == 'file' and BANK in state['params']:
-      bank_MP = read_bank(Path(self.config.memory.bank_file), state['params'][BANK].shape)
-      state['params'][BANK] = jax.device_put(bank_MP, self.places['params'][BANK])
-    return state
-
-  def restore_state(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]]:
-    """Returns the newest whole state, and its metadata; of an import, which is step 0, the parameters.
-
-    Raises:
-      UserError: if there is NaN or infinity in it, with the leaves.
-    """
-    if checkpoints.steps() == [0]:
-      params, metadata, step = checkpoints.restore_params(self.shapes['params'], 'last')
-      state = self.new_state(params, checkpoints.restore_reads(step, replicated(self.placement.mesh)))
-    else:
-      state, metadata, step = checkpoints.restore(self.shapes, 'last', newer=('loss_average', 'reads'))
-    if 'loss_average' not in state:  # saved before there was one: it begins with the next loss
-      state['loss_average'] = jax.device_put(np.float32(0), self.places['loss_average'])
-    if 'reads' in self.shapes and 'reads' not in state:  # saved before reads were counted
-      state['reads'] = jax.device_put(first_reads(self.config), self.places['reads'])
-    refuse_non_finite(state, f'step {step} in {checkpoints.directory} cannot be trained on; begin again elsewhere')
-    return state, metadata
 
   def compile(
     self, state: TrainState, on_micro_batch: Callable | None = None, options: dict[str, Any] | None = None

@@ -18,7 +18,7 @@ from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, parameter_table, read_rules
 from mmjax.errors import UserError
 from mmjax.files import first_three, named_leaves, path_name
-from mmjax.model.lm import BANK, Params, abstract_params, without_bank
+from mmjax.model.params import BANK, Params, abstract_params, without_bank
 from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.row_gradients import is_lazy
 

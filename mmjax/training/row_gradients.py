@@ -15,7 +15,7 @@ from mmjax.config import Config
 from mmjax.config.sublayers import bank_readers, uses_bank
 from mmjax.kernels.bank import Reads, add_reads, no_reads
 from mmjax.kernels.forms import on_cpu
-from mmjax.model.lm import BANK, Params, without_bank
+from mmjax.model.params import BANK, Params, without_bank
 
 CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
 

@@ -29,7 +29,7 @@ from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
 from mmjax.files import write_file
-from mmjax.model.lm import Params
+from mmjax.model.params import Params
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, write_tokenizer

@@ -6,17 +6,12 @@ average stay. Where the settings let a finite gradient make parameters that are 
 is checked too. Elsewhere that check would read parameters and moments once more and find nothing.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import TrainConfig
-
-TrainState = dict[str, Any]  # see init_state in step.py
-TrainStep = Callable[[TrainState, dict[str, Array]], tuple[TrainState, dict[str, Array]]]
+from mmjax.training.state import TrainState, TrainStep
 
 LOSS_AVERAGE_DECAY = 0.98  # of the running average that a spike is measured by: about the last 50 updates
 

@@ -1,9 +1,7 @@
 """One optimizer update as a pure function: (state, batch) -> (state, metrics).
 
-The loop calls what `make_train_step` returns; its gradient is that of mmjax/evaluation/loss.py, which runs the model of
-mmjax/model/lm.py: next on the way.
-
-Gradients of the micro-batches are accumulated by a scan inside the step. Which updates are thrown away: skips.py.
+Its gradient is that of mmjax/evaluation/loss.py, which is next on the way, summed over micro-batches by a scan inside
+the step. The state is described in state.py; apply.py applies the gradient, and skips.py says which are thrown away.
 """
 
 from collections.abc import Callable
@@ -19,31 +17,15 @@ from jax.sharding import Mesh
 from mmjax.config import Config
 from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
-from mmjax.evaluation.probes import gate_norms, row_update_ratio
-from mmjax.model.lm import BANK, Params, init_params, without_bank
+from mmjax.evaluation.probes import gate_norms
+from mmjax.model.params import BANK, Params
 from mmjax.run.sharding import ROW_AXIS, spread
-from mmjax.training.lazy_bank import init_moments, update_read_rows
-from mmjax.training.optimizer import bank_rate, learning_rate_schedule, may_overflow
-from mmjax.training.row_gradients import RowSums, add_gradients, empty_sum, gradient_by_reads, is_lazy, keeps_reads
-from mmjax.training.skips import TrainState, TrainStep, count_update, goes_on, skip_unsound
-from mmjax.training.teach import RowCounts, count_reads, first_reads, gradient_of_rows, rows_to_teach
-
-
-def init_state(
-  config: Config, optimizer: optax.GradientTransformation, params: Params | None = None, reads: RowCounts | None = None
-) -> TrainState:
-  """Returns the state before the first update, of new parameters or of those given; may run under jax.jit.
-
-  `step` counts batches seen, `skipped` updates thrown away in a row, `skipped_total` all of them; `loss_average` is
-  the running average of the loss over the updates that were applied, 0 before the first. A memory model also has
-  `reads`, see teach.py, which goes on from those given; they are the background if rows are taught.
-  """
-  params = init_params(config) if params is None else params
-  counts = {name: jnp.zeros((), jnp.int32) for name in ('step', 'skipped', 'skipped_total')}
-  state = {'params': params, 'opt_state': optimizer.init(params), **counts, 'loss_average': jnp.float32(0)}
-  if BANK in params:
-    state['reads'] = first_reads(config, reads)
-  return state | ({'bank_moments': init_moments(params[BANK])} if is_lazy(config) else {})
+from mmjax.training.apply import make_apply
+from mmjax.training.optimizer import learning_rate_schedule, may_overflow
+from mmjax.training.row_gradients import add_gradients, empty_sum, gradient_by_reads, is_lazy, keeps_reads
+from mmjax.training.skips import count_update, goes_on, skip_unsound
+from mmjax.training.state import TrainState, TrainStep
+from mmjax.training.teach import count_reads, gradient_of_rows, rows_to_teach
 
 
 def make_gradient(
@@ -151,32 +133,3 @@ def make_train_step(
     return after, parts | metrics | ratio
 
   return skip_unsound(train_step) if may_overflow(config) else train_step
-
-
-def make_apply(config: Config, optimizer: optax.GradientTransformation, total_steps: int) -> Callable:
-  """Returns apply(state, grads, sums, usage_LM, applied) -> (state, metrics).
-
-  The new state has no counters. Where `applied` is False, it is the old one. The metric is row_update_ratio, of models
-  with a memory. `sums` are those of a bank that is updated lazily, with its gradient in `grads`.
-  """
-  lazy, rate = is_lazy(config), bank_rate(config, total_steps)
-
-  def apply(state: TrainState, grads: Params, sums: RowSums | None, usage_LM: Array | None, applied: Array) -> tuple:
-    params, bank, metrics = state['params'], state['params'].get(BANK), {}
-    updates, opt_state = optimizer.update(grads, state['opt_state'], params)
-    if lazy:
-      sums = sums._replace(sum_UP=updates.pop(BANK))
-      params, count = without_bank(params), state['step'] - state['skipped_total']
-      bank, moments, ratio = update_read_rows(config, rate, bank, state['bank_moments'], sums, count, applied)
-      metrics['row_update_ratio'] = ratio
-    elif usage_LM is not None:
-      metrics['row_update_ratio'] = row_update_ratio(bank, updates[BANK], usage_LM)
-    moved = optax.apply_updates({name: params[name] for name in updates}, updates)
-    new = {'params': params | moved, 'opt_state': opt_state}
-    old = {'params': params, 'opt_state': state['opt_state']}
-    after = jax.tree.map(lambda n, o: jnp.where(applied, n, o), new, old)
-    if lazy:
-      after['params'][BANK], after['bank_moments'] = bank, moments
-    return after, metrics
-
-  return apply

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.model.lm import BANK, Params
+from mmjax.model.params import BANK, Params
 
 RowCounts = dict[str, Array]
 

@@ -20,7 +20,7 @@ from mmjax.model.cost import flops_per_token
 from mmjax.run.log import peak_memory
 from mmjax.run.nvidia import device_peak_flops
 from mmjax.run.processes import is_main
-from mmjax.training.step import TrainState
+from mmjax.training.state import TrainState
 
 MEANS = ('loss', 'aux_loss', 'accuracy', 'grad_norm')
 

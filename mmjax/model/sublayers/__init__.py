@@ -7,15 +7,35 @@ method `flops()`, which returns the FLOPs of a training step for a token by part
 code must know of it stands in its row.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
-from mmjax.memory.base import SublayerInput, SublayerOutput
+from mmjax.memory.base import Bank, SublayerOutput
 from mmjax.memory.gate import score_weights
 
 __all__ = ['SUBLAYERS', 'SublayerInput', 'SublayerOutput', 'layer_kinds', 'row_weights']
+
+
+class SublayerInput(NamedTuple):
+  """What a sublayer may read.
+
+  Attributes:
+    h_BTD: float32 residual stream after attention was added.
+    h_attn_BTD: what attention added to it, in the compute dtype.
+    bank_MP: the shared bank, float32, perhaps tapped (mmjax.kernels.bank), or None in a model without one.
+    last_BTn: int32, the last tokens at each position (mmjax.memory.ngram); None in a model where they address no row.
+    key: a PRNG key, in training with dropout; otherwise None.
+  """
+
+  h_BTD: Array
+  h_attn_BTD: Array
+  bank_MP: Bank | None = None
+  last_BTn: Array | None = None
+  key: Array | None = None
 
 
 def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Array:

@@ -1,0 +1,61 @@
+"""Parameters of a memory: how they and a bank start, and how they are a module of Flax NNX."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+from mmjax.kernels.matmul import uniform
+from mmjax.memory.base import Bank, Memory, Params, SublayerOutput
+
+
+def init_kernels(rngs: nnx.Rngs, **shapes: tuple[int, int]) -> Params:
+  """Returns float32 kernels (in, out) of linear layers, by name, random as torch's."""
+  return {name: {'kernel': uniform(rngs.params(), shape, fan_in=shape[0])} for name, shape in shapes.items()}
+
+
+def init_bank(key: Array, *, n_rows: int, row_dim: int, std: float | None = None) -> Array:
+  """Returns the first values of a bank, float32 (M, P), normal.
+
+  Args:
+    key: of `jax.random`.
+    n_rows: M; a square, for a memory that has a gate.
+    row_dim: P.
+    std: standard deviation; None: P^-0.5, so that rows have length 1.
+  """
+  return (row_dim**-0.5 if std is None else std) * jax.random.normal(key, (n_rows, row_dim), jnp.float32)
+
+
+class ParamTree(nnx.Module):
+  """A nested dict of float32 parameters as modules, under the same names."""
+
+  def __init__(self, params: Params):
+    for name, value in params.items():
+      setattr(self, name, ParamTree(value) if isinstance(value, dict) else nnx.Param(value))
+
+
+class MemoryLayer(ParamTree):
+  """A memory with its parameters."""
+
+  def __init__(self, memory: Memory, *, rngs: nnx.Rngs):
+    super().__init__(memory.init(rngs))
+    self.memory = memory
+
+  def __call__(
+    self,
+    x_BTD: Array,
+    bank_MP: Bank,
+    row_BThr: Array | None = None,
+    sign_BTh: Array | None = None,
+    kept_BTh: Array | None = None,
+    *,
+    dtype: DTypeLike = jnp.float32,
+  ) -> SublayerOutput:
+    """See `Memory.apply`."""
+    return self.memory.apply(params_of(self), x_BTD, bank_MP, row_BThr, sign_BTh, kept_BTh, dtype=dtype)
+
+
+def params_of(module: nnx.Module) -> Params:
+  """Returns the parameters of a module, a nested dict of arrays."""
+  return nnx.to_pure_dict(nnx.state(module, nnx.Param))
