@@ -18,7 +18,6 @@ from jax import Array
 
 from mmjax.config import Config, ModelConfig
 from mmjax.environment import own_jax_settings
-from mmjax.files import path_name
 from mmjax.inference.sampling import Sampler, only_pieces
 from mmjax.inference.settings import Sampling
 from mmjax.model import decoding
@@ -59,20 +58,16 @@ class Decoder:
       placement: how to run it; None: in float32, which is also the fastest on a CPU, and with the run's attention.
     """
     placement = placement or place_reader(config, dtype='float32')
-    # A CPU reads (out, in) matrices faster where a product has a single row: BENCHMARKS.md, Generation.
-    transposed = placement.platform == 'cpu'
-    steps = _DecoderSteps(model_graph(config), config.model, placement, eos_id, n_ids, transposed)
+    steps = _DecoderSteps(model_graph(config), config.model, placement, eos_id, n_ids)
     self._prefill = placement.jit(steps.prefill, static_argnames='length')
     self._decode = placement.jit(steps.decode, donate_argnames=('rows', 'cache'))
     self._params = jax.tree.map(jnp.asarray, params)  # once: arrays of NumPy would be copied at every call
-    self._decode_params = _transpose_kernels(self._params) if transposed else self._params
     self._eos_id, self._vocab_size = eos_id, config.model.vocab_size
 
   def with_bank(self, bank_MP: Array) -> 'Decoder':
     """Returns this decoder with another bank, of the same shape and dtype; the compiled functions are the same."""
     other = copy.copy(self)
     other._params = self._params | {BANK: bank_MP}
-    other._decode_params = self._decode_params | {BANK: bank_MP}
     return other
 
   def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[int]]:
@@ -117,7 +112,7 @@ class Decoder:
     while made < sampling.max_new_tokens and not all(ended):
       steps = min(BLOCK_STEPS, sampling.max_new_tokens - made)
       with own_jax_settings():
-        block_BX, rows, cache = self._decode(self._decode_params, rows, cache, sampler, steps)
+        block_BX, rows, cache = self._decode(self._params, rows, cache, sampler, steps)
       yield self._cut(np.asarray(block_BX)[:, :steps], ended)
       made += steps
 
@@ -150,14 +145,13 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _DecoderSteps:
-  """What is compiled: `prefill` reads prompts; `decode` makes tokens, with matrices that may be transposed."""
+  """What is compiled: `prefill` reads prompts, and `decode` makes tokens."""
 
   graphdef: nnx.GraphDef
   sizes: ModelConfig
   placement: Placement
   eos_id: int
   n_ids: int | None
-  transposed: bool
 
   def prefill(self, params: Params, tokens_BT: Array, rows: Rows, sampler: Sampler, length: int) -> tuple[Rows, Cache]:
     """Reads the prompts, int32, into a cache of `length` positions and chooses the first new token of every row."""
@@ -179,8 +173,7 @@ class _DecoderSteps:
 
     def step(carry: tuple) -> tuple:
       made, rows, cache, block_BX = carry
-      # Turned back here and not before the loop, so that XLA makes it part of the products.
-      model = nnx.merge(self.graphdef, _transpose_kernels(params) if self.transposed else params)
+      model = nnx.merge(self.graphdef, params)
       hidden_B1D, cache = decoding.decode(
         model, rows.token_B[:, None], cache, rows.position_B, dtype=self.placement.dtype
       )
@@ -206,12 +199,3 @@ def padded_length(length: int) -> int:
   """Returns the next of 16, 20, 24, 28, 32, 40, ...: four sizes an octave, so that at most a fifth is padding."""
   step = max(LEAST_TOKENS, 1 << (length - 1).bit_length()) // 8
   return max(LEAST_TOKENS, -(-length // step) * step)
-
-
-def _transpose_kernels(params: Params) -> Params:
-  """Returns the parameters with (out, in) in place of (in, out) matrices, or the other way round."""
-
-  def transpose(path: tuple, leaf: Array) -> Array:
-    return leaf.T if path_name(path).endswith('kernel') and leaf.ndim == 2 else leaf
-
-  return jax.tree_util.tree_map_with_path(transpose, params)
