@@ -17,6 +17,7 @@ from mmjax.interop.compress import compress_run
 from mmjax.interop.convert import export_run
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.packed_bank import PackedBank, pack_bank, unpack_bank
+from mmjax.memory import GatedFusion, MemoryBag, init_bank
 from mmjax.model.cost import count_params
 from mmjax.model.params import BANK
 from mmjax.report.compare import compare
@@ -68,6 +69,23 @@ def test_values_are_rounded_to_the_nearest_code(P, bits):
     assert packed.nbytes == len(bank_MP) * (-(-P // 2) + 2 * len(groups))
   np.testing.assert_array_equal(codes_of(packed, bits), expected)
   np.testing.assert_allclose(found_MP, expected * scale, rtol=1e-6)
+
+
+@pytest.mark.parametrize('bits', [8, 4])
+@pytest.mark.parametrize('kind', [GatedFusion, MemoryBag])
+def test_gradients_through_a_packed_bank_are_those_through_the_unpacked_one(kind, bits):
+  memory = kind(dim=8, n_rows=16, row_dim=40, n_heads=2, rows_per_head=2)
+  packed = pack_bank(init_bank(jax.random.key(1), n_rows=16, row_dim=40), bits)
+  x_BTD = jax.random.normal(jax.random.key(2), (2, 3, 8))
+
+  def loss(params, x_BTD, bank_MP):
+    out = memory.apply(params, x_BTD, bank_MP)
+    return jnp.sum(out.delta_BTD**2) + out.aux_loss
+
+  params = memory.init(jax.random.key(0))
+  found = [jax.jit(jax.grad(loss, (0, 1)))(params, x_BTD, bank) for bank in (packed, unpack_bank(packed))]
+  jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5), *found)
+  assert jnp.abs(found[0][0]['gate']['keys']).max() > 0
 
 
 @pytest.mark.parametrize('bits', [8, 4])

@@ -124,6 +124,21 @@ def test_every_misfit_is_listed(tmp_path):
   assert 'these tensors do not fit the model (3):' in lines[0] and len(lines) == 4
 
 
+def test_one_missing_key_projection_is_one_misfit(tmp_path):
+  state = make_state()
+  del state['layers.0.attention.wk.weight']
+  with pytest.raises(UserError) as caught:
+    take(save(state, tmp_path / 'model.safetensors'), tmp_path / 'run')
+  assert str(caught.value).splitlines()[1:] == ['  missing layers.0.attention.wk.weight (16, 32)']
+
+
+def test_values_too_large_for_float32_are_refused_as_such(tmp_path):
+  state = {name: value.double() for name, value in make_state().items()}
+  state['norm.weight'] *= 1e300
+  with pytest.raises(UserError, match=r'norm.weight has values up to 1e\+300, too large for float32$'):
+    take(save(state, tmp_path / 'model.safetensors'), tmp_path / 'run', dtype='float32')
+
+
 def test_other_dtypes_are_cast_only_when_asked(tmp_path, capsys):
   state = {name: value.bfloat16() for name, value in make_state().items()}
   path = tmp_path / 'model.pth'

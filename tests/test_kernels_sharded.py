@@ -32,12 +32,12 @@ def main():
   from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
   from mmjax.kernels.attention import causal_attention
-  from mmjax.kernels.bank import bank_bag, bank_lookup
+  from mmjax.kernels.bank import Reads, add_reads, bank_bag, bank_lookup
   from mmjax.kernels.cross_entropy import cross_entropy_sums
   from mmjax.kernels.fusion import gated_mlp
   from mmjax.kernels.matmul import matmul
   from mmjax.kernels.product_key import product_key_topk
-  from mmjax.memory import GatedFusion, MemoryBag, NgramBag
+  from mmjax.memory import GatedFusion, MemoryBag, NgramBag, last_tokens
 
   assert jax.device_count() == 4
   mesh = jax.make_mesh((2, 2), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2)
@@ -104,6 +104,21 @@ def main():
     placed = [inputs[0], jax.device_put(inputs[1], rows), *inputs[2:]]  # the bank alone lies on the mesh
     for got, want in zip(jax.jit(apply)(*placed), jax.jit(apply)(*inputs), strict=True):
       np.testing.assert_allclose(got, want, atol=1e-6)
+  tokens_BT, memory = integers(50, 4, 4), NgramBag(**sizes, ngrams=(1, 2), signs=True)
+  found = []
+  for spec in ((), ('data',), ('data', 'rows'), (None, ('data', 'rows'))):
+    placed = jax.device_put(tokens_BT, NamedSharding(mesh, PartitionSpec(*spec)))
+    last = jax.jit(lambda tokens: last_tokens(tokens, 2, tokens % 2))(placed)
+    found.append([last, *jax.jit(memory.addresses)(last), jax.jit(memory.rows)(placed), memory.rows(placed)])
+    assert last.sharding.spec[: len(spec)] == placed.sharding.spec
+    for got, want in zip(found[-1], found[0], strict=True):
+      np.testing.assert_array_equal(got, want)
+  bank_MP, row_BThr = normal(16, 4), integers(16, 4, 3, 2, 2)
+  for reads in (Reads(normal(4, 3, 2, 4), normal(4, 3, 2, 2)), Reads(normal(4, 3, 2, 2, 4), None)):
+    placed = jax.tree.map(lambda x: jax.device_put(x, batch), reads)
+    got = jax.jit(add_reads)(jax.device_put(bank_MP, rows), jax.device_put(row_BThr, batch), placed)
+    assert got.sharding.spec == rows.spec
+    np.testing.assert_allclose(got, add_reads(bank_MP, row_BThr, reads), atol=1e-6)
 
 
 if __name__ == '__main__':

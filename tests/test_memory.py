@@ -26,8 +26,10 @@ from mmjax.memory import (
   MemoryLayer,
   NgramBag,
   NgramBucket,
+  TappedBank,
   init_bank,
   last_tokens,
+  no_reads,
 )
 from mmjax.memory.gate import RowsMemory
 
@@ -124,6 +126,7 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
     (NgramBag, {'vocab_size': 10, 'ngrams': (1, 2), 'n_rows': 35}, 'n_rows=35 must be at least 36, so that each head'),
     (NgramBucket, {'vocab_size': 10, 'n_rows': 59}, 'n_rows=59 must be at least 60, so that each head'),
     (CrossAttention, {'scores': 'bag'}, "scores='bag' must be one of none, scale"),
+    (NgramBag, {'n_rows': 2**31}, 'n_rows=2147483648 must be at most 2147483647: rows have numbers of int32'),
     (MemoryBag, {'query_key_norm': 'l1'}, "query_key_norm='l1' must be one of none, l2"),
   ],
 )
@@ -144,6 +147,70 @@ def test_empty_input_is_refused(name):
   for shape in ((0, 3), (3, 0)):
     with pytest.raises(ValueError, match=rf'the input of shape \({shape[0]}, {shape[1]}, {memory.dim}\) has no'):
       memory.apply(params, jnp.ones((*shape, memory.dim)), bank_MP)
+
+
+@pytest.mark.parametrize('name', MEMORIES)
+def test_arrays_that_are_not_of_floats_are_refused(name):
+  memory = MEMORIES[name]
+  x_BTD, bank_MP, *ngrams = inputs(memory)
+  params = memory.init(jax.random.key(0))
+  whole = jax.tree.map(lambda leaf: leaf.astype(jnp.int32), params)
+  for given, said in (
+    ((whole, x_BTD, bank_MP), 'the parameter .* must be an array of floats, not int32'),
+    ((params, x_BTD.astype(jnp.complex64), bank_MP), 'the input must be an array of floats, not complex64'),
+    ((params, x_BTD.tolist(), bank_MP), 'the input must be an array of floats, not list'),
+    ((params, x_BTD, bank_MP.astype(jnp.int8)), 'the bank must be an array of floats, not int8'),
+    ((list(params), x_BTD, bank_MP), 'the parameters must be a nested dict as `init` returns it, not of type list'),
+  ):
+    with pytest.raises(ValueError, match=said):
+      memory.apply(*given, *ngrams)
+  with pytest.raises(ValueError, match="dtype='int32' must be one of floats"):
+    memory.apply(params, x_BTD, bank_MP, *ngrams, dtype='int32')
+
+
+def test_numbers_of_rows_and_signs_are_looked_at():
+  memory = MEMORIES['signs']
+  x_BTD, bank_MP, row_BThr, sign_BTh = inputs(memory)
+  params = memory.init(jax.random.key(0))
+  for wrong, said in (
+    ((row_BThr, 1 - 2 * (sign_BTh % 2)), 'the number of signs must be from 0 to 255, not -1'),
+    ((row_BThr, sign_BTh + 256), 'the number of signs must be from 0 to 255'),
+    ((row_BThr, sign_BTh * 1.0), 'the number of signs must be whole, not float32'),
+    ((row_BThr * 1.0, sign_BTh), 'the number of a row must be whole, not float32'),
+    ((row_BThr + 64, sign_BTh), 'the number of a row must be from 0 to 63'),
+  ):
+    with pytest.raises(ValueError, match=said):
+      memory.apply(params, x_BTD, bank_MP, *wrong)
+  with pytest.raises(ValueError, match='the number of signs must be whole, not bool'):
+    jax.jit(memory.apply)(params, x_BTD, bank_MP, row_BThr, sign_BTh > 0)
+
+
+@pytest.mark.parametrize('name', ['bag', 'fusion'])
+def test_tap_of_other_reads_is_refused(name):
+  memory = MEMORIES[name]
+  x_BTD, bank_MP, *_ = inputs(memory)
+  params, shape = memory.init(jax.random.key(0)), (2, 5, 2, 3)
+  is_bag = name == 'bag'
+  memory.apply(params, x_BTD, TappedBank(bank_MP, no_reads(shape, 8, jnp.float32, bag=is_bag)))
+  for tap in (
+    no_reads(shape, 8, jnp.float32, bag=not is_bag), no_reads((1, 5, 2, 3), 8, jnp.float32, bag=is_bag), None
+  ):  # fmt: skip
+    said = rf'the tap of this bank must be no_reads\(\(2, 5, 2, 3\), 8, dtype, bag={is_bag}\)'
+    with pytest.raises(ValueError, match=said):
+      memory.apply(params, x_BTD, TappedBank(bank_MP, tap))
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'said'),
+  [
+    ({'n_rows': 0}, 'n_rows=0 must be a whole number of at least 1'),
+    ({'row_dim': 2.5}, 'row_dim=2.5 must be a whole number of at least 1'),
+    ({'std': math.nan}, 'std=nan must be a finite number, 0 or above'),
+  ],
+)
+def test_bank_of_no_size_is_refused(sizes, said):
+  with pytest.raises(ValueError, match=said):
+    init_bank(jax.random.key(0), **BANK | sizes)
 
 
 @pytest.mark.thorough
@@ -174,7 +241,9 @@ def test_parameters_of_other_sizes_are_refused(name):
       memory.apply(changed, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='must have the shape .*, not None'):
     memory.apply({}, x_BTD, bank_MP, *ngrams)
-  with pytest.raises(ValueError, match='the numbers of signs must have the shape'):
+  with pytest.raises(
+    ValueError, match='the numbers of signs must ' + ('have the shape' if memory.signs else 'be None')
+  ):
     memory.apply(params, x_BTD, bank_MP, ngrams[0], None if memory.signs else jnp.zeros((2, 5, 2), jnp.int32))
   with pytest.raises(ValueError, match=r'the factors of heads must have the shape \(2, 5, 2\), not \(2, 5\)'):
     memory.apply(params, x_BTD, bank_MP, *ngrams, jnp.ones((2, 5)))

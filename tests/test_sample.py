@@ -33,17 +33,28 @@ def test_a_prompt_is_continued_as_the_api_does(tiny_run, monkeypatch, capfd):
   assert out == printable(want) + '\n'
 
 
+def test_prompts_are_continued_one_after_the_other(tiny_run, monkeypatch, capfd):
+  code, out, _ = run_sample(
+    monkeypatch, capfd, '--workdir', str(tiny_run), '--prompt', 'the memory', '--prompt', 'b', *FLAGS
+  )
+  lm = mmjax.load(tiny_run)
+  wants = [lm.generate(prompt, max_new_tokens=12, seed=seed)[0] for seed, prompt in ((4, 'the memory'), (5, 'b'))]
+  assert (code, out) == (0, ''.join(printable(want) + '\n' for want in wants))
+
+
 @pytest.mark.thorough
 def test_lines_of_stdin_are_prompts_and_a_bad_one_does_not_end_it(tiny_run, monkeypatch, capfd):
   stdin = b'the memory\n\xff\xfe\nthe memory\n\n\x1b[2J\x00\n'
   code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, stdin=stdin)
-  assert code == 0
-  assert 'lone surrogate' in err and 'Traceback' not in err
+  assert code == 2
+  assert 'prompt 2: the text holds byte 0xff, which is not UTF-8, at character 0' in err and 'Traceback' not in err
+  assert err.endswith('prompts refused: 1 of 5\n')
   lm = mmjax.load(tiny_run)
   prompts = {0: 'the memory', 2: 'the memory', 3: '', 4: '\x1b[2J\x00'}  # by number, which the seed goes with
   wants = [lm.generate(prompt, max_new_tokens=12, seed=4 + number)[0] for number, prompt in prompts.items()]
+  wants.insert(1, '')
   assert out == ''.join(printable(want) + '\n' for want in wants)
-  assert wants[0] != wants[1]
+  assert wants[0] != wants[2]
 
 
 def test_only_the_end_of_a_line_ends_a_prompt(tiny_run, monkeypatch, capfd):
@@ -72,7 +83,7 @@ def test_ten_megabytes_are_answered(tiny_run, monkeypatch, capfd):
     (['--workdir', 'no/such/run'], 'no run directory no/such/run'),
     (['--temperature', '-1'], 'temperature=-1.0 must be'),
     (['--checkpoint', 'newest'], "checkpoint='newest' must be"),
-    (['--prompt', 'a\udcff'], 'lone surrogate'),
+    (['--prompt', 'a\udcff'], 'byte 0xff, which is not UTF-8, at character 1'),
   ],
 )
 def test_bad_input_is_one_sentence_and_exit_code_2(tiny_run, monkeypatch, capfd, flags, said):

@@ -246,6 +246,20 @@ def test_run_with_a_bank_that_does_not_fit_is_refused_before_anything_is_written
   assert not (tmp_path / 'run').exists()
 
 
+def test_text_that_is_held_out_is_the_users_and_the_other_that_of_files(built, monkeypatch):
+  _, folder = built
+  seen = []
+  monkeypatch.setattr(bank, 'build_bank', lambda config, *_: seen.append(config.data))
+  flags = ['bank', 'build', '--files', 'a.jsonl', '--out', str(folder / 'other.safetensors')]
+  for more in ([], ['--config.data.valid_files=held.jsonl']):
+    monkeypatch.setattr(sys, 'argv', flags + more)
+    bank.main()
+  assert [(data.train_files, data.valid_files) for data in seen] == [('a.jsonl', ''), ('a.jsonl', 'held.jsonl')]
+  monkeypatch.setattr(sys, 'argv', [*flags, '--config.data.train_files=b.jsonl'])
+  with pytest.raises(UserError, match='train_files=b.jsonl cannot be given here: the text is what --files names'):
+    bank.main()
+
+
 def test_unknown_encoder_and_missing_model_are_refused(built):
   config, folder = built
   with pytest.raises(UserError, match='must be lsa or'):

@@ -149,6 +149,8 @@ def test_vocabulary_that_the_text_cannot_fill_names_the_largest():
 def test_lone_surrogate_and_foreign_ids_are_refused(trained):
   with pytest.raises(UserError, match='lone surrogate at character 1'):
     trained.encode('a\ud800')
+  with pytest.raises(UserError, match='the text holds byte 0xe4, which is not UTF-8, at character 1: that is not text'):
+    trained.encode(b'a\xe4'.decode(errors='surrogateescape'))
   for token in (400, -1):
     with pytest.raises(UserError, match=f'token id {token} is not in the vocabulary, which is 0..399'):
       trained.decode([5, token])

@@ -80,7 +80,7 @@ class Tokenizer:
     """Returns the ids of a text, without control tokens.
 
     Raises:
-      UserError: if it is no str, or holds a lone surrogate, which is no character.
+      UserError: if it is no str, or holds a lone surrogate, as bytes that are not UTF-8 become.
     """
     return [token for part in self.encode_slices(text) for token in part.ids]
 
@@ -91,7 +91,9 @@ class Tokenizer:
     try:
       text.encode('utf-8')
     except UnicodeEncodeError as error:
-      raise UserError(f'the text holds a lone surrogate at character {error.start}, which is not text') from None
+      code = ord(text[error.start])
+      byte = f'byte 0x{code - 0xDC00:02x}, which is not UTF-8,' if 0xDC80 <= code <= 0xDCFF else 'a lone surrogate'
+      raise UserError(f'the text holds {byte} at character {error.start}: that is not text') from None
     start = 0
     while start < len(text):
       stop = _slice_end(text, start)

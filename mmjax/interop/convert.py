@@ -13,6 +13,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from numpy.typing import DTypeLike
 
 from mmjax import __version__
 from mmjax.config import (
@@ -174,15 +175,16 @@ def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> 
   params, counters, step = read_params(run, config, which)
   tensors = to_tensors(params, config)
   if dtype:
-    tensors = {name: _cast(name, value, dtype) for name, value in tensors.items()}
+    tensors = {name: _cast(name, value, EXPORT_DTYPES[dtype]) for name, value in tensors.items()}
   return tensors, step or counters.get('step_before', 0)
 
 
-def _cast(name: str, value: np.ndarray, dtype: str) -> np.ndarray:
+def _cast(name: str, value: np.ndarray, dtype: DTypeLike) -> np.ndarray:
   with np.errstate(over='ignore'):
-    cast = value.astype(EXPORT_DTYPES[dtype])
+    cast = value.astype(dtype, copy=False)
   if np.isfinite(value).all() and not np.isfinite(cast).all():
-    raise UserError(f'{name} has values up to {np.abs(value).max():.3g}, too large for {dtype}; bfloat16 holds them')
+    most, smaller = np.abs(value).max(), '; bfloat16 holds them' if np.dtype(dtype) == np.float16 else ''
+    raise UserError(f'{name} has values up to {most:.3g}, too large for {np.dtype(dtype).name}{smaller}')
   return cast
 
 
@@ -199,8 +201,7 @@ def as_float32(tensors: Mapping[str, np.ndarray], source: str, *, cast: bool) ->
     )
   if others:
     print(f'Casting tensors of {" and ".join(others)} to float32')
-  with np.errstate(over='ignore'):
-    tensors = {name: value.astype(np.float32, copy=False) for name, value in tensors.items()}
+  tensors = {name: _cast(name, value, np.float32) for name, value in tensors.items()}
   refuse_non_finite(tensors, f'{source} cannot be imported')
   return tensors
 

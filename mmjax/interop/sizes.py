@@ -21,7 +21,7 @@ TOLD = (  # field, the matrix that tells it, if it is there, and on which axis; 
   ('knowledge_num', 'memory_bank', 0),
   ('knowledge_dim', 'memory_bank', 1),
 )
-KEYS = 'layers.0.attention.wk.weight'
+KEYS = re.compile(r'layers\.\d+\.attention\.wk\.weight')
 READING = ('data.layout', 'data.isolate_documents')  # how the model learned to read, which no tensor tells
 UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of ModelConfig that no shape depends on
 UNTOLD_BY = {'cross_attention': ('num_selected',), 'moe': ('experts_per_token',)}  # more of them, by sublayer
@@ -69,12 +69,12 @@ def read_kv_heads(shapes: Shapes, dim: int, n_heads: int, source: str) -> int:
   Raises:
     UserError: if the key projection is no whole number of such heads.
   """
-  shape = shapes.get(KEYS, ())
+  shape = _keys_shape(shapes)
   if not shape:
     return n_heads  # reported as missing later
   if n_heads not in (fitting := fitting_heads(shapes, dim)):
     raise UserError(
-      f'model.n_heads={n_heads} does not fit {source}, where model.dim is {dim} and {KEYS} {shape}; '
+      f'model.n_heads={n_heads} does not fit {source}, where model.dim is {dim} and attention.wk.weight {shape}; '
       f'numbers of heads that fit: {", ".join(map(str, fitting)) or "none"}'
     )
   return _kv_heads(shape, dim, n_heads)
@@ -82,9 +82,14 @@ def read_kv_heads(shapes: Shapes, dim: int, n_heads: int, source: str) -> int:
 
 def fitting_heads(shapes: Shapes, dim: int) -> list[int]:
   """Returns the numbers of query heads that the key projection allows, in a model that is `dim` wide."""
-  shape = shapes.get(KEYS, ())
+  shape = _keys_shape(shapes)
   counts = [n for n in range(1, dim + 1) if dim % n == 0 and (dim // n) % 2 == 0]
   return [n for n in counts if shape and _kv_heads(shape, dim, n)]
+
+
+def _keys_shape(shapes: Shapes) -> tuple[int, ...]:
+  """Returns the shape of the key projection, of the first layer that has one; () if none has."""
+  return next((shapes[name] for name in sorted(shapes) if KEYS.fullmatch(name)), ())
 
 
 def _kv_heads(shape: tuple[int, ...], dim: int, n_heads: int) -> int:

@@ -19,6 +19,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.errors import refuse_wrong_jaxlib
+from mmjax.kernels.mesh import on_any_mesh
 from mmjax.kernels.packed_bank import PackedBank
 
 
@@ -95,7 +96,13 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
     sums_MP: float32.
     row_BThr: int32, as they were read.
     reads: of them.
+
+  Rows past the end get nothing.
   """
+  return on_any_mesh(_add_reads, lambda spec: spec, sums_MP, row_BThr, reads)
+
+
+def _add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
   if reads.weight_BThr is None:
     return _add_scatter(sums_MP, row_BThr.reshape(-1), reads.grad.reshape(-1, sums_MP.shape[1]))
 
@@ -127,6 +134,7 @@ def bank_lookup(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BTR: A
     return _hand_back(bank_MP, jnp.where(own_BTR[..., None], rows_BTRP, 0))
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
+    _check_tap(tap, row_BTR.shape, bank_MP.shape[1], bag=False)
     return _tapped(jax.lax.stop_gradient(bank_MP)[row_BTR].astype(dtype), tap.grad)
   return _gather(bank_MP, row_BTR, dtype)
 
@@ -175,9 +183,10 @@ def bank_bag(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BThr: Arr
     return _hand_back(bank_MP, _bag(bank_MP.part_MP, row_BThr, weight_BThr, True))
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
+    _check_tap(tap, row_BThr.shape, bank_MP.shape[1], bag=True)
     sum_BThP = _bag(bank_MP, row_BThr, _tapped_weights(weight_BThr, tap.weight_BThr), False)
     return _tapped(sum_BThP, tap.grad)
-  return _bag(bank_MP, row_BThr, weight_BThr, True)
+  return _bag(bank_MP, row_BThr, weight_BThr, not isinstance(bank_MP, PackedBank))
 
 
 @jax.named_scope('bank_usage')
@@ -186,6 +195,18 @@ def sum_by_row(row_LBTR: Array, value_LBTR: Array, knowledge_num: int) -> Array:
   L = len(row_LBTR)
   zeros_LM = jnp.zeros((L, knowledge_num), value_LBTR.dtype)
   return zeros_LM.at[jnp.arange(L)[:, None], row_LBTR.reshape(L, -1)].add(value_LBTR.reshape(L, -1))
+
+
+def _check_tap(tap: Reads, row_shape: tuple[int, ...], row_dim: int, *, bag: bool) -> None:
+  """Raises ValueError if a tap is not of the rows that are read, which JAX would say of a gradient, far from here."""
+  want = (*(row_shape[:-1] if bag else row_shape), row_dim)
+  grad = getattr(tap, 'grad', None)
+  if grad is None or grad.shape != want or (tap.weight_BThr is not None) != bag:
+    found = None if grad is None else grad.shape
+    raise ValueError(
+      f'the tap of this bank must be no_reads({row_shape}, {row_dim}, dtype, bag={bag}), with sums of shape {want}; '
+      f'not one of shape {found}'
+    )
 
 
 def _gather_rows(bank: BankShard, row: Array) -> tuple[Array, Array]:
@@ -221,7 +242,8 @@ def _bag(bank_MP: Array, row_BThr: Array, weight_BThr: Array, differentiable: bo
 
 
 def _bag_fwd(bank_MP, row_BThr, weight_BThr, differentiable):
-  bank_MP = jnp.asarray(bank_MP)  # a NumPy array takes no traced index
+  if not isinstance(bank_MP, PackedBank):
+    bank_MP = jnp.asarray(bank_MP)  # a NumPy array takes no traced index
   return _bag(bank_MP, row_BThr, weight_BThr, differentiable), (bank_MP, row_BThr, weight_BThr)
 
 

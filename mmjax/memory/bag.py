@@ -20,6 +20,7 @@ from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Bank, Memory, Params, Selection
+from mmjax.memory.checks import check_numbers
 from mmjax.memory.gate import GatedMemory
 from mmjax.memory.ngram import last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
 from mmjax.memory.params import init_kernels
@@ -184,10 +185,7 @@ class NgramBag(_Bag):
       raise ValueError(
         f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {row_BThr.shape}'
       )
-    if not isinstance(row_BThr, jax.core.Tracer):
-      for row in (np.asarray(row_BThr).min(initial=0), np.asarray(row_BThr).max(initial=0)):
-        if not 0 <= row < self.n_rows:
-          raise ValueError(f'row {row} of n-grams must be from 0 to {self.n_rows - 1}, below n_rows')
+    check_numbers('the number of a row', row_BThr, self.n_rows)
     return Selection(row_BThr, jnp.zeros(shape, jnp.float32))
 
   def weights(self, selection: Selection) -> Array:

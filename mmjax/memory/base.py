@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from mmjax.choices import NORM_EPS
 from mmjax.kernels.bank import BankShard, TappedBank
+from mmjax.kernels.mesh import on_any_mesh
 from mmjax.kernels.packed_bank import PackedBank
 from mmjax.memory.checks import check_inputs, check_sizes
-from mmjax.memory.mesh import on_any_mesh
 
 Params = dict[str, Any]
 Bank = Array | BankShard | TappedBank | PackedBank
@@ -114,9 +115,10 @@ class Memory:
       selection bias its gradient evens out the use of the rows.
 
     Raises:
-      ValueError: if an array has not the shape that the sizes say, or rows or signs of n-grams are missing or not read.
+      ValueError: if an array has not the shape that the sizes say or is not of floats, or rows or signs of n-grams are
+        missing, not read or out of range.
     """
-    check_inputs(self, params, x_BTD, bank_MP, sign_BTh, kept_BTh)
+    check_inputs(self, params, x_BTD, bank_MP, sign_BTh, kept_BTh, dtype)
 
     def run(x_BTD: Array, params: Params, bank_MP: Bank, *of_ngrams: Array | None) -> tuple:
       row_BThr, sign_BTh, kept_BTh = of_ngrams
@@ -125,7 +127,11 @@ class Memory:
       row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
       return delta_BTD, row_BTR, score_BTR, selection.aux_loss
 
-    return SublayerOutput(*on_any_mesh(run, x_BTD, params, bank_MP, row_BThr, sign_BTh, kept_BTh))
+    def specs(of_x: PartitionSpec) -> tuple:
+      like_rows = PartitionSpec(*of_x[:2])
+      return of_x, like_rows, like_rows, PartitionSpec()
+
+    return SublayerOutput(*on_any_mesh(run, specs, x_BTD, params, bank_MP, row_BThr, sign_BTh, kept_BTh))
 
   def addresses(self, last_BTn: Array | None) -> tuple[Array | None, Array | None]:
     """Returns what `apply` takes, int32 `row_BThr` and `sign_BTh`, from the last tokens at each position: here none."""

@@ -8,23 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax.core import FrozenDict
 from flax.traverse_util import flatten_dict
 from jax import Array
+from jax.typing import DTypeLike
 
 from mmjax.choices import ONE_ROW, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, nearest_squares
+from mmjax.kernels.packed_bank import PackedBank
+from mmjax.memory.ngram import SIGN_VECTORS
 
 if TYPE_CHECKING:
   from mmjax.memory.base import Bank, Memory, Params
   from mmjax.memory.gate import GatedMemory
 
 WORDS = {'query_key_norm': QUERY_KEY_NORM, 'activation': SCORE_ACTIVATION, 'scores': SCORES}
+MOST_ROWS = 2**31 - 1
 
 
 def check_sizes(memory: 'Memory') -> None:
   """Raises ValueError if a field that mmjax's classes give a memory is no number of its kind above 0, or no bool."""
   for field in dataclasses.fields(memory):
     if field.name in _own_fields(type(memory)):
-      _check_size(field.name, getattr(memory, field.name), field.type)
+      check_size(field.name, getattr(memory, field.name), field.type)
+  if memory.n_rows > MOST_ROWS:
+    raise ValueError(f'n_rows={memory.n_rows} must be at most {MOST_ROWS}: rows have numbers of int32')
 
 
 def check_gate(memory: 'GatedMemory') -> None:
@@ -46,9 +54,18 @@ def check_gate(memory: 'GatedMemory') -> None:
 
 
 def check_inputs(
-  memory: 'Memory', params: 'Params', x_BTD: Array, bank_MP: 'Bank', sign_BTh: Array | None, kept_BTh: Array | None
+  memory: 'Memory',
+  params: 'Params',
+  x_BTD: Array,
+  bank_MP: 'Bank',
+  sign_BTh: Array | None,
+  kept_BTh: Array | None,
+  dtype: DTypeLike,
 ) -> None:
-  """Raises ValueError if what `Memory.apply` takes has not the shapes that the sizes of a memory say."""
+  """Raises ValueError if what `Memory.apply` takes has not the shapes that the sizes of a memory say, or no floats."""
+  if not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'dtype={dtype!r} must be one of floats')
+  _check_floats('the input', x_BTD)
   if x_BTD.ndim != 3 or x_BTD.shape[-1] != memory.dim:
     raise ValueError(f'the input must have the shape (B, T, dim={memory.dim}), not {x_BTD.shape}')
   if not x_BTD.size:
@@ -57,18 +74,43 @@ def check_inputs(
   bank_shape = None if bank_MP is None else bank_MP.shape
   if bank_shape != size:
     raise ValueError(f'the bank must have the shape (n_rows, row_dim)={size}, not {bank_shape}')
+  if not isinstance(bank_MP, PackedBank):
+    _check_floats('the bank', getattr(bank_MP, 'part_MP', getattr(bank_MP, 'bank_MP', bank_MP)))
+  if not isinstance(params, dict | FrozenDict):
+    raise ValueError(f'the parameters must be a nested dict as `init` returns it, not of type {type(params).__name__}')
   given = flatten_dict(params)
   for path, shape in _shapes(memory).items():
     found = jnp.shape(given[path]) if path in given else None
     if found != shape:
       raise ValueError(f'the parameter {"/".join(path)} must have the shape {shape}, not {found}')
+    _check_floats(f'the parameter {"/".join(path)}', given[path])
   heads = *x_BTD.shape[:2], memory.n_heads
   sign_shape = heads if memory.signs else None
   found = None if sign_BTh is None else sign_BTh.shape
   if found != sign_shape:
-    raise ValueError(f'the numbers of signs must have the shape {sign_shape}, not {found}: see NgramBag.signs_of')
+    must = f'have the shape {sign_shape}' if sign_shape else 'be None'
+    raise ValueError(f'the numbers of signs must {must}, not {found}: see NgramBag.signs_of')
+  if sign_BTh is not None:
+    check_numbers('the number of signs', sign_BTh, SIGN_VECTORS)
   if kept_BTh is not None and kept_BTh.shape != heads:
     raise ValueError(f'the factors of heads must have the shape {heads}, not {kept_BTh.shape}')
+
+
+def check_numbers(what: str, number: Array, end: int) -> None:
+  """Raises ValueError unless they are whole and in [0, end); of traced ones nobody can look at the values."""
+  if not jnp.issubdtype(number.dtype, jnp.integer):
+    raise ValueError(f'{what} must be whole, not {number.dtype}')
+  if not isinstance(number, jax.core.Tracer):
+    for value in (np.asarray(number).min(initial=0), np.asarray(number).max(initial=0)):
+      if not 0 <= value < end:
+        raise ValueError(f'{what} must be from 0 to {end - 1}, not {value}')
+
+
+def _check_floats(name: str, value: Any) -> None:
+  """Raises ValueError for what is no array of floats: of integers JAX would compute, and drop what is imaginary."""
+  dtype = getattr(value, 'dtype', None)
+  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+    raise ValueError(f'{name} must be an array of floats, not {type(value).__name__ if dtype is None else dtype}')
 
 
 @functools.cache
@@ -78,7 +120,7 @@ def _own_fields(cls: type) -> set[str]:
   return {name for base in bases for name in base.__dict__.get('__annotations__', {})}
 
 
-def _check_size(name: str, value: Any, kind: Any) -> None:
+def check_size(name: str, value: Any, kind: Any) -> None:
   """Raises ValueError if a field of a memory is no number of its kind, or no bool; other kinds are not looked at."""
   whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and value >= 1
   if kind is int and not whole:

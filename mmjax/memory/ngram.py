@@ -19,6 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mmjax.kernels.mesh import on_any_mesh
+
 NO_TOKEN = -1  # before the first one
 SIGN_VECTORS = 256
 FIRST_OF_SIGNS = 1 << 16  # of the numbers that tell hashes apart, those of signs come after those of rows
@@ -31,7 +33,19 @@ def last_tokens(tokens_BT: Array, n: int, segment_BT: Array | None = None) -> Ar
     tokens_BT: int32, whole rows.
     n: how many, at least 1.
     segment_BT: int32; tokens of another segment do not count. None: each row is one segment.
+
+  Raises:
+    ValueError: if tokens or segments have another shape, or n is less than 1.
   """
+  if tokens_BT.ndim != 2 or n < 1 or (segment_BT is not None and segment_BT.shape != tokens_BT.shape):
+    shape = None if segment_BT is None else segment_BT.shape
+    raise ValueError(
+      f'tokens of shape {tokens_BT.shape} and segments of shape {shape} must be (B, T), and n={n} at least 1'
+    )
+  return on_any_mesh(functools.partial(_last_tokens, n), lambda spec: spec, tokens_BT, segment_BT)
+
+
+def _last_tokens(n: int, tokens_BT: Array, segment_BT: Array | None) -> Array:
   tokens_BT, T, found = _signed(tokens_BT), tokens_BT.shape[1], []
   for back in range(n):
     earlier = ((0, 0), (back, 0))
@@ -49,7 +63,14 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
     token_BS: int32; each row is one segment.
     position_BT: int32 in [0, S): beyond, JAX would read the last slot.
     n: how many, at least 1.
+
+  Raises:
+    ValueError: if positions have another shape, or n is less than 1.
   """
+  if position_BT.ndim != 2 or len(position_BT) != len(token_BS) or n < 1:
+    raise ValueError(
+      f'positions of shape {position_BT.shape} must be (B={len(token_BS)}, T), and n={n} must be at least 1'
+    )
   at_BTn = position_BT[..., None] - jnp.arange(n)
   row_B11 = jnp.arange(len(token_BS))[:, None, None]
   return jnp.where(at_BTn >= 0, _signed(token_BS)[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)

@@ -1,5 +1,7 @@
 """Parameters of a memory: how they and a bank start, and how they are a module of Flax NNX."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -8,6 +10,7 @@ from jax.typing import DTypeLike
 
 from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Bank, Memory, Params, SublayerOutput
+from mmjax.memory.checks import check_size
 
 
 def init_kernels(rngs: nnx.Rngs, **shapes: tuple[int, int]) -> Params:
@@ -23,8 +26,16 @@ def init_bank(key: Array, *, n_rows: int, row_dim: int, std: float | None = None
     n_rows: M; a square, for a memory that has a gate.
     row_dim: P.
     std: standard deviation; None: P^-0.5, so that rows have length 1.
+
+  Raises:
+    ValueError: if a size is no whole number of at least 1, or `std` is negative or not finite.
   """
-  return (row_dim**-0.5 if std is None else std) * jax.random.normal(key, (n_rows, row_dim), jnp.float32)
+  check_size('n_rows', n_rows, int)
+  check_size('row_dim', row_dim, int)
+  std = row_dim**-0.5 if std is None else std
+  if not 0 <= std < math.inf:
+    raise ValueError(f'std={std!r} must be a finite number, 0 or above')
+  return std * jax.random.normal(key, (n_rows, row_dim), jnp.float32)
 
 
 class ParamTree(nnx.Module):

@@ -92,7 +92,8 @@ def describe_devices(devices: Sequence[Any]) -> str:
   many = f'{len(devices)} x ' if len(devices) > 1 else ''
   if devices[0].platform != 'cpu':
     return f'Device: {many}{devices[0].device_kind}'
-  said, driver = f'Device: {many}CPU, {count_cores()} cores', find_driver()
+  cores = count_cores()
+  said, driver = f'Device: {many}CPU, {cores} core{"s" if cores > 1 else ""}', find_driver()
   if driver is None:
     return said
   extra, why_not = cuda_extra(driver)

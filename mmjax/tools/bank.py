@@ -62,7 +62,9 @@ def main() -> None:
   )
   build.add_argument('--config', default=str(own_config('exp_1_4_3.py')), help='config file that sizes come from')
   arguments, overrides = parser.parse_known_args()
-  overrides += [f'--config.data.train_files={arguments.files}', '--config.data.valid_files=']
+  if given := [override for override in overrides if override.startswith('--config.data.train_files=')]:
+    raise UserError(f'{given[0]} cannot be given here: the text is what --files names')
+  overrides = ['--config.data.valid_files=', *overrides, f'--config.data.train_files={arguments.files}']
   config = load_config(arguments.config, overrides, used=USED_SETTINGS)
   build_bank(config, user_path(arguments.out), arguments.encoder, arguments.snippets_a_row)
 

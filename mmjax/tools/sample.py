@@ -29,7 +29,7 @@ def main() -> None:
   """Reads flags, loads the model, and continues one prompt or many."""
   parser = command_parser('sample', __doc__)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
-  parser.add_argument('--prompt', help='text to continue; without it you are asked')
+  parser.add_argument('--prompt', action='append', help='text to continue; may be repeated; without it you are asked')
   add_model_flags(parser)
   add_sampling_flags(parser)
   arguments = parser.parse_args()
@@ -40,18 +40,25 @@ def main() -> None:
 
   prepare_terminal()
   lm = load(arguments.workdir, **model_from_flags(arguments))
-  if arguments.prompt is not None:
-    write_continuation(lm, arguments.prompt, sampling)
-    return
-  for number, prompt in enumerate(ask_prompts()):
+  asked, piped, refused = arguments.prompt is None, not sys.stdin.isatty(), 0
+  for number, prompt in enumerate(ask_prompts() if asked else arguments.prompt):
     # Another seed for each, or the same prompt would always get the same answer.
     settings = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
     try:
       write_continuation(lm, prompt, settings)
     except UserError as error:
-      print(f'{error}', file=sys.stderr)
+      if not asked:
+        raise
+      print(f'prompt {number + 1}: {error}' if piped else f'{error}', file=sys.stderr)
+      if piped:
+        print()  # its place in the output
+        refused += 1
     except KeyboardInterrupt:
+      if not asked:
+        raise
       print()
+  if refused:
+    raise UserError(f'prompts refused: {refused} of {number + 1}')
 
 
 def write_continuation(lm: 'LanguageModel', prompt: str, sampling: Sampling) -> None:
