@@ -19,7 +19,7 @@ from mmjax.data.loader import open_split, train_batches
 from mmjax.data.prepare import prepare
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.placement import place
-from mmjax.training.begin import new_state
+from mmjax.training.first_state import new_state
 from mmjax.training.learner import Learner
 
 BATCHES = 200

@@ -292,7 +292,7 @@ def test_lack_of_memory_is_not_taken_for_corruption(tmp_path, monkeypatch, error
 
 def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path):
   from mmjax.run.placement import place
-  from mmjax.training.begin import restore_state
+  from mmjax.training.first_state import restore_state
   from mmjax.training.learner import Learner
 
   config = tiny_config()
@@ -313,7 +313,7 @@ def test_state_saved_before_an_entry_existed_is_restored_with_its_start(tmp_path
 
 def test_optimizer_state_is_restored_where_a_schedule_that_may_change_numbers_its_parts_otherwise(tmp_path):
   from mmjax.run.placement import place
-  from mmjax.training.begin import restore_state
+  from mmjax.training.first_state import restore_state
   from mmjax.training.learner import Learner
 
   config = tiny_config(memory__bank_lr_multiplier=4)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmjax.config import CHOICES, Config, config_from_dict, flatten, load_config
-from mmjax.config.__main__ import list_settings
+from mmjax.config.__main__ import list_settings, main
 from mmjax.config.schema import SETTINGS
 from mmjax.config.sublayers import layer_kinds
 from mmjax.errors import UserError
@@ -321,3 +322,12 @@ def test_rules_of_a_gate_hold_for_models_that_have_one():
   ):
     with pytest.raises(UserError, match=said):
       load_config('configs/product_key_bag.py', [flag])
+
+
+def test_list_of_settings_takes_no_arguments(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['mmjax.config'])
+  main()
+  assert capsys.readouterr().out == list_settings() + '\n'
+  monkeypatch.setattr(sys, 'argv', ['mmjax.config', 'model'])
+  with pytest.raises(SystemExit, match='2'):
+    main()

@@ -37,7 +37,7 @@ def main():
   from mmjax.kernels.fusion import gated_mlp
   from mmjax.kernels.matmul import matmul
   from mmjax.kernels.product_key import product_key_topk
-  from mmjax.memory import GatedFusion, MemoryBag, NgramBag, last_tokens
+  from mmjax.memory import GatedFusion, MemoryBag, NgramBag, cached_last_tokens, last_tokens
 
   assert jax.device_count() == 4
   mesh = jax.make_mesh((2, 2), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2)
@@ -109,6 +109,9 @@ def main():
   for spec in ((), ('data',), ('data', 'rows'), (None, ('data', 'rows'))):
     placed = jax.device_put(tokens_BT, NamedSharding(mesh, PartitionSpec(*spec)))
     last = jax.jit(lambda tokens: last_tokens(tokens, 2, tokens % 2))(placed)
+    position_BT = jax.device_put(jnp.tile(jnp.arange(4), (4, 1)), placed.sharding)
+    cached = jax.jit(lambda tokens, position: cached_last_tokens(tokens, position, 2))(placed, position_BT)
+    np.testing.assert_array_equal(cached, last_tokens(tokens_BT, 2))
     found.append([last, *jax.jit(memory.addresses)(last), jax.jit(memory.rows)(placed), memory.rows(placed)])
     assert last.sharding.spec[: len(spec)] == placed.sharding.spec
     for got, want in zip(found[-1], found[0], strict=True):

@@ -25,7 +25,7 @@ from mmjax.run.placement import place
 from mmjax.run.sharding import make_mesh, put_batch
 from mmjax.run.text import training_data
 from mmjax.training import loop
-from mmjax.training.begin import restore_state
+from mmjax.training.first_state import restore_state
 from mmjax.training.learner import Learner
 from mmjax.training.loop import fit
 from mmjax.training.out_of_memory import explain_out_of_memory

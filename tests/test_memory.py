@@ -164,7 +164,7 @@ def test_arrays_that_are_not_of_floats_are_refused(name):
   ):
     with pytest.raises(ValueError, match=said):
       memory.apply(*given, *ngrams)
-  with pytest.raises(ValueError, match="dtype='int32' must be one of floats"):
+  with pytest.raises(ValueError, match="dtype='int32' must be a floating-point dtype"):
     memory.apply(params, x_BTD, bank_MP, *ngrams, dtype='int32')
 
 
@@ -173,15 +173,15 @@ def test_numbers_of_rows_and_signs_are_looked_at():
   x_BTD, bank_MP, row_BThr, sign_BTh = inputs(memory)
   params = memory.init(jax.random.key(0))
   for wrong, said in (
-    ((row_BThr, 1 - 2 * (sign_BTh % 2)), 'the number of signs must be from 0 to 255, not -1'),
-    ((row_BThr, sign_BTh + 256), 'the number of signs must be from 0 to 255'),
-    ((row_BThr, sign_BTh * 1.0), 'the number of signs must be whole, not float32'),
-    ((row_BThr * 1.0, sign_BTh), 'the number of a row must be whole, not float32'),
-    ((row_BThr + 64, sign_BTh), 'the number of a row must be from 0 to 63'),
+    ((row_BThr, 1 - 2 * (sign_BTh % 2)), 'sign_BTh must hold numbers from 0 to 255, not -1'),
+    ((row_BThr, sign_BTh + 256), 'sign_BTh must hold numbers from 0 to 255'),
+    ((row_BThr, sign_BTh * 1.0), 'sign_BTh must hold whole numbers, not float32'),
+    ((row_BThr * 1.0, sign_BTh), 'row_BThr must hold whole numbers, not float32'),
+    ((row_BThr + 64, sign_BTh), 'row_BThr must hold numbers from 0 to 63'),
   ):
     with pytest.raises(ValueError, match=said):
       memory.apply(params, x_BTD, bank_MP, *wrong)
-  with pytest.raises(ValueError, match='the number of signs must be whole, not bool'):
+  with pytest.raises(ValueError, match='sign_BTh must hold whole numbers, not bool'):
     jax.jit(memory.apply)(params, x_BTD, bank_MP, row_BThr, sign_BTh > 0)
 
 
@@ -193,7 +193,8 @@ def test_tap_of_other_reads_is_refused(name):
   is_bag = name == 'bag'
   memory.apply(params, x_BTD, TappedBank(bank_MP, no_reads(shape, 8, jnp.float32, bag=is_bag)))
   for tap in (
-    no_reads(shape, 8, jnp.float32, bag=not is_bag), no_reads((1, 5, 2, 3), 8, jnp.float32, bag=is_bag), None
+    no_reads(shape, 8, jnp.float32, bag=not is_bag), no_reads((1, 5, 2, 3), 8, jnp.float32, bag=is_bag),
+    no_reads((2, 5, 2, 2), 8, jnp.float32, bag=is_bag), None
   ):  # fmt: skip
     said = rf'the tap of this bank must be no_reads\(\(2, 5, 2, 3\), 8, dtype, bag={is_bag}\)'
     with pytest.raises(ValueError, match=said):

@@ -93,6 +93,9 @@ def test_gpu_that_is_left_alone_on_purpose_is_not_spoken_of(smi, monkeypatch, na
   monkeypatch.setenv(name, value)
   assert find_driver() is None
   assert describe_devices(CPU).startswith('Device: CPU, ')
+  for cores, said in ((1, '1 core'), (2, '2 cores')):
+    monkeypatch.setattr('mmjax.environment.count_cores', lambda cores=cores: cores)
+    assert describe_devices(CPU) == f'Device: CPU, {said}'
 
 
 def test_run_says_its_device_and_what_makes_it_a_gpu(smi, monkeypatch):

@@ -18,7 +18,6 @@ from mmjax.config import Config, load_config  # noqa: E402
 from mmjax.data.loader import PADDING  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.kernels.cross_entropy import cross_entropy_sums  # noqa: E402
-from mmjax.training import step as step_module  # noqa: E402
 from mmjax.training.optimizer import make_optimizer  # noqa: E402
 from mmjax.training.state import init_state  # noqa: E402
 from mmjax.training.step import make_train_step  # noqa: E402
@@ -167,7 +166,7 @@ def test_fifty_updates_equal_torch(sublayer):
 def rows_as_usage(monkeypatch):
   """Makes the train step report the rows it read instead of their counts (without accumulation, they pass as are)."""
   monkeypatch.setattr('mmjax.evaluation.loss.sum_by_row', lambda row_LBTR, value_LBTR, knowledge_num: row_LBTR)
-  monkeypatch.setattr(step_module, 'row_update_ratio', lambda *_: jnp.zeros(()))
+  monkeypatch.setattr('mmjax.training.apply.row_update_ratio', lambda *_: jnp.zeros(()))
 
 
 # Weights that drift apart by rounding make ever more selections differ, and each one moves the loss of its token: left

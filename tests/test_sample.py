@@ -42,6 +42,14 @@ def test_prompts_are_continued_one_after_the_other(tiny_run, monkeypatch, capfd)
   assert (code, out) == (0, ''.join(printable(want) + '\n' for want in wants))
 
 
+def test_a_prompt_needs_no_stdin(tiny_run, monkeypatch, capfd):
+  monkeypatch.setattr(sample, 'write_continuation', lambda lm, prompt, sampling: print(prompt))
+  monkeypatch.setattr(sys, 'argv', ['sample', '--workdir', str(tiny_run), '--prompt', 'a'])
+  monkeypatch.setattr(sys, 'stdin', None)
+  sample.main()
+  assert capfd.readouterr().out == 'a\n'
+
+
 @pytest.mark.thorough
 def test_lines_of_stdin_are_prompts_and_a_bad_one_does_not_end_it(tiny_run, monkeypatch, capfd):
   stdin = b'the memory\n\xff\xfe\nthe memory\n\n\x1b[2J\x00\n'

@@ -147,7 +147,7 @@ def test_room_is_needed_for_the_snippets_that_there_are(built, tmp_path):
 
 def test_run_starts_from_the_file(built, tmp_path):
   from mmjax.run.placement import place
-  from mmjax.training.begin import new_state
+  from mmjax.training.first_state import new_state
   from mmjax.training.learner import Learner
 
   config, folder = built

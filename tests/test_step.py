@@ -18,7 +18,7 @@ from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
 from mmjax.kernels.bank import sum_by_row
-from mmjax.kernels.cross_entropy import chunk_tokens
+from mmjax.kernels.cross_entropy import fitting_chunk
 from mmjax.model.params import init_params, model_graph
 from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, may_overflow
@@ -388,9 +388,9 @@ def test_sum_by_row_equals_bincount():
 
 
 def test_chunk_of_the_loss_keeps_logits_small():
-  assert chunk_tokens(64, 6400, 512) * 64 * 6400 <= 1 << 23
-  assert chunk_tokens(4, 300, 16) == 16
-  assert chunk_tokens(10**6, 10**6, 512) == 1
+  assert fitting_chunk(64, 6400, 512) * 64 * 6400 <= 1 << 23
+  assert fitting_chunk(4, 300, 16) == 16
+  assert fitting_chunk(10**6, 10**6, 512) == 1
 
 
 GOLDEN = {  # three losses and the last gradient norm

@@ -20,7 +20,7 @@ from mmjax.config import Config, load_config
 from mmjax.errors import run_command
 from mmjax.run.placement import place
 from mmjax.run.sharding import put_batch
-from mmjax.training.begin import new_state
+from mmjax.training.first_state import new_state
 from mmjax.training.learner import Learner
 
 FIRST_TOKEN = 4  # after the special ones

@@ -18,7 +18,7 @@ def list_settings() -> str:
 
 
 def main() -> None:
-  """Takes no arguments but --help."""
+  """Prints the list; takes no arguments but --help."""
   argparse.ArgumentParser(prog='python -m mmjax.config', description=__doc__).parse_args()
   print(list_settings())
 

@@ -80,7 +80,7 @@ class Tokenizer:
     """Returns the ids of a text, without control tokens.
 
     Raises:
-      UserError: if it is no str, or holds a lone surrogate, as bytes that are not UTF-8 become.
+      UserError: if it is no str, or holds a lone surrogate, which bytes that are not UTF-8 become, too.
     """
     return [token for part in self.encode_slices(text) for token in part.ids]
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from mmjax.config import Config
 from mmjax.data.loader import PADDING
 from mmjax.kernels.bank import BankShard, Reads, TappedBank, sum_by_row
-from mmjax.kernels.cross_entropy import chunk_tokens, cross_entropy_sums
+from mmjax.kernels.cross_entropy import cross_entropy_sums, fitting_chunk
 from mmjax.model.lm import LM, BankOfReader, Output
 from mmjax.model.params import Params
 from mmjax.run.sharding import ROW_AXIS
@@ -41,7 +41,7 @@ def make_loss(
     bank = _bank_of_reader(taps, mesh)
     model, out = run_model(config, graphdef, attention, params, rows, dropout_key=key, bank_of_reader=bank)
     weight_BT = (rows['target'] != PADDING).astype(jnp.float32)
-    chunk = chunk_tokens(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
+    chunk = fitting_chunk(len(rows['target']), config.model.vocab_size, rows['target'].shape[1])
     with jax.named_scope('loss'):
       nll, correct = cross_entropy_sums(out.hidden_BTD, model.embedding[...], rows['target'], weight_BT, chunk)
     parts = {'loss': nll / total_weight, 'accuracy': correct / total_weight, 'aux_loss': out.aux_loss / shares}

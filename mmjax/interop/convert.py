@@ -182,9 +182,11 @@ def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> 
 def _cast(name: str, value: np.ndarray, dtype: DTypeLike) -> np.ndarray:
   with np.errstate(over='ignore'):
     cast = value.astype(dtype, copy=False)
+  if cast is value:
+    return value
   if np.isfinite(value).all() and not np.isfinite(cast).all():
-    most, smaller = np.abs(value).max(), '; bfloat16 holds them' if np.dtype(dtype) == np.float16 else ''
-    raise UserError(f'{name} has values up to {most:.3g}, too large for {np.dtype(dtype).name}{smaller}')
+    most, advice = np.abs(value).max(), '; bfloat16 holds them' if np.dtype(dtype) == np.float16 else ''
+    raise UserError(f'{name} has values up to {most:.3g}, too large for {np.dtype(dtype).name}{advice}')
   return cast
 
 

@@ -97,12 +97,12 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 
 def _in_order(data: bytes) -> bytes:
-  """Returns a .safetensors file whose texts stand in order: the library's order varies, and with it the hash."""
+  """Returns a .safetensors file with its metadata sorted: the library's order varies, and with it the hash."""
   end = 8 + int.from_bytes(data[:8], 'little')
   header = json.loads(data[8:end])
   ordered = {name: dict(sorted(entry.items())) if name == '__metadata__' else entry for name, entry in header.items()}
   text = json.dumps(ordered, ensure_ascii=False, separators=(',', ':')).encode()
-  return b''.join((data[:8], text.ljust(end - 8), data[end:]))
+  return b''.join((data[:8], text.ljust(end - 8), memoryview(data)[end:]))
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

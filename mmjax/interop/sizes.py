@@ -88,7 +88,7 @@ def fitting_heads(shapes: Shapes, dim: int) -> list[int]:
 
 
 def _keys_shape(shapes: Shapes) -> tuple[int, ...]:
-  """Returns the shape of the key projection, of the first layer that has one; () if none has."""
+  """Returns the shape of the key projection, of some layer that has one; () if none has."""
   return next((shapes[name] for name in sorted(shapes) if KEYS.fullmatch(name)), ())
 
 

@@ -92,12 +92,12 @@ def no_reads(row_shape: tuple[int, ...], row_dim: int, dtype: DTypeLike, *, bag:
 def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
   """Adds to each row the gradients of its reads; `row_BThr` may number other rows than those of a bank.
 
+  Rows past the end get nothing.
+
   Args:
     sums_MP: float32.
     row_BThr: int32, as they were read.
     reads: of them.
-
-  Rows past the end get nothing.
   """
   return on_any_mesh(_add_reads, lambda spec: spec, sums_MP, row_BThr, reads)
 
@@ -126,6 +126,9 @@ def bank_lookup(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BTR: A
 
   Returns:
     rows_BTRP in `dtype`.
+
+  Raises:
+    ValueError: if a tap is not of these reads.
   """
   refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
@@ -175,6 +178,9 @@ def bank_bag(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BThr: Arr
 
   Returns:
     sum_BThP, float32.
+
+  Raises:
+    ValueError: if a tap is not of these reads.
   """
   refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
@@ -200,12 +206,12 @@ def sum_by_row(row_LBTR: Array, value_LBTR: Array, knowledge_num: int) -> Array:
 def _check_tap(tap: Reads, row_shape: tuple[int, ...], row_dim: int, *, bag: bool) -> None:
   """Raises ValueError if a tap is not of the rows that are read, which JAX would say of a gradient, far from here."""
   want = (*(row_shape[:-1] if bag else row_shape), row_dim)
-  grad = getattr(tap, 'grad', None)
-  if grad is None or grad.shape != want or (tap.weight_BThr is not None) != bag:
-    found = None if grad is None else grad.shape
+  grad, weight = getattr(tap, 'grad', None), getattr(tap, 'weight_BThr', None)
+  found = tuple(None if x is None else x.shape for x in (grad, weight))
+  if found != (want, row_shape if bag else None):
     raise ValueError(
-      f'the tap of this bank must be no_reads({row_shape}, {row_dim}, dtype, bag={bag}), with sums of shape {want}; '
-      f'not one of shape {found}'
+      f'the tap of this bank must be no_reads({row_shape}, {row_dim}, dtype, bag={bag}); its arrays have the shapes '
+      f'{found}'
     )
 
 

@@ -52,7 +52,7 @@ def cross_entropy_sums(
   return _by_platform(sums, chunk_tokens, hidden_BTD, output_VD, target_BT, weight_BT)
 
 
-def chunk_tokens(batch: int, vocab_size: int, length: int) -> int:
+def fitting_chunk(batch: int, vocab_size: int, length: int) -> int:
   """Returns how many positions the loss takes at a time, so that its logits stay near CHUNK_LOGITS values."""
   return max(1, min(length, CHUNK_LOGITS // (batch * vocab_size)))
 

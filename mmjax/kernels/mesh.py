@@ -9,11 +9,11 @@ from jax.sharding import PartitionSpec
 
 
 def on_any_mesh(run: Callable, specs: Callable[[PartitionSpec], Any], first: Array, *others: Any) -> Any:
-  """Returns run(first, *others); explicit axes are left to the compiler too.
+  """Returns run(first, *others); explicit axes of a mesh are left to the compiler, as automatic ones are.
 
   Args:
     run: a function of the arrays.
-    specs: of the PartitionSpec of `first`, the tree of those of the result.
+    specs: takes the PartitionSpec of `first`; returns those of the result, a tree.
     first: an array.
     others: trees of arrays, or None.
   """
@@ -21,7 +21,8 @@ def on_any_mesh(run: Callable, specs: Callable[[PartitionSpec], Any], first: Arr
   on_mesh = [sharding for sharding in shardings if sharding.mesh.explicit_axes]
   if on_mesh:
     spec = shardings[0].spec if shardings[0].mesh.explicit_axes else PartitionSpec()
-    leaf = {'is_leaf': lambda x: isinstance(x, PartitionSpec)}
-    places = jax.tree.map(lambda spec: on_mesh[0].update(spec=spec), specs(spec), **leaf)
+    places = jax.tree.map(
+      lambda spec: on_mesh[0].update(spec=spec), specs(spec), is_leaf=lambda x: isinstance(x, PartitionSpec)
+    )
     run = jax.sharding.auto_axes(run, out_sharding=places)
   return run(first, *others)

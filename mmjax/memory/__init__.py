@@ -8,7 +8,7 @@ A memory is a frozen dataclass of sizes, which are named by keyword, with two pu
 
 `MemoryLayer(memory, rngs=rngs)` is the same as a module of flax.nnx. The bank is an array (`init_bank`), and any number
 of memories may read it. Nothing here needs more than JAX, Flax and NumPy. mmjax's own models are made of the same
-memories (mmjax/model/sublayers/memory.py).
+memories (mmjax/model/sublayers).
 """
 
 from mmjax.kernels.bank import TappedBank, add_reads, no_reads

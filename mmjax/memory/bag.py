@@ -185,7 +185,7 @@ class NgramBag(_Bag):
       raise ValueError(
         f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {row_BThr.shape}'
       )
-    check_numbers('the number of a row', row_BThr, self.n_rows)
+    check_numbers('row_BThr', row_BThr, self.n_rows)
     return Selection(row_BThr, jnp.zeros(shape, jnp.float32))
 
   def weights(self, selection: Selection) -> Array:

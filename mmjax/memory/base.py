@@ -116,7 +116,7 @@ class Memory:
 
     Raises:
       ValueError: if an array has not the shape that the sizes say or is not of floats, or rows or signs of n-grams are
-        missing, not read or out of range.
+        missing, not read or out of range (within `jax.jit` nobody can look).
     """
     check_inputs(self, params, x_BTD, bank_MP, sign_BTh, kept_BTh, dtype)
 

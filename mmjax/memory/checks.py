@@ -64,7 +64,7 @@ def check_inputs(
 ) -> None:
   """Raises ValueError if what `Memory.apply` takes has not the shapes that the sizes of a memory say, or no floats."""
   if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f'dtype={dtype!r} must be one of floats')
+    raise ValueError(f'dtype={dtype!r} must be a floating-point dtype')
   _check_floats('the input', x_BTD)
   if x_BTD.ndim != 3 or x_BTD.shape[-1] != memory.dim:
     raise ValueError(f'the input must have the shape (B, T, dim={memory.dim}), not {x_BTD.shape}')
@@ -91,23 +91,23 @@ def check_inputs(
     must = f'have the shape {sign_shape}' if sign_shape else 'be None'
     raise ValueError(f'the numbers of signs must {must}, not {found}: see NgramBag.signs_of')
   if sign_BTh is not None:
-    check_numbers('the number of signs', sign_BTh, SIGN_VECTORS)
+    check_numbers('sign_BTh', sign_BTh, SIGN_VECTORS)
   if kept_BTh is not None and kept_BTh.shape != heads:
     raise ValueError(f'the factors of heads must have the shape {heads}, not {kept_BTh.shape}')
 
 
-def check_numbers(what: str, number: Array, end: int) -> None:
+def check_numbers(name: str, number: Array, end: int) -> None:
   """Raises ValueError unless they are whole and in [0, end); of traced ones nobody can look at the values."""
   if not jnp.issubdtype(number.dtype, jnp.integer):
-    raise ValueError(f'{what} must be whole, not {number.dtype}')
+    raise ValueError(f'{name} must hold whole numbers, not {number.dtype}')
   if not isinstance(number, jax.core.Tracer):
     for value in (np.asarray(number).min(initial=0), np.asarray(number).max(initial=0)):
       if not 0 <= value < end:
-        raise ValueError(f'{what} must be from 0 to {end - 1}, not {value}')
+        raise ValueError(f'{name} must hold numbers from 0 to {end - 1}, not {value}')
 
 
 def _check_floats(name: str, value: Any) -> None:
-  """Raises ValueError for what is no array of floats: of integers JAX would compute, and drop what is imaginary."""
+  """Raises ValueError for what is no array of floats: JAX would compute with integers, and drop imaginary parts."""
   dtype = getattr(value, 'dtype', None)
   if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
     raise ValueError(f'{name} must be an array of floats, not {type(value).__name__ if dtype is None else dtype}')

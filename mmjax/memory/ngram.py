@@ -37,11 +37,11 @@ def last_tokens(tokens_BT: Array, n: int, segment_BT: Array | None = None) -> Ar
   Raises:
     ValueError: if tokens or segments have another shape, or n is less than 1.
   """
-  if tokens_BT.ndim != 2 or n < 1 or (segment_BT is not None and segment_BT.shape != tokens_BT.shape):
-    shape = None if segment_BT is None else segment_BT.shape
-    raise ValueError(
-      f'tokens of shape {tokens_BT.shape} and segments of shape {shape} must be (B, T), and n={n} at least 1'
-    )
+  _check_n(n)
+  if tokens_BT.ndim != 2:
+    raise ValueError(f'tokens must have the shape (B, T), not {tokens_BT.shape}')
+  if segment_BT is not None and segment_BT.shape != tokens_BT.shape:
+    raise ValueError(f'segments must have the shape of the tokens, {tokens_BT.shape}, not {segment_BT.shape}')
   return on_any_mesh(functools.partial(_last_tokens, n), lambda spec: spec, tokens_BT, segment_BT)
 
 
@@ -67,13 +67,21 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
   Raises:
     ValueError: if positions have another shape, or n is less than 1.
   """
-  if position_BT.ndim != 2 or len(position_BT) != len(token_BS) or n < 1:
-    raise ValueError(
-      f'positions of shape {position_BT.shape} must be (B={len(token_BS)}, T), and n={n} must be at least 1'
-    )
-  at_BTn = position_BT[..., None] - jnp.arange(n)
-  row_B11 = jnp.arange(len(token_BS))[:, None, None]
-  return jnp.where(at_BTn >= 0, _signed(token_BS)[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)
+  _check_n(n)
+  if position_BT.ndim != 2 or len(position_BT) != len(token_BS):
+    raise ValueError(f'positions must have the shape (B={len(token_BS)}, T), not {position_BT.shape}')
+
+  def find(position_BT: Array, token_BS: Array) -> Array:
+    at_BTn = position_BT[..., None] - jnp.arange(n)
+    row_B11 = jnp.arange(len(token_BS))[:, None, None]
+    return jnp.where(at_BTn >= 0, _signed(token_BS)[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)
+
+  return on_any_mesh(find, lambda spec: spec, position_BT, token_BS)
+
+
+def _check_n(n: int) -> None:
+  if n < 1:
+    raise ValueError(f'n={n} must be at least 1: the token itself is the first of the last tokens')
 
 
 def _signed(token: Array) -> Array:

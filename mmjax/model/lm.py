@@ -1,7 +1,7 @@
 """The language model: tied embedding, blocks of attention and a sublayer, final norm.
 
 A model is a graph definition and a nested dict of float32 parameters; `nnx.merge(graphdef, params)(tokens_BT)` runs
-it. Its sublayers, next on the way, stand in the table of mmjax.model.sublayers; one bank is passed to every block.
+it. One bank is passed to every block. Of the table of sublayers, mmjax/model/sublayers/memory.py is next on the way.
 """
 
 from collections.abc import Callable

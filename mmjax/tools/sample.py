@@ -1,7 +1,8 @@
 """Continues text:   python -m mmjax.tools.sample --workdir out/quickstart [--prompt 'The list of'] [--temperature 0.7]
 
-Shows the continuation while it is made. Without --prompt it asks for prompts, one a line, until end of input or Ctrl-C;
-Ctrl-C while text is made ends that text. Exit codes: 0 done, 2 user error, 4 storage.
+Shows the continuation while it is made; --prompt may be repeated. Without it, it asks for prompts, one a line, until
+end of input or Ctrl-C; Ctrl-C while text is made ends that text. A line that is refused leaves an empty line in the
+output of a pipe, and the exit code is then 2. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
 import contextlib
@@ -40,7 +41,9 @@ def main() -> None:
 
   prepare_terminal()
   lm = load(arguments.workdir, **model_from_flags(arguments))
-  asked, piped, refused = arguments.prompt is None, not sys.stdin.isatty(), 0
+  asked = arguments.prompt is None
+  piped = asked and not sys.stdin.isatty()
+  refused = 0
   for number, prompt in enumerate(ask_prompts() if asked else arguments.prompt):
     # Another seed for each, or the same prompt would always get the same answer.
     settings = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)

@@ -1,4 +1,4 @@
-"""What learns: a model and its optimizer on a mesh. It compiles their update; step.py, next on the way, has it."""
+"""What learns: a model and its optimizer on a mesh. It compiles their update, step.py, which is next on the way."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from mmjax.training.step import make_train_step
 
 @dataclasses.dataclass(frozen=True)
 class Learner:
-  """A model that learns by so many updates, and where its state lies."""
+  """A model that learns in `total_steps` updates, and where its state lies."""
 
   config: Config
   placement: Placement

@@ -1,4 +1,4 @@
-"""The memories of mmjax.memory (base.py, next on the way) as sublayers: a config says their sizes, and what they read.
+"""Memories with a gate as sublayers (of n-grams: ngram.py). mmjax/memory/base.py, next on the way, says what they are.
 
 With memory.input='attention' and memory.scores='none', as in the record's code, a memory reads the attention output and
 not the residual stream, and the scores never reach the output, so that no gradient reaches the gate.
