@@ -4,15 +4,18 @@
 runtime aborts because a process of the run was lost.
 """
 
+import _thread
 import errno
 import functools
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
+from typing import Any
 
 from mmjax.environment import ignore_jax_settings, missing_packages
 
@@ -100,7 +103,8 @@ def run_command(main: Callable[[], None]) -> None:
       print(ignored, file=sys.stderr)
     stop_without_packages()
     refuse_wrong_jaxlib()
-    main()
+    with _no_interrupt_is_lost():
+      main()
   except CommandError as error:
     _stop(str(error), error.exit_code)
   except BrokenPipeError:  # whoever read the output has seen enough, as in `... | head`
@@ -117,6 +121,29 @@ def run_command(main: Callable[[], None]) -> None:
         with suppress(OSError):
           sys.stdout.flush()
         os._exit(130)
+
+
+@contextmanager
+def _no_interrupt_is_lost() -> Iterator[None]:
+  """Makes a Ctrl-C that Python ignores come again a moment later.
+
+  It ignores one that falls into a callback of its garbage collector, as JAX has one, or into a destructor.
+  """
+  report = sys.unraisablehook
+
+  def hook(ignored: Any) -> None:
+    if isinstance(ignored.exc_value, KeyboardInterrupt):
+      again = threading.Timer(0.01, _thread.interrupt_main)  # not at once: it would fall into this hook
+      again.daemon = True
+      again.start()
+    else:
+      report(ignored)
+
+  sys.unraisablehook = hook
+  try:
+    yield
+  finally:
+    sys.unraisablehook = report
 
 
 def _stop(sentence: str, exit_code: int) -> None:

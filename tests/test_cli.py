@@ -184,6 +184,24 @@ def test_ctrl_c_does_not_wait_for_the_end_of_python_in_which_threads_of_jax_cras
   assert (done.returncode, done.stdout, done.stderr) == (130, 'written before\n', 'Interrupted.\n')
 
 
+def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_heard():
+  lines = [
+    'import gc, signal, time',
+    'from mmjax.errors import run_command',
+    'def interrupt(*_):',
+    '  gc.callbacks.clear()',
+    '  signal.raise_signal(signal.SIGINT)',
+    'def main():',
+    '  gc.callbacks.append(interrupt)',
+    '  gc.collect()',
+    '  time.sleep(30)',
+    "  print('not heard')",
+    'run_command(main)',
+  ]
+  done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True, timeout=60)
+  assert (done.returncode, done.stdout, done.stderr) == (130, '', 'Interrupted.\n')
+
+
 def test_output_that_nobody_reads_is_no_error():
   code = 'from mmjax.errors import run_command; run_command(lambda: [print("x" * 1000) for _ in range(1000)])'
   process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
