@@ -4,7 +4,6 @@
 runtime aborts because a process of the run was lost.
 """
 
-import _thread
 import errno
 import functools
 import os
@@ -133,7 +132,8 @@ def _no_interrupt_is_lost() -> Iterator[None]:
 
   def hook(ignored: Any) -> None:
     if isinstance(ignored.exc_value, KeyboardInterrupt):
-      again = threading.Timer(0.01, _thread.interrupt_main)  # not at once: it would fall into this hook
+      main = threading.main_thread().ident  # a signal, and to this thread: what sleeps or reads there is woken
+      again = threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT))  # now, it would fall into this hook
       again.daemon = True
       again.start()
     else:

@@ -198,7 +198,7 @@ def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_heard():
     "  print('not heard')",
     'run_command(main)',
   ]
-  done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True, timeout=60)
+  done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True, timeout=25)
   assert (done.returncode, done.stdout, done.stderr) == (130, '', 'Interrupted.\n')
 
 
