@@ -133,7 +133,7 @@ def _no_interrupt_is_lost() -> Iterator[None]:
   def hook(ignored: Any) -> None:
     if isinstance(ignored.exc_value, KeyboardInterrupt):
       main = threading.main_thread().ident  # a signal, and to this thread: what sleeps or reads there is woken
-      again = threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT))  # now, it would fall into this hook
+      again = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))  # earlier, it may fall into this hook
       again.daemon = True
       again.start()
     else:
