@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
@@ -102,7 +101,7 @@ def run_command(main: Callable[[], None]) -> None:
       print(ignored, file=sys.stderr)
     stop_without_packages()
     refuse_wrong_jaxlib()
-    with _no_interrupt_is_lost():
+    with _ignored_interrupt_ends_at_once():
       main()
   except CommandError as error:
     _stop(str(error), error.exit_code)
@@ -123,21 +122,17 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _no_interrupt_is_lost() -> Iterator[None]:
-  """Makes a Ctrl-C that Python ignores come again a moment later.
+def _ignored_interrupt_ends_at_once() -> Iterator[None]:
+  """Makes a Ctrl-C end the process where Python would ignore it.
 
-  It ignores one that falls into a callback of its garbage collector, as JAX has one, or into a destructor.
+  That is in a callback of its garbage collector, of which JAX has one, and in a destructor.
   """
   report = sys.unraisablehook
 
   def hook(ignored: Any) -> None:
     if isinstance(ignored.exc_value, KeyboardInterrupt):
-      main = threading.main_thread().ident  # a signal, and to this thread: what sleeps or reads there is woken
-      again = threading.Timer(0.5, signal.pthread_kill, (main, signal.SIGINT))  # earlier, it may fall into this hook
-      again.daemon = True
-      again.start()
-    else:
-      report(ignored)
+      _end_interrupted()
+    report(ignored)
 
   sys.unraisablehook = hook
   try:
@@ -157,12 +152,13 @@ def _stop(sentence: str, exit_code: int) -> None:
 def interrupt_ends_at_once() -> Iterator[None]:
   """Makes Ctrl-C end the process here and now; for imports, in which libraries swallow a KeyboardInterrupt."""
 
-  def end(*_: object) -> None:
-    os.write(2, b'Interrupted.\n')
-    os._exit(130)
-
-  previous = signal.signal(signal.SIGINT, end)
+  previous = signal.signal(signal.SIGINT, _end_interrupted)
   try:
     yield
   finally:
     signal.signal(signal.SIGINT, previous)
+
+
+def _end_interrupted(*_: object) -> None:
+  os.write(2, b'Interrupted.\n')
+  os._exit(130)

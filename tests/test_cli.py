@@ -170,6 +170,12 @@ def test_what_ends_a_command_is_one_plain_sentence_and_a_code(error, code, said,
   assert (stopped.value.code, capfd.readouterr().err) == (code, said and f'{said}\n')
 
 
+def outcome(lines):
+  """Runs a program; returns its exit code and what it wrote to stdout and stderr."""
+  done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True, timeout=60)
+  return done.returncode, done.stdout, done.stderr
+
+
 def test_ctrl_c_does_not_wait_for_the_end_of_python_in_which_threads_of_jax_crash():
   lines = [
     'import atexit',
@@ -180,8 +186,7 @@ def test_ctrl_c_does_not_wait_for_the_end_of_python_in_which_threads_of_jax_cras
     '  raise KeyboardInterrupt',
     'run_command(main)',
   ]
-  done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True, timeout=60)
-  assert (done.returncode, done.stdout, done.stderr) == (130, 'written before\n', 'Interrupted.\n')
+  assert outcome(lines) == (130, 'written before\n', 'Interrupted.\n')
 
 
 def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_heard():
@@ -198,8 +203,7 @@ def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_heard():
     "  print('not heard')",
     'run_command(main)',
   ]
-  done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], capture_output=True, text=True, timeout=25)
-  assert (done.returncode, done.stdout, done.stderr) == (130, '', 'Interrupted.\n')
+  assert outcome(lines) == (130, '', 'Interrupted.\n')
 
 
 def test_output_that_nobody_reads_is_no_error():

@@ -5,11 +5,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from mmjax.kernels.attention import causal_attention
+from mmjax.kernels.bank import Reads, add_reads, bank_bag, bank_lookup
+from mmjax.kernels.cross_entropy import cross_entropy_sums
+from mmjax.kernels.fusion import gated_mlp
+from mmjax.kernels.matmul import matmul
+from mmjax.kernels.product_key import product_key_topk
+from mmjax.memory import GatedFusion, MemoryBag, NgramBag, cached_last_tokens, last_tokens
 from tests.helpers import xla_flags
 
 REPOSITORY = Path(__file__).parent.parent
+RNG = np.random.default_rng(0)
+SIZES = {'dim': 6, 'n_rows': 16, 'row_dim': 4, 'n_heads': 2, 'rows_per_head': 2}
 
 
 @pytest.mark.thorough
@@ -26,47 +39,16 @@ def test_kernels_on_four_devices_equal_one_device():
 
 
 def main():
-  import jax
-  import jax.numpy as jnp
-  import numpy as np
-  from jax.sharding import AxisType, NamedSharding, PartitionSpec
-
-  from mmjax.kernels.attention import causal_attention
-  from mmjax.kernels.bank import Reads, add_reads, bank_bag, bank_lookup
-  from mmjax.kernels.cross_entropy import cross_entropy_sums
-  from mmjax.kernels.fusion import gated_mlp
-  from mmjax.kernels.matmul import matmul
-  from mmjax.kernels.product_key import product_key_topk
-  from mmjax.memory import GatedFusion, MemoryBag, NgramBag, cached_last_tokens, last_tokens
-
   assert jax.device_count() == 4
-  mesh = jax.make_mesh((2, 2), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2)
+  check_kernels(jax.make_mesh((2, 2), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2))
+  mesh = jax.make_mesh((2, 2), ('data', 'rows'))  # its axes are explicit
+  check_memories(mesh)
+  check_ngrams(mesh)
+  check_added_reads(mesh)
+
+
+def check_kernels(mesh):
   batch, rows, whole = (NamedSharding(mesh, PartitionSpec(*p)) for p in ((('data', 'rows'),), ('rows',), ()))
-  rng = np.random.default_rng(0)
-
-  def normal(*shape, dtype=jnp.float32):
-    return jnp.asarray(rng.standard_normal(shape), dtype)
-
-  def integers(high, *shape):
-    return jnp.asarray(rng.integers(0, high, shape), jnp.int32)
-
-  def check(name, function, inputs, shardings, forbidden=()):
-    """`function` returns a pytree; its float leaves' sum of squares is differentiated by all float inputs."""
-    floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
-
-    def loss(*inputs):
-      out = function(*inputs)
-      leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
-      return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves), out
-
-    run = jax.jit(jax.value_and_grad(loss, argnums=floats, has_aux=True))
-    sharded = [jax.device_put(x, s) for x, s in zip(inputs, shardings, strict=True)]
-    text = run.lower(*sharded).compile().as_text()
-    assert not any(op in text for op in forbidden), name
-    for a, e in zip(jax.tree.leaves(run(*sharded)), jax.tree.leaves(run(*inputs)), strict=True):
-      np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(e, np.float32), rtol=2e-3, atol=1e-3)
-    print(name)
-
   qkv = [normal(4, 9, n, 4) for n in (4, 2, 2)]
   check(
     'attention', lambda q, k, v, s: causal_attention(q, k, v, s, backend='xla'), [*qkv, integers(2, 4, 9)], [batch] * 4
@@ -88,10 +70,10 @@ def main():
     ('all-gather',),
   )
 
-  mesh = jax.make_mesh((2, 2), ('data', 'rows'))  # its axes are explicit
+
+def check_memories(mesh):
   batch, rows, whole = (NamedSharding(mesh, PartitionSpec(*p)) for p in (('data',), ('rows',), ()))
-  sizes = {'dim': 6, 'n_rows': 16, 'row_dim': 4, 'n_heads': 2, 'rows_per_head': 2}
-  for memory in (MemoryBag(**sizes), GatedFusion(**sizes), NgramBag(**sizes, ngrams=(1, 2))):
+  for memory in (MemoryBag(**SIZES), GatedFusion(**SIZES), NgramBag(**SIZES, ngrams=(1, 2))):
     params, structure = jax.tree.flatten(memory.init(jax.random.key(0)))
 
     def apply(x_BTD, bank_MP, token_BT, *params, memory=memory, structure=structure):
@@ -104,24 +86,58 @@ def main():
     placed = [inputs[0], jax.device_put(inputs[1], rows), *inputs[2:]]  # the bank alone lies on the mesh
     for got, want in zip(jax.jit(apply)(*placed), jax.jit(apply)(*inputs), strict=True):
       np.testing.assert_allclose(got, want, atol=1e-6)
-  tokens_BT, memory = integers(50, 4, 4), NgramBag(**sizes, ngrams=(1, 2), signs=True)
-  found = []
+
+
+def check_ngrams(mesh):
+  tokens_BT, memory = integers(50, 4, 4), NgramBag(**SIZES, ngrams=(1, 2), signs=True)
   for spec in ((), ('data',), ('data', 'rows'), (None, ('data', 'rows'))):
     placed = jax.device_put(tokens_BT, NamedSharding(mesh, PartitionSpec(*spec)))
     last = jax.jit(lambda tokens: last_tokens(tokens, 2, tokens % 2))(placed)
     position_BT = jax.device_put(jnp.tile(jnp.arange(4), (4, 1)), placed.sharding)
     cached = jax.jit(lambda tokens, position: cached_last_tokens(tokens, position, 2))(placed, position_BT)
     np.testing.assert_array_equal(cached, last_tokens(tokens_BT, 2))
-    found.append([last, *jax.jit(memory.addresses)(last), jax.jit(memory.rows)(placed), memory.rows(placed)])
+    whole = last_tokens(tokens_BT, 2, tokens_BT % 2)
+    got = last, *jax.jit(memory.addresses)(last), jax.jit(memory.rows)(placed), memory.rows(placed)
+    wants = whole, *memory.addresses(whole), memory.rows(tokens_BT), memory.rows(tokens_BT)
     assert last.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), last.ndim)
-    for got, want in zip(found[-1], found[0], strict=True):
-      np.testing.assert_array_equal(got, want)
+    for one, want in zip(got, wants, strict=True):
+      np.testing.assert_array_equal(one, want)
+
+
+def check_added_reads(mesh):
+  batch, rows = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ('data', 'rows'))
   bank_MP, row_BThr = normal(16, 4), integers(16, 4, 3, 2, 2)
   for reads in (Reads(normal(4, 3, 2, 4), normal(4, 3, 2, 2)), Reads(normal(4, 3, 2, 2, 4), None)):
     placed = jax.tree.map(lambda x: jax.device_put(x, batch), reads)
     got = jax.jit(add_reads)(jax.device_put(bank_MP, rows), jax.device_put(row_BThr, batch), placed)
     assert got.sharding.is_equivalent_to(rows, got.ndim)
     np.testing.assert_allclose(got, add_reads(bank_MP, row_BThr, reads), atol=1e-6)
+
+
+def normal(*shape, dtype=jnp.float32):
+  return jnp.asarray(RNG.standard_normal(shape), dtype)
+
+
+def integers(high, *shape):
+  return jnp.asarray(RNG.integers(0, high, shape), jnp.int32)
+
+
+def check(name, function, inputs, shardings, forbidden=()):
+  """`function` returns a pytree; its float leaves' sum of squares is differentiated by all float inputs."""
+  floats = [i for i, x in enumerate(inputs) if jnp.issubdtype(x.dtype, jnp.floating)]
+
+  def loss(*inputs):
+    out = function(*inputs)
+    leaves = [x for x in jax.tree.leaves(out) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return sum(jnp.sum(x.astype(jnp.float32) ** 2) for x in leaves), out
+
+  run = jax.jit(jax.value_and_grad(loss, argnums=floats, has_aux=True))
+  sharded = [jax.device_put(x, s) for x, s in zip(inputs, shardings, strict=True)]
+  text = run.lower(*sharded).compile().as_text()
+  assert not any(op in text for op in forbidden), name
+  for a, e in zip(jax.tree.leaves(run(*sharded)), jax.tree.leaves(run(*inputs)), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(e, np.float32), rtol=2e-3, atol=1e-3)
+  print(name)
 
 
 if __name__ == '__main__':
