@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 POSITIONS = 262144  # of the corpus
 EFFECT = (
   'mean change of the log-probability of the next token, nats, in contexts that take the row (most, where that '
-  'differs), between the model as it is and with this row, in this layer alone, replaced by the mean of all rows of the '
-  'bank'
+  'differs), between the model as it is and with this row, in this layer alone, replaced by the mean of all rows of '
+  'the bank'
 )
 
 
