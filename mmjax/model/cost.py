@@ -10,6 +10,7 @@ useful work.
 import dataclasses
 import functools
 import math
+import re
 from collections import Counter
 
 import jax
@@ -23,6 +24,12 @@ from mmjax.kernels.matmul import TRAINED
 from mmjax.model.lm import Block
 from mmjax.model.params import BANK, Params, abstract_params, without_bank
 
+VALUES_READ = (  # (parameter, how many of its values a token reads, given its shape and the rows of a layer)
+  (r'value_embedding/table$', lambda shape, rows: shape[1]),
+  # Keys of buckets have two axes, one key for each row; sub-keys have three, and all are read.
+  (r'gate/keys$', lambda shape, rows: rows * shape[1] if len(shape) == 2 else math.prod(shape)),
+  (r'', lambda shape, rows: math.prod(shape)),
+)
 WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
 
 
@@ -89,17 +96,11 @@ def bytes_per_token(config: Config) -> dict[str, int]:
   rows = config.memory.n_heads * model.num_selected
   bank = 4 * len(memory_layers(config)) * rows * model.knowledge_dim
   leaves = named_leaves(without_bank(abstract_params(config)))
-  weights = 4 * sum(_values_read(name, leaf.shape, rows) for name, leaf in leaves)
+  weights = 4 * sum(
+    next(values(leaf.shape, rows) for pattern, values in VALUES_READ if re.search(pattern, name))
+    for name, leaf in leaves
+  )
   return {'bank': bank, 'weights': weights, 'total': bank + weights}
-
-
-def _values_read(name: str, shape: tuple[int, ...], rows: int) -> int:
-  """Returns how many values of a parameter a token reads, with `rows` of the bank in each layer."""
-  if name.endswith('value_embedding/table'):
-    return shape[1]
-  if name.endswith('gate/keys') and len(shape) == 2:  # of a bucket; sub-keys have three axes
-    return rows * shape[1]
-  return math.prod(shape)
 
 
 def width_field(config: Config) -> str:
