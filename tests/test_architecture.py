@@ -166,10 +166,10 @@ def test_importing_the_package_is_cheap():
 @pytest.mark.parametrize(
   ('module', 'most', 'never'),
   [
-    ('training.optimizer', 33, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
+    ('training.optimizer', 35, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
     (
       'inference.api',
-      47,
+      49,
       'mmjax.training mmjax.evaluation mmjax.interop mmjax.tools mmjax.data.loader tensorboardX grain',
     ),
   ],

@@ -382,7 +382,7 @@ def test_killed_save_is_cleaned_up_and_the_last_whole_step_used(tmp_path):
   seen = [int(child.stdout.readline()) for _ in range(3)]
   time.sleep(random.Random().random() * 0.2)
   child.send_signal(signal.SIGKILL)
-  seen += [int(line) for line in child.communicate()[0].splitlines()]
+  seen += [int(line) for line in child.stdout.read().splitlines()]  # what is in the pipe's buffer, too
   (tmp_path / 'checkpoints' / '2000.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
   checkpoints = Checkpoints(tmp_path)
   assert not list(checkpoints.directory.glob('*tmp*'))

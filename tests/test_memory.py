@@ -1,5 +1,6 @@
 """The memories as a library: alone in a base install, the same in every form, and what a selection bias does."""
 
+import dataclasses
 import importlib.metadata
 import math
 import re
@@ -22,6 +23,7 @@ from mmjax.kernels.product_key import BALANCING_SLOPE
 from mmjax.memory import (
   CrossAttention,
   GatedFusion,
+  Memory,
   MemoryBag,
   MemoryLayer,
   NgramBag,
@@ -54,6 +56,17 @@ def inputs(memory):
   if isinstance(memory, NgramBag):
     ngrams = memory.rows(tokens_BT), memory.signs_of(last_tokens(tokens_BT, max(memory.ngrams)))
   return x_BTD, init_bank(jax.random.key(1), **BANK), *ngrams
+
+
+@pytest.mark.parametrize('kind', [CrossAttention, GatedFusion, MemoryBag, NgramBag, NgramBucket])
+def test_help_describes_every_size(kind):
+  described = re.findall(r'^  (\w+): ', kind.__doc__, re.MULTILINE)
+  assert sorted(described) == sorted(field.name for field in dataclasses.fields(kind))
+
+
+def test_class_of_all_memories_is_none():
+  with pytest.raises(TypeError, match='abstract class Memory'):
+    Memory(dim=32, **BANK)
 
 
 @pytest.mark.parametrize('name', MEMORIES)
@@ -242,6 +255,8 @@ def test_parameters_of_other_sizes_are_refused(name):
       memory.apply(changed, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='must have the shape .*, not None'):
     memory.apply({}, x_BTD, bank_MP, *ngrams)
+  with pytest.raises(ValueError, match='the bank must have the shape .*, not dict'):
+    memory.apply(bank_MP, x_BTD, params, *ngrams)
   with pytest.raises(
     ValueError, match='the numbers of signs must ' + ('have the shape' if memory.signs else 'be None')
   ):

@@ -22,7 +22,7 @@ from mmjax.memory.ngram import (
   own_ranges,
   sign_vectors,
 )
-from mmjax.model.sublayers import SUBLAYERS, SublayerInput, layer_kinds
+from mmjax.model.sublayers import SUBLAYERS, SublayerInput, layer_kinds, row_weights
 from tests.helpers import build_model, random_batch, tiny_config
 
 NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}
@@ -400,10 +400,6 @@ def test_layers_of_both_kinds_share_the_bank():
     (['model.sublayer=ngram_bag', 'memory.ngrams=10'], "memory.ngrams='10' must be"),
     (['model.sublayer=ngram_bag', 'memory.ngrams=2,3'], 'no more of them than memory.n_heads=1'),
     (
-      ['memory.ngram_layers=1', 'memory.scores=scale', 'memory.score_activation=relu'],
-      "activation='relu' must be 'softmax' with memory.ngram_l",
-    ),
-    (
       ['memory.ngram_layers=1', 'model.sublayer=moe'],
       "ngram_layers='1' does nothing in a model of moe layers: it belongs to model.sublayer 'cross_att",
     ),
@@ -425,3 +421,14 @@ def test_layers_of_both_kinds_share_the_bank():
 def test_settings_against_a_rule_are_refused(overrides, said):
   with pytest.raises(UserError, match=said):
     load_config('configs/base.py', [f'--config.{override}' for override in overrides])
+
+
+def test_rows_count_by_the_rule_of_what_read_them():
+  config = tiny_config(
+    model__sublayer='memory_bag', memory__ngram_layers='1', memory__value_layers='0', memory__n_heads=2,
+    memory__score_activation='relu', model__num_selected=4,
+  )  # fmt: skip
+  score_LBTR = np.random.default_rng(0).standard_normal((3, 2, 5, 8)).astype(np.float32)
+  weight_LBTR = np.asarray(row_weights(config, jnp.asarray(score_LBTR)))
+  np.testing.assert_array_equal(weight_LBTR[1], np.maximum(score_LBTR[1], 0))  # layer 0, after the rows in values
+  np.testing.assert_array_equal(weight_LBTR[[0, 2]], 0.25)

@@ -146,11 +146,6 @@ def test_rows_of_values_are_shown_and_exchanged_for_values_alone(tiny_run):
     ('dense', ['memory.value_layers=8'], "memory.value_layers='8' must be 'all', 'alternate' or different layers"),
     ('dense', ['memory.value_layers=1', 'memory.ngram_ranges=own', 'model.knowledge_num=9999'], 'at least 51200 with'),
     ('dense', ['memory.value_layers=1', 'model.knowledge_num=7'], 'model.num_selected=8 must be at most model.knowl'),
-    (
-      'memory_bag',
-      ['memory.value_layers=1', 'memory.score_activation=relu'],
-      "must be 'softmax' with memory.ngram_layers or memory.value_layers: n-grams have no scores",
-    ),
   ],
 )
 def test_settings_against_a_rule_are_refused(sublayer, overrides, said):

@@ -149,7 +149,10 @@ def _read_override(override: str) -> tuple[str, Any]:
   """Returns the name of the setting, and its value."""
   name, equals, text = override.removeprefix('--config.').partition('=')
   if not override.startswith('--config.') or not equals:
-    raise UserError(f'argument {quote(override)} is not understood; overrides look like --config.train.batch_size=32')
+    raise UserError(
+      f'argument {quote(override)} is not understood; --help lists the flags, and a setting looks like '
+      '--config.train.batch_size=32'
+    )
   return name, _parse_value(name, text, type(_setting(name).default))
 
 

@@ -58,14 +58,10 @@ def check_together(config: Config) -> None:
     memory.bank_init == 'file' and not memory.bank_file,
     "memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one",
   )
-  memory.ngram_of_heads()  # raises, as the next does
+  memory.ngram_of_heads()  # raises, as the next do
   config.model.value_embedding_layers()
-  layers = config.model.n_layers
-  _refuse(
-    memory.ngram_layer_numbers(layers) + memory.value_layer_numbers(layers) and memory.score_activation != 'softmax',
-    f"memory.score_activation={quote(memory.score_activation)} must be 'softmax' with memory.ngram_layers or "
-    'memory.value_layers: n-grams have no scores',
-  )
+  memory.ngram_layer_numbers(config.model.n_layers)
+  memory.value_layer_numbers(config.model.n_layers)
   _check_model(config.model)
   _check_rows(config)
   _refuse(

@@ -113,10 +113,10 @@ class MemoryConfig:
   ngrams: str = field('1', "how many of the last tokens address a row or bucket; '2,3': heads take turns",
     before='1')
   ngram_ranges: str = field(
-    'shared', "'own': each head has rows that no other reads; for '1', a row for each token",
+    'shared', "'own': each head has a range of rows to itself; single tokens have one row each",
     choices=('shared', 'own'), before='shared')
-  ngram_signs: bool = field(False, "True: another hash of an n-gram turns signs in what its rows give", before=False)
-  row_dropout: float = field(0.0, "share of the heads' reads at n-grams that training drops; the others count more",
+  ngram_signs: bool = field(False, "True: a second hash of an n-gram flips signs in what its rows give", before=False)
+  row_dropout: float = field(0.0, "probability that training drops what a head read; the rest is scaled up",
     0, NEAREST_ONE, before=0.0)
   scores: str = field(
     'none', "'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does",
@@ -151,7 +151,7 @@ class MemoryConfig:
   bank_update: str = field('dense', "Adam on all rows; 'lazy': on those that an update read; pays if they are few",
     choices=('dense', 'lazy'), before='dense')
   teach_rows: int = field(
-    0, 'with --init_from: an update teaches so many rows, those read beyond the usual; 0: everything', before=0)
+    0, 'with --init_from: so many rows learn in an update, those read more than in old text; 0: all', before=0)
 
   def ngram_of_heads(self) -> tuple[int, ...]:
     """Returns how many tokens each head looks at where n-grams address rows: those of `ngrams`, in turns.
@@ -263,7 +263,8 @@ class TrainConfig:
   parameters: str = field('', "rates, decays and betas by name: 'gate lr=0.5; norm decay=0'; '': none", before='')
   schedule: str = field('cosine', "after the warm-up; also 'warmdown': the peak, then linear to the final rate",
     choices=('cosine', 'warmdown'), before='cosine')
-  warmdown_share: float = field(0.4, 'share of all updates in which the rate falls', 0, 1, before=0.4, needs=WARMDOWN)
+  warmdown_share: float = field(0.4, 'share of all updates, at the end, in which the rate falls', 0, 1, before=0.4,
+    needs=WARMDOWN)
   final_learning_rate: float = field(0.0, 'at the end of the schedule', 0, 10)
   warmup_steps: int = field(0, 'linear, before the schedule')
   beta1: float = field(0.9, '', 0, NEAREST_ONE, needs=ADAM)
@@ -294,7 +295,7 @@ class RuntimeConfig:
   """How the machine is used; none of it changes what is computed beyond rounding."""
 
   data_devices: int = field(0, 'devices that divide the batch; 0: all that row_devices leaves')
-  row_devices: int = field(1, 'devices that divide the rows of the bank, and the batch too', 1)
+  row_devices: int = field(1, 'devices over which the rows of the bank are divided; they share the batch, too', 1)
   attention: str = field('auto', "'xla', 'xla_blocked', 'cudnn'; 'auto': cudnn on NVIDIA, blocked on a CPU",
     choices=('auto', *ATTENTION_BACKENDS))
   remat: str = field('none', "'block' recomputes each block in the backward pass: less memory, more time",

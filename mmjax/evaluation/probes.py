@@ -82,7 +82,7 @@ def make_read_probe(config: Config) -> Callable[[Output, Array], dict[str, Array
   def probe(out: Output, weight_BT: Array) -> dict[str, Array]:
     L, B, T, _ = out.row_LBTR.shape
     row_LBThr = out.row_LBTR.reshape(L, B, T, memory.n_heads, -1)
-    read_LBTR = jnp.abs(row_weights(model, memory, out.score_LBTR)) * weight_BT[..., None]
+    read_LBTR = jnp.abs(row_weights(config, out.score_LBTR)) * weight_BT[..., None]
     weight_LM = sum_by_row(out.row_LBTR, read_LBTR, model.knowledge_num)
     # The first row of a head is its best but for a selection bias, which takes part in the order.
     best_LBTh1 = jnp.argmax(out.score_LBTR.reshape(row_LBThr.shape), axis=-1, keepdims=True)
@@ -193,14 +193,14 @@ def bank_health(counts_M: np.ndarray) -> dict[str, float]:
     Without any selection: 0, log M, 0, 0, as for a bank of which nothing is used.
   """
   counts_M = np.asarray(counts_M)
-  total, log_M = counts_M.sum(dtype=np.float64), float(np.log(counts_M.size))
+  total, log_rows = counts_M.sum(dtype=np.float64), float(np.log(counts_M.size))
   if total == 0:
-    return {'used_share': 0.0, 'kl_to_uniform': log_M, 'effective_rows': 0.0, 'hottest_share': 0.0}
+    return {'used_share': 0.0, 'kl_to_uniform': log_rows, 'effective_rows': 0.0, 'hottest_share': 0.0}
   usage = counts_M[counts_M > 0].astype(np.float64) / total
   entropy = -float(np.sum(usage * np.log(usage)))
   return {
     'used_share': usage.size / counts_M.size,
-    'kl_to_uniform': max(0.0, log_M - entropy),
+    'kl_to_uniform': max(0.0, log_rows - entropy),
     'effective_rows': float(np.exp(entropy)),
     'hottest_share': float(usage.max()),
   }

@@ -341,7 +341,7 @@ class _Forward:
   def reads(self, params: Params, tokens_BT: Array, segment_BT: Array | None) -> tuple[Array, Array, Array]:
     """Returns int32 rows, and float32 scores and weights, each (L, B, T, R)."""
     _, out = self.run(params, tokens_BT, segment_BT)
-    return out.row_LBTR, out.score_LBTR, row_weights(self.config.model, self.config.memory, out.score_LBTR)
+    return out.row_LBTR, out.score_LBTR, row_weights(self.config, out.score_LBTR)
 
   def log_probs(
     self,

@@ -6,6 +6,7 @@ the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by contex
 """
 
 import dataclasses
+from abc import abstractmethod
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,12 @@ from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import normed_matmul
-from mmjax.memory.base import Bank, Memory, Params, Selection
+from mmjax.memory.base import Memory
 from mmjax.memory.checks import check_numbers
 from mmjax.memory.gate import GatedMemory
 from mmjax.memory.ngram import last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
 from mmjax.memory.params import init_kernels
+from mmjax.memory.types import Bank, Params, Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,9 +73,9 @@ class _Bag(Memory):
     sum_BThP = bank_bag(bank_MP, selection.row_BThr, weight_BThr)
     return sum_BThP if selection.sign_BTh is None else with_signs(sum_BThP, selection.sign_BTh)
 
+  @abstractmethod
   def weights(self, selection: Selection) -> Array:
     """Returns how much each row counts in the sum of its head, float32 weight_BThr."""
-    raise NotImplementedError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

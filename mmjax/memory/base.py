@@ -1,7 +1,7 @@
 """What every memory is: sizes, first parameters, and what it adds to its input. Next: gate.py, which rows it reads."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
 
 import jax.numpy as jnp
 from flax import nnx
@@ -10,60 +10,21 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from mmjax.choices import NORM_EPS
-from mmjax.kernels.bank import BankShard, TappedBank
 from mmjax.kernels.mesh import on_any_mesh
-from mmjax.kernels.packed_bank import PackedBank
 from mmjax.memory.checks import check_inputs, check_sizes
-
-Params = dict[str, Any]
-Bank = Array | BankShard | TappedBank | PackedBank
-
-
-class Selection(NamedTuple):
-  """What is read at each position.
-
-  Attributes:
-    row_BThr: int32 in [0, M), best first; with a selection bias in the order of score plus bias.
-    score_BThr: float32, before any softmax and without a bias.
-    aux_loss: float32, of the choice.
-    sign_BTh: int32, the numbers of the signs that n-grams have; None without signs.
-    kept_BTh: float32 factors of the heads' sums, 0 where one is dropped; None without dropout.
-  """
-
-  row_BThr: Array
-  score_BThr: Array
-  aux_loss: Array | float = 0.0
-  sign_BTh: Array | None = None
-  kept_BTh: Array | None = None
-
-
-class SublayerOutput(NamedTuple):
-  """What a memory, or another sublayer, adds to the residual stream and to the training loss, and what it read.
-
-  Rows are int32, head by head and best first in each; their scores are float32, before any activation.
-  Rows that n-grams address are in no order, and their scores are 0.
-  """
-
-  delta_BTD: Array
-  row_BTR: Array | None = None
-  score_BTR: Array | None = None
-  aux_loss: Array | float = 0.0
+from mmjax.memory.types import Bank, Params, Selection, SublayerOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Memory:
+class Memory(ABC):
   """Sizes of a memory, which norms its input, selects rows for each token and reads them.
 
-  A subclass has three methods more: `init_read(rngs)` returns the parameters of what becomes of the rows, float32;
-  `select(params, x_BTD, row_BThr, dtype)` returns a Selection, of `row_BThr` (int32) if the last tokens address rows;
-  and `read(params, x_BTD, selection, bank_MP, dtype)` returns delta_BTD in `dtype`. `x_BTD` is still to be normed.
-
   Attributes:
-    dim: D, of the residual stream.
-    n_rows: M, of the bank.
-    row_dim: P, of the bank.
-    n_heads: h; each selects rows of its own.
-    rows_per_head: r.
+    dim: D, width of the residual stream.
+    n_rows: M, rows of the bank.
+    row_dim: P, width of a row.
+    n_heads: h; each reads rows of its own.
+    rows_per_head: r, rows that a head reads at each position.
     norm_eps: of the root-mean-square norm of the input.
   """
 
@@ -144,3 +105,15 @@ class Memory:
   def init_gate(self, rngs: nnx.Rngs) -> Params:
     """Returns the parameters of the norm, `scale`, float32 (D,), and of what selects rows, here none."""
     return {'norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
+
+  @abstractmethod
+  def init_read(self, rngs: nnx.Rngs) -> Params:
+    """Returns the parameters of what becomes of the rows, float32."""
+
+  @abstractmethod
+  def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
+    """Returns what to read, of `row_BThr`, int32, where the last tokens address rows; `x_BTD` is still to be normed."""
+
+  @abstractmethod
+  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
+    """Returns delta_BTD in `dtype`; `x_BTD` is still to be normed."""

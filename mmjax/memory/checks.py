@@ -17,9 +17,10 @@ from jax.typing import DTypeLike
 from mmjax.choices import ONE_ROW, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, nearest_squares
 from mmjax.kernels.packed_bank import PackedBank
 from mmjax.memory.ngram import SIGN_VECTORS
+from mmjax.memory.types import Bank, Params
 
 if TYPE_CHECKING:
-  from mmjax.memory.base import Bank, Memory, Params
+  from mmjax.memory.base import Memory
   from mmjax.memory.gate import GatedMemory
 
 WORDS = {'query_key_norm': QUERY_KEY_NORM, 'activation': SCORE_ACTIVATION, 'scores': SCORES}
@@ -55,9 +56,9 @@ def check_gate(memory: 'GatedMemory') -> None:
 
 def check_inputs(
   memory: 'Memory',
-  params: 'Params',
+  params: Params,
   x_BTD: Array,
-  bank_MP: 'Bank',
+  bank_MP: Bank,
   sign_BTh: Array | None,
   kept_BTh: Array | None,
   dtype: DTypeLike,
@@ -71,9 +72,8 @@ def check_inputs(
   if not x_BTD.size:
     raise ValueError(f'the input of shape {x_BTD.shape} has no position')
   size = memory.n_rows, memory.row_dim
-  bank_shape = None if bank_MP is None else bank_MP.shape
-  if bank_shape != size:
-    raise ValueError(f'the bank must have the shape (n_rows, row_dim)={size}, not {bank_shape}')
+  if (found := _shape(bank_MP)) != size:
+    raise ValueError(f'the bank must have the shape (n_rows, row_dim)={size}, not {found}')
   if not isinstance(bank_MP, PackedBank):
     _check_floats('the bank', getattr(bank_MP, 'part_MP', getattr(bank_MP, 'bank_MP', bank_MP)))
   if not isinstance(params, dict | FrozenDict):
@@ -86,14 +86,13 @@ def check_inputs(
     _check_floats(f'the parameter {"/".join(path)}', given[path])
   heads = *x_BTD.shape[:2], memory.n_heads
   sign_shape = heads if memory.signs else None
-  found = None if sign_BTh is None else sign_BTh.shape
-  if found != sign_shape:
+  if (found := _shape(sign_BTh)) != sign_shape:
     must = f'have the shape {sign_shape}' if sign_shape else 'be None'
     raise ValueError(f'the numbers of signs must {must}, not {found}: see NgramBag.signs_of')
   if sign_BTh is not None:
     check_numbers('sign_BTh', sign_BTh, SIGN_VECTORS)
-  if kept_BTh is not None and kept_BTh.shape != heads:
-    raise ValueError(f'the factors of heads must have the shape {heads}, not {kept_BTh.shape}')
+  if kept_BTh is not None and (found := _shape(kept_BTh)) != heads:
+    raise ValueError(f'the factors of heads must have the shape {heads}, not {found}')
 
 
 def check_numbers(name: str, number: Array, end: int) -> None:
@@ -104,6 +103,11 @@ def check_numbers(name: str, number: Array, end: int) -> None:
     for value in (np.asarray(number).min(initial=0), np.asarray(number).max(initial=0)):
       if not 0 <= value < end:
         raise ValueError(f'{name} must hold numbers from 0 to {end - 1}, not {value}')
+
+
+def _shape(value: Any) -> tuple[int, ...] | str | None:
+  """Returns the shape of an array; of anything else but None its type."""
+  return value if value is None else getattr(value, 'shape', type(value).__name__)
 
 
 def _check_floats(name: str, value: Any) -> None:

@@ -14,9 +14,9 @@ from jax.typing import DTypeLike
 
 from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import rms_norm
-from mmjax.memory.base import Bank, Params, Selection
 from mmjax.memory.gate import RowsMemory
 from mmjax.memory.params import init_kernels
+from mmjax.memory.types import Bank, Params, Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ from jax.typing import DTypeLike
 from mmjax.kernels.fusion import gated_mlp
 from mmjax.kernels.matmul import TRAINED
 from mmjax.kernels.norm import rms_norm
-from mmjax.memory.base import Bank, Params, Selection
 from mmjax.memory.gate import RowsMemory
 from mmjax.memory.params import init_kernels
+from mmjax.memory.types import Bank, Params, Selection
 
 
 class GatedFusion(RowsMemory):

@@ -17,9 +17,10 @@ from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED
 from mmjax.kernels.norm import exact_normed_matmul, unit
 from mmjax.kernels.product_key import balancing_slope, product_key_topk
-from mmjax.memory.base import Bank, Memory, Params, Selection
+from mmjax.memory.base import Memory
 from mmjax.memory.checks import check_gate
 from mmjax.memory.params import init_kernels
+from mmjax.memory.types import Bank, Params, Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

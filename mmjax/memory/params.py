@@ -9,8 +9,9 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.kernels.matmul import uniform
-from mmjax.memory.base import Bank, Memory, Params, SublayerOutput
+from mmjax.memory.base import Memory
 from mmjax.memory.checks import check_size
+from mmjax.memory.types import Bank, Params, SublayerOutput
 
 
 def init_kernels(rngs: nnx.Rngs, **shapes: tuple[int, int]) -> Params:

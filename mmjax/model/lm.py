@@ -19,9 +19,9 @@ from mmjax.config import MemoryConfig, ModelConfig
 from mmjax.config.sublayers import SUBLAYERS, VALUE_ROWS, layer_kinds, uses_bank
 from mmjax.kernels.forms import KEEP
 from mmjax.kernels.matmul import uniform
-from mmjax.memory.base import Bank, SublayerOutput
 from mmjax.memory.ngram import last_tokens
 from mmjax.memory.params import init_bank
+from mmjax.memory.types import Bank, SublayerOutput
 from mmjax.model.layers import Attention, LayerCache, RMSNorm, add_to_stream, dropout, rope_angles
 from mmjax.model.sublayers import SublayerInput
 

@@ -3,7 +3,7 @@
 from flax import nnx
 
 from mmjax.config import Config
-from mmjax.memory.base import Params
+from mmjax.memory.types import Params
 from mmjax.model.lm import LM
 
 BANK = 'memory_bank'  # the parameter that all layers with a memory read: the bank's name in this dict

@@ -172,7 +172,7 @@ class Checkpoints:
       raise UserError(f'no checkpoint {which} in {self.directory}; there are {steps}')
     if not steps:
       if not (self.ever_saved or self._rejected):
-        raise UserError(f'no checkpoint was saved in {self.directory} yet; wait train.checkpoint_interval updates')
+        raise UserError(f'no checkpoint was saved in {self.directory} yet; wait for train.checkpoint_interval updates')
       raise StorageError(
         f'no whole checkpoint is left in {self.directory}; to begin again, choose another --workdir or remove this one'
       )

@@ -41,8 +41,8 @@ def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
     _check_other(run, config)
     if named := run.read_config().data.train_files:
       raise UserError(
-        f'{run.path} was started on the text of data.train_files={named!r}: name it, wherever it is now, '
-        'or with --config.data.prepared_dir=DIR its prepared directory'
+        f'{run.path} was started on the text of data.train_files={named!r}; say where it is now with '
+        '--config.data.train_files=..., or where its prepared directory is with --config.data.prepared_dir=DIR'
       )
   return _prepare_again(run, config, own)
 

@@ -1,10 +1,8 @@
-"""What a start does before its first update: it comes to a state, records itself, and compiles."""
-
-import jax
+"""What a start does before its first update: it comes to a state, records itself, and says what is to be known."""
 
 from mmjax.run.checkpoint import START_STEP
 from mmjax.training.first_state import new_state, restore_state
-from mmjax.training.out_of_memory import describe_memory, explain_out_of_memory
+from mmjax.training.out_of_memory import explain_out_of_memory
 from mmjax.training.progress import MicroBatchWatch, has_slow_updates
 from mmjax.training.recorder import Recorder
 from mmjax.training.setup import Start, record_run
@@ -31,14 +29,13 @@ def begin(recorder: Recorder, source: Start) -> TrainState:
   return state
 
 
-def compile_update(recorder: Recorder, state: TrainState) -> jax.stages.Compiled:
-  """Returns the update, and says what is to be known before the first."""
+def before_compiling(recorder: Recorder, step: int) -> MicroBatchWatch | None:
+  """Says what is to be known before the first update; returns what reports its micro-batches where they are slow."""
   learner, inputs, progress = recorder.learner, recorder.inputs, recorder.progress
   for remark in inputs.remarks:
     progress.say(remark)
-  config, placement = learner.config, learner.placement
-  watch = MicroBatchWatch(config.train, config.model.max_seq_len, int(state['step']), inputs.total_steps, progress)
   progress.update('compiling')
-  compiled = learner.compile(state, watch if has_slow_updates(config, placement) else None)
-  progress.say(f'Attention: {placement.attention}. The step needs {describe_memory(compiled.memory_analysis())}.')
-  return compiled
+  config = learner.config
+  if not has_slow_updates(config, learner.placement):
+    return None
+  return MicroBatchWatch(config.train, config.model.max_seq_len, step, inputs.total_steps, progress)

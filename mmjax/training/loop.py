@@ -28,10 +28,10 @@ from mmjax.run.processes import is_main, joined
 from mmjax.run.sharding import put_batch
 from mmjax.run.signals import StopSignals
 from mmjax.run.text import training_data
-from mmjax.training.begin import begin, compile_update
+from mmjax.training.begin import before_compiling, begin
 from mmjax.training.learner import Learner
 from mmjax.training.optimizer import check_parameters
-from mmjax.training.out_of_memory import explain_out_of_memory
+from mmjax.training.out_of_memory import describe_memory, explain_out_of_memory
 from mmjax.training.profile import StepProfiler
 from mmjax.training.recorder import Recorder
 from mmjax.training.setup import open_inputs, read_start, settle_config, with_background
@@ -85,8 +85,9 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
   if start >= total:
     say(f'{run.path} is finished: all {total} steps are done')
     return
-  settings, update = config.train, compile_update(recorder, state)
+  settings, update = config.train, learner.compile(state, before_compiling(recorder, start))
   memory = update.memory_analysis()
+  say(f'Attention: {learner.placement.attention}. The step needs {describe_memory(memory)}.')
   rows = {'global_batch_rows': settings.update_rows, 'seed': config.seed, 'start_step': start}
   profile = StepProfiler(run.path / 'profile', settings.profile_steps if is_main() else 0, update, say)
   recorder.window = Window()

@@ -26,7 +26,7 @@ def explain_out_of_memory(config: Config, memory: Any = None) -> Iterator[None]:
     train = config.train
     raise UserError(
       f'Out of memory.{need} Lower train.batch_size={train.batch_size} and raise '
-      f'train.accumulation_steps={train.accumulation_steps}, with the same product, {train.update_rows}, or set '
+      f'train.accumulation_steps={train.accumulation_steps}, so that their product stays {train.update_rows}, or set '
       f"runtime.remat='block' (now {config.runtime.remat!r}); a run can go on with either. A new run may "
       f'also lower model.max_seq_len={config.model.max_seq_len}.{fit if is_nvidia(jax.default_backend()) else ""}'
     ) from error

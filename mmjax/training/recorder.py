@@ -19,7 +19,7 @@ from mmjax.training.out_of_memory import explain_out_of_memory
 from mmjax.training.progress import show_step
 from mmjax.training.setup import Inputs
 from mmjax.training.state import TrainState
-from mmjax.training.window import Window, describe_skipped, dump_divergence
+from mmjax.training.window import Window, describe_skipped, write_divergence
 
 MAX_FAILED_SAVES = 3
 
@@ -53,7 +53,14 @@ class Recorder:
     self.progress.say(said)
     train = self.learner.config.train
     if line['in_a_row'] >= train.max_skipped_updates:
-      raise dump_divergence(self.run.path / 'diverged', train, step, batch, metrics, state)
+      folder = self.run.path / 'diverged'
+      write_divergence(folder, step, batch, metrics, state)
+      raise DivergedError(
+        f'Diverged: {line["in_a_row"]} updates in a row were not finite or spikes, up to step {step} '
+        f'(train.max_skipped_updates={train.max_skipped_updates}); batch and norms are in {folder}. A '
+        f'train.learning_rate below {train.learning_rate:g} or a smaller train.grad_clip (now {train.grad_clip:g}; 0: '
+        'none) may help.'
+      )
 
   def report(self, step: int) -> None:
     """Writes one line of metrics over the steps since the last one."""

@@ -11,9 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mmjax.config import Config, TrainConfig
+from mmjax.config import Config
 from mmjax.config.sublayers import memory_layers
-from mmjax.errors import DivergedError
 from mmjax.evaluation.probes import add_norms, bank_health
 from mmjax.files import named_leaves, write_json
 from mmjax.model.cost import flops_per_token
@@ -95,28 +94,18 @@ def describe_skipped(
   return line | {'row_ids': batch['row_id'].tolist()}, said
 
 
-def dump_divergence(
-  folder: Path,
-  train: TrainConfig,
-  step: int,
-  batch: dict[str, np.ndarray],
-  metrics: dict[str, jax.Array],
-  state: TrainState,
-) -> DivergedError:
-  """Writes the batch that broke a run and the norms of every parameter and its gradient; returns what to raise.
+def write_divergence(
+  folder: Path, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState
+) -> None:
+  """Writes the batch that broke a run and the norms of every parameter and its gradient.
 
   Arguments are as in `describe_skipped`, and `metrics` also hold `grad_norm_X`, float32, in the order of the leaves.
   """
-  error = DivergedError(
-    f'Diverged: {int(metrics["skipped"])} updates in a row were not finite or spikes, up to step {step} '
-    f'(train.max_skipped_updates={train.max_skipped_updates}); batch and norms are in {folder}. A train.learning_rate '
-    f'below {train.learning_rate:g} or a smaller train.grad_clip (now {train.grad_clip:g}; 0: none) may help.'
-  )
   leaves = named_leaves(state['params'])
   names = [name for name, _ in leaves]
   norms = [float(jax.numpy.linalg.norm(leaf)) for _, leaf in leaves]  # every process has its part of them
   if not is_main():
-    return error
+    return
   folder.mkdir(exist_ok=True)
   np.savez(folder / f'batch-{step}.npz', **batch)
   content = {'step': step, 'row_ids': batch['row_id'].tolist()}
@@ -124,4 +113,3 @@ def dump_divergence(
   content['parameter_norms'] = dict(zip(names, norms, strict=True))
   content['gradient_norms'] = dict(zip(names, metrics['grad_norm_X'].tolist(), strict=True))
   write_json(folder / f'step-{step}.json', content)
-  return error

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.config.sublayers import SUBLAYERS, layer_kinds
-from mmjax.memory.base import Bank, SublayerOutput
+from mmjax.config import Config
+from mmjax.config.sublayers import SUBLAYERS, bank_readers, layer_kinds
 from mmjax.memory.gate import score_weights
+from mmjax.memory.types import Bank, SublayerOutput
 
 __all__ = ['SUBLAYERS', 'SublayerInput', 'SublayerOutput', 'layer_kinds', 'row_weights']
 
@@ -38,20 +38,16 @@ class SublayerInput(NamedTuple):
   key: Array | None = None
 
 
-def row_weights(model: ModelConfig, memory: MemoryConfig, score_XR: Array) -> Array:
-  """Returns how much each row that a token read counts, from the scores in `Output.score_LBTR`.
+def row_weights(config: Config, score_LBTR: Array) -> Array:
+  """Returns how much each row that a token read counts, float32 weight_LBTR, from `Output.score_LBTR`.
 
   Where scores weigh rows: `score_weights` within each head, so with 'softmax' the weights of a head sum to 1.
-  Elsewhere, and in an 'ngram_bag', because all scores are 0 there: 1 / num_selected each.
-
-  Args:
-    model: a model with a memory.
-    memory: how its scores act.
-    score_XR: float32, any axes and the rows of all heads.
+  Where they do not: 1 / num_selected each.
   """
-  score_Xhr = score_XR.reshape(*score_XR.shape[:-1], memory.n_heads, model.num_selected)
-  if SUBLAYERS[model.sublayer].scores_weigh(memory):
-    weight_Xhr = score_weights(score_Xhr, memory.score_activation)
-  else:
-    weight_Xhr = jnp.full(score_Xhr.shape, 1 / model.num_selected, jnp.float32)
-  return weight_Xhr.reshape(score_XR.shape)
+  memory, r = config.memory, config.model.num_selected
+  score_LBThr = score_LBTR.reshape(*score_LBTR.shape[:-1], memory.n_heads, r)
+  weight_LBThr = [
+    score_weights(score_BThr, memory.score_activation) if row.scores_weigh(memory) else jnp.full_like(score_BThr, 1 / r)
+    for row, score_BThr in zip(bank_readers(config).values(), score_LBThr, strict=True)
+  ]
+  return jnp.stack(weight_LBThr).reshape(score_LBTR.shape)

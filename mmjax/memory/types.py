@@ -1,0 +1,42 @@
+"""What goes into a memory and comes out of it."""
+
+from typing import Any, NamedTuple
+
+from jax import Array
+
+from mmjax.kernels.bank import BankShard, TappedBank
+from mmjax.kernels.packed_bank import PackedBank
+
+Params = dict[str, Any]
+Bank = Array | BankShard | TappedBank | PackedBank
+
+
+class Selection(NamedTuple):
+  """What is read at each position.
+
+  Attributes:
+    row_BThr: int32 in [0, M), best first; with a selection bias in the order of score plus bias.
+    score_BThr: float32, before any softmax and without a bias.
+    aux_loss: float32, of the choice.
+    sign_BTh: int32, the numbers of the signs that n-grams have; None without signs.
+    kept_BTh: float32 factors of the heads' sums, 0 where one is dropped; None without dropout.
+  """
+
+  row_BThr: Array
+  score_BThr: Array
+  aux_loss: Array | float = 0.0
+  sign_BTh: Array | None = None
+  kept_BTh: Array | None = None
+
+
+class SublayerOutput(NamedTuple):
+  """What a memory, or another sublayer, adds to the residual stream and to the training loss, and what it read.
+
+  Rows are int32, head by head and best first in each; their scores are float32, before any activation.
+  Rows that n-grams address are in no order, and their scores are 0.
+  """
+
+  delta_BTD: Array
+  row_BTR: Array | None = None
+  score_BTR: Array | None = None
+  aux_loss: Array | float = 0.0
