@@ -106,6 +106,20 @@ def test_error_of_clusters_is_that_of_the_mean_where_each_value_is_one():
   assert clustered_error(values, np.zeros(20, int)) is None
 
 
+def test_runs_of_a_folder_without_a_checkpoint_are_left_out(tiny_run, tmp_path, monkeypatch, capsys):
+  shutil.copytree(tiny_run, tmp_path / 'runs' / 'a')
+  (tmp_path / 'runs' / 'b').mkdir()
+  for name in ('config.json', 'run.json'):
+    shutil.copy(tiny_run / name, tmp_path / 'runs' / 'b')
+  monkeypatch.setattr('sys.argv', ['breakdown', str(tmp_path / 'runs'), '--ngrams', 'none'])
+  command.main()
+  out = capsys.readouterr().out
+  assert 'runs/b has no checkpoint and is left out' in out and out.count('nats a token') == 1
+  monkeypatch.setattr('sys.argv', ['breakdown', str(tmp_path / 'runs' / 'b'), '--ngrams', 'none'])
+  with pytest.raises(UserError, match='runs/b is not a run directory: .*checkpoints is missing'):
+    command.main()
+
+
 @pytest.mark.parametrize('sizes', ['0', '2,', 'x', '-1'])
 def test_sizes_of_ngrams_are_checked(sizes):
   with pytest.raises(UserError, match='must be numbers above 0'):

@@ -102,6 +102,14 @@ def test_what_limits_a_comparison_stands_on_the_terminal(tmp_path, capsys):
   rows_of(paths, tmp_path / 'out')
   said = ' '.join(capsys.readouterr().out.split())
   assert 'different numbers of tokens' in said and 'Bank zeroed, rows shuffled' not in said
+  assert 'not finished' not in said
+
+
+def test_run_that_saw_no_tokens_did_not_see_other_numbers_of_them(tmp_path, capsys):
+  paths = [make_run(tmp_path / 'a-s0', (6,), **DENSE), make_run(tmp_path / 'b-s0', (), done=0)]
+  rows_of(paths, tmp_path / 'out')
+  said = ' '.join(capsys.readouterr().out.split())
+  assert 'different numbers of tokens' not in said and 'A run that is not finished' in said
 
 
 def test_one_seed_has_no_standard_error_and_says_so(tmp_path, capsys):
@@ -133,6 +141,7 @@ def test_runs_on_other_data_are_refused_or_marked(tmp_path, change, said):
   assert rows['b']['marks'] == ['other data'] and rows['b']['difference'] is None
   assert '--allow_other_data' in (tmp_path / 'out' / 'compare.md').read_text()
   assert '| b [other data] | 1 | 5.4000 | - | - |' in (tmp_path / 'out' / 'compare.md').read_text()
+  assert 'A run that is not finished' not in (tmp_path / 'out' / 'compare.md').read_text()
 
 
 def test_runs_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(tmp_path, monkeypatch):

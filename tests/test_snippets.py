@@ -215,6 +215,16 @@ def test_bank_that_is_there_already_is_refused_and_keeps_its_texts(built):
   assert [path.read_bytes() for path in files] == before
 
 
+def test_text_of_the_banks_name_is_not_replaced(built, tmp_path):
+  config, folder = built
+  text = tmp_path / 'own.jsonl'
+  text.write_bytes((folder / 'text.jsonl').read_bytes())
+  own = dataclasses.replace(config, data=dataclasses.replace(config.data, train_files=str(text)))
+  with pytest.raises(UserError, match='own.safetensors. would replace .*own.jsonl., which is there'):
+    bank.build_bank(own, tmp_path / 'own.safetensors', 'lsa')
+  assert text.read_bytes() == (folder / 'text.jsonl').read_bytes() and len(list(tmp_path.iterdir())) == 1
+
+
 @pytest.mark.parametrize(
   ('damage', 'said'),
   [

@@ -11,6 +11,7 @@ from mmjax.errors import StoppedError, UserError
 from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import MemoryReader
 from mmjax.inference.taught import taught_rows
+from mmjax.interop.convert import export_run, import_run
 from mmjax.model.params import model_graph
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, open_run
@@ -113,6 +114,13 @@ def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, m
   assert shown == {'rows': moved, 'farthest': [row['row'] for row in found[:16]]}
   with pytest.raises(UserError, match='taught no rows'):
     mmjax.load(tiny_run, without_taught=True)
+  # Away from its run nobody can tell what was taught.
+  export_run(run, tmp_path / 'taught.safetensors', 'last', None)
+  import_run(tmp_path / 'taught.safetensors', tmp_path / 'back', 'configs/base.py', [], None, None)
+  back, last = mmjax.load(tmp_path / 'back'), mmjax.load(run, 'last')
+  np.testing.assert_array_equal(back.params['memory_bank'], last.params['memory_bank'])
+  with pytest.raises(UserError, match='taught no rows'):
+    mmjax.load(tmp_path / 'back', without_taught=True)
 
 
 @pytest.mark.thorough

@@ -152,7 +152,7 @@ def _check_processes(address: str, processes: int, process: int) -> None:
   rule = f'runtime.process_id={process} must be below runtime.num_processes={processes}'
   _refuse(process >= processes, rule)
   _, colon, port = address.rpartition(':')
-  known = address in ('', 'auto') or (colon and port.isascii() and port.isdigit())
+  known = address in ('', 'auto') or (colon and port.isascii() and port.isdigit() and 0 < int(port) < 2**16)
   _refuse(not known, f"runtime.coordinator={address!r} must be host:port, such as 'node0:1234', or 'auto'")
   rule = f'runtime.num_processes={processes} needs runtime.coordinator, the host:port of process 0'
   _refuse(not address and processes > 1, rule)

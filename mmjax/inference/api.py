@@ -224,7 +224,7 @@ def load(
     dtype: of the matrix products, 'float32' or 'bfloat16'; None: float32, on a CPU also the fastest.
     attention: a value of runtime.attention; None: the run's, or 'auto' where that cannot run here.
     without_taught: whether the rows that the run taught (memory.teach_rows) are what they were before; nothing else
-      has changed since, so that this is the model that the run started from, bit for bit.
+      has changed since, so that at any checkpoint this is the model that the run started from, bit for bit.
 
   Raises:
     UserError: if there is no such run, it has no checkpoint yet, it taught no rows that could be left out, or the

@@ -1,6 +1,5 @@
 """A run with a smaller bank, as a run directory of its own: evaluated, sampled, served and inspected as any other."""
 
-import dataclasses
 from pathlib import Path
 
 import jax
@@ -52,8 +51,7 @@ def compress_run(workdir: Path, out: Path, bits: int, which: str) -> None:
     for name in ('metrics.jsonl', 'data.json'):  # how the run was trained, and on what
       if (source.path / name).exists():
         write_file(out / name, (source.path / name).read_bytes())
-    # Which rows were taught only the other run can tell: what they were before lies there.
-    run.write_config(dataclasses.replace(config, memory=dataclasses.replace(config.memory, teach_rows=0)))
+    run.write_config(config.without_teaching())
   before, after = params[BANK].nbytes, packed.nbytes
   off = float(jnp.linalg.norm(unpack_bank(packed) - params[BANK]) / jnp.linalg.norm(params[BANK]))
   print(f'{out}: the bank of step {step} of {source.path} in {bits} bits a value')

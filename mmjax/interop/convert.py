@@ -75,7 +75,8 @@ def import_run(
   tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
   header = read_header(source)
   shapes = {name: value.shape for name, value in tensors.items()}
-  config = fitting_config(shapes, str(source), config_file, overrides, header.get('settings', {}))
+  settings = header.get('settings', {})
+  config = fitting_config(shapes, str(source), config_file, overrides, settings).without_teaching()
   check_accounted(shapes, tensor_shapes(config), str(source))
   vocabulary = None if tokenizer is None else load_tokenizer(tokenizer, most=config.model.vocab_size)
   if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
@@ -155,7 +156,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
 
 def _model_settings(config: Config) -> dict[str, dict[str, Any]]:
   """Returns the settings of a model in a file, which holds its bank and does not say how it was trained."""
-  memory = dataclasses.replace(config.memory, bank_init='normal', bank_file='')
+  memory = dataclasses.replace(config.without_teaching().memory, bank_init='normal', bank_file='')
   own, settings = dataclasses.replace(config, memory=memory, train=TrainConfig()), {}
   for name, value in flatten(own.to_dict()).items():
     section, _, field = name.partition('.')

@@ -60,16 +60,16 @@ EXPLANATIONS: Notes = {
 }
 LIMITS: Notes = {  # also on the terminal
   'The rows saw different numbers of tokens, so their differences are not at equal tokens.': lambda found: (
-    len({s['tokens'] for s in found}) > 1
+    len({s['tokens'] for s in found} - {None}) > 1
   ),
-  'The runs were made on different machines: tokens/s and memory do not compare.': lambda found: (
+  'The runs were made on different machines or numbers of devices: tokens/s and memory do not compare.': lambda found: (
     len({device for s in found for device in s['devices']}) > 1
   ),
   'Rows marked "other data" have no difference: their losses are on other text.': lambda found: any(
     'other data' in s['marks'] for s in found
   ),
   'A run that is not finished counts only in a row where none is; such a row has no difference.': lambda found: any(
-    s['marks'] for s in found
+    set(s['marks']) - {'other data'} for s in found
   ),
 }
 

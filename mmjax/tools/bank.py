@@ -49,7 +49,8 @@ def main() -> None:
   parser = command_parser('bank', __doc__)
   commands = parser.add_subparsers(dest='command', required=True)
   build = commands.add_parser('build', help='make a bank file from text')
-  build.add_argument('--files', required=True, help='comma-separated paths or globs of text')
+  said = 'comma-separated paths or globs of text; data.valid_fraction of it is held out, as when training (0: none)'
+  build.add_argument('--files', required=True, help=said)
   build.add_argument('--out', required=True, help='the .safetensors file to write')
   build.add_argument(
     '--encoder', default='lsa', help=f'lsa (built in), or {SENTENCE_TRANSFORMERS}DIR, a model in that directory'
@@ -112,8 +113,10 @@ def check_flags(config: Config, out: Path, encoder: str, snippets_a_row: int) ->
   """Raises UserError for a flag or a size that no bank can be built with."""
   if out.suffix.lower() != '.safetensors':
     raise UserError(f"--out '{out}' must end in .safetensors")
-  if out.exists():
-    raise UserError(f"--out '{out}' already exists; remove it or choose another name")
+  kept = texts_path(out)
+  if out.exists() or (kept.exists() and not Stages.directory_of(out).exists()):  # those of a build that was stopped
+    there = 'already exists' if out.exists() else f"would replace '{kept}', which is there, with the texts of its rows"
+    raise UserError(f"--out '{out}' {there}; remove that or choose another name")
   if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
     raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
   if snippets_a_row < 1:
@@ -170,7 +173,12 @@ class Stages:
   def __init__(self, out: Path, made_from: list[Any]):
     """`made_from` names all that decides the arrays; those made from something else are not used."""
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    self.directory = out.with_name(f'{out.name}.work') / key
+    self.directory = self.directory_of(out) / key
+
+  @staticmethod
+  def directory_of(out: Path) -> Path:
+    """Returns where all builds of a bank keep their arrays."""
+    return out.with_name(f'{out.name}.work')
 
   def run(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """Returns the array of a stage, made now or kept from before."""

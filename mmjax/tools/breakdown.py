@@ -50,7 +50,12 @@ def main() -> None:
     from mmjax.report.rows import find_runs
 
   prepare_terminal()
-  runs = [run.path for run in find_runs(arguments.runs)]
+  runs, named = [], {user_path(run) for run in arguments.runs}
+  for run in find_runs(arguments.runs):
+    if run.dir.ever_saved or run.path in named:
+      runs.append(run.path)
+    else:
+      print(f'{run.path} has no checkpoint and is left out')
   files = split_names(arguments.valid_files)
   found = []
   for run in break_down(runs, ngrams=sizes, valid_files=files, overrides=overrides, **model_from_flags(arguments)):

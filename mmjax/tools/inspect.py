@@ -93,6 +93,8 @@ def text_of(arguments: argparse.Namespace) -> str | None:
     if value is not None and value < least:
       raise UserError(f'--{name} {value} must be at least {least}')
   check_output('--json', arguments.json)
+  if arguments.taught and arguments.without_taught:
+    raise UserError('--taught lists the rows that --without takes out; give one of them')
   if arguments.text is not None and arguments.text_file is not None:
     raise UserError(f'give --text {quote(arguments.text)} or --text_file {quote(arguments.text_file)}, not both')
   if arguments.text_file is None:
@@ -171,7 +173,7 @@ def print_found(found: dict[str, Any], top: int) -> None:
     tokens = found['text']['tokens']
     show(*tokens_tables(tokens, top, table_console().width), most_taken_table(found['text']['most_taken'], len(tokens)))
   if found['taught'] is not None:
-    show(taught_table(found['taught'], top))
+    show(taught_table(found['taught'], top) if found['taught'] else '0 rows were taught at this checkpoint')
   row = found['row']
   if row is None:
     return

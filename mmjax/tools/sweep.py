@@ -195,10 +195,12 @@ class Sweep:
       'seconds': spent + seconds,  # of all starts, compiling and evaluating included
       'said': said,
       'time': utc_now(),
+      'place': run.place,
     }
-    names = [planned.name for planned in self.runs]
-    ordered = [*names, *(name for name in self.ended if name not in names)]
-    write_json(self.path, {'runs': {name: self.ended[name] for name in ordered if name in self.ended}})
+    places = {planned.name: planned.place for planned in self.runs}
+    # As the sweep file orders them, whatever --only and --set picked: the first is what compare measures against.
+    ordered = sorted(self.ended, key=lambda name: places.get(name, self.ended[name].get('place', len(self.ended))))
+    write_json(self.path, {'runs': {name: self.ended[name] for name in ordered}})
     return self.ended[run.name]
 
   def print_plan(self) -> None:

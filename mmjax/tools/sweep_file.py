@@ -31,11 +31,19 @@ class Run:
 
 
 class Planned(NamedTuple):
-  """One run, checked: its directory's name, its settings, and the arguments that train.py would take for them."""
+  """One run, checked.
+
+  Attributes:
+    name: of its directory.
+    config: its settings.
+    arguments: that train.py would take for them.
+    place: among the runs of the sweep file, from 0.
+  """
 
   name: str
   config: Config
   arguments: list[str]
+  place: int = 0
 
 
 def read_sweep(
@@ -70,13 +78,13 @@ def read_sweep(
     if not fnmatch.filter(names, pattern):
       raise UserError(f'sweep file {path!r}: no run matches {pattern!r}; there are {", ".join(names) or "none"}')
   return [
-    _plan(name, run, overrides)
-    for name, run in zip(names, runs, strict=True)
+    _plan(name, run, overrides, place)
+    for place, (name, run) in enumerate(zip(names, runs, strict=True))
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
   ]
 
 
-def _plan(name: str, run: Run, overrides: Sequence[str]) -> Planned:
+def _plan(name: str, run: Run, overrides: Sequence[str], place: int) -> Planned:
   settings = dict(run.overrides) | {'experiment': run.name, 'seed': run.seed}
   arguments = [f'--config.{setting}={value}' for setting, value in settings.items()] + list(overrides)
   try:
@@ -86,4 +94,4 @@ def _plan(name: str, run: Run, overrides: Sequence[str]) -> Planned:
   for setting, given, own in (('experiment', config.experiment, run.name), ('seed', config.seed, run.seed)):
     if given != own:
       raise UserError(f'--config.{setting}={given} must be left out: each run of a sweep has its own, as {own!r} here')
-  return Planned(name, config, ['--config', run.config, *arguments])
+  return Planned(name, config, ['--config', run.config, *arguments], place)

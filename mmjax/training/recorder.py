@@ -58,8 +58,8 @@ class Recorder:
       raise DivergedError(
         f'Diverged: {line["in_a_row"]} updates in a row were not finite or spikes, up to step {step} '
         f'(train.max_skipped_updates={train.max_skipped_updates}); batch and norms are in {folder}. A '
-        f'train.learning_rate below {train.learning_rate:g} or a smaller train.grad_clip (now {train.grad_clip:g}; 0: '
-        'none) may help.'
+        f'train.learning_rate below {train.learning_rate:g} or a {"smaller " if train.grad_clip else ""}'
+        f'train.grad_clip{"" if train.grad_clip else " above 0"} (now {train.grad_clip:g}) may help.'
       )
 
   def report(self, step: int) -> None:

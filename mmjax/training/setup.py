@@ -153,6 +153,11 @@ def count_background(learner: Learner, params: Params, source: RunDir, progress:
     UserError: if the text is not to be found.
   """
   config, old = learner.config, source.read_config()
+  if not source.was_trained:
+    raise UserError(
+      f'memory.teach_rows needs to know which rows are usual, and {source.path} is an import without text of its own; '
+      'train it on such text first'
+    )
   try:
     prepared = evaluation_data(source, old)
   except UserError as error:
