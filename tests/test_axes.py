@@ -41,3 +41,14 @@ def test_legend_has_every_letter_in_use_with_one_meaning():
   assert not unknown
   assert max(Counter(letters).values()) == max(Counter(meanings).values()) == 1
   assert not set(letters) - set(used), 'letters that no array has'
+
+
+def test_shapes_in_docstrings_are_written_as_numpy_prints_them():
+  bracketed = re.compile(r'\b(?:int|uint|float|bool)\d*\[[^\]\n]*\]')
+  texts = {
+    node: ast.get_docstring(node) or ''
+    for path in Path('mmjax').rglob('*.py')
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+  }
+  assert len(texts) > 1000 and not [match for text in texts.values() for match in bracketed.findall(text)]

@@ -3,8 +3,8 @@
 index.json              written last: a directory without it is not finished
 tokenizer.model | .json
 train-00000.bin         token ids, little-endian uint16 or uint32, documents one after the other, each ending in EOS
-train-00000.offsets.npy int64[documents + 1]: where each document begins, in tokens of its shard
-train-00000.bytes.npy   int64[2, X]: tokens of the shard that stand for more bytes of the text than their piece has, as
+train-00000.offsets.npy int64 (documents + 1,): where each document begins, in tokens of its shard
+train-00000.bytes.npy   int64 (2, X): tokens of the shard that stand for more bytes of the text than their piece has, as
                         tokenizers change text (a space in front, NFKC): where, and how many more (mostly negative)
 valid-00000...          the same for what is held out
 verified.json           stamps and hashes of these files and of the texts, so that the next start need not hash again

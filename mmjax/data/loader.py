@@ -31,7 +31,7 @@ class TokenSplit:
     layout: 'packed' or 'padded'.
     n_rows, n_tokens, n_documents, text_bytes: sizes, whatever the layout; tokens count an EOS for each document.
     vocab_size, bos_id, eos_id: those of the tokenizer. pad_id fills up inputs, where targets are PADDING.
-    document_start: int64[documents + 1], where each document begins in the stream, and its end.
+    document_start: int64 (documents + 1,), where each document begins in the stream, and its end.
   """
 
   def __init__(self, directory: Path, index: dict, split: str, max_seq_len: int, layout: str, isolate_documents: bool):
@@ -96,7 +96,7 @@ class TokenSplit:
     return np.concatenate(parts).astype(np.int32)
 
   def spans(self) -> tuple[np.ndarray, np.ndarray]:
-    """Returns where the targets of each row begin and end in the stream, int64[rows] each, ascending."""
+    """Returns where the targets of each row begin and end in the stream, int64 (rows,) each, ascending."""
     if self.layout == 'padded':
       start = self.document_start[:-1]
       return start, np.minimum(start + self.max_seq_len, self.document_start[1:])
@@ -104,7 +104,7 @@ class TokenSplit:
     return start, np.minimum(start + self.max_seq_len, self.n_tokens)
 
   def row(self, row_id: int) -> np.ndarray:
-    """Returns the token that precedes a row and its targets without padding, int[at most T + 1]."""
+    """Returns the token that precedes a row and its targets without padding, int (X,), X at most T + 1."""
     if self.layout == 'padded':
       start, stop = self.document_start[row_id], self.document_start[row_id + 1]
       return np.append(self.bos_id, self.stream(start, min(stop, start + self.max_seq_len)))
@@ -115,11 +115,11 @@ class TokenSplit:
     """Returns a batch.
 
     Args:
-      row_ids: int[B]; -1 gives a row of padding.
+      row_ids: int (B,); -1 gives a row of padding.
 
     Returns:
-      input, target, segment: int32[B, T]; target is PADDING where there is nothing to predict. segment numbers the
-      documents of a row where isolate_documents is set, else it is 0. row_id: int64[B].
+      input, target, segment: int32 (B, T); target is PADDING where there is nothing to predict. segment numbers the
+      documents of a row where isolate_documents is set, else it is 0. row_id: int64 (B,).
     """
     shape = (len(row_ids), self.max_seq_len)
     inputs, targets = np.full(shape, self.pad_id, np.int32), np.full(shape, PADDING, np.int32)

@@ -16,7 +16,7 @@ MOST = 2**63
 
 
 def ngram_keys(split: TokenSplit, n: int, start: int, stop: int) -> np.ndarray:
-  """Returns the n-gram that ends at each position of a split's stream, int64[stop - start].
+  """Returns the n-gram that ends at each position of a split's stream, int64 (stop - start,).
 
   The stream begins as if EOS stood before it.
 
@@ -35,7 +35,7 @@ def ngram_keys(split: TokenSplit, n: int, start: int, stop: int) -> np.ndarray:
 
 
 def times_read(split: TokenSplit, *, global_batch_rows: int, seed: int, steps: int) -> np.ndarray:
-  """Returns how often each row was read after `steps` batches of `train_batches`, int64[rows]."""
+  """Returns how often each row was read after `steps` batches of `train_batches`, int64 (rows,)."""
   order = row_order(split.n_rows, seed)
   read = np.fromiter((order[i] for i in range(steps * global_batch_rows)), np.int64, steps * global_batch_rows)
   return np.bincount(read, minlength=split.n_rows)
@@ -46,12 +46,12 @@ def count_ngrams(split: TokenSplit, row_times: np.ndarray, n: int, wanted_X: np.
 
   Args:
     split: what training read.
-    row_times: int64[rows], how often it read each row, from `times_read`.
+    row_times: int64 (rows,), how often it read each row, from `times_read`.
     n: tokens of an n-gram.
     wanted_X: int64 n-grams, as `ngram_keys` makes them with the same vocabulary.
 
   Returns:
-    int64[X].
+    int64 (X,).
   """
   own_keys, place_X = np.unique(wanted_X, return_inverse=True)
   counts = np.zeros(len(own_keys), np.int64)

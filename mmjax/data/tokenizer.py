@@ -31,7 +31,7 @@ Spans = list[tuple[int, int]]  # for each token the characters of the text that 
 class Slice(NamedTuple):
   """The ids of a slice of text; `exact`: whether they decode to it.
 
-  more_bytes: int64[len(ids)], UTF-8 bytes of the text that each token stands for, less those of its piece.
+  more_bytes: int64 (len(ids),), UTF-8 bytes of the text that each token stands for, less those of its piece.
   """
 
   ids: list[int]
@@ -138,7 +138,7 @@ class Tokenizer:
     return b''.join([self._piece_bytes[token] for token in ids])
 
   def bytes_per_token(self) -> np.ndarray:
-    """Returns int32[V]: the UTF-8 bytes that each piece stands for, 0 for control tokens."""
+    """Returns int32 (V,): the UTF-8 bytes that each piece stands for, 0 for control tokens."""
     return self._bytes_per_token
 
   @property
@@ -161,7 +161,7 @@ def share_bytes(text: str, spans: Spans, piece_bytes: np.ndarray) -> np.ndarray:
   Args:
     text: what was encoded, perhaps into other characters than its own.
     spans: of its tokens, at least one.
-    piece_bytes: int[len(spans)], of each token's piece.
+    piece_bytes: int (len(spans),), of each token's piece.
   """
   points = np.frombuffer(text.encode('utf-32-le'), np.uint32)
   byte_of_char = np.cumsum([0, *(1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000))]).tolist()

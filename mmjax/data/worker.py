@@ -33,9 +33,15 @@ BLOCKS_PER_WORKER = 3  # in flight: keeps workers busy while the parent waits fo
 class TokenBlock(NamedTuple):
   """A tokenized block: its documents one after the other, each ending in EOS.
 
-  tokens: uint16 or uint32[sum(length)].   length: int64[documents], tokens with EOS.   text_bytes: int64[documents],
-  UTF-8.   held_out: bool[documents].   more_bytes: int64[2, X], which tokens stand for more bytes of the text than
-  their piece has, and how many more.   inexact: documents that do not decode to themselves.
+  Attributes:
+    tokens: uint16 or uint32 (sum(length),).
+    length: int64 (documents,), tokens with EOS.
+    text_bytes: int64 (documents,), UTF-8.
+    held_out: bool (documents,).
+    more_bytes: int64 (2, X), which tokens stand for more bytes of the text than their piece has, and how many more.
+    lines, empty: how many there were, and how many held no text.
+    inexact: documents that do not decode to themselves.
+    bad: lines that could not be read.
   """
 
   tokens: np.ndarray
@@ -49,7 +55,7 @@ class TokenBlock(NamedTuple):
   bad: list[BadLine]
 
   def only(self, document: np.ndarray) -> 'TokenBlock':
-    """Returns the block with some of its documents alone, given by a bool[documents]."""
+    """Returns the block with some of its documents alone, given by `document`, bool (documents,)."""
     if document.all():
       return self
     token = np.repeat(document, self.length)

@@ -34,7 +34,7 @@ CHINESE_SHARE = 0.3  # of the characters of a document, from which on it is main
 
 
 class Grouping(NamedTuple):
-  """Targets put into groups: their names, and the number of each target's group, int[X]."""
+  """Targets put into groups: their names, and the number of each target's group, int (X,)."""
 
   names: tuple[str, ...]
   group_X: np.ndarray
@@ -142,7 +142,7 @@ def _training_split(run: RunDir, config: Config) -> TokenSplit:
 
 
 def text_positions(text: TokenSplit) -> np.ndarray:
-  """Returns where the targets of all rows are in a split's stream, int64[X], in the order of evaluation."""
+  """Returns where the targets of all rows are in a split's stream, int64 (X,), in the order of evaluation."""
   starts, stops = text.spans()
   place_XT = starts[:, None] + np.arange(text.max_seq_len)
   return place_XT[place_XT < stops[:, None]]
