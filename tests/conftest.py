@@ -14,7 +14,7 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', _cache.name)
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.3')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '0')
 # Tiny programs spend their time in the compiler: without LLVM's optimisations and the newer fusion code test_step, for
-# one, takes 25 s of CPU time in place of 41.
+# one, takes 25 s of CPU time instead of 41.
 _flags = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
 if tuple(map(int, version('jaxlib').split('.')[:2])) < (0, 11):  # later ones end the process at a flag they dropped
   _flags += ' --xla_cpu_use_fusion_emitters=false'

@@ -25,7 +25,7 @@ EXPERIMENTS = ('exp_1_4_0', 'exp_1_4_1', 'exp_1_4_2', 'exp_1_4_3', 'exp_moe')
 
 
 def tiny_experiment(name: str, folder: Path) -> Config:
-  """Returns the experiment in small; what makes it this experiment is its file's."""
+  """Returns a small version of the experiment; what makes it this experiment is its file's."""
   settings = {key: value for key, value in TINY.items() if key != 'model.num_selected' or name != 'exp_1_4_3'}
   if name == 'exp_1_4_3':
     settings |= {'model.knowledge_num': 256, 'memory.bank_file': folder / 'bank.safetensors'}

@@ -79,7 +79,7 @@ def numpy_bag(memory, params, m, sums):
 def numpy_sublayer(config, params, h, h_attn, bank, fixed_rows=None, signs=None):
   """What a memory sublayer adds and the rows it takes, (B, T, heads, rows), in float64 with all M scores built.
 
-  `fixed_rows` are taken in place of those with the best scores; n-grams have no scores. `signs`, (B, T, heads, P), are
+  `fixed_rows` are taken instead of those with the best scores; n-grams have no scores. `signs`, (B, T, heads, P), are
   those of n-grams.
   """
   memory, heads = config.memory, config.memory.n_heads

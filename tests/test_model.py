@@ -38,7 +38,7 @@ OTHER_DECODED = [('dense', {}), ('cross_attention', SCALED), ('moe', {}), ('gate
     ('exp_1_4_2', [], 32_383_488, 23_994_880),
     ('exp_1_4_2', ['--config.model.n_kv_heads=2'], 31_597_056, 23_208_448),
     ('exp_1_4_0', [], 25_829_888, 25_829_888),
-    # 1.4.1 is 1.4.2 with 2 D D + 2 P D weights in place of the fusion's 2 (D + R P) D + D D.
+    # 1.4.1 is 1.4.2 with 2 D D + 2 P D weights instead of the fusion's 2 (D + R P) D + D D.
     ('exp_1_4_1', [], 23_994_880 + 8_388_608 - 8 * 1_835_008 + 8 * 655_360, 23_994_880 - 8 * (1_835_008 - 655_360)),
     ('exp_moe', [], 25_829_888 + 8 * (4 * 3 * 512 * 1408 + 4 * 512), 25_829_888 + 8 * (4 * 3 * 512 * 1408 + 4 * 512)),
   ],
