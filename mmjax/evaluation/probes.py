@@ -49,7 +49,7 @@ from mmjax.model.lm import Output
 from mmjax.model.params import Params
 from mmjax.model.sublayers import row_weights
 
-PROBED_POSITIONS = 65536  # enough to tell losses that differ by 0.01 apart
+PROBED_POSITIONS = 65536  # the mean of differences that deviate by 1 nat is good to 0.004
 LAYER_NORMS = ('gate_grad_norm', 'key_grad_norm')
 
 

@@ -86,15 +86,15 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
     say(f'{run.path} is finished: all {total} steps are done')
     return
   settings, update = config.train, learner.compile(state, before_compiling(recorder, start))
-  memory = update.memory_analysis()
-  say(f'Attention: {learner.placement.attention}. The step needs {describe_memory(memory)}.')
+  needs = update.memory_analysis()
+  say(f'Attention: {learner.placement.attention}. The step needs {describe_memory(needs)}.')
   rows = {'global_batch_rows': settings.update_rows, 'seed': config.seed, 'start_step': start}
   profile = StepProfiler(run.path / 'profile', settings.profile_steps if is_main() else 0, update, say)
   recorder.window = Window()
   unchecked = None
   with closing(train_batches(inputs.train, **rows)) as batches, closing(profile):
     for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
-      with explain_out_of_memory(config, memory):
+      with explain_out_of_memory(config, needs):
         device_batch = put_batch(learner.placement.mesh, batch, settings.accumulation_steps)
         profile.before_step(state)
         state, metrics = update(state, device_batch)
