@@ -42,8 +42,7 @@ def main() -> None:
   prompts = read_prompts(arguments.prompts or PROMPTS)
   run = open_run(arguments.workdir)
   config = override_config(run.read_config(), overrides, WHERE)
-  lm = load(run.path, **model_from_flags(arguments))
-  lm.config = config
+  lm = load(run.path, config=config, **model_from_flags(arguments))
   found = measure_run(lm, run, arguments.valid_files) | continue_prompts(lm, prompts, sampling)
   print_evaluation(found)
   write_json(run.path / 'eval.json', found)

@@ -62,8 +62,7 @@ def test_damage_to_an_old_manifest_is_noticed(old):
 
 def test_old_run_evaluates_to_what_it_recorded(old):
   run, config = old
-  lm = mmjax.load(run.path)
-  lm.config = config
+  lm = mmjax.load(run.path, config=config)
   recorded = last_evaluation(run)
   assert lm.step == recorded['step'] == 2
   assert_same_losses(measure_text(lm, run).to_dict(), recorded)

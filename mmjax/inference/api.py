@@ -215,6 +215,7 @@ def load(
   dtype: DTypeLike | None = None,
   attention: str | None = None,
   without_taught: bool = False,
+  config: Config | None = None,
 ) -> LanguageModel:
   """Loads a model from a run directory, which may be in use by a training process.
 
@@ -225,6 +226,7 @@ def load(
     attention: a value of runtime.attention; None: the run's, or 'auto' where that cannot run here.
     without_taught: whether the rows that the run taught (memory.teach_rows) are what they were before; nothing else
       has changed since, so that at any checkpoint this is the model that the run started from, bit for bit.
+    config: the run's, with text and bank where they are now; None: as the run has it.
 
   Raises:
     UserError: if there is no such run, it has no checkpoint yet, it taught no rows that could be left out, or the
@@ -233,7 +235,7 @@ def load(
   """
   refuse_wrong_jaxlib()
   run = open_run(workdir, needs_tokenizer=RunDir(workdir).was_trained)  # an import may have none
-  config = run.read_config()
+  config = config or run.read_config()
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   if without_taught:
     refuse_compressed(run, 'read without the rows that it taught')

@@ -106,8 +106,8 @@ def _losses(
 ) -> Losses:
   """Evaluates one run; what depends on the text and not on the model is kept in `shared`."""
   run = open_run(path)
-  lm = load(run.path, checkpoint, **placement)
   config = override_config(run.read_config(), overrides, WHERE)
+  lm = load(run.path, checkpoint, config=config, **placement)
   texts = [open_text(config, run, files) for files in valid_files or ['']]
   held_out = tuple((str(text.directory), text.split, text.max_seq_len, text.layout) for text in texts)
 

@@ -67,10 +67,11 @@ def main() -> None:
     from mmjax.files import write_json
     from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
     from mmjax.inference.measure import WHERE
+    from mmjax.run.directory import open_run
 
   prepare_terminal()
-  lm = load(arguments.workdir, **model_from_flags(arguments))
-  lm.config = override_config(lm.config, overrides, (*WHERE, 'memory.bank_file'))
+  config = override_config(open_run(arguments.workdir).read_config(), overrides, (*WHERE, 'memory.bank_file'))
+  lm = load(arguments.workdir, config=config, **model_from_flags(arguments))
   found = look(lm, text, arguments)
   print_found(found, arguments.top)
   if arguments.json is not None:
