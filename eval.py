@@ -33,7 +33,7 @@ def main() -> None:
     from mmjax.config import override_config
     from mmjax.console import prepare_terminal
     from mmjax.files import write_json
-    from mmjax.inference.api import load
+    from mmjax.inference.api import load_run
     from mmjax.inference.measure import PROMPTS, WHERE, continue_prompts, measure_run, read_prompts
     from mmjax.report.write import write_report
     from mmjax.run.directory import open_run
@@ -42,7 +42,7 @@ def main() -> None:
   prompts = read_prompts(arguments.prompts or PROMPTS)
   run = open_run(arguments.workdir)
   config = override_config(run.read_config(), overrides, WHERE)
-  lm = load(run.path, config=config, **model_from_flags(arguments))
+  lm = load_run(run, config, **model_from_flags(arguments))
   found = measure_run(lm, run, arguments.valid_files) | continue_prompts(lm, prompts, sampling)
   print_evaluation(found)
   write_json(run.path / 'eval.json', found)

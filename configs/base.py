@@ -36,7 +36,7 @@ memory.value_layers = ''  # layers whose values get rows of n-grams: '1,3', 'all
 memory.input = 'attention'  # the memory reads what attention added; 'residual': it reads the residual stream
 memory.n_heads = 1  # 1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank
 memory.ngrams = '1'  # how many of the last tokens address a row or bucket; '2,3': heads take turns
-memory.ngram_ranges = 'shared'  # 'own': each head has a range of rows to itself; single tokens have one row each
+memory.ngram_ranges = 'shared'  # 'own': each head has a range of rows to itself; single tokens need no hash in it
 memory.ngram_signs = False  # True: a second hash of an n-gram flips signs in what its rows give
 memory.row_dropout = 0.0  # probability that training drops what a head read; the rest is scaled up
 memory.scores = 'none'  # 'scale' multiplies rows by their weights, so that the gate learns; a 'memory_bag' always does
@@ -54,7 +54,7 @@ memory.bank_lr_multiplier = 1.0  # factor of the bank's learning rate at the fir
 memory.bank_lr_final_multiplier = 1.0  # that factor at the last update; linear in between
 memory.bank_decay_multiplier = 1.0  # factor of the bank's weight decay; 0: none
 memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those that an update read; pays if they are few
-memory.teach_rows = 0  # with --init_from: so many rows learn in an update, those read more than in old text; 0: all
+memory.teach_rows = 0  # with --init_from: so many rows learn in an update, those read more than before; 0: all learns
 
 data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
 data.valid_files = ''  # the same, held out; '': a share of the training documents

@@ -115,6 +115,10 @@ def test_runs_of_a_folder_without_a_checkpoint_are_left_out(tiny_run, tmp_path, 
   command.main()
   out = capsys.readouterr().out
   assert 'runs/b has no checkpoint and is left out' in out and out.count('nats a token') == 1
+  shutil.copytree(tmp_path / 'runs' / 'b', tmp_path / 'later' / 'a')
+  monkeypatch.setattr('sys.argv', ['breakdown', str(tmp_path / 'later'), '--ngrams', 'none'])
+  with pytest.raises(UserError, match='later/a has no checkpoint, and others are compared with the first'):
+    command.main()
   monkeypatch.setattr('sys.argv', ['breakdown', str(tmp_path / 'runs' / 'b'), '--ngrams', 'none'])
   with pytest.raises(UserError, match='runs/b is not a run directory: .*checkpoints is missing'):
     command.main()

@@ -383,6 +383,7 @@ def test_killed_save_is_cleaned_up_and_the_last_whole_step_used(tmp_path):
   time.sleep(random.Random().random() * 0.2)
   child.send_signal(signal.SIGKILL)
   seen += [int(line) for line in child.stdout.read().splitlines()]  # what is in the pipe's buffer, too
+  child.wait()
   (tmp_path / 'checkpoints' / '2000.orbax-checkpoint-tmp' / 'params').mkdir(parents=True)
   checkpoints = Checkpoints(tmp_path)
   assert not list(checkpoints.directory.glob('*tmp*'))

@@ -132,8 +132,11 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.experiment= ', 'must be a plain folder name'),
     ('--config.experiment=a\nb', 'must be a plain folder name'),
     ('--config.train.max_loss_factor=1', 'max_loss_factor=1.0 must be above 1, or 0'),
-    ('--config.runtime.coordinator=node0', "coordinator='node0' must be host:port, such as 'node0:1234', or 'auto'"),
-    ('--config.runtime.coordinator=node0:99999', "coordinator='node0:99999' must be host:port"),
+    ('--config.runtime.coordinator=node0', "coordinator='node0' must be host:port, such as 'node0:1234', with a port"),
+    *(
+      (f'--config.runtime.coordinator={address}', f'coordinator={address!r} must be host:port')
+      for address in ('node0:99999', ':1234', 'node 0:1234', '::1')
+    ),
     ('--config.runtime.num_processes=2', 'num_processes=2 needs runtime.coordinator'),
     ('--config.runtime.process_id=1', 'process_id=1 must be below runtime.num_processes=1'),
     ('--config.train.batch_size', 'is not understood'),

@@ -64,7 +64,7 @@ def test_help_describes_every_size(kind):
   assert sorted(described) == sorted(field.name for field in dataclasses.fields(kind))
 
 
-def test_class_of_all_memories_is_none():
+def test_base_class_is_no_memory_itself():
   with pytest.raises(TypeError, match='abstract class Memory'):
     Memory(dim=32, **BANK)
 

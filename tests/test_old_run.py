@@ -14,6 +14,7 @@ import pytest
 import mmjax
 from mmjax.data.index import verify
 from mmjax.errors import StorageError
+from mmjax.inference.api import load_run
 from mmjax.inference.measure import measure_text
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir, open_run
@@ -62,7 +63,7 @@ def test_damage_to_an_old_manifest_is_noticed(old):
 
 def test_old_run_evaluates_to_what_it_recorded(old):
   run, config = old
-  lm = mmjax.load(run.path, config=config)
+  lm = load_run(run, config, 'best')
   recorded = last_evaluation(run)
   assert lm.step == recorded['step'] == 2
   assert_same_losses(measure_text(lm, run).to_dict(), recorded)

@@ -220,7 +220,7 @@ def test_text_of_the_banks_name_is_not_replaced(built, tmp_path):
   text = tmp_path / 'own.jsonl'
   text.write_bytes((folder / 'text.jsonl').read_bytes())
   own = dataclasses.replace(config, data=dataclasses.replace(config.data, train_files=str(text)))
-  with pytest.raises(UserError, match='own.safetensors. would replace .*own.jsonl., which is there'):
+  with pytest.raises(UserError, match='own.safetensors. would replace .*own.jsonl. with its rows. texts'):
     bank.build_bank(own, tmp_path / 'own.safetensors', 'lsa')
   assert text.read_bytes() == (folder / 'text.jsonl').read_bytes() and len(list(tmp_path.iterdir())) == 1
 

@@ -27,8 +27,8 @@ def prepare_environment() -> None:
   if sys.version_info < (3, 12):
     raise UserError(
       f'compiling for a GPU needs Python 3.12 or newer, and this is {sys.version.split()[0]}; '
-      f'with it: python3.12 -m venv .venv-ahead && .venv-ahead/bin/{WHEELS}, '
-      'and then .venv-ahead/bin/python -m mmjax.tools.fit'
+      f'with it: python3.12 -m venv .venv-ahead && .venv-ahead/bin/{WHEELS} && '
+      '.venv-ahead/bin/python -m mmjax.tools.fit ...'
     )
   if not any(_has(f'jax_plugins.xla_cuda{version}') for version in (12, 13)):
     raise UserError(f"JAX's CUDA plugin is not installed (3 GB, no GPU or driver needed): {WHEELS}")

@@ -1,6 +1,7 @@
 """Which settings are allowed, and what is said of those that are not: field, value, rule and nearest fix."""
 
 import math
+import re
 from typing import Any
 
 from mmjax.choices import ONE_ROW, least_rows_of_ranges, nearest_squares
@@ -151,8 +152,9 @@ def _nearest(numbers: list[int], wanted: int) -> int:
 def _check_processes(address: str, processes: int, process: int) -> None:
   rule = f'runtime.process_id={process} must be below runtime.num_processes={processes}'
   _refuse(process >= processes, rule)
-  _, colon, port = address.rpartition(':')
-  known = address in ('', 'auto') or (colon and port.isascii() and port.isdigit() and 0 < int(port) < 2**16)
-  _refuse(not known, f"runtime.coordinator={address!r} must be host:port, such as 'node0:1234', or 'auto'")
+  found = re.fullmatch(r'(?:[^\s:]+|\[[^\s\]]+\]):([0-9]{1,5})', address)
+  known = address in ('', 'auto') or (found and 0 < int(found[1]) < 2**16)
+  rule = "host:port, such as 'node0:1234', with a port from 1 to 65535, or 'auto'"
+  _refuse(not known, f'runtime.coordinator={address!r} must be {rule}')
   rule = f'runtime.num_processes={processes} needs runtime.coordinator, the host:port of process 0'
   _refuse(not address and processes > 1, rule)

@@ -113,7 +113,7 @@ class MemoryConfig:
   ngrams: str = field('1', "how many of the last tokens address a row or bucket; '2,3': heads take turns",
     before='1')
   ngram_ranges: str = field(
-    'shared', "'own': each head has a range of rows to itself; single tokens have one row each",
+    'shared', "'own': each head has a range of rows to itself; single tokens need no hash in it",
     choices=('shared', 'own'), before='shared')
   ngram_signs: bool = field(False, "True: a second hash of an n-gram flips signs in what its rows give", before=False)
   row_dropout: float = field(0.0, "probability that training drops what a head read; the rest is scaled up",
@@ -151,7 +151,7 @@ class MemoryConfig:
   bank_update: str = field('dense', "Adam on all rows; 'lazy': on those that an update read; pays if they are few",
     choices=('dense', 'lazy'), before='dense')
   teach_rows: int = field(
-    0, 'with --init_from: so many rows learn in an update, those read more than in old text; 0: all', before=0)
+    0, 'with --init_from: so many rows learn in an update, those read more than before; 0: all learns', before=0)
 
   def ngram_of_heads(self) -> tuple[int, ...]:
     """Returns how many tokens each head looks at where n-grams address rows: those of `ngrams`, in turns.

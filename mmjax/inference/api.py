@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -215,7 +216,6 @@ def load(
   dtype: DTypeLike | None = None,
   attention: str | None = None,
   without_taught: bool = False,
-  config: Config | None = None,
 ) -> LanguageModel:
   """Loads a model from a run directory, which may be in use by a training process.
 
@@ -226,7 +226,6 @@ def load(
     attention: a value of runtime.attention; None: the run's, or 'auto' where that cannot run here.
     without_taught: whether the rows that the run taught (memory.teach_rows) are what they were before; nothing else
       has changed since, so that at any checkpoint this is the model that the run started from, bit for bit.
-    config: the run's, with text and bank where they are now; None: as the run has it.
 
   Raises:
     UserError: if there is no such run, it has no checkpoint yet, it taught no rows that could be left out, or the
@@ -235,7 +234,21 @@ def load(
   """
   refuse_wrong_jaxlib()
   run = open_run(workdir, needs_tokenizer=RunDir(workdir).was_trained)  # an import may have none
-  config = config or run.read_config()
+  placement = {'dtype': dtype, 'attention': attention}
+  return load_run(run, run.read_config(), checkpoint, without_taught=without_taught, **placement)
+
+
+def load_run(
+  run: RunDir, config: Config, checkpoint: str | int, *, without_taught: bool = False, **placement: Any
+) -> LanguageModel:
+  """Does what `load` does.
+
+  Args:
+    run: its directory.
+    config: its settings, but for where text and bank are now.
+    checkpoint: as `load` takes it, and `without_taught`.
+    placement: dtype and attention, as `load` takes them.
+  """
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   if without_taught:
     refuse_compressed(run, 'read without the rows that it taught')
@@ -243,7 +256,7 @@ def load(
       raise UserError(f'{run.path} taught no rows that could be left out: its memory.teach_rows is 0')
     checkpoint = START_STEP
   params, _, step = read_params(run, config, checkpoint)
-  return LanguageModel(config, tokenizer, params, step=step, dtype=dtype, attention=attention)
+  return LanguageModel(config, tokenizer, params, step=step, **placement)
 
 
 def _listed(prompts: Sequence, what: str) -> list:

@@ -21,7 +21,7 @@ from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.evaluation.token_loss import make_token_loss
-from mmjax.inference.api import LanguageModel, load
+from mmjax.inference.api import LanguageModel, load_run
 from mmjax.inference.measure import WHERE, as_trained, open_text
 from mmjax.model.params import BANK, model_graph
 from mmjax.run.directory import RunDir, open_run
@@ -107,7 +107,7 @@ def _losses(
   """Evaluates one run; what depends on the text and not on the model is kept in `shared`."""
   run = open_run(path)
   config = override_config(run.read_config(), overrides, WHERE)
-  lm = load(run.path, checkpoint, config=config, **placement)
+  lm = load_run(run, config, checkpoint, **placement)
   texts = [open_text(config, run, files) for files in valid_files or ['']]
   held_out = tuple((str(text.directory), text.split, text.max_seq_len, text.layout) for text in texts)
 

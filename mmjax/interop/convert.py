@@ -75,8 +75,9 @@ def import_run(
   tensors = as_float32(canonical(read_tensors(source), str(source)), str(source), cast=dtype is not None)
   header = read_header(source)
   shapes = {name: value.shape for name, value in tensors.items()}
-  settings = header.get('settings', {})
-  config = fitting_config(shapes, str(source), config_file, overrides, settings).without_teaching()
+  config = fitting_config(shapes, str(source), config_file, overrides, header.get('settings', {}))
+  if rows := config.memory.teach_rows:
+    raise UserError(f'memory.teach_rows={rows} is for train.py --init_from; an import teaches nothing')
   check_accounted(shapes, tensor_shapes(config), str(source))
   vocabulary = None if tokenizer is None else load_tokenizer(tokenizer, most=config.model.vocab_size)
   if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
@@ -105,6 +106,7 @@ def read_header(source: Path) -> dict[str, Any]:
     header = json.loads(metadata[HEADER])
     settings = {section: dict(values) for section, values in header['settings'].items()}
     settings = as_of_today(settings, to_train=False)
+    settings.get('memory', {}).pop('teach_rows', None)  # files of earlier versions hold it
     if type(header.get('step', 0)) is not int or header.get('step', 0) < 0:
       raise ValueError(f'step={header["step"]!r} must be a whole number')
   except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
@@ -155,7 +157,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
 
 
 def _model_settings(config: Config) -> dict[str, dict[str, Any]]:
-  """Returns the settings of a model in a file, which holds its bank and does not say how it was trained."""
+  """Returns the settings of a model in a file, which holds its bank; of training, the bank's own rates and rule."""
   memory = dataclasses.replace(config.without_teaching().memory, bank_init='normal', bank_file='')
   own, settings = dataclasses.replace(config, memory=memory, train=TrainConfig()), {}
   for name, value in flatten(own.to_dict()).items():

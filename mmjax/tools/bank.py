@@ -113,10 +113,10 @@ def check_flags(config: Config, out: Path, encoder: str, snippets_a_row: int) ->
   """Raises UserError for a flag or a size that no bank can be built with."""
   if out.suffix.lower() != '.safetensors':
     raise UserError(f"--out '{out}' must end in .safetensors")
-  kept = texts_path(out)
-  if out.exists() or (kept.exists() and not Stages.directory_of(out).exists()):  # those of a build that was stopped
-    there = 'already exists' if out.exists() else f"would replace '{kept}', which is there, with the texts of its rows"
-    raise UserError(f"--out '{out}' {there}; remove that or choose another name")
+  if out.exists():
+    raise UserError(f"--out '{out}' already exists; remove it or choose another name")
+  if (texts := texts_path(out)).exists():  # yours, or of a build that was stopped at its last step
+    raise UserError(f"--out '{out}' would replace '{texts}' with its rows' texts; remove it or choose another name")
   if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
     raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
   if snippets_a_row < 1:
@@ -173,12 +173,7 @@ class Stages:
   def __init__(self, out: Path, made_from: list[Any]):
     """`made_from` names all that decides the arrays; those made from something else are not used."""
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    self.directory = self.directory_of(out) / key
-
-  @staticmethod
-  def directory_of(out: Path) -> Path:
-    """Returns where all builds of a bank keep their arrays."""
-    return out.with_name(f'{out.name}.work')
+    self.directory = out.with_name(f'{out.name}.work') / key
 
   def run(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """Returns the array of a stage, made now or kept from before."""

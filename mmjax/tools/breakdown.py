@@ -54,6 +54,8 @@ def main() -> None:
   for run in find_runs(arguments.runs):
     if run.dir.ever_saved or run.path in named:
       runs.append(run.path)
+    elif not runs:
+      raise UserError(f'{run.path} has no checkpoint, and others are compared with the first; name the runs instead')
     else:
       print(f'{run.path} has no checkpoint and is left out')
   files = split_names(arguments.valid_files)

@@ -65,13 +65,14 @@ def main() -> None:
 
   with interrupt_ends_at_once():
     from mmjax.files import write_json
-    from mmjax.inference.api import load  # only now: --help and bad flags need not wait for JAX
+    from mmjax.inference.api import load_run  # only now: --help and bad flags need not wait for JAX
     from mmjax.inference.measure import WHERE
     from mmjax.run.directory import open_run
 
   prepare_terminal()
-  config = override_config(open_run(arguments.workdir).read_config(), overrides, (*WHERE, 'memory.bank_file'))
-  lm = load(arguments.workdir, config=config, **model_from_flags(arguments))
+  run = open_run(arguments.workdir)
+  config = override_config(run.read_config(), overrides, (*WHERE, 'memory.bank_file'))
+  lm = load_run(run, config, **model_from_flags(arguments))
   found = look(lm, text, arguments)
   print_found(found, arguments.top)
   if arguments.json is not None:

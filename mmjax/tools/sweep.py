@@ -195,12 +195,10 @@ class Sweep:
       'seconds': spent + seconds,  # of all starts, compiling and evaluating included
       'said': said,
       'time': utc_now(),
-      'place': run.place,
     }
-    places = {planned.name: planned.place for planned in self.runs}
-    # As the sweep file orders them, whatever --only and --set picked: the first is what compare measures against.
-    ordered = sorted(self.ended, key=lambda name: places.get(name, self.ended[name].get('place', len(self.ended))))
-    write_json(self.path, {'runs': {name: self.ended[name] for name in ordered}})
+    # As the sweep file orders them, whatever --only picked: compare measures against the first.
+    ordered = [*run.order, *(name for name in self.ended if name not in run.order)]
+    write_json(self.path, {'runs': {name: self.ended[name] for name in ordered if name in self.ended}})
     return self.ended[run.name]
 
   def print_plan(self) -> None:

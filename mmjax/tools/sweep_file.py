@@ -37,13 +37,13 @@ class Planned(NamedTuple):
     name: of its directory.
     config: its settings.
     arguments: that train.py would take for them.
-    place: among the runs of the sweep file, from 0.
+    order: names of all runs of the sweep file, also of those that are not made.
   """
 
   name: str
   config: Config
   arguments: list[str]
-  place: int = 0
+  order: tuple[str, ...] = ()
 
 
 def read_sweep(
@@ -78,13 +78,13 @@ def read_sweep(
     if not fnmatch.filter(names, pattern):
       raise UserError(f'sweep file {path!r}: no run matches {pattern!r}; there are {", ".join(names) or "none"}')
   return [
-    _plan(name, run, overrides, place)
-    for place, (name, run) in enumerate(zip(names, runs, strict=True))
+    _plan(name, run, overrides, tuple(names))
+    for name, run in zip(names, runs, strict=True)
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
   ]
 
 
-def _plan(name: str, run: Run, overrides: Sequence[str], place: int) -> Planned:
+def _plan(name: str, run: Run, overrides: Sequence[str], order: tuple[str, ...]) -> Planned:
   settings = dict(run.overrides) | {'experiment': run.name, 'seed': run.seed}
   arguments = [f'--config.{setting}={value}' for setting, value in settings.items()] + list(overrides)
   try:
@@ -94,4 +94,4 @@ def _plan(name: str, run: Run, overrides: Sequence[str], place: int) -> Planned:
   for setting, given, own in (('experiment', config.experiment, run.name), ('seed', config.seed, run.seed)):
     if given != own:
       raise UserError(f'--config.{setting}={given} must be left out: each run of a sweep has its own, as {own!r} here')
-  return Planned(name, config, ['--config', run.config, *arguments], place)
+  return Planned(name, config, ['--config', run.config, *arguments], order)
