@@ -106,7 +106,7 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
   monkeypatch.chdir(tmp_path / 'here')
   go_on(3, train_files=f'{tmp_path}/here/same.jsonl', prepared_dir=tmp_path / 'new')  # made again, with its tokenizer
   go_on(5, train_files='same.jsonl', prepared_dir='../new')
-  with pytest.raises(UserError, match="was started on the text of data.train_files='same.jsonl': name it"):
+  with pytest.raises(UserError, match="was started on the text of data.train_files='same.jsonl'; say where it is now"):
     (tmp_path / 'new').rename(tmp_path / 'copy')
     go_on(7, train_files='', prepared_dir='new')
   go_on(7, train_files='', prepared_dir=next((tmp_path / 'copy').glob('same-*')))  # on a machine without the text
