@@ -121,7 +121,7 @@ def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, m
   np.testing.assert_array_equal(back.params['memory_bank'], last.params['memory_bank'])
   with pytest.raises(UserError, match='taught no rows'):
     mmjax.load(tmp_path / 'back', without_taught=True)
-  with pytest.raises(UserError, match='memory.teach_rows=2 is for train.py --init_from'):
+  with pytest.raises(UserError, match='memory.teach_rows=2 must be 0 in an import'):
     flags = ['--config.memory.teach_rows=2']
     import_run(tmp_path / 'taught.safetensors', tmp_path / 'other', 'configs/base.py', flags, None, None)
 

@@ -241,13 +241,14 @@ def load(
 def load_run(
   run: RunDir, config: Config, checkpoint: str | int, *, without_taught: bool = False, **placement: Any
 ) -> LanguageModel:
-  """Does what `load` does.
+  """Does what `load` does, and raises what it raises.
 
   Args:
-    run: its directory.
-    config: its settings, but for where text and bank are now.
-    checkpoint: as `load` takes it, and `without_taught`.
-    placement: dtype and attention, as `load` takes them.
+    run: the run's directory.
+    config: the run's settings, with the places where its text and bank are now.
+    checkpoint: as in `load`.
+    without_taught: as in `load`.
+    placement: dtype and attention, as in `load`.
   """
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   if without_taught:

@@ -77,7 +77,7 @@ def import_run(
   shapes = {name: value.shape for name, value in tensors.items()}
   config = fitting_config(shapes, str(source), config_file, overrides, header.get('settings', {}))
   if rows := config.memory.teach_rows:
-    raise UserError(f'memory.teach_rows={rows} is for train.py --init_from; an import teaches nothing')
+    raise UserError(f'memory.teach_rows={rows} must be 0 in an import: it is for train.py --init_from')
   check_accounted(shapes, tensor_shapes(config), str(source))
   vocabulary = None if tokenizer is None else load_tokenizer(tokenizer, most=config.model.vocab_size)
   if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):

@@ -31,6 +31,7 @@ from mmjax.inference.settings import add_model_flags, model_from_flags
 
 if TYPE_CHECKING:
   from mmjax.inference.api import LanguageModel
+  from mmjax.run.directory import RunDir
 
 POSITIONS = 262144  # of the corpus
 EFFECT = (
@@ -73,7 +74,7 @@ def main() -> None:
   run = open_run(arguments.workdir)
   config = override_config(run.read_config(), overrides, (*WHERE, 'memory.bank_file'))
   lm = load_run(run, config, **model_from_flags(arguments))
-  found = look(lm, text, arguments)
+  found = look(lm, run, text, arguments)
   print_found(found, arguments.top)
   if arguments.json is not None:
     write_json(user_path(arguments.json), found)
@@ -106,7 +107,7 @@ def text_of(arguments: argparse.Namespace) -> str | None:
   return read_text(arguments.text_file, '--text_file')
 
 
-def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -> dict[str, Any]:
+def look(lm: 'LanguageModel', run: 'RunDir', text: str | None, arguments: argparse.Namespace) -> dict[str, Any]:
   """Returns what --json writes.
 
   Returns:
@@ -120,10 +121,9 @@ def look(lm: 'LanguageModel', text: str | None, arguments: argparse.Namespace) -
   from mmjax.inference.measure import open_text
   from mmjax.inference.memory_reads import MemoryReader
   from mmjax.inference.taught import taught_rows
-  from mmjax.run.directory import open_run
   from mmjax.run.identity import bank_texts
 
-  run, reader = open_run(arguments.workdir), MemoryReader(lm)
+  reader = MemoryReader(lm)
   reader.chosen_layers(arguments.layer)
   if arguments.row is not None:
     reader.check_row(arguments.row)
