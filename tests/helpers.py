@@ -29,10 +29,9 @@ def rarely(values: Iterable, *always: object) -> list:
   return [value if value in always else pytest.param(value, marks=pytest.mark.thorough) for value in values]
 
 
-def tiny_config(**overrides: object) -> Config:
-  """Returns a config of a model of a few thousand parameters; `section__field=value` overrides it."""
-  flags = [f'--config.{name.replace("__", ".")}={value}' for name, value in overrides.items()]
-  return load_config(str(REPOSITORY / TINY_CONFIG), flags)
+def tiny_config(file: str | Path = REPOSITORY / TINY_CONFIG, **overrides: object) -> Config:
+  """Returns the config of a file (a model of a few thousand parameters); `section__field=value` overrides it."""
+  return load_config(str(file), [f'--config.{name.replace("__", ".")}={value}' for name, value in overrides.items()])
 
 
 def flags_for(config_file: str, settings: dict[str, object]) -> list[str]:

@@ -16,7 +16,7 @@ from mmjax.model.cost import flops_per_token
 from mmjax.model.sublayers.dense import SwiGLU
 from mmjax.report.write import write_report
 from mmjax.training.loop import fit
-from tests.helpers import REPOSITORY, TINY_CONFIG, overrides, tiny_config
+from tests.helpers import REPOSITORY, overrides, tiny_config
 
 BASE = str(REPOSITORY / 'configs' / 'base.py')
 MODULE = """
@@ -37,39 +37,59 @@ class Toy(nnx.Module):
     return SublayerOutput(self.kernel(self.norm(inputs.h_BTD), dtype))
 """
 ROW = Sublayer('a_toy_sublayer:Toy', ())
+CONFIG = """
+from configs import base
+from tests.tiny import TINY
+
+
+def get_config():
+  config = base.get_config()
+  config.update_from_flattened_dict({name: value for name, value in TINY.items() if name not in SETTINGS_OF_MEMORIES})
+  config.model.sublayer = 'toy'
+  return config
+
+
+SETTINGS_OF_MEMORIES = ('model.knowledge_num', 'model.knowledge_dim', 'model.num_selected')
+"""
 
 
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
-  """Puts a toy into the table."""
+  """Adds what a new sublayer takes, a module, a row of the table and a config file, and returns the file's path."""
   (tmp_path / 'a_toy_sublayer.py').write_text(MODULE)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setitem(SUBLAYERS, 'toy', ROW)
   monkeypatch.setitem(CHOICES, 'model.sublayer', tuple(SUBLAYERS))  # as where the row stands in the file
-  yield
+  (tmp_path / 'toy.py').write_text(CONFIG)
+  yield str(tmp_path / 'toy.py')
   sys.modules.pop('a_toy_sublayer', None)
 
 
-@pytest.mark.thorough
 def test_new_sublayer_is_one_module_one_row_and_one_config(toy, text, tmp_path):
-  config = tiny_config(model__sublayer='toy', **overrides(text, train__max_steps=4))
+  config = tiny_config(toy, **overrides(text, train__max_steps=2))
   fit(config, tmp_path / 'run')
-  write_report(tmp_path / 'run')
   lm = mmjax.load(tmp_path / 'run')
-  assert lm.step == 4 and 'kernel' in lm.params['layers'][0]['sublayer']
-  assert lm.generate('the memory', max_new_tokens=3)
-  tokenizer = str(tmp_path / 'run' / 'tokenizer.model')
-  export_run(tmp_path / 'run', tmp_path / 'toy.safetensors', 'last', None)
-  import_run(tmp_path / 'toy.safetensors', tmp_path / 'back', BASE, [], tokenizer, None)
-  tokens = [lm.tokenizer.encode('the memory')]
-  np.testing.assert_array_equal(mmjax.load(tmp_path / 'back').logits(tokens), lm.logits(tokens))
+  assert lm.step == 2 and 'kernel' in lm.params['layers'][0]['sublayer']
   dense = tiny_config(model__sublayer='dense', model__hidden_dim=32)
   ffn = 2 * 3 * 2 * 3 * 32 * 32  # layers, trained, a product, of three
   assert flops_per_token(config)['toy'] == ffn / 3
   assert flops_per_token(config)['total'] == flops_per_token(dense)['total'] - ffn * 2 / 3
   for setting in ('memory.ffn_dim=8', 'memory.scores=scale', 'model.hidden_dim=8', 'model.n_experts=3'):
     with pytest.raises(UserError, match=f'{setting.partition("=")[0]}=.* does nothing in a model of toy layers'):
-      load_config(TINY_CONFIG, ['--config.model.sublayer=toy', f'--config.{setting}'])
+      load_config(toy, [f'--config.{setting}'])
+
+
+@pytest.mark.thorough
+def test_new_sublayer_is_reported_sampled_exported_and_imported(toy, text, tmp_path):
+  fit(tiny_config(toy, **overrides(text, train__max_steps=4)), tmp_path / 'run')
+  write_report(tmp_path / 'run')
+  lm = mmjax.load(tmp_path / 'run')
+  assert lm.generate('the memory', max_new_tokens=3)
+  tokenizer = str(tmp_path / 'run' / 'tokenizer.model')
+  export_run(tmp_path / 'run', tmp_path / 'toy.safetensors', 'last', None)
+  import_run(tmp_path / 'toy.safetensors', tmp_path / 'back', BASE, [], tokenizer, None)
+  tokens = [lm.tokenizer.encode('the memory')]
+  np.testing.assert_array_equal(mmjax.load(tmp_path / 'back').logits(tokens), lm.logits(tokens))
 
 
 def test_sublayer_without_a_cost_is_none(monkeypatch):
