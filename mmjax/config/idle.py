@@ -16,12 +16,14 @@ def idle_settings(config: Config) -> dict[str, str]:
     own.add('memory.ngram_layers')  # also where it leaves no layer with a gate
   if config.memory.value_layers:
     own.update(VALUE_ROWS.settings)
-  idle = {name: row.needs[1] for name, row in SETTINGS.items() if row.needs and not row.needs[0](config)}
+  idle = {
+    name: setting.needs[1] for name, setting in SETTINGS.items() if setting.needs and not setting.needs[0](config)
+  }
   if not any(SUBLAYERS[kind].scores_weigh(config.memory) for kind in kinds):
     idle['memory.score_activation'] = "without memory.scores='scale'"
-  for name in dict.fromkeys(name for row in SUBLAYERS.values() for name in row.settings):
+  for name in dict.fromkeys(name for sublayer in SUBLAYERS.values() for name in sublayer.settings):
     if name not in own:
-      owners = ', '.join(repr(kind) for kind, row in SUBLAYERS.items() if name in row.settings)
+      owners = ', '.join(repr(kind) for kind, sublayer in SUBLAYERS.items() if name in sublayer.settings)
       values = ' and memory.value_layers' if name in VALUE_ROWS.settings else ''
       idle[name] = f'in a model of {" and ".join(kinds)} layers: it belongs to model.sublayer {owners}{values}'
   return idle

@@ -136,7 +136,7 @@ def _check_rows(config: Config) -> None:
     _refuse(taught > bank, f'{said} must be at most model.knowledge_num={bank}, all rows of the bank')
     _refuse(memory.bank_update != 'dense', f"{said} needs memory.bank_update='dense', not {quote(memory.bank_update)}")
     name = config.train.optimizer
-    others = ' or '.join(repr(other) for other, row in OPTIMIZERS.items() if not row.matrices)
+    others = ' or '.join(repr(other) for other, optimizer in OPTIMIZERS.items() if not optimizer.matrices)
     _refuse(OPTIMIZERS[name].matrices, f'{said} needs train.optimizer={others}, not {name!r}, which is for matrices')
 
 

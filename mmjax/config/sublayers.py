@@ -12,13 +12,13 @@ from typing import Any
 
 from mmjax.config.schema import Config, MemoryConfig, ModelConfig
 
-ROW_SETTINGS = (
+BANK_SETTINGS = (
   'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.n_heads', 'memory.bank_init',
   'memory.bank_file', 'memory.knowledge_length', 'memory.bank_std', 'memory.bank_lr_multiplier',
   'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier', 'memory.bank_update',
   'memory.teach_rows',
 )  # fmt: skip
-NGRAM_SETTINGS = (*ROW_SETTINGS, 'memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs')
+NGRAM_SETTINGS = (*BANK_SETTINGS, 'memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs')
 PLACE_SETTINGS = ('memory.layers', 'memory.input', 'memory.ffn_dim')
 GATE_SETTINGS = (
   'memory.ngram_layers', 'memory.query_key_norm', 'memory.key_dim', 'memory.selection_bias',
@@ -62,12 +62,12 @@ def layer_kinds(model: ModelConfig, memory: MemoryConfig) -> tuple[str, ...]:
 
   Layers in memory.ngram_layers have an 'ngram_bag'.
   """
-  row = SUBLAYERS[model.sublayer]
-  if not row.uses_bank:
+  sublayer = SUBLAYERS[model.sublayer]
+  if not sublayer.uses_bank:
     return (model.sublayer,) * model.n_layers
   kinds = dict.fromkeys(range(model.n_layers), 'dense')
   kinds |= dict.fromkeys(memory.layer_numbers(model.n_layers), model.sublayer)
-  kinds |= dict.fromkeys(memory.ngram_layer_numbers(model.n_layers) if row.has_gate else (), 'ngram_bag')
+  kinds |= dict.fromkeys(memory.ngram_layer_numbers(model.n_layers) if sublayer.has_gate else (), 'ngram_bag')
   return tuple(kinds.values())
 
 
@@ -82,10 +82,10 @@ def memory_layers(config: Config) -> list[int | str]:
 
 
 def bank_readers(config: Config) -> dict[int | str, Sublayer]:
-  """Returns for each of `memory_layers` its row: of the table of sublayers, or VALUE_ROWS."""
-  rows = {VALUES: VALUE_ROWS} if config.memory.value_layers else {}
-  rows |= {number: SUBLAYERS[kind] for number, kind in enumerate(layer_kinds(config.model, config.memory))}
-  return {layer: row for layer, row in rows.items() if row.uses_bank}
+  """Returns for each of `memory_layers` what reads the bank there: an entry of SUBLAYERS, or VALUE_ROWS."""
+  readers = {VALUES: VALUE_ROWS} if config.memory.value_layers else {}
+  readers |= {number: SUBLAYERS[kind] for number, kind in enumerate(layer_kinds(config.model, config.memory))}
+  return {layer: reader for layer, reader in readers.items() if reader.uses_bank}
 
 
 def layer_name(layer: int | str) -> str:
@@ -103,7 +103,7 @@ def _frozen_gate(memory: MemoryConfig) -> tuple[str, ...]:
 
 
 READS_ROWS = {  # one by one, and what becomes of them is not a bag
-  'settings': (*ROW_SETTINGS, *PLACE_SETTINGS, *GATE_SETTINGS, *SCORE_SETTINGS),
+  'settings': (*BANK_SETTINGS, *PLACE_SETTINGS, *GATE_SETTINGS, *SCORE_SETTINGS),
   'uses_bank': True,
   'has_gate': True,
   'scores_weigh': _scaled,
@@ -115,7 +115,7 @@ SUBLAYERS = {
   'gated_fusion': Sublayer('mmjax.model.sublayers.memory:gated_fusion', **READS_ROWS),
   'memory_bag': Sublayer(
     'mmjax.model.sublayers.memory:memory_bag',
-    (*ROW_SETTINGS, *PLACE_SETTINGS, *GATE_SETTINGS, 'memory.score_activation', 'memory.bag_gate'),
+    (*BANK_SETTINGS, *PLACE_SETTINGS, *GATE_SETTINGS, 'memory.score_activation', 'memory.bag_gate'),
     uses_bank=True,
     has_gate=True,
     sums_rows=True,

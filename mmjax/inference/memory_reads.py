@@ -57,12 +57,14 @@ class MemoryReader:
       UserError: if it has no memory.
     """
     config = lm.config
-    self.lm, rows = lm, bank_readers(config)
-    self.layers = list(rows)
+    self.lm, readers = lm, bank_readers(config)
+    self.layers = list(readers)
     if not self.layers:
       raise UserError(f'the model has no memory to look into: model.sublayer={config.model.sublayer!r}')
-    self.ngrams = {layer: config.memory.ngram_of_heads() if row.reads_ngrams else () for layer, row in rows.items()}
-    self.weighs = {layer: row.scores_weigh(config.memory) for layer, row in rows.items()}
+    self.ngrams = {
+      layer: config.memory.ngram_of_heads() if reader.reads_ngrams else () for layer, reader in readers.items()
+    }
+    self.weighs = {layer: reader.scores_weigh(config.memory) for layer, reader in readers.items()}
     self._addressed = _addressed_memory(config)
     self._weighs_L111 = np.array(list(self.weighs.values()))[:, None, None, None]
     forward = _Forward(model_graph(config), lm.placement, config, lm.tokenizer.vocab_size)

@@ -56,7 +56,7 @@ def keeps_reads(config: Config, *, whole: bool) -> bool:
   would be kept with their weights and added one by one, gain nothing.
   """
   readers = bank_readers(config).values()
-  alone = config.model.num_selected == 1 or not any(row.sums_rows for row in readers)
+  alone = config.model.num_selected == 1 or not any(reader.sums_rows for reader in readers)
   return is_lazy(config) or bool(whole and alone and readers and not on_cpu())
 
 
@@ -64,8 +64,8 @@ def no_taps(config: Config, batch: int, length: int) -> list[Reads]:
   """Returns what taps the reads of each of `memory_layers`, for batches of (batch, length) tokens."""
   model, dtype = config.model, jnp.dtype(config.train.dtype)
   shape = (batch, length, config.memory.n_heads, model.num_selected)
-  rows = bank_readers(config).values()
-  return [no_reads(shape, model.knowledge_dim, dtype, bag=row.sums_rows) for row in rows]
+  readers = bank_readers(config).values()
+  return [no_reads(shape, model.knowledge_dim, dtype, bag=reader.sums_rows) for reader in readers]
 
 
 def gradient_by_reads(config: Config, objective: Callable) -> Callable:

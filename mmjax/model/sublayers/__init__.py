@@ -47,7 +47,9 @@ def row_weights(config: Config, score_LBTR: Array) -> Array:
   memory, r = config.memory, config.model.num_selected
   score_LBThr = score_LBTR.reshape(*score_LBTR.shape[:-1], memory.n_heads, r)
   weight_LBThr = [
-    score_weights(score_BThr, memory.score_activation) if row.scores_weigh(memory) else jnp.full_like(score_BThr, 1 / r)
-    for row, score_BThr in zip(bank_readers(config).values(), score_LBThr, strict=True)
+    score_weights(score_BThr, memory.score_activation)
+    if reader.scores_weigh(memory)
+    else jnp.full_like(score_BThr, 1 / r)
+    for reader, score_BThr in zip(bank_readers(config).values(), score_LBThr, strict=True)
   ]
   return jnp.stack(weight_LBThr).reshape(score_LBTR.shape)
