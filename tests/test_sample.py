@@ -124,6 +124,13 @@ def raise_or_return(line):
   return line
 
 
+def test_of_several_prompts_the_refused_one_is_named(tiny_run, monkeypatch, capfd):
+  prompts = ['--prompt', 'the memory', '--prompt', 'a\udcff']
+  code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, *prompts)
+  assert code == 2 and out.endswith('\n')
+  assert err.startswith('prompt 2: the text holds byte 0xff') and err.count('\n') == 1
+
+
 def test_control_characters_are_escaped_and_text_is_not():
   assert printable('a\tb\nc \x1b[31m\x07\x00\x7f\x9b\r') == 'a\tb\nc \\x1b[31m\\x07\\x00\\x7f\\x9b\\r'
   assert printable('\u202eevil\u2066\u2028') == '\\u202eevil\\u2066\\u2028'

@@ -50,9 +50,10 @@ def main() -> None:
     try:
       write_continuation(lm, prompt, settings)
     except UserError as error:
+      which = f'prompt {number + 1}: ' if piped or len(arguments.prompt or ()) > 1 else ''
       if not asked:
-        raise
-      print(f'prompt {number + 1}: {error}' if piped else f'{error}', file=sys.stderr)
+        raise UserError(f'{which}{error}') from None
+      print(f'{which}{error}', file=sys.stderr)
       if piped:
         print()  # its place in the output
         refused += 1
