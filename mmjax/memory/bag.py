@@ -2,7 +2,8 @@
 
 Sources: the output (y * silu(m Wu)) Wd follows Memory+ in Berges et al. 2024, arXiv:2412.09764; the weighted sum Lample
 et al. 2019, arXiv:1907.05242; rows that the last tokens address, Cheng et al. 2026, arXiv:2601.07372, and for rows of
-the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by context in a token's bucket, arXiv:2601.21461.
+the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by context in a token's bucket, Tseng and De Sa
+2026, arXiv:2601.21461.
 """
 
 import dataclasses
@@ -102,6 +103,7 @@ class NgramBag(_Bag):
   signs: bool = False
 
   def __post_init__(self):
+    """Raises ValueError if a size or `ngrams` breaks its rule, or the bank has too few rows for ranges of heads."""
     super().__post_init__()
     tokens = self.ngrams if isinstance(self.ngrams, tuple) else ()
     if not tokens or not all(type(n) is int and n >= 1 for n in tokens) or len(tokens) > self.n_heads:
@@ -128,7 +130,11 @@ class NgramBag(_Bag):
     return self.rows_of(last_tokens(tokens_BT, max(self.ngrams), segment_BT))
 
   def rows_of(self, last_BTn: Array) -> Array:
-    """Does what `rows` does, from the last tokens at each position, int32: see `cached_last_tokens`."""
+    """Does what `rows` does, from the last tokens at each position, int32: see `cached_last_tokens`.
+
+    Raises:
+      ValueError: if there are too few of them, or an id is one that `rows` refuses.
+    """
     addresses, size = self.rows_per_head // self.bucket_size, self.bucket_size
     bucket = ngram_rows(last_BTn, self.ngram_of_heads(), addresses, self.n_rows // size, self.vocab_size)
     return bucket * size + jnp.arange(size, dtype=jnp.int32)
@@ -179,7 +185,11 @@ class NgramBag(_Bag):
     return in_turns(self.ngrams, self.n_heads)
 
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
-    """Returns the rows that it got, with float32 scores of 0."""
+    """Returns the rows that it got, with float32 scores of 0.
+
+    Raises:
+      ValueError: if there are none, or they have another shape, are no integers or not in [0, M).
+    """
     shape = (*x_BTD.shape[:2], self.n_heads, self.rows_per_head)
     if row_BThr is None:
       raise ValueError('row_BThr=None: a memory of n-grams needs the rows that they address: see NgramBag.rows')
@@ -210,6 +220,7 @@ class NgramBucket(NgramBag):
   key_dim: int = 16
 
   def __post_init__(self):
+    """Raises ValueError as a bag of n-grams does, and if the bank has no whole bucket."""
     super().__post_init__()
     if self.n_rows < self.rows_per_head:
       raise ValueError(f'n_rows={self.n_rows} must be at least rows_per_head={self.rows_per_head}, one bucket')
@@ -231,7 +242,11 @@ class NgramBucket(NgramBag):
 
   @jax.named_scope('gate')
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
-    """Returns the rows that it got, each with the float32 product of its key and its head's query, over sqrt(Q)."""
+    """Returns the rows that it got, each with the float32 product of its key and its head's query, over sqrt(Q).
+
+    Raises:
+      ValueError: as that of `NgramBag` does.
+    """
     row_BThr, gate = super().select(params, x_BTD, row_BThr, dtype).row_BThr, params['gate']
     query = normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
     query_BThQ = query.reshape(*row_BThr.shape[:3], self.key_dim)

@@ -38,6 +38,7 @@ class Memory(ABC):
   signs = False  # of a class, whether it takes those of n-grams
 
   def __post_init__(self):
+    """Raises ValueError if a size is no number of its kind above 0 (of rows, an int32), or a switch no bool."""
     check_sizes(self)
 
   def init(self, key: Array | nnx.Rngs) -> Params:

@@ -30,6 +30,7 @@ class CrossAttention(RowsMemory):
   attention_heads: int = 1
 
   def __post_init__(self):
+    """Raises ValueError as a gate does, and if D is no multiple of N."""
     super().__post_init__()
     if self.dim % self.attention_heads:
       raise ValueError(f'dim={self.dim} must be divisible by attention_heads={self.attention_heads}')

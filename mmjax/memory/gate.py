@@ -35,7 +35,7 @@ class GatedMemory(Memory):
     query_dim: of a head's query, which is two sub-keys wide; even. None: row_dim.
     query_key_norm: 'l2': sub-scores are cosines times a learned scale, which starts at sqrt(p). 'none': products.
     selection_bias: whether a bias on sub-scores, which counts in the choice alone, learns to even out their use.
-    activation: of the scores of a head's rows, which makes them weights: 'softmax' or 'relu'.
+    activation: makes weights of the scores of a head: 'softmax', or 'relu' (Csordás et al. 2023, arXiv:2310.10837).
   """
 
   rows_per_head: int = 8
@@ -45,6 +45,7 @@ class GatedMemory(Memory):
   activation: str = 'softmax'
 
   def __post_init__(self):
+    """Raises ValueError if a size or a choice breaks its rule, or the gate would not learn."""
     super().__post_init__()
     check_gate(self)
 
@@ -61,7 +62,7 @@ class GatedMemory(Memory):
 
   @jax.named_scope('gate')
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
-    """Returns the rows whose sub-keys match best, in float32: bf16 would pick others (docs/memory.md)."""
+    """Returns the rows that match best in float32 (docs/memory.md says why); raises ValueError if it is given rows."""
     if row_BThr is not None:
       raise ValueError(f'row_BThr of shape {row_BThr.shape} must be None: a memory with a gate selects its rows itself')
     gate = params['gate']
@@ -106,7 +107,7 @@ class RowsMemory(GatedMemory):
     return self.scores != 'none'
 
   def rows(self, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns rows_BTRP of all heads in `dtype`."""
+    """Returns rows_BTRP of all heads in `dtype`; raises ValueError for factors of heads, which only a bag takes."""
     if selection.kept_BTh is not None:
       shape = selection.kept_BTh.shape
       raise ValueError(f'kept_BTh of shape {shape} must be None: only a bag takes factors of its heads')

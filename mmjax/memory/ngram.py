@@ -106,7 +106,8 @@ def ngram_rows(
     int32 (B, T, h, r) in [0, M).
 
   Raises:
-    ValueError: if a token's id is not in [0, V), unless it is traced: then its row is that of another token.
+    ValueError: if last tokens are too few or no integers, or an id is not in [0, V), unless it is traced: then its row
+      is that of another token.
   """
   r = rows_per_head
   code_BThr = _codes(last_BTn, ngrams, jnp.arange(len(ngrams) * r, dtype=jnp.uint32).reshape(-1, r))
@@ -155,6 +156,9 @@ def ngram_signs(last_BTn: Array, ngrams: Sequence[int]) -> Array:
   Args:
     last_BTn: int32, from `last_tokens`.
     ngrams: for each head, how many of these tokens it looks at.
+
+  Raises:
+    ValueError: if last tokens are too few or no integers.
   """
   code_BTh1 = _codes(last_BTn, ngrams, FIRST_OF_SIGNS + jnp.arange(len(ngrams), dtype=jnp.uint32)[:, None])
   return (code_BTh1[..., 0] % SIGN_VECTORS).astype(jnp.int32)

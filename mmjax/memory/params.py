@@ -40,7 +40,7 @@ def init_bank(key: Array, *, n_rows: int, row_dim: int, std: float | None = None
 
 
 class ParamTree(nnx.Module):
-  """A nested dict of float32 parameters as modules, under the same names."""
+  """A nested dict of float32 arrays, `params`, as modules under the same names."""
 
   def __init__(self, params: Params):
     for name, value in params.items():
@@ -48,7 +48,12 @@ class ParamTree(nnx.Module):
 
 
 class MemoryLayer(ParamTree):
-  """A memory with its parameters."""
+  """A memory with its parameters.
+
+  Args:
+    memory: of any kind.
+    rngs: of flax.nnx; its stream `params` draws the first values.
+  """
 
   def __init__(self, memory: Memory, *, rngs: nnx.Rngs):
     super().__init__(memory.init(rngs))
@@ -64,7 +69,7 @@ class MemoryLayer(ParamTree):
     *,
     dtype: DTypeLike = jnp.float32,
   ) -> SublayerOutput:
-    """See `Memory.apply`."""
+    """Does what `Memory.apply` does, and raises what it raises."""
     return self.memory.apply(params_of(self), x_BTD, bank_MP, row_BThr, sign_BTh, kept_BTh, dtype=dtype)
 
 
