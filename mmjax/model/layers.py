@@ -172,7 +172,8 @@ class Attention(nnx.Module):
   ) -> tuple[Array, LayerCache]:
     """Attends over whole rows; `segment_BT` and `backend` as in `kernels.attention.causal_attention`.
 
-    `sum_BThP`, float32, is what each head of a memory read for a token; None where no values get it.
+    `norm` norms the stream, `x_BTD`; `angle_BTa`, float32, comes from `rope_angles`; tokens are int32. `sum_BThP`,
+    float32, is what each head of a memory read for a token; None where no values get it.
 
     Returns:
       (B, T, D) in `dtype`, and the keys (rotated) and values, (B, T, K, H), for a cache.
@@ -193,6 +194,8 @@ class Attention(nnx.Module):
     sum_BThP: Array | None = None,
   ) -> tuple[Array, LayerCache]:
     """Attends from new tokens, at `position_BT`, to themselves and to what the cache holds before them.
+
+    The other arguments are as in `__call__`.
 
     Returns:
       (B, T, D) in `dtype`, and the cache, (B, S, K, H) with position s in slot s, with the new keys and values in it.

@@ -49,7 +49,13 @@ BankOfReader = Callable[[int, Array], Bank]
 
 
 class Block(nnx.Module):
-  """h = x + attention(norm(x)); out = h + sublayer."""
+  """h = x + attention(norm(x)); out = h + sublayer.
+
+  Args:
+    model, memory, rngs: sections of a config, and what draws first values.
+    number: of the layer, from 0: some add to the values of attention.
+    kind: a name in the table of sublayers.
+  """
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, number: int, kind: str, *, rngs: nnx.Rngs):
     self.attention_norm = RMSNorm(model.dim, model.norm_eps)
@@ -76,7 +82,7 @@ class Block(nnx.Module):
     attend: Attend,
     dtype: DTypeLike,
   ) -> tuple[Array, SublayerOutput, LayerCache]:
-    """Returns the float32 residual stream, what the sublayer gave, and the keys and values of attention."""
+    """Returns the float32 residual stream, what the sublayer gave, keys and values; arguments as in `SublayerInput`."""
     attention_key, sublayer_key = (None, None) if key is None else jax.random.split(key)
     h_attn_BTD, kv = attend(self.attention, x_BTD, self.attention_norm)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
@@ -93,7 +99,7 @@ class Block(nnx.Module):
 
 
 class LM(nnx.Module):
-  """Tokens in, final hidden states out; `logits` applies the tied head."""
+  """Tokens in, final hidden states out; `logits` applies the tied head. Its arguments are those of a `Block`."""
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     shape = (model.vocab_size, model.dim)
@@ -136,9 +142,6 @@ class LM(nnx.Module):
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
       dropout_key: a PRNG key turns dropout on.
       bank_of_reader: of a number in `memory_layers`, from 0, and the bank, what is read there instead.
-
-    Returns:
-      Output.
     """
     angle_BTa = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
     last_BTn = last_tokens(tokens_BT, self.n_last, segment_BT) if self.n_last else None

@@ -50,7 +50,7 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
     init_from: RUN[@best|last|STEP], a run whose weights and tokenizer a new run starts from.
 
   Raises:
-    UserError: if the input or the directory is not usable.
+    UserError: if the input or the directory is not usable, or the device has too little memory.
     DivergedError: after train.max_skipped_updates skipped updates in a row.
     StorageError: after three failed saves in a row, or if no whole checkpoint is left.
     StoppedError: if a signal ended the run; its state is saved.
@@ -79,7 +79,11 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
 
 
 def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
-  """Runs from the state's step to the end."""
+  """Runs from the state's step to the end.
+
+  Raises:
+    UserError, DivergedError, StorageError, StoppedError: while it trains, as `fit` says.
+  """
   learner, run, inputs, say = recorder.learner, recorder.run, recorder.inputs, recorder.progress.say
   config, start, total = learner.config, int(state['step']), inputs.total_steps
   if start >= total:

@@ -111,6 +111,9 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
   """Returns the gradient transformation of a run of `total_steps` optimizer updates.
 
   A bank that is updated lazily has its gradient, then of another shape, clipped with the others and no more.
+
+  Raises:
+    UserError: as `check_parameters` does.
   """
   clip = [optax.clip_by_global_norm(config.train.grad_clip)] if config.train.grad_clip else []
   check_parameters(config)

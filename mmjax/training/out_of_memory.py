@@ -15,7 +15,11 @@ GIB = 1 << 30
 
 @contextlib.contextmanager
 def explain_out_of_memory(config: Config, memory: Any = None) -> Iterator[None]:
-  """Turns the runtime's out-of-memory error into one sentence with the settings to change."""
+  """Turns the runtime's out-of-memory error into one sentence with the settings to change.
+
+  Raises:
+    UserError: instead of that error.
+  """
   try:
     yield
   except Exception as error:

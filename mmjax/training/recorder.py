@@ -89,6 +89,7 @@ class Recorder:
 
     Raises:
       DivergedError: if there is NaN or infinity in the state, whatever put it there; the steps saved before stay.
+      StorageError: if a failure is not survived.
     """
     if broken := non_finite(state):
       raise DivergedError(f'Step {step} was not saved: {broken}; earlier checkpoints are unchanged.')

@@ -18,7 +18,14 @@ from mmjax.model.sublayers.sizes import gate_sizes
 
 
 class MemorySublayer(ParamTree):
-  """A memory, and perhaps a dense sublayer beside it."""
+  """A memory, and perhaps a dense sublayer beside it.
+
+  Args:
+    memory, rngs: how rows are selected and read, and what draws first values.
+    reads_residual: whether it reads the residual stream instead of what attention adds to it.
+    ffn_dim: F of the dense sublayer; 0: there is none.
+    row_dropout: probability that training drops what a head read of n-grams.
+  """
 
   def __init__(self, memory: Memory, *, reads_residual: bool, ffn_dim: int, row_dropout: float, rngs: nnx.Rngs):
     gate = memory.init_gate(rngs)  # in the order in which runs have always drawn their numbers
