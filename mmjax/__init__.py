@@ -10,7 +10,11 @@ __all__ = ['LanguageModel', 'load']
 
 
 def __getattr__(name: str):
-  """Imports the API when it is first used: `import mmjax` alone does not wait for JAX."""
+  """Imports the API when it is first used: `import mmjax` alone does not wait for JAX.
+
+  Raises:
+    UserError: if a package that the API needs is missing.
+  """
   if name in __all__:
     from mmjax.environment import missing_packages
     from mmjax.errors import UserError

@@ -26,7 +26,11 @@ SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go s
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-  """Turns an OSError while `path` is written into a sentence: why, and what room is left if the disk is to blame."""
+  """Turns an OSError while `path` is written into a sentence: why, and what room is left if the disk is to blame.
+
+  Raises:
+    StorageError, UserError: instead of it, as `file_error` says.
+  """
   try:
     yield
   except OSError as error:

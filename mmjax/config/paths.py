@@ -20,7 +20,11 @@ def expand_home(text: str) -> str:
 
 
 def user_path(text: str | os.PathLike) -> Path:
-  """Returns the path that a user typed; see `expand_home`. An empty one would be the current folder: it is refused."""
+  """Returns the path that a user typed; see `expand_home`.
+
+  Raises:
+    UserError: if it is no text, or empty, which would be the current folder; or as `expand_home` does.
+  """
   try:
     path = os.fsdecode(text)
   except TypeError:

@@ -19,7 +19,12 @@ READ = 'byte-level BPE, or BPE or Unigram with byte fallback,'
 
 
 def load_hf_tokenizer(path: Path) -> Tokenizer:
-  """Reads a tokenizer.json; see mmjax.data.tokenizer.load_tokenizer."""
+  """Reads a tokenizer.json; see mmjax.data.tokenizer.load_tokenizer.
+
+  Raises:
+    UserError: if the package tokenizers is missing, or the file is no tokenizer.json, cannot keep every text, has ids
+      from MOST_PIECES on, or has no token that can end a document.
+  """
   backend, settings, special = _open(path)
   backend.no_truncation()
   backend.no_padding()

@@ -185,9 +185,10 @@ def cut_remark(splits: Mapping[str, TokenSplit]) -> str:
 def train_batches(
   split: TokenSplit, *, global_batch_rows: int, seed: int, start_step: int = 0
 ) -> Iterator[dict[str, np.ndarray]]:
-  """Yields batches without end, all rows in a new random order each epoch; a batch may span two epochs.
+  """Yields batches of `TokenSplit.rows` without end, all rows in a new random order each epoch.
 
-  Batch number `step` depends on (seed, step) and the rows only. Close the generator to end its background thread.
+  Batch number `step` depends on (seed, step) and the rows only, and may span two epochs. Close the generator to end its
+  background thread.
 
   Args:
     split: the rows.

@@ -23,7 +23,11 @@ STATE = 'progress.json'
 
 
 class ShardWriter:
-  """Writes one shard: tokens as they come, offsets and hashes at the end."""
+  """Writes one shard: tokens as they come, offsets and hashes at the end.
+
+  Raises:
+    StorageError: if the disk has no room for it.
+  """
 
   def __init__(self, directory: Path, name: str, dtype: np.dtype):
     self._directory, self._name = directory, name

@@ -20,7 +20,11 @@ CHARACTER_COVERAGE = 0.998  # of the training text; rarer characters become byte
 
 
 def load_spm_tokenizer(path: Path) -> Tokenizer:
-  """Reads a SentencePiece model; see mmjax.data.tokenizer.load_tokenizer."""
+  """Reads a SentencePiece model; see mmjax.data.tokenizer.load_tokenizer.
+
+  Raises:
+    UserError: if the file is none, or has no token that can end a document.
+  """
   if not path.stat().st_size:  # asked before sentencepiece is, which would say much and nothing
     raise UserError(f"'{path}' is not a SentencePiece model: it is empty")
   try:

@@ -85,7 +85,11 @@ class Tokenizer:
     return [token for part in self.encode_slices(text) for token in part.ids]
 
   def encode_slices(self, text: str) -> Iterator[Slice]:
-    """Yields the ids of a text of any length, a bounded part at a time, with the bytes that they stand for."""
+    """Yields the ids of a text of any length, a bounded part at a time, with the bytes that they stand for.
+
+    Raises:
+      UserError: as `encode` does, when the first part is asked for.
+    """
     if not isinstance(text, str):
       raise UserError(f'a text must be a str, not {type(text).__name__}')
     try:
@@ -131,7 +135,11 @@ class Tokenizer:
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
   def decode_bytes(self, ids: Sequence[int]) -> bytes:
-    """Returns the UTF-8 bytes that ids stand for, which may end within a character."""
+    """Returns the UTF-8 bytes that ids stand for, which may end within a character.
+
+    Raises:
+      UserError: if an id is not in the vocabulary.
+    """
     for token in (min(ids, default=0), max(ids, default=0)):
       if not 0 <= token < self.vocab_size:
         raise UserError(f'token id {token} is not in the vocabulary, which is 0..{self.vocab_size - 1}')

@@ -52,7 +52,11 @@ class LanguageModel:
     dtype: DTypeLike | None = None,
     attention: str | None = None,
   ):
-    """Joins the parts; `load` reads them from a run directory."""
+    """Joins the parts; `load` reads them from a run directory.
+
+    Raises:
+      UserError: if `dtype` or `attention` is not a known one, or cannot be used here.
+    """
     self.config, self._tokenizer, self.params, self.step = config, tokenizer, params, step
     self.attention, self.dtype = attention, dtype
     self.placement = place_reader(config, dtype=jnp.float32 if dtype is None else dtype, attention=attention)
@@ -63,6 +67,7 @@ class LanguageModel:
 
   @property
   def tokenizer(self) -> Tokenizer:
+    """Text to token ids and back; raises UserError where the run has none."""
     if self._tokenizer is None:
       raise UserError(NO_TOKENIZER)
     return self._tokenizer
@@ -73,7 +78,7 @@ class LanguageModel:
     return unpack_bank(self.params[BANK])
 
   def with_bank(self, bank_MP: ArrayLike) -> 'LanguageModel':
-    """Returns this model with other values in its bank, to hold against it.
+    """Returns this model with other values, float (M, P), in its bank, to hold against it.
 
     Nothing is compiled again, unless the run is compressed.
 
@@ -123,7 +128,7 @@ class LanguageModel:
       For each prompt its continuation, without the prompt.
 
     Raises:
-      UserError: if a prompt is no text or a setting breaks its rule.
+      UserError: if a prompt is no text, a setting breaks its rule, or the run has no tokenizer.
     """
     prompts = [prompts] if isinstance(prompts, str) else _listed(prompts, 'a str or a sequence of them')
     rows = self.generate_tokens([self.encode_prompt(prompt) for prompt in prompts], **settings)
@@ -150,6 +155,9 @@ class LanguageModel:
 
     A character whose bytes are spread over several tokens is held back until it is whole. For the arguments see
     `generate`.
+
+    Raises:
+      UserError: at once, as `generate` does.
     """
     sampling, tokens = Sampling.of(settings), self.encode_prompt(prompt)
     return self._pieces(tokens, sampling)
@@ -168,7 +176,7 @@ class LanguageModel:
     """Returns the token that rows begin with and the prompt's tokens; of a long prompt the last max_seq_len tokens.
 
     Raises:
-      UserError: if the prompt is no text.
+      UserError: if the prompt is no text, or the run has no tokenizer.
     """
     if not isinstance(prompt, str):
       raise UserError(f'a prompt must be a str, not {type(prompt).__name__}')

@@ -239,7 +239,8 @@ def _groups(grouping: Grouping, losses: Losses, first: Losses) -> list[dict[str,
 def clustered_error(value_X: np.ndarray, cluster_X: np.ndarray) -> float | None:
   """Returns the standard error of a mean of floats that depend on each other within a cluster; None of one cluster.
 
-  That is the ratio estimator's: sqrt(n / (n - 1) * sum_c (sum_{x in c} (value_x - mean))^2) / X for n clusters.
+  That is the ratio estimator's: sqrt(n / (n - 1) * sum_c (sum_{x in c} (value_x - mean))^2) / X for n clusters, which
+  int `cluster_X` tells apart.
   """
   _, cluster_X = np.unique(cluster_X, return_inverse=True)
   sums = np.bincount(cluster_X, value_X - value_X.mean())

@@ -22,7 +22,11 @@ NESTED = ('model', 'state_dict')  # keys under which training scripts keep the s
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:
-  """Reads a .pth without running anything in it; see mmjax.interop.files.read_tensors."""
+  """Reads a .pth without running anything in it; see mmjax.interop.files.read_tensors.
+
+  Raises:
+    UserError: if torch is missing, or the file is no whole zip file of torch.save with nothing but floating tensors.
+  """
   torch = _import_torch()
   _check_zip(path)
   try:

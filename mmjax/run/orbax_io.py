@@ -161,6 +161,7 @@ def read_manifest(path: Path, step: int) -> dict[str, Any]:
 
   Raises:
     CorruptError: if it is missing, is not what was saved, or belongs to another step.
+    UserError: if its format is not FORMAT.
   """
   try:
     manifest = read_json(path, sealed=True)

@@ -49,7 +49,11 @@ class Origin(NamedTuple):
 
 
 def parse_origin(text: str) -> Origin:
-  """Reads RUN[@best|last|STEP]; the best checkpoint where nothing is said. A directory may have an @ in its name."""
+  """Reads RUN[@best|last|STEP]; the best checkpoint where nothing is said. A directory may have an @ in its name.
+
+  Raises:
+    UserError: if RUN is no path, or what follows the @ names no checkpoint.
+  """
   path, at, checkpoint = text.rpartition('@')
   if not at or '/' in checkpoint or user_path(text).is_dir():
     path, checkpoint = text, CHECKPOINT

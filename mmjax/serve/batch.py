@@ -85,7 +85,7 @@ class Batch:
     return [job for group in self._groups for job in group.jobs if job]
 
   async def write(self, job: Job) -> AsyncIterator[Token]:
-    """Yields tokens as they are written, EOS included; who stops asking frees the place."""
+    """Yields tokens as they are written, EOS included, and raises what broke the batch. Who leaves frees the place."""
     self._waiting.append(job)
     if self._running is None or self._running.done():
       self._running = asyncio.create_task(self._run())

@@ -137,13 +137,18 @@ class Completions:
     return JSONResponse({'object': 'list', 'data': [_model(name) for name in self.views]})
 
   async def model(self, request: Request) -> Response:
-    """Describes one run."""
+    """Describes one run; raises Refusal if it is not here."""
     name = request.path_params['name']
     self._view(name)
     return JSONResponse(_model(name))
 
   async def complete(self, request: Request) -> Response:
-    """Answers a request, as a whole or as a stream of events."""
+    """Answers a request, as a whole or as a stream of events.
+
+    Raises:
+      UserError: as `read_body` does, or if a field breaks its rule.
+      Refusal: while MOST_JOBS completions are being written.
+    """
     asked = self._check(await read_body(request))
     if self.batches[asked.view.name].full:
       raise Refusal(f'busy: {MOST_JOBS} completions, the most at a time, are being written; ask again later', 429)

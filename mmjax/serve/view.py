@@ -74,7 +74,7 @@ class RunView:
       self.remarks.append(f'Nothing can be said of who reads a row: {error}')
 
   def describe(self) -> dict[str, Any]:
-    """Returns names and sizes."""
+    """Returns names and sizes; `memory` is None without one; how many rows were `taught`, which moved farthest."""
     config, reader = self.lm.config, self.reader
     memory = reader and {
       'layers': reader.layers,
@@ -177,6 +177,9 @@ class RunView:
       `side` and `cells`, reads line by line; `line`, rows in a line; `rows_per_cell`, on a side; `hottest`: [row,
       reads] of the rows read most; `used`: how many rows are read at all; `positions` read so far; `done`: whether
       these are all.
+
+    Raises:
+      UserError: if the model or the layer has no memory, or there is no text to count reads in.
     """
     self._needed_reader()
     if self.corpus is None:

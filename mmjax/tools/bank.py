@@ -80,7 +80,8 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
     snippets_a_row: of the text's snippets, that many for each row are encoded, evenly spread.
 
   Raises:
-    UserError: if the text gives too few snippets, or the encoder is not to be had.
+    UserError: if a flag or a size breaks its rule, the text gives too few snippets, or the encoder is not to be had.
+    StorageError: if the disk is too full.
   """
   check_flags(config, out, encoder, snippets_a_row)
   embed = None if encoder == 'lsa' else load_encoder(encoder)
@@ -152,7 +153,11 @@ def encode(
 
 
 def load_encoder(encoder: str) -> Callable[[list[str]], np.ndarray]:
-  """Returns a function from texts to float32 vectors (X, width): the model in the directory that `encoder` names."""
+  """Returns a function from texts to float32 vectors (X, width): the model in the directory that `encoder` names.
+
+  Raises:
+    UserError: if sentence-transformers is not installed, or the directory holds no such model.
+  """
   try:
     from sentence_transformers import SentenceTransformer
   except ImportError:

@@ -84,7 +84,7 @@ class Sweep:
     return read_json(self.path)['runs'] if self.path.exists() else {}
 
   def refuse(self) -> None:
-    """Called where another process holds the folder."""
+    """Raises UserError; called where another process holds the folder."""
     raise UserError(f'another sweep works in {self.folder}; wait for it or choose another --out')
 
   def find(self, run: Planned) -> FoundRun:
