@@ -210,3 +210,31 @@ def test_functions_fit_two_screens(path):
     if isinstance(node, ast.FunctionDef):
       lines = node.end_lineno - node.lineno + 1
       assert lines <= 80, f'{path}: {node.name} has {lines} lines'
+
+
+def raises_itself(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+  """Whether a function has a `raise` of its own: not in a nested one, and not a bare one, which hands an error on."""
+  nodes = list(function.body)
+  for node in nodes:
+    if isinstance(node, ast.Raise) and node.exc:
+      return True
+    if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+      nodes += ast.iter_child_nodes(node)
+  return False
+
+
+def test_docstrings_say_what_public_functions_raise():
+  found = {}
+  for path in SOURCES:
+    if 'tools' in path.parts:  # commands: mmjax/errors.py says what ends them
+      continue
+    tree = ast.parse(path.read_text())
+    for owner in (tree, *(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name[0] != '_')):
+      for node in owner.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and raises_itself(node):
+          makes_it = node.name in ('__init__', '__post_init__')
+          if node.name[0] != '_' or node.name.endswith('__'):
+            docs = [ast.get_docstring(node), makes_it and ast.get_docstring(owner)]
+            found[f'{path}:{node.lineno} {node.name}'] = ' '.join(filter(None, docs))
+  assert len(found) > 100
+  assert not [name for name, text in found.items() if not re.search(r'\b[Rr]aises\b', text)]
