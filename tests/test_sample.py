@@ -128,7 +128,7 @@ def test_of_several_prompts_the_refused_one_is_named(tiny_run, monkeypatch, capf
   prompts = ['--prompt', 'the memory', '--prompt', 'a\udcff']
   code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, *prompts)
   assert code == 2 and out.endswith('\n')
-  assert err.startswith('prompt 2: the text holds byte 0xff') and err.count('\n') == 1
+  assert err.splitlines()[-1].startswith('prompt 2: the text holds byte 0xff')
 
 
 def test_control_characters_are_escaped_and_text_is_not():
