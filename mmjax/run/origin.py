@@ -79,29 +79,29 @@ def settle_origin(origin: Origin, config: Config) -> Config:
   Raises:
     UserError: if there is no such run, or the config contradicts its model or its tokenizer.
   """
-  source = open_run(origin.path, needs_tokenizer=not config.data.tokenizer)
-  refuse_compressed(source, 'trained on')
-  old = source.read_config()
-  compare_models(old, config, str(source.path))
-  refuse_starts(source, old, config)
-  if source.tokenizer_path.exists():  # else it is an import without one: the config's it is
-    own = source.load_tokenizer(old.model.vocab_size)
+  other = open_run(origin.path, needs_tokenizer=not config.data.tokenizer)
+  refuse_compressed(other, 'trained on')
+  old = other.read_config()
+  compare_models(old, config, str(other.path))
+  refuse_starts(other, old, config)
+  if other.tokenizer_path.exists():  # else it is an import without one: the config's it is
+    own = other.load_tokenizer(old.model.vocab_size)
     if config.data.tokenizer and load_tokenizer(config.data.tokenizer).sha256 != own.sha256:
       raise UserError(
-        f'data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {source.path}, whose model reads no other; '
+        f'data.tokenizer={config.data.tokenizer!r} is not the tokenizer of {other.path}, whose model reads no other; '
         'leave it out'
       )
   return with_bank_of(old, config)
 
 
-def refuse_starts(source: RunDir, old: Config, config: Config) -> None:
+def refuse_starts(other: RunDir, old: Config, config: Config) -> None:
   """Raises UserError for a setting that says how parameters start, and not as those of the other run once did.
 
   One at its default says nothing. A bank file may lie elsewhere now: its hash decides.
   """
   before, after, usual = flatten(old.to_dict()), flatten(config.to_dict()), default_settings()
   free = {name: (before[name], usual[name]) for name in STARTS}
-  found, recorded = bank_identity(config).get(BANK_SHA256), source.read_record()['identity'].get(BANK_SHA256)
+  found, recorded = bank_identity(config).get(BANK_SHA256), other.read_record()['identity'].get(BANK_SHA256)
   if found and recorded:
     free['memory.bank_file'] = (config.memory.bank_file if found == recorded else '',)
   for name, values in free.items():
@@ -109,7 +109,7 @@ def refuse_starts(source: RunDir, old: Config, config: Config) -> None:
       instead = 'memory.bank_init' if name == 'memory.bank_file' else name
       flag = f'--config.{instead}={usual[instead]}'
       raise UserError(
-        f'{name}={quote(after[name])} does nothing when parameters come from {source.path}; leave it out or type {flag}'
+        f'{name}={quote(after[name])} does nothing when parameters come from {other.path}; leave it out or type {flag}'
       )
 
 
@@ -127,11 +127,11 @@ def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dic
   Raises:
     UserError: if there is no such checkpoint. StorageError: if it is not whole.
   """
-  source, target = RunDir(origin.path), placed(mesh, abstract_params(config))
-  checkpoints = Checkpoints(source.path, read_only=True)
+  other, target = RunDir(origin.path), placed(mesh, abstract_params(config))
+  checkpoints = Checkpoints(other.path, read_only=True)
   params, counters, step = checkpoints.restore_params(target, origin.checkpoint)
   refuse_non_finite(params, f'step {step} of {origin.path} cannot be trained on; choose another with @STEP')
-  reads, record = checkpoints.restore_reads(step, replicated(mesh)), source.read_record()
+  reads, record = checkpoints.restore_reads(step, replicated(mesh)), other.read_record()
   described = {
     'run': str(origin.path),
     'checkpoint': origin.checkpoint,

@@ -63,8 +63,8 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
     placement = place(config)  # refuses what does not fit the devices, before anything is written
     if is_main():
       print(*filter(None, (describe_devices(jax.devices()), remark)), sep='\n', flush=True)
-    source = read_start(run, config, origin, placement.mesh)
-    inputs = open_inputs(config, training_data(run, config, origin.tokenizer if source.read_from else ''))
+    first = read_start(run, config, origin, placement.mesh)
+    inputs = open_inputs(config, training_data(run, config, origin.tokenizer if first.read_from else ''))
     with (
       run,
       StopSignals() as stop,
@@ -72,10 +72,10 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
       closing(MetricsLog(run.path)) as log,
     ):
       learner = Learner(config, placement, inputs.total_steps)
-      source = with_background(source, learner, origin, progress)
+      first = with_background(first, learner, origin, progress)
       checkpoints = Checkpoints(run.path, keep_start=bool(config.memory.teach_rows))
       recorder = Recorder(learner, run, inputs, checkpoints, log, progress)
-      train(recorder, begin(recorder, source), stop)
+      train(recorder, begin(recorder, first), stop)
 
 
 def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:

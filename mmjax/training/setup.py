@@ -140,33 +140,33 @@ def with_background(start: Start, learner: Learner, origin: Origin | None, progr
   return start._replace(reads=count_background(learner, start.params, RunDir(origin.path), progress))
 
 
-def count_background(learner: Learner, params: Params, source: RunDir, progress: Progress) -> RowCounts:
+def count_background(learner: Learner, params: Params, other: RunDir, progress: Progress) -> RowCounts:
   """Counts which rows a run's own validation text reads, where its training has not counted.
 
   Args:
     learner: of the run that is to be taught.
     params: with which the text is read.
-    source: the run that they come from.
+    other: the run that they come from.
     progress: where to say so.
 
   Raises:
     UserError: if the text is not to be found.
   """
-  config, old = learner.config, source.read_config()
-  if not source.was_trained:
+  config, old = learner.config, other.read_config()
+  if not other.was_trained:
     raise UserError(
-      f'memory.teach_rows needs to know which rows are usual, and {source.path} is an import without text of its own; '
+      f'memory.teach_rows needs to know which rows are usual, and {other.path} is an import without text of its own; '
       'train it on such text first'
     )
   try:
-    prepared = evaluation_data(source, old)
+    prepared = evaluation_data(other, old)
   except UserError as error:
     raise UserError(
-      f'memory.teach_rows needs to know which rows are usual, but {source.path} was trained without counting them, and '
+      f'memory.teach_rows needs to know which rows are usual, but {other.path} was trained without counting them, and '
       f'its validation text is not found: put it back to {old.data.prepared_dir!r} ({error})'
     ) from error
   split = open_split(prepared, 'valid', **row_settings(old) | {'max_seq_len': config.model.max_seq_len})
-  progress.say(f'Counting which rows the validation text of {source.path} reads: its training has not')
+  progress.say(f'Counting which rows the validation text of {other.path} reads: its training has not')
   step, reads = learner.eval_step(), first_reads(old)
   for batch in eval_batches(split, config.train.batch_size):
     reads = count_reads(reads, step(params, batch)['usage_LM'])
