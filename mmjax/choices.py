@@ -15,10 +15,15 @@ TOP = 5  # rows, contexts and tokens to show of a memory
 EVERY_RUN = '*'  # of a sweep
 
 
-def nearest_squares(number: int) -> str:
-  """Names the squares on either side of a number that should be one."""
+def not_square(name: str, number: int) -> str:
+  """Says of rows that sub-keys address that their number must be a square, and the nearest; '' of one that is."""
   root = math.isqrt(number)
-  return f'{root**2} and {(root + 1) ** 2}'
+  return '' if root**2 == number else f'{name}={number} must be a square; nearest: {root**2} and {(root + 1) ** 2}'
+
+
+def not_even(name: str, width: int) -> str:
+  """Says of the width of a query that it must be even, and the nearest; '' of one that is."""
+  return f'{name}={width} must be even: a query is two sub-keys; nearest: {width + 1}' if width % 2 else ''
 
 
 def in_turns(values: Sequence[int], n: int) -> tuple[int, ...]:

@@ -120,7 +120,7 @@ def test_compute_dtype_changes_no_row_on_a_cpu():
   [
     (MemoryBag, {'n_rows': 65}, 'n_rows=65 must be a square; nearest: 64 and 81'),
     (CrossAttention, {'attention_heads': 5}, 'dim=.* must be divisible by attention_heads=5'),
-    (GatedFusion, {'row_dim': 7}, 'row_dim=7 must be even, .*; nearest: 8'),
+    (GatedFusion, {'row_dim': 7}, 'row_dim=7 must be even: .*; nearest: 8'),
     (MemoryBag, {'activation': 'gelu'}, "activation='gelu' must be one of softmax, relu"),
     (MemoryBag, {'rows_per_head': 9}, 'rows_per_head=9 must be at most 8, the sub-keys of each half'),
     (MemoryBag, {'rows_per_head': 1}, "rows_per_head=1 must be at least 2: the softmax .*'relu'"),

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Any
 
-from mmjax.choices import ONE_ROW, least_rows_of_ranges, nearest_squares
+from mmjax.choices import ONE_ROW, least_rows_of_ranges, not_even, not_square
 from mmjax.config.history import removed_remark
 from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import Rule, parameter_table, read_rules
@@ -113,9 +113,8 @@ def _check_rows(config: Config) -> None:
   selected = f'model.num_selected={model.num_selected} must be at most'
   if any(kind.has_gate for kind in kinds):
     name = 'memory.key_dim' if memory.key_dim else 'model.knowledge_dim'
-    width = memory.query_dim(model)
-    _refuse(bank != C * C, f'model.knowledge_num={bank} must be a square; nearest: {nearest_squares(bank)}')
-    _refuse(width % 2, f'{name}={width} must be even: it is two halves; nearest: {width + 1}')
+    for said in (not_square('model.knowledge_num', bank), not_even(name, memory.query_dim(model))):
+      _refuse(said, said)
     _refuse(model.num_selected > C, f'{selected} the {C} sub-keys that model.knowledge_num={bank} gives each half')
     weighs = memory.score_activation == 'softmax' and any(kind.has_gate and kind.scores_weigh(memory) for kind in kinds)
     _refuse(

@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.choices import ONE_ROW, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, nearest_squares
+from mmjax.choices import ONE_ROW, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, not_even, not_square
 from mmjax.kernels.packed_bank import PackedBank
 from mmjax.memory.ngram import SIGN_VECTORS
 from mmjax.memory.types import Bank, Params
@@ -38,14 +38,11 @@ def check_sizes(memory: 'Memory') -> None:
 
 def check_gate(memory: 'GatedMemory') -> None:
   """Raises ValueError if a gate cannot have such sizes, or would not learn."""
-  root = math.isqrt(memory.n_rows)
-  if root * root != memory.n_rows:
-    raise ValueError(f'n_rows={memory.n_rows} must be a square; nearest: {nearest_squares(memory.n_rows)}')
+  name, root = 'query_dim' if memory.query_dim else 'row_dim', math.isqrt(memory.n_rows)
+  if said := not_square('n_rows', memory.n_rows) or not_even(name, getattr(memory, name)):
+    raise ValueError(said)
   if memory.rows_per_head > root:
     raise ValueError(f'rows_per_head={memory.rows_per_head} must be at most {root}, the sub-keys of each half')
-  name = 'query_dim' if memory.query_dim else 'row_dim'
-  if (width := getattr(memory, name)) % 2:
-    raise ValueError(f'{name}={width} must be even, because a query is two sub-keys; nearest: {width + 1}')
   for field in dataclasses.fields(memory):
     value, words = getattr(memory, field.name), WORDS.get(field.name)
     if words and value not in words:

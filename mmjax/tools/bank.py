@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.choices import nearest_squares
+from mmjax.choices import not_square
 from mmjax.config import Config, expand_home, load_config, own_config, user_path
 from mmjax.console import Progress, command_parser
 from mmjax.data.bank_file import texts_path, write_texts
@@ -122,9 +122,8 @@ def check_flags(config: Config, out: Path, encoder: str, snippets_a_row: int) ->
     raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
   if snippets_a_row < 1:
     raise UserError(f'--snippets_a_row {snippets_a_row} must be at least 1')
-  if config.model.knowledge_num != config.model.n_sub_keys**2:
-    rows = config.model.knowledge_num
-    raise UserError(f'model.knowledge_num={rows} must be a square, for sub-keys; nearest: {nearest_squares(rows)}')
+  if said := not_square('model.knowledge_num', config.model.knowledge_num):
+    raise UserError(said)
 
 
 def encode(
