@@ -207,7 +207,7 @@ def line(
   config: Config, name: str, seconds: dict[str, list[float]], facts: dict[str, Any], matmul_rate: float
 ) -> dict[str, Any]:
   """Returns the measurements of one side."""
-  tokens = config.train.accumulation_steps * config.train.batch_size * config.model.max_seq_len
+  tokens = config.update_positions
   rate = common.spread([tokens / s for s in seconds[name]])
   flops = flops_per_token(config)['total'] * rate['median']
   peak = device_peak_flops(jax.devices()[0].device_kind, config.train.dtype)

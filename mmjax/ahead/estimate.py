@@ -49,11 +49,6 @@ class Estimate:
   model_flops: float
 
   @property
-  def tokens(self) -> int:
-    """Positions in an update."""
-    return tokens_of(self.config)
-
-  @property
   def usable_bytes(self) -> float:
     """What JAX takes of the card's memory."""
     return memory_share() * self.card.memory_bytes
@@ -71,12 +66,12 @@ class Estimate:
   @property
   def positions(self) -> float:
     """Positions of the whole run: of train.max_steps, else as many as the record had."""
-    return self.config.train.max_steps * self.tokens or RECORD_POSITIONS
+    return self.config.train.max_steps * self.config.update_positions or RECORD_POSITIONS
 
   @property
   def hours(self) -> float:
     """Least time of the whole run."""
-    return self.positions / self.tokens * self.seconds / 3600
+    return self.positions / self.config.update_positions * self.seconds / 3600
 
 
 def memory_share() -> float:
@@ -115,14 +110,9 @@ def estimate(config: Config, card: Card, devices: int = 1) -> Estimate:
   found.pop('state', None)
   scale = (peak - state) / max(sum(found.values()), 1)  # the sum is the compiler's but for some percent
   parts = {'state': float(state)} | {part: scale * size for part, size in found.most_common() if size}
-  flops = flops_per_token(config)['total'] * tokens_of(config)
+  flops = flops_per_token(config)['total'] * config.update_positions
   fixed = state + parts.get('gradients', 0.0)
   return Estimate(config, card, devices, kernels, peak, parts, fixed, bound_seconds(kernels, card), flops)
-
-
-def tokens_of(config: Config) -> int:
-  """Returns the positions of an update."""
-  return config.train.update_rows * config.model.max_seq_len
 
 
 def peak_bytes(compiled: Any) -> int:

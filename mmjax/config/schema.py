@@ -323,6 +323,11 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   runtime: RuntimeConfig = dataclasses.field(default_factory=RuntimeConfig)
 
+  @property
+  def update_positions(self) -> int:
+    """Positions of an update, padding too."""
+    return self.train.update_rows * self.model.max_seq_len
+
   def to_dict(self) -> dict[str, Any]:
     """Returns nested plain dicts, as config.json holds them."""
     return dataclasses.asdict(self)

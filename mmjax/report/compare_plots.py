@@ -80,8 +80,7 @@ def curve(run: FoundRun, kind: str) -> Curve:
   every, last = run.config.train.log_interval if kind == 'train' else 1, max(train, default=0)
   points = [r for r in run.of_kind(kind) if r['step'] % every == 0 or r['step'] == last]
   points = [r for r in points if r['loss'] is not None and r['step'] in train]
-  positions = run.config.train.update_rows * run.config.model.max_seq_len
-  cost = positions * flops_per_token(run.config)['total']
+  cost = run.config.update_positions * flops_per_token(run.config)['total']
   x = {name: np.array([train[r['step']][name] for r in points], float) for name in ('tokens', 'seconds')}
   x['flops'] = np.array([r['step'] * cost for r in points], float)
   return Curve(x, np.array([r['loss'] for r in points], float))

@@ -152,7 +152,7 @@ def length_of(tokens: float) -> float:
 
 def _tokens(run: FoundRun) -> int:
   """Returns the positions of all updates, padding too: the same for runs of one length, whatever their seed."""
-  return run.config.train.update_rows * run.config.model.max_seq_len * (run.total or 0)
+  return run.config.update_positions * (run.total or 0)
 
 
 def _lead_points(first: Points, model: Points) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ def as_dict(found: Estimate, batches: dict[str, dict[str, Any]], top: int) -> di
     'largest_micro_batch': batches,
     'bound': {
       'seconds_an_update': found.seconds,
-      'tokens_per_second': found.tokens / found.seconds,
+      'tokens_per_second': found.config.update_positions / found.seconds,
       'share_of_peak': found.share_of_peak,
       'positions': found.positions,
       'hours': found.hours,
@@ -145,7 +145,7 @@ def print_report(found: Estimate, content: dict[str, Any]) -> None:
   if measured := content['measured']:
     seconds, peak = measured['seconds_an_update'], measured['peak_bytes']
     at_the_peak = f', {peak / GB:.2f} GB at the peak' if peak else ''
-    rate = f'{1e3 * seconds:.1f} ms an update, {found.tokens / seconds:,.0f} tokens/s'
+    rate = f'{1e3 * seconds:.1f} ms an update, {found.config.update_positions / seconds:,.0f} tokens/s'
     print(f'Measured here, on {measured["device"]}: {rate}{at_the_peak}')
   show(*kernel_tables(content))
 

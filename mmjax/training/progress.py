@@ -16,9 +16,8 @@ SHORT_RUN_SECONDS = 300  # of the run that is proposed where a run takes long
 
 def has_slow_updates(config: Config, placement: Placement) -> bool:
   """Whether an update takes many seconds: on a CPU, so that the host can be told of its micro-batches cheaply."""
-  tokens = config.train.update_rows * config.model.max_seq_len
   on_cpu = placement.mesh.size == 1 and placement.platform == 'cpu'
-  return on_cpu and flops_per_token(config)['total'] * tokens > SLOW_UPDATE_FLOPS
+  return on_cpu and flops_per_token(config)['total'] * config.update_positions > SLOW_UPDATE_FLOPS
 
 
 def show_step(progress: Progress, total: int, metrics: Mapping[str, Any]) -> None:

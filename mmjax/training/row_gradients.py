@@ -92,8 +92,8 @@ def empty_sum(config: Config, bank_MP: Array) -> Array | RowSums:
 
 def no_rows(config: Config) -> RowSums:
   """Returns slots, all free, for as many rows as an update can read."""
-  model, train = config.model, config.train
-  reads = len(bank_readers(config)) * model.max_seq_len * train.update_rows
+  model = config.model
+  reads = len(bank_readers(config)) * config.update_positions
   most = min(model.knowledge_num, reads * config.memory.n_heads * model.num_selected)
   chunk = min(CHUNK_ROWS, most)
   slots = -(-most // chunk) * chunk

@@ -59,7 +59,7 @@ class Window:
     line = {name: float(np.mean([step[name] for step in applied])) if applied else math.nan for name in MEANS}
     tokens = int(sum(step['tokens'] for step in steps))
     peak_flops = device_peak_flops(jax.devices()[0].device_kind, config.train.dtype)
-    positions = len(steps) * config.train.update_rows * config.model.max_seq_len  # padding is computed, too
+    positions = len(steps) * config.update_positions  # padding is computed, too
     flops_per_second = positions / seconds * flops_per_token(config)['total']
     peak_bytes, peak_of = peak_memory()
     usage_LM = () if self.usage_LM is None else np.asarray(self.usage_LM)
