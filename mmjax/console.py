@@ -51,11 +51,15 @@ def _is_control(char: str) -> bool:
   return char in REORDERING or (unicodedata.category(char) in ('Cc', 'Cs') and char not in '\n\t')
 
 
-def number(value: float | None, spec: str = '') -> str:
-  """Writes a number of a table: 12,345 or 2.0417, or by `spec`; '-' for what is not there or was not finite."""
+def number(value: float | None, spec: str = '', error: float | None = None) -> str:
+  """Writes a number of a table: 12,345 or 2.0417, or by `spec`, with ± its standard error, where that is known.
+
+  What is not there or was not finite is '-'.
+  """
   if value is None:
     return '-'
-  return format(value, spec or (',' if isinstance(value, int) else ',.4f'))
+  written = format(value, spec or (',' if isinstance(value, int) else ',.4f'))
+  return written if error is None else f'{written} ± {error:.4f}'
 
 
 def rounded_tokens(tokens: float) -> str:

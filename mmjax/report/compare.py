@@ -156,8 +156,7 @@ def _document(
 
 
 def _difference(found: dict[str, Any] | None) -> str:
-  error = found and found['standard_error']
-  return number(found and found['mean'], '+.4f') + ('' if error is None else f' ± {error:.4f}')
+  return '-' if found is None else number(found['mean'], '+.4f', found['standard_error'])
 
 
 def _taken(found: dict[str, Any] | None) -> str:

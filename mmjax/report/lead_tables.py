@@ -63,10 +63,7 @@ def _worth(found: Mapping[str, Any]) -> str:
 
 
 def _lead(point: Mapping[str, Any] | None) -> str:
-  if point is None:
-    return '-'
-  error = point['standard_error']
-  return number(point['lead'], '+.4f') + ('' if error is None else f' ± {error:.4f}')
+  return '-' if point is None else number(point['lead'], '+.4f', point['standard_error'])
 
 
 def _fit_cells(fitted: Mapping[str, Any] | None) -> list[str]:

@@ -111,10 +111,7 @@ def _table(grouping: str, header: list[str], found: Sequence[dict[str, Any]], na
 
 
 def _difference(group: dict[str, Any]) -> str:
-  if 'difference' not in group:
-    return ''
-  error = group['standard_error']
-  return f' {group["difference"]:+.4f}' + ('' if error is None else f' ± {error:.4f}')
+  return f' {number(group["difference"], "+.4f", group["standard_error"])}' if 'difference' in group else ''
 
 
 if __name__ == '__main__':
