@@ -21,6 +21,7 @@ import pytest
 
 from mmjax.errors import StorageError, UserError
 from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.directory import RunDir
 from tests.helpers import tiny_config, xla_flags
 
 
@@ -170,7 +171,7 @@ def test_no_whole_step_left_is_an_error_and_never_a_fresh_start(tmp_path):
     damage_bank(checkpoints.directory / str(step))
   for _ in range(2):
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.ever_saved
+    assert RunDir(tmp_path).ever_saved
     with pytest.raises(StorageError, match='no whole checkpoint is left'):
       checkpoints.restore(ABSTRACT)
 
@@ -181,21 +182,21 @@ def test_steps_that_vanished_are_missed(tmp_path, capsys):
   assert checkpoints.restore(ABSTRACT)[2] == 1
   assert 'checkpoint 2 is gone' in capsys.readouterr().err
   shutil.rmtree(checkpoints.directory / '1')
-  assert Checkpoints(tmp_path).ever_saved
+  assert RunDir(tmp_path).ever_saved
   with pytest.raises(StorageError, match='no whole checkpoint is left'):
     Checkpoints(tmp_path).restore(ABSTRACT)
 
 
 def test_all_checkpoints_removed_at_once_is_an_error_and_never_a_fresh_start(tmp_path):
   shutil.rmtree(save_two(tmp_path).directory)
-  assert Checkpoints(tmp_path).ever_saved
+  assert RunDir(tmp_path).ever_saved
   with pytest.raises(StorageError, match='no whole checkpoint is left'):
     Checkpoints(tmp_path).restore(ABSTRACT)
 
 
 def test_nothing_saved_yet_is_told_apart(tmp_path):
   checkpoints = Checkpoints(tmp_path)
-  assert not checkpoints.ever_saved
+  assert not RunDir(tmp_path).ever_saved
   with pytest.raises(UserError, match='no checkpoint was saved'):
     checkpoints.restore(ABSTRACT)
 

@@ -128,7 +128,7 @@ def _text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:
 
 def _with_training_norms(numbers: dict[str, Any], run: RunDir, step: int) -> dict[str, Any]:
   """Adds the norms that the loop logged with its own evaluation at a step; only training knows gradients."""
-  records = read_metrics(run.metrics_path) if run.metrics_path.exists() else []
+  records = read_metrics(run.metrics_path)
   logged = [record for record in records if record['kind'] == 'eval' and record['step'] == step]
   norms = logged[-1] if logged else {'bank': [], 'probes': {}}
   by_layer = {health['layer']: health for health in norms['bank']}

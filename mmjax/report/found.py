@@ -12,7 +12,6 @@ from mmjax.config import Config, gone_settings
 from mmjax.data.loader import count_rows, steps_of_epochs
 from mmjax.errors import UserError
 from mmjax.files import read_json
-from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
 from mmjax.run.identity import BANK_SHA256
 from mmjax.run.log import read_metrics
@@ -54,7 +53,7 @@ class FoundRun:
   @functools.cached_property
   def records(self) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
-    return read_metrics(self.dir.metrics_path) if self.dir.metrics_path.exists() else []
+    return read_metrics(self.dir.metrics_path)
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
     """Returns the records of a kind: 'train', 'eval' or 'skipped'."""
@@ -125,7 +124,7 @@ class FoundRun:
     Of a finished run the checkpoints may have been taken away, all of them: then its last evaluation counts.
     """
     if self.dir.checkpoints_path.exists():
-      return max(Checkpoints(self.path, read_only=True).steps(), default=0)
+      return max(self.dir.steps(), default=0)
     evaluated = self.last_reports().get('eval', {'step': 0})['step']
     return evaluated if evaluated == self.total else 0
 

@@ -68,11 +68,6 @@ class Checkpoints:
     return [step for step in self._run.steps() if step not in self._rejected]
 
   @property
-  def ever_saved(self) -> bool:
-    """Whether a step was ever saved here: if so, a run must restore and never start afresh."""
-    return self._run.ever_saved
-
-  @property
   def best_step(self) -> int | None:
     """The step with the lowest metric, the earliest of equals; None where no step has a metric."""
     metrics, _ = self._read_metrics()
@@ -171,7 +166,7 @@ class Checkpoints:
         raise StorageError(f'no whole checkpoint {which} in {self.directory}; there are {steps}')
       raise UserError(f'no checkpoint {which} in {self.directory}; there are {steps}')
     if not steps:
-      if not (self.ever_saved or self._rejected):
+      if not (self._run.ever_saved or self._rejected):
         raise UserError(f'no checkpoint was saved in {self.directory} yet; wait for train.checkpoint_interval updates')
       raise StorageError(
         f'no whole checkpoint is left in {self.directory}; to begin again, choose another --workdir or remove this one'

@@ -75,7 +75,7 @@ class RunDir:
 
   @property
   def ever_saved(self) -> bool:
-    """Whether a step was ever saved here, and not only an attempt was made."""
+    """Whether a step was ever saved here, and not only an attempt was made: a run must restore, not start afresh."""
     return bool(self.steps()) or self.newest_step is not None or any(self.checkpoints_path.glob('*.corrupt*'))
 
   def check_usable(self) -> None:

@@ -96,16 +96,13 @@ class MetricsLog:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-  """Reads metrics.jsonl; a half-written last line, as a killed process leaves it, is left out.
+  """Reads metrics.jsonl, if it is there; a half-written last line, as a killed process leaves it, is left out.
 
   Raises:
-    UserError: if there is no such file or another line is damaged.
+    UserError: if another line is damaged.
   """
   path = Path(path)
-  try:
-    lines = list(_parse(path.read_bytes()))
-  except FileNotFoundError as error:
-    raise UserError(f'{path} is missing: the run has reported nothing yet') from error
+  lines = list(_parse(path.read_bytes())) if path.exists() else []
   for number, (line, record) in enumerate(lines[:-1], 1):
     if record is None:
       raise UserError(f'{path}:{number} must be a JSON object, not {line!r:.40}; resuming the run removes this line')

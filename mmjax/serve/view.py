@@ -205,7 +205,7 @@ class RunView:
 
   def health(self) -> dict[str, Any]:
     """Returns curves of the run's log: `train` loss, and of the evaluations loss, `probes` and each layer's `bank`."""
-    records = read_metrics(self.run.metrics_path) if self.run.metrics_path.exists() else []
+    records = read_metrics(self.run.metrics_path)
     train = [[r['step'], r['loss']] for r in records if r['kind'] == 'train' and r.get('loss') is not None]
     evals = [r for r in records if r['kind'] == 'eval']
     kept = ('used_share', 'effective_rows', 'row_agreement')

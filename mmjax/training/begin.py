@@ -13,19 +13,19 @@ def begin(recorder: Recorder, first: Start) -> TrainState:
   """Returns the state to go on from, the newest saved, that of `first`, or a new one; and records this start."""
   learner, run, inputs, checkpoints = recorder.learner, recorder.run, recorder.inputs, recorder.checkpoints
   with explain_out_of_memory(learner.config):
-    if checkpoints.ever_saved:
+    if run.ever_saved:
       state, counters = restore_state(learner, checkpoints)
       recorder.tokens, recorder.seconds = counters['tokens'], counters['seconds']
     else:
       state = new_state(learner, first.params, first.reads)
   start = int(state['step'])
   record_run(run, learner.config, inputs, start, first.read_from)
-  if checkpoints.ever_saved:
+  if run.ever_saved:
     recorder.progress.say(f'Resuming {run.path} at step {start} of {inputs.total_steps}')
   if read_from := first.read_from:  # saved at once, so that the other run is not read again
     checkpoints.save(START_STEP, state, {'tokens': 0, 'seconds': 0.0})
     recorder.progress.say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({read_from["checkpoint"]})')
-  recorder.log.truncate_after(start if checkpoints.ever_saved else -1)
+  recorder.log.truncate_after(start if run.ever_saved else -1)
   return state
 
 

@@ -30,7 +30,6 @@ from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
 from mmjax.files import write_file
 from mmjax.model.params import Params
-from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models, settings_changed
@@ -128,7 +127,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
 
 def read_start(run: RunDir, config: Config, origin: Origin | None, mesh: Mesh) -> Start:
   """Reads what another run gives to one that has saved nothing of its own yet."""
-  if not origin or Checkpoints(run.path, read_only=True).ever_saved:
+  if not origin or run.ever_saved:
     return Start()
   return Start(*load_origin(origin, config, mesh))
 
@@ -189,7 +188,7 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
   identity = {'data_sha256': inputs.data_sha256, 'tokenizer_sha256': inputs.tokenizer.sha256}
   if origin:
     identity |= origin['bank']
-  elif not Checkpoints(run.path, read_only=True).ever_saved:
+  elif not run.ever_saved:
     identity |= bank_identity(config)
   facts = {'prepared_dir': str(inputs.train.directory.absolute()), 'remarks': inputs.remarks}
   if run.was_trained and run.config_path.exists():  # settings of the schedule, which a start may change
