@@ -39,20 +39,19 @@ from mmjax.interop.names import (
   to_params,
   to_tensors,
 )
-from mmjax.interop.sizes import READING, fitting_heads, read_kv_heads, read_sizes, untold_settings
+from mmjax.interop.sizes import fitting_heads, read_kv_heads, read_sizes, untold_settings
 from mmjax.model.cost import count_params
 from mmjax.model.params import Params
-from mmjax.run.checkpoint import Checkpoints
+from mmjax.run.checkpoint import NO_TRAINING, Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import RunDir, refuse_used, write_tokenizer
-from mmjax.run.identity import compare_models
+from mmjax.run.identity import CUT, compare_models
 from mmjax.run.leaves import refuse_non_finite
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.state import init_state
 
 EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 HEADER = 'mmjax'  # key in the header of a .safetensors: a JSON object
-NO_TRAINING = {'tokens': 0, 'seconds': 0.0}  # the training loop's counters
 
 
 def import_run(
@@ -111,7 +110,7 @@ def read_header(source: Path) -> dict[str, Any]:
       raise ValueError(f'step={header["step"]!r} must be a whole number')
   except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{source}: its header {HEADER!r} is damaged: {error!r}') from None
-  unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in READING]
+  unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in CUT]
   if unknown:
     raise UserError(f'{source}: its header {HEADER!r} sets {unknown[0][:80]!r}, which is no setting of a model')
   return header | {'settings': settings}
@@ -162,7 +161,7 @@ def _model_settings(config: Config) -> dict[str, dict[str, Any]]:
   own, settings = dataclasses.replace(config, memory=memory, train=TrainConfig()), {}
   for name, value in flatten(own.to_dict()).items():
     section, _, field = name.partition('.')
-    if (section in ('model', 'memory') or name in READING) and name not in idle_settings(own):
+    if (section in ('model', 'memory') or name in CUT) and name not in idle_settings(own):
       settings.setdefault(section, {})[field] = value
   return settings
 

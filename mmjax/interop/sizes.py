@@ -10,6 +10,7 @@ from mmjax.config import Config, flatten
 from mmjax.errors import UserError
 from mmjax.files import first_three
 from mmjax.interop.names import SUBLAYER
+from mmjax.run.identity import CUT
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -22,14 +23,13 @@ TOLD = (  # field, the matrix that tells it, if it is there, and on which axis; 
   ('knowledge_dim', 'memory_bank', 1),
 )
 KEYS = re.compile(r'layers\.\d+\.attention\.wk\.weight')
-READING = ('data.layout', 'data.isolate_documents')  # how the model learned to read, which no tensor tells
 UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of ModelConfig that no shape depends on
 UNTOLD_BY = {'cross_attention': ('num_selected',), 'moe': ('experts_per_token',)}  # more of them, by sublayer
 
 
 def untold_settings(config: Config) -> str:
   """Lists the settings that a state dict of this model cannot tell, with their values."""
-  names = [f'model.{field}' for field in UNTOLD + UNTOLD_BY.get(config.model.sublayer, ())] + list(READING)
+  names = [f'model.{field}' for field in UNTOLD + UNTOLD_BY.get(config.model.sublayer, ())] + list(CUT)
   settings = flatten(config.to_dict())
   return ', '.join(f'{name.rpartition(".")[2]} {settings[name]}' for name in names)
 

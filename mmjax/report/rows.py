@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmjax.config import flatten, idle_settings, user_path
+from mmjax.data.loader import row_settings
 from mmjax.errors import UserError
 from mmjax.files import read_json
 from mmjax.model.cost import count_params, flops_per_token
 from mmjax.model.params import abstract_params
 from mmjax.report.found import FoundRun
-from mmjax.run.identity import FREE_SECTIONS, FREE_SETTINGS
-
-# Where the data lie says nothing: which they are, their hashes say. These two decide how they are cut into rows.
-DATA_THAT_COUNTS = ('data.layout', 'data.isolate_documents')
+from mmjax.run.identity import CUT, FREE_SECTIONS, FREE_SETTINGS
 
 
 class Row(NamedTuple):
@@ -147,16 +145,15 @@ def _what_counts(run: FoundRun) -> dict[str, Any]:
       for name, value in flatten(run.config.to_dict()).items()
       if name not in ('seed', *FREE_SETTINGS)
       and not name.startswith(FREE_SECTIONS)
-      and (not name.startswith('data.') or name in DATA_THAT_COUNTS)
+      and (not name.startswith('data.') or name in CUT)  # which data they are, and not where, their hashes say
     }
   )
 
 
 def same_batches(first: Row, row: Row) -> bool:
   """Whether runs of one seed saw the same rows of text at each update."""
-  a, b = first.runs[0].config, row.runs[0].config
-  cut = [(c.train.update_rows, c.model.max_seq_len, c.data.layout, c.data.isolate_documents) for c in (a, b)]
-  return cut[0] == cut[1]
+  a, b = ((config.train.update_rows, row_settings(config)) for config in (first.runs[0].config, row.runs[0].config))
+  return a == b
 
 
 def difference(first: Row, row: Row) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ FREE_SETTINGS = (
   'train.profile_steps',
 )  # fmt: skip
 FREE_SECTIONS = ('runtime.',)
+CUT = ('data.layout', 'data.isolate_documents')  # how text is cut into rows, and so how a model learns to read
 # How a model learns, which does not change what its parameters mean.
 LEARNING = ('model.dropout', 'model.aux_loss_weight', 'memory.row_dropout')
 MICRO_BATCHES = ('train.batch_size', 'train.accumulation_steps')  # their product, the rows of an update, is fixed

@@ -1,6 +1,6 @@
 """What a start does before its first update: it comes to a state, records itself, and says what is to be known."""
 
-from mmjax.run.checkpoint import START_STEP
+from mmjax.run.checkpoint import NO_TRAINING, START_STEP
 from mmjax.training.first_state import new_state, restore_state
 from mmjax.training.out_of_memory import explain_out_of_memory
 from mmjax.training.progress import MicroBatchWatch, has_slow_updates
@@ -23,7 +23,7 @@ def begin(recorder: Recorder, first: Start) -> TrainState:
   if run.ever_saved:
     recorder.progress.say(f'Resuming {run.path} at step {start} of {inputs.total_steps}')
   if read_from := first.read_from:  # saved at once, so that the other run is not read again
-    checkpoints.save(START_STEP, state, {'tokens': 0, 'seconds': 0.0})
+    checkpoints.save(START_STEP, state, NO_TRAINING)
     recorder.progress.say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({read_from["checkpoint"]})')
   recorder.log.truncate_after(start if run.ever_saved else -1)
   return state
