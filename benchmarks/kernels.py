@@ -23,9 +23,10 @@ from flax import nnx
 from jax import Array
 
 from mmjax.config import load_config
+from mmjax.config.sublayers import SUBLAYERS
 from mmjax.kernels import attention, bank, cross_entropy, fusion, matmul, product_key
 from mmjax.memory.ngram import last_tokens
-from mmjax.model.sublayers import SUBLAYERS, SublayerInput
+from mmjax.model.sublayers import SublayerInput
 from mmjax.run.placement import attention_backend, place_reader
 from tests import references
 

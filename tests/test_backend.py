@@ -6,9 +6,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from mmjax.config.sublayers import SUBLAYERS
 from mmjax.kernels.forms import traced_for
 from mmjax.model.params import model_graph
-from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.nvidia import TRITON, count_triton
 from mmjax.run.placement import compiler_options
 from mmjax.training.optimizer import make_optimizer

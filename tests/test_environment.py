@@ -13,13 +13,13 @@ import pytest
 from flax import nnx
 
 import mmjax
+from mmjax.config.sublayers import SUBLAYERS
 from mmjax.environment import IN_COMMANDS, JAX_SETTINGS, ignore_jax_settings, own_jax_settings
 from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.matmul import matmul
 from mmjax.kernels.product_key import product_key_topk
 from mmjax.model.lm import LM
-from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.directory import RunDir
 from mmjax.training.loop import fit
 from tests.helpers import final_state, rarely, tiny_config

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from mmjax.config.sublayers import SUBLAYERS
 from mmjax.inference import generate
 from mmjax.inference.generate import Decoder, padded_length
 from mmjax.inference.settings import Sampling
-from mmjax.model.sublayers import SUBLAYERS
 from mmjax.run.placement import place_reader
 from tests.helpers import build_model, rarely, tiny_config
 

@@ -7,13 +7,13 @@ import pytest
 from flax import nnx
 
 from mmjax.config import load_config
-from mmjax.config.sublayers import memory_layers
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds, memory_layers
 from mmjax.errors import UserError
 from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
 from mmjax.memory.ngram import sign_vectors
 from mmjax.model.params import abstract_params, model_graph
-from mmjax.model.sublayers import SUBLAYERS, SublayerInput, layer_kinds
+from mmjax.model.sublayers import SublayerInput
 from mmjax.training.optimizer import gets_gradient
 from tests.helpers import build_model, random_batch, tiny_config
 

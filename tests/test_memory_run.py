@@ -8,9 +8,8 @@ import pytest
 
 import mmjax
 from mmjax.config import load_config
-from mmjax.config.sublayers import memory_layers
+from mmjax.config.sublayers import layer_kinds, memory_layers
 from mmjax.inference.measure import measure_text
-from mmjax.model.sublayers import layer_kinds
 from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from mmjax.config import load_config
-from mmjax.config.sublayers import memory_layers
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds, memory_layers
 from mmjax.errors import UserError
 from mmjax.kernels.bank import TappedBank, add_reads, no_reads
 from mmjax.memory import NgramBag, NgramBucket, init_bank
@@ -22,7 +22,7 @@ from mmjax.memory.ngram import (
   own_ranges,
   sign_vectors,
 )
-from mmjax.model.sublayers import SUBLAYERS, SublayerInput, layer_kinds, row_weights
+from mmjax.model.sublayers import SublayerInput, row_weights
 from tests.helpers import build_model, random_batch, tiny_config
 
 NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}

@@ -14,13 +14,13 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mmjax.config.sublayers import SUBLAYERS
 from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
 from mmjax.files import path_name
 from mmjax.kernels.bank import sum_by_row
 from mmjax.kernels.cross_entropy import fitting_chunk
 from mmjax.model.params import init_params, model_graph
-from mmjax.model.sublayers import SUBLAYERS
 from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make_optimizer, may_overflow
 from mmjax.training.state import init_state
 from mmjax.training.step import make_train_step

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from mmjax.config import Config, flatten
+from mmjax.config.sublayers import SUBLAYERS
 from mmjax.errors import UserError
 from mmjax.files import named_leaves, path_name
 from mmjax.model.params import BANK, Params, abstract_params
-from mmjax.model.sublayers import SUBLAYERS
 
 
 def _linear(name: str, path: str, **layers: str) -> dict[str, str]:

@@ -16,10 +16,10 @@ import optax.contrib
 from mmjax.config import Config, TrainConfig
 from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, parameter_table, read_rules
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds
 from mmjax.errors import UserError
 from mmjax.files import first_three, named_leaves, path_name
 from mmjax.model.params import BANK, Params, abstract_params, without_bank
-from mmjax.model.sublayers import SUBLAYERS, layer_kinds
 from mmjax.training.row_gradients import is_lazy
 
 

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.config.sublayers import SUBLAYERS, bank_readers, layer_kinds
+from mmjax.config.sublayers import bank_readers
 from mmjax.memory.gate import score_weights
 from mmjax.memory.types import Bank, SublayerOutput
 
-__all__ = ['SUBLAYERS', 'SublayerInput', 'SublayerOutput', 'layer_kinds', 'row_weights']
+__all__ = ['SublayerInput', 'SublayerOutput', 'row_weights']
 
 
 class SublayerInput(NamedTuple):
