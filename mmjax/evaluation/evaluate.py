@@ -172,11 +172,15 @@ def _probes(eval_step: EvalStep, params: Params, sums: list, probed: list, seed:
   """Returns what EvalResult.probes holds, from the sums of the probed batches and, of a memory model, these."""
   nll, positions = (_total(sums, name) for name in ('nll', 'tokens'))
   found = {'positions': int(positions), 'loss': float(nll / positions) if positions else None}
-  for name, change in INTERVENTIONS.items() if probed else ():
-    # One after the other: each needs the room of a bank. Where it lies must not change, or it is compiled again.
-    bank = params[BANK]
-    place = jax.jit(change, static_argnums=1, out_shardings=jax.tree.map(lambda x: x.sharding, bank))
-    changed = params | {BANK: place(bank, seed)}
+  for name in INTERVENTIONS if probed else ():  # one after the other: each needs the room of a bank
+    changed = with_changed_bank(params, name, seed)
     nlls = jax.device_get([eval_step(changed, batch)['nll'] for batch, _ in probed])
     found[name] = float(sum(map(np.float64, nlls))) / found['positions']
   return found
+
+
+def with_changed_bank(params: Params, name: str, seed: int = 0) -> Params:
+  """Returns parameters with the bank, float32 or packed, as INTERVENTIONS change it."""
+  bank = params[BANK]
+  places = jax.tree.map(lambda x: x.sharding, bank)  # they must not change, or what reads it is compiled again
+  return params | {BANK: jax.jit(INTERVENTIONS[name], static_argnums=1, out_shardings=places)(bank, seed)}

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mmjax.choices import CHECKPOINT, NGRAMS
@@ -20,6 +18,7 @@ from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split, row
 from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
 from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
+from mmjax.evaluation.evaluate import with_changed_bank
 from mmjax.evaluation.token_loss import make_token_loss
 from mmjax.inference.api import LanguageModel, load_run
 from mmjax.inference.measure import WHERE, as_trained, open_text
@@ -189,8 +188,7 @@ def _loss_of_banks(lm: LanguageModel, config: Config, texts: Sequence[TokenSplit
   token_loss = placement.jit(make_token_loss(config, model_graph(config), placement.attention))
   banks = {'loss': lm.params}
   if BANK in lm.params:
-    zeros = jax.tree.map(lambda x: jax.device_put(jnp.zeros_like(x), x.sharding), lm.params[BANK])
-    banks['loss_zeroed'] = lm.params | {BANK: zeros}
+    banks['loss_zeroed'] = with_changed_bank(lm.params, 'loss_zeroed')
   parts = {name: [] for name in banks}
   for text in texts:
     for batch in eval_batches(text, config.train.batch_size):
