@@ -25,16 +25,10 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
     UserError: if the package tokenizers is missing, or the file is no tokenizer.json, cannot keep every text, has ids
       from MOST_PIECES on, or has no token that can end a document.
   """
-  backend, settings, special = _open(path)
-  backend.no_truncation()
-  backend.no_padding()
-  backend.post_processor = None  # adds control tokens, which nobody asks for, and may leave spaces out of the offsets
-  backend.encode_special_tokens = True  # text that looks like a control token stays text
+  backend, settings, special = open_backend(path)
   model = type(backend.model).__name__
   parts = json.dumps([settings.get(name) for name in ('normalizer', 'pre_tokenizer', 'decoder')])
   byte_level, byte_fallback = '"type": "ByteLevel"' in parts, bool(settings['model'].get('byte_fallback'))
-  if model == 'BPE':
-    backend.model.dropout = None  # merges left out at random: a text would have other tokens each time
   if not (model == 'BPE' and byte_level) and not (model in ('BPE', 'Unigram') and byte_fallback):
     raise UserError(f"'{path}' is {model} and cannot keep every text; {READ} can")
   vocab = backend.get_vocab(with_added_tokens=True)
@@ -60,8 +54,14 @@ def load_hf_tokenizer(path: Path) -> Tokenizer:
   return Tokenizer(path, 'huggingface', pieces, encode_slice, spans, special, pad_id, bos_id, eos_id)
 
 
-def _open(path: Path) -> tuple[Any, dict[str, Any], dict[str, int]]:
-  """Returns the tokenizer of the package tokenizers, what the file says, and the ids of its control tokens."""
+def open_backend(path: Path) -> tuple[Any, dict[str, Any], dict[str, int]]:
+  """Returns the tokenizer of the package tokenizers, what the file says, and the ids of its control tokens.
+
+  It cuts a text as mmjax does, whole and always alike.
+
+  Raises:
+    UserError: if that package is missing, or the file is no tokenizer.json.
+  """
   try:
     import tokenizers
   except ImportError:
@@ -70,11 +70,17 @@ def _open(path: Path) -> tuple[Any, dict[str, Any], dict[str, int]]:
     text = path.read_text(encoding='utf-8')
     settings, backend = json.loads(text), tokenizers.Tokenizer.from_str(text)
     special = {token['content']: token['id'] for token in settings['added_tokens'] if token['special']}
-    return backend, settings, special
   except (KeyboardInterrupt, SystemExit):
     raise
   except BaseException as error:  # noqa: BLE001 - of the backend: Exception, or a panic of Rust, which is none
     raise UserError(f"'{path}' is not a tokenizer.json: {error}") from None
+  backend.no_truncation()
+  backend.no_padding()
+  backend.post_processor = None  # adds control tokens, which nobody asks for, and may leave spaces out of the offsets
+  backend.encode_special_tokens = True  # text that looks like a control token stays text
+  if type(backend.model).__name__ == 'BPE':
+    backend.model.dropout = None  # merges left out at random: a text would have other tokens each time
+  return backend, settings, special
 
 
 def _find(tokens: Mapping[str, int], names: Sequence[str], otherwise: int | None = None) -> int | None:

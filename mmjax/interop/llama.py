@@ -34,10 +34,10 @@ BLOCK = {
   'feed_forward.w2': 'mlp.down_proj',
 }
 ROTATED = ('attention.wq', 'attention.wk')
-WHY_NOT = {
-  'sublayer': 'has one SwiGLU layer after attention, and neither a memory nor experts',
-  'qk_norm': 'does not norm queries and keys',
-  'value_embeddings': 'takes the values of attention from the stream alone',
+USUAL = {  # settings of model that a Llama has, and what it does
+  'sublayer': ('dense', 'has one SwiGLU layer after attention, and neither a memory nor experts'),
+  'qk_norm': (False, 'does not norm queries and keys'),
+  'value_embeddings': ('', 'takes the values of attention from the stream alone'),
 }
 
 
@@ -121,7 +121,6 @@ def llama_config(model: ModelConfig, tokenizer: Tokenizer | None, start_id: int 
 
 
 def _refuse_other_models(model: ModelConfig) -> None:
-  usual = {'sublayer': 'dense', 'qk_norm': False, 'value_embeddings': ''}
-  for name, reason in WHY_NOT.items():
-    if (value := getattr(model, name)) != usual[name]:
-      raise UserError(f'model.{name}={value!r} cannot be written as a Llama, which {reason}; leave --format llama out')
+  for name, (usual, does) in USUAL.items():
+    if (value := getattr(model, name)) != usual:
+      raise UserError(f'model.{name}={value!r} cannot be written as a Llama, which {does}; leave --format llama out')

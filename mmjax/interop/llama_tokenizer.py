@@ -13,6 +13,7 @@ from typing import Any
 
 import sentencepiece
 
+from mmjax.data.hf_tokenizer import open_backend
 from mmjax.data.tokenizer import SPACE, Tokenizer
 from mmjax.errors import UserError
 
@@ -31,11 +32,7 @@ def as_tokenizer_json(tokenizer: Tokenizer, start_id: int) -> Any:
   except ImportError:
     raise UserError("a tokenizer.json is written with the package tokenizers: pip install 'mmjax[hf]'") from None
   if tokenizer.kind == 'huggingface':
-    backend = tokenizers.Tokenizer.from_file(str(tokenizer.path))
-    backend.no_truncation()
-    backend.no_padding()
-    if hasattr(backend.model, 'dropout'):
-      backend.model.dropout = None
+    backend = open_backend(tokenizer.path)[0]
     backend.add_special_tokens([backend.id_to_token(tokenizer.eos_id)])
   else:
     backend = _from_sentencepiece(tokenizer)
