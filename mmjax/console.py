@@ -87,9 +87,9 @@ class Table(NamedTuple):
   title: str = ''
 
 
-def facts(rows: Sequence[tuple[str, Any]], title: str = '') -> Table:
+def facts(rows: Sequence[tuple[str, Any]]) -> Table:
   """Returns a table of names and values, without a header."""
-  return Table(('', ''), rows, title)
+  return Table(('', ''), rows)
 
 
 def markdown(*blocks: Table | str) -> str:

@@ -40,15 +40,10 @@ def causal_attention(
     return _blocked(q_BTNH, k_BTKH, v_BTKH, segment_BT)
   T = q_BTNH.shape[1]
   same_BTS = None if segment_BT is None else segment_BT[:, :, None] == segment_BT[:, None, :]
-  if backend == 'cudnn':
-    if same_BTS is None:
-      return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, is_causal=True, implementation='cudnn')
-    if T % 2 == 0:  # cuDNN trains with a mask, which is a bias to it, for even T only
-      mask_B1TS = same_BTS[:, None]
-      return jax.nn.dot_product_attention(
-        q_BTNH, k_BTKH, v_BTKH, mask=mask_B1TS, is_causal=True, implementation='cudnn'
-      )
-  elif backend != 'xla':
+  if backend == 'cudnn' and (same_BTS is None or T % 2 == 0):  # it trains with a mask, its bias, for even T only
+    settings = {'mask': None if same_BTS is None else same_BTS[:, None], 'is_causal': True, 'implementation': 'cudnn'}
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, **settings)
+  if backend not in ATTENTION_BACKENDS:
     raise ValueError(f'backend={backend!r} must be one of {", ".join(ATTENTION_BACKENDS)}')
   causal_1TS = jnp.tril(jnp.ones((1, T, T), bool))
   return cached_attention(q_BTNH, k_BTKH, v_BTKH, causal_1TS if same_BTS is None else causal_1TS & same_BTS)

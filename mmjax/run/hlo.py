@@ -87,13 +87,8 @@ class Instruction:
 class Module:
   """A compiled module's computations and its table of source lines."""
 
-  def __init__(self, text: str, package: str = 'mmjax'):
-    """Reads the text.
-
-    Args:
-      text: as `compiled.as_text()` gives it.
-      package: folder of the source files whose lines are wanted; frames elsewhere give way to their callers.
-    """
+  def __init__(self, text: str):
+    """Reads the text, as `compiled.as_text()` gives it."""
     self.computations: dict[str, dict[str, Instruction]] = {}
     self.entry = ''
     tables: dict[str, dict[int, str]] = defaultdict(dict)
@@ -108,7 +103,7 @@ class Module:
         table = line
       elif table and (found := re.match(r'(\d+) (.*)$', line)):
         tables[table][int(found[1])] = found[2]
-    self._lines = _source_lines(tables, package)
+    self._lines = _source_lines(tables)
 
   def instructions(self) -> Iterator[tuple[str, Instruction]]:
     """Yields every instruction with the name of its computation."""
@@ -160,8 +155,8 @@ def _closing(text: str, opening: int) -> int:
   raise ValueError(f'no closing parenthesis in {text[:80]!r}')
 
 
-def _source_lines(tables: dict[str, dict[int, str]], package: str) -> dict[int, str]:
-  """Returns 'mmjax/model/lm.py:123' by stack frame: the innermost line of the package, '' where there is none."""
+def _source_lines(tables: dict[str, dict[int, str]]) -> dict[int, str]:
+  """Returns 'mmjax/model/lm.py:123' by stack frame: the innermost line of this package, '' where there is none."""
   files = {n: name.strip('"') for n, name in tables['FileNames'].items()}
 
   def numbers(text: str) -> dict[str, int]:
@@ -176,7 +171,7 @@ def _source_lines(tables: dict[str, dict[int, str]], package: str) -> dict[int, 
       place = places.get(frames[frame]['file_location_id'], {})
       file = files.get(place.get('file_name_id', 0), '')
       parts = file.split('/')
-      cut = len(parts) - 1 - parts[::-1].index(package) if package in parts else 0
+      cut = len(parts) - 1 - parts[::-1].index('mmjax') if 'mmjax' in parts else 0
       if cut and 'site-packages' not in parts and parts[-1] != HELPER:
         return f'{"/".join(parts[cut:])}:{place["line"]}'
       frame = frames[frame].get('parent_frame_id', 0) - shift
