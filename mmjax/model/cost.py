@@ -36,22 +36,7 @@ WIDTH_STEP = 8  # widths that `matching_width` gives are multiples of this
 def flops_per_token(config: Config) -> dict[str, float]:
   """Counts the FLOPs of one training step for each token position of a full row.
 
-  With D, N, K, H, T, V, C, P, F as in the axis legend, h heads of the gate, queries Q wide and R = h * num_selected
-  rows in all, for each layer that has the part, and in the forward pass:
-    attention projections  2 (D NH + 2 D KH + NH D)
-    value embeddings       2 * 12 K: their gate, in layers that have one
-    value rows             2 (h P KH + 12 K), in layers whose values get them
-    attention              2 * 2 NH (T + 1) / 2: scores and values over the (T + 1) / 2 positions seen on average
-    gate                   2 h (D Q + 2 C Q/2): the query, and scores against C sub-keys in each half
-    gate of a bucket       2 h Q (D + r): the query, and scores against the keys of r rows
-    gated fusion           2 ((D + R P) D + (D + R P) D + D D)
-    cross attention        2 (2 D D + 2 D P + 2 N R P)
-    bag                    2 (2 D h P), half of that without its gate
-    bag reads              2 R P: the weighted sums; those of value rows once
-    dense                  2 * 3 D F, also where it stands beside a memory (F = memory.ffn_dim)
-    experts                2 (3 D F (chosen + shared) + D E): those a token uses, not all that are computed
-  and 2 D V for the head. The backward pass doubles it, giving 3 times the forward pass; a gate that
-  gets no gradient (memory.scores='none') counts once. The embedding lookup multiplies nothing.
+  docs/memory.md, "What it costs", has the formulas. The embedding lookup multiplies nothing.
 
   Args:
     config: every position counts, padding too: it is computed.

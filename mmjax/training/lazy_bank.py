@@ -4,20 +4,8 @@ Dense Adam reads and writes the bank, two moments and the gradient in every upda
 what its rows cost. Every row that is read gets a slot when it is first read, gradients add up in the slots, and Adam
 runs over the slots in use. It pays if an update reads far fewer rows than there are: BENCHMARKS.md, "Cost of the bank".
 
-The rule, for a row touched (read) in update t' and next in update t, with g the sum of its clipped gradients in
-t. Updates are numbered from 1, skipped ones not counted; rate_j and decay are the bank's own.
-  mean   <- beta1^(t-t') mean + (1 - beta1) g         exactly dense Adam's: in between its gradients were 0
-  square <- beta2^(t-t') square + (1 - beta2) g^2     exactly dense Adam's
-  row    <- row prod_{t'<j<t} (1 - rate_j decay)      exact but late: until t the row is read without it
-  row    <- row - rate_t (mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
-Dense Adam's mean goes on moving a row after it was read: in tau updates without a gradient by as much as that last step
-times drift(tau) = sum_{j=1..tau} f^j, f = beta1 / sqrt(beta2). Here a row moves by drift(tau) at once, with a forecast
-of tau: the updates between its last two reads, or all since the start at its first. At its next read drift(t-t'-1) less
-that forecast makes up for the difference. Differences from dense Adam remain. While a forecast is wrong, the row has
-another value. The whole drift uses the rate of one update, where dense Adam would use that of each. And f counts as at
-most LARGEST_FACTOR, and as 0 if beta2 is 0. Where it is larger, a row drifts less than by dense Adam, whose steps grow
-without end where f is above 1. If every update reads every row, nothing differs.
-docs/memory.md has the same as equations.
+The rule, and what of it is not exactly dense Adam's: docs/memory.md, "Lazy updates of the bank". Of its equations v is
+`row` here, mu `mean`, nu `square`, A `adam`, delta `drift`, tau `missed`, and the quotient in delta `factor`.
 
 Sources of the dense rule: Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101.
 Elsewhere: torch.optim.SparseAdam and LazyAdam of TensorFlow Addons leave the moments of untouched rows as they are,
@@ -35,7 +23,7 @@ from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.params import BANK
 from mmjax.training.row_gradients import CHUNK_ROWS, RowSums
 
-LARGEST_FACTOR = 0.999  # the largest f above: a row drifts by at most 999 of its last steps
+LARGEST_FACTOR = 0.999  # of a drift: a row moves on by at most 999 of its last steps
 
 Moments = dict[str, Array]
 ROW_MOMENTS = ('mean_MP', 'square_MP', 'count_M', 'missed_M', 'log_decay_M')  # those that have a part for each row
@@ -58,7 +46,7 @@ def init_moments(bank_MP: Array) -> Moments:
 def update_read_rows(
   config: Config, rate: optax.Schedule, bank_MP: Array, moments: Moments, sums: RowSums, count: Array, applied: Array
 ) -> tuple[Array, Moments, Array]:
-  """Makes one update by the rule above, in place where the compiler may reuse the arrays.
+  """Makes one update by that rule, in place where the compiler may reuse the arrays.
 
   Args:
     config: betas and decay of the bank, eps.
