@@ -6,6 +6,7 @@ import random
 import shutil
 import tempfile
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -85,6 +86,12 @@ def tiny_run(tmp_path_factory):
   )
   fit(config, folder / 'run')
   return folder / 'run'
+
+
+@pytest.fixture
+def run(tiny_run, tmp_path):
+  """A copy of it to write into, in tmp_path."""
+  return Path(shutil.copytree(tiny_run, tmp_path / 'run'))
 
 
 @pytest.fixture(scope='session')

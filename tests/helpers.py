@@ -4,8 +4,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
-from functools import partial
+import warnings
+from collections.abc import Callable, Iterable
+from functools import cache, partial
 from pathlib import Path
 
 import jax
@@ -17,7 +18,11 @@ from jax import Array
 
 from mmjax.config import Config, idle_settings, load_config
 from mmjax.data.loader import PADDING
+from mmjax.errors import run_command
 from mmjax.model.params import Params, init_params, model_graph
+from mmjax.training.optimizer import make_optimizer
+from mmjax.training.state import TrainState, TrainStep, init_state
+from mmjax.training.step import make_train_step
 from tests.tiny import TINY as TINY
 
 REPOSITORY = Path(__file__).parent.parent
@@ -64,6 +69,20 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, Array]:
   }
 
 
+def make_step(config: Config, total_steps: int = 10) -> tuple[TrainStep, Callable[[], TrainState]]:
+  """Returns the update, not yet compiled, and what makes its first state."""
+  optimizer = make_optimizer(config, total_steps)
+  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=total_steps)
+  return step, lambda: init_state(config, optimizer)
+
+
+@cache
+def compiled(config: Config) -> tuple[TrainStep, TrainState]:
+  """Returns the update of ten, compiled at its first call, and its first state."""
+  step, first = make_step(config)
+  return jax.jit(step), jax.jit(first)()
+
+
 def overrides(text: Path, **more: object) -> dict[str, object]:
   """Returns the settings of a short run on the fixture `text`."""
   return {
@@ -87,6 +106,18 @@ def command(text: Path, workdir: Path, **more: object) -> list[str]:
   """Returns the command line of a short run on the fixture `text`; run it in REPOSITORY."""
   flags = [f'--config.{name.replace("__", ".")}={value}' for name, value in overrides(text, **more).items()]
   return [sys.executable, 'train.py', '--config', TINY_CONFIG, '--workdir', str(workdir), *flags]
+
+
+def run_main(main: Callable[[], None], monkeypatch, capture, *flags: object) -> tuple[int, str, str]:
+  """Runs a command's `main` in this process; returns exit code, stdout and stderr, from capsys or capfd."""
+  monkeypatch.setattr(sys, 'argv', ['command', *map(str, flags)])
+  monkeypatch.setattr(warnings, 'showwarning', warnings.showwarning)  # a command may set it; this puts it back
+  code = 0
+  try:
+    run_command(main)
+  except SystemExit as stop:
+    code = stop.code
+  return code, *capture.readouterr()
 
 
 def wait_for(path: Path, text: str, process: subprocess.Popen, seconds: float = 90) -> None:

@@ -8,13 +8,9 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from mmjax.config.sublayers import SUBLAYERS
 from mmjax.kernels.forms import traced_for
-from mmjax.model.params import model_graph
 from mmjax.run.nvidia import TRITON, count_triton
 from mmjax.run.placement import compiler_options
-from mmjax.training.optimizer import make_optimizer
-from mmjax.training.state import init_state
-from mmjax.training.step import make_train_step
-from tests.helpers import random_batch, rarely, tiny_config
+from tests.helpers import make_step, random_batch, rarely, tiny_config
 
 
 def lowered_for_cuda(function, *inputs) -> str:
@@ -28,11 +24,8 @@ def lowered_for_cuda(function, *inputs) -> str:
 )
 def test_step_lowered_for_cuda_has_no_triton_and_no_pallas(sublayer):
   config = tiny_config(model__sublayer=sublayer, model__n_layers=1, train__dtype='bfloat16')
-  optimizer = make_optimizer(config, 10)
-  # 'xla', because cuDNN cannot be lowered where there is none.
-  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=10)
-  state = jax.eval_shape(lambda: init_state(config, optimizer))
-  text = lowered_for_cuda(step, state, random_batch(config))
+  step, first = make_step(config)  # with attention by XLA, because cuDNN cannot be lowered where there is none
+  text = lowered_for_cuda(step, jax.eval_shape(first), random_batch(config))
   assert 'stablehlo.dot_general' in text and not TRITON.search(text)
 
 

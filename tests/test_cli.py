@@ -14,19 +14,15 @@ import train
 from mmjax.config import load_config
 from mmjax.errors import StorageError, UserError, run_command
 from mmjax.run.directory import RunDir
-from tests.helpers import TINY
+from tests.helpers import TINY, run_main
 
 REPOSITORY = Path(__file__).parent.parent
 
 
 def run_train(monkeypatch, capsys, *arguments: str) -> tuple[int, str]:
   """Runs train.py in this process; returns its exit code and stderr."""
-  monkeypatch.setattr(sys, 'argv', ['train.py', *arguments])
-  try:
-    run_command(train.main)
-  except SystemExit as stop:
-    return stop.code, capsys.readouterr().err
-  return 0, capsys.readouterr().err
+  code, _, err = run_main(train.main, monkeypatch, capsys, *arguments)
+  return code, err
 
 
 def tiny_flags(tmp_path: Path, **settings: object) -> list[str]:

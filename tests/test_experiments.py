@@ -1,7 +1,6 @@
 """Every experiment of the line, from its config file: train, resume, evaluate, sample, convert both ways, report."""
 
-import json
-import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,6 @@ from mmjax.tools.bank import build_bank
 from mmjax.training import loop
 from tests.helpers import TINY, StopAfter, flags_for
 
-WORDS = 'the memory reads a row of its bank and writes what it learned into the stream again'.split()
 EXPERIMENTS = ('exp_1_4_0', 'exp_1_4_1', 'exp_1_4_2', 'exp_1_4_3', 'exp_moe')
 
 
@@ -39,10 +37,8 @@ def tiny_experiment(name: str, folder: Path) -> Config:
 
 @pytest.mark.slow  # other tests cover the parts, for one or two of the experiments
 @pytest.mark.parametrize('name', EXPERIMENTS)
-def test_experiment_trains_resumes_evaluates_samples_converts_and_is_reported(name, tmp_path, monkeypatch):
-  draw = random.Random(0)
-  documents = [' '.join(draw.choices(WORDS, k=draw.randint(20, 60))) for _ in range(300)]
-  (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in documents))
+def test_experiment_trains_resumes_evaluates_samples_converts_and_is_reported(name, text, tmp_path, monkeypatch):
+  shutil.copy(text / 'text.jsonl', tmp_path)
   config, run, whole = tiny_experiment(name, tmp_path), tmp_path / 'run', tmp_path / 'whole'
   if name == 'exp_1_4_3':
     assert config.model.num_selected == 16

@@ -37,14 +37,13 @@ print(json.dumps(found))
 
 
 @pytest.mark.thorough
-def test_new_format_is_one_row_and_is_prepared_and_evaluated_with(tiny_run, tmp_path):
+def test_new_format_is_one_row_and_is_prepared_and_evaluated_with(run, tmp_path):
   for folder in ('mmjax', 'configs'):
     shutil.copytree(REPOSITORY / folder, tmp_path / folder, ignore=shutil.ignore_patterns('__pycache__'))
   shutil.copy(REPOSITORY / 'pyproject.toml', tmp_path)
   table = tmp_path / 'mmjax' / 'data' / 'formats.py'
   [added] = re.findall(r'```python\n(def third_field.*?)```', (REPOSITORY / 'docs' / 'guide.md').read_text(), re.DOTALL)
   table.write_text(table.read_text().replace('FORMATS = {\n', added))
-  run = shutil.copytree(tiny_run, tmp_path / 'run')
   texts = [f'the memory reads row {n} of its bank and writes 知识' for n in range(60)]
   lines = ''.join(f'{n};x;{text}\r\n' for n, text in enumerate(texts))
   (tmp_path / 'known.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))

@@ -1,7 +1,6 @@
 """Runs with settings that are gone: read as before, and refused where what is gone would matter."""
 
 import json
-import shutil
 
 import pytest
 
@@ -61,8 +60,7 @@ def test_override_of_what_is_gone_says_so(name):
 
 
 @pytest.mark.thorough
-def test_run_directory_of_such_a_run_draws_samples_and_does_not_go_on(tiny_run, text, tmp_path):
-  run = shutil.copytree(tiny_run, tmp_path / 'run')
+def test_run_directory_of_such_a_run_draws_samples_and_does_not_go_on(run, tiny_run, text):
   settings = saved(balance_loss_weight=0.01) | {'data': json.loads((run / 'config.json').read_text())['data']}
   (run / 'config.json').write_text(json.dumps(settings))
   assert RunDir(run).read_config() == mmjax.load(run).config

@@ -1,8 +1,6 @@
 """Looking into a memory: rows, contexts and effects against plain loops, the command, and what is refused."""
 
 import json
-import shutil
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +11,14 @@ from flax import nnx
 import mmjax
 from mmjax.console import show
 from mmjax.data.loader import PADDING
-from mmjax.errors import UserError, run_command
+from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import KEPT_CONTEXTS, MemoryReader, token_text
 from mmjax.model.layers import rope_angles
 from mmjax.run.directory import open_run
 from mmjax.tools import inspect
-from tests.helpers import build_model, tiny_config
+from tests.helpers import build_model, run_main, tiny_config
 
 BAG = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__layers': '1', 'memory__bank_std': 2.0}
 TEXT = 'the memory reads a row of its bank and writes what it learned'
@@ -188,20 +186,7 @@ def test_a_row_is_replaced_in_its_own_layer_only(tiny_run, split):
   assert np.abs(change_V).max() > 1e-3
 
 
-def run_inspect(monkeypatch, capfd, *flags: str) -> tuple[int, str, str]:
-  """Runs the command in this process; returns exit code, stdout and stderr."""
-  monkeypatch.setattr(sys, 'argv', ['inspect', *flags])
-  monkeypatch.setattr('warnings.showwarning', None)  # the command sets it; this puts it back afterwards
-  code = 0
-  try:
-    run_command(inspect.main)
-  except SystemExit as stop:
-    code = stop.code
-  return code, *capfd.readouterr()
-
-
-def test_command_prints_tables_and_writes_json(tiny_run, tmp_path, monkeypatch, capfd):
-  run = shutil.copytree(tiny_run, tmp_path / 'run')
+def test_command_prints_tables_and_writes_json(run, tiny_run, tmp_path, monkeypatch, capfd):
   settings = json.loads((run / 'config.json').read_text())
   settings['memory'] |= {'bank_init': 'file', 'bank_file': f'{tmp_path}/bank.safetensors'}
   del settings['sha256']  # changed on purpose
@@ -212,7 +197,7 @@ def test_command_prints_tables_and_writes_json(tiny_run, tmp_path, monkeypatch, 
   row = reader.read_text('the memory')[-1]['layers'][1]['rows'][0]['row']
 
   flags = ['--workdir', str(run), '--text', 'the\x1b[2J memory', '--row', str(row), '--json', f'{tmp_path}/found.json']
-  code, out, err = run_inspect(monkeypatch, capfd, *flags, '--top', '2')
+  code, out, err = run_main(inspect.main, monkeypatch, capfd, *flags, '--top', '2')
   assert code == 0, err
   found = json.loads((tmp_path / 'found.json').read_text())
   assert found['text']['tokens'] == json.loads(json.dumps(reader.read_text('the\x1b[2J memory')))
@@ -242,7 +227,7 @@ def test_command_prints_tables_and_writes_json(tiny_run, tmp_path, monkeypatch, 
   ],
 )
 def test_bad_input_is_refused_in_one_sentence(tiny_run, monkeypatch, capfd, flags, said):
-  code, out, err = run_inspect(monkeypatch, capfd, '--workdir', str(tiny_run), *flags)
+  code, out, err = run_main(inspect.main, monkeypatch, capfd, '--workdir', str(tiny_run), *flags)
   assert (code, out) == (2, '')
   assert said in err and err.count('\n') == 1
 

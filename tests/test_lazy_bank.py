@@ -12,11 +12,10 @@ from mmjax.kernels.bank import Reads
 from mmjax.model.params import model_graph
 from mmjax.training import lazy_bank
 from mmjax.training.lazy_bank import init_moments, update_read_rows
-from mmjax.training.optimizer import make_optimizer
 from mmjax.training.row_gradients import RowReads, RowSums, add_rows, no_rows
 from mmjax.training.state import init_state
-from mmjax.training.step import make_gradient, make_train_step
-from tests.helpers import random_batch, rarely, tiny_config
+from mmjax.training.step import make_gradient
+from tests.helpers import compiled, make_step, random_batch, rarely, tiny_config
 
 STEPS = 10
 BAG = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2}
@@ -162,13 +161,6 @@ def test_rule_equals_float64_row_by_row(monkeypatch):
   np.testing.assert_array_equal(bank[M - 1], first[M - 1])
 
 
-@functools.cache
-def compiled(config):
-  optimizer = make_optimizer(config, STEPS)
-  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=STEPS)
-  return jax.jit(step), jax.jit(lambda: init_state(config, optimizer))()
-
-
 @pytest.mark.parametrize('rate', rarely(('everyones', 'own'), 'own'))
 @pytest.mark.thorough
 def test_where_every_row_is_read_it_equals_dense_adamw(rate):
@@ -221,10 +213,9 @@ def test_step_makes_no_array_of_the_size_of_the_bank():
   """A dense update of this bank needs its gradient beside it; XLA's own count of what a program needs."""
   bytes_of = []
   for config in pairs(**BAG, model__knowledge_num=2**16, model__knowledge_dim=32):
-    optimizer = make_optimizer(config, STEPS)
-    step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=STEPS)
-    state = jax.eval_shape(lambda config=config, optimizer=optimizer: init_state(config, optimizer))
-    memory = jax.jit(step, donate_argnums=0).lower(state, random_batch(config)).compile().memory_analysis()
+    step, first = make_step(config)
+    lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(first), random_batch(config))
+    memory = lowered.compile().memory_analysis()
     bytes_of.append(memory.temp_size_in_bytes)
   bank_bytes = 2**16 * 32 * 4
   assert bytes_of[0] > bank_bytes > 2 * bytes_of[1]

@@ -258,8 +258,7 @@ def test_state_that_is_not_finite_is_never_saved(text, tmp_path, monkeypatch):
 
 
 @pytest.mark.thorough
-def test_checkpoint_that_holds_nan_says_so_and_is_not_trained_on(tiny_run, tmp_path, capfd):
-  run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+def test_checkpoint_that_holds_nan_says_so_and_is_not_trained_on(run, tmp_path, capfd):
   config, checkpoints = RunDir(run).read_config(), Checkpoints(run)
   state, metadata = restore_state(Learner(config, place(config), 6), checkpoints)
   state['params']['memory_bank'] = state['params']['memory_bank'].at[1, 1].set(np.inf)

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,26 +9,13 @@ import eval as eval_command
 import mmjax
 from mmjax.console import printable
 from mmjax.data.worker import is_held_out
-from mmjax.errors import run_command
 from mmjax.evaluation.evaluate import EvalResult
 from mmjax.inference.measure import PROMPTS, distinct_share, read_prompts, repeated_share
-
-
-@pytest.fixture
-def run(tiny_run, tmp_path):
-  return Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+from tests.helpers import run_main
 
 
 def run_eval(monkeypatch, capfd, *flags: str) -> tuple[int, str, str]:
-  """Runs the command in this process; returns exit code, stdout and stderr."""
-  monkeypatch.setattr(sys, 'argv', ['eval.py', '--max_new_tokens', '12', *flags])
-  monkeypatch.setattr('warnings.showwarning', None)
-  code = 0
-  try:
-    run_command(eval_command.main)
-  except SystemExit as stop:
-    code = stop.code
-  return code, *capfd.readouterr()
+  return run_main(eval_command.main, monkeypatch, capfd, '--max_new_tokens', 12, *flags)
 
 
 @pytest.mark.thorough
@@ -133,8 +118,7 @@ def test_other_validation_text_than_in_training_is_refused(moved, monkeypatch, c
 
 
 @pytest.mark.thorough
-def test_evaluation_makes_nothing_where_it_is_called(tiny_run, tmp_path, monkeypatch, capfd):
-  run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+def test_evaluation_makes_nothing_where_it_is_called(run, tiny_run, tmp_path, monkeypatch, capfd):
   stored = json.loads((run / 'config.json').read_text())
   del stored['sha256']
   stored['data'] |= {'train_files': '', 'prepared_dir': 'out/data'}  # as of a run on the embedded corpus

@@ -9,14 +9,10 @@ import jax
 import pytest
 
 from mmjax.config.sublayers import SUBLAYERS
-from mmjax.model.params import model_graph
 from mmjax.run.directory import RunDir
 from mmjax.training.loop import fit
-from mmjax.training.optimizer import make_optimizer
 from mmjax.training.profile import SCOPES, innermost_scope, operation_scopes, self_times
-from mmjax.training.state import init_state
-from mmjax.training.step import make_train_step
-from tests.helpers import random_batch, rarely, tiny_config
+from tests.helpers import make_step, random_batch, rarely, tiny_config
 
 
 @pytest.mark.thorough
@@ -87,10 +83,8 @@ def test_time_of_an_operation_leaves_out_what_ran_within_it():
 @pytest.mark.parametrize('kind', rarely(SUBLAYERS, 'memory_bag', 'moe'))
 def test_heavy_operations_of_every_sublayer_belong_to_a_scope(kind):
   config = tiny_config(model__n_layers=1, model__sublayer=kind, train__accumulation_steps=1)
-  optimizer = make_optimizer(config, 10)
-  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=10)
-  state = jax.eval_shape(lambda: init_state(config, optimizer))
-  text = jax.jit(step).lower(state, random_batch(config)).as_text(debug_info=True)
+  step, first = make_step(config)
+  text = jax.jit(step).lower(jax.eval_shape(first), random_batch(config)).as_text(debug_info=True)
   names = re.findall(r'loc\("(jit\(train_step\)[^"]*)"', text)
   heavy = [name for name in names if re.search(r'/(dot_general|gather|scatter-add|top_k|sort|exp|logistic)$', name)]
   assert len(heavy) > 9 and not [name for name in heavy if innermost_scope(name) is None]
@@ -99,9 +93,7 @@ def test_heavy_operations_of_every_sublayer_belong_to_a_scope(kind):
 @pytest.mark.thorough
 def test_scopes_change_nothing_but_names():
   config = tiny_config(model__n_layers=1)
-  optimizer = make_optimizer(config, 10)
-  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=10)
-  state = jax.eval_shape(lambda: init_state(config, optimizer))
-  lowered = jax.jit(step).lower(state, random_batch(config))
+  step, first = make_step(config)
+  lowered = jax.jit(step).lower(jax.eval_shape(first), random_batch(config))
   assert not any(f'"{scope}' in lowered.as_text() for scope in SCOPES)
   assert '(attention)' in lowered.as_text(debug_info=True)

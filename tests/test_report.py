@@ -2,7 +2,6 @@
 
 import json
 import shlex
-import shutil
 import struct
 from pathlib import Path
 
@@ -84,8 +83,7 @@ def png_size(path: Path) -> tuple[int, int]:
 
 
 @pytest.mark.thorough
-def test_report_of_a_finished_run_has_every_part(tiny_run, tmp_path):
-  run = Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+def test_report_of_a_finished_run_has_every_part(run):
   path = write_report(run)
   text = path.read_text()
   titles = [line.removeprefix('## ') for line in text.splitlines() if line.startswith('## ')]

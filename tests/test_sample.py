@@ -7,23 +7,15 @@ import pytest
 
 import mmjax
 from mmjax.console import printable
-from mmjax.errors import run_command
 from mmjax.tools import sample
+from tests.helpers import run_main
 
 FLAGS = ['--max_new_tokens', '12', '--seed', '4']
 
 
 def run_sample(monkeypatch, capfd, *flags: str, stdin: bytes = b'') -> tuple[int, str, str]:
-  """Runs the command in this process; returns exit code, stdout and stderr."""
-  monkeypatch.setattr(sys, 'argv', ['sample', *flags])
   monkeypatch.setattr(sys, 'stdin', io.TextIOWrapper(io.BytesIO(stdin), 'utf-8'))
-  monkeypatch.setattr('warnings.showwarning', None)  # the command sets it; this puts it back afterwards
-  code = 0
-  try:
-    run_command(sample.main)
-  except SystemExit as stop:
-    code = stop.code
-  return code, *capfd.readouterr()
+  return run_main(sample.main, monkeypatch, capfd, *flags)
 
 
 def test_a_prompt_is_continued_as_the_api_does(tiny_run, monkeypatch, capfd):

@@ -3,7 +3,6 @@
 import http.client
 import json
 import re
-import shutil
 import socket
 import sys
 import time
@@ -397,8 +396,7 @@ def test_browser_opens_a_saved_page_without_a_server(browser, bag, dense, tmp_pa
 
 
 @pytest.mark.thorough
-def test_text_that_is_gone_is_said_and_the_rest_works(tiny_run, tmp_path):
-  run = shutil.copytree(tiny_run, tmp_path / 'run')
+def test_text_that_is_gone_is_said_and_the_rest_works(run, tmp_path):
   record = json.loads((run / 'run.json').read_text())
   del record['sha256']
   record['starts'][-1]['prepared_dir'] = str(tmp_path / 'gone')

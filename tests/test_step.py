@@ -25,18 +25,11 @@ from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make
 from mmjax.training.state import init_state
 from mmjax.training.step import make_train_step
 from tests import helpers
-from tests.helpers import random_batch, rarely
+from tests.helpers import compiled, random_batch, rarely
 
 STEPS = 10
 tiny_config = functools.partial(helpers.tiny_config, model__n_layers=1)  # half the compile time; layers are alike
 DECAYED = {'train__weight_decay': 0.1, 'train__grad_clip': 0.05}
-
-
-@functools.cache
-def compiled(config):
-  optimizer = make_optimizer(config, STEPS)
-  step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=STEPS)
-  return jax.jit(step), jax.jit(lambda: init_state(config, optimizer))()
 
 
 def run(config, n_steps, batches=None):

@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import jax
@@ -13,17 +12,11 @@ import pytest
 import mmjax
 import train
 from mmjax.config import flatten
-from mmjax.errors import CommandError, StorageError, UserError, run_command
+from mmjax.errors import CommandError, StorageError, UserError
 from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
 from mmjax.training.loop import fit
-from tests.helpers import rarely, tiny_config
-
-
-@pytest.fixture
-def run(tiny_run, tmp_path):
-  """A copy of a finished run."""
-  return Path(shutil.copytree(tiny_run, tmp_path / 'run'))
+from tests.helpers import rarely, run_main, tiny_config
 
 
 def files_of(directory: Path) -> list[Path]:
@@ -53,10 +46,8 @@ def damage_checkpoints(run: Path) -> None:
 def train_again(run: Path, monkeypatch, capsys) -> tuple[int, str]:
   """Types the command that made a run once more; returns exit code and stderr."""
   flags = [f'--config.{name}={value}' for name, value in flatten(RunDir(run).read_config().to_dict()).items()]
-  monkeypatch.setattr(sys, 'argv', ['train.py', '--config', 'configs/base.py', '--workdir', str(run), *flags])
-  with pytest.raises(SystemExit) as stopped:
-    run_command(train.main)
-  return stopped.value.code, capsys.readouterr().err
+  code, _, err = run_main(train.main, monkeypatch, capsys, '--config', 'configs/base.py', '--workdir', run, *flags)
+  return code, err
 
 
 @pytest.mark.parametrize('how', ['flipped', 'removed'])
