@@ -8,8 +8,8 @@ import argparse
 import sys
 
 from mmjax.config import load_config, own_config
+from mmjax.config.schema import SETTINGS
 from mmjax.console import command_parser
-from mmjax.data.formats import FORMATS, PACKINGS
 from mmjax.data.index import read_index
 from mmjax.data.overlap import overlap_remark
 from mmjax.data.prepare import prepare
@@ -38,17 +38,10 @@ def main() -> None:
 def _parser() -> argparse.ArgumentParser:
   parser = command_parser('prepare', __doc__)
   parser.add_argument('--config', default=str(own_config('base.py')), help='config file that the defaults come from')
-  parser.add_argument(
-    '--train_files', help=f'comma-separated paths or globs: {" or ".join(FORMATS)}, plain{", ".join(PACKINGS)}'
-  )
-  parser.add_argument('--valid_files', help='the same, held out')
-  parser.add_argument('--valid_fraction', help='share of training documents to hold out if there are no valid_files')
+  for field in ('train_files', 'valid_files', 'valid_fraction', 'tokenizer', 'text_key', 'on_bad_line', 'workers'):
+    parser.add_argument(f'--{field}', help=SETTINGS[f'data.{field}'].meaning)
   parser.add_argument('--out', dest='prepared_dir', metavar='OUT', help='folder for prepared directories')
   parser.add_argument('--vocab_size', help='pieces of the tokenizer; by default those of --tokenizer, or the config')
-  parser.add_argument('--tokenizer', help='a SentencePiece model or a tokenizer.json; by default one is trained')
-  parser.add_argument('--text_key', help='key of the text in a jsonl line')
-  parser.add_argument('--on_bad_line', help='fail: stop at the first bad line; skip: leave bad lines out, count them')
-  parser.add_argument('--workers', help='tokenizer processes; 0: one for each core')
   return parser
 
 
