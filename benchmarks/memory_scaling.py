@@ -11,7 +11,6 @@ in it. On a CPU make the model smaller with `--config.model.dim=256` and the lik
     --config.model.dim=256 --config.model.n_layers=4 --config.model.n_heads=8 --config.model.n_kv_heads=2
 """
 
-import dataclasses
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -55,12 +54,12 @@ def main() -> None:
 
 def with_model(config: Config, **fields: int) -> Config:
   """Returns the config with other sizes of the model."""
-  return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+  return config.with_settings({f'model.{name}': value for name, value in fields.items()})
 
 
 def with_update(config: Config, update: str) -> Config:
   """Returns the config with another way to update the bank."""
-  return dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_update=update))
+  return config.with_settings({'memory.bank_update': update})
 
 
 class Point:

@@ -13,7 +13,6 @@ record's 3.79 G positions at this speed.
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import subprocess
 import sys
@@ -98,8 +97,7 @@ def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[dict[str, Upda
   variants = {'mmjax': config}
   if compare_triton and is_nvidia(jax.devices()[0].platform):
     other = not config.runtime.triton_gemm
-    runtime = dataclasses.replace(config.runtime, triton_gemm=other)
-    variants[f'mmjax, triton_gemm={other}'] = dataclasses.replace(config, runtime=runtime)
+    variants[f'mmjax, triton_gemm={other}'] = config.with_settings({'runtime.triton_gemm': other})
   for name, variant in variants.items():
     compiled = step.compiled if variant is config else step.compile(variant)
     updates[name] = lambda compiled=compiled: step.run(compiled)

@@ -83,14 +83,13 @@ def test_models_differ_as_the_experiment_says(models):
 def test_models_that_should_last_train_like_the_baseline_and_cost_no_more(scale):
   runs = {run.name: run.config for run in read_sweep('sweeps/lasting.py', [f'scale={scale}', 'tokens=3e6,12e6'])}
   strong = runs['g0-3M-s0']
-  plain = dataclasses.replace(strong.model, value_embeddings='')
-  budget = flops_per_token(dataclasses.replace(strong, model=plain))['total']
+  budget = flops_per_token(strong.with_settings({'model.value_embeddings': ''}))['total']
   for name, config in runs.items():
     longer = {'max_steps': strong.train.max_steps, 'warmup_steps': strong.train.warmup_steps}
     longer |= {'eval_interval': strong.train.eval_interval, 'checkpoint_interval': strong.train.checkpoint_interval}
     longer['parameters'] = strong.train.parameters  # which give the keys of g60 a rate
     assert dataclasses.replace(config.train, **longer) == strong.train, name
-    bare = dataclasses.replace(config, model=dataclasses.replace(config.model, value_embeddings=''))
+    bare = config.with_settings({'model.value_embeddings': ''})
     assert 0.98 * budget < flops_per_token(bare)['total'] <= budget, name
   assert len(runs) == 2 * len({name.partition('-')[0] for name in runs})
 

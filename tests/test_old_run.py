@@ -4,7 +4,6 @@ tests/data/old_run was made by commit 1e0ca4d on made-up sentences. Training was
 last checkpoint is that of update 2; `after_4` is what the same commit logged when it went on.
 """
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -31,8 +30,7 @@ def old(tmp_path):
   shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
   run = RunDir(tmp_path / 'run')
   config = run.read_config()
-  data = dataclasses.replace(config.data, train_files='', prepared_dir=str(tmp_path / 'prepared'))
-  return run, dataclasses.replace(config, data=data)
+  return run, config.with_settings({'data.train_files': '', 'data.prepared_dir': str(tmp_path / 'prepared')})
 
 
 def last_evaluation(run: RunDir) -> dict:
@@ -74,10 +72,8 @@ def test_old_run_evaluates_to_what_it_recorded(old):
 def test_old_run_goes_on_as_it_would_have(old, text):
   run, config = old
   if text == 'sentences':  # prepared again, to the same tokens
-    data = dataclasses.replace(
-      config.data, train_files=str(run.path.parent / 'text.jsonl'), prepared_dir=str(run.path.parent / 'again')
-    )
-    config = dataclasses.replace(config, data=data)
+    source, prepared = run.path.parent / 'text.jsonl', run.path.parent / 'again'
+    config = config.with_settings({'data.train_files': str(source), 'data.prepared_dir': str(prepared)})
   fit(config, run.path)
   found = last_evaluation(run)
   assert found['step'] == 4 and len(run.read_record()['starts']) == 2

@@ -1,6 +1,5 @@
 """One placement for everything that runs a trained model: the run's own where it can run, else what was asked for."""
 
-import dataclasses
 import json
 import shutil
 import sys
@@ -27,9 +26,7 @@ def with_attention(run, folder, attention, dtype='float32'):
   shutil.copytree(run, folder)
   directory = RunDir(folder)
   config = directory.read_config()
-  runtime = dataclasses.replace(config.runtime, attention=attention)
-  train = dataclasses.replace(config.train, dtype=dtype)
-  directory.write_config(dataclasses.replace(config, runtime=runtime, train=train))
+  directory.write_config(config.with_settings({'runtime.attention': attention, 'train.dtype': dtype}))
   return folder
 
 

@@ -1,6 +1,5 @@
 """Profiles: a tiny run's trace and table; scopes of operations and nested times against hand-made ones."""
 
-import dataclasses
 import gzip
 import json
 import re
@@ -18,7 +17,7 @@ from tests.helpers import make_step, random_batch, rarely, tiny_config
 @pytest.mark.thorough
 def test_profiled_run_writes_a_trace_and_says_where_the_time_goes(tiny_run, tmp_path, capsys):
   config = RunDir(tiny_run).read_config()
-  fit(dataclasses.replace(config, train=dataclasses.replace(config.train, profile_steps=2)), tmp_path)
+  fit(config.with_settings({'train.profile_steps': 2}), tmp_path)
   out = capsys.readouterr().out
   assert 'Profile of 2 steps' in out
   shares = {

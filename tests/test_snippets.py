@@ -1,6 +1,5 @@
 """From text to the rows of a bank: cutting, encoding, choosing, and the file that a run starts from."""
 
-import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -211,7 +210,7 @@ def test_bank_that_is_there_already_is_refused_and_keeps_its_texts(built):
   files = [folder / 'bank.safetensors', folder / 'bank.jsonl']
   before = [path.read_bytes() for path in files]
   with pytest.raises(UserError, match='already exists'):
-    bank.build_bank(dataclasses.replace(config, seed=1), files[0], 'lsa')
+    bank.build_bank(config.with_settings({'seed': 1}), files[0], 'lsa')
   assert [path.read_bytes() for path in files] == before
 
 
@@ -219,7 +218,7 @@ def test_text_of_the_banks_name_is_not_replaced(built, tmp_path):
   config, folder = built
   text = tmp_path / 'own.jsonl'
   text.write_bytes((folder / 'text.jsonl').read_bytes())
-  own = dataclasses.replace(config, data=dataclasses.replace(config.data, train_files=str(text)))
+  own = config.with_settings({'data.train_files': str(text)})
   with pytest.raises(UserError, match='own.safetensors. would replace .*own.jsonl. with its rows. texts'):
     bank.build_bank(own, tmp_path / 'own.safetensors', 'lsa')
   assert text.read_bytes() == (folder / 'text.jsonl').read_bytes() and len(list(tmp_path.iterdir())) == 1
@@ -250,7 +249,7 @@ def test_bank_of_another_shape_is_refused(built):
 
 def test_run_with_a_bank_that_does_not_fit_is_refused_before_anything_is_written(built, tmp_path):
   config, _ = built
-  config = dataclasses.replace(config, model=dataclasses.replace(config.model, knowledge_num=81))
+  config = config.with_settings({'model.knowledge_num': 81})
   with pytest.raises(UserError, match=r'holds a bank of \(64, 8\)'):
     fit(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()

@@ -42,7 +42,7 @@ def run(config, n_steps, batches=None):
 
 
 def loss_and_gradients(config, dtype='float32'):
-  config = dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=dtype))
+  config = config.with_settings({'train.dtype': dtype})
   batch = jax.tree.map(lambda x: x[0], random_batch(config))
   params = init_state(config, make_optimizer(config, STEPS))['params']
   noise = np.random.default_rng(0)  # norms that are not all 1
@@ -289,10 +289,7 @@ def test_non_finite_gradient_skips_the_update_and_is_counted():
 @pytest.mark.parametrize('bank_update', ['dense', 'lazy'])
 @pytest.mark.thorough
 def test_update_that_would_not_be_finite_is_skipped_and_counted(bank_update):
-  config = tiny_config(memory__bank_update=bank_update)
-  config = dataclasses.replace(
-    config, train=dataclasses.replace(config.train, eps=0.0)
-  )  # 0 / 0 in what got no gradient
+  config = tiny_config(memory__bank_update=bank_update).with_settings({'train.eps': 0.0})  # 0 / 0 without a gradient
   step, state = compiled(config)
   after, metrics = step(state, random_batch(config))
   assert np.isfinite(metrics['loss']) and np.isfinite(metrics['grad_norm'])

@@ -120,12 +120,6 @@ def peak_bytes(compiled: Any) -> int:
   return compiled.memory_analysis().peak_memory_in_bytes
 
 
-def with_batch(config: Config, batch: int, remat: str) -> Config:
-  """Returns the config with another micro-batch and another `runtime.remat`."""
-  train, runtime = dataclasses.replace(config.train, batch_size=batch), dataclasses.replace(config.runtime, remat=remat)
-  return dataclasses.replace(config, train=train, runtime=runtime)
-
-
 def largest_batch(
   peak_of: Callable[[int], int], known: dict[int, float], limit: float, step: int
 ) -> tuple[int, dict[int, float]]:

@@ -36,7 +36,7 @@ class Trial:
   """
 
   def __init__(self, config: Config, devices: Sequence[jax.Device] | None = None):
-    config = dataclasses.replace(config, memory=dataclasses.replace(config.memory, bank_init='normal'))
+    config = config.with_settings({'memory.bank_init': 'normal'})
     self.learner = Learner(config, place(config, devices), TOTAL_STEPS)
     self.state = new_state(self.learner)
     self.batch = put_batch(self.learner.placement.mesh, random_rows(config), config.train.accumulation_steps)

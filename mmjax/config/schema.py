@@ -7,7 +7,7 @@ them; mmjax/config/sublayers.py says which belong to which sublayer.
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmjax.choices import ATTENTION_BACKENDS, NORM_EPS, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, in_turns
@@ -332,9 +332,18 @@ class Config:
     """Returns nested plain dicts, as config.json holds them."""
     return dataclasses.asdict(self)
 
+  def with_settings(self, settings: Mapping[str, Any]) -> 'Config':
+    """Returns the config with other values of settings, {'train.batch_size': 8}; no rule is looked at."""
+    config = self
+    for name, value in settings.items():
+      section, _, field = name.rpartition('.')
+      part = dataclasses.replace(getattr(config, section) if section else config, **{field: value})
+      config = dataclasses.replace(config, **{section: part}) if section else part
+    return config
+
   def without_teaching(self) -> 'Config':
     """Returns the settings of the same model elsewhere, where nobody can tell which of its rows were taught."""
-    return dataclasses.replace(self, memory=dataclasses.replace(self.memory, teach_rows=0))
+    return self.with_settings({'memory.teach_rows': 0})
 
 # fmt: on
 

@@ -112,7 +112,7 @@ def as_trained(lm: LanguageModel, config: Config) -> tuple[Config, Placement]:
     The config with that dtype, and where and how it is computed.
   """
   placement = place_reader(config, dtype=lm.dtype or config.train.dtype, attention=lm.attention)
-  return dataclasses.replace(config, train=dataclasses.replace(config.train, dtype=placement.dtype.name)), placement
+  return config.with_settings({'train.dtype': placement.dtype.name}), placement
 
 
 def _text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:

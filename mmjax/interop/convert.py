@@ -157,8 +157,8 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
 
 def _model_settings(config: Config) -> dict[str, dict[str, Any]]:
   """Returns the settings of a model in a file, which holds its bank; of training, the bank's own rates and rule."""
-  memory = dataclasses.replace(config.without_teaching().memory, bank_init='normal', bank_file='')
-  own, settings = dataclasses.replace(config, memory=memory, train=TrainConfig()), {}
+  own = config.without_teaching().with_settings({'memory.bank_init': 'normal', 'memory.bank_file': ''})
+  own, settings = dataclasses.replace(own, train=TrainConfig()), {}
   for name, value in flatten(own.to_dict()).items():
     section, _, field = name.partition('.')
     if (section in ('model', 'memory') or name in CUT) and name not in idle_settings(own):

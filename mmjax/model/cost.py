@@ -7,7 +7,6 @@ top-k, the gather of rows and their scaling are left out, as is recomputation (`
 useful work.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -95,8 +94,7 @@ def width_field(config: Config) -> str:
 
 def with_width(config: Config, width: int) -> Config:
   """Returns the config with the setting that `width_field` names replaced."""
-  section, field = width_field(config).split('.')
-  return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{field: width})})
+  return config.with_settings({width_field(config): width})
 
 
 def matching_width(config: Config, flops: float) -> int:

@@ -2,7 +2,6 @@
 bank file that it started from, recorded by its hash in run.json and checked wherever it is used again.
 """
 
-import dataclasses
 import shlex
 from pathlib import Path
 from typing import Any
@@ -99,10 +98,8 @@ def compare_models(old: Config, new: Config, source: str) -> None:
 
 
 def _same_model(config: Config, name: str, value: Any) -> bool:
-  section, _, field = name.partition('.')
-  changed = {section: dataclasses.replace(getattr(config, section), **{field: value})}
   try:
-    return build_abstract(dataclasses.replace(config, **changed)) == build_abstract(config)
+    return build_abstract(config.with_settings({name: value})) == build_abstract(config)
   except ValueError:  # a setting that does not go with the others at all
     return False
 

@@ -9,7 +9,6 @@ Before its first update the new run saves what it starts from as its own step 0,
 from. From then on the other run is not needed.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,8 +116,7 @@ def with_bank_of(old: Config, config: Config) -> Config:
   """Returns a config that says how its bank started; one that says nothing of it, as another does."""
   if config.memory.bank_init != default_settings()['memory.bank_init']:
     return config
-  bank = {'bank_init': old.memory.bank_init, 'bank_file': old.memory.bank_file}
-  return dataclasses.replace(config, memory=dataclasses.replace(config.memory, **bank))
+  return config.with_settings({'memory.bank_init': old.memory.bank_init, 'memory.bank_file': old.memory.bank_file})
 
 
 def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dict[str, Any], dict[str, Any]]:

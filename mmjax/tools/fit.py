@@ -16,16 +16,7 @@ from typing import Any
 from mmjax.ahead.cards import CARDS, find_card
 from mmjax.ahead.compiler import compile_for, measured_here, prepare_environment
 from mmjax.ahead.count import describe_kernels
-from mmjax.ahead.estimate import (
-  Estimate,
-  check_card,
-  estimate,
-  largest_batch,
-  memory_share,
-  peak_bytes,
-  same_update,
-  with_batch,
-)
+from mmjax.ahead.estimate import Estimate, check_card, estimate, largest_batch, memory_share, peak_bytes, same_update
 from mmjax.config import load_config
 from mmjax.console import Table, command_parser, markdown, show
 from mmjax.errors import UserError, run_command
@@ -81,7 +72,8 @@ def search(found: Estimate) -> dict[str, dict[str, Any]]:
 
   def largest(remat: str) -> dict[str, Any]:
     def peak_of(batch: int) -> int:
-      return peak_bytes(compile_for(with_batch(config, batch, remat), found.card, found.devices))
+      other = config.with_settings({'train.batch_size': batch, 'runtime.remat': remat})
+      return peak_bytes(compile_for(other, found.card, found.devices))
 
     known: dict[int, float] = {0: found.fixed_bytes}
     if remat == config.runtime.remat:

@@ -61,7 +61,7 @@ def fill(disk: Path) -> Path:
 def settings(tiny_run: Path) -> Config:
   """The settings of a finished run, but for a checkpoint at each step, which changes nothing that is compiled."""
   config = RunDir(tiny_run).read_config()
-  return dataclasses.replace(config, train=dataclasses.replace(config.train, checkpoint_interval=1))
+  return config.with_settings({'train.checkpoint_interval': 1})
 
 
 def full_before(monkeypatch, full_steps: list[int], take: callable, give: callable) -> None:
