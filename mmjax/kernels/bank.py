@@ -75,6 +75,9 @@ class TappedBank(NamedTuple):
     return self.bank_MP.shape
 
 
+Bank = Array | BankShard | TappedBank | PackedBank
+
+
 def no_reads(row_shape: tuple[int, ...], row_dim: int, dtype: DTypeLike, *, bag: bool) -> Reads:
   """Returns zeros to tap a bank with.
 
@@ -116,7 +119,7 @@ def _add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
 
 
 @jax.named_scope('lookup')
-def bank_lookup(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BTR: Array, dtype: DTypeLike) -> Array:
+def bank_lookup(bank_MP: Bank, row_BTR: Array, dtype: DTypeLike) -> Array:
   """Gathers rows of the bank.
 
   Args:
@@ -166,7 +169,7 @@ _narrow_lookup.defvjp(
 
 
 @jax.named_scope('lookup')
-def bank_bag(bank_MP: Array | BankShard | TappedBank | PackedBank, row_BThr: Array, weight_BThr: Array) -> Array:
+def bank_bag(bank_MP: Bank, row_BThr: Array, weight_BThr: Array) -> Array:
   """Sums rows of the bank, weighted: an embedding bag for each head.
 
   The rows are read again in the backward pass. To keep them would take r times the memory of the sums.

@@ -4,11 +4,9 @@ from typing import Any, NamedTuple
 
 from jax import Array
 
-from mmjax.kernels.bank import BankShard, TappedBank
-from mmjax.kernels.packed_bank import PackedBank
+from mmjax.kernels.bank import Bank as Bank
 
 Params = dict[str, Any]
-Bank = Array | BankShard | TappedBank | PackedBank
 
 
 class Selection(NamedTuple):
