@@ -384,6 +384,37 @@ def test_browser_types_points_opens_switches_off_compares_streams_and_stops(brow
 
 
 @pytest.mark.thorough
+def test_browser_shows_continuations_of_the_text_and_the_change_that_it_names_alone(browser, port, tmp_path):
+  story, field = "document.getElementById('story-0-{}')", "document.querySelector('[name={}]')"
+  browser.open(f'http://127.0.0.1:{port}/')
+  browser.wait(f'{TOKENS} > 3')
+  browser.js(
+    f"{field.format('max_new_tokens')}.value = 512; document.getElementById('text').value = 'the memory reads'"
+  )
+  browser.click('#go')  # reads what stands in the field first
+  browser.wait(f'!{STOPPED} && {story.format(0)}.textContent.length > 9')
+  assert browser.js('state.text') == 'the memory reads'
+  browser.js("document.getElementById('text').value = 'into the stream again'")
+  browser.click('#read')  # while it is written
+  browser.wait(f"state.text === 'into the stream again' && {STOPPED}")
+  time.sleep(0.5)
+  assert browser.text('#story-0-0') == 'Press Continue.' and browser.text('#status') == ''
+  browser.js(f'{field.format("max_new_tokens")}.value = 20; {field.format("temperature")}.value = 1.5')
+  browser.click('#inspector button', 'Switch off the bank')
+  browser.wait(f'{story.format(1)}')
+  browser.click('#go')
+  browser.wait(f'{STOPPED} && {story.format(1)}.textContent.length > 9')
+  browser.js('compare([[{ row: 1, scale: 2 }], []]).then(() => 1)')
+  assert browser.text('#story-0-1') == 'Press Continue.' != browser.text('#story-0-0')
+  browser.js("URL.createObjectURL = blob => { window.blob = blob; return '#' }")
+  (tmp_path / 'page.html').write_text(browser.js('save().then(() => blob.text())'))
+  browser.open((tmp_path / 'page.html').as_uri())
+  browser.wait(f'{TOKENS} > 3')
+  assert browser.js(f'{field.format("temperature")}.value') == '1.5'
+  assert browser.js(f'{field.format("max_new_tokens")}.value') == '20'
+
+
+@pytest.mark.thorough
 def test_browser_opens_a_saved_page_without_a_server(browser, bag, dense, tmp_path):
   page = tmp_path / 'page.html'
   page.write_text(saved_page([bag, dense], TEXT + '\r\n'))  # a field has other ends of lines
@@ -391,6 +422,7 @@ def test_browser_opens_a_saved_page_without_a_server(browser, bag, dense, tmp_pa
   browser.wait(f'{TOKENS} > 3')
   browser.click('#inspector button.link:not(:disabled)')
   browser.wait("document.querySelector('#inspector h2')?.textContent.startsWith('Row ')")
+  assert browser.js("document.querySelector('[name=max_new_tokens]').value") == '60'
   browser.click('#go')
   browser.wait("document.getElementById('story-0-0').textContent.length > 9")
 

@@ -1,5 +1,6 @@
 """The page as one file that opens anywhere: all that it asks for a text, answered beforehand."""
 
+import dataclasses
 import json
 import time
 from collections import Counter
@@ -18,7 +19,7 @@ NEW_TOKENS = 60
 
 def saved_page(views: Sequence[RunView], text: str) -> str:
   """Returns the page as it looks after reading a text, with the rows that the text reads most and one continuation."""
-  answers = {}
+  answers, sampling = {}, Sampling(max_new_tokens=NEW_TOKENS)
   for run, view in enumerate(views):
     while view.corpus is not None and not view.corpus.done:
       view.corpus.grow()
@@ -28,9 +29,9 @@ def saved_page(views: Sequence[RunView], text: str) -> str:
     for fields in _rows(view, text):
       if time.monotonic() < start + ROW_SECONDS:
         answers[_key('row', {'run': run, **fields})] = view.row(**fields)
-    sampling = Sampling(max_new_tokens=NEW_TOKENS)
     answers[_key('stream', {'run': run, 'text': text, 'changes': []})] = ''.join(view.stream(text, [], sampling))
   saved = {'text': text, 'runs': [view.describe() for view in views], 'answers': answers}
+  saved['sampling'] = dataclasses.asdict(sampling)
   data = json.dumps(finite(saved), ensure_ascii=False, separators=(',', ':')).replace('<', '\\u003c')
   page = static('page.html').replace('<link rel="stylesheet" href="page.css">', f'<style>{static("page.css")}</style>')
   script = f'<script type="application/json" id="saved">{data}</script>\n<script>{static("page.js")}</script>'

@@ -13,7 +13,9 @@ const state = {
   answers: {}, // all that was asked, for a saved page
   held: null, // {run, at}: the token whose reads are shown when nothing is pointed at
   row: null, // {run, row, layer}: shown instead of a token
-  map: { run: 0, layer: null }, byChange: false, stop: null,
+  map: { run: 0, layer: null }, byChange: false,
+  stop: null, sampling: null, // of the last continuations
+  doing: 0, // how many things were begun: only the last says that it goes on or is done
 }
 
 // Elements: h('p.soft', {title: 'x', onclick: f, '--w': 3}, 'text', child)
@@ -73,16 +75,19 @@ async function ask(question, fields, signal) {
 
 // Runs what the user asked for, says that it is being computed, and says what went wrong; returns whether all went well.
 async function doing(what, work) {
-  const waiting = setTimeout(() => say(what), 150)
+  const own = ++state.doing
+  const tell = sentence => { if (own === state.doing) say(sentence) }
+  const waiting = setTimeout(tell, 150, what)
   try {
     await work()
-    clearTimeout(waiting)
-    say('')
+    tell('')
     return true
   } catch (error) {
-    clearTimeout(waiting)
-    if (error.name !== 'AbortError') say(error.message, true)
+    if (error.name === 'AbortError') tell('')
+    else say(error.message, true)
     return false
+  } finally {
+    clearTimeout(waiting)
   }
 }
 
@@ -90,7 +95,8 @@ async function doing(what, work) {
 
 async function read() {
   const text = saved ? saved.text : $('text').value // which has its own ends of lines
-  await doing('Reading… the first text of a length compiles the model for it.', async () => {
+  state.stop?.abort() // what continues another text
+  return doing('Reading… the first text of a length compiles the model for it.', async () => {
     state.answers = Object.fromEntries(Object.entries(state.answers).filter(([asked]) => /^(row|map|health)/.test(asked)))
     const reads = await Promise.all(state.runs.map((_, run) => ask('read', { run, text })))
     Object.assign(state, { text, reads, row: null, stories: {} })
@@ -104,6 +110,7 @@ async function read() {
 async function predict() {
   const { changes } = state
   state.nexts = await Promise.all(state.runs.map((_, run) => ask('next', { run, text: state.text, changes: changes[run] })))
+  changes.forEach((ofRun, run) => { if (ofRun !== state.compared[run]) delete state.stories[`${run}-1`] })
   state.compared = changes
   if (!state.nexts.some(next => next.nats)) state.byChange = false
   drawTokens()
@@ -341,6 +348,7 @@ const withRun = (run, changes) => state.changes.map((others, at) => at === run ?
 // Reads with these changes of the banks; if it fails they are taken back.
 async function compare(changes) {
   state.changes = changes
+  state.stop?.abort() // what continues with other changes
   if (!await doing('Reading with the changed bank…', predict)) {
     state.changes = state.compared
     drawComing()
@@ -372,8 +380,9 @@ const variantsOf = run => state.nexts[run]?.nats ? [0, 1] : [0]
 async function proceed(event) {
   event.preventDefault()
   state.stop?.abort()
+  if (!saved && $('text').value !== state.text && !await read()) return
   const stop = state.stop = new AbortController()
-  const sampling = Object.fromEntries([...new FormData($('sampling'))].map(([name, value]) => [name, +value]))
+  const sampling = state.sampling = Object.fromEntries([...new FormData($('sampling'))].map(([name, value]) => [name, +value]))
   const trained = state.runs.filter((run, at) => Math.min(run.max_seq_len, state.reads[at].tokens.length) + sampling.max_new_tokens > run.max_seq_len + 1)
   $('beyond').hidden = !trained.length
   $('beyond').textContent = trained.map(run => `${run.name} was trained on positions up to ${number(run.max_seq_len)}; this continuation may go beyond them.`).join(' ')
@@ -394,6 +403,7 @@ async function write(run, variant, sampling, signal) {
   const lines = response.body.pipeThrough(new TextDecoderStream()).getReader()
   for (let rest = ''; ;) {
     const { value, done } = await lines.read()
+    signal.throwIfAborted() // also where a piece came first: its story may be another's by now
     if (done) return void (state.answers[key('stream', fields)] = state.stories[name])
     const parts = (rest + value).split('\n')
     rest = parts.pop()
@@ -500,7 +510,8 @@ function chart(title, lines) {
 // The page as one file, with all answers that it got since the text was read.
 async function save() {
   const [page, style, script] = await Promise.all(['.', 'page.css', 'page.js'].map(file => fetch(file).then(response => response.text())))
-  const data = JSON.stringify({ text: state.text, runs: state.runs, answers: state.answers }).replaceAll('<', '\\u003c')
+  const { text, runs, answers, sampling } = state
+  const data = JSON.stringify({ text, runs, answers, sampling }).replaceAll('<', '\\u003c')
   const whole = page.replace('<link rel="stylesheet" href="page.css">', () => `<style>${style}</style>`)
     .replace('<script src="page.js"><\/script>', () => `<script type="application/json" id="saved">${data}<\/script>\n<script>${script}<\/script>`)
   h('a', { download: 'page.html', href: URL.createObjectURL(new Blob([whole], { type: 'text/html' })) }).click()
@@ -515,7 +526,10 @@ async function start() {
   if (saved) {
     $('text').value = saved.text
     for (const id of ['text', 'read']) $(id).disabled = true
-    for (const input of $('sampling').querySelectorAll('input')) input.disabled = true
+    for (const input of $('sampling').querySelectorAll('input')) {
+      if (saved.sampling) input.value = saved.sampling[input.name]
+      input.disabled = true
+    }
   }
   $('ask').addEventListener('submit', event => { event.preventDefault(); read() })
   $('text').addEventListener('keydown', event => { if (event.key === 'Enter' && (event.ctrlKey || event.metaKey)) read() })
