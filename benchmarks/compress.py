@@ -15,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mmjax.choices import BANK_BITS
 from mmjax.data.loader import TokenSplit, eval_batches, open_split
 from mmjax.evaluation.evaluate import make_eval_step
 from mmjax.inference.api import LanguageModel, load
 from mmjax.inference.memory_reads import MemoryReader
-from mmjax.kernels.packed_bank import BITS, PackedBank, pack_bank
+from mmjax.kernels.packed_bank import PackedBank, pack_bank
 from mmjax.model.params import BANK, model_graph
 from mmjax.run.directory import RunDir
 from mmjax.run.placement import place_reader
@@ -40,7 +41,7 @@ def main() -> None:
   arguments = parser.parse_args()
   lm = load(arguments.workdir)
   bank_MP = lm.params[BANK]
-  banks = {'float32': bank_MP} | {f'{bits} bits': pack_bank(bank_MP, bits) for bits in BITS}
+  banks = {'float32': bank_MP} | {f'{bits} bits': pack_bank(bank_MP, bits) for bits in BANK_BITS}
   lms = {name: with_bank(lm, bank) for name, bank in banks.items()}
   prepared = evaluation_data(RunDir(arguments.workdir), lm.config)
   losses = measure_losses(lm, banks, open_text(lm, prepared, 'valid'), arguments.positions)

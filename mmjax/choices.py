@@ -13,6 +13,8 @@ NORM_EPS = 1e-5
 NGRAMS = (2, 3)  # by whose counts a loss is broken down
 TOP = 5  # rows, contexts and tokens to show of a memory
 EVERY_RUN = '*'  # of a sweep
+EXPORT_DTYPES = ('float32', 'float16', 'bfloat16')
+BANK_BITS = (8, 4)  # of a value of a bank that was made smaller
 
 
 def not_square(name: str, number: int) -> str:

@@ -20,8 +20,9 @@ from mmjax.console import Progress
 from mmjax.errors import CommandError, StoppedError, UserError
 from mmjax.report.found import FoundRun
 from mmjax.tools import sweep as sweep_tool
-from mmjax.tools.sweep import Sweep
+from mmjax.tools import sweep_runs
 from mmjax.tools.sweep_file import Planned, read_sweep
+from mmjax.tools.sweep_runs import Sweep
 from tests.helpers import TINY, rarely, tiny_config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -72,8 +73,8 @@ def sweep(tmp_path, monkeypatch):
   """Runs the command in this process with the stand-in; returns what it raised, or None."""
   (tmp_path / 'sweep.py').write_text(SWEEP)
   (tmp_path / 'stand_in.py').write_text(STAND_IN)
-  monkeypatch.setattr(sweep_tool, 'CHILD', (sys.executable, str(tmp_path / 'stand_in.py')))
-  monkeypatch.setattr(sweep_tool, 'LOOK_SECONDS', 0.02)
+  monkeypatch.setattr(sweep_runs, 'CHILD', (sys.executable, str(tmp_path / 'stand_in.py')))
+  monkeypatch.setattr(sweep_runs, 'LOOK_SECONDS', 0.02)
   monkeypatch.setenv('PYTHONPATH', str(REPOSITORY))
 
   def run(*flags: str) -> BaseException | None:
@@ -125,6 +126,7 @@ def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path, monke
   flags = ('--set', 'steps=40', '--only', 'a-s0,b-*')
   with monkeypatch.context() as patch:
     patch.setattr(sweep_tool, 'time', Clock)
+    patch.setattr(sweep_runs, 'time', Clock)
     error = sweep(*flags, '--max_minutes', '59')
   assert isinstance(error, StoppedError) and 'the same command goes on' in str(error)
   step = FoundRun(tmp_path / 'out' / 'a-s0', tiny_config(train__max_steps=40)).step
@@ -136,7 +138,9 @@ def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path, monke
 
 @pytest.mark.parametrize('number', rarely([signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], signal.SIGINT))
 def test_signal_saves_the_running_one_and_exits_75(sweep, tmp_path, number):
-  command = 'import sys, runpy; from mmjax.tools import sweep; from mmjax.errors import run_command; sweep.CHILD = '
+  command = (
+    'import sys; from mmjax.errors import run_command; from mmjax.tools import sweep, sweep_runs; sweep_runs.CHILD = '
+  )
   command += f'(sys.executable, {str(tmp_path / "stand_in.py")!r}); run_command(sweep.main)'
   flags = [str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out'), '--set', 'steps=2000']
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}

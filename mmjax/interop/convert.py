@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import DTypeLike
 
@@ -50,7 +49,6 @@ from mmjax.run.leaves import refuse_non_finite
 from mmjax.training.optimizer import make_optimizer
 from mmjax.training.state import init_state
 
-EXPORT_DTYPES = {'float32': np.float32, 'float16': np.float16, 'bfloat16': ml_dtypes.bfloat16}
 HEADER = 'mmjax'  # key in the header of a .safetensors: a JSON object
 
 
@@ -177,7 +175,7 @@ def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> 
   params, counters, step = read_params(run, config, which)
   tensors = to_tensors(params, config)
   if dtype:
-    tensors = {name: _cast(name, value, EXPORT_DTYPES[dtype]) for name, value in tensors.items()}
+    tensors = {name: _cast(name, value, np.dtype(dtype)) for name, value in tensors.items()}
   return tensors, step or counters.get('step_before', 0)
 
 

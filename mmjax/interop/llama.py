@@ -48,7 +48,7 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
     workdir: run directory.
     target: new directory.
     which: 'best', 'last' or the number of a step.
-    dtype: of the weights, a key of EXPORT_DTYPES; None keeps float32.
+    dtype: of the weights, one of EXPORT_DTYPES; None keeps float32.
 
   Raises:
     UserError: if there is no such run, its model is no Llama, no tokenizer.json cuts as its tokenizer does, a value

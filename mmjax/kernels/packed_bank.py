@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-BITS = (8, 4)
 GROUP = 32  # values of a row that share a scale, in 4 bits
 
 
@@ -62,7 +61,7 @@ def pack_bank(bank_MP: Array, bits: int) -> PackedBank:
 
   Args:
     bank_MP: float32, finite.
-    bits: one of BITS.
+    bits: one of BANK_BITS.
   """
   n_rows, row_dim = bank_MP.shape
   if bits == 8:

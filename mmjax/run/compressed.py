@@ -8,10 +8,11 @@ from typing import Any
 
 import jax
 
+from mmjax.choices import BANK_BITS
 from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.files import read_json, write_json
-from mmjax.kernels.packed_bank import BITS, pack_bank
+from mmjax.kernels.packed_bank import pack_bank
 from mmjax.model.params import BANK, Params, abstract_params
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir
@@ -29,8 +30,10 @@ def compressed_from(run: RunDir) -> dict[str, Any] | None:
   if not (run.path / FILE).exists():
     return None
   found = read_json(run.path / FILE, sealed=True)
-  if found.get('bits') not in BITS:
-    raise UserError(f'{run.path / FILE} says bits={found.get("bits")!r}, must be one of {", ".join(map(str, BITS))}')
+  if found.get('bits') not in BANK_BITS:
+    raise UserError(
+      f'{run.path / FILE} says bits={found.get("bits")!r}, must be one of {", ".join(map(str, BANK_BITS))}'
+    )
   return found
 
 

@@ -9,8 +9,7 @@ runs are refused, or with --allow_other_data marked. Exit codes: 0 done, 2 user 
 """
 
 from mmjax.console import command_parser
-from mmjax.errors import run_command
-from mmjax.report.compare import compare
+from mmjax.errors import interrupt_ends_at_once, run_command
 
 
 def main() -> None:
@@ -21,6 +20,10 @@ def main() -> None:
   parser.add_argument('--allow_other_data', action='store_true', help='mark runs on other data, not refuse them')
   parser.add_argument('--models', default='', help='names and patterns of the runs of each model: g0=g0-*,g42=g42-*')
   arguments = parser.parse_args()
+
+  with interrupt_ends_at_once():
+    from mmjax.report.compare import compare  # only now: --help and bad flags need not wait for JAX
+
   print(f'Written: {compare(arguments.runs, arguments.out, arguments.allow_other_data, arguments.models)}')
 
 

@@ -15,25 +15,28 @@ What compress makes has a bank of 8 or 4 bits a value. It is evaluated, sampled,
 
 import argparse
 
+from mmjax.choices import BANK_BITS, EXPORT_DTYPES
 from mmjax.config import own_config, user_path
 from mmjax.console import command_parser
-from mmjax.errors import UserError, run_command
+from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.inference.settings import add_checkpoint_flag
-from mmjax.interop.compress import compress_run
-from mmjax.interop.convert import EXPORT_DTYPES, export_run, import_run
-from mmjax.interop.llama import export_llama
-from mmjax.kernels.packed_bank import BITS
 
 
 def main() -> None:
   """Reads flags and converts."""
   arguments, overrides = _parser().parse_known_args()
+  if overrides and arguments.command != 'import':
+    raise UserError(f'argument {overrides[0]!r} is not understood; {arguments.command} uses the settings of the run')
+
+  with interrupt_ends_at_once():  # only now: --help and bad flags need not wait for JAX
+    from mmjax.interop.compress import compress_run
+    from mmjax.interop.convert import export_run, import_run
+    from mmjax.interop.llama import export_llama
+
   if arguments.command == 'import':
     source, out = user_path(arguments.source), user_path(arguments.out)
     import_run(source, out, arguments.config, overrides, arguments.tokenizer, arguments.dtype)
     return
-  if overrides:
-    raise UserError(f'argument {overrides[0]!r} is not understood; {arguments.command} uses the settings of the run')
   workdir = user_path(arguments.workdir)
   if arguments.command == 'compress':
     compress_run(workdir, user_path(arguments.out), arguments.bits, arguments.checkpoint)
@@ -56,10 +59,10 @@ def _parser() -> argparse.ArgumentParser:
   give.add_argument('--to', required=True, help='new file: .pth, .pt or .safetensors; a new directory for llama')
   give.add_argument('--format', choices=['file', 'llama'], default='file', help='what is written')
   add_checkpoint_flag(give)
-  give.add_argument('--dtype', choices=list(EXPORT_DTYPES), help='cast; by default float32 is kept')
+  give.add_argument('--dtype', choices=EXPORT_DTYPES, help='cast; by default float32 is kept')
   pack = commands.add_parser('compress', help='run directory -> run directory with a smaller bank')
   pack.add_argument('--workdir', required=True, help='run directory')
-  pack.add_argument('--bits', type=int, choices=BITS, required=True, help='of a value of the bank')
+  pack.add_argument('--bits', type=int, choices=BANK_BITS, required=True, help='of a value of the bank')
   pack.add_argument('--out', required=True, help='new run directory')
   add_checkpoint_flag(pack)
   return parser

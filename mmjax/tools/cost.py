@@ -8,9 +8,7 @@ error.
 
 from mmjax.config import load_config
 from mmjax.console import command_parser, show
-from mmjax.errors import run_command
-from mmjax.model.cost import flops_per_token, matching_width, width_field, with_width
-from mmjax.report.numbers import cost_table, costs
+from mmjax.errors import interrupt_ends_at_once, run_command
 
 
 def main() -> None:
@@ -20,6 +18,11 @@ def main() -> None:
   parser.add_argument('--match', help='config file of the model that it should cost as much as')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, overrides)
+
+  with interrupt_ends_at_once():  # only now: --help and bad settings need not wait for JAX
+    from mmjax.model.cost import flops_per_token, matching_width, width_field, with_width
+    from mmjax.report.numbers import cost_table, costs
+
   columns, said = {config.experiment: costs(config)}, ''
   if arguments.match:
     other = load_config(arguments.match)

@@ -6,15 +6,19 @@ into notes.md. That file is made once with open questions, never changed afterwa
 """
 
 from mmjax.console import command_parser
-from mmjax.errors import run_command
-from mmjax.report.write import write_report
+from mmjax.errors import interrupt_ends_at_once, run_command
 
 
 def main() -> None:
   """Writes the report of one run directory."""
   parser = command_parser('report', __doc__)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
-  print(write_report(parser.parse_args().workdir))
+  workdir = parser.parse_args().workdir
+
+  with interrupt_ends_at_once():
+    from mmjax.report.write import write_report  # only now: --help and bad flags need not wait for JAX
+
+  print(write_report(workdir))
 
 
 if __name__ == '__main__':
