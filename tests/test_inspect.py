@@ -221,7 +221,7 @@ def test_command_prints_tables_and_writes_json(run, tiny_run, tmp_path, monkeypa
     (['--text', 'a', '--top', '0'], '--top 0 must be at least 1'),
     ([], 'give --text, --text_file, --row or --taught'),
     (['--text', 'a', '--text_file', 'b'], "give --text 'a' or --text_file 'b', not both"),
-    (['--taught'], 'taught no rows that could be left out: its memory.teach_rows is 0'),
+    (['--taught'], 'taught no rows: its memory.teach_rows is 0'),
     (['--taught', '--without'], '--taught lists the rows that --without takes out; give one of them'),
     (['--text_file', 'no/such/file'], "'no/such/file' cannot be read: No such file"),
   ],

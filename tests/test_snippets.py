@@ -97,6 +97,28 @@ def test_standardize_and_reduce():
   np.testing.assert_allclose(distance(reduced), distance(plane), atol=1e-4)
 
 
+def test_text_that_says_nothing_is_refused():
+  with pytest.raises(UserError, match='every token of the 30 snippets is in all of them, so none says anything'):
+    latent_semantic_vectors(np.tile([1, 2, 3], (30, 1)), 8, 4)
+  with pytest.raises(UserError, match='all 6 rows are alike'):
+    standardize(np.tile(np.float32([0.1, 0.7, 0.3]), (6, 1)), 0.5)
+
+
+def test_rows_of_text_that_repeats_itself_are_counted(tmp_path, capsys):
+  documents = ['the memory reads a row of its bank and writes what it learned', 'a gate picks rows of the bank by keys']
+  (tmp_path / 'text.jsonl').write_text('\n'.join(json.dumps({'text': documents[n % 2]}) for n in range(100)))
+  sizes = {'model.knowledge_num': 64, 'model.knowledge_dim': 2, 'model.num_selected': 4, 'model.vocab_size': 290}
+  files = {'data.train_files': tmp_path / 'text.jsonl', 'data.prepared_dir': tmp_path / 'data'}
+  more = {'memory.knowledge_length': 6, 'data.valid_fraction': 0, 'data.workers': 1}
+  flags = [f'--config.{name}={value}' for name, value in (sizes | files | more).items()]
+  config = load_config('configs/exp_1_4_3.py', flags, bank.USED_SETTINGS)
+  bank.build_bank(config, tmp_path / 'bank.safetensors', 'lsa')
+  rows = [json.loads(line) for line in (tmp_path / 'bank.jsonl').read_text().splitlines()]
+  different = len({json.dumps(row) for row in rows})
+  assert len(rows) == 64 > different
+  assert f'The text repeats itself: {different} of the rows differ from each other' in capsys.readouterr().err
+
+
 def test_more_dimensions_than_there_are_are_refused():
   with pytest.raises(UserError, match='knowledge_dim=9 must be at most 8'):
     reduce_dim([np.zeros((50, 8))], 9)

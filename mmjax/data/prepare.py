@@ -195,7 +195,8 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
       'give data.valid_files'
     )
   raise UserError(
-    f'data.valid_fraction={fraction} holds out none of the {documents} documents; raise it, or give data.valid_files'
+    f'data.valid_fraction={fraction} holds out none of the {documents} documents; raise it, or give data.valid_files; '
+    'mmjax.tools.prepare and mmjax.tools.bank take 0, too'
   )
 
 

@@ -21,6 +21,7 @@ from mmjax.errors import UserError
 
 DIRECTION_SAMPLE = 2048  # snippets that a node's direction is estimated from
 POWER_ITERATIONS = 8
+MORE_TEXT = 'give text that does not repeat itself'
 
 
 def cut_snippets(split: TokenSplit, length: int, most: int) -> np.ndarray:
@@ -57,7 +58,7 @@ def latent_semantic_vectors(token_XT: np.ndarray, vocab_size: int, dim: int) -> 
     float32 (X, P), each of length 1 (or 0, for a snippet of which no token says anything).
 
   Raises:
-    UserError: if dim is not below min(X, V).
+    UserError: if dim is not below min(X, V), or all snippets have the same tokens, as often.
   """
   n_snippets, length = token_XT.shape
   most = min(n_snippets, vocab_size) - 1
@@ -72,6 +73,8 @@ def latent_semantic_vectors(token_XT: np.ndarray, vocab_size: int, dim: int) -> 
   rarity = np.log((1 + n_snippets) / (1 + occurs_in)).astype(np.float32)
   counts.data = np.log1p(counts.data)
   weighted = counts @ scipy.sparse.diags(rarity)
+  if not weighted.count_nonzero():
+    raise UserError(f'every token of the {n_snippets} snippets is in all of them, so none says anything; {MORE_TEXT}')
   start = np.ones(min(weighted.shape), np.float32)  # ARPACK would draw a random one
   _, _, direction_PV = scipy.sparse.linalg.svds(weighted, k=dim, v0=start, return_singular_vectors='vh')
   return unit_rows(weighted @ direction_PV[::-1].T)  # svds returns the smallest first
@@ -169,6 +172,12 @@ def leading_direction(vector_XP: np.ndarray, reference_P: np.ndarray) -> np.ndar
 
 
 def standardize(vector_MP: np.ndarray, std: float) -> np.ndarray:
-  """Centres the rows and scales all values to one standard deviation, float32."""
+  """Centres the rows and scales all values to one standard deviation, float32.
+
+  Raises:
+    UserError: if the rows are all alike.
+  """
   centred = vector_MP - vector_MP.mean(axis=0)
+  if not np.abs(vector_MP - vector_MP[0]).max() > 1e-6 * np.abs(vector_MP).max():
+    raise UserError(f'all {len(vector_MP)} rows are alike; {MORE_TEXT}')
   return (centred * (std / centred.std())).astype(np.float32)

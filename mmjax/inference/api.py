@@ -262,7 +262,7 @@ def load_run(
   if without_taught:
     refuse_compressed(run, 'read without the rows that it taught')
     if not config.memory.teach_rows:
-      raise UserError(f'{run.path} taught no rows that could be left out: its memory.teach_rows is 0')
+      raise UserError(f'{run.path} taught no rows: its memory.teach_rows is 0')
     checkpoint = START_STEP
   params, _, step = read_params(run, config, checkpoint)
   return LanguageModel(config, tokenizer, params, step=step, **placement)

@@ -104,10 +104,13 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
   row_M = stages.run('rows', lambda: choose_rows(vector_XP, model.n_sub_keys, report))
   progress.close()
   bank_MP = standardize(vector_XP[row_M], config.memory.bank_std)
-  write_texts(texts_path(out), snippet_texts(split, start_X[row_M], length))
+  texts = snippet_texts(split, start_X[row_M], length)
+  write_texts(texts_path(out), texts)
   write_tensors(out, {BANK: bank_MP})
   stages.remove()
   progress.say(f'{out}: {bank_MP.shape[0]:,} rows of {bank_MP.shape[1]}, their texts in {texts_path(out)}')
+  if (different := len(set(texts))) < len(texts):
+    progress.say(f'The text repeats itself: {different:,} of the rows differ from each other')
 
 
 def check_flags(config: Config, out: Path, encoder: str, snippets_a_row: int) -> None:
