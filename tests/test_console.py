@@ -11,6 +11,7 @@ from mmjax import console
 from mmjax.config import load_config
 from mmjax.console import Progress, Table, format_seconds, markdown, number, show
 from mmjax.training.progress import MicroBatchWatch, describe_times, show_step
+from mmjax.training.setup import warmup_remark
 
 
 def metrics(step: int) -> dict:
@@ -94,6 +95,14 @@ def test_short_runs_are_timed_without_advice():
   assert describe_times(train, 512, 8, 1.0).endswith(
     'an update of 8 takes 8 s, and the 8 updates left take 1 min 04 s, not counting evaluations.'
   )
+
+
+def test_advice_and_runs_that_never_leave_their_warm_up():
+  train = load_config('configs/ngram_rows_1m.py').train
+  advice = '--config.train.max_steps=75 --config.train.warmup_steps=7\n'
+  assert advice in describe_times(train, 512, 10_000, 0.5 * train.batch_size)
+  assert warmup_remark(train, 301) == ''
+  assert warmup_remark(train, 300).endswith('train.warmup_steps=300 is not less than the 300 updates of the run')
 
 
 def test_terminal_shows_a_bar_and_messages_as_they_are():

@@ -77,8 +77,9 @@ def describe_times(train: TrainConfig, max_seq_len: int, updates: int, seconds: 
   fewer = int(SHORT_RUN_SECONDS * train.batch_size / (seconds * rows))
   if updates * update < 2 * SHORT_RUN_SECONDS or fewer < 1:
     return said
+  warmup = f' --config.train.warmup_steps={fewer // 10}' if train.warmup_steps > fewer // 2 else ''
   return (
     f'{said}\nFor a run of {SHORT_RUN_SECONDS // 60} minutes here, press Ctrl-C twice and add to the command: '
     f'--workdir out/short --config.train.batch_size={rows} --config.train.accumulation_steps=1 '
-    f'--config.train.max_steps={fewer}\nA small model learns more in that time: --config configs/quickstart.py'
+    f'--config.train.max_steps={fewer}{warmup}\nA small model learns more in that time: --config configs/quickstart.py'
   )

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from mmjax.config import Config
+from mmjax.config import Config, TrainConfig
 from mmjax.config.sublayers import uses_bank
 from mmjax.console import Progress
 from mmjax.data.bank_file import read_bank
@@ -49,7 +49,7 @@ class Inputs:
   valid: TokenSplit
   data_sha256: str  # of the shards' hashes
   total_steps: int
-  remarks: list[str]  # what a user should know of the text
+  remarks: list[str]  # what a user should know of the text and of the schedule
 
 
 class Start(NamedTuple):
@@ -121,8 +121,19 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
   remarks = [
     cut_remark({'training': train_split, 'validation': valid_split}),
     overlap_remark(valid, valid.get('also_in_train'), config.data.layout),
+    warmup_remark(train, steps),
   ]
   return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
+
+
+def warmup_remark(train: TrainConfig, steps: int) -> str:
+  """Says of a run of so many updates that it never leaves its warm-up; '' of one that does."""
+  if train.warmup_steps < steps:
+    return ''
+  return (
+    f'The learning rate stays below its peak: train.warmup_steps={train.warmup_steps} is not less than the {steps} '
+    'updates of the run'
+  )
 
 
 def read_start(run: RunDir, config: Config, origin: Origin | None, mesh: Mesh) -> Start:
