@@ -167,6 +167,8 @@ def test_auto_picks_by_platform_dtype_and_devices():
   assert attention_backend('auto', jnp.bfloat16, 'gpu', 1, 256) == 'xla'
   assert attention_backend('auto', jnp.float32, 'gpu', 1, 16) == 'xla'
   assert attention_backend('xla', jnp.float32, 'cpu', 1, 16) == 'xla'
+  assert attention_backend('auto', jnp.bfloat16, 'gpu', 1, 16, masked_length=512) == 'cudnn'
+  assert attention_backend('auto', jnp.bfloat16, 'gpu', 1, 16, masked_length=513) == 'xla'
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,11 @@ def test_auto_picks_by_platform_dtype_and_devices():
 def test_backend_that_cannot_run_is_refused(name, dtype, platform, n_devices, head_dim):
   with pytest.raises(UserError, match=name):
     attention_backend(name, dtype, platform, n_devices, head_dim)
+
+
+def test_cudnn_is_refused_where_isolated_rows_are_odd():
+  with pytest.raises(UserError, match='rows of an even length where data.isolate_documents is on, not .*=513'):
+    attention_backend('cudnn', jnp.bfloat16, 'gpu', 1, 16, masked_length=513)
 
 
 def test_unknown_backend_is_refused():

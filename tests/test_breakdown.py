@@ -97,6 +97,13 @@ def test_files_and_runs_of_one_name_are_told_apart():
   assert by_file.header == ['run', 'read', 'a/x.jsonl', 'b/x.jsonl']
 
 
+def test_runs_on_other_text_are_named():
+  first = {'run': 'a', 'against': None}
+  assert command.other_text([first, {'run': 'b', 'against': 'a'}]) == ''
+  said = command.other_text([first, {'run': 'b', 'against': None}, {'run': 'c', 'against': 'b'}])
+  assert said.startswith('Evaluated on other tokens than a, or on rows of another length: b, c.')
+
+
 def test_error_of_clusters_is_that_of_the_mean_where_each_value_is_one():
   values = np.random.default_rng(0).normal(size=20)
   assert clustered_error(values, np.arange(20)) == pytest.approx(np.std(values, ddof=1) / 20**0.5)

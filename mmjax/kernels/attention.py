@@ -40,9 +40,9 @@ def causal_attention(
     return _blocked(q_BTNH, k_BTKH, v_BTKH, segment_BT)
   T = q_BTNH.shape[1]
   same_BTS = None if segment_BT is None else segment_BT[:, :, None] == segment_BT[:, None, :]
-  if backend == 'cudnn' and (same_BTS is None or T % 2 == 0):  # it trains with a mask, its bias, for even T only
-    settings = {'mask': None if same_BTS is None else same_BTS[:, None], 'is_causal': True, 'implementation': 'cudnn'}
-    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, **settings)
+  if backend == 'cudnn' and (same_BTS is None or T % 2 == 0):  # with a mask it trains for even T only
+    mask = None if same_BTS is None else same_BTS[:, None]
+    return jax.nn.dot_product_attention(q_BTNH, k_BTKH, v_BTKH, mask=mask, is_causal=True, implementation='cudnn')
   if backend not in ATTENTION_BACKENDS:
     raise ValueError(f'backend={backend!r} must be one of {", ".join(ATTENTION_BACKENDS)}')
   causal_1TS = jnp.tril(jnp.ones((1, T, T), bool))

@@ -97,7 +97,8 @@ def place_reader(config: Config, *, dtype: DTypeLike, attention: str | None = No
 
 def _place(config: Config, mesh: Mesh, attention: str, dtype: DTypeLike) -> Placement:
   platform = platform_of(mesh)
-  backend = attention_backend(attention, dtype, platform, mesh.size, config.model.head_dim)
+  masked = config.model.max_seq_len if config.data.isolate_documents else None
+  backend = attention_backend(attention, dtype, platform, mesh.size, config.model.head_dim, masked)
   return Placement(mesh, backend, jnp.dtype(dtype), compiler_options(config, platform))
 
 
@@ -130,7 +131,9 @@ def use_compilation_cache(config: Config) -> None:
     jax.config.update('jax_compilation_cache_dir', str(Path(config.runtime.compilation_cache_dir).absolute()))
 
 
-def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int, head_dim: int) -> str:
+def attention_backend(
+  name: str, dtype: DTypeLike, platform: str, n_devices: int, head_dim: int, masked_length: int | None = None
+) -> str:
   """Resolves 'auto' to the fastest backend for the machine, and refuses what cannot run there.
 
   Args:
@@ -139,14 +142,16 @@ def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int
     platform: of the devices: 'cpu', 'gpu', 'cuda', ...
     n_devices: in the mesh.
     head_dim: H.
+    masked_length: T of rows whose documents are isolated; None: no rows are.
 
   Raises:
     UserError: if the backend cannot run there.
   """
   is_half_on_nvidia = is_nvidia(platform) and jnp.dtype(dtype).itemsize == 2
   fits_cudnn = head_dim % 8 == 0 and head_dim <= CUDNN_HEAD_DIM
+  odd_mask = masked_length is not None and masked_length % 2 == 1  # see causal_attention
   if name == 'auto':
-    if is_half_on_nvidia and fits_cudnn:
+    if is_half_on_nvidia and fits_cudnn and not odd_mask:
       return 'cudnn'
     return 'xla_blocked' if platform == 'cpu' and n_devices == 1 else 'xla'
   if name == 'cudnn' and not is_half_on_nvidia:
@@ -155,6 +160,8 @@ def attention_backend(name: str, dtype: DTypeLike, platform: str, n_devices: int
     needs = (
       f'heads whose width is a multiple of 8 and at most {CUDNN_HEAD_DIM}, not {head_dim} (model.dim / model.n_heads)'
     )
+  elif name == 'cudnn' and odd_mask:
+    needs = f'rows of an even length where data.isolate_documents is on, not model.max_seq_len={masked_length}'
   elif name == 'xla_blocked' and n_devices > 1:
     needs = f'one device, not {n_devices}'
   else:

@@ -16,6 +16,7 @@ from mmjax.choices import NGRAMS
 from mmjax.config import check_output, user_path
 from mmjax.console import Table, command_parser, markdown, number, prepare_terminal, rounded_tokens, show
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
+from mmjax.files import first_three
 from mmjax.inference.settings import add_model_flags, model_from_flags
 
 NOTE = (
@@ -66,9 +67,10 @@ def main() -> None:
     if arguments.json is not None:  # after each, so that what stops it takes no more than one
       write_json(user_path(arguments.json), {'runs': found})
   shown = tables(found)
-  show(*shown, NOTE)
+  said = list(filter(None, (other_text(found), NOTE)))
+  show(*shown, *said)
   if arguments.markdown is not None:
-    write_file(user_path(arguments.markdown), markdown(*shown, NOTE))
+    write_file(user_path(arguments.markdown), markdown(*shown, *said))
   if written := ' and '.join(filter(None, (arguments.json, arguments.markdown))):
     print(f'Written: {written}')
 
@@ -83,6 +85,18 @@ def ngram_sizes(text: str) -> list[int]:
   if not all(size.isascii() and size.isdigit() and int(size) for size in sizes):
     raise UserError(f"--ngrams {text} must be numbers above 0, comma-separated, such as 2,3, or 'none'")
   return [int(size) for size in sizes]
+
+
+def other_text(found: Sequence[dict[str, Any]]) -> str:
+  """Names the runs whose losses do not compare with the first's, being of other tokens; '' of none."""
+  others = [run['run'] for run in found[1:] if run['against'] != found[0]['run']]
+  if not others:
+    return ''
+  names = first_three(others, 'runs')
+  return (
+    f'Evaluated on other tokens than {found[0]["run"]}, or on rows of another length: {names}. Losses in nats a token do '
+    'not compare across them.'
+  )
 
 
 def tables(found: Sequence[dict[str, Any]]) -> list[Table]:
