@@ -16,7 +16,7 @@ from mmjax.choices import NGRAMS
 from mmjax.config import check_output, user_path
 from mmjax.console import Table, command_parser, markdown, number, prepare_terminal, rounded_tokens, show
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
-from mmjax.files import first_three
+from mmjax.files import first_three, write_file, write_json
 from mmjax.inference.settings import add_model_flags, model_from_flags
 
 NOTE = (
@@ -46,7 +46,6 @@ def main() -> None:
 
   with interrupt_ends_at_once():
     from mmjax.data.reader import split_names  # only now: --help and bad flags need not wait for JAX
-    from mmjax.files import write_file, write_json
     from mmjax.inference.breakdown import break_down
     from mmjax.report.rows import find_runs
 
@@ -94,8 +93,8 @@ def other_text(found: Sequence[dict[str, Any]]) -> str:
     return ''
   names = first_three(others, 'runs')
   return (
-    f'Evaluated on other tokens than {found[0]["run"]}, or on rows of another length: {names}. Losses in nats a token do '
-    'not compare across them.'
+    f'Evaluated on other tokens than {found[0]["run"]}, or on rows of another length: {names}. '
+    'Losses in nats a token do not compare across them.'
   )
 
 
