@@ -113,8 +113,8 @@ def _check_rows(config: Config) -> None:
   selected = f'model.num_selected={model.num_selected} must be at most'
   if any(kind.has_gate for kind in kinds):
     name = 'memory.key_dim' if memory.key_dim else 'model.knowledge_dim'
-    for said in (not_square('model.knowledge_num', bank), not_even(name, memory.query_dim(model))):
-      _refuse(said, said)
+    if said := not_square('model.knowledge_num', bank) or not_even(name, memory.query_dim(model)):
+      raise UserError(said)
     _refuse(model.num_selected > C, f'{selected} the {C} sub-keys that model.knowledge_num={bank} gives each half')
     weighs = memory.score_activation == 'softmax' and any(kind.has_gate and kind.scores_weigh(memory) for kind in kinds)
     _refuse(
