@@ -31,7 +31,7 @@ model.experts_per_token = 2  # routed experts that a token uses; a shared one co
 model.aux_loss_weight = 0.1  # weight of the experts' load-balance loss
 
 memory.layers = 'all'  # layers with a memory: also 'middle' (all but the first and last quarter), '2,3'; 0 is first
-memory.ngram_layers = ''  # which of these layers have an 'ngram_bag' instead of a gate: '1', 'all'; '': none
+memory.ngram_layers = ''  # those of memory.layers with an 'ngram_bag' instead of a gate: '1,3'; '': none
 memory.value_layers = ''  # layers whose values get rows of n-grams: '1,3', 'all', 'alternate'; '': none
 memory.input = 'attention'  # the memory reads what attention added; 'residual': it reads the residual stream
 memory.n_heads = 1  # 1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank
@@ -54,13 +54,13 @@ memory.bank_lr_multiplier = 1.0  # factor of the bank's learning rate at the fir
 memory.bank_lr_final_multiplier = 1.0  # that factor at the last update; linear in between
 memory.bank_decay_multiplier = 1.0  # factor of the bank's weight decay; 0: none
 memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those that an update read; pays if they are few
-memory.teach_rows = 0  # with --init_from: so many rows learn in an update, those read more than before; 0: all learns
+memory.teach_rows = 0  # with --init_from: at most so many rows learn in an update, much read now, little before; 0: all
 
 data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
 data.valid_files = ''  # the same, held out; '': a share of the training documents
 data.valid_fraction = 0.01  # that share, chosen by a hash of each text; 0 (prepare only): none
 data.text_key = 'text'  # key of the text in a jsonl line
-data.on_bad_line = 'fail'  # 'fail' names the first bad line; 'skip' counts and reports them
+data.on_bad_line = 'fail'  # 'fail' stops at the first bad line and names it; 'skip' counts and reports them
 data.tokenizer = ''  # a SentencePiece model or a tokenizer.json; '': train one on the training text
 data.layout = 'packed'  # 'packed': one stream cut into rows; 'padded': one document a row, as in the record
 data.isolate_documents = False  # packed rows only: True keeps attention within a document

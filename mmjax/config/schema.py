@@ -103,7 +103,7 @@ class MemoryConfig:
 
   layers: str = field(
     'all', "layers with a memory: also 'middle' (all but the first and last quarter), '2,3'; 0 is first")
-  ngram_layers: str = field('', "which of these layers have an 'ngram_bag' instead of a gate: '1', 'all'; '': none",
+  ngram_layers: str = field('', "those of memory.layers with an 'ngram_bag' instead of a gate: '1,3'; '': none",
     before='')
   value_layers: str = field('', "layers whose values get rows of n-grams: '1,3', 'all', 'alternate'; '': none",
     before='')
@@ -151,7 +151,7 @@ class MemoryConfig:
   bank_update: str = field('dense', "Adam on all rows; 'lazy': on those that an update read; pays if they are few",
     choices=('dense', 'lazy'), before='dense')
   teach_rows: int = field(
-    0, 'with --init_from: so many rows learn in an update, those read more than before; 0: all learns', before=0)
+    0, 'with --init_from: at most so many rows learn in an update, much read now, little before; 0: all', before=0)
 
   def ngram_of_heads(self) -> tuple[int, ...]:
     """Returns how many tokens each head looks at where n-grams address rows: those of `ngrams`, in turns.
@@ -230,7 +230,7 @@ class DataConfig:
   valid_fraction: float = field(0.01, "that share, chosen by a hash of each text; 0 (prepare only): none",
     0, NEAREST_ONE, needs=NO_VALID_FILES)
   text_key: str = field('text', 'key of the text in a jsonl line', needs=TRAIN_FILES)
-  on_bad_line: str = field('fail', "'fail' names the first bad line; 'skip' counts and reports them",
+  on_bad_line: str = field('fail', "'fail' stops at the first bad line and names it; 'skip' counts and reports them",
     choices=('fail', 'skip'), needs=TRAIN_FILES)
   tokenizer: str = field('', "a SentencePiece model or a tokenizer.json; '': train one on the training text",
     is_path=True)
@@ -292,7 +292,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
-  """How the machine is used; none of it changes what is computed beyond rounding."""
+  """How the machine is used; beyond rounding it changes only the masks of dropout, by the number of devices."""
 
   data_devices: int = field(0, 'devices that divide the batch; 0: all that row_devices leaves')
   row_devices: int = field(1, 'devices over which the rows of the bank are divided; they share the batch, too', 1)

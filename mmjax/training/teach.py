@@ -1,13 +1,13 @@
-"""New text into few rows of a bank (memory.teach_rows=t): what the model knew stays where it is, bit for bit.
+"""New text into few rows of a bank (memory.teach_rows): what the model knew stays where it is, bit for bit.
 
 Training counts in how many updates each row of the bank was read: `reads`, a part of the state. A run that starts from
-another's weights goes on with its counts. While rows are taught, an update teaches the t rows with the largest
+another's weights goes on with its counts. The background is the updates before the teaching. While rows are taught, an
+update teaches at most memory.teach_rows rows, those with the highest
 
-  score = reads of the row in this update * log((B + 1) / (updates among the B before that read it + 1))
+  score = reads of the row in this update * log((background updates + 1) / (background updates that read it + 1))
 
-and nothing else has a gradient: the t rows that the new text reads most beyond the background, which are the B updates
-before the teaching. A row that every one of them read is never taught. Adam also moves the rows of the last updates on,
-until its mean of their gradients has faded; plain gradient descent does not.
+and nothing else has a gradient. Only a row that every update of the background read is never taught. Adam also moves
+the rows of the last updates on, until its mean of their gradients has faded; plain gradient descent does not.
 
 Source: Lin et al. 2025, "Continual Learning via Sparse Memory Finetuning", arXiv:2510.15103: TF-IDF, with batches as
 documents. There the rows move by plain gradient descent, which train.optimizer='sgd' does here; Adam learned as much
@@ -38,7 +38,7 @@ def first_reads(config: Config, before: RowCounts | None = None) -> RowCounts:
 
 
 def count_reads(reads: RowCounts, usage_LM: Array) -> RowCounts:
-  """Counts an update, whose layers read the rows int32 `usage_LM` times."""
+  """Counts an update, in which each reader read each row int32 `usage_LM` times."""
   read_M = jnp.any(usage_LM > 0, axis=0)
   return reads | {'count_M': reads['count_M'] + read_M, 'updates': reads['updates'] + 1}
 
