@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 
 import mmjax.kernels
+import mmjax.memory
 
 SUFFIX = re.compile(r'_*[a-z]\w*_([0-9A-Za-z]*[A-Z][0-9A-Za-z]*)')
 
@@ -28,8 +29,8 @@ def letters_in_use():
   return found
 
 
-def legend():
-  table = mmjax.kernels.__doc__.partition('\n\n  ')[2]
+def legend(module=mmjax.kernels):
+  table = module.__doc__.rpartition('\n\n  ')[2]
   return re.findall(r'(?:^|  )([A-Za-z])  (\w[^\n]*?)(?=  |\n|$)', f'  {table}', re.MULTILINE)
 
 
@@ -41,6 +42,23 @@ def test_legend_has_every_letter_in_use_with_one_meaning():
   assert not unknown
   assert max(Counter(letters).values()) == max(Counter(meanings).values()) == 1
   assert not set(letters) - set(used), 'letters that no array has'
+
+
+def symbols_of_the_documents():
+  """Returns letters and meanings of the table in docs/memory.md; a row may have several, `$B, T$`."""
+  table = Path('docs/memory.md').read_text().partition('\n## Symbols\n')[2].partition('\n| vectors')[0]
+  for symbols, said in re.findall(r'^\| \$([^$=]+?)(?: = [^$]*)?\$ \| ([^|]+) \|', table, re.MULTILINE):
+    yield from zip(symbols.split(', '), said.split(', '), strict=True)
+
+
+def test_parts_of_the_legend_elsewhere_say_what_it_says():
+  def meanings(pairs):
+    return {letter: re.split(r' \$?= |[:;] ', said)[0] for letter, said in pairs}
+
+  whole, of_memories, of_documents = map(meanings, (legend(), legend(mmjax.memory), symbols_of_the_documents()))
+  assert len(of_memories) == 12 and len(of_documents) > 12
+  assert of_memories.items() <= whole.items()
+  assert of_documents.items() <= whole.items()
 
 
 def test_shapes_in_docstrings_are_written_as_numpy_prints_them():

@@ -8,9 +8,15 @@ A memory is a frozen dataclass of sizes, which are named by keyword, with two pu
 
 `MemoryLayer(memory, rngs=rngs)` is the same as a module of flax.nnx. The bank is an array (`init_bank`), and any number
 of memories may read it. Nothing here needs more than JAX, Flax and NumPy. mmjax's own models are made of the same
-memories (mmjax/model/sublayers). Names of arrays end in their axes: B batch, T position, D dim, M rows of the bank, P
-row_dim, h n_heads, r rows_per_head, R = h * r, n last tokens, C = sqrt(M), Q query_dim or key_dim, p = Q / 2; `help`
-of a memory lists its sizes.
+memories (mmjax/model/sublayers). `help` of a memory lists its sizes. Names of arrays end in their axes. These letters
+are a part of the legend in mmjax/kernels/__init__.py, and what stands after a colon is the size of a memory:
+
+  B  sequences of a batch                      h  heads of a memory: n_heads
+  T  tokens of a sequence                      r  rows that a head reads: rows_per_head
+  D  width of the residual stream: dim         R  rows that a token reads = h * r
+  M  rows of the bank: n_rows                  C  sub-keys of a codebook; C * C = M
+  P  width of a row: row_dim                   Q  width of a memory's query: query_dim or key_dim
+  n  tokens of an n-gram                       p  width of a sub-key = Q / 2
 """
 
 from mmjax.kernels.bank import TappedBank, add_reads, no_reads

@@ -54,7 +54,7 @@ class _Bag(Memory):
 
   @jax.named_scope('bag')
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums concatenated to y, X = h * P, in `dtype`."""
+    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums joined to y, of X = h * P, in `dtype`."""
     y_BTX = self.sums(selection, bank_MP).reshape(*x_BTD.shape[:-1], -1).astype(dtype)
     down = params['down']['kernel']
     if not self.output_gate:

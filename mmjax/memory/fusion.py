@@ -27,7 +27,7 @@ class GatedFusion(RowsMemory):
     return super().flops() | {'fusion': TRAINED * 2 * (2 * width * self.dim + self.dim * self.dim)}
 
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns the fusion of the normed input and the rows, delta_BTD in `dtype`."""
+    """Returns the fusion of the normed input and the rows, joined to X = R * P, delta_BTD in `dtype`."""
     m_BTD = rms_norm(x_BTD, params['norm']['scale'], self.norm_eps, dtype)
     rows_BTX = self.rows(selection, bank_MP, dtype).reshape(*m_BTD.shape[:-1], -1)
     with jax.named_scope('fusion'):

@@ -198,12 +198,12 @@ def _codes(last_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:
       f'last tokens of shape {last_BTn.shape} and dtype {last_BTn.dtype} must be whole numbers, at least '
       f'{max(ngrams)} at each position: see last_tokens'
     )
-  code_BThr = number_hr
+  code = number_hr  # (h, r); from the first token on (B, T, h, r)
   for back in range(max(ngrams)):
-    mixed_BThr = _mix(code_BThr ^ _mix(last_BTn[..., back, None, None].astype(jnp.uint32)))
+    mixed_BThr = _mix(code ^ _mix(last_BTn[..., back, None, None].astype(jnp.uint32)))
     looks_at_h1 = jnp.array([back < n for n in ngrams])[:, None]
-    code_BThr = jnp.where(looks_at_h1, mixed_BThr, code_BThr)
-  return code_BThr
+    code = jnp.where(looks_at_h1, mixed_BThr, code)
+  return code
 
 
 def _prime_up_to(most: int) -> int:
