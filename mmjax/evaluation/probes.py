@@ -1,9 +1,9 @@
 """Whether a memory works: what the model loses without its bank, what its rows stand for, and whether it learns.
 
-Three kinds of numbers, beside those of `bank_health`. Models without a memory have only the loss on the
-probed positions, which compares with that of others with their bank zeroed, and pay nothing.
+Three kinds of numbers, beside those of `bank_health`. Models without a memory have only the loss on the probed
+positions, which compares with that of others with their bank zeroed, and pay nothing.
 
-Of every evaluation, over all positions that are not padding, for each layer with a memory:
+Of every evaluation, over all positions that are not padding, for each reader of the bank:
   kl_weighted      KL(usage || uniform) in nats as `kl_to_uniform`, but a read counts with the absolute weight that its
                    score gives the row (`row_weights`). Where scores do not weigh rows it equals kl_to_uniform.
   head_overlap     of two heads of a token, the share of the r rows of one that the other took too; the mean over pairs
@@ -14,7 +14,7 @@ Of every evaluation, over the probed positions: those of its first batches, as m
   loss_zeroed      the same with every value of the bank 0.
   loss_shuffled    the same with the rows of the bank exchanged by a permutation that config.seed gives: the same rows,
                    but no longer where the gate looks for them.
-  row_agreement    for each layer, how often a row stands for what comes next. Take a position and, at random, another
+  row_agreement    for each reader, how often a row stands for what comes next. Take a position and, at random, another
                    with the same next token: the chance that a head's best row (the first, where n-grams address
                    rows) is the same at both. The mean over heads and over all positions that have such another. Each
                    position weighs the same, so that the most frequent token does not decide alone. None where no next
@@ -73,7 +73,7 @@ def plan_probe(config: Config, split: TokenSplit) -> ProbePlan:
 def make_read_probe(config: Config) -> Callable[[Output, Array], dict[str, Array]]:
   """Returns what an evaluation asks of each batch: a function of a memory model's output and weight_BT.
 
-  weight_BT is 0 at padding, else 1. It returns weight_LM, float32 sums of the absolute weights with which each layer
+  weight_BT is 0 at padding, else 1. It returns weight_LM, float32 sums of the absolute weights with which each reader
   read each row; overlap_L, head overlaps summed over positions (with two heads or more); best_LhBT, int32 best rows,
   PADDING at padding.
   """
@@ -109,13 +109,14 @@ def head_overlap(row_XThr: Array) -> Array:
 
 
 def row_agreement(best_LhX: np.ndarray, target_X: np.ndarray) -> list[dict[str, float | None]]:
-  """Returns row_agreement and row_agreement_chance of each layer, see the top of this file.
+  """Returns row_agreement and row_agreement_chance of each reader, see the top of this file.
 
-  With c(r, v) the positions of best row r and next token v, c(r) those of r and c(v) those of v, over the N positions
-  with c(v) > 1: sum of c(r, v) (c(r, v) - 1) / (c(v) - 1) / N, and by chance sum of c(r) (c(r) - 1) / (N (N - 1)).
+  Only positions count that share their next token with another: `all` of them. Of these `row` have a certain best row,
+  `token` a certain next token, and `pair` both. row_agreement is the sum of pair * (pair - 1) / (token - 1) / all over
+  all pairs, and by chance the sum of row * (row - 1) / (all * (all - 1)) over all rows.
 
   Args:
-    best_LhX: int, best row of each layer and head at each position.
+    best_LhX: int, best row of each reader and head at each position.
     target_X: int next tokens, without padding.
   """
   _, token_X, of_token = np.unique(target_X, return_inverse=True, return_counts=True)
@@ -155,7 +156,7 @@ def row_update_ratio(bank_MP: Array, update_MP: Array, usage_LM: Array) -> Array
   Args:
     bank_MP: float32, before the update.
     update_MP: float32, what is added to it.
-    usage_LM: int32, how often each layer read each row.
+    usage_LM: int32, how often each reader read each row.
   """
   touched_M1 = jnp.any(usage_LM > 0, axis=0)[:, None]
   added, before = (jnp.sum(jnp.where(touched_M1, jnp.square(x), 0.0)) for x in (update_MP, bank_MP))
