@@ -24,12 +24,12 @@ def make_loss(
 
   `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative
   log-likelihoods of the targets that are not PADDING, in nats, over `total_weight`; `accuracy`, their hits over
-  `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each layer read each row, and
-  what `probe(output, weight_BT)` gives. Summed over an update's micro-batches they are those of one big batch. The
-  objective is loss + aux_loss.
+  `total_weight`; `aux_loss`, of the sublayers; and in memory models `usage_LM`, how often each reader of the bank read
+  each row, and what `probe(output, weight_BT)` gives. Summed over an update's micro-batches they are those of one big
+  batch. The objective is loss + aux_loss.
 
-  With `taps`, from `no_taps`, the bank gets no gradient, but they do, and the parts also hold the rows that were read,
-  `row_LBTR`.
+  With `taps`, from `no_taps`, which collect gradients of single reads, the bank itself gets no gradient, and the parts
+  also hold the rows that were read, `row_LBTR`.
 
   With `mesh` it runs inside `jax.shard_map` on the rows of one device, and the sum over devices is that of all rows.
   """

@@ -35,7 +35,7 @@ class Memory(ABC):
   rows_per_head: int = 1
   norm_eps: float = NORM_EPS
 
-  signs = False  # of a class, whether it takes those of n-grams
+  signs = False  # whether memories of this class take signs of n-grams
 
   def __post_init__(self):
     """Raises ValueError if a size is no number of its kind above 0 (of rows, an int32), or a switch no bool."""
@@ -93,6 +93,7 @@ class Memory(ABC):
       like_rows = PartitionSpec(*of_x[:2])
       return of_x, like_rows, like_rows, PartitionSpec()
 
+    # Calls `run`; where a mesh has explicit axes, `specs` says how its results lie on them.
     return SublayerOutput(*on_any_mesh(run, specs, x_BTD, params, bank_MP, row_BThr, sign_BTh, kept_BTh))
 
   def addresses(self, last_BTn: Array | None) -> tuple[Array | None, Array | None]:

@@ -1,7 +1,7 @@
 """The language model: tied embedding, blocks of attention and a sublayer, final norm.
 
 A model is a graph definition and a nested dict of float32 parameters; `nnx.merge(graphdef, params)(tokens_BT)` runs
-it. One bank is passed to every block. Of the table of sublayers, mmjax/model/sublayers/memory.py is next on the way.
+it. One bank is passed to every block. Next on the way is what a block does with it, mmjax/model/sublayers/memory.py.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,11 @@ class Block(nnx.Module):
     attend: Attend,
     dtype: DTypeLike,
   ) -> tuple[Array, SublayerOutput, LayerCache]:
-    """Returns the float32 residual stream, what the sublayer gave, keys and values; arguments as in `SublayerInput`."""
+    """Returns the float32 residual stream, what the sublayer gave, keys and values.
+
+    `x_BTD` is the float32 stream, `attend` calls attention on it, and `key`, of dropout, is None outside training.
+    `bank_MP` and `last_BTn` are as in `SublayerInput`, and `dtype` is that of matrix products.
+    """
     attention_key, sublayer_key = (None, None) if key is None else jax.random.split(key)
     h_attn_BTD, kv = attend(self.attention, x_BTD, self.attention_norm)
     h_attn_BTD = dropout(h_attn_BTD, self.dropout, attention_key)
@@ -99,7 +103,7 @@ class Block(nnx.Module):
 
 
 class LM(nnx.Module):
-  """Tokens in, final hidden states out; `logits` applies the tied head. Its arguments are those of a `Block`."""
+  """Tokens in, final hidden states out; `logits` applies the tied head. `Block` says what its arguments are."""
 
   def __init__(self, model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs):
     shape = (model.vocab_size, model.dim)
@@ -141,7 +145,7 @@ class LM(nnx.Module):
       attention: backend, see mmjax.kernels.attention.
       remat: 'block' recomputes each block in the backward pass; 'none' keeps its activations.
       dropout_key: a PRNG key turns dropout on.
-      bank_of_reader: of a number in `memory_layers`, from 0, and the bank, what is read there instead.
+      bank_of_reader: is called with a reader's place in `memory_layers`, from 0, and the bank; returns what it reads.
     """
     angle_BTa = rope_angles(jnp.arange(tokens_BT.shape[1])[None], self.head_dim, self.rope_theta)
     last_BTn = last_tokens(tokens_BT, self.n_last, segment_BT) if self.n_last else None

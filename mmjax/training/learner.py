@@ -29,6 +29,7 @@ class Learner:
 
   @cached_property
   def optimizer(self) -> optax.GradientTransformation:
+    """What makes updates of gradients, see optimizer.py."""
     return make_optimizer(self.config, self.total_steps)
 
   @cached_property
@@ -47,7 +48,7 @@ class Learner:
     """Compiles the update.
 
     Args:
-      state: which the update takes over, or its `shapes`.
+      state: as the update will take it, or its `shapes`; the update reuses its memory.
       on_micro_batch: see `make_gradient`.
       options: of the compiler, beside those of the placement.
 

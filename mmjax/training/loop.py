@@ -58,7 +58,7 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
   with joined(config):
     use_compilation_cache(config)
     run = RunDir(workdir)
-    config, origin = settle_config(run, config, allow_config_change, init_from)
+    config, origin = settle_config(run, config, allow_config_change, init_from)  # origin: the run of init_from
     remark = check_parameters(config)
     placement = place(config)  # refuses what does not fit the devices, before anything is written
     if is_main():
@@ -72,7 +72,7 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
       closing(MetricsLog(run.path)) as log,
     ):
       learner = Learner(config, placement, inputs.total_steps)
-      first = with_background(first, learner, origin, progress)
+      first = with_background(first, learner, origin, progress)  # which rows origin read, if rows are to be taught
       checkpoints = Checkpoints(run.path, keep_start=bool(config.memory.teach_rows))
       recorder = Recorder(learner, run, inputs, checkpoints, log, progress)
       train(recorder, begin(recorder, first), stop)
@@ -89,13 +89,14 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
   if start >= total:
     say(f'{run.path} is finished: all {total} steps are done')
     return
-  settings, update = config.train, learner.compile(state, before_compiling(recorder, start))
+  watch = before_compiling(recorder, start)  # of micro-batches, where updates are slow
+  settings, update = config.train, learner.compile(state, watch)
   needs = update.memory_analysis()
   say(f'Attention: {learner.placement.attention}. The step needs {describe_memory(needs)}.')
   rows = {'global_batch_rows': settings.update_rows, 'seed': config.seed, 'start_step': start}
   profile = StepProfiler(run.path / 'profile', settings.profile_steps if is_main() else 0, update, say)
   recorder.window = Window()
-  unchecked = None
+  unchecked = None  # the last update: it is looked at while the next one runs
   with closing(train_batches(inputs.train, **rows)) as batches, closing(profile):
     for step, batch in zip(range(start + 1, total + 1), batches, strict=False):
       with explain_out_of_memory(config, needs):

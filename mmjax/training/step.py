@@ -37,10 +37,10 @@ def make_gradient(
 ) -> Callable:
   """Returns gradient(params, batch, total_weight, step) -> (parts of the loss, gradients), sums over micro-batches.
 
-  On a mesh of several devices each sums up its own rows of all micro-batches, and what they found is added up once.
-  Where the bank is updated lazily, its gradient is `RowSums`, and XLA divides the work. On one device,
-  `on_micro_batch` is called on the host with the number of each micro-batch, from 0, and its part of the loss, as soon
-  as that is known.
+  `batch` holds `input`, `target` and `segment`, int32 (A, B, T), A micro-batches. On a mesh of several devices each
+  sums up its own rows of all micro-batches, and what they found is added up once. Where the bank is updated lazily, its
+  gradient is `RowSums`, and XLA divides the work. On one device, `on_micro_batch` is called on the host with the number
+  of each micro-batch, from 0, and its part of the loss, as soon as that is known.
   """
   mesh = None if is_lazy(config) or mesh is None or mesh.size == 1 else mesh
   objective = make_loss(config, graphdef, attention, mesh=mesh)
@@ -93,11 +93,11 @@ def make_train_step(
 ) -> TrainStep:
   """Returns the update, not yet compiled, for a mesh or one device.
 
-  It takes a state and `input`, `target`, `segment`, each int32 (A, B, T), and returns the next state and
-  metrics: loss (nats a token), accuracy, aux_loss, grad_norm (before clipping), grad_norm_X (of each parameter, in
-  the order of the tree), learning_rate, tokens (targets that are not PADDING), finite, applied (finite, and no spike),
-  loss_average (what a spike is measured by), skipped; of memory models also usage_LM (int32, how often each
-  reader read each row), gate_norms and row_update_ratio (see `probes`).
+  It takes a state and a batch, see `make_gradient`, and returns the next state and metrics: loss (nats a token),
+  accuracy, aux_loss, grad_norm (before clipping), grad_norm_X (X: parameters, in the tree's order), learning_rate,
+  tokens (targets that are not PADDING), finite, applied (finite, and no spike), loss_average (what a spike is measured
+  by), skipped; of memory models also usage_LM (int32, how often each reader read each row), gate_norms and
+  row_update_ratio (see `probes`).
   """
   gradient = make_gradient(config, graphdef, attention, mesh, on_micro_batch)
   schedule = learning_rate_schedule(config.train, total_steps)
