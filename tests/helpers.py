@@ -27,6 +27,7 @@ from tests.tiny import TINY as TINY
 
 REPOSITORY = Path(__file__).parent.parent
 TINY_CONFIG = 'tests/tiny.py'
+STEPS = 10  # updates of the run that `compiled` makes a step of
 
 
 def rarely(values: Iterable, *always: object) -> list:
@@ -69,7 +70,7 @@ def random_batch(config: Config, seed: int = 0) -> dict[str, Array]:
   }
 
 
-def make_step(config: Config, total_steps: int = 10) -> tuple[TrainStep, Callable[[], TrainState]]:
+def make_step(config: Config, total_steps: int = STEPS) -> tuple[TrainStep, Callable[[], TrainState]]:
   """Returns the update, not yet compiled, and what makes its first state."""
   optimizer = make_optimizer(config, total_steps)
   step = make_train_step(config, model_graph(config), optimizer, attention='xla', total_steps=total_steps)
@@ -78,7 +79,7 @@ def make_step(config: Config, total_steps: int = 10) -> tuple[TrainStep, Callabl
 
 @cache
 def compiled(config: Config) -> tuple[TrainStep, TrainState]:
-  """Returns the update of ten, compiled at its first call, and its first state."""
+  """Returns the update of a run of STEPS, compiled at its first call, and its first state."""
   step, first = make_step(config)
   return jax.jit(step), jax.jit(first)()
 

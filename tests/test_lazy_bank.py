@@ -17,7 +17,6 @@ from mmjax.training.state import init_state
 from mmjax.training.step import make_gradient
 from tests.helpers import compiled, make_step, random_batch, rarely, tiny_config
 
-STEPS = 10
 BAG = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2}
 MODELS = {
   'lookup': {},

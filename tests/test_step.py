@@ -25,14 +25,13 @@ from mmjax.training.optimizer import gets_gradient, learning_rate_schedule, make
 from mmjax.training.state import init_state
 from mmjax.training.step import make_train_step
 from tests import helpers
-from tests.helpers import compiled, random_batch, rarely
+from tests.helpers import STEPS, compiled, random_batch, rarely
 
-STEPS = 10
 tiny_config = functools.partial(helpers.tiny_config, model__n_layers=1)  # half the compile time; layers are alike
 DECAYED = {'train__weight_decay': 0.1, 'train__grad_clip': 0.05}
 
 
-def run(config, n_steps, batches=None):
+def run_updates(config, n_steps, batches=None):
   step, state = compiled(config)
   losses = []
   for i in range(n_steps):
@@ -74,7 +73,7 @@ def named_leaves(tree):
 def test_first_loss_is_near_log_vocabulary_and_training_lowers_it():
   config = tiny_config()
   batch = random_batch(config)
-  _, _, losses = run(config, STEPS, [batch] * STEPS)
+  _, _, losses = run_updates(config, STEPS, [batch] * STEPS)
   assert losses[0] == pytest.approx(math.log(config.model.vocab_size), abs=0.5)
   assert losses[-1] < losses[0] - 1
 
@@ -85,7 +84,7 @@ def test_gate_of_1_4_2_gets_no_gradient_and_never_moves():
   rows = jax.tree.map(lambda x: x[0], random_batch(config))
   loss = make_loss(config, model_graph(config), 'xla')
   gradients = named_leaves(jax.jit(jax.grad(loss, has_aux=True))(state['params'], rows, 1.0, None)[0])
-  trained, _, _ = run(config, 3)
+  trained, _, _ = run_updates(config, 3)
   before, after = named_leaves(state['params']), named_leaves(trained['params'])
   mask = {path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(gets_gradient(config, state['params']))}
   for name in before:
@@ -101,7 +100,7 @@ def test_accumulated_micro_batches_equal_one_big_batch():
   one = tiny_config(train__accumulation_steps=1, train__batch_size=8)
   batch = random_batch(many)
   big = jax.tree.map(lambda x: x.reshape(1, -1, x.shape[-1]), batch)
-  (state_a, metrics_a, _), (state_b, metrics_b, _) = run(many, 1, [batch]), run(one, 1, [big])
+  (state_a, metrics_a, _), (state_b, metrics_b, _) = run_updates(many, 1, [batch]), run_updates(one, 1, [big])
   for name in ('loss', 'grad_norm', 'accuracy', 'tokens'):
     np.testing.assert_allclose(metrics_a[name], metrics_b[name], rtol=1e-5)
   np.testing.assert_array_equal(metrics_a['usage_LM'], metrics_b['usage_LM'])
@@ -143,7 +142,7 @@ def test_padding_weighs_nothing():
   padded = batch['target'] == PADDING
   assert 0 < padded.sum() < padded.size / 2
   other = batch | {'input': jnp.where(padded, 7, batch['input'])}  # what stands where the target is padding
-  (_, a, _), (_, b, _) = run(config, 1, [batch]), run(config, 1, [other])
+  (_, a, _), (_, b, _) = run_updates(config, 1, [batch]), run_updates(config, 1, [other])
   assert int(a['tokens']) == (~padded).sum()
   np.testing.assert_allclose(a['loss'], b['loss'], rtol=1e-6)
   np.testing.assert_array_equal(a['usage_LM'], b['usage_LM'])
@@ -154,7 +153,7 @@ def test_padding_weighs_nothing():
 def test_rows_that_were_read_move_by_the_ratio_that_is_reported():
   config = tiny_config()
   _, state = compiled(config)
-  after, metrics, _ = run(config, 1)
+  after, metrics, _ = run_updates(config, 1)
   read = np.asarray(metrics['usage_LM']).any(axis=0)
   assert 0 < read.sum() < len(read)
   before, after = (np.asarray(s['params']['memory_bank'], np.float64)[read] for s in (state, after))
@@ -208,7 +207,7 @@ def test_update_equals_torch_adamw_in_numpy():
       corrected = np.sqrt(square[k] / (1 - train.beta2 ** (t + 1))) + train.eps
       params[k] -= rate * mean[k] / (1 - train.beta1 ** (t + 1)) / corrected
     tree = jax.tree_util.tree_map_with_path(lambda p, _: jnp.array(params[path_name(p)], jnp.float32), tree)
-  trained, _, _ = run(config, 3, batches)
+  trained, _, _ = run_updates(config, 3, batches)
   for name, value in named_leaves(trained['params']).items():
     moved = np.abs(params[name] - named_leaves(state['params'])[name]).max()
     # Adam turns rounding of a near-zero gradient into a step of the learning rate: compare in the mean.
@@ -352,7 +351,7 @@ def test_spike_skips_the_update_and_leaves_the_average():
 def test_bf16_step_is_close_to_float32_and_keeps_float32_state():
   exact, rough = tiny_config(), tiny_config(train__dtype='bfloat16')
   batch = random_batch(exact)
-  (_, a, _), (state, b, _) = run(exact, 1, [batch]), run(rough, 1, [batch])
+  (_, a, _), (state, b, _) = run_updates(exact, 1, [batch]), run_updates(rough, 1, [batch])
   assert float(b['loss']) == pytest.approx(float(a['loss']), rel=1e-2)
   assert all(x.dtype in (jnp.float32, jnp.int32) for x in jax.tree.leaves(state))
 
@@ -360,13 +359,14 @@ def test_bf16_step_is_close_to_float32_and_keeps_float32_state():
 def test_dropout_changes_the_loss_and_is_a_function_of_seed_and_step():
   config = tiny_config(model__dropout=0.2)
   batch = random_batch(config)
-  (_, _, a), (_, _, b), (_, _, plain) = run(config, 2, [batch] * 2), run(config, 2, [batch] * 2), run(tiny_config(), 1)
+  (_, _, a), (_, _, b) = (run_updates(config, 2, [batch] * 2) for _ in range(2))
+  _, _, plain = run_updates(tiny_config(), 1)
   assert a == b and a[0] != plain[0]
 
 
 def test_dense_model_has_no_bank_metrics():
   config = tiny_config(model__sublayer='dense')
-  _, metrics, _ = run(config, 1)
+  _, metrics, _ = run_updates(config, 1)
   assert 'usage_LM' not in metrics
 
 
@@ -395,6 +395,6 @@ NGRAMS = {'memory__n_heads': 2, 'memory__ngrams': '1,2', 'memory__bank_std': 0.5
 def test_first_steps_give_the_golden_numbers(sublayer):
   """Golden: python -m pytest tests/test_step.py -k golden. Change them only with what is meant to change numbers."""
   config = helpers.tiny_config(model__sublayer=sublayer, **(NGRAMS if sublayer == 'ngram_bag' else {}))
-  _, metrics, losses = run(config, 3)
+  _, metrics, losses = run_updates(config, 3)
   np.testing.assert_allclose(losses, GOLDEN[sublayer][0], rtol=1e-5)
   assert float(metrics['grad_norm']) == pytest.approx(GOLDEN[sublayer][1], rel=1e-4)
