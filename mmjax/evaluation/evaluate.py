@@ -180,7 +180,7 @@ def _probes(eval_step: EvalStep, params: Params, sums: list, probed: list, seed:
 
 
 def with_changed_bank(params: Params, name: str, seed: int = 0) -> Params:
-  """Returns parameters with the bank, float32 or packed, as INTERVENTIONS change it."""
+  """Returns parameters with the bank, float32 or packed, changed: `name` is of INTERVENTIONS, `seed` shuffles rows."""
   bank = params[BANK]
   places = jax.tree.map(lambda x: x.sharding, bank)  # they must not change, or what reads it is compiled again
   return params | {BANK: jax.jit(INTERVENTIONS[name], static_argnums=1, out_shardings=places)(bank, seed)}

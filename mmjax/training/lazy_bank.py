@@ -4,8 +4,17 @@ Dense Adam reads and writes the bank, two moments and the gradient in every upda
 what its rows cost. Every row that is read gets a slot when it is first read, gradients add up in the slots, and Adam
 runs over the slots in use. It pays if an update reads far fewer rows than there are: BENCHMARKS.md, "Cost of the bank".
 
-The rule, and what of it is not exactly dense Adam's: docs/memory.md, "Lazy updates of the bank". Of its equations v is
-`row` here, mu `mean`, nu `square`, A `adam`, delta `drift`, tau `missed`, and the quotient in delta `factor`.
+The rule, for a row read in update t' and next in update t, with the sum g of its clipped gradients in t:
+  mean   <- beta1^(t-t') mean + (1 - beta1) g         exactly dense Adam's: in between its gradients were 0
+  square <- beta2^(t-t') square + (1 - beta2) g^2     exactly dense Adam's
+  row    <- row prod_{t'<j<t} (1 - rate_j decay)      exact but late: until t the row is read without it
+  row    <- row - rate_t (drift(t-t'-1) - drift(missed)) adam(t')      corrects the forecast that was made in t'
+  row    <- row - rate_t ((1 + drift(t-t'-1)) adam(t) + decay row)     the step, and the next forecast
+Here adam(t) = mean / (1 - beta1^t) / (sqrt(square / (1 - beta2^t)) + eps), of the averages after update t. In n updates
+without a gradient dense Adam moves a row by its last step times drift(n) = sum_{j=1..n} factor^j, with factor = beta1 /
+sqrt(beta2); here that is at most LARGEST_FACTOR, and 0 if beta2 is 0. A row moves by the drift at once, as a forecast:
+n is the wait that has just ended, at the first read all updates before. `missed` is the n of the last forecast. Updates
+are numbered from 1, skipped ones not counted. docs/memory.md, "Lazy updates of the bank", says what still differs.
 
 Sources of the dense rule: Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101.
 Elsewhere: torch.optim.SparseAdam and LazyAdam of TensorFlow Addons leave the moments of untouched rows as they are,
@@ -46,7 +55,7 @@ def init_moments(bank_MP: Array) -> Moments:
 def update_read_rows(
   config: Config, rate: optax.Schedule, bank_MP: Array, moments: Moments, sums: RowSums, count: Array, applied: Array
 ) -> tuple[Array, Moments, Array]:
-  """Makes one update by that rule, in place where the compiler may reuse the arrays.
+  """Makes one update by the rule above, in place where the compiler may reuse the arrays.
 
   Args:
     config: betas and decay of the bank, eps.
