@@ -19,7 +19,7 @@ from mmjax.run.sharding import ROW_AXIS
 
 def make_loss(
   config: Config, graphdef: nnx.GraphDef, attention: str, probe: Callable | None = None, mesh: Mesh | None = None
-) -> Callable:
+) -> Callable[..., tuple[Array, dict[str, Array]]]:
   """Returns objective(params, rows, total_weight, key, taps=None) -> (what training minimises, parts).
 
   `rows` holds `input`, `target` and `segment`, int32 (B, T). The parts are `loss`, the sum of the negative

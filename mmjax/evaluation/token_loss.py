@@ -14,7 +14,9 @@ from mmjax.evaluation.loss import run_model
 from mmjax.model.params import Params
 
 
-def make_token_loss(config: Config, graphdef: nnx.GraphDef, attention: str) -> Callable:
+def make_token_loss(
+  config: Config, graphdef: nnx.GraphDef, attention: str
+) -> Callable[[Params, dict[str, Array]], Array]:
   """Returns f(params, rows) -> float32 (B, T): the negative log-likelihood of each target, in nats; 0 at PADDING.
 
   It is what `make_loss` sums, from float32 logits, a row of the batch at a time.

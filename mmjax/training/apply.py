@@ -15,8 +15,10 @@ from mmjax.training.optimizer import bank_rate
 from mmjax.training.row_gradients import RowSums, is_lazy
 from mmjax.training.state import TrainState
 
+Apply = Callable[[TrainState, Params, RowSums | None, Array | None, Array], tuple[TrainState, dict[str, Array]]]
 
-def make_apply(config: Config, optimizer: optax.GradientTransformation, total_steps: int) -> Callable:
+
+def make_apply(config: Config, optimizer: optax.GradientTransformation, total_steps: int) -> Apply:
   """Returns apply(state, grads, sums, usage_LM, applied) -> (state, metrics).
 
   The new state has no counters. Where `applied` is False, it is the old one. The metric is row_update_ratio, of models

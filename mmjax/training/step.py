@@ -34,7 +34,7 @@ def make_gradient(
   attention: str,
   mesh: Mesh | None = None,
   on_micro_batch: Callable | None = None,
-) -> Callable:
+) -> Callable[[Params, dict[str, Array], Array, Array], tuple[dict[str, Array], Params]]:
   """Returns gradient(params, batch, total_weight, step) -> (parts of the loss, gradients), sums over micro-batches.
 
   `batch` holds `input`, `target` and `segment`, int32 (A, B, T), A micro-batches. On a mesh of several devices each
