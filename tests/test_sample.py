@@ -119,7 +119,7 @@ def raise_or_return(line):
 def test_of_several_prompts_the_refused_one_is_named(tiny_run, monkeypatch, capfd):
   prompts = ['--prompt', 'the memory', '--prompt', 'a\udcff']
   code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, *prompts)
-  assert code == 2 and out.endswith('\n')
+  assert code == 2 and out.endswith('\n') and 'Traceback' not in err
   assert err.splitlines()[-1].startswith('prompt 2: the text holds byte 0xff')
 
 
