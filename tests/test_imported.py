@@ -14,12 +14,12 @@ from mmjax.config import config_from_dict  # noqa: E402
 from mmjax.data.loader import PADDING, open_split, train_batches  # noqa: E402
 from mmjax.data.spm_tokenizer import train_tokenizer  # noqa: E402
 from mmjax.errors import UserError  # noqa: E402
+from mmjax.interop.convert import export_run, import_run  # noqa: E402
 from mmjax.interop.files import read_tensors  # noqa: E402
 from mmjax.model.params import abstract_params, model_graph  # noqa: E402
 from mmjax.run.checkpoint import Checkpoints  # noqa: E402
 from mmjax.run.directory import open_run  # noqa: E402
 from mmjax.run.log import read_metrics  # noqa: E402
-from mmjax.tools.convert import export_run, import_run  # noqa: E402
 from mmjax.training.loop import fit  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
 from tests.parity import build_pair, jax_forward, random_tokens, torch_logits  # noqa: E402

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 torch = pytest.importorskip('torch')
 
-from mmjax.tools.convert import import_run  # noqa: E402
+from mmjax.interop.convert import import_run  # noqa: E402
 from tests.helpers import tiny_config  # noqa: E402
 from tests.torch_reference import Sizes, TorchLM  # noqa: E402
 
