@@ -139,9 +139,9 @@ def test_limit_of_time_saves_and_the_same_command_goes_on(sweep, tmp_path, monke
 @pytest.mark.parametrize('number', rarely([signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], signal.SIGINT))
 def test_signal_saves_the_running_one_and_exits_75(sweep, tmp_path, number):
   command = (
-    'import sys; from mmjax.errors import run_command; from mmjax.tools import sweep, sweep_runs; sweep_runs.CHILD = '
+    'import sys; from mmjax.errors import run_command; from mmjax.tools import sweep, sweep_runs; '
+    f'sweep_runs.CHILD = (sys.executable, {str(tmp_path / "stand_in.py")!r}); run_command(sweep.main)'
   )
-  command += f'(sys.executable, {str(tmp_path / "stand_in.py")!r}); run_command(sweep.main)'
   flags = [str(tmp_path / 'sweep.py'), '--out', str(tmp_path / 'out'), '--set', 'steps=2000']
   pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
   process = subprocess.Popen([sys.executable, '-c', command, *flags], cwd=REPOSITORY, start_new_session=True, **pipes)
