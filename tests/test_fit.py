@@ -67,6 +67,11 @@ def test_card_without_bfloat16_is_refused_and_told_what_works():
   check_card(tiny_config(train__dtype='bfloat16'), CARDS['a100_40'])
 
 
+def test_what_only_a_gpu_can_compile_is_refused():
+  with pytest.raises(UserError, match='runtime.triton_gemm=True cannot be compiled without a GPU'):
+    compiler.compile_for(tiny_config(runtime__triton_gemm=True), CARDS['h100'])
+
+
 def test_missing_build_of_jax_is_one_sentence_with_the_command(monkeypatch):
   monkeypatch.setattr(compiler, 'find_spec', lambda name: None)
   monkeypatch.setattr(sys, 'version_info', (3, 12, 1))

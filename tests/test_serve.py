@@ -227,7 +227,7 @@ def test_page_asks_nobody_else_and_its_questions_are_answered(bag, port):
     ('/api/grow', {'run': 0}, {}, 404, "no question 'grow'"),
     ('/../view.py', None, {}, 404, 'nothing here'),
     ('/%2e%2e/view.py', None, {}, 404, 'nothing here'),
-    ('/page.css', '{}', {}, 405, 'nothing here'),
+    ('/page.css', '{}', {}, 405, 'POST is not answered here'),
   ],
 )  # fmt: skip
 def test_bad_request_is_refused_in_one_sentence(port, path, body, headers, status, sentence):

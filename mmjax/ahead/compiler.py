@@ -52,8 +52,10 @@ def compile_for(config: Config, card: Card, devices: int = 1) -> Any:
     devices: how many of them.
 
   Raises:
-    UserError: if the settings do not divide by the devices, or attention does not run there.
+    UserError: if the settings do not divide by the devices, attention does not run there, or only a GPU can compile it.
   """
+  if config.runtime.triton_gemm:
+    raise UserError('runtime.triton_gemm=True cannot be compiled without a GPU: XLA would have to time products on it')
   from jax.experimental import topologies
 
   from mmjax.run.placement import place

@@ -45,9 +45,8 @@ async def answer_error(request: Request, error: Exception) -> Response:
   if not isinstance(error, CommandError):
     status = getattr(error, 'status_code', 500)
     where = '; there are /v1/models and /v1/completions' if is_protocol else ''
-    error = CommandError(
-      f'the server failed: {first_line(error)}' if status == 500 else f'there is nothing here{where}'
-    )
+    said = {404: f'there is nothing here{where}', 405: f'{request.method} is not answered here'}
+    error = CommandError(said.get(status, f'the server failed: {first_line(error)}'))
   told = protocol_error(error) if is_protocol else {'error': str(error)}
   return Response(json.dumps(told), status, media_type='application/json')  # in ASCII: half a character has no UTF-8
 
