@@ -9,8 +9,9 @@ import pytest
 
 from mmjax.config.sublayers import SUBLAYERS
 from mmjax.run.directory import RunDir
+from mmjax.run.scopes import SCOPES, innermost_scope, operation_scopes
 from mmjax.training.loop import fit
-from mmjax.training.profile import SCOPES, innermost_scope, operation_scopes, self_times
+from mmjax.training.profile import self_times
 from tests.helpers import make_step, random_batch, rarely, tiny_config
 
 

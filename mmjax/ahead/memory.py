@@ -9,7 +9,7 @@ from collections import Counter
 
 from mmjax.ahead.kernels import FREE, base_of_update, results_of
 from mmjax.run.hlo import Instruction, Module
-from mmjax.training.profile import innermost_scope
+from mmjax.run.scopes import innermost_scope
 
 ALIASES = FREE - {'parameter', 'constant', 'tuple', 'get-tuple-element', 'after-all', 'partition-id', 'replica-id'}
 

@@ -45,7 +45,7 @@ def main() -> None:
   for card in cards:
     check_card(config, card)
   has_gpu = find_driver() is not None
-  prepare_environment()  # which hides a GPU from this process
+  prepare_environment()  # which hides a GPU from this process, and must come before JAX does
   rows = []
   for card in cards:
     found = estimate(config, card, arguments.devices)

@@ -1,12 +1,10 @@
 """Where a step's time goes: a trace that Perfetto opens, and its operations summed by the scopes of the model.
 
-The compiler keeps for every operation the `jax.named_scope` that it came from; the trace says how long each ran. A
-fused operation counts for the scope of its result, or for that of most of its parts. An operation's time is that of its
-own thread or stream, without the operations that ran within it, so that sums over threads may exceed the clock. A step
-from a compilation cache has the scopes of the source that it was compiled from.
+The trace says how long each operation ran, and mmjax/run/scopes.py to which scope it belongs. An operation's time is
+that of its own thread or stream, without the operations that ran within it, so that sums over threads may exceed the
+clock. A step from a compilation cache has the scopes of the source that it was compiled from.
 """
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -15,16 +13,9 @@ from typing import Any
 
 import jax
 
-from mmjax.config.sublayers import SUBLAYERS
-from mmjax.run.hlo import Module
+from mmjax.run.scopes import operation_scopes
 
-# The named scopes of model and step; that of a sublayer is its kind, and there are more within. The innermost counts.
-SCOPES = (
-  'embedding', 'norm', 'attention', 'value_embedding', 'value_rows', 'gate', 'ngram', 'lookup', 'bag', 'fusion',
-  'feed_forward', 'router', 'loss', 'bank_usage', 'optimizer', *SUBLAYERS,
-)  # fmt: skip
 UNKNOWN = 'not attributed'
-_SCOPE = re.compile(rf'(?:^|[/(])({"|".join(SCOPES)})(?=[/)]|$)')
 
 
 class StepProfiler:
@@ -74,26 +65,6 @@ class StepProfiler:
         times[scopes.get(name, UNKNOWN)] += spent
       opened = next(trace.parent.glob('*.trace.json.gz'), trace)
       self._show(describe(times, seconds, self._traced, opened))
-
-
-def operation_scopes(hlo_text: str) -> dict[str, str]:
-  """Returns the scope of every instruction of a compiled module that has one.
-
-  Args:
-    hlo_text: as `compiled.as_text()` gives it.
-  """
-  module, scopes = Module(hlo_text), {}
-  for _, instruction in module.instructions():
-    own = innermost_scope(instruction.op_name)
-    if scope := own or module.common(instruction, lambda part: innermost_scope(part.op_name)):
-      scopes[instruction.name] = scope
-  return scopes
-
-
-def innermost_scope(op_name: str) -> str | None:
-  """Returns 'gate' for 'jit(train_step)/while/body/transpose(jvp(gate))/dot_general'."""
-  found = _SCOPE.findall(op_name)
-  return found[-1] if found else None
 
 
 def operation_times(trace: Path) -> Counter[str]:
