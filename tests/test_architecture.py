@@ -164,11 +164,10 @@ def test_importing_the_package_is_cheap():
 
 
 def test_help_and_refusals_of_commands_wait_for_no_jax():
-  slow = ('bank',)  # whose module holds what the command does, too
   names = [path.stem for path in Path('mmjax/tools').glob('*.py') if 'run_command(main)' in path.read_text()]
   loads = f"""
 import importlib, sys
-for name in {sorted(set(names) - set(slow))}:
+for name in {sorted(names)}:
   importlib.import_module('mmjax.tools.' + name)
   assert 'jax' not in sys.modules, name
 """

@@ -18,7 +18,7 @@ from mmjax.data.snippets import (
   standardize,
 )
 from mmjax.errors import UserError
-from mmjax.tools import bank
+from mmjax.tools import bank, bank_stages
 from mmjax.training.loop import fit
 from tests.helpers import TINY
 
@@ -179,11 +179,11 @@ def test_run_starts_from_the_file(built, tmp_path):
 def test_stopped_build_goes_on_after_the_last_stage(built, monkeypatch):
   config, folder = built
   out = folder / 'again.safetensors'
-  monkeypatch.setattr(bank, 'choose_rows', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+  monkeypatch.setattr(bank_stages, 'choose_rows', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
   with pytest.raises(KeyboardInterrupt):
     bank.build_bank(config, out, 'lsa')
   monkeypatch.undo()
-  monkeypatch.setattr(bank, 'latent_semantic_vectors', lambda *_: pytest.fail('the vectors were there already'))
+  monkeypatch.setattr(bank_stages, 'latent_semantic_vectors', lambda *_: pytest.fail('the vectors were there already'))
   bank.build_bank(config, out, 'lsa')
   assert out.read_bytes() == (folder / 'bank.safetensors').read_bytes()
 
@@ -202,7 +202,7 @@ def encoder(tmp_path, monkeypatch):
       return np.array([[text.count(letter) for letter in 'abcdefghijklmnop'] for text in texts])
 
   monkeypatch.setitem(sys.modules, 'sentence_transformers', SimpleNamespace(SentenceTransformer=Counter))
-  monkeypatch.setattr(bank, 'SNIPPETS_A_PART', 100)
+  monkeypatch.setattr(bank_stages, 'SNIPPETS_A_PART', 100)
   return f'sentence-transformers:{tmp_path}', given
 
 
@@ -211,7 +211,7 @@ def test_rows_are_the_encoders_and_a_stopped_build_encodes_only_what_is_left(bui
   name, given = encoder
   out = folder / 'encoded.safetensors'
   with monkeypatch.context() as stopped:
-    stopped.setattr(bank, 'reduce_dim', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    stopped.setattr(bank_stages, 'reduce_dim', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
       bank.build_bank(config, out, name)
   parts = sorted((folder / 'encoded.safetensors.work').rglob('embedded-*.npy'))

@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 
 from mmjax.errors import UserError
 from mmjax.files import check_sha256, write_file
-from mmjax.model.params import BANK
 
 
 def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -30,6 +29,8 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
   Raises:
     UserError: if the file is missing, damaged, or of another shape.
   """
+  from mmjax.model.params import BANK  # here: to say where texts lie takes no JAX
+
   if not path.is_file():
     raise UserError(f"no memory.bank_file '{path}'; python -m mmjax.tools.bank build makes one")
   check_sha256(path)
