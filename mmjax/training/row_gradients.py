@@ -1,10 +1,11 @@
 """Keeps the gradient of each read, instead of an array as large as the bank for each layer.
 
 The gradients of all reads are added up row by row: in slots of their own, for rows that are updated alone
-(lazy_bank.py), or on a GPU in one array for all layers. step.py asks for it.
+(lazy_bank.py), or on a GPU in one array for all layers. `accumulation` decides for step.py whether reads are kept.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -43,6 +44,43 @@ class RowSums(NamedTuple):
   used: Array
 
 
+# (params, rows, total_weight, key) -> ((objective, parts), gradients): of a micro-batch, for an objective of make_loss
+Gradient = Callable[[Params, dict[str, Array], Array, Array | None], tuple[tuple[Array, dict[str, Array]], Params]]
+
+
+class Accumulation(NamedTuple):
+  """How the gradients of an update's micro-batches are found and added up.
+
+  Attributes:
+    gradient: of one micro-batch.
+    start: (params, shapes of such gradients) -> sums of none.
+    add: (sums, such gradients) -> sums.
+    one_is_sum: whether the gradients of a single micro-batch need not be added to anything.
+  """
+
+  gradient: Gradient
+  start: Callable[[Params, Params], Params]
+  add: Callable[[Params, Params], Params]
+  one_is_sum: bool
+
+
+def accumulation(config: Config, objective: Callable, *, whole: bool) -> Accumulation:
+  """Returns how to accumulate, with the reads of the bank where `keeps_reads`; to be asked while a program is traced.
+
+  Args:
+    config: of the model and the update.
+    objective: of `make_loss`.
+    whole: whether a device has the whole bank.
+  """
+  if keeps_reads(config, whole=whole):  # an array like the bank would cost more than what was read of it
+    return Accumulation(gradient_by_reads(config, objective), partial(empty_sums, config), add_gradients, False)
+
+  def zeros(params: Params, shapes: Params) -> Params:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+  return Accumulation(jax.value_and_grad(objective, has_aux=True), zeros, partial(jax.tree.map, jnp.add), True)
+
+
 def is_lazy(config: Config) -> bool:
   """Tells whether the config has a bank that is updated row by row."""
   return config.memory.bank_update == 'lazy' and uses_bank(config.model, config.memory)
@@ -68,7 +106,7 @@ def no_taps(config: Config, batch: int, length: int) -> list[Reads]:
   return [no_reads(shape, model.knowledge_dim, dtype, bag=reader.sums_rows) for reader in readers]
 
 
-def gradient_by_reads(config: Config, objective: Callable) -> Callable:
+def gradient_by_reads(config: Config, objective: Callable) -> Gradient:
   """Returns what `jax.value_and_grad(objective, has_aux=True)` does, with `RowReads` as the bank's gradient."""
 
   def gradient(params: Params, rows: dict[str, Array], total_weight: Array, key: Array | None) -> tuple:
@@ -85,9 +123,16 @@ def gradient_by_reads(config: Config, objective: Callable) -> Callable:
   return gradient
 
 
-def empty_sum(config: Config, bank_MP: Array) -> Array | RowSums:
-  """Returns what `add_gradients` adds gradients of the bank to: `RowSums` for a lazy update, or float32 (M, P)."""
-  return no_rows(config) if is_lazy(config) else jnp.zeros_like(bank_MP)
+def empty_sums(config: Config, params: Params, shapes: Params) -> Params:
+  """Returns what `add_gradients` adds to: zeros, float32, and for the bank of a lazy update `RowSums`."""
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), without_bank(shapes))
+  return zeros | {BANK: no_rows(config) if is_lazy(config) else jnp.zeros_like(params[BANK])}
+
+
+def split_row_sums(grads: Params) -> tuple[Params, RowSums | None]:
+  """Returns gradients that are arrays alone, and the `RowSums` of which the bank's holds the sums; None if none did."""
+  of_bank = grads.get(BANK)
+  return (grads | {BANK: of_bank.sum_UP}, of_bank) if isinstance(of_bank, RowSums) else (grads, None)
 
 
 def no_rows(config: Config) -> RowSums:

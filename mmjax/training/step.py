@@ -5,7 +5,6 @@ the step. The state is described in state.py; apply.py applies the gradient, and
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,11 @@ from mmjax.config import Config
 from mmjax.data.loader import PADDING
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import gate_norms
-from mmjax.model.params import BANK, Params
+from mmjax.model.params import Params
 from mmjax.run.sharding import ROW_AXIS, spread
 from mmjax.training.apply import make_apply
 from mmjax.training.optimizer import learning_rate_schedule, may_overflow
-from mmjax.training.row_gradients import add_gradients, empty_sum, gradient_by_reads, is_lazy, keeps_reads
+from mmjax.training.row_gradients import accumulation, is_lazy, split_row_sums
 from mmjax.training.skips import count_update, goes_on, skip_unsound
 from mmjax.training.state import TrainState, TrainStep
 from mmjax.training.teach import count_reads, gradient_of_rows, rows_to_teach
@@ -50,33 +49,28 @@ def make_gradient(
   def gradient(
     params: Params, batch: dict[str, Array], total_weight: Array, step: Array
   ) -> tuple[dict[str, Array], Params]:
-    grad, add_up = jax.value_and_grad(objective, has_aux=True), partial(jax.tree.map, jnp.add)
-    keeps = keeps_reads(config, whole=whole)
-    if keeps:  # an array like the bank would cost more than what was read of it
-      grad, add_up = gradient_by_reads(config, objective), add_gradients
+    how = accumulation(config, objective, whole=whole)
     key = jax.random.fold_in(jax.random.key(config.seed), step)
     if mesh and drops:
       key = jax.random.fold_in(key, jax.lax.axis_index(mesh.axis_names))
 
     def of_micro_batch(index: Array | int, rows: dict[str, Array]) -> tuple[dict[str, Array], Params]:
       own_key = jax.random.fold_in(key, index) if drops else None
-      (_, parts), grads = grad(params, rows, total_weight, own_key)
+      (_, parts), grads = how.gradient(params, rows, total_weight, own_key)
       if on_micro_batch is not None:
         jax.debug.callback(on_micro_batch, index, parts['loss'])
       return parts, grads
 
     def add(so_far: tuple, micro_batch: tuple) -> tuple[tuple, None]:
       parts, grads = of_micro_batch(*micro_batch)
-      return (jax.tree.map(jnp.add, so_far[0], parts), add_up(so_far[1], grads)), None
+      return (jax.tree.map(jnp.add, so_far[0], parts), how.add(so_far[1], grads)), None
 
     first = jax.tree.map(lambda x: x[0], batch)
-    if len(batch['input']) == 1 and not keeps:  # no sums, which would be written and read once more
+    if len(batch['input']) == 1 and how.one_is_sum:  # no sums, which would be written and read once more
       return of_micro_batch(0, first)
-    shapes = jax.eval_shape(of_micro_batch, 0, first)
-    parts, grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    if keeps:
-      grads[BANK] = empty_sum(config, params[BANK])
-    return jax.lax.scan(add, (parts, grads), (jnp.arange(len(batch['input'])), batch))[0]
+    parts, grads = jax.eval_shape(of_micro_batch, 0, first)
+    start = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), parts), how.start(params, grads)
+    return jax.lax.scan(add, start, (jnp.arange(len(batch['input'])), batch))[0]
 
   return spread(gradient, mesh) if mesh else gradient
 
@@ -104,11 +98,10 @@ def make_train_step(
   apply = make_apply(config, optimizer, total_steps)
 
   def train_step(state: TrainState, batch: dict[str, Array]) -> tuple[TrainState, dict[str, Array]]:
-    tokens, row_sums = jnp.sum(batch['target'] != PADDING), None
+    tokens = jnp.sum(batch['target'] != PADDING)
     total_weight = jnp.maximum(tokens, 1).astype(jnp.float32)
     parts, grads = gradient(state['params'], batch, total_weight, state['step'])
-    if is_lazy(config):
-      row_sums, grads[BANK] = grads[BANK], grads[BANK].sum_UP
+    grads, row_sums = split_row_sums(grads)
     if config.memory.teach_rows:
       grads = gradient_of_rows(grads, rows_to_teach(state['reads'], parts['usage_LM'], config.memory.teach_rows))
     with jax.named_scope('optimizer'):
