@@ -104,7 +104,7 @@ def read_json(path: Path, *, sealed: bool = False) -> dict[str, Any]:
     hint = '' if sealed else '; copy its directory again, with all that is in it'
     raise UserError(f'{path} is missing{hint}') from error
   except (ValueError, RecursionError) as error:
-    raise UserError(f'{path} must be a JSON object, but is no JSON: {error}') from error
+    raise UserError(f'{path} must be a JSON object, and is not JSON: {error}') from error
   if not isinstance(value, dict):
     raise UserError(f'{path} must be a JSON object, not {type(value).__name__}')
   stated = {name: value.pop(name) for name in SEALS if name in value}

@@ -191,7 +191,7 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
     raise UserError(f'data.valid_files ({files}) hold no document: every line is empty or bad')
   if documents == 1:
     raise UserError(
-      f'data.valid_fraction={fraction} needs at least two documents to hold one out, and the text is one; '
+      f'data.valid_fraction={fraction} needs at least two documents to hold one out, and there is only one; '
       'give data.valid_files'
     )
   raise UserError(
