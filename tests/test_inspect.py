@@ -12,6 +12,7 @@ import mmjax
 from mmjax.console import show
 from mmjax.data.loader import PADDING
 from mmjax.errors import UserError
+from mmjax.inference import memory_reads
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.measure import open_text
 from mmjax.inference.memory_reads import KEPT_CONTEXTS, MemoryReader, token_text
@@ -209,6 +210,14 @@ def test_command_prints_tables_and_writes_json(run, tiny_run, tmp_path, monkeypa
   for line in found['text']['most_taken']:
     took = [t for t in found['text']['tokens'] if line['row'] in [r['row'] for r in t['layers'][line['layer']]['rows']]]
     assert line['tokens'] == len(took) and line['weight'] is None and line['snippet'] == f'snippet\x1b {line["row"]}'
+
+
+def test_text_that_is_cut_is_said(tiny_run, monkeypatch, capfd):
+  monkeypatch.setattr(memory_reads, 'MOST_TOKENS', 4)
+  for text, cut in (('the memory reads a row of its bank', True), ('t', False)):
+    code, out, err = run_main(inspect.main, monkeypatch, capfd, '--workdir', str(tiny_run), '--text', text)
+    assert code == 0, err
+    assert ('Of the text the first 4 tokens were looked at.' in out) == cut
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ with an NVIDIA GPU the same command also measures. --markdown prints rows as in 
 commas between them. Exit codes: 0 done, 2 user error.
 """
 
+import importlib
 import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -19,7 +20,7 @@ from mmjax.ahead.count import describe_kernels
 from mmjax.ahead.estimate import Estimate, check_card, estimate, largest_batch, memory_share, peak_bytes, same_update
 from mmjax.config import load_config
 from mmjax.console import Table, command_parser, markdown, show
-from mmjax.errors import UserError, run_command
+from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 from mmjax.run.nvidia import find_driver
 
 GB = 1e9
@@ -46,6 +47,8 @@ def main() -> None:
     check_card(config, card)
   has_gpu = find_driver() is not None
   prepare_environment()  # which hides a GPU from this process, and must come before JAX does
+  with interrupt_ends_at_once():
+    importlib.import_module('mmjax.training.learner')
   rows = []
   for card in cards:
     found = estimate(config, card, arguments.devices)

@@ -113,13 +113,13 @@ def look(lm: 'LanguageModel', run: 'RunDir', text: str | None, arguments: argpar
   Returns:
     checkpoint; `text`: `tokens`, see `MemoryReader.read_text`, and `most_taken`; `row`: see `MemoryReader.read_row`,
     with `snippet` and `effect_is`; `taught`: see `taught_rows`. None for what was not asked. `remark`: what is to be
-    said of the snippets.
+    said of the snippets, and of text that was cut.
 
   Raises:
     UserError: if the model, the layer, the row or the text is not there.
   """
   from mmjax.inference.measure import open_text
-  from mmjax.inference.memory_reads import MemoryReader
+  from mmjax.inference.memory_reads import MOST_TOKENS, MemoryReader
   from mmjax.inference.taught import taught_rows
   from mmjax.run.identity import bank_texts
 
@@ -132,6 +132,8 @@ def look(lm: 'LanguageModel', run: 'RunDir', text: str | None, arguments: argpar
   found = {'checkpoint': lm.step, 'text': None, 'row': None, 'taught': taught, 'remark': remark}
   if text is not None:
     tokens = reader.read_text(text, layer=arguments.layer)
+    if len(tokens) == MOST_TOKENS:
+      found['remark'] = f'{remark} Of the text the first {MOST_TOKENS:,} tokens were looked at.'.strip()
     found['text'] = {'tokens': tokens, 'most_taken': most_taken(tokens, arguments.top, snippets)}
   if arguments.row is not None:
     split = open_text(lm.config, run, arguments.corpus)
