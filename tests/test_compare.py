@@ -105,6 +105,14 @@ def test_what_limits_a_comparison_stands_on_the_terminal(tmp_path, capsys):
   assert 'not finished' not in said
 
 
+def test_longer_rows_are_said_to_lower_a_loss(tmp_path, capsys):
+  paths = [make_run(tmp_path / 'a-s0', (6, 5.5)), make_run(tmp_path / 'b-s0', (6, 5.4), model__max_seq_len=32)]
+  rows_of(paths, tmp_path / 'out')
+  assert 'model.max_seq_len differs' in ' '.join(capsys.readouterr().out.split())
+  rows_of(paths[:1] + [make_run(tmp_path / 'c-s0', (6, 5.4), **DENSE)], tmp_path / 'other')
+  assert 'model.max_seq_len differs' not in ' '.join(capsys.readouterr().out.split())
+
+
 def test_run_that_saw_no_tokens_did_not_see_other_numbers_of_them(tmp_path, capsys):
   paths = [make_run(tmp_path / 'a-s0', (6,), **DENSE), make_run(tmp_path / 'b-s0', (), done=0)]
   rows_of(paths, tmp_path / 'out')

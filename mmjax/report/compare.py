@@ -65,6 +65,9 @@ LIMITS: Notes = {  # also on the terminal
   'The runs were made on different machines or numbers of devices: tokens/s and memory do not compare.': lambda found: (
     len({device for s in found for device in s['devices']}) > 1
   ),
+  'model.max_seq_len differs: a model that sees more text before a token can have a lower loss for that alone.': (
+    lambda found: any('model.max_seq_len' in s['changed'] for s in found)
+  ),
   'Rows marked "other data" have no difference: their losses are on other text.': lambda found: any(
     'other data' in s['marks'] for s in found
   ),
