@@ -30,10 +30,12 @@ GB = 1e9
 ONE = ('exp_1_4_0', 'exp_1_4_2', 'memory_plus', 'memory_bag')
 EIGHT = tuple(f'{name} x 8' for name in ONE)
 REMAT, LARGE = 'exp_1_4_2 remat', 'exp_1_4_2 256 x 512'
+ISOLATED = 'exp_1_4_2 isolated documents'
 WHOLE = 'exp_1_4_2 whole update x 8'  # in one micro-batch, 64 rows on each device
 OVERRIDES = {
   WHOLE: ['--config.train.batch_size=512', '--config.train.accumulation_steps=1'],
   REMAT: ['--config.runtime.remat=block'],
+  ISOLATED: ['--config.data.isolate_documents=True'],
   LARGE: ['--config.train.batch_size=256', '--config.train.accumulation_steps=2'],
 }
 
@@ -76,15 +78,16 @@ def test_no_kernel_is_triton_s_or_pallas_s(name):
   assert not [kernel.name for kernel in step.kernels if kernel.kind == 'triton']
 
 
-@pytest.mark.parametrize('name', ONE + EIGHT)
+@pytest.mark.parametrize('name', [*ONE, *EIGHT, ISOLATED])
 def test_attention_is_cudnn_s_forward_and_backward(name):
   step = compiled(name)
   calls = step.config.model.n_layers * step.config.train.accumulation_steps
-  for target in ('__cudnn$fmhaSoftmax', '__cudnn$fmhaSoftmaxBackward'):
+  softmax = '__cudnn$fmhaScaleBiasSoftmax' if name == ISOLATED else '__cudnn$fmhaSoftmax'  # a mask is a bias
+  for target in (softmax, f'{softmax}Backward'):
     assert sum(kernel.runs for kernel in step.kernels if kernel.target == target) == calls
 
 
-@pytest.mark.parametrize('name', ONE + EIGHT)
+@pytest.mark.parametrize('name', [*ONE, *EIGHT, ISOLATED])
 def test_no_array_is_as_large_as_all_scores(name):
   step = compiled(name)
   model = step.config.model
