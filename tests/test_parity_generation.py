@@ -15,6 +15,7 @@ from mmjax.inference.generate import Decoder  # noqa: E402
 from mmjax.inference.sampling import Sampler, keep_top_p, penalise  # noqa: E402
 from mmjax.inference.settings import Sampling  # noqa: E402
 from mmjax.model.params import model_graph  # noqa: E402
+from mmjax.run.placement import place_reader  # noqa: E402
 from tests.helpers import rarely, tiny_config  # noqa: E402
 from tests.parity import build_pair, jax_forward, same_selection, to_params, torch_logits  # noqa: E402
 from tests.torch_reference import TorchLM, next_token_distribution  # noqa: E402
@@ -76,7 +77,8 @@ def choices_after_ties(
   Fails if there is none.
   """
   tokens_BT = np.array([prompt + new[:-1]], np.int32)
-  _, row_LBTR = jax_forward(model_graph(config), params, tokens_BT)
+  attention = place_reader(config, dtype='float32').attention  # the decoder's: another rounds otherwise
+  _, row_LBTR = jax_forward(model_graph(config), params, tokens_BT, attention=attention)
   with same_selection(model, row_LBTR) as seen:
     logits_TV = torch.from_numpy(torch_logits(model, tokens_BT)[0])
   assert seen['flips'] > 0
