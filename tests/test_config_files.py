@@ -89,7 +89,10 @@ def test_configs_of_several_folders_do_not_get_into_each_others_way(tmp_path, mo
 @pytest.mark.parametrize(
   ('body', 'said'),
   [
-    ('def get_config(:', 'failed: SyntaxError'),
+    ('def get_config(:', r'failed: SyntaxError: .*\(broken.py, line 1\)'),
+    ('x = 1\0', 'failed: (SyntaxError|ValueError)'),
+    (f'{BASE}  c.train.learning_rate = True', r'broken.py.: learning_rate=True must be a number'),
+    (f"{BASE}  c.update({{'train': {{'grad_clip': True}}}})", r'broken.py.: grad_clip=True must be a number'),
     ('import sys\nsys.exit(3)', 'failed in line 2: SystemExit: 3'),
     ('get_config = 5', 'get_config must be a function, not int'),
     (f'{BASE}  c.model.n_layers = True', r'broken.py.: model.n_layers=True must be of type int'),

@@ -136,6 +136,8 @@ def _lies_in(folders: Sequence[Path], module: ModuleType) -> bool:
 
 
 def _is_near(path: Path, file: Path) -> bool:
+  if str(path).startswith('<frozen'):  # Python's own importer
+    return False
   return path.resolve().parent in (file.resolve().parent, file.resolve().parent.parent)
 
 

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,9 +94,19 @@ def default_settings() -> dict[str, Any]:
   return {name: setting.default for name, setting in SETTINGS.items()}
 
 
+class _Section(ConfigDict):
+  """Keeps True out of a float, which ConfigDict takes for 1.0."""
+
+  def __setitem__(self, name: str, value: Any) -> None:
+    if isinstance(value, bool) and isinstance(self.get(name), float):
+      raise UserError(f'{name}={value} must be a number')
+    super().__setitem__(name, value)
+
+
 def base_config() -> ConfigDict:
   """Returns every setting at its default, to be changed by an experiment's config file."""
-  return ConfigDict(Config().to_dict())
+  sections = {name: _Section(x) if isinstance(x, dict) else x for name, x in Config().to_dict().items()}
+  return _Section(sections)
 
 
 def _settle(flat: Mapping[str, Any], used: Collection[str] = ()) -> tuple[Config, dict[str, tuple[Any, str]]]:
@@ -170,11 +181,13 @@ def _parse_value(name: str, text: str, kind: type) -> Any:
       raise UserError(f'{name}={quote(text)} must be True or False')
     return text.lower() == 'true'
   try:
-    value = ast.literal_eval(text)
+    value = None if '#' in text else ast.literal_eval(text)  # which reads over a comment
   except (ValueError, SyntaxError, MemoryError, RecursionError):
     value = None
   if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value % 1):
     raise UserError(f'{name}={quote(text)} must be {"a whole number" if kind is int else "a number"}')
+  if not value and re.search('[1-9]', text.lower().partition('e')[0]):
+    raise UserError(f'{name}={quote(text)} is too close to 0 for a float')
   return _convert(name, value, kind)
 
 
