@@ -25,6 +25,7 @@ from tests.helpers import StopAfter, arrays_of, run_config, tiny_config
 BAG = {'model__sublayer': 'memory_bag', 'memory__n_heads': 2, 'memory__selection_bias': True, 'memory__ffn_dim': 8}
 NGRAMS = {'model__sublayer': 'ngram_bag', 'memory__n_heads': 2, 'memory__ngrams': '1,2', 'memory__layers': '1'}
 KINDS = {
+  'dense': {'model__sublayer': 'dense'},
   'cross_attention': {'model__sublayer': 'cross_attention'},
   'moe': {'model__sublayer': 'moe', 'model__hidden_dim': 16},
   'lazy bag': BAG | {'memory__bank_update': 'lazy'},
@@ -87,7 +88,7 @@ def test_run_goes_on_from_its_start_without_the_other_run(text, source, tmp_path
 @pytest.mark.parametrize('kind', KINDS)
 def test_every_kind_of_model_is_trained_on_with_all_its_parameters(text, tmp_path, kind):
   changes = KINDS[kind]
-  other_rule = {} if kind == 'moe' else {'memory__bank_update': 'lazy'}
+  other_rule = {} if kind in ('dense', 'moe') else {'memory__bank_update': 'lazy'}
   fit(run_config(text, **changes, train__max_steps=3), tmp_path / 'source')
   still = changes | {'train__learning_rate': 0.0, 'train__max_steps': 2, 'seed': 7}
   fit(run_config(text, **still, **new_text(tmp_path)), tmp_path / 'still', init_from=f'{tmp_path}/source@last')

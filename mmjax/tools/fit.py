@@ -48,7 +48,7 @@ def main() -> None:
   has_gpu = find_driver() is not None
   prepare_environment()  # which hides a GPU from this process, and must come before JAX does
   with interrupt_ends_at_once():
-    importlib.import_module('mmjax.training.learner')
+    importlib.import_module('mmjax.training.learner')  # and JAX with it
   rows = []
   for card in cards:
     found = estimate(config, card, arguments.devices)
