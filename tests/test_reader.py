@@ -79,6 +79,7 @@ def test_bad_line_is_named_with_file_line_and_byte(tmp_path, name):
   message = str(caught.value)
   assert f'{path}:3: ' in message and what in message and f'(byte {2 * len(GOOD) + at})' in message
   assert '\n' not in message and len(message) < 400
+  assert ('up to 0.1% of all: --config.data.on_bad_line=skip' in message) == ('UTF-16' not in what)
 
 
 @pytest.mark.parametrize('name', BAD_LINES)
@@ -91,7 +92,9 @@ def test_bad_line_is_skipped_and_counted(tmp_path, name):
 
 def test_more_than_a_thousandth_of_bad_lines_fails_with_both_numbers(tmp_path):
   path = write(tmp_path, GOOD * 997 + b'x\n' * 2)
-  with pytest.raises(UserError, match=r'2 of 999 lines are bad \(0.20%\), more than the 0.1%.*2 x not JSON'):
+  with pytest.raises(
+    UserError, match=r'2 of 999 lines \(in a .txt: documents\) are bad \(0.20%\), more than the 0.1%.*2 x not JSON'
+  ):
     read(path, on_bad_line='skip')
 
 
@@ -197,7 +200,7 @@ def test_utf16_is_named_with_what_to_type(tmp_path, name, encoding, on_bad_line)
       read(write(tmp_path, (text * 3).encode(encoding), name), on_bad_line=on_bad_line)
     shown = encoding.upper().replace('-LE', 'LE').replace('-BE', 'BE')
     what = f'{name}:1: the text is {shown}; it must be UTF-8 (iconv -f {shown} -t UTF-8 OLD > NEW)'
-    assert what in str(caught.value) and (on_bad_line == 'skip' or 'to leave such lines out' not in str(caught.value))
+    assert what in str(caught.value) and (on_bad_line == 'skip' or 'to leave out such lines' not in str(caught.value))
 
 
 @settings(max_examples=200, deadline=None)

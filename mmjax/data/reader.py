@@ -18,8 +18,11 @@ from mmjax.data.formats import DAMAGED, FORMATS, PACKINGS, BadLine, NotText, dec
 from mmjax.errors import UserError, file_error
 
 BLANK_FILE = 'blank file'
-SKIP_HINT = '; to leave such lines out: --config.data.on_bad_line=skip (prepare: --on_bad_line skip)'
-MOST_SKIPPED = 0.001  # share of lines that on_bad_line='skip' may leave out
+MOST_SKIPPED = 0.001  # share of lines that on_bad_line='skip' may leave out; a document of a .txt counts as a line
+SKIP_HINT = (
+  f'; to leave out such lines (in a .txt: documents), up to {MOST_SKIPPED:.1%} of all: '
+  '--config.data.on_bad_line=skip (prepare: --on_bad_line skip)'
+)
 LONGEST_PATH = 4096  # characters; Linux knows no longer one
 
 
@@ -233,8 +236,8 @@ class Tally:
     lines, skipped = sum(counts['lines'] for counts in self.files.values()), sum(self.skipped().values())
     if skipped > MOST_SKIPPED * lines:
       raise UserError(
-        f'{skipped} of {lines} lines are bad ({skipped / lines:.2%}), more than the {MOST_SKIPPED:.1%} '
-        f'that on_bad_line=skip allows: {self.report()}'
+        f'{skipped} of {lines} lines (in a .txt: documents) are bad ({skipped / lines:.2%}), more than the '
+        f'{MOST_SKIPPED:.1%} that on_bad_line=skip allows: {self.report()}'
       )
 
   def skipped(self) -> Counter[str]:
