@@ -261,3 +261,35 @@ def test_ctrl_c_during_imports_ends_the_command_though_a_library_swallows_it(gua
   done = subprocess.run([sys.executable, '-c', '\n'.join(lines)], cwd=REPOSITORY, capture_output=True, text=True)
   got = (done.returncode, done.stdout, done.stderr)
   assert got == ((130, '', 'Interrupted.\n') if guarded else (0, 'goes on\n', ''))
+
+
+LOADING = {  # commands as they are typed; what they name need not be there, for they ask only afterwards
+  'bank': 'build --files {folder}/text.jsonl --out {folder}/bank.safetensors',
+  'breakdown': '{folder}',
+  'compare': '{folder}',
+  'convert': 'export --workdir {folder} --to {folder}/weights.safetensors',
+  'cost': '--config configs/base.py',
+  'inspect': '--workdir {folder} --text x',
+  'report': '--workdir {folder}',
+  'sample': '--workdir {folder} --prompt x',
+  'serve': '--workdir {folder}',
+  'sweep': 'sweeps/memory.py',
+}
+
+
+@pytest.mark.parametrize('command', LOADING)
+def test_ctrl_c_while_a_command_loads_jax_is_one_word(command, tmp_path):
+  """The jax that it finds here is an import that is interrupted, and swallows that."""
+  (tmp_path / 'jax').mkdir()
+  (tmp_path / 'jax' / '__init__.py').write_text(
+    'import os, signal, time\ntry:\n  os.kill(os.getpid(), signal.SIGINT)\n  time.sleep(5)\nexcept:\n  pass\n'
+  )
+  (tmp_path / 'text.jsonl').write_text('{"text": "one"}\n')
+  done = subprocess.run(
+    [sys.executable, '-m', f'mmjax.tools.{command}', *LOADING[command].format(folder=tmp_path).split()],
+    cwd=REPOSITORY,
+    env=os.environ | {'PYTHONPATH': f'{tmp_path}{os.pathsep}{REPOSITORY}'},
+    capture_output=True,
+    text=True,
+  )
+  assert (done.returncode, done.stdout, done.stderr) == (130, '', 'Interrupted.\n')

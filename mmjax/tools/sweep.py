@@ -25,9 +25,8 @@ def main() -> None:
   arguments, overrides = _parser().parse_known_args()
   if not arguments.max_minutes >= 0:  # so is NaN
     raise UserError(f'--max_minutes {arguments.max_minutes:g} must be at least 0')
-  runs = read_sweep(arguments.file, arguments.set, overrides, arguments.only)
-
-  with interrupt_ends_at_once():  # only now: --help and bad flags need not wait for JAX
+  with interrupt_ends_at_once():  # only now: --help and bad flags need not wait for JAX, which the file may import
+    runs = read_sweep(arguments.file, arguments.set, overrides, arguments.only)
     from mmjax.files import locked_directory
     from mmjax.run.signals import StopSignals
     from mmjax.tools.sweep_runs import Sweep
