@@ -54,6 +54,8 @@ MODELS = {
   'g55': BUCKETS,
   # A key is read as seldom as its row, and a rate of its own lets it learn.
   'g60': BUCKETS | {'train.parameters': 'gate/keys lr=16'},
+  # No choice among the same rows: keys that stay 0 weigh the 8 of a bucket alike.
+  'g61': BUCKETS | {'train.parameters': 'gate/keys lr=0'},
   'g56': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
   'g59': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 131072} | BANK,
   # Rows that grow with the tokens.

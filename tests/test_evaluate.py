@@ -45,6 +45,28 @@ def setup(sublayer: str, batch_size: int = 4):
   return config, nnx.merge(graphdef, params), params, step
 
 
+def test_no_more_than_two_batches_are_under_way(monkeypatch):
+  """With hundreds, eight devices of a CPU come to a stop, each waiting for the others."""
+  under_way = []
+
+  class Sum:
+    def block_until_ready(self):
+      done.append(self)
+
+  def call(params, batch):
+    started.append(Sum())
+    under_way.append(len(started) - len(done))
+    return {'nll': started[-1]}
+
+  config, started, done = tiny_config(model__sublayer='dense'), [], []
+  placement = place(config)
+  monkeypatch.setattr(type(placement), 'jit', lambda *_, **__: call)
+  step = make_eval_step(build_model(config)[0], config, placement)
+  for batch in batches_of(rows_of_text(40, 20), 4):
+    step({}, batch)
+  assert under_way == [1] + [2] * 9 and done == started[:-2]
+
+
 @pytest.mark.parametrize('sublayer', ['gated_fusion', 'dense'])
 def test_evaluation_equals_float64_over_all_tokens(sublayer):
   config, model, params, step = setup(sublayer)

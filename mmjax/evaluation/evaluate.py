@@ -4,6 +4,7 @@ One compiled function of fixed shape serves every batch, in the training loop an
 tokens, so that every token weighs the same whatever row it is in; padding weighs nothing.
 """
 
+import collections
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -75,7 +76,8 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, placement: Placement)
   Returns:
     A function of params and a batch (`input`, `target`, `segment`, int32 (rows, T)) that returns the sums nll (nats)
     and correct, both float32, tokens (int32) and, for a memory model, usage_LM (int32, reads of each row) and what
-    `make_read_probe` finds.
+    `make_read_probe` finds. It waits until the batch before the last is done: were hundreds under way, several devices
+    of a CPU would wait for one another for ever.
   """
   loss = make_loss(config, graphdef, placement.attention, make_read_probe(config))
 
@@ -86,7 +88,16 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, placement: Placement)
     return found | {name: x for name, x in parts.items() if name != 'aux_loss'}
 
   compiled = placement.jit(sums, out_shardings=replicated(placement.mesh))
-  return lambda params, batch: compiled(params, put_batch(placement.mesh, batch, 1))
+  under_way: collections.deque[Array] = collections.deque(maxlen=2)
+
+  def step(params: Params, batch: Batch) -> dict[str, Array]:
+    if len(under_way) == under_way.maxlen:
+      jax.block_until_ready(under_way[0])
+    found = compiled(params, put_batch(placement.mesh, batch, 1))
+    under_way.append(found['nll'])
+    return found
+
+  return step
 
 
 def evaluate_split(config: Config, eval_step: EvalStep, params: Params, split: TokenSplit) -> EvalResult:
