@@ -35,6 +35,12 @@ def rarely(values: Iterable, *always: object) -> list:
   return [value if value in always else pytest.param(value, marks=pytest.mark.thorough) for value in values]
 
 
+def seldom(values: Iterable, *thorough: object) -> list:
+  """Returns values as parameters of a test, `thorough` marked so and the others slow."""
+  marks = {True: pytest.mark.thorough, False: pytest.mark.slow}
+  return [pytest.param(value, marks=marks[value in thorough]) for value in values]
+
+
 def tiny_config(file: str | Path = REPOSITORY / TINY_CONFIG, **overrides: object) -> Config:
   """Returns the config of a file (a model of a few thousand parameters); `section__field=value` overrides it."""
   return load_config(str(file), [f'--config.{name.replace("__", ".")}={value}' for name, value in overrides.items()])

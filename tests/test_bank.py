@@ -119,7 +119,7 @@ def test_reads_of_a_tapped_bank_add_up_to_its_gradient(bag):
   run = jax.jit(jax.value_and_grad(tapped_loss, argnums=(0, 1, 2)))
   tapped_value, (reads, none, got_weight) = run(tap, bank, weight)
   assert value == tapped_value and not np.any(none)
-  np.testing.assert_allclose(add_reads(jnp.zeros((9, 3)), row, reads), want, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(add_reads(np.zeros((9, 3), np.float32), row, reads), want, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(got_weight, want_weight, rtol=1e-5, atol=1e-6)
 
 

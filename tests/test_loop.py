@@ -370,8 +370,14 @@ except StoppedError:
 """
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(('row_devices', 'first', 'more'), [(1, 2, {}), (4, 0, {}), (4, 2, ROW_BY_ROW)])
+@pytest.mark.parametrize(
+  ('row_devices', 'first', 'more'),
+  [
+    pytest.param(4, 2, ROW_BY_ROW, marks=pytest.mark.thorough),
+    pytest.param(4, 0, {}, marks=pytest.mark.thorough),
+    pytest.param(1, 2, {}, marks=pytest.mark.slow),
+  ],
+)
 def test_run_that_moves_between_one_device_and_eight_keeps_its_losses(
   text, tmp_path, monkeypatch, row_devices, first, more
 ):

@@ -271,6 +271,21 @@ def test_parameters_of_other_sizes_are_refused(name):
       memory.apply(params, x_BTD, bank_MP, jnp.zeros((2, 5, 2, 3), jnp.int32))
 
 
+@pytest.mark.parametrize('bank', [jnp.zeros((6, 8)), jnp.zeros((64, 9)), jnp.zeros((64, 8), jnp.int32), [[0.0]]])
+def test_sums_of_another_bank_are_refused_as_apply_does(bank):
+  memory, tokens_BT = MEMORIES['ngrams'], jnp.asarray([[5, 7, 8]])
+  with pytest.raises(ValueError, match=r'the bank must (have the shape .*\(64, 8\), not|be an array of floats)'):
+    memory.sums_of(last_tokens(tokens_BT, 2), bank)
+
+
+def test_factors_of_heads_that_are_no_floats_are_refused():
+  memory = MEMORIES['bag']
+  x_BTD, bank, *_ = inputs(memory)
+  for kept in (jnp.ones((2, 5, 2), complex), jnp.ones((2, 5, 2), bool)):
+    with pytest.raises(ValueError, match='the factors of heads must be an array of floats'):
+      memory.apply(memory.init(jax.random.key(0)), x_BTD, bank, kept_BTh=kept)
+
+
 def test_slope_of_the_selection_bias_equals_counting_and_adds_nothing_to_the_loss():
   memory = MEMORIES['bag']
   params, (x_BTD, bank_MP, *_) = memory.init(jax.random.key(0)), inputs(memory)

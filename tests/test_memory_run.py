@@ -14,9 +14,7 @@ from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
 from mmjax.training.loop import fit
-from tests.helpers import TINY
-
-pytestmark = pytest.mark.thorough  # tests of the model, the optimizer and of generation cover the parts
+from tests.helpers import TINY, seldom
 
 SMALLER = TINY | {
   'memory.ffn_dim': 16,
@@ -44,7 +42,8 @@ RUNS = {  # config file, and what differs
 }
 
 
-@pytest.fixture(scope='module', params=RUNS)
+# Tests of the model, the optimizer and of generation cover the parts.
+@pytest.fixture(scope='module', params=seldom(RUNS, 'grown', 'both'))
 def run(request, tmp_path_factory):
   """A finished run directory of four updates."""
   folder = tmp_path_factory.mktemp('plus')

@@ -242,7 +242,11 @@ def test_model_with_ranges_and_signs_keeps_documents_apart():
   ('call', 'said'),
   [
     (lambda tokens: last_tokens(tokens[0], 2), r'tokens must have the shape \(B, T\), not \(5,\)'),
-    (lambda tokens: last_tokens(tokens, 0), 'n=0 must be at least 1'),
+    (lambda tokens: last_tokens([[1, 2]], 2), r'tokens must have the shape \(B, T\), not list'),
+    (lambda tokens: last_tokens(tokens, 0), 'n=0 must be a whole number of at least 1'),
+    (lambda tokens: last_tokens(tokens, 2.0), r'n=2\.0 must be a whole number'),
+    (lambda tokens: last_tokens(tokens, 2, [0]), r'segments must have .*, \(3, 5\), not list'),
+    (lambda tokens: cached_last_tokens(tokens[..., None], tokens, 2), r'tokens must .* \(B, S\), not \(3, 5, 1\)'),
     (lambda tokens: last_tokens(tokens, 2, tokens[:1]), r'segments must have .*, \(3, 5\), not \(1, 5\)'),
     (lambda tokens: cached_last_tokens(tokens, tokens[:, 0], 2), r'positions must .* \(B=3, T\), not \(3,\)'),
     (lambda tokens: cached_last_tokens(tokens, tokens[:1], 2), r'positions must .* \(B=3, T\), not \(1, 5\)'),

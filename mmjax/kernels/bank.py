@@ -235,7 +235,7 @@ def _hand_back(bank: BankShard, found: Array) -> Array:
 
 
 def _add_scatter(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
-  return sums_MP.at[row_X].add(grad_XP.astype(sums_MP.dtype))
+  return jnp.asarray(sums_MP).at[row_X].add(grad_XP.astype(sums_MP.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

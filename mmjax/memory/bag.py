@@ -22,11 +22,11 @@ from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Memory
-from mmjax.memory.checks import check_numbers
+from mmjax.memory.checks import check_bank, check_numbers
 from mmjax.memory.gate import GatedMemory
 from mmjax.memory.ngram import last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
 from mmjax.memory.params import init_kernels
-from mmjax.memory.types import Bank, Params, Selection
+from mmjax.memory.types import Bank, Params, Selection, shape_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -156,7 +156,11 @@ class NgramBag(_Bag):
     Args:
       last_BTn: int32, from `last_tokens` or `cached_last_tokens`.
       bank_MP: as in `apply`.
+
+    Raises:
+      ValueError: if the last tokens are what `rows_of` refuses, or the bank is what `apply` does.
     """
+    check_bank(self, bank_MP)
     row_BThr, sign_BTh = self.addresses(last_BTn)
     selection = Selection(row_BThr, jnp.zeros(row_BThr.shape, jnp.float32), sign_BTh=sign_BTh)
     return selection, self.sums(selection, bank_MP)
@@ -193,10 +197,8 @@ class NgramBag(_Bag):
     shape = (*x_BTD.shape[:2], self.n_heads, self.rows_per_head)
     if row_BThr is None:
       raise ValueError('row_BThr=None: a memory of n-grams needs the rows that they address: see NgramBag.rows')
-    if row_BThr.shape != shape:
-      raise ValueError(
-        f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {row_BThr.shape}'
-      )
+    if (found := shape_of(row_BThr)) != shape:
+      raise ValueError(f'the rows of n-grams must have the shape (B, T, n_heads, rows_per_head)={shape}, not {found}')
     check_numbers('row_BThr', row_BThr, self.n_rows)
     return Selection(row_BThr, jnp.zeros(shape, jnp.float32))
 

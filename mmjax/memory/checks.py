@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from mmjax.choices import ONE_ROW, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, not_even, not_square
 from mmjax.kernels.packed_bank import PackedBank
 from mmjax.memory.ngram import SIGN_VECTORS
-from mmjax.memory.types import Bank, Params
+from mmjax.memory.types import Bank, Params, shape_of
 
 if TYPE_CHECKING:
   from mmjax.memory.base import Memory
@@ -68,11 +68,7 @@ def check_inputs(
     raise ValueError(f'the input must have the shape (B, T, dim={memory.dim}), not {x_BTD.shape}')
   if not x_BTD.size:
     raise ValueError(f'the input of shape {x_BTD.shape} has no position')
-  size = memory.n_rows, memory.row_dim
-  if (found := _shape(bank_MP)) != size:
-    raise ValueError(f'the bank must have the shape (n_rows, row_dim)={size}, not {found}')
-  if not isinstance(bank_MP, PackedBank):
-    _check_floats('the bank', getattr(bank_MP, 'part_MP', getattr(bank_MP, 'bank_MP', bank_MP)))
+  check_bank(memory, bank_MP)
   if not isinstance(params, dict | FrozenDict):
     raise ValueError(f'the parameters must be a nested dict as `init` returns it, not of type {type(params).__name__}')
   given = flatten_dict(params)
@@ -83,13 +79,24 @@ def check_inputs(
     _check_floats(f'the parameter {"/".join(path)}', given[path])
   heads = *x_BTD.shape[:2], memory.n_heads
   sign_shape = heads if memory.signs else None
-  if (found := _shape(sign_BTh)) != sign_shape:
+  if (found := shape_of(sign_BTh)) != sign_shape:
     must = f'have the shape {sign_shape}' if sign_shape else 'be None'
     raise ValueError(f'the numbers of signs must {must}, not {found}: see NgramBag.signs_of')
   if sign_BTh is not None:
     check_numbers('sign_BTh', sign_BTh, SIGN_VECTORS)
-  if kept_BTh is not None and (found := _shape(kept_BTh)) != heads:
-    raise ValueError(f'the factors of heads must have the shape {heads}, not {found}')
+  if kept_BTh is not None:
+    if (found := shape_of(kept_BTh)) != heads:
+      raise ValueError(f'the factors of heads must have the shape {heads}, not {found}')
+    _check_floats('the factors of heads', kept_BTh)
+
+
+def check_bank(memory: 'Memory', bank_MP: Bank) -> None:
+  """Raises ValueError if a bank has not the shape that a memory says, or no floats."""
+  size = memory.n_rows, memory.row_dim
+  if (found := shape_of(bank_MP)) != size:
+    raise ValueError(f'the bank must have the shape (n_rows, row_dim)={size}, not {found}')
+  if not isinstance(bank_MP, PackedBank):
+    _check_floats('the bank', getattr(bank_MP, 'part_MP', getattr(bank_MP, 'bank_MP', bank_MP)))
 
 
 def check_numbers(name: str, number: Array, end: int) -> None:
@@ -100,11 +107,6 @@ def check_numbers(name: str, number: Array, end: int) -> None:
     for value in (np.asarray(number).min(initial=0), np.asarray(number).max(initial=0)):
       if not 0 <= value < end:
         raise ValueError(f'{name} must hold numbers from 0 to {end - 1}, not {value}')
-
-
-def _shape(value: Any) -> tuple[int, ...] | str | None:
-  """Returns the shape of an array; of anything else but None its type."""
-  return value if value is None else getattr(value, 'shape', type(value).__name__)
 
 
 def _check_floats(name: str, value: Any) -> None:

@@ -12,6 +12,7 @@ second hash, Chen et al. 2015, arXiv:1504.04788, for n-grams https://github.com/
 
 import functools
 import math
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -20,6 +21,7 @@ import numpy as np
 from jax import Array
 
 from mmjax.kernels.mesh import on_any_mesh
+from mmjax.memory.types import shape_of
 
 NO_TOKEN = -1  # before the first one
 SIGN_VECTORS = 256
@@ -35,13 +37,12 @@ def last_tokens(tokens_BT: Array, n: int, segment_BT: Array | None = None) -> Ar
     segment_BT: int32; tokens of another segment do not count. None: each row is one segment.
 
   Raises:
-    ValueError: if tokens or segments have another shape, or n is less than 1.
+    ValueError: if tokens or segments have another shape, or n is no whole number of at least 1.
   """
   _check_n(n)
-  if tokens_BT.ndim != 2:
-    raise ValueError(f'tokens must have the shape (B, T), not {tokens_BT.shape}')
-  if segment_BT is not None and segment_BT.shape != tokens_BT.shape:
-    raise ValueError(f'segments must have the shape of the tokens, {tokens_BT.shape}, not {segment_BT.shape}')
+  _check_axes('tokens', tokens_BT, 'B', 'T')
+  if segment_BT is not None and (found := shape_of(segment_BT)) != tokens_BT.shape:
+    raise ValueError(f'segments must have the shape of the tokens, {tokens_BT.shape}, not {found}')
   return on_any_mesh(functools.partial(_last_tokens, n), lambda spec: spec, tokens_BT, segment_BT)
 
 
@@ -65,10 +66,12 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
     n: how many, at least 1.
 
   Raises:
-    ValueError: if positions have another shape, or n is less than 1.
+    ValueError: if tokens or positions have another shape, or n is no whole number of at least 1.
   """
   _check_n(n)
-  if position_BT.ndim != 2 or len(position_BT) != len(token_BS):
+  _check_axes('tokens', token_BS, 'B', 'S')
+  _check_axes('positions', position_BT, f'B={len(token_BS)}', 'T')
+  if len(position_BT) != len(token_BS):
     raise ValueError(f'positions must have the shape (B={len(token_BS)}, T), not {position_BT.shape}')
 
   def find(position_BT: Array, token_BS: Array) -> Array:
@@ -80,8 +83,15 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
 
 
 def _check_n(n: int) -> None:
-  if n < 1:
-    raise ValueError(f'n={n} must be at least 1: the token itself is the first of the last tokens')
+  if not isinstance(n, numbers.Integral) or isinstance(n, bool) or n < 1:
+    raise ValueError(f'n={n!r} must be a whole number of at least 1: the token itself is the first of the last tokens')
+
+
+def _check_axes(name: str, value: Array, *axes: str) -> None:
+  """Raises ValueError for what is no array with as many axes as these names."""
+  found = shape_of(value)
+  if not isinstance(found, tuple) or len(found) != len(axes):
+    raise ValueError(f'{name} must have the shape ({", ".join(axes)}), not {found}')
 
 
 def _signed(token: Array) -> Array:
@@ -193,6 +203,7 @@ def sign_vectors(row_dim: int) -> Array:
 def _codes(last_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:
   """Returns 32 bits for each n-gram, uint32 (B, T, h, r), by the hash of each number."""
   # JAX would read the last of too few tokens again, and cut fractions off.
+  _check_axes('last tokens', last_BTn, 'B', 'T', 'n')
   if last_BTn.shape[-1] < max(ngrams) or not jnp.issubdtype(last_BTn.dtype, jnp.integer):
     raise ValueError(
       f'last tokens of shape {last_BTn.shape} and dtype {last_BTn.dtype} must be whole numbers, at least '

@@ -9,6 +9,11 @@ from mmjax.kernels.bank import Bank as Bank
 Params = dict[str, Any]
 
 
+def shape_of(value: Any) -> tuple[int, ...] | str | None:
+  """Returns the shape of an array; of anything else but None its type, for a message."""
+  return value if value is None else getattr(value, 'shape', type(value).__name__)
+
+
 class Selection(NamedTuple):
   """What is read at each position.
 
