@@ -22,7 +22,7 @@ def main() -> None:
 
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--workdir', required=True, help='run directory, as train.py makes it')
-  parser.add_argument('--prompts', help='text file, one prompt a line (default: the three of the record)')
+  parser.add_argument('--prompts', help='text file, one prompt a line (default: how three held-out documents begin)')
   parser.add_argument('--valid_files', default='', help='other text to evaluate on: comma-separated paths or globs')
   add_model_flags(parser)
   add_sampling_flags(parser)
@@ -34,16 +34,18 @@ def main() -> None:
     from mmjax.console import prepare_terminal
     from mmjax.files import write_json
     from mmjax.inference.api import load_run
-    from mmjax.inference.measure import PROMPTS, WHERE, continue_prompts, measure_run, read_prompts
+    from mmjax.inference.measure import WHERE, beginnings, continue_prompts, measure_run, open_text, read_prompts
     from mmjax.report.write import write_report
     from mmjax.run.directory import open_run
 
   prepare_terminal()
-  prompts = read_prompts(arguments.prompts or PROMPTS)
+  prompts = read_prompts(arguments.prompts) if arguments.prompts else []
   run = open_run(arguments.workdir)
   config = override_config(run.read_config(), overrides, WHERE)
   lm = load_run(run, config, **model_from_flags(arguments))
-  found = measure_run(lm, run, arguments.valid_files) | continue_prompts(lm, prompts, sampling)
+  found = measure_run(lm, run, arguments.valid_files)
+  prompts = prompts or beginnings(open_text(lm.config, run, arguments.valid_files))
+  found |= continue_prompts(lm, prompts, sampling)
   print_evaluation(found)
   write_json(run.path / 'eval.json', found)
   print(f'Written: {run.path / "eval.json"} and {write_report(run.path)}')
@@ -59,7 +61,12 @@ def print_evaluation(found: dict[str, Any]) -> None:
 
   show(*sections.evaluation(found), *memory_tables(found['bank'], found['probes']))
   for sample in found['samples']:
-    show(Text(printable(sample['prompt']), 'bold') + Text(printable(sample['continuation']) + '\n', 'not bold'))
+    parts = (
+      (printable(sample['prompt']), 'bold'),
+      (' | ', 'dim'),
+      (printable(sample['continuation']) + '\n', 'not bold'),
+    )
+    show(Text.assemble(*parts))
   show(sections.variety(found))
 
 

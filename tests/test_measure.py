@@ -10,7 +10,8 @@ import mmjax
 from mmjax.console import printable
 from mmjax.data.worker import is_held_out
 from mmjax.evaluation.evaluate import EvalResult
-from mmjax.inference.measure import PROMPTS, distinct_share, read_prompts, repeated_share
+from mmjax.inference.measure import beginnings, distinct_share, open_text, read_prompts, repeated_share
+from mmjax.run.directory import RunDir
 from tests.helpers import run_main
 
 
@@ -34,7 +35,7 @@ def test_evaluation_repeats_the_numbers_of_training(run, monkeypatch, capfd):
   assert f'{found["loss"]:.4f}' in out and f'{found["bits_per_byte"]:.4f}' in out
 
   lm = mmjax.load(run, 'last')
-  prompts = read_prompts(PROMPTS)
+  prompts = beginnings(open_text(lm.config, RunDir(run)))
   assert [sample['prompt'] for sample in found['samples']] == prompts
   texts = lm.generate(prompts, max_new_tokens=12)
   assert [sample['continuation'] for sample in found['samples']] == texts
@@ -200,4 +201,15 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path, monkeypatch, capfd):
 def test_prompts_come_one_a_line(tmp_path):
   (tmp_path / 'prompts.txt').write_bytes('\ufeffΑ first\r\n\n second\n'.encode())
   assert read_prompts(tmp_path / 'prompts.txt') == ['Α first', ' second']
-  assert [prompt.split()[0] for prompt in read_prompts(PROMPTS)] == ['The', 'Ayn', 'Apollo']
+  assert [prompt.split()[0] for prompt in read_prompts('configs/record_prompts.txt')] == ['The', 'Ayn', 'Apollo']
+
+
+def test_held_out_documents_begin_as_their_text_does(run, tmp_path):
+  texts = ['the bank reads the memory and writes it again', 'row', '漢字漢字漢字漢字', ' ', 'a row', 'and again']
+  (tmp_path / 'other.jsonl').write_text('\n'.join(json.dumps({'text': text}) for text in texts))
+  config = RunDir(run).read_config()
+  found = beginnings(open_text(config, RunDir(run), f'{tmp_path}/other.jsonl'), 6)
+  texts.remove(' ')
+  assert len(found) == 5 and all(text.startswith(start) for text, start in zip(texts, found, strict=True))
+  assert found[1] == 'row' and 0 < len(found[2]) < 8 and len(found[0]) < len(texts[0])
+  assert beginnings(open_text(config, RunDir(run), f'{tmp_path}/other.jsonl')) == [found[0], found[2], 'a row']

@@ -28,7 +28,7 @@ from mmjax.run.text import evaluation_data, find_run_data, place_for_shards
 WHERE = tuple(
   f'data.{name}' for name in ('train_files', 'valid_files', 'prepared_dir', 'text_key', 'on_bad_line', 'workers')
 )
-PROMPTS = Path(__file__).with_name('prompts.txt')  # the three that the record of experiment 1.4.2 quotes
+BEGINNING_TOKENS = 12  # of a held-out document, to be continued
 SHOWN_CHARS = 2000  # of a prompt, on the terminal and in reports
 
 
@@ -43,6 +43,14 @@ def read_prompts(path: str | Path) -> list[str]:
   if not prompts:
     raise UserError(f"prompts file '{path}' has no prompt; write one per line")
   return prompts
+
+
+def beginnings(split: TokenSplit, most: int = 3) -> list[str]:
+  """Returns how the first of a split's documents, one in its middle, ... begin: at most so many prompts."""
+  numbers = sorted({i * split.n_documents // most for i in range(most)})
+  spans = [(split.document_start[i], split.document_start[i + 1] - 1) for i in numbers]  # without EOS
+  texts = [split.tokenizer.decode(split.stream(a, min(b, a + BEGINNING_TOKENS)).tolist()) for a, b in spans]
+  return [text.rstrip('\ufffd') for text in texts if text.strip('\ufffd \t\r\n')]  # it may end within a character
 
 
 def measure_run(lm: LanguageModel, run: RunDir, valid_files: str = '') -> dict[str, Any]:

@@ -83,13 +83,13 @@ def _samples(run: FoundRun) -> sections.Blocks:
   if jax.process_count() > 1:  # all of them would have to read the checkpoint, and one writes the report
     return ['None: the run had several processes; eval.py makes them.']
   from mmjax.inference.api import load  # a report with an eval.json needs no model
-  from mmjax.inference.measure import PROMPTS, continue_prompts, read_prompts
+  from mmjax.inference.measure import beginnings, continue_prompts, open_text
   from mmjax.inference.settings import Sampling
 
   try:
     lm = load(run.path)
     with warnings.catch_warnings(action='ignore'):  # rows may be shorter than a prompt: then its end is used
-      found = continue_prompts(lm, read_prompts(PROMPTS), Sampling())
+      found = continue_prompts(lm, beginnings(open_text(lm.config, run.dir)), Sampling())
   except CommandError as error:
     return [f'None: {error}.']
   return sections.samples(found, f'Best checkpoint so far, step {lm.step}.')
