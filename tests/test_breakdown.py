@@ -1,5 +1,6 @@
 """Breaking down the loss of runs: against sums in plain Python over logits and dictionaries of n-grams."""
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -9,11 +10,13 @@ import pytest
 from scipy.special import log_softmax
 
 import mmjax
-from mmjax.data.loader import PADDING, train_batches
+from mmjax.console import Progress
+from mmjax.data.loader import PADDING, open_split, row_settings, train_batches
+from mmjax.data.prepare import prepare
 from mmjax.errors import UserError
 from mmjax.inference.breakdown import Grouping, Losses, _summary, _training_split, break_down, clustered_error
 from mmjax.inference.measure import open_text
-from mmjax.run.directory import open_run
+from mmjax.run.directory import RunDir, open_run
 from mmjax.run.orbax_io import MANIFEST, read_manifest
 from mmjax.tools import breakdown as command
 
@@ -86,6 +89,27 @@ def test_runs_that_read_the_same_are_compared_and_share_the_counts(tiny_run, tmp
   assert [group['group'] for group in by_file] == texts
   assert [group['tokens'] for group in by_file] == [group['tokens'] for group in by_script][::-1]
   assert [group['difference'] for group in by_file] == [0, 0]
+
+
+@pytest.mark.parametrize('held_out', ['the same', 'other'])
+def test_held_out_text_is_known_by_its_tokens_wherever_they_lie(tiny_run, tmp_path, monkeypatch, held_out):
+  lines = (tiny_run.parent / 'text.jsonl').read_text().splitlines()
+  for name, part in {'a': lines[:90], 'b': lines[90:180], 'the same': lines[180:], 'other': lines[179:]}.items():
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(part))
+
+  def prepared(train, valid):
+    files = {'train_files': f'{tmp_path}/{train}.jsonl', 'valid_files': f'{tmp_path}/{valid}.jsonl'}
+    config = RunDir(tiny_run).read_config()
+    own = {'tokenizer': str(tiny_run / 'tokenizer.model'), 'prepared_dir': f'{tmp_path}/{train}', 'valid_fraction': 0.0}
+    place = prepare(dataclasses.replace(config.data, **files, **own), config.model.vocab_size, Progress(quiet=True))
+    return open_split(place, 'valid', **row_settings(config))
+
+  texts = iter([prepared('a', 'the same'), prepared('b', held_out)])
+  monkeypatch.setattr('mmjax.inference.breakdown.open_text', lambda *_: next(texts))
+  twin = shutil.copytree(tiny_run, tmp_path / 'twin')
+  first, second = break_down([tiny_run, twin], 'last', [])
+  assert first['against'] is None and second['against'] == (str(tiny_run) if held_out == 'the same' else None)
+  assert second['groups']['all'][0].get('difference') == (0 if held_out == 'the same' else None)
 
 
 def test_files_and_runs_of_one_name_are_told_apart():

@@ -89,7 +89,16 @@ def find_prepared(place: str | Path, fits: Callable[[dict[str, Any]], bool]) -> 
 
 def data_sha256(index: dict[str, Any]) -> str:
   """Returns the hash that says which data these are: of the hashes of all shards."""
-  return hashlib.sha256(''.join(shard['sha256'] for shard in _shards(index)).encode()).hexdigest()
+  return _shards_sha256(_shards(index))
+
+
+def split_sha256(index: dict[str, Any], split: str) -> str:
+  """Returns the hash that says which tokens a split holds, whatever the others hold: of the hashes of its shards."""
+  return _shards_sha256(index['splits'][split]['shards'])
+
+
+def _shards_sha256(shards: list[dict[str, Any]]) -> str:
+  return hashlib.sha256(''.join(shard['sha256'] for shard in shards).encode()).hexdigest()
 
 
 def counts_bytes(index: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmjax.choices import CHECKPOINT, NGRAMS
 from mmjax.config import Config, override_config
+from mmjax.data.index import split_sha256
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split, row_settings
 from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
 from mmjax.environment import own_jax_settings
@@ -108,7 +109,7 @@ def _losses(
   config = override_config(run.read_config(), overrides, WHERE)
   lm = load_run(run, config, checkpoint, **placement)
   texts = [open_text(config, run, files) for files in valid_files or ['']]
-  held_out = tuple((str(text.directory), text.split, text.max_seq_len, text.layout) for text in texts)
+  held_out = tuple(_what_is_read(text) for text in texts)
 
   def once(key: tuple, make: Callable[[], Any]) -> Any:
     if (*key, held_out) not in shared:
@@ -128,6 +129,12 @@ def _losses(
   document_X = once(('document',), lambda: _documents(texts))
   tokens = read_manifest(run.checkpoints_path / str(lm.step) / MANIFEST, lm.step)['metadata']['tokens']
   return Losses(str(path), lm.step, tokens, held_out, loss_X, groupings, document_X)
+
+
+def _what_is_read(text: TokenSplit) -> tuple:
+  """Returns what tells the tokens of a text and its rows from those of others, wherever they lie."""
+  tokenizer = text.index['tokenizer']['sha256']
+  return split_sha256(text.index, text.split), tokenizer, text.max_seq_len, text.layout
 
 
 def _training_split(run: RunDir, config: Config) -> TokenSplit:
