@@ -150,6 +150,8 @@ def test_runs_on_other_data_are_refused_or_marked(tmp_path, change, said):
   assert '--allow_other_data' in (tmp_path / 'out' / 'compare.md').read_text()
   assert '| b [other data] | 1 | 5.4000 | - | - |' in (tmp_path / 'out' / 'compare.md').read_text()
   assert 'A run that is not finished' not in (tmp_path / 'out' / 'compare.md').read_text()
+  why = 'have no difference: their runs were trained or evaluated on other text, or on other tokens of it'
+  assert why in (tmp_path / 'out' / 'compare.md').read_text()  # data_sha256 is also of what was only trained on
 
 
 def test_runs_of_one_name_are_told_apart_by_the_shortest_end_of_their_paths(tmp_path, monkeypatch):

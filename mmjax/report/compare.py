@@ -68,9 +68,8 @@ LIMITS: Notes = {  # also on the terminal
   'model.max_seq_len differs: a model that sees more text before a token can have a lower loss for that alone.': (
     lambda found: any('model.max_seq_len' in s['changed'] for s in found)
   ),
-  'Rows marked "other data" have no difference: their losses are on other text.': lambda found: any(
-    'other data' in s['marks'] for s in found
-  ),
+  'Rows marked "other data" have no difference: their runs were trained or evaluated on other text, or on other tokens '
+  'of it.': lambda found: any('other data' in s['marks'] for s in found),
   'A run that is not finished counts only in a row where none is; such a row has no difference.': lambda found: any(
     set(s['marks']) - {'other data'} for s in found
   ),
