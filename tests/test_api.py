@@ -204,6 +204,12 @@ def test_checkpoints_are_chosen_by_name_or_number(tiny_run):
     mmjax.load(tiny_run, 'newest')
 
 
+@pytest.mark.parametrize('checkpoint', ['last', 3])
+def test_checkpoint_is_not_chosen_of_the_model_without_the_taught_rows(tiny_run, checkpoint):
+  with pytest.raises(UserError, match=f'whatever checkpoint={checkpoint} says; give one of them'):
+    mmjax.load(tiny_run, checkpoint, without_taught=True)
+
+
 def test_best_is_the_checkpoint_with_the_lowest_validation_loss(tiny_run):
   lines = [json.loads(line) for line in (tiny_run / 'metrics.jsonl').read_text().splitlines()]
   losses = {line['step']: line['loss'] for line in lines if line['kind'] == 'eval'}

@@ -231,6 +231,7 @@ def test_text_that_is_cut_is_said(tiny_run, monkeypatch, capfd):
     ([], 'give --text, --text_file, --row or --taught'),
     (['--text', 'a', '--text_file', 'b'], "give --text 'a' or --text_file 'b', not both"),
     (['--taught'], 'taught no rows: its memory.teach_rows is 0'),
+    (['--text', 'a', '--without', '--checkpoint', '3'], 'whatever checkpoint=3 says; give one of them'),
     (['--taught', '--without'], '--taught lists the rows that --without takes out; give one of them'),
     (['--text_file', 'no/such/file'], "'no/such/file' cannot be read: No such file"),
   ],

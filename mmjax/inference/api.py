@@ -233,11 +233,12 @@ def load(
     dtype: of the matrix products, 'float32' or 'bfloat16'; None: float32, on a CPU also the fastest.
     attention: a value of runtime.attention; None: the run's, or 'auto' where that cannot run here.
     without_taught: whether the rows that the run taught (memory.teach_rows) are what they were before; nothing else
-      has changed since, so that at any checkpoint this is the model that the run started from, bit for bit.
+      has changed since, so that at any checkpoint this is the model that the run started from, bit for bit, and none
+      can be chosen.
 
   Raises:
-    UserError: if there is no such run, it has no checkpoint yet, it taught no rows that could be left out, or the
-      tokenizer is not the one it was trained with.
+    UserError: if there is no such run, it has no checkpoint yet, it taught no rows that could be left out, a checkpoint
+      is chosen although they are to be, or the tokenizer is not the one it was trained with.
     StorageError: if no whole checkpoint is left, or not the one that was asked for.
   """
   refuse_wrong_jaxlib()
@@ -260,6 +261,11 @@ def load_run(
   """
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   if without_taught:
+    if checkpoint != CHECKPOINT:
+      raise UserError(
+        f'--without (without_taught) gives the model that the run started from, whatever checkpoint={checkpoint} says; '
+        'give one of them'
+      )
     refuse_compressed(run, 'read without the rows that it taught')
     if not config.memory.teach_rows:
       raise UserError(f'{run.path} taught no rows: its memory.teach_rows is 0')

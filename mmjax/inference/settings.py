@@ -114,7 +114,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     '--without',
     dest='without_taught',
     action='store_true',
-    help='take out the rows that the run taught: the model that it started from',
+    help='take out the rows that the run taught: the model that it started from; not with --checkpoint',
   )
 
 
