@@ -75,7 +75,7 @@ def write_file(path: Path, data: bytes | str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
       os.replace(temporary, path)
-    except OSError:
+    except BaseException:  # Ctrl-C, too
       with contextlib.suppress(OSError):
         temporary.unlink()
       raise

@@ -137,6 +137,13 @@ def test_file_is_replaced_whole_or_not_at_all(tmp_path):
   assert [p.name for p in tmp_path.iterdir()] == ['a.json']
 
 
+def test_interrupted_write_leaves_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(os, 'fsync', lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+  with pytest.raises(KeyboardInterrupt):
+    write_file(tmp_path / 'a.json', b'x')
+  assert not list(tmp_path.iterdir())
+
+
 def test_half_written_files_of_a_killed_process_are_removed(tmp_path):
   (tmp_path / '.config.json.123.tmp').write_text('{')
   with RunDir(tmp_path):
