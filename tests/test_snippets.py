@@ -18,6 +18,7 @@ from mmjax.data.snippets import (
   standardize,
 )
 from mmjax.errors import UserError
+from mmjax.files import write_file
 from mmjax.tools import bank, bank_stages
 from mmjax.training.loop import fit
 from tests.helpers import TINY
@@ -186,6 +187,45 @@ def test_stopped_build_goes_on_after_the_last_stage(built, monkeypatch):
   monkeypatch.setattr(bank_stages, 'latent_semantic_vectors', lambda *_: pytest.fail('the vectors were there already'))
   bank.build_bank(config, out, 'lsa')
   assert out.read_bytes() == (folder / 'bank.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize('files', [1, 2, 3, 4])
+def test_build_that_is_stopped_between_its_files_goes_on_or_says_that_it_is_done(built, tmp_path, monkeypatch, files):
+  config, folder = built
+  out, written = tmp_path / 'bank.safetensors', []
+
+  def write(path, data):
+    write_file(path, data)
+    written.append(path.name)
+    if len(written) == files:
+      raise KeyboardInterrupt
+
+  with monkeypatch.context() as stopped:
+    for module in ('data.bank_file', 'interop.files'):
+      stopped.setattr(f'mmjax.{module}.write_file', write)
+    with pytest.raises(KeyboardInterrupt):
+      bank.build_bank(config, out, 'lsa')
+  assert written == ['texts.jsonl', 'bank.jsonl', 'bank.safetensors.sha256', 'bank.safetensors'][:files]
+  if files == 4:
+    with pytest.raises(UserError, match='already exists'):
+      bank.build_bank(config, out, 'lsa')
+  else:
+    bank.build_bank(config, out, 'lsa')
+  names = ['bank.jsonl', 'bank.safetensors', 'bank.safetensors.sha256']
+  assert sorted(path.name for path in tmp_path.iterdir()) == names
+  assert all((tmp_path / name).read_bytes() == (folder / name).read_bytes() for name in names)
+
+
+def test_text_that_was_put_beside_a_stopped_build_is_not_replaced(built, tmp_path, monkeypatch):
+  config, _ = built
+  with monkeypatch.context() as stopped:
+    stopped.setattr(bank_stages, 'write_tensors', lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+      bank.build_bank(config, tmp_path / 'bank.safetensors', 'lsa')
+  (tmp_path / 'bank.jsonl').write_text('mine')
+  with pytest.raises(UserError, match='would replace .*bank.jsonl'):
+    bank.build_bank(config, tmp_path / 'bank.safetensors', 'lsa')
+  assert (tmp_path / 'bank.jsonl').read_text() == 'mine'
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 bank.safetensors          the rows
 bank.safetensors.sha256   checked when it is there
 bank.jsonl                {"row": r, "text": ...} for each row, in order: what a row was before training
+bank.safetensors.work/    what a build has made of them so far; gone when it ends
 """
 
 import json
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 
 from mmjax.errors import UserError
 from mmjax.files import check_sha256, write_file
+
+STAGED_TEXTS = 'texts.jsonl'  # in the stages of a build
 
 
 def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -55,6 +58,11 @@ def read_bank(path: Path, shape: tuple[int, int]) -> np.ndarray:
 def texts_path(bank: Path) -> Path:
   """Returns where the texts of a bank file lie."""
   return bank.with_suffix('.jsonl')
+
+
+def stages_path(bank: Path) -> Path:
+  """Returns where a build of a bank file keeps what it has made so far."""
+  return bank.with_name(f'{bank.name}.work')
 
 
 def write_texts(path: Path, texts: Iterable[str]) -> None:

@@ -6,6 +6,8 @@ finished stage, and after the last part of an encoder's work. Use it with memory
 configs/exp_1_4_3.py does.
 """
 
+import filecmp
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import numpy as np
 from mmjax.choices import not_square
 from mmjax.config import Config, expand_home, load_config, own_config, user_path
 from mmjax.console import command_parser
-from mmjax.data.bank_file import texts_path
+from mmjax.data.bank_file import STAGED_TEXTS, stages_path, texts_path
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
 
 USED_SETTINGS = ('memory.knowledge_length', 'memory.bank_std')  # that decide what a file holds
@@ -61,6 +63,8 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
     UserError: if a flag or a size breaks its rule, the text gives too few snippets, or the encoder is not to be had.
     StorageError: if the disk is too full.
   """
+  if out.exists() and texts_are_of_build(out):  # which was stopped when only this was left to do
+    shutil.rmtree(stages_path(out), ignore_errors=True)
   check_flags(config, out, encoder, snippets_a_row)
   embed = None if encoder == 'lsa' else load_encoder(encoder)
   with interrupt_ends_at_once():  # only now: --help and bad flags need not wait for JAX
@@ -75,7 +79,7 @@ def check_flags(config: Config, out: Path, encoder: str, snippets_a_row: int) ->
     raise UserError(f"--out '{out}' must end in .safetensors")
   if out.exists():
     raise UserError(f"--out '{out}' already exists; remove it or choose another name")
-  if (texts := texts_path(out)).exists():  # yours, or of a build that was stopped at its last step
+  if (texts := texts_path(out)).exists() and not texts_are_of_build(out):
     raise UserError(f"--out '{out}' would replace '{texts}' with its rows' texts; remove it or choose another name")
   if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
     raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
@@ -83,6 +87,13 @@ def check_flags(config: Config, out: Path, encoder: str, snippets_a_row: int) ->
     raise UserError(f'--snippets_a_row {snippets_a_row} must be at least 1')
   if said := not_square('model.knowledge_num', config.model.knowledge_num):
     raise UserError(said)
+
+
+def texts_are_of_build(out: Path) -> bool:
+  """Whether the texts beside a bank file are those of a build of it that was stopped, in its last step."""
+  texts = texts_path(out)
+  staged = stages_path(out).glob(f'*/{STAGED_TEXTS}')
+  return texts.is_file() and any(filecmp.cmp(texts, file, shallow=False) for file in staged)
 
 
 def load_encoder(encoder: str) -> Callable[[list[str]], np.ndarray]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmjax.config import Config
 from mmjax.console import Progress
-from mmjax.data.bank_file import texts_path, write_texts
+from mmjax.data.bank_file import STAGED_TEXTS, stages_path, texts_path, write_texts
 from mmjax.data.loader import TokenSplit, open_split
 from mmjax.data.prepare import prepare
 from mmjax.data.snippets import (
@@ -62,6 +62,7 @@ def make_bank(config: Config, out: Path, encoder: str, embed: Embed | None, snip
   progress.close()
   bank_MP = standardize(vector_XP[row_M], config.memory.bank_std)
   texts = snippet_texts(split, start_X[row_M], length)
+  write_texts(stages.directory / STAGED_TEXTS, texts)  # first: they show whose those beside the bank are
   write_texts(texts_path(out), texts)
   write_tensors(out, {BANK: bank_MP})
   stages.remove()
@@ -101,7 +102,7 @@ class Stages:
   def __init__(self, out: Path, made_from: list[Any]):
     """`made_from` names all that decides the arrays; those made from something else are not used."""
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:12]
-    self.directory = out.with_name(f'{out.name}.work') / key
+    self.directory = stages_path(out) / key
 
   def run(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
     """Returns the array of a stage, made now or kept from before."""
