@@ -1,6 +1,8 @@
 """The report: whole for every kind of run, faithful to the files it is made from, and safe against what they hold."""
 
+import errno
 import json
+import os
 import shlex
 import struct
 from pathlib import Path
@@ -9,10 +11,11 @@ import pytest
 
 from mmjax.config import load_config
 from mmjax.console import Table, markdown
-from mmjax.errors import UserError
+from mmjax.errors import StorageError, UserError
 from mmjax.files import write_json
 from mmjax.model.cost import count_params
 from mmjax.report import sections
+from mmjax.report.draw import Line, Panel, draw
 from mmjax.report.found import FoundRun
 from mmjax.report.plots import write_plots
 from mmjax.report.write import write_report
@@ -209,6 +212,16 @@ def test_plots_are_drawn_for_one_line_and_for_thousands(tmp_path):
     f'bank_{name}.png'
     for name in ('changed', 'row_agreement', 'kl_weighted', 'gate_grad_norm', 'key_grad_norm', 'row_update_ratio')
   }
+
+
+def test_plot_that_the_disk_has_no_room_for_is_named_and_not_begun(tmp_path, monkeypatch):
+  def full(_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+  monkeypatch.setattr(os, 'fsync', full)
+  with pytest.raises(StorageError, match=r"loss\.png' cannot be written: No space left on device \("):
+    draw(tmp_path / 'loss.png', Panel('loss', 'x', 'y', [Line([1, 2], [3, 4], {'color': 'k'})]))
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):

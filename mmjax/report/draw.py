@@ -1,5 +1,6 @@
 """Draws lines into PNG files; every plot of a report and of a comparison looks like this."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+
+from mmjax.files import write_file
 
 INK, BLUE, RED, GRID = '#333333', '#4c78a8', '#e45756', '#e6e6e6'
 FEW_LABELS = 3  # more of them stand beside the plot
@@ -59,7 +62,9 @@ def draw(path: Path, *panels: Panel, legend: Sequence[tuple[str, dict[str, Any]]
   if legend:
     handles = [Line2D([], [], label=name, **style | {'linewidth': 2.2}) for name, style in legend]
     figure.legend(handles=handles, loc='outside right center', frameon=False, fontsize=9, labelcolor=INK)
-  figure.savefig(path)
+  png = io.BytesIO()
+  figure.savefig(png, format='png')
+  write_file(path, png.getvalue())
 
 
 def _finish(axes: Axes, panel: Panel) -> None:
