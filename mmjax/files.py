@@ -6,6 +6,7 @@ hash of itself, so that damage is noticed when it is read.
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
 import json
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmjax.errors import STORAGE_ERRNOS, CommandError, StorageError, UserError, file_error
+from mmjax.errors import CommandError, StorageError, UserError, file_error
 
 SEAL = 'sha256'  # key of a JSON object's hash, which is taken without it
 SEALS = {SEAL: lambda data: hashlib.sha256(data).hexdigest(), 'crc32': zlib.crc32}  # that of earlier checkpoints
@@ -26,7 +27,7 @@ SPARE_BYTES = 64 * 2**20  # left free on the disk: metrics and logs have to go s
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-  """Turns an OSError while `path` is written into a sentence: why, and what room is left if the disk is to blame.
+  """Turns an OSError while `path` is written into a sentence: why, and what room is left if there is too little.
 
   Raises:
     StorageError, UserError: instead of it, as `file_error` says.
@@ -35,9 +36,9 @@ def storage_errors(path: Path) -> Iterator[None]:
     yield
   except OSError as error:
     room = ''
-    if error.errno in STORAGE_ERRNOS:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
       with contextlib.suppress(OSError):
-        room = f' ({free_bytes(path) / 1e6:.0f} MB free)'
+        room = f' ({megabytes(free_bytes(path))} free)'
     raise file_error(error, f"'{path}' cannot be written", room) from error
 
 
@@ -48,12 +49,17 @@ def free_bytes(path: Path) -> int:
   return shutil.disk_usage(path).free
 
 
+def megabytes(n_bytes: int, *, up: bool = False) -> str:
+  """Returns '0.9 MB'. What is needed is rounded up and what is free down: what does not fit is seen not to."""
+  return f'{(-(-n_bytes // 10**5) if up else n_bytes // 10**5) / 10:,.1f} MB'
+
+
 def check_room(path: Path, needed_bytes: int) -> None:
   """Raises StorageError if `needed_bytes`, and SPARE_BYTES to keep free, do not fit beside `path`."""
   free = free_bytes(path)
   if free < needed_bytes + SPARE_BYTES:
     raise StorageError(
-      f"'{path}' needs about {(needed_bytes + SPARE_BYTES) / 1e6:.0f} MB but {free / 1e6:.0f} MB are free; "
+      f"'{path}' needs about {megabytes(needed_bytes + SPARE_BYTES, up=True)} but {megabytes(free)} are free; "
       'make room or choose another directory'
     )
 

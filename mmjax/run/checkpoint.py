@@ -21,7 +21,7 @@ import jax
 
 from mmjax.choices import CHECKPOINT
 from mmjax.errors import CommandError, StorageError, UserError, first_line
-from mmjax.files import free_bytes, storage_errors, write_file
+from mmjax.files import free_bytes, megabytes, storage_errors, write_file
 from mmjax.run.directory import NEWEST, RunDir
 from mmjax.run.orbax_io import MANIFEST, TMP_PATTERN, CorruptError, read_manifest, read_step, write_step
 from mmjax.run.processes import barrier, in_any_process, is_main
@@ -214,7 +214,8 @@ class Checkpoints:
     free = free_bytes(self.directory)
     if in_any_process(free < needed):
       raise StorageError(
-        f'step {step} was not saved: it needs {needed / 1e6:.0f} MB and {self.directory} has {free / 1e6:.0f} MB free'
+        f'step {step} was not saved: it needs {megabytes(needed, up=True)} and {self.directory} has {megabytes(free)} '
+        'free'
       )
 
   def _remove_leftovers(self) -> None:

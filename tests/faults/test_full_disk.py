@@ -92,7 +92,7 @@ def test_too_little_room_is_survived_twice_and_ends_the_run_the_third_time(tiny_
   assert_same_end(tmp_path / 'survives', tiny_run)
   capsys.readouterr()
   full_before(monkeypatch, [3, 4, 5], full, room)
-  with pytest.raises(StorageError, match='step 5 was not saved: it needs 1 MB and .* has 0 MB free') as caught:
+  with pytest.raises(StorageError, match=r'step 5 was not saved: it needs 1\.\d MB and .* has 0\.0 MB free') as caught:
     fit(settings(tiny_run), tmp_path / 'ends')
   assert caught.value.exit_code == 4
   said = capsys.readouterr().out
@@ -138,7 +138,7 @@ def test_read_only_disk_is_refused_for_a_run_and_read_from(tiny_run, small_disk)
 def test_disk_that_fills_up_while_text_is_prepared_ends_with_code_4_and_goes_on(tiny_run, small_disk, monkeypatch):
   config = settings(tiny_run)
   data = dataclasses.replace(config.data, prepared_dir=f'{small_disk}/out', tokenizer=f'{tiny_run}/tokenizer.model')
-  with pytest.raises(StorageError, match=r'needs about \d+ MB but 6 MB are free') as caught:
+  with pytest.raises(StorageError, match=r'needs about \d+\.\d MB but 6\.\d MB are free') as caught:
     prepare(data, 300, Progress(quiet=True))
   assert caught.value.exit_code == 4 and not list(small_disk.glob('out/*/*'))
   monkeypatch.setattr(prepare_module, 'check_room', lambda *_: None)  # as if the room went after the look at it
@@ -169,9 +169,16 @@ def test_disk_that_fills_up_while_text_is_prepared_ends_with_code_4_and_goes_on(
 
 
 @pytest.mark.parametrize(
-  ('number', 'kind', 'tells'), [(errno.ENOSPC, StorageError, True), (errno.EACCES, UserError, False)]
+  ('number', 'kind', 'tells'),
+  [
+    (errno.ENOSPC, StorageError, True),
+    (errno.EDQUOT, StorageError, True),
+    (errno.EROFS, StorageError, False),
+    (errno.EFBIG, StorageError, False),
+    (errno.EACCES, UserError, False),
+  ],
 )
-def test_room_is_told_where_the_disk_is_to_blame(tmp_path, number, kind, tells):
+def test_room_is_told_where_there_is_too_little(tmp_path, number, kind, tells):
   with pytest.raises(kind) as caught, storage_errors(tmp_path / 'file'):
     raise OSError(number, os.strerror(number))
   assert str(tmp_path / 'file') in str(caught.value) and ('MB free' in str(caught.value)) == tells
