@@ -12,7 +12,8 @@ import pytest
 
 torch = pytest.importorskip('torch')
 
-from mmjax.errors import UserError  # noqa: E402
+from mmjax.errors import StorageError, UserError  # noqa: E402
+from mmjax.files import write_file  # noqa: E402
 from mmjax.interop.files import read_metadata, read_tensors, write_tensors  # noqa: E402
 
 
@@ -105,6 +106,19 @@ def test_a_changed_byte_is_noticed_by_the_hash_beside_it(suffix, tmp_path):
   path.write_bytes(content)
   with pytest.raises(UserError, match='sha256 is'):
     read_tensors(path)
+
+
+@pytest.mark.parametrize('error', [StorageError, KeyboardInterrupt])
+def test_file_that_is_not_written_to_its_end_leaves_no_hash(tmp_path, monkeypatch, error):
+  def write(path, data):
+    if path.suffix == '.safetensors':
+      raise error
+    write_file(path, data)
+
+  monkeypatch.setattr('mmjax.interop.files.write_file', write)
+  with pytest.raises(error):
+    write_tensors(tmp_path / 'a.safetensors', {'a': np.zeros(9, np.float32)})
+  assert not list(tmp_path.iterdir())
 
 
 def test_same_content_is_written_as_the_same_bytes(tmp_path):

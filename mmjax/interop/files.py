@@ -91,8 +91,13 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
   digest = hashlib.sha256(data).hexdigest()
   with storage_errors(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-  write_file(sha256_path(path), f'{digest}  {path.name}\n'.encode())
-  write_file(path, data)
+  write_file(sha256_path(path), f'{digest}  {path.name}\n'.encode())  # first: no file is ever without it
+  try:
+    write_file(path, data)
+  except BaseException:
+    if not path.exists():
+      sha256_path(path).unlink(missing_ok=True)
+    raise
   return digest
 
 
