@@ -308,6 +308,15 @@ def test_names_are_cut_apart_as_they_are_read_and_none_may_be_named_twice(tmp_pa
     split_names(f'{tmp_path}/a.txt,{tmp_path}/*.txt')
 
 
+def test_path_that_is_given_twice_is_refused_and_globs_may_overlap(tmp_path):
+  a, b = (write(tmp_path, GOOD, name) for name in ('a.jsonl', 'b.jsonl'))
+  (tmp_path / 'link.jsonl').symlink_to('a.jsonl')
+  assert find_files(f'{b},{tmp_path}/*.jsonl,{tmp_path}/a*.jsonl') == [b, a]
+  for again in (a, f'{tmp_path}/./a.jsonl', tmp_path / 'link.jsonl'):
+    with pytest.raises(UserError, match=r'(a|link)\.jsonl. is named twice in .*; each file is read once'):
+      find_files(f'{a},{b},{again}')
+
+
 def test_brackets_and_commas_that_are_in_names_are_meant_as_they_are(tmp_path):
   (tmp_path / 'x[1]').mkdir()
   (tmp_path / 'x1').mkdir()

@@ -33,13 +33,20 @@ def find_files(patterns: str) -> list[Path]:
   is, with whatever commas and brackets are in it.
 
   Raises:
-    UserError: if a path does not exist, is a directory or has another ending, or a pattern matches nothing.
+    UserError: if a path does not exist, is a directory, has another ending or is there twice, or a pattern matches
+      nothing.
   """
   files: dict[str, Path] = {}
-  for _, found in _each_named(patterns):
+  paths = set()  # as they are, no globs: these may overlap
+  for name, found in _each_named(patterns):
     for file in found:
       _check_file(file)
-      files.setdefault(os.path.realpath(file), file)
+      place = os.path.realpath(file)
+      if file == Path(expand_home(name)):
+        if place in paths:
+          raise UserError(f'{str(file)!r} is named twice in {patterns!r}; each file is read once')
+        paths.add(place)
+      files.setdefault(place, file)
   if not files:
     raise UserError(f'no file is named in {patterns!r}')
   return list(files.values())
