@@ -97,7 +97,7 @@ def test_what_shapes_do_not_tell_is_said(tmp_path, capsys):
   take(source, tmp_path / 'run')
   said = capsys.readouterr().out
   assert 'Taken from the config: n_heads 4,' in said and 'Numbers of heads' not in said
-  assert 'layout packed, isolate_documents False' in said
+  assert 'data.layout packed, data.isolate_documents False, train.dtype bfloat16' in said
   with pytest.raises(UserError, match='model.n_heads=32 does not fit .* model.dim is 32 .* that fit: 2, 4, 8, 16'):
     import_run(source, tmp_path / 'usual', 'configs/base.py', [], None, None)
   four = tmp_path / 'four.json'
@@ -271,6 +271,29 @@ def test_header_binds_what_it_says_and_no_more(tmp_path):
   save_file(tensors, file)  # a tool that drops the header
   import_run(file, tmp_path / 'other', f'{tmp_path}/run/config.json', [], None, None)
   assert arrays_of(tmp_path / 'other', 0).keys() == arrays_of(tmp_path / 'run', 7).keys()
+
+
+def test_imported_model_goes_on_in_the_dtype_that_it_was_trained_in(tmp_path, capsys):
+  run_of(tiny_config(train__dtype='float32'), tmp_path / 'run')
+  file = tmp_path / 'model.safetensors'
+  export_run(tmp_path / 'run', file, 'last', 'bfloat16')  # which is how the file holds the weights, and no more
+
+  def trained_in(out: str, *overrides: str, cast: str | None = 'float32') -> str:
+    import_run(file, tmp_path / out, BASE_CONFIG, overrides, None, cast)
+    return RunDir(tmp_path / out).read_config().train.dtype
+
+  assert trained_in('back') == 'float32'
+  said = capsys.readouterr().out
+  assert 'settings of the model, and train.dtype float32\n' in said and f'--config {tmp_path}/back/config.json' in said
+  assert trained_in('other', '--config.train.dtype=bfloat16') == 'bfloat16'
+  tensors, header = read_tensors(file), json.loads(read_metadata(file)['mmjax'])
+  file.with_name(f'{file.name}.sha256').unlink()
+  save_file(tensors, file, {'mmjax': json.dumps(header | {'train.dtype': ['float32']})})
+  with pytest.raises(UserError, match='header of .*: train.dtype='):
+    trained_in('wrong')
+  del header['train.dtype']  # as an earlier version wrote it
+  save_file(tensors, file, {'mmjax': json.dumps(header)})
+  assert trained_in('earlier') == 'bfloat16'
 
 
 def test_values_too_large_for_the_asked_dtype_are_refused(tmp_path):

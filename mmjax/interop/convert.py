@@ -50,6 +50,7 @@ from mmjax.training.optimizer import make_optimizer
 from mmjax.training.state import init_state
 
 HEADER = 'mmjax'  # key in the header of a .safetensors: a JSON object
+DTYPE = 'train.dtype'  # key in that object: what the model was trained in, which files of earlier versions do not say
 
 
 def import_run(
@@ -93,6 +94,8 @@ def import_run(
 def read_header(source: Path) -> dict[str, Any]:
   """Returns what `export_run` wrote into the header of a file: `settings` and more; {} for files of others.
 
+  The settings are those of the model and, where it says that, train.dtype.
+
   Raises:
     UserError: if it is damaged.
   """
@@ -111,13 +114,13 @@ def read_header(source: Path) -> dict[str, Any]:
   unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in CUT]
   if unknown:
     raise UserError(f'{source}: its header {HEADER!r} sets {unknown[0][:80]!r}, which is no setting of a model')
-  return header | {'settings': settings}
+  return header | {'settings': settings | ({'train': {'dtype': header[DTYPE]}} if DTYPE in header else {})}
 
 
 def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> None:
   """Writes a run's weights into a file, under the PyTorch code's names if it has such a model, else under mmjax's.
 
-  The header of a .safetensors holds the settings of the model, the step and the hash of the tokenizer.
+  The header of a .safetensors holds the settings of the model, train.dtype, the step and the hash of the tokenizer.
 
   Args:
     workdir: run directory.
@@ -140,7 +143,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   if not foreign:
     tensors[TIED] = tensors['tok_embeddings.weight']
   header = {'version': __version__, 'names': 'mmjax' if foreign else 'pytorch', 'step': step}
-  header['settings'] = _model_settings(config)
+  header |= {'settings': _model_settings(config), DTYPE: config.train.dtype}
   if run.tokenizer_path.exists():
     header['tokenizer_sha256'] = sha256_of(run.tokenizer_path)
   digest = write_tensors(target, tensors, {HEADER: json.dumps(header)} | ({} if foreign else {'format': 'pt'}))
@@ -150,7 +153,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   if target.suffix.lower() in TORCH_SUFFIXES:
     print(f'The tensors do not say: {untold_settings(config)}')
   else:
-    print('The header holds all settings of the model, so import needs no --config')
+    print(f'The header holds all settings of the model and {DTYPE}, so import needs no --config')
 
 
 def _model_settings(config: Config) -> dict[str, dict[str, Any]]:
@@ -286,7 +289,8 @@ def _config_of_header(
     raise UserError(f'header of {source}: {error}') from None
   config = load_config(config_file, [*_as_overrides(overrides_of(own, config_file)), *overrides])
   compare_models(own, config, source)
-  print('Read from the header: the settings of the model')
+  trained_in = f', and {DTYPE} {own.train.dtype}' if 'train' in told else ''
+  print(f'Read from the header: the settings of the model{trained_in}')
   return config
 
 

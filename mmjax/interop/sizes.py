@@ -29,9 +29,9 @@ UNTOLD_BY = {'cross_attention': ('num_selected',), 'moe': ('experts_per_token',)
 
 def untold_settings(config: Config) -> str:
   """Lists the settings that a state dict of this model cannot tell, with their values."""
-  names = [f'model.{field}' for field in UNTOLD + UNTOLD_BY.get(config.model.sublayer, ())] + list(CUT)
+  names = [f'model.{field}' for field in UNTOLD + UNTOLD_BY.get(config.model.sublayer, ())]
   settings = flatten(config.to_dict())
-  return ', '.join(f'{name.rpartition(".")[2]} {settings[name]}' for name in names)
+  return ', '.join(f'{name.removeprefix("model.")} {settings[name]}' for name in (*names, *CUT, 'train.dtype'))
 
 
 def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
