@@ -192,6 +192,14 @@ def test_the_command_makes_the_same_config(experiment):
   assert load_config(command[3], command[4:-2]) == config
 
 
+def test_evaluation_says_whether_taught_rows_are_in():
+  numbers = {name: None for name in ('loss', 'perplexity', 'bits_per_byte', 'accuracy', 'tokens', 'text_bytes')}
+  found = numbers | {'checkpoint': 4000, 'valid_files': ''}  # of an earlier version
+  assert cells(markdown(*sections.evaluation(found)))['checkpoint (update)'] == '4,000'
+  text = markdown(*sections.evaluation(found | {'checkpoint': 0, 'without_taught': True}))
+  assert cells(text)['checkpoint (update)'] == '0, without the rows that the run taught'
+
+
 def test_text_cannot_break_out_of_its_place():
   sample = {'prompt': 'a```\n# b', 'continuation': '````\n\x1b[2J', 'tokens': 3, 'ended': True}
   found = {'sampling': {'seed': 0}, 'samples': [sample], 'distinct_1': 1.0, 'distinct_2': None, 'distinct_3': None}

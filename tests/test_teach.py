@@ -1,10 +1,13 @@
 """Rows taught to a model: which they are, that nothing else moves, that they can be taken out again, and the counts."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import eval as eval_command
 import mmjax
 from mmjax.console import Progress
 from mmjax.errors import StoppedError, UserError
@@ -25,7 +28,7 @@ from mmjax.training.optimizer import make_optimizer
 from mmjax.training.state import init_state
 from mmjax.training.step import make_train_step
 from mmjax.training.teach import rows_to_teach
-from tests.helpers import StopAfter, random_batch, rarely, run_config, tiny_config
+from tests.helpers import StopAfter, random_batch, rarely, run_config, run_main, tiny_config
 from tests.test_origin import new_text
 
 STEPS = 4
@@ -124,6 +127,25 @@ def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, m
   with pytest.raises(UserError, match='memory.teach_rows=2 must be 0 in an import'):
     flags = ['--config.memory.teach_rows=2']
     import_run(tmp_path / 'taught.safetensors', tmp_path / 'other', 'configs/base.py', flags, None, None)
+
+
+@pytest.mark.thorough
+def test_evaluation_and_report_say_whether_the_taught_rows_are_in(text, tiny_run, tmp_path, monkeypatch, capfd):
+  run = tmp_path / 'run'
+  fit(run_config(text, **TEACH | new_text(tmp_path)), run, init_from=str(tiny_run))
+
+  def evaluate(*flags: str) -> tuple[dict, str, str]:
+    code, out, err = run_main(eval_command.main, monkeypatch, capfd, '--workdir', run, '--max_new_tokens', 2, *flags)
+    assert code == 0, err
+    return json.loads((run / 'eval.json').read_text()), out, (run / 'report.md').read_text()
+
+  (found, out, report), without = evaluate(), 'without the rows that the run taught'
+  assert (found['checkpoint'], found['without_taught']) == (STEPS, False) and without not in out + report
+  for flags in (('--without',), ('--checkpoint', '0')):  # the same model
+    found, out, report = evaluate(*flags)
+    assert (found['checkpoint'], found['without_taught']) == (0, True)
+    assert f'0, {without}' in out and f'| checkpoint (update) | 0, {without} |' in report
+    assert f'From eval.json, checkpoint 0, {without}.' in report
 
 
 @pytest.mark.thorough

@@ -19,6 +19,7 @@ from mmjax.evaluation.probes import LAYER_NORMS
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
 from mmjax.model.params import model_graph
+from mmjax.run.checkpoint import START_STEP
 from mmjax.run.directory import RunDir
 from mmjax.run.log import read_metrics
 from mmjax.run.placement import Placement, place_reader
@@ -59,12 +60,14 @@ def measure_run(lm: LanguageModel, run: RunDir, valid_files: str = '') -> dict[s
   For the arguments and errors see `measure_text`.
 
   Returns:
-    checkpoint, valid_files, attention and dtype; what EvalResult holds, with the norms that training logged at this
-    step (None where it logged none); remarks: what of the text is cut off, or was learned.
+    checkpoint, without_taught (whether that is before a run that teaches rows taught any), valid_files, attention and
+    dtype; what EvalResult holds, with the norms that training logged at this step (None where it logged none); remarks:
+    what of the text is cut off, or was learned.
   """
   _, placement = as_trained(lm, lm.config)
   return {
     'checkpoint': lm.step,
+    'without_taught': lm.step == START_STEP and lm.config.memory.teach_rows > 0,
     'valid_files': valid_files,
     'attention': placement.attention,
     'dtype': placement.dtype.name,

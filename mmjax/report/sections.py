@@ -116,12 +116,17 @@ def last_bank_health(run: FoundRun) -> Blocks:
 
 def evaluation(found: Mapping[str, Any]) -> Blocks:
   """What eval.py measured."""
-  rows = [('checkpoint (update)', number(found['checkpoint']))]
+  rows = [('checkpoint (update)', evaluated(found))]
   rows.append(('text', found['valid_files'] or 'the validation set of the run'))
   rows += zip(names(HELD_OUT), written(found, HELD_OUT), strict=True)
   if 'dtype' in found:  # eval.json of an earlier version does not say
     rows.append(('computed with', f'{found["attention"]} attention in {found["dtype"]}'))
   return [facts(rows), *(f'{remark}.' for remark in found.get('remarks', ()))]
+
+
+def evaluated(found: Mapping[str, Any]) -> str:
+  """Says which model eval.py measured; eval.json of an earlier version does not say whether rows were taken out."""
+  return number(found['checkpoint']) + (', without the rows that the run taught' if found.get('without_taught') else '')
 
 
 def samples(found: Mapping[str, Any], where_from: str) -> Blocks:

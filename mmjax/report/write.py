@@ -79,7 +79,7 @@ def _sections(run: FoundRun, workdir: str | Path) -> dict[str, sections.Blocks]:
 def _samples(run: FoundRun) -> sections.Blocks:
   """Returns continuations, from eval.json or made now, and where they come from, or why there are none."""
   if run.evaluation:
-    return sections.samples(run.evaluation, f'From eval.json, checkpoint {run.evaluation["checkpoint"]}.')
+    return sections.samples(run.evaluation, f'From eval.json, checkpoint {sections.evaluated(run.evaluation)}.')
   if jax.process_count() > 1:  # all of them would have to read the checkpoint, and one writes the report
     return ['None: the run had several processes; eval.py makes them.']
   from mmjax.inference.api import load  # a report with an eval.json needs no model
