@@ -7,6 +7,8 @@ import shlex
 import struct
 from pathlib import Path
 
+import matplotlib.image
+import numpy as np
 import pytest
 
 from mmjax.config import load_config
@@ -230,6 +232,27 @@ def test_plot_that_the_disk_has_no_room_for_is_named_and_not_begun(tmp_path, mon
   with pytest.raises(StorageError, match=r"loss\.png' cannot be written: No space left on device \("):
     draw(tmp_path / 'loss.png', Panel('loss', 'x', 'y', [Line([1, 2], [3, 4], {'color': 'k'})]))
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('scale', ['log', 'zero'])
+def test_line_at_zero_is_drawn_above_the_axis(tmp_path, scale):
+  height, rows = drawn_rows(tmp_path / 'plot.png', [0.0, 0.0, 0.0], scale)
+  assert rows.size and rows[0] > 0.8 * height
+
+
+@pytest.mark.parametrize('scale', ['log', 'zero', 'auto'])
+def test_line_that_hardly_varies_is_drawn_so(tmp_path, scale):
+  height, rows = drawn_rows(tmp_path / 'plot.png', [3.0, 3.001, 3.0], scale)
+  assert rows[-1] - rows[0] < 0.1 * height
+  height, rows = drawn_rows(tmp_path / 'plot.png', [1.0, 10.0, 1.0], scale)
+  assert rows[-1] - rows[0] > 0.6 * height
+
+
+def drawn_rows(path: Path, values: list[float], scale: str) -> tuple[int, np.ndarray]:
+  """Draws a red line; returns the height of the picture and in which of its rows, from the top, the line stands."""
+  draw(path, Panel('title', 'x', 'y', [Line([1, 2, 3], values, {'color': '#ff0000'})], scale))
+  red_HW = (matplotlib.image.imread(path)[:, :, :3] == (1, 0, 0)).all(axis=-1)
+  return len(red_HW), np.flatnonzero(red_HW.any(axis=1))
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path):

@@ -15,6 +15,8 @@ from mmjax.files import write_file
 
 INK, BLUE, RED, GRID = '#333333', '#4c78a8', '#e45756', '#e6e6e6'
 FEW_LABELS = 3  # more of them stand beside the plot
+LEAST_RATIO = 5  # of the largest value to the least, for a logarithmic axis: then it has two labels of 1, 2, 5, 10
+LEAST_SPAN = 0.01  # of an axis that does not begin at 0, over its largest value: what hardly varies is drawn so
 
 
 class Line(NamedTuple):
@@ -29,7 +31,8 @@ class Line(NamedTuple):
 class Panel(NamedTuple):
   """One plot of a figure.
 
-  `scale`: 'log', where all values are positive; 'zero', from 0 on; 'auto', where the values are or within `limits`.
+  `scale`: 'log', where all values are positive and far apart, else as 'zero'; 'zero', from 0 on; 'auto', where the
+  values are or within `limits`.
   """
 
   title: str
@@ -77,17 +80,24 @@ def _finish(axes: Axes, panel: Panel) -> None:
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
   axes.xaxis.set_major_formatter(EngFormatter(sep=' '))
-  values = np.array([value for line in panel.lines for value in line.y], float)  # NaN is a gap
-  if panel.scale == 'log' and (values > 0).any() and not (values <= 0).any():
+  values = np.array([value for line in panel.lines for value in line.y], float)
+  values = values[np.isfinite(values)]  # NaN is a gap
+  least, most = values.min(initial=np.inf), values.max(initial=-np.inf)
+  if panel.scale == 'log' and 0 < LEAST_RATIO * least <= most:
     axes.set_yscale('log')
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if most < 1e3 * least else (1,)))
     axes.yaxis.set_minor_formatter(NullFormatter())
   else:
     axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+    low, high = axes.get_ylim()
     if panel.limits:
-      axes.set_ylim(*panel.limits)
-    elif panel.scale != 'auto':
-      axes.set_ylim(bottom=0)
+      low, high = panel.limits
+    elif panel.scale == 'auto':
+      room = max(0, LEAST_SPAN * max(abs(low), abs(high)) - (high - low)) / 2
+      low, high = low - room, high + room
+    else:
+      low = 0 if least > 0 else -0.03 * high  # or the axis would hide a line at 0
+    axes.set_ylim(low, high)
   axes.yaxis.set_major_formatter(PercentFormatter(1.0) if panel.percent else FuncFormatter(_number))
   axes.grid(color=GRID, linewidth=0.8)
   axes.set_axisbelow(True)
