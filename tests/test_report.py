@@ -43,10 +43,10 @@ def eval_line(step: int, loss: float | None, layers: int = 2) -> dict:
   return {'kind': 'eval', 'step': step, **numbers, 'bank': train_line(step, layers)['bank']}
 
 
-def probed(line: dict, heads: int = 2) -> dict:
+def probed(line: dict, heads: int = 2, ratio: float | None = 0.02) -> dict:
   """A line with what mmjax.evaluation.probes adds."""
   bank = [health | {'gate_grad_norm': 0.5, 'key_grad_norm': 0.0} for health in line['bank']]
-  probes = {'row_update_ratio': 0.02}
+  probes = {'row_update_ratio': ratio}
   if line['kind'] == 'eval':
     overlap = 0.1 if heads > 1 else None
     measured = {'kl_weighted': 2.5, 'head_overlap': overlap, 'row_agreement': 0.375, 'row_agreement_chance': 0.0625}
@@ -150,12 +150,14 @@ def test_dense_run_has_no_bank(tmp_path):
 
 
 def test_probes_of_the_memory_are_shown(tmp_path):
-  run = make_run(tmp_path / 'run', [probed(train_line(2)), probed(eval_line(2, 3.0))])
+  trained = [probed(train_line(step), ratio=ratio) for step, ratio in enumerate((0.02, 0.01, None, 1e-9), 1)]
+  run = make_run(tmp_path / 'run', [*trained, probed(eval_line(2, 3.0), ratio=1e-10)])
   text = write_report(run).read_text().partition('## Bank health')[2].partition('## Evaluation')[0]
   assert '| 1 | 10.0% | 2.000 | 2.500 | 100 | 1.00% | 10.0% |' in text
   assert '| 1 | 37.50% | 6.25% | 5.00e-01 | 0.00e+00 |' in text
   assert 'on the first 1,234 positions' in text and '| all values zero | 3.2500 | +0.2500 |' in text
-  assert '| rows exchanged | - | - |' in text and 'by 2.0e-02 of their norm' in text
+  assert '| rows exchanged | - | - |' in text
+  assert 'moved the rows that it read by 1.0e-02 of their norm: the median of 3 reports.' in text
   drawn = {'changed', 'row_agreement', 'kl_weighted', 'head_overlap', 'gate_grad_norm', 'key_grad_norm'}
   for name in drawn | {'row_update_ratio'}:
     assert f'](plots/bank_{name}.png)' in text

@@ -49,8 +49,8 @@ def names(fields: Mapping[str, tuple[str, str]]) -> list[str]:
   return [name for name, _ in fields.values()]
 
 
-def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) -> list[Table | str]:
-  """Returns what one evaluation found out about a memory, as tables and, where it is known, a sentence.
+def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) -> list[Table]:
+  """Returns what one evaluation found out about a memory, as tables.
 
   Args:
     bank: of an eval line of metrics.jsonl or of eval.json; [] for a model without a memory, which has no tables.
@@ -58,7 +58,7 @@ def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) 
   """
   if not bank:
     return []
-  found: list[Table | str] = [
+  found = [
     Table(['layer', *names(fields)], [[b['layer'], *written(b, fields)] for b in bank], title)
     for title, fields in (('What each layer reads of the bank', READS), ('What its rows stand for', MEANING))
   ]
@@ -69,8 +69,6 @@ def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) 
     ]
     title = f'Loss on the first {probes["positions"]:,} positions with the bank changed'
     found.append(Table(['bank', 'nats a token', 'difference'], rows, title))
-  if (ratio := probes.get('row_update_ratio')) is not None:
-    found.append(f'The last update before this moved the rows that it read by {ratio:.1e} of their norm.')
   return found
 
 

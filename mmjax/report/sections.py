@@ -106,12 +106,19 @@ def training(run: FoundRun) -> Blocks:
 
 
 def last_bank_health(run: FoundRun) -> Blocks:
-  """What the last evaluation found out about the memory; nothing for a model without a bank."""
+  """What the last evaluation found out about the memory, and how far updates moved its rows: the median, since the
+  last ones, at a learning rate of almost 0, move them least. Nothing for a model without a bank.
+  """
   evals = [r for r in run.of_kind('eval') if r['bank']]
   if not evals:
     return []
   said = f'On the validation set, update {evals[-1]["step"]:,}; mmjax/evaluation/probes.py defines each number.'
-  return [said, *memory_tables(evals[-1]['bank'], evals[-1].get('probes', {}))]
+  found: Blocks = [said, *memory_tables(evals[-1]['bank'], evals[-1].get('probes', {}))]
+  moves = [r.get('probes', {}).get('row_update_ratio') for r in run.of_kind('train')]
+  if moves := [move for move in moves if move is not None]:
+    median = f'{statistics.median(moves):.1e} of their norm: the median of {len(moves):,} reports'
+    found.append(f'An update of the training moved the rows that it read by {median}.')
+  return found
 
 
 def evaluation(found: Mapping[str, Any]) -> Blocks:
