@@ -77,7 +77,9 @@ def test_paired_difference_and_error_are_those_of_scipy(tmp_path):
   assert (row['tokens'], row['tokens_per_second'], row['peak_bytes']) == (1280, 200, 3e9)
   assert row['probes']['loss_zeroed'] == pytest.approx(5.35)
   assert row['zeroed_over_first'] == pytest.approx(5.35 - 5.1) and rows['g0']['zeroed_over_first'] is None
-  assert '| +0.3500 | +0.2500 | +0.5000 |' in (tmp_path / 'out' / 'compare.md').read_text()
+  text = (tmp_path / 'out' / 'compare.md').read_text()
+  assert '| bank zeroed | bank zeroed, over g0 | rows exchanged |' in text and 'Bank zeroed, rows exchanged: ' in text
+  assert '| +0.3500 | +0.2500 | +0.5000 |' in text
   assert [h['used_share'] for h in row['bank']] == pytest.approx([0.35, 0.6])  # seeds 0.25, 0.35, 0.45 and a quarter
 
 
@@ -101,7 +103,7 @@ def test_what_limits_a_comparison_stands_on_the_terminal(tmp_path, capsys):
   paths = [make_run(tmp_path / 'a-s0', (6,), **DENSE), make_run(tmp_path / 'b-s0', (6, 5.4))]
   rows_of(paths, tmp_path / 'out')
   said = ' '.join(capsys.readouterr().out.split())
-  assert 'different numbers of tokens' in said and 'Bank zeroed, rows shuffled' not in said
+  assert 'different numbers of tokens' in said and 'Bank zeroed, rows exchanged' not in said
   assert 'not finished' not in said
 
 

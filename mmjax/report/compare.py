@@ -44,7 +44,7 @@ BANK_COLUMNS: Columns = {
   'hottest row': lambda s: _by_layer(s['bank'], 'hottest_share'),
   'bank zeroed': lambda s: probe_difference(s['probes'], 'loss_zeroed'),
   'bank zeroed, over {}': lambda s: number(s['zeroed_over_first'], '+.4f'),
-  'rows shuffled': lambda s: probe_difference(s['probes'], 'loss_shuffled'),
+  'rows exchanged': lambda s: probe_difference(s['probes'], 'loss_shuffled'),
 }
 # A note -> whether it belongs to these rows.
 Notes = dict[str, Callable[[Sequence[Summary]], bool]]
@@ -53,7 +53,7 @@ EXPLANATIONS: Notes = {
   'standard error of the difference: paired, over the differences of runs with the same seed, which saw the same '
   'batches in the same order; or Welch, from the variances of both rows. One seed gives none.': bool,
   "Rows used, effective rows (exp of the entropy of their use) and the hottest row's share of all reads: at the last "
-  'evaluation, over the whole validation set, by layer. Bank zeroed, rows shuffled: how much that raises the loss, '
+  'evaluation, over the whole validation set, by layer. Bank zeroed, rows exchanged: how much that raises the loss, '
   'nats a token, on the positions that are probed; "over" another row: how far it is then above that.': lambda found: (
     any(s['bank'] for s in found)
   ),
