@@ -70,7 +70,10 @@ def test_ten_megabytes_are_answered(tiny_run, monkeypatch, capfd):
   code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, stdin=stdin)
   assert code == 0
   said = [line for line in err.splitlines() if 'cpu_aot_loader' not in line]  # XLA's, of programs that it finds again
-  assert said[0] == 'Note: the prompt is longer than model.max_seq_len=16 tokens; its end is used'
+  assert said[0] == (
+    "Note: the prompt that begins with 'the memory reads the memory reads the me' is longer than "
+    'model.max_seq_len=16 tokens; its end is used'
+  )
   assert [line.split(' ', 2)[2] for line in said[1:]] == [
     'tokens are more than model.max_seq_len=16, up to which the model was trained'
   ]

@@ -29,6 +29,8 @@ from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
 from mmjax.run.placement import place_reader
 
+NAMED_CHARS = 40  # of a prompt, in a warning
+
 
 class LanguageModel:
   """A trained model with its tokenizer.
@@ -185,7 +187,8 @@ class LanguageModel:
     end = prompt[-most * int(self.tokenizer.bytes_per_token().max()) :]
     tokens = [self.tokenizer.start_id(self.config.data.layout), *self.tokenizer.encode(end)]
     if len(end) < len(prompt) or len(tokens) > most:
-      warnings.warn(f'the prompt is longer than model.max_seq_len={most} tokens; its end is used', stacklevel=3)
+      named = f'the prompt that begins with {prompt[:NAMED_CHARS]!r}'
+      warnings.warn(f'{named} is longer than model.max_seq_len={most} tokens; its end is used', stacklevel=3)
     return tokens[-most:]
 
   def _warn_beyond(self, length: int) -> None:
