@@ -177,6 +177,11 @@ def test_table_of_evaluations_has_the_last_and_none_twice(tmp_path):
   assert [row[0] for row in table.rows] == [str(step) for step in range(1, 22, 2)]
 
 
+def test_title_names_the_directory_where_it_is_not_that_of_the_experiment(tmp_path):
+  for name, title in (('second try', '# one: second try\n'), ('one', '# one\n')):
+    assert write_report(make_run(tmp_path / name, [], experiment='one')).read_text().startswith(title)
+
+
 def test_notes_of_a_person_are_never_overwritten(tmp_path):
   run = make_run(tmp_path / 'run', [train_line(1)])
   assert '- Hypothesis:' in write_report(run).read_text()

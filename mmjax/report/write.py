@@ -43,8 +43,9 @@ def write_report(workdir: str | Path) -> Path:
     content = _sections(run, workdir)
   except (KeyError, TypeError, AttributeError) as error:  # records that are JSON and not what was written
     raise UserError(f'{workdir}: a record in metrics.jsonl or eval.json is damaged: {error!r}') from error
-  time = utc_now()
-  head = f'# {run.config.experiment}\n\nWritten {time} by mmjax {__version__} from the files in this directory.\n'
+  time, experiment, directory = utc_now(), run.config.experiment, run.path.resolve().name
+  title = experiment if directory == experiment else f'{experiment}: {directory}'
+  head = f'# {title}\n\nWritten {time} by mmjax {__version__} from the files in this directory.\n'
   bodies = {title: markdown(*blocks) for title, blocks in content.items()}
   path = run.path / 'report.md'
   write_file(path, head + ''.join(f'\n## {title}\n\n{body}' for title, body in bodies.items() if body))
