@@ -420,6 +420,16 @@ def test_browser_opens_a_saved_page_without_a_server(browser, bag, dense, tmp_pa
   page.write_text(saved_page([bag, dense], TEXT + '\r\n'))  # a field has other ends of lines
   browser.open(page.as_uri())
   browser.wait(f'{TOKENS} > 3')
+  hint = browser.js("document.getElementById('ask').innerText")
+  assert 'Saved page: it answers for the text that it was saved with. In the text, arrow keys' in ' '.join(hint.split())
+  assert 'Read' not in hint and 'Ctrl+Enter' not in hint
+  cells = "[...document.querySelectorAll('#variants %s')]"
+  widths = browser.js(f"{cells % '.fill'}.map(bar => +bar.style.getPropertyValue('--w'))")
+  said = browser.js(f'{cells % ".n"}.map(cell => parseFloat(cell.textContent))')
+  assert len(said) > 3 and said == pytest.approx(widths, abs=0.5)
+  chart = "chart('', [{ name: '', points: [[5, %s]] }])"
+  ends = f"[...{chart}.querySelectorAll('text')].slice(0, 2).map(at => at.textContent)"
+  assert browser.js(ends % 2.5) == ['2.499', '2.501'] and browser.js(ends % 0) == ['-0.001', '0.001']
   browser.click('#inspector button.link:not(:disabled)')
   browser.wait("document.querySelector('#inspector h2')?.textContent.startsWith('Row ')")
   assert browser.js("document.querySelector('[name=max_new_tokens]').value") == '60'

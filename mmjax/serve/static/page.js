@@ -364,12 +364,11 @@ function drawComing() {
   refill('changes', ...all)
   fill($('variants'), ...state.nexts.map((found, run) => {
     const isChanged = found.nats != null
-    const most = Math.max(...found.next.flatMap(([, before, after]) => [before, after ?? 0]))
     return h('div', null, state.runs.length > 1 ? h('h2', null, state.runs[run].name) : null,
       h('table', null, h('tr', null, h('th', null, 'next token'), h('th', { colspan: 2 }, isChanged ? 'as it is' : 'probability'), isChanged ? h('th', { colspan: 2 }, 'changed') : null),
         found.next.map(([text, before, after]) => h('tr', null, h('td', null, h('code', null, visible(text))),
-          h('td.bar', null, bar(before / most)), h('td.n', null, percent(before)),
-          isChanged ? [h('td.bar', null, bar(after / most, '.changed')), h('td.n', null, percent(after))] : null))),
+          h('td.bar', null, bar(before)), h('td.n', null, percent(before)),
+          isChanged ? [h('td.bar', null, bar(after, '.changed')), h('td.n', null, percent(after))] : null))),
       h('div.stories', null, variantsOf(run).map(variant => h('div', null, isChanged ? h('small', null, variant ? 'changed' : 'as it is') : null,
         h('div.story' + (variant ? '.changed' : ''), { id: `story-${run}-${variant}`, 'aria-label': 'continuation' }, state.stories[`${run}-${variant}`] ?? h('span.soft', null, 'Press Continue.'))))))
   }))
@@ -487,7 +486,8 @@ function chart(title, lines) {
   if (!lines.length) return null
   const W = 300, H = 112, points = lines.flatMap(line => line.points), ys = points.map(([, y]) => y)
   const right = Math.max(...points.map(([x]) => x), 1), sorted = [...ys].sort((a, b) => a - b)
-  const low = sorted[0], high = Math.max(sorted[Math.floor(sorted.length * 0.985)], low + 1e-9)
+  let low = sorted[0], high = sorted[Math.floor(sorted.length * 0.985)]
+  if (number(low, 3) === number(high, 3)) [low, high] = [low - 0.001, high + 0.001] // which the ends of the axis can tell apart
   const px = x => 44 + (W - 50) * x / right, py = y => 8 + (H - 24) * (1 - Math.min(1.05, (y - low) / (high - low)))
   const text = (x, y, content, anchor = 'end') => `<text x="${x}" y="${y}" text-anchor="${anchor}">${content}</text>`
   const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg')
@@ -522,10 +522,11 @@ async function start() {
   state.changes = state.compared = state.runs.map(() => [])
   fill($('runs'), ...state.runs.map(run => h('span', null, h('b', null, run.name), ` ${run.sublayer}, update ${number(run.step)}, ${number(run.parameters / 1e6)} M parameters, `,
     run.memory ? `${number(run.memory.rows)} rows of ${run.memory.width} in ${layersOf(run)}` : 'no memory')))
-  $('save').hidden = Boolean(saved)
+  for (const id of ['save', 'read', 'reads']) $(id).hidden = Boolean(saved)
+  $('is-saved').hidden = !saved
   if (saved) {
     $('text').value = saved.text
-    for (const id of ['text', 'read']) $(id).disabled = true
+    $('text').disabled = true
     for (const input of $('sampling').querySelectorAll('input')) {
       if (saved.sampling) input.value = saved.sampling[input.name]
       input.disabled = true
