@@ -109,7 +109,7 @@ def test_report_of_a_finished_run_has_every_part(run):
   assert found['train-00000.bin'] == f'`{index["splits"]["train"]["shards"][0]["sha256"]}`'
   assert found['data_sha256'] == f'`{run_json["identity"]["data_sha256"]}`'
   assert found['jax'] == run_json['starts'][0]['versions']['jax']
-  assert 'Ayn Rand' in text and 'Best checkpoint so far, step' in text  # samples without an eval.json
+  assert 'Best checkpoint so far, step' in text  # samples without an eval.json
   assert 'Not done yet: `python eval.py' in text
 
 
