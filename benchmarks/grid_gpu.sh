@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The grid of sweeps/memory.py at the record's size on a GPU, in pieces that each end in time:
+# The models of a sweep file at the record's size on a GPU, in pieces that each end in time:
 #
 #   benchmarks/grid_gpu.sh [--quick] DATA.tar.xz WORK RESULTS [EARLIER.tar.gz]
 #
@@ -8,9 +8,10 @@
 # EARLIER, the runs.tar.gz of an earlier call, spares the runs that were finished. RESULTS gets compare.md, compare.json,
 # four plots and runs.tar.gz: settings, metrics and logs of all runs, without checkpoints.
 #
-# It tunes the learning rate on G0, trains every model at the best rate, then G0 and the two best models with two more
-# seeds, and the best one at the other rates. LIMIT_SECONDS (540) for one call, TOKENS for each model, ONLY='g0-*,g5-*'
-# for some models, PYTHON for the interpreter. From a bare checkout: mmjax need not be installed, its dependencies must.
+# Of sweeps/memory.py it tunes the learning rate on G0, trains every model at the best rate, then G0 and the two best
+# models with two more seeds, and the best one at the other rates. SWEEP=lasting: it trains those of sweeps/lasting.py,
+# whose rates are known. LIMIT_SECONDS (540) for one call, TOKENS for each model, ONLY='g0-*,g5-*' for some models,
+# PYTHON for the interpreter. From a bare checkout: mmjax need not be installed, its dependencies must.
 # --quick runs tiny sizes on any device: a test of this script.
 #
 # Exit codes: 0 all is done; 75 the time was over, the same call goes on; 2 bad input; others: of a run that failed.
@@ -19,7 +20,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-python3}
 LIMIT_SECONDS=${LIMIT_SECONDS:-540}
 SPARE_SECONDS=${SPARE_SECONDS:-75} # to compile, save and stop, compare and pack
-TOKENS=${TOKENS:-} ONLY=${ONLY:-*} SCALE=gpu
+TOKENS=${TOKENS:-} ONLY=${ONLY:-*} SWEEP=${SWEEP:-memory} SCALE=gpu
 
 fail() {
   echo "$*" >&2
@@ -31,6 +32,7 @@ if [[ ${1:-} == --quick ]]; then
   shift
 fi
 (($# == 3 || $# == 4)) || fail "usage: benchmarks/grid_gpu.sh [--quick] DATA.tar.xz WORK RESULTS [EARLIER.tar.gz]"
+[[ $SWEEP == memory || $SWEEP == lasting ]] || fail "SWEEP=$SWEEP must be memory or lasting"
 [[ -f $1 ]] || fail "no data archive $1: benchmarks/grid_data.py makes one"
 [[ $# == 3 || -f $4 ]] || fail "no archive of earlier runs $4"
 mkdir -p "$2" "$3" || exit 2
@@ -65,17 +67,21 @@ else:
 CODE
 }
 
-sweep() { # patterns of the runs; arguments of sweeps/memory.py
+sweep() { # patterns of the runs; arguments of the sweep file
   local only=$1 left=$((LIMIT_SECONDS - SPARE_SECONDS - SECONDS)) settings=()
   shift
   ((left > 0)) || return 75
   for setting in "scale=$SCALE" ${TOKENS:+"tokens=$TOKENS"} "$@"; do settings+=(--set "$setting"); done
-  "$PYTHON" -m mmjax.tools.sweep sweeps/memory.py --out "$WORK/runs" --only "$only" "${settings[@]}" \
+  "$PYTHON" -m mmjax.tools.sweep "sweeps/$SWEEP.py" --out "$WORK/runs" --only "$only" "${settings[@]}" \
     --max_minutes "$(awk -v s="$left" 'BEGIN { print s / 60 }')" --config.data.prepared_dir="$WORK/data"
 }
 
 grid() { # All that there is to do; a run that failed does not keep the others from being made.
   local rate models code=0
+  if [[ $SWEEP == lasting ]]; then
+    sweep "$ONLY"
+    return
+  fi
   sweep '*' || { code=$?; ((code == 75)) && return 75; }
   rate=$(best rate)
   [[ $rate ]] || return $code
@@ -89,7 +95,11 @@ grid() { # All that there is to do; a run that failed does not keep the others f
 grid
 CODE=$?
 if compgen -G "$WORK/runs/*/metrics.jsonl" >/dev/null; then
-  FIRST=("$WORK/runs/g0-lr$(best rate)-s0") # what all others are compared with
+  if [[ $SWEEP == lasting ]]; then # what all others are compared with
+    FIRST=("$WORK"/runs/g0-*-s0)
+  else
+    FIRST=("$WORK/runs/g0-lr$(best rate)-s0")
+  fi
   [[ -d ${FIRST[0]} ]] || FIRST=()
   "$PYTHON" -m mmjax.tools.compare "${FIRST[@]}" "$WORK/runs" --out "$RESULTS" || CODE=$?
   tar -czf "$RESULTS/runs.tar.gz" -C "$WORK/runs" --exclude=checkpoints --exclude=newest_checkpoint \

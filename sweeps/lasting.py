@@ -42,6 +42,7 @@ G42 = GRID['MODELS']['g42']
 BUCKETS = GRID['MODELS']['g51'] | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK
 MODELS = {
   'g0': GRID['MODELS']['g0'],
+  'g1': GRID['MODELS']['g1'],  # 1.4.2 as it is, for a GPU: here it never ran
   'g42': G42 | BANK,
   'g52': GROWING | BANK,
   # The same rows in the values of attention, instead of next to a feed-forward layer, and in both places.
