@@ -271,8 +271,8 @@ def test_config_of_a_run_with_a_setting_that_does_nothing_stays_readable():
 
 
 def test_every_command_of_the_documents_is_accepted():
-  pages = 'README.md', 'BENCHMARKS.md', 'quickstart.sh', 'docs/guide.md', 'docs/experiments.md'
-  texts = [Path(page).read_text() for page in pages]
+  docs = (f'docs/{name}.md' for name in ('guide', 'experiments', 'bank_experiments'))
+  texts = [Path(page).read_text() for page in ('README.md', 'BENCHMARKS.md', 'quickstart.sh', *docs)]
   commands = re.findall(
     r'(?:train|cost|throughput|bank build|import)(?:\.py)? [^`#]*', '\n'.join(texts).replace('\\\n', ' ')
   )

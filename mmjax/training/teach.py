@@ -11,7 +11,7 @@ the rows of the last updates on, until its mean of their gradients has faded; pl
 
 Source: Lin et al. 2025, "Continual Learning via Sparse Memory Finetuning", arXiv:2510.15103: TF-IDF, with batches as
 documents. There the rows move by plain gradient descent, which train.optimizer='sgd' does here; Adam learned as much
-or more for what was forgotten, at customary rates: docs/experiments.md.
+or more for what was forgotten, at customary rates: docs/bank_experiments.md.
 """
 
 import jax
