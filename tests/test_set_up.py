@@ -156,6 +156,20 @@ def test_ci_runs_the_suite_on_two_pythons_and_ahead_where_it_can(machine, tmp_pa
   assert [line.strip() for line in done.stdout.splitlines()] == runs and done.returncode == 0, done
 
 
+def test_quickstart_trains_and_evaluates_and_says_what_to_type_next(tmp_path):
+  shutil.copy(REPOSITORY / 'quickstart.sh', tmp_path)
+  (tmp_path / 'scripts').mkdir()
+  (tmp_path / 'scripts/environment.sh').write_text(
+    'set_up_environment() { echo "set up $1"; }; python() { echo "$@"; }'
+  )
+  done = subprocess.run(['bash', tmp_path / 'quickstart.sh', 'out/mine'], capture_output=True, text=True, check=True)
+  config = 'configs/quickstart_ngram_rows.py'
+  first = ['set up gpu', f'train.py --config {config} --workdir out/mine', 'eval.py --workdir out/mine']
+  lines = done.stdout.splitlines()
+  assert lines[:3] == first and (REPOSITORY / config).is_file()
+  assert sum('out/mine' in line for line in lines[3:]) >= 3
+
+
 def test_scripts_are_bash_that_parses():
   for script in ('quickstart.sh', 'run_tests.sh', '.ci/run', 'scripts/environment.sh'):
     subprocess.run(['bash', '-n', REPOSITORY / script], check=True)
