@@ -41,7 +41,7 @@ class BankShard:
   """A device's part of a bank that is divided by rows, inside `jax.shard_map`; reading it reads the whole bank.
 
   What travels are row numbers, and in return from each device an answer to all of them: the rows that were read, or
-  their sums, with zeros for rows that it does not hold. The bank never does.
+  their sums, with zeros for rows that it does not hold. The bank never travels.
 
   Attributes:
     part_MP: float32, this device's M rows; the devices of the axis hold all of them, in order.
