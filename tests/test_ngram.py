@@ -224,18 +224,24 @@ def test_rows_are_dropped_by_the_key_alone_in_each_layer_for_itself(monkeypatch)
   assert np.allclose(np.unique(kept), [0, 1 / 0.75]) and abs(kept.mean() - 1) < 0.15
 
 
-def test_model_with_ranges_and_signs_keeps_documents_apart():
+@pytest.mark.parametrize('rows', [1, 2], ids=['bag', 'buckets'])
+def test_model_with_ranges_and_signs_keeps_documents_apart(rows):
   own = NGRAM | {'memory__ngrams': '1,2,3', 'memory__ngram_ranges': 'own', 'memory__ngram_signs': True}
-  config = tiny_config(model__knowledge_num=900, model__n_layers=1, **own)
+  more = {} if rows == 1 else {'model__sublayer': 'ngram_bucket', 'model__num_selected': rows, 'memory__key_dim': 4}
+  config = tiny_config(**own | {'model__knowledge_num': 900 * rows, 'model__n_layers': 1} | more)
   graphdef, params = build_model(config)
+  if rows > 1:  # keys start at 0: nothing would be chosen by context
+    gate = params['layers'][0]['sublayer']['gate']
+    gate['keys'] = jax.random.normal(jax.random.key(3), gate['keys'].shape)
   model = jax.jit(nnx.merge(graphdef, params))
   tokens = jnp.tile(random_batch(config)['input'][0][:, :5], (1, 2))
   out = model(tokens, jnp.asarray(np.repeat([[0, 1]], 5, axis=1), jnp.int32).repeat(len(tokens), axis=0))
   np.testing.assert_array_equal(out.row_LBTR[:, :, :5], out.row_LBTR[:, :, 5:])
   np.testing.assert_allclose(out.hidden_BTD[:, :5], out.hidden_BTD[:, 5:], atol=1e-4)
   assert np.any(np.abs(model(tokens).hidden_BTD[:, 5:] - out.hidden_BTD[:, 5:]) > 1e-2)
-  last = [[int(t) for t in (tokens[1, 6], tokens[1, 5], NO_TOKEN)]]
-  assert out.row_LBTR[0, 1, 6].tolist() == own_rows_by_hand(last[0], [1, 1, 2, 2, 3, 3], 900, 300)
+  last = [int(t) for t in (tokens[1, 6], tokens[1, 5], NO_TOKEN)]
+  firsts = own_rows_by_hand(last, [1, 1, 2, 2, 3, 3] if rows == 1 else [1, 2, 3], 900, 300)
+  assert out.row_LBTR[0, 1, 6].tolist() == [rows * first + r for first in firsts for r in range(rows)]
 
 
 @pytest.mark.parametrize(
