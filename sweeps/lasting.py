@@ -57,11 +57,16 @@ MODELS = {
   'g60': BUCKETS | {'train.parameters': 'gate/keys lr=16'},
   # No choice among the same rows: keys that stay 0 weigh the 8 of a bucket alike.
   'g61': BUCKETS | {'train.parameters': 'gate/keys lr=0'},
+  # Buckets of other sizes, of as many rows in all.
+  'g62': BUCKETS | {'train.parameters': 'gate/keys lr=16', 'model.num_selected': 4},
+  'g63': BUCKETS | {'train.parameters': 'gate/keys lr=16', 'model.num_selected': 16},
+  'g64': BUCKETS | {'train.parameters': 'gate/keys lr=16', 'model.num_selected': 32},
   'g56': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK,
   'g59': G42 | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 131072} | BANK,
   # Rows that grow with the tokens.
   'g57': GROWING | BANK | {'model.knowledge_num': 4194304},
   'g58': GROWING | IN_VALUES | BANK | {'model.knowledge_num': 4194304},
+  'g65': GROWING | BANK | {'model.knowledge_num': 16777216},
 }
 
 
