@@ -35,6 +35,7 @@ def test_all_that_a_gpu_is_asked_runs_and_is_not_done_twice(asked, parts, tmp_pa
   assert all(f'## {name}\n' in summary for name in parts)
   speeds = json.loads((tmp_path / 'throughput_1_4_2.json').read_text())
   assert speeds['commit'] == 'abc'
+  assert speeds['sides'][0]['differing_arrays'] == 0 and speeds['sides'][0]['arrays'] > 20
   written = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*.json')}
   again = run_gpu('--quick', tmp_path, **asked)
   assert again.returncode == 0 and again.stdout.count('done before') == len(parts)
