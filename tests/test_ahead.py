@@ -32,7 +32,9 @@ EIGHT = tuple(f'{name} x 8' for name in ONE)
 REMAT, LARGE = 'exp_1_4_2 remat', 'exp_1_4_2 256 x 512'
 ISOLATED = 'exp_1_4_2 isolated documents'
 WHOLE = 'exp_1_4_2 whole update x 8'  # in one micro-batch, 64 rows on each device
+DIVIDED = 'exp_1_4_2 bank divided by rows x 8'
 OVERRIDES = {
+  DIVIDED: ['--config.runtime.row_devices=8'],
   WHOLE: ['--config.train.batch_size=512', '--config.train.accumulation_steps=1'],
   REMAT: ['--config.runtime.remat=block'],
   ISOLATED: ['--config.data.isolate_documents=True'],
@@ -167,6 +169,15 @@ def test_devices_exchange_each_gradient_once_and_nothing_that_grows_with_tokens(
   tokens = {train.batch_size * model.max_seq_len, train.batch_size * model.max_seq_len // step.devices}
   gathered = [shape for kernel in collectives if kernel.target == 'all-gather' for shape in kernel.shapes]
   assert not [str(shape) for shape in gathered if tokens & set(shape.dims) or {512, 64} <= set(shape.dims)]
+
+
+def test_a_bank_divided_by_rows_stays_where_it_is():
+  step = compiled(DIVIDED)
+  model = step.config.model
+  collectives = [kernel for kernel in step.kernels if kernel.kind == 'collective']
+  bank = {model.knowledge_num, model.knowledge_dim}
+  assert not [str(shape) for kernel in collectives for shape in kernel.shapes if bank <= set(shape.dims)]
+  assert 1e9 < sum(kernel.runs * kernel.sends for kernel in collectives) < 7.8 * GB  # of rows that were read, mostly 0
 
 
 @pytest.mark.parametrize('name', [not_yet('6.3 times', 'exp_1_4_2 x 8'), WHOLE])
