@@ -9,11 +9,12 @@ FLOPs a token are counted by mmjax/model/cost.py, which has the derivation; MFU 
 torch. Peak memory: on a GPU that of JAX's and of torch's allocator; on a CPU (--process_memory) the growth, after
 imports, of the resident memory of a process of its own for each side, at its peak while it steps. Hours are for the
 record's 3.79 G positions at this speed. At the end mmjax makes the same update twice and says whether its results are
-equal bit for bit, which sums in an order of the device's choice would prevent.
+equal bit for bit, which sums in an order of the device's choice (atomic additions) would prevent.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import subprocess
 import sys
@@ -63,12 +64,13 @@ def main() -> None:
 
 def report(config: Config, arguments: argparse.Namespace) -> None:
   """Measures everything and prints it."""
-  updates, facts = mmjax_sides(config, compare_triton=not arguments.one_program)
+  step, updates, facts = mmjax_sides(config, compare_triton=not arguments.one_program)
   on_torch = arguments.against == 'torch'
   if on_torch:
     torch_updates, torch_memory = torch_sides(config, arguments.torch_compile)
     updates |= torch_updates
   seconds = take_turns(updates, arguments.repeats, arguments.updates)
+  facts['mmjax'] |= same_update_twice(step)
   if on_torch:
     facts |= {name: {'peak_bytes': bytes_} for name, bytes_ in torch_memory.items()}
   if arguments.process_memory:
@@ -85,7 +87,8 @@ def report(config: Config, arguments: argparse.Namespace) -> None:
   )
   found = common.environment()
   differ, arrays = facts['mmjax']['differing_arrays'], facts['mmjax']['arrays']
-  print(f'The same update of mmjax twice: {differ or "none"} of {arrays} arrays of the state differ.')
+  found_out = 'no memory for a second state' if differ is None else f'{differ} of {arrays} arrays of the state differ'
+  print(f'The same update of mmjax twice: {found_out}.')
   print(f'{found["device"]}, {found["threads"]} threads, load {found["load_average"]:.1f}, commit {found["commit"]}')
   common.write_json(
     arguments.json,
@@ -93,8 +96,8 @@ def report(config: Config, arguments: argparse.Namespace) -> None:
   )
 
 
-def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[dict[str, Update], dict[str, dict[str, Any]]]:
-  """Returns the update of each program, warmed up, and what the compiler says of it."""
+def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[Trial, dict[str, Update], dict[str, dict[str, Any]]]:
+  """Returns the trial, the update of each program, warmed up, and what the compiler says of it."""
   step = Trial(config)
   updates, facts = {}, {}
   variants = {'mmjax': config}
@@ -112,16 +115,24 @@ def mmjax_sides(config: Config, *, compare_triton: bool) -> tuple[dict[str, Upda
       'analysis_bytes': common.program_bytes(memory),
       'peak_bytes': stats.get('peak_bytes_in_use') if variant is config else None,  # of all programs after the first
     }
-  facts['mmjax'] |= same_update_twice(step)
-  return updates, facts
+  return step, updates, facts
 
 
-def same_update_twice(step: Trial) -> dict[str, int]:
-  """Returns how many arrays of the state differ in a bit after two equal updates of the same state, of how many."""
+def same_update_twice(step: Trial) -> dict[str, int | None]:
+  """Returns how many arrays of the state differ in a bit after two equal updates of the same state, of how many.
+
+  How many differ is None where the device has no memory for a second state.
+  """
   ends = []
-  for _ in range(2):
-    state, _metrics = step.compiled(jax.tree.map(jnp.copy, step.state), step.batch)  # which it overwrites
-    ends.append([array.tobytes() for array in jax.tree.leaves(jax.device_get(state))])
+  try:
+    for _ in range(2):
+      state, _metrics = step.compiled(jax.tree.map(jnp.copy, step.state), step.batch)  # which overwrites the copy
+      ends.append([hashlib.sha256(jax.device_get(array).tobytes()).digest() for array in jax.tree.leaves(state)])
+      del state  # a third would be alive in the second turn
+  except jax.errors.JaxRuntimeError as error:
+    if 'RESOURCE_EXHAUSTED' not in str(error):
+      raise
+    return {'differing_arrays': None, 'arrays': len(jax.tree.leaves(step.state))}
   return {'differing_arrays': sum(one != two for one, two in zip(*ends, strict=True)), 'arrays': len(ends[0])}
 
 

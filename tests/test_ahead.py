@@ -175,9 +175,10 @@ def test_a_bank_divided_by_rows_stays_where_it_is():
   step = compiled(DIVIDED)
   model = step.config.model
   collectives = [kernel for kernel in step.kernels if kernel.kind == 'collective']
-  bank = {model.knowledge_num, model.knowledge_dim}
-  assert not [str(shape) for kernel in collectives for shape in kernel.shapes if bank <= set(shape.dims)]
-  assert 1e9 < sum(kernel.runs * kernel.sends for kernel in collectives) < 7.8 * GB  # of rows that were read, mostly 0
+  parts = {model.knowledge_num, model.knowledge_num // step.devices}
+  banks = [s for kernel in collectives for s in kernel.shapes if model.knowledge_dim in s.dims and parts & set(s.dims)]
+  assert not [str(shape) for shape in banks]
+  assert sum(kernel.runs * kernel.sends for kernel in collectives) < 7.8 * GB  # 7.74: rows that were read, mostly zeros
 
 
 @pytest.mark.parametrize('name', [not_yet('6.3 times', 'exp_1_4_2 x 8'), WHOLE])

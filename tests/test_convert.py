@@ -30,7 +30,7 @@ from tests.torch_reference import Sizes, TorchLM  # noqa: E402
 from tests.weights import BASE_CONFIG, SUBLAYERS, assert_same_bits, make_state, save, take  # noqa: E402
 
 CONFIGS = sorted(Path('configs').glob('*.py'))
-OWN_NAMES = ('product_key_bag', 'ngram_rows', 'ngram_rows_1m', 'quickstart_ngram_rows', 'mixed')
+OWN_NAMES = ('product_key_bag', 'ngram_rows', 'ngram_rows_1m', 'ngram_rows_4m', 'quickstart_ngram_rows', 'mixed')
 KINDS = [path.stem for path in CONFIGS if path.stem not in ('memory_bag', 'memory_plus', 'quickstart_plus')]
 
 
@@ -209,7 +209,7 @@ def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_confi
   if name == 'mixed':
     config = tiny_config(**MIXED)
   else:
-    settings = SMALL | ({'model.knowledge_num': 2048} if name == 'ngram_rows_1m' else {})  # ranges of their own
+    settings = SMALL | ({'model.knowledge_num': 2048} if name.endswith('m') else {})  # ranges of their own
     config = load_config(f'configs/{name}.py', flags_for(f'configs/{name}.py', settings))
   before, file = run_of(config, tmp_path / 'run'), tmp_path / 'model.safetensors'
   export_run(tmp_path / 'run', file, 'best', None)
