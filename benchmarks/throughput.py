@@ -30,9 +30,11 @@ from mmjax.ahead.estimate import RECORD_POSITIONS
 from mmjax.ahead.trial import Trial, random_rows
 from mmjax.config import Config, load_config
 from mmjax.environment import count_cores
+from mmjax.errors import UserError, run_command
 from mmjax.model.cost import flops_per_token
 from mmjax.run.nvidia import count_triton, device_peak_flops
 from mmjax.run.placement import is_nvidia
+from mmjax.training.out_of_memory import explain_out_of_memory
 
 GIB = 1 << 30
 Update = Callable[[], None]
@@ -125,13 +127,12 @@ def same_update_twice(step: Trial) -> dict[str, int | None]:
   """
   ends = []
   try:
-    for _ in range(2):
-      state, _metrics = step.compiled(jax.tree.map(jnp.copy, step.state), step.batch)  # which overwrites the copy
-      ends.append([hashlib.sha256(jax.device_get(array).tobytes()).digest() for array in jax.tree.leaves(state)])
-      del state  # a third would be alive in the second turn
-  except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
-      raise
+    with explain_out_of_memory(step.learner.config):
+      for _ in range(2):
+        state, _metrics = step.compiled(jax.tree.map(jnp.copy, step.state), step.batch)  # which overwrites the copy
+        ends.append([hashlib.sha256(jax.device_get(array).tobytes()).digest() for array in jax.tree.leaves(state)])
+        del state  # a third would be alive in the second turn
+  except UserError:
     return {'differing_arrays': None, 'arrays': len(jax.tree.leaves(step.state))}
   return {'differing_arrays': sum(one != two for one, two in zip(*ends, strict=True)), 'arrays': len(ends[0])}
 
@@ -293,6 +294,4 @@ def resident_growth(config: Config, side: str) -> int:
 
 
 if __name__ == '__main__':
-  from mmjax.errors import run_command
-
   run_command(main)
