@@ -137,6 +137,15 @@ def test_error_of_clusters_is_that_of_the_mean_where_each_value_is_one():
   assert clustered_error(values, np.zeros(20, int)) is None
 
 
+def test_step_that_a_later_run_lacks_is_refused_before_one_is_evaluated(tiny_run, tmp_path, monkeypatch, capsys):
+  shutil.copytree(tiny_run, tmp_path / 'b')
+  shutil.rmtree(tmp_path / 'b' / 'checkpoints' / '3')
+  monkeypatch.setattr('sys.argv', ['breakdown', str(tiny_run), str(tmp_path / 'b'), '--checkpoint', '3'])
+  with pytest.raises(UserError, match=r'no checkpoint 3 in .*b/checkpoints; there are \[6\]'):
+    command.main()
+  assert 'nats a token' not in capsys.readouterr().out
+
+
 def test_runs_of_a_folder_without_a_checkpoint_are_left_out(tiny_run, tmp_path, monkeypatch, capsys):
   shutil.copytree(tiny_run, tmp_path / 'runs' / 'a')
   (tmp_path / 'runs' / 'b').mkdir()

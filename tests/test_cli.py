@@ -97,6 +97,14 @@ def test_folder_of_what_will_be_written_is_looked_for_at_once(tool, flags, outpu
   with pytest.raises(SystemExit):
     run_command(importlib.import_module(f'mmjax.tools.{tool}').main)
   assert f"{output} 'nowhere/x' must lie in a folder that is there" in capfd.readouterr().err
+  monkeypatch.setattr(sys, 'argv', [tool, *flags, output, str(tmp_path)])
+  with pytest.raises(SystemExit):
+    run_command(importlib.import_module(f'mmjax.tools.{tool}').main)
+  assert 'is a folder and must be a file' in capfd.readouterr().err
+  monkeypatch.setattr(sys, 'argv', [tool, *flags, output, '/proc/x'])  # takes no file, whoever asks
+  with pytest.raises(SystemExit):
+    run_command(importlib.import_module(f'mmjax.tools.{tool}').main)
+  assert "'/proc/x' cannot be written" in capfd.readouterr().err
 
 
 def test_home_is_where_what_is_written_goes(text, tmp_path, monkeypatch, capfd):

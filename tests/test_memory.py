@@ -255,6 +255,8 @@ def test_parameters_of_other_sizes_are_refused(name):
       memory.apply(changed, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='must have the shape .*, not None'):
     memory.apply({}, x_BTD, bank_MP, *ngrams)
+  with pytest.raises(ValueError, match='the parameter gate/other is none of this memory'):
+    memory.apply(params | {'gate': {**params.get('gate', {}), 'other': x_BTD}}, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='the bank must have the shape .*, not dict'):
     memory.apply(bank_MP, x_BTD, params, *ngrams)
   with pytest.raises(

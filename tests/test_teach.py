@@ -80,7 +80,7 @@ def test_update_moves_rows_that_are_taught_and_nothing_else(optimizer):
 
 @pytest.mark.parametrize('stopped', [False, True])
 @pytest.mark.thorough
-def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, monkeypatch, stopped):
+def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, monkeypatch, capfd, stopped):
   """The counts of reads go on from those of the run that is taught."""
   run = tmp_path / 'run'
   config = run_config(text, **TEACH | new_text(tmp_path), train__checkpoint_interval=1)
@@ -90,6 +90,7 @@ def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, m
       fit(config, run, init_from=str(tiny_run))
     monkeypatch.undo()
   fit(config, run, init_from=str(tiny_run))
+  said = capfd.readouterr().out
   assert Checkpoints(run, read_only=True).steps()[0] == 0
   taught, without = mmjax.load(run, 'last').params, mmjax.load(run, without_taught=True).params
   start = mmjax.load(tiny_run).params
@@ -99,7 +100,7 @@ def test_taught_rows_are_taken_out_again_bit_for_bit(text, tiny_run, tmp_path, m
   for a, b in zip(jax.tree.leaves(start), jax.tree.leaves(taught), strict=True):
     np.testing.assert_array_equal(a, b)
   moved = int(np.any(np.asarray(bank) != np.asarray(taught_bank), axis=1).sum())
-  assert 5 <= moved <= 5 * STEPS
+  assert 5 <= moved <= 5 * STEPS and f'Rows taught: {moved}\n' in said
   before = Checkpoints(tiny_run, read_only=True).restore_reads(6)
   after = Checkpoints(run, read_only=True).restore_reads(STEPS)
   assert int(before['updates']) == int(after['background_updates']) == 6 and int(after['updates']) == 6 + STEPS

@@ -1,9 +1,11 @@
 """From what a user typed to a path: a leading `~` means the home, in every flag and in every setting that is a path."""
 
 import os
+import tempfile
 from pathlib import Path
 
 from mmjax.errors import UserError
+from mmjax.files import storage_errors
 
 
 def expand_home(text: str) -> str:
@@ -35,6 +37,17 @@ def user_path(text: str | os.PathLike) -> Path:
 
 
 def check_output(flag: str, text: str | None) -> None:
-  """Raises UserError if a flag names a file whose folder is not there: before what it would hold is computed."""
-  if text is not None and not user_path(text).absolute().parent.is_dir():
+  """Refuses the file that a flag names, before what it would hold is computed, if it cannot be written.
+
+  Raises:
+    StorageError, UserError: if its folder is not there or takes no file, or it is a folder itself.
+  """
+  if text is None:
+    return
+  path = user_path(text).absolute()
+  if not path.parent.is_dir():
     raise UserError(f"{flag} '{text}' must lie in a folder that is there")
+  if path.is_dir():
+    raise UserError(f"{flag} '{text}' is a folder and must be a file")
+  with storage_errors(path), tempfile.TemporaryFile(dir=path.parent):
+    pass

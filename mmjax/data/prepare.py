@@ -194,9 +194,10 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
       f'data.valid_fraction={fraction} needs at least two documents to hold one out, and there is only one; '
       'give data.valid_files'
     )
+  enough = f'{min(0.5, 5 / documents):.1g}'  # with that share, none of many documents is held out once in 150 times
   raise UserError(
-    f'data.valid_fraction={fraction} holds out none of the {documents} documents; raise it, or give data.valid_files; '
-    'mmjax.tools.prepare and mmjax.tools.bank take 0, too'
+    f'data.valid_fraction={fraction} holds out none of the {documents} documents; give more, such as '
+    f'--config.data.valid_fraction={enough}, or data.valid_files; mmjax.tools.prepare and mmjax.tools.bank take 0, too'
   )
 
 

@@ -24,6 +24,7 @@ from mmjax.evaluation.token_loss import make_token_loss
 from mmjax.inference.api import LanguageModel, load_run
 from mmjax.inference.measure import WHERE, as_trained, open_text
 from mmjax.model.params import BANK, model_graph
+from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.orbax_io import MANIFEST, read_manifest
 from mmjax.run.text import find_run_data
@@ -89,6 +90,9 @@ def break_down(
     UserError: if a run has no checkpoint, or its training or held-out text cannot be found.
   """
   first, shared = {}, {}
+  if isinstance(step := checkpoint_name(checkpoint), int):
+    for path in runs:  # what one of them lacks is refused before another is evaluated
+      Checkpoints(open_run(path).path, read_only=True).choose(step)
   for path in runs:
     losses = _losses(path, checkpoint, ngrams, valid_files, overrides, shared, placement)
     yield _summary(losses, first)

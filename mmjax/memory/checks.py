@@ -77,6 +77,9 @@ def check_inputs(
     if found != shape:
       raise ValueError(f'the parameter {"/".join(path)} must have the shape {shape}, not {found}')
     _check_floats(f'the parameter {"/".join(path)}', given[path])
+  for path in given:
+    if path not in _shapes(memory):
+      raise ValueError(f'the parameter {"/".join(path)} is none of this memory, which would leave it out')
   heads = *x_BTD.shape[:2], memory.n_heads
   sign_shape = heads if memory.signs else None
   if (found := shape_of(sign_BTh)) != sign_shape:

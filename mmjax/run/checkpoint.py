@@ -141,7 +141,7 @@ class Checkpoints:
     abstract_items = {name: jax.tree.map(_with_sharding, tree) for name, tree in abstract_items.items()}
     found_corrupt = False
     while True:
-      step = self._choose(which)
+      step = self.choose(which)
       problem = None
       try:
         items, manifest = read_step(self.directory, step, abstract_items, newer)
@@ -154,8 +154,8 @@ class Checkpoints:
       found_corrupt = True
       self._set_aside(step, problem or 'another process found it corrupt')
 
-  def _choose(self, which: str | int) -> int:
-    """Returns the step to try next."""
+  def choose(self, which: str | int) -> int:
+    """Returns the step that `restore` would try first; raises what it raises."""
     if which == 'best':  # a step whose metric cannot be read may be the best, which nobody can tell any more
       for step, problem in self._read_metrics()[1].items():
         self._set_aside(step, problem)

@@ -19,7 +19,8 @@ from mmjax.console import Progress
 from mmjax.data.loader import train_batches
 from mmjax.environment import own_jax_settings
 from mmjax.errors import StoppedError
-from mmjax.run.checkpoint import Checkpoints
+from mmjax.model.params import BANK
+from mmjax.run.checkpoint import START_STEP, Checkpoints
 from mmjax.run.directory import RunDir
 from mmjax.run.log import MetricsLog
 from mmjax.run.nvidia import describe_devices
@@ -121,3 +122,7 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
       if stopping:
         raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')
   say(f'Done: {total} steps, {recorder.tokens:,} tokens, {recorder.seconds / 60:.1f} minutes of training')
+  if config.memory.teach_rows:
+    before, *_ = recorder.checkpoints.restore_params(learner.shapes['params'], START_STEP)
+    taught = int(jax.numpy.any(state['params'][BANK] != before[BANK], axis=1).sum())
+    say(f'Rows taught: {taught}' if taught else 'No row was taught: the bank is what it was')
