@@ -10,7 +10,7 @@ import pytest
 
 from mmjax.kernels.bank import Reads
 from mmjax.model.params import model_graph
-from mmjax.training import lazy_bank
+from mmjax.training import lazy_bank, row_gradients
 from mmjax.training.lazy_bank import init_moments, update_read_rows
 from mmjax.training.row_gradients import RowReads, RowSums, add_rows, no_rows
 from mmjax.training.state import init_state
@@ -103,14 +103,14 @@ def test_row_that_is_read_at_even_intervals_is_where_dense_adam_has_it_when_it_i
       if update > interval:  # from the second read on the forecast is right
         np.testing.assert_allclose(bank[0], dense, rtol=1e-5, atol=1e-5)
       sums = RowSums(gradient[None], np.int32([0]), np.int32([0, -1]), np.int32(1))
-      bank, moments, _ = jax.device_get(step(bank, moments, sums, jnp.int32(start + update), jnp.bool_(True)))
+      bank, moments, _ = jax.device_get(step(bank, moments, sums, 1.0, jnp.int32(start + update), jnp.bool_(True)))
     mean, square = 0.9 * mean + 0.1 * gradient, 0.9 * square + 0.1 * np.float64(gradient) ** 2
     dense = dense - 0.1 * mean / np.sqrt(square)
 
 
 def test_rule_equals_float64_row_by_row(monkeypatch):
   """The oracle keeps dense moments, and moves a row by their steps only where it was read."""
-  monkeypatch.setattr(lazy_bank, 'CHUNK_ROWS', 4)
+  monkeypatch.setattr(row_gradients, 'CHUNK_ROWS', 4)
   M, P, updates = 11, 3, 25
   decay = {'train__weight_decay': 0.3, 'memory__bank_decay_multiplier': 0.5}
   betas = {'train__beta1': 0.5, 'train__parameters': 'memory_bank beta1=0.9 beta2=0.95'}
@@ -132,10 +132,11 @@ def test_rule_equals_float64_row_by_row(monkeypatch):
     gradient[rows] = rng.standard_normal((len(rows), P))
     slots = 12
     row_U, sum_UP = M + np.arange(slots), np.zeros((slots, P), np.float32)
-    row_U[: len(rows)], sum_UP[: len(rows)] = rows, gradient[rows]
+    row_U[: len(rows)], sum_UP[: len(rows)] = rows, 4 * gradient[rows]  # clipping makes it a quarter
     sums = RowSums(sum_UP, row_U.astype(np.int32), np.zeros(M, np.int32), np.int32(len(rows)))
+    np.testing.assert_allclose(sums.norm(), 4 * np.linalg.norm(gradient), rtol=1e-6)
     before, before_moments = bank, moments
-    bank, moments, ratio = jax.device_get(step(bank, moments, sums, jnp.int32(count), jnp.bool_(finite)))
+    bank, moments, ratio = jax.device_get(step(bank, moments, sums, 0.25, jnp.int32(count), jnp.bool_(finite)))
     moved = np.linalg.norm(bank[rows] - before[rows]) / np.linalg.norm(before[rows])
     np.testing.assert_allclose(ratio, moved, rtol=1e-4)
     untouched = np.setdiff1d(np.arange(M), rows) if finite else np.arange(M)
@@ -218,3 +219,25 @@ def test_step_makes_no_array_of_the_size_of_the_bank():
     bytes_of.append(memory.temp_size_in_bytes)
   bank_bytes = 2**16 * 32 * 4
   assert bytes_of[0] > bank_bytes > 2 * bytes_of[1]
+
+
+def test_nothing_passes_over_slots_that_are_free():
+  """They are filled with zeros, and after that only what a loop over those in use touches is read."""
+  config = tiny_config(memory__bank_update='lazy', model__knowledge_num=10**6)
+  step, first = make_step(config)
+  shape = no_rows(config).sum_UP.shape
+  made = [
+    eqn.primitive.name for eqn in outside_of_loops(jax.make_jaxpr(step)(first(), random_batch(config)).jaxpr, shape)
+  ]
+  assert made == ['broadcast_in_dim', 'scan'], made
+
+
+def outside_of_loops(jaxpr, shape):
+  """Yields what makes an array of this shape, but within loops."""
+  for eqn in jaxpr.eqns:
+    inner = [value.jaxpr for value in eqn.params.values() if hasattr(value, 'jaxpr')]
+    if inner and eqn.primitive.name not in ('scan', 'while'):
+      for each in inner:
+        yield from outside_of_loops(each, shape)
+    elif any(getattr(out.aval, 'shape', None) == shape for out in eqn.outvars):
+      yield eqn

@@ -72,13 +72,13 @@ def check_inputs(
   if not isinstance(params, dict | FrozenDict):
     raise ValueError(f'the parameters must be a nested dict as `init` returns it, not of type {type(params).__name__}')
   given = flatten_dict(params)
-  for path, shape in _shapes(memory).items():
+  for path, shape in param_shapes(memory).items():
     found = jnp.shape(given[path]) if path in given else None
     if found != shape:
       raise ValueError(f'the parameter {"/".join(path)} must have the shape {shape}, not {found}')
     _check_floats(f'the parameter {"/".join(path)}', given[path])
   for path in given:
-    if path not in _shapes(memory):
+    if path not in param_shapes(memory):
       raise ValueError(f'the parameter {"/".join(path)} is none of this memory, which would leave it out')
   heads = *x_BTD.shape[:2], memory.n_heads
   sign_shape = heads if memory.signs else None
@@ -141,7 +141,7 @@ def check_size(name: str, value: Any, kind: Any) -> None:
 
 
 @functools.cache
-def _shapes(memory: 'Memory') -> dict[tuple[str, ...], tuple[int, ...]]:
+def param_shapes(memory: 'Memory') -> dict[tuple[str, ...], tuple[int, ...]]:
   """Returns the shapes of the parameters of a memory, by the names on the way to them."""
   params = jax.eval_shape(lambda: memory.init(jax.random.key(0)))
   return {path: leaf.shape for path, leaf in flatten_dict(params).items()}

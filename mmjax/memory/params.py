@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 
 from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Memory
-from mmjax.memory.checks import check_size
+from mmjax.memory.checks import check_size, param_shapes
 from mmjax.memory.types import Bank, Params, SublayerOutput
 
 
@@ -70,9 +70,10 @@ class MemoryLayer(ParamTree):
     dtype: DTypeLike = jnp.float32,
   ) -> SublayerOutput:
     """Does what `Memory.apply` does, and raises what it raises."""
-    return self.memory.apply(params_of(self), x_BTD, bank_MP, row_BThr, sign_BTh, kept_BTh, dtype=dtype)
+    return self.memory.apply(params_of(self, self.memory), x_BTD, bank_MP, row_BThr, sign_BTh, kept_BTh, dtype=dtype)
 
 
-def params_of(module: nnx.Module) -> Params:
-  """Returns the parameters of a module, a nested dict of arrays."""
-  return nnx.to_pure_dict(nnx.state(module, nnx.Param))
+def params_of(module: nnx.Module, memory: Memory) -> Params:
+  """Returns the parameters of a memory, a nested dict of arrays, of a module that may have others, too."""
+  names = {path[0] for path in param_shapes(memory)}
+  return {name: value for name, value in nnx.to_pure_dict(nnx.state(module, nnx.Param)).items() if name in names}

@@ -15,24 +15,27 @@ from mmjax.training.optimizer import bank_rate
 from mmjax.training.row_gradients import RowSums, is_lazy
 from mmjax.training.state import TrainState
 
-Apply = Callable[[TrainState, Params, RowSums | None, Array | None, Array], tuple[TrainState, dict[str, Array]]]
+Apply = Callable[..., tuple[TrainState, dict[str, Array]]]
 
 
 def make_apply(config: Config, optimizer: optax.GradientTransformation, total_steps: int) -> Apply:
-  """Returns apply(state, grads, sums, usage_LM, applied) -> (state, metrics).
+  """Returns apply(state, grads, sums, norm, usage_LM, applied) -> (state, metrics).
 
   The new state has no counters. Where `applied` is False, it is the old one. The metric is row_update_ratio, of models
-  with a memory. `sums` are those of a bank that is updated lazily, with its gradient in `grads`.
+  with a memory. `sums` are those of a bank that is updated lazily, of which `grads` has the norm; `norm` is that of all
+  gradients.
   """
   lazy, rate = is_lazy(config), bank_rate(config, total_steps)
 
-  def apply(state: TrainState, grads: Params, sums: RowSums | None, usage_LM: Array | None, applied: Array) -> tuple:
+  def apply(
+    state: TrainState, grads: Params, sums: RowSums | None, norm: Array, usage_LM: Array | None, applied: Array
+  ) -> tuple[TrainState, dict[str, Array]]:
     params, bank, metrics = state['params'], state['params'].get(BANK), {}
     updates, opt_state = optimizer.update(grads, state['opt_state'], params)
     if lazy:
-      sums = sums._replace(sum_UP=updates.pop(BANK))
-      params, count = without_bank(params), state['step'] - state['skipped_total']
-      bank, moments, ratio = update_read_rows(config, rate, bank, state['bank_moments'], sums, count, applied)
+      updates, params, count = without_bank(updates), without_bank(params), state['step'] - state['skipped_total']
+      clip = jnp.minimum(1, config.train.grad_clip / norm) if config.train.grad_clip else 1.0
+      bank, moments, ratio = update_read_rows(config, rate, bank, state['bank_moments'], sums, clip, count, applied)
       metrics['row_update_ratio'] = ratio
     elif usage_LM is not None:
       metrics['row_update_ratio'] = row_update_ratio(bank, updates[BANK], usage_LM)

@@ -30,7 +30,7 @@ from mmjax.config import Config
 from mmjax.config.parameters import betas_of, first_rule, parameter_table
 from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.params import BANK
-from mmjax.training.row_gradients import CHUNK_ROWS, RowSums
+from mmjax.training.row_gradients import RowSums
 
 LARGEST_FACTOR = 0.999  # of a drift: a row moves on by at most 999 of its last steps
 
@@ -53,7 +53,14 @@ def init_moments(bank_MP: Array) -> Moments:
 
 @jax.named_scope('optimizer')
 def update_read_rows(
-  config: Config, rate: optax.Schedule, bank_MP: Array, moments: Moments, sums: RowSums, count: Array, applied: Array
+  config: Config,
+  rate: optax.Schedule,
+  bank_MP: Array,
+  moments: Moments,
+  sums: RowSums,
+  clip: Array,
+  count: Array,
+  applied: Array,
 ) -> tuple[Array, Moments, Array]:
   """Makes one update by the rule above, in place where the compiler may reuse the arrays.
 
@@ -62,7 +69,8 @@ def update_read_rows(
     rate: the bank's learning rate for the number of updates made before.
     bank_MP: float32.
     moments: from `init_moments`.
-    sums: clipped gradients.
+    sums: gradients before clipping.
+    clip: float32, what clipping multiplies them by.
     count: int32, updates made before.
     applied: False leaves everything as it is.
 
@@ -73,7 +81,6 @@ def update_read_rows(
   beta1, beta2 = betas_of(config, BANK)
   decay = train.weight_decay * first_rule(parameter_table(config), BANK, 'decay').decay
   log_decay_after = moments['log_decay'] + jnp.where(applied, jnp.log1p(-step_rate * decay), 0)
-  chunk = min(CHUNK_ROWS, len(sums.row_U))
 
   def adam(mean_UP: Array, square_UP: Array, t: Array) -> Array:
     return mean_UP / (1 - beta1**t) / (jnp.sqrt(square_UP / (1 - beta2**t)) + train.eps)
@@ -82,9 +89,9 @@ def update_read_rows(
     factor = min(beta1 / beta2**0.5, LARGEST_FACTOR) if beta2 else 0.0
     return factor * (1 - factor**n) / (1 - factor)
 
-  def update_chunk(i: Array, carry: tuple) -> tuple:
+  def update_chunk(row_U: Array, sum_UP: Array, carry: tuple) -> tuple:
     bank_MP, moments, added, before = carry
-    row_U, g_UP = (jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (sums.row_U, sums.sum_UP))
+    g_UP = clip * sum_UP
     row_UP, *of_rows = (x.at[row_U].get(mode='clip') for x in (bank_MP, *(moments[name] for name in ROW_MOMENTS)))
     mean_UP, square_UP, count_U, missed_U, log_decay_U = of_rows
     in_use_U1, old_UP = (row_U < len(bank_MP))[:, None], row_UP
@@ -104,7 +111,7 @@ def update_read_rows(
     before += jnp.sum(jnp.where(in_use_U1, jnp.square(old_UP), 0))
     return put(bank_MP, row_UP), moments | {name: put(moments[name], value) for name, value in new}, added, before
 
-  chunks = jnp.where(applied, (sums.used + chunk - 1) // chunk, 0)
+  to_update = sums._replace(used=jnp.where(applied, sums.used, 0))
   carry = (bank_MP, moments, jnp.zeros(()), jnp.zeros(()))
-  bank_MP, moments, added, before = jax.lax.fori_loop(0, chunks, update_chunk, carry)
+  bank_MP, moments, added, before = to_update.over_chunks(update_chunk, carry)
   return bank_MP, moments | {'log_decay': log_decay_after}, ratio_of_norms(added, before)

@@ -110,7 +110,7 @@ def bank_rate(config: Config, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
   """Returns the gradient transformation of a run of `total_steps` optimizer updates.
 
-  A bank that is updated lazily has its gradient, then of another shape, clipped with the others and no more.
+  Of a bank that is updated lazily it takes the norm of the gradient instead, for clipping, and makes nothing of it.
 
   Raises:
     UserError: as `check_parameters` does.

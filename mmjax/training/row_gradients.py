@@ -6,7 +6,7 @@ The gradients of all reads are added up row by row: in slots of their own, for r
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,8 @@ from mmjax.kernels.bank import Reads, add_reads, no_reads
 from mmjax.kernels.forms import on_cpu
 from mmjax.model.params import BANK, Params, without_bank
 
-CHUNK_ROWS = 4096  # rows updated at a time: 2 MB an array at P = 128, in a CPU's cache; the loop runs over rows in use
+CHUNK_ROWS = 4096  # slots that a loop over those in use takes at a time: 2 MB an array at P = 128, in a CPU's cache
+GPU_CHUNK_ROWS = 65536  # a GPU has many threads, and starts some kernels for each chunk
 
 
 class RowReads(NamedTuple):
@@ -42,6 +43,24 @@ class RowSums(NamedTuple):
   row_U: Array
   slot_M: Array
   used: Array
+
+  def over_chunks(self, step: Callable[[Array, Array, Any], Any], carry: Any) -> Any:
+    """Returns what becomes of `carry` by step(row_U, sum_UP, carry) for each chunk of the slots in use."""
+    chunk = chunk_rows(len(self.row_U))
+
+    def take(i: Array, carry: Any) -> Any:
+      return step(*(jax.lax.dynamic_slice_in_dim(x, i * chunk, chunk) for x in (self.row_U, self.sum_UP)), carry)
+
+    return jax.lax.fori_loop(0, (self.used + chunk - 1) // chunk, take, carry)
+
+  def norm(self) -> Array:
+    """Returns the Euclidean norm of all sums."""
+    return jnp.sqrt(self.over_chunks(lambda _, sum_UP, total: total + jnp.sum(jnp.square(sum_UP)), jnp.zeros(())))
+
+
+def chunk_rows(slots: int) -> int:
+  """Returns how many of the slots a loop takes at a time; to be asked while a program is traced."""
+  return min(CHUNK_ROWS if on_cpu() else GPU_CHUNK_ROWS, slots)
 
 
 # (params, rows, total_weight, key) -> ((objective, parts), gradients): of a micro-batch, for an objective of make_loss
@@ -130,9 +149,12 @@ def empty_sums(config: Config, params: Params, shapes: Params) -> Params:
 
 
 def split_row_sums(grads: Params) -> tuple[Params, RowSums | None]:
-  """Returns gradients that are arrays alone, and the `RowSums` of which the bank's holds the sums; None if none did."""
+  """Returns gradients that are arrays alone, and the bank's `RowSums`, of which they hold the norm; None without one.
+
+  So whoever takes the norm of all gradients, as clipping does, reads of the bank what is in use.
+  """
   of_bank = grads.get(BANK)
-  return (grads | {BANK: of_bank.sum_UP}, of_bank) if isinstance(of_bank, RowSums) else (grads, None)
+  return (grads | {BANK: of_bank.norm()}, of_bank) if isinstance(of_bank, RowSums) else (grads, None)
 
 
 def no_rows(config: Config) -> RowSums:
@@ -140,7 +162,7 @@ def no_rows(config: Config) -> RowSums:
   model = config.model
   reads = len(bank_readers(config)) * config.update_positions
   most = min(model.knowledge_num, reads * config.memory.n_heads * model.num_selected)
-  chunk = min(CHUNK_ROWS, most)
+  chunk = chunk_rows(most)
   slots = -(-most // chunk) * chunk
   return RowSums(
     jnp.zeros((slots, model.knowledge_dim)),

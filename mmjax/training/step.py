@@ -108,7 +108,7 @@ def make_train_step(
       grad_norm = optax.global_norm(grads)
       finite = jnp.isfinite(parts['loss'] + parts['aux_loss']) & jnp.isfinite(grad_norm)
       applied = finite & goes_on(config.train, state, parts['loss'])
-      after, ratio = apply(state, grads, row_sums, parts.get('usage_LM'), applied)
+      after, ratio = apply(state, grads, row_sums, grad_norm, parts.get('usage_LM'), applied)
     after |= count_update(state, parts['loss'], applied)
     if 'usage_LM' in parts:
       after['reads'] = count_reads(state['reads'], parts['usage_LM'])

@@ -40,7 +40,8 @@ class MemorySublayer(ParamTree):
     kept_BTh = None
     if self.row_dropout and inputs.key is not None and row_BThr is not None:  # what a gate picks is never dropped
       kept_BTh = dropout(jnp.ones(row_BThr.shape[:3]), self.row_dropout, inputs.key)
-    out = self.memory.apply(params_of(self), x_BTD, inputs.bank_MP, row_BThr, sign_BTh, kept_BTh, dtype=dtype)
+    params = params_of(self, self.memory)
+    out = self.memory.apply(params, x_BTD, inputs.bank_MP, row_BThr, sign_BTh, kept_BTh, dtype=dtype)
     if self.ffn is None:
       return out
     return out._replace(delta_BTD=out.delta_BTD + self.ffn(inputs, dtype).delta_BTD)
