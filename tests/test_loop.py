@@ -421,6 +421,10 @@ def test_run_that_moves_between_one_device_and_eight_keeps_its_losses(
       {'train__batch_size': 8, 'runtime__row_devices': 8, 'model__knowledge_num': 100},
       r'knowledge_num=100 must be divisible by the runtime.row_devices=8; nearest: 96 and 104',
     ),
+    (
+      {'train__batch_size': 8, 'runtime__row_devices': 3, 'model__knowledge_num': 81},
+      r'batch_size=8 must be divisible by the 6 devices \(2 x runtime.row_devices=3\); nearest: 6 and 12',
+    ),
     ({'runtime__row_devices': 3, 'runtime__data_devices': 3}, r'needs 9 devices; there are 8'),
   ],
 )

@@ -177,8 +177,9 @@ def test_arrays_that_are_not_of_floats_are_refused(name):
   ):
     with pytest.raises(ValueError, match=said):
       memory.apply(*given, *ngrams)
-  with pytest.raises(ValueError, match="dtype='int32' must be a floating-point dtype"):
-    memory.apply(params, x_BTD, bank_MP, *ngrams, dtype='int32')
+  for dtype in ('int32', 'bf16'):
+    with pytest.raises(ValueError, match=f"dtype='{dtype}' must be a floating-point dtype, such"):
+      memory.apply(params, x_BTD, bank_MP, *ngrams, dtype=dtype)
 
 
 def test_numbers_of_rows_and_signs_are_looked_at():

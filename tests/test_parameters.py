@@ -106,6 +106,26 @@ def test_new_optimizer_is_a_function_and_a_row(monkeypatch):
       check_parameters(tiny_config(train__optimizer='sign', **settings))
 
 
+def sign_of_matrices(train):
+  return optax.scale_by_sign()
+
+
+def test_matrices_have_the_rate_that_their_row_names(monkeypatch):
+  """Muon's rate is that of Muon alone, whatever else moves matrices."""
+  own = {'matrices': f'{__name__}:sign_of_matrices', 'rate_of_matrices': 'embedding_lr_multiplier'}
+  for more, times in ((own, 3), (own | {'rate_of_matrices': ''}, 1)):
+    monkeypatch.setitem(OPTIMIZERS, 'signs', Optimizer(f'{__name__}:step_of_a_sign', **more))
+    monkeypatch.setitem(CHOICES, 'train.optimizer', tuple(OPTIMIZERS))
+    config = tiny_config(train__optimizer='signs', train__embedding_lr_multiplier=3.0, train__weight_decay=0.0)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(config))
+    optimizer = make_optimizer(config, 5)
+    updates, _ = optimizer.update(jax.tree.map(lambda x: -0.1 * x, params), optimizer.init(params), params)
+    rate = float(learning_rate_schedule(config.train, 5)(0))
+    np.testing.assert_allclose(updates['layers'][0]['attention']['wq']['kernel'], times * rate, rtol=1e-6)
+    with pytest.raises(UserError, match="train.muon_lr_multiplier=4.0 does nothing without train.optimizer='muon'"):
+      tiny_config(train__optimizer='signs', train__muon_lr_multiplier=4.0)
+
+
 def test_lazy_bank_follows_the_table():
   config = tiny_config(train__parameters='memory_bank lr=4..2 decay=0.25', memory__bank_update='lazy')
   everyones = learning_rate_schedule(config.train, 5)

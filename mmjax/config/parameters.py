@@ -56,12 +56,12 @@ def parameter_table(config: Any) -> tuple[Rule, ...]:
   """Returns all rules that a Config makes."""
   train, memory = config.train, config.memory
   rates = memory.bank_lr_multiplier, memory.bank_lr_final_multiplier
-  muon = Rule(MATRIX, train.muon_lr_multiplier, None, 'train.muon_lr_multiplier')
+  of_matrices = OPTIMIZERS[train.optimizer].rate_of_matrices
   return (
     *read_rules(train.parameters),
     Rule('^memory_bank$', rates, memory.bank_decay_multiplier, 'memory.bank_lr_multiplier'),
     Rule('^embedding$', train.embedding_lr_multiplier, None, 'train.embedding_lr_multiplier'),
-    *([muon] if OPTIMIZERS[train.optimizer].matrices else []),
+    *([Rule(MATRIX, getattr(train, of_matrices), None, f'train.{of_matrices}')] if of_matrices else []),
   )
 
 

@@ -209,6 +209,9 @@ def _build(flat: Mapping[str, Any]) -> Config:
     section, _, field = name.rpartition('.')
     values.setdefault(section, {})[field] = expand_home(value) if SETTINGS[name].is_path else value
   if missing := SETTINGS.keys() - flat.keys():
-    raise UserError(f'setting {min(missing)!r} is missing; a config must have every setting of configs/base.py')
+    raise UserError(
+      f'setting {min(missing)!r} is missing; a config must have every setting of configs/base.py. If you added it, '
+      'its before=... in mmjax/config/schema.py says what runs did that have none'
+    )
   sections = {field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
   return Config(**values.pop(''), **{name: sections[name](**fields) for name, fields in values.items()})

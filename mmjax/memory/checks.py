@@ -61,8 +61,8 @@ def check_inputs(
   dtype: DTypeLike,
 ) -> None:
   """Raises ValueError if what `Memory.apply` takes has not the shapes that the sizes of a memory say, or no floats."""
-  if not jnp.issubdtype(dtype, jnp.floating):
-    raise ValueError(f'dtype={dtype!r} must be a floating-point dtype')
+  if not _is_float(dtype):
+    raise ValueError(f"dtype={dtype!r} must be a floating-point dtype, such as 'float32' or 'bfloat16'")
   _check_floats('the input', x_BTD)
   if x_BTD.ndim != 3 or x_BTD.shape[-1] != memory.dim:
     raise ValueError(f'the input must have the shape (B, T, dim={memory.dim}), not {x_BTD.shape}')
@@ -110,6 +110,13 @@ def check_numbers(name: str, number: Array, end: int) -> None:
     for value in (np.asarray(number).min(initial=0), np.asarray(number).max(initial=0)):
       if not 0 <= value < end:
         raise ValueError(f'{name} must hold numbers from 0 to {end - 1}, not {value}')
+
+
+def _is_float(dtype: DTypeLike) -> bool:
+  try:
+    return jnp.issubdtype(dtype, jnp.floating)
+  except TypeError:  # it is no dtype
+    return False
 
 
 def _check_floats(name: str, value: Any) -> None:

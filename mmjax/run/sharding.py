@@ -52,9 +52,10 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
   batch, other = config.train.batch_size, ''
   if fewer := max((n for n in range(1, data) if batch % (n * rows) == 0 and not several), default=0):
     other = f'; or runtime.data_devices={fewer}'
-  _check_divides('train.batch_size', batch, data * rows, f'{data * rows} devices', other)
   if uses_bank(config.model, config.memory):
     _check_divides('model.knowledge_num', config.model.knowledge_num, rows, f'runtime.row_devices={rows}')
+  used = f'{data * rows} devices' + (f' ({data} x runtime.row_devices={rows})' if rows > 1 else '')
+  _check_divides('train.batch_size', batch, data * rows, used, other)
   return _mesh(data, rows, devices)
 
 

@@ -173,7 +173,7 @@ def adam_step(train: TrainConfig, beta1: float, beta2: float) -> optax.GradientT
   return optax.scale_by_adam(beta1, beta2, train.eps)
 
 
-def muon_step() -> optax.GradientTransformation:
+def muon_step(train: TrainConfig) -> optax.GradientTransformation:
   """Returns Muon for matrices (in, out): momentum, orthogonalised, times sqrt(max(1, out / in)).
 
   Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon, through optax.contrib.
@@ -224,7 +224,7 @@ def _steps(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
       )
       steps[i] = optax.masked(steps[i], follows)
   if by_matrices:
-    steps.append(optax.masked(OPTIMIZERS[train.optimizer].make_of_matrices(), matrix))
+    steps.append(optax.masked(OPTIMIZERS[train.optimizer].make_of_matrices(train), matrix))
   steps.append(optax.add_decayed_weights(train.weight_decay, mask=mask('decay', lambda rule: rule not in decays)))
   for rule in decays:
     own = mask('decay', lambda other, rule=rule: other is rule)
