@@ -220,7 +220,9 @@ def test_tap_of_other_reads_is_refused(name):
   [
     ({'n_rows': 0}, 'n_rows=0 must be a whole number of at least 1'),
     ({'row_dim': 2.5}, 'row_dim=2.5 must be a whole number of at least 1'),
+    ({'n_rows': 2**31}, 'n_rows=2147483648 must be at most 2147483647'),
     ({'std': math.nan}, 'std=nan must be a finite number, 0 or above'),
+    ({'std': '1'}, "std='1' must be a finite number, 0 or above"),
   ],
 )
 def test_bank_of_no_size_is_refused(sizes, said):
@@ -244,6 +246,37 @@ def test_gradients_of_a_float64_bank_are_those_of_float32():
   jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), *found)
 
 
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('name', MEMORIES)
+def test_narrow_parameters_count_as_the_float32_that_they_stand_for(name, dtype):
+  memory = MEMORIES[name]
+  x_BTD, bank_MP, *ngrams = inputs(memory)
+  params = memory.init(jax.random.key(0))
+  if 'bias' in params.get('gate', {}):
+    params['gate']['bias'] = 0.3 * jax.random.normal(jax.random.key(4), params['gate']['bias'].shape)
+  narrow = jax.tree.map(lambda x: x.astype(dtype), params)
+
+  def loss(params):
+    out = memory.apply(params, x_BTD, bank_MP, *ngrams)
+    return jnp.sum(out.delta_BTD**2), out
+
+  wide = jax.tree.map(lambda x: x.astype(jnp.float32), narrow)
+  (grad, out), (wide_grad, wide_out) = (jax.jit(jax.grad(loss, has_aux=True))(x) for x in (narrow, wide))
+  jax.tree.map(np.testing.assert_array_equal, out, wide_out)
+  jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y.astype(dtype), strict=True), grad, wide_grad)
+
+
+@pytest.mark.parametrize('name', MEMORIES)
+def test_numpy_arrays_are_taken_as_constants_of_a_traced_function(name):
+  memory = MEMORIES[name]
+  x_BTD, bank_MP, *ngrams = inputs(memory)
+  params = memory.init(jax.random.key(0))
+  numpy_params, numpy_bank_MP = jax.tree.map(np.asarray, (params, bank_MP))
+  found = jax.jit(lambda x_BTD, *ngrams: memory.apply(numpy_params, x_BTD, numpy_bank_MP, *ngrams))(x_BTD, *ngrams)
+  want = memory.apply(params, x_BTD, bank_MP, *ngrams)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), found, want)
+
+
 @pytest.mark.parametrize('name', MEMORIES)
 def test_parameters_of_other_sizes_are_refused(name):
   memory = MEMORIES[name]
@@ -256,6 +289,8 @@ def test_parameters_of_other_sizes_are_refused(name):
       memory.apply(changed, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='must have the shape .*, not None'):
     memory.apply({}, x_BTD, bank_MP, *ngrams)
+  with pytest.raises(ValueError, match=r'norm/scale must have the shape \(32,\), not str'):
+    memory.apply(params | {'norm': {'scale': 'ones'}}, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='the parameter gate/other is none of this memory'):
     memory.apply(params | {'gate': {**params.get('gate', {}), 'other': x_BTD}}, x_BTD, bank_MP, *ngrams)
   with pytest.raises(ValueError, match='the bank must have the shape .*, not dict'):

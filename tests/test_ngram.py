@@ -255,6 +255,7 @@ def test_model_with_ranges_and_signs_keeps_documents_apart(rows):
     (lambda tokens: cached_last_tokens(tokens[..., None], tokens, 2), r'tokens must .* \(B, S\), not \(3, 5, 1\)'),
     (lambda tokens: last_tokens(tokens, 2, tokens[:1]), r'segments must have .*, \(3, 5\), not \(1, 5\)'),
     (lambda tokens: cached_last_tokens(tokens, tokens[:, 0], 2), r'positions must .* \(B=3, T\), not \(3,\)'),
+    (lambda tokens: cached_last_tokens(tokens, tokens * 0.5, 2), 'positions must be whole numbers, not float32'),
     (lambda tokens: cached_last_tokens(tokens, tokens[:1], 2), r'positions must .* \(B=3, T\), not \(1, 5\)'),
   ],
 )

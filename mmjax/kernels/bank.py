@@ -100,9 +100,15 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
 
   Args:
     sums_MP: float32.
-    row_BThr: int32, as they were read.
+    row_BThr: int32, not negative, in the shape in which they were read.
     reads: of them.
+
+  Raises:
+    ValueError: if rows and reads have not the same shape.
   """
+  read = reads.grad.shape[:-1] if reads.weight_BThr is None else reads.weight_BThr.shape
+  if row_BThr.shape != read:
+    raise ValueError(f'rows of shape {row_BThr.shape} must have that of their reads, {read}')
   return on_any_mesh(_add_reads, lambda spec: spec, sums_MP, row_BThr, reads)
 
 
@@ -142,11 +148,13 @@ def bank_lookup(bank_MP: Bank, row_BTR: Array, dtype: DTypeLike) -> Array:
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
     _check_tap(tap, row_BTR.shape, bank_MP.shape[1], bag=False)
-    return _tapped(jax.lax.stop_gradient(bank_MP)[row_BTR].astype(dtype), tap.grad)
+    return _tapped(jax.lax.stop_gradient(jnp.asarray(bank_MP))[row_BTR].astype(dtype), tap.grad)
   return _gather(bank_MP, row_BTR, dtype)
 
 
 def _gather(bank_MP: Array | PackedBank, row_BTR: Array, dtype: DTypeLike) -> Array:
+  if not isinstance(bank_MP, PackedBank):
+    bank_MP = jnp.asarray(bank_MP)  # a NumPy array takes no traced index
   if isinstance(bank_MP, PackedBank) or bank_MP.dtype == jnp.float32:
     return bank_MP[row_BTR].astype(dtype)  # rows are cast, and their gradients back, so that these add up in float32
   return _narrow_lookup(bank_MP, row_BTR, jnp.dtype(dtype))

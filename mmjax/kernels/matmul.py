@@ -24,6 +24,12 @@ def uniform(key: Array, shape: tuple[int, ...], *, fan_in: int) -> Array:
   return jax.random.uniform(key, shape, jnp.float32, -(fan_in**-0.5), fan_in**-0.5)
 
 
+def at_least_float32(x: Array) -> Array:
+  """Returns an array of floats as JAX's, narrower ones in float32."""
+  x = jnp.asarray(x)
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def matmul(x: Array, kernel: Array) -> Array:
   """Returns x @ kernel, computed in the dtype of x with float32 sums.
 

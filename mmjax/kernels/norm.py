@@ -13,7 +13,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.kernels.forms import kept, on_cpu
-from mmjax.kernels.matmul import dot, matmul, together, weight_gradient
+from mmjax.kernels.matmul import at_least_float32, dot, matmul, together, weight_gradient
 
 UNIT_EPS = 1e-6  # added to the sum of squares
 
@@ -65,6 +65,7 @@ def exact_normed_matmul(x: Array, scale: Array, kernel: Array, eps: float, dtype
 
 def unit(x: Array) -> Array:
   """Returns x / |x|, float32 (..., p), of length 1 along the last axis."""
+  x = at_least_float32(x)
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + UNIT_EPS)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from abc import ABC, abstractmethod
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from mmjax.choices import NORM_EPS
+from mmjax.kernels.matmul import at_least_float32
 from mmjax.kernels.mesh import on_any_mesh
 from mmjax.memory.checks import check_inputs, check_sizes
 from mmjax.memory.types import Bank, Params, Selection, SublayerOutput
@@ -64,7 +66,7 @@ class Memory(ABC):
     """Reads the bank.
 
     Args:
-      params: as `init` makes them.
+      params: as `init` makes them; narrower floats count as the float32 that they stand for, and NumPy's are taken too.
       x_BTD: float, the residual stream; it is normed here.
       bank_MP: float32; as `mmjax.kernels.bank` describes, it may be sharded by rows, a part, tapped, or packed.
       row_BThr: int32, the rows that n-grams address, for a memory that reads those; see `NgramBag.rows`.
@@ -81,6 +83,7 @@ class Memory(ABC):
         missing, not read or out of range (within `jax.jit` nobody can look).
     """
     check_inputs(self, params, x_BTD, bank_MP, sign_BTh, kept_BTh, dtype)
+    params = jax.tree.map(at_least_float32, params)  # in bf16 a gate would select other rows
 
     def run(x_BTD: Array, params: Params, bank_MP: Bank, *of_ngrams: Array | None) -> tuple:
       row_BThr, sign_BTh, kept_BTh = of_ngrams

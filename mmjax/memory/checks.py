@@ -73,7 +73,7 @@ def check_inputs(
     raise ValueError(f'the parameters must be a nested dict as `init` returns it, not of type {type(params).__name__}')
   given = flatten_dict(params)
   for path, shape in param_shapes(memory).items():
-    found = jnp.shape(given[path]) if path in given else None
+    found = shape_of(given.get(path))
     if found != shape:
       raise ValueError(f'the parameter {"/".join(path)} must have the shape {shape}, not {found}')
     _check_floats(f'the parameter {"/".join(path)}', given[path])

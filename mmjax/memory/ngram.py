@@ -66,18 +66,20 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
     n: how many, at least 1.
 
   Raises:
-    ValueError: if tokens or positions have another shape, or n is no whole number of at least 1.
+    ValueError: if tokens or positions have another shape, or positions or n are no whole numbers.
   """
   _check_n(n)
   _check_axes('tokens', token_BS, 'B', 'S')
   _check_axes('positions', position_BT, f'B={len(token_BS)}', 'T')
   if len(position_BT) != len(token_BS):
     raise ValueError(f'positions must have the shape (B={len(token_BS)}, T), not {position_BT.shape}')
+  if not jnp.issubdtype(position_BT.dtype, jnp.integer):
+    raise ValueError(f'positions must be whole numbers, not {position_BT.dtype}')
 
   def find(position_BT: Array, token_BS: Array) -> Array:
-    at_BTn = position_BT[..., None] - jnp.arange(n)
+    at_BTn = position_BT.astype(jnp.int32)[..., None] - jnp.arange(n)
     row_B11 = jnp.arange(len(token_BS))[:, None, None]
-    return jnp.where(at_BTn >= 0, _signed(token_BS)[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)
+    return jnp.where(at_BTn >= 0, jnp.asarray(_signed(token_BS))[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)
 
   return on_any_mesh(find, lambda spec: spec, position_BT, token_BS)
 

@@ -1,6 +1,7 @@
 """Parameters of a memory: how they and a bank start, and how they are a module of Flax NNX."""
 
 import math
+import numbers
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.typing import DTypeLike
 
 from mmjax.kernels.matmul import uniform
 from mmjax.memory.base import Memory
-from mmjax.memory.checks import check_size, param_shapes
+from mmjax.memory.checks import MOST_ROWS, check_size, param_shapes
 from mmjax.memory.types import Bank, Params, SublayerOutput
 
 
@@ -29,12 +30,14 @@ def init_bank(key: Array, *, n_rows: int, row_dim: int, std: float | None = None
     std: standard deviation; None: P^-0.5, so that rows have length 1.
 
   Raises:
-    ValueError: if a size is no whole number of at least 1, or `std` is negative or not finite.
+    ValueError: if a size is no whole number from 1 on (rows: of int32), or `std` is negative or not finite.
   """
   check_size('n_rows', n_rows, int)
   check_size('row_dim', row_dim, int)
   std = row_dim**-0.5 if std is None else std
-  if not 0 <= std < math.inf:
+  if n_rows > MOST_ROWS:
+    raise ValueError(f'n_rows={n_rows} must be at most {MOST_ROWS}: rows have numbers of int32')
+  if isinstance(std, bool) or not isinstance(std, numbers.Real) or not 0 <= std < math.inf:
     raise ValueError(f'std={std!r} must be a finite number, 0 or above')
   return std * jax.random.normal(key, (n_rows, row_dim), jnp.float32)
 
