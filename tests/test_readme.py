@@ -53,8 +53,12 @@ def test_memories_and_optimizers_of_the_guide_do_what_it_says(examples):
     run(block, names)
   assert names['row_BThr'].shape == (2, 16, 4, 1)
 
+  later = names['update'](names['params'], names['state'], names['x_BTD'], jnp.zeros_like(names['x_BTD']))
+  assert later[2] < names['value']  # the first update helped
+
   slopes = jax.tree.map(jnp.ones_like, names['params'])
-  updates, _ = names['optimizer'].update(slopes, names['state'], names['params'])
+  first = names['optimizer'].init(names['params'])
+  updates, _ = names['optimizer'].update(slopes, first, names['params'])
   assert jnp.allclose(updates['bank'], -16 * 2e-3, rtol=1e-3)  # no decay
   kernel = names['params']['memory']['down']['kernel']
   assert jnp.allclose(updates['memory']['down']['kernel'], -2e-3 * (1 + 0.01 * kernel), rtol=1e-3)
