@@ -177,10 +177,10 @@ for name in {sorted(names)}:
 @pytest.mark.parametrize(
   ('module', 'most', 'never'),
   [
-    ('training.optimizer', 35, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
+    ('training.optimizer', 24, 'mmjax.data mmjax.run mmjax.evaluation mmjax.inference tensorboardX grain orbax'),
     (
       'inference.api',
-      49,
+      38,
       'mmjax.training mmjax.evaluation mmjax.interop mmjax.tools mmjax.data.loader tensorboardX grain',
     ),
   ],

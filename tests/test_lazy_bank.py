@@ -222,22 +222,23 @@ def test_step_makes_no_array_of_the_size_of_the_bank():
 
 
 def test_nothing_passes_over_slots_that_are_free():
-  """They are filled with zeros, and after that only what a loop over those in use touches is read."""
+  """They are filled with zeros; after that only loops over those in use read them."""
   config = tiny_config(memory__bank_update='lazy', model__knowledge_num=10**6)
   step, first = make_step(config)
   shape = no_rows(config).sum_UP.shape
   made = [
     eqn.primitive.name for eqn in outside_of_loops(jax.make_jaxpr(step)(first(), random_batch(config)).jaxpr, shape)
   ]
-  assert made == ['broadcast_in_dim', 'scan'], made
+  assert made == ['broadcast_in_dim', 'scan', 'while', 'while'], made  # the loops: norm, and update
 
 
 def outside_of_loops(jaxpr, shape):
-  """Yields what makes an array of this shape, but within loops."""
+  """Yields what reads or makes an array of this shape, loops as a whole."""
   for eqn in jaxpr.eqns:
-    inner = [value.jaxpr for value in eqn.params.values() if hasattr(value, 'jaxpr')]
+    values = [x for value in eqn.params.values() for x in (value if isinstance(value, tuple) else (value,))]
+    inner = [x.jaxpr for x in values if hasattr(x, 'jaxpr')]
     if inner and eqn.primitive.name not in ('scan', 'while'):
       for each in inner:
         yield from outside_of_loops(each, shape)
-    elif any(getattr(out.aval, 'shape', None) == shape for out in eqn.outvars):
+    elif any(getattr(x.aval, 'shape', None) == shape for x in (*eqn.invars, *eqn.outvars)):
       yield eqn

@@ -47,7 +47,8 @@ def check_output(flag: str, text: str | None) -> None:
   path = user_path(text).absolute()
   if not path.parent.is_dir():
     raise UserError(f"{flag} '{text}' must lie in a folder that is there")
-  if path.is_dir():
-    raise UserError(f"{flag} '{text}' is a folder and must be a file")
-  with storage_errors(path), tempfile.TemporaryFile(dir=path.parent):
-    pass
+  with storage_errors(path):
+    if path.exists() and not path.is_file():
+      raise UserError(f"{flag} '{text}' is {'a folder' if path.is_dir() else 'no file'} and must be a file")
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass

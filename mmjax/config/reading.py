@@ -210,8 +210,8 @@ def _build(flat: Mapping[str, Any]) -> Config:
     values.setdefault(section, {})[field] = expand_home(value) if SETTINGS[name].is_path else value
   if missing := SETTINGS.keys() - flat.keys():
     raise UserError(
-      f'setting {min(missing)!r} is missing; a config must have every setting of configs/base.py. If you added it, '
-      'its before=... in mmjax/config/schema.py says what runs did that have none'
+      f'setting {min(missing)!r} is missing; a config must have every setting of configs/base.py. If it is a '
+      'new one of yours, give it in mmjax/config/schema.py a before=..., its value in runs that were made without it'
     )
   sections = {field.name: field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)}
   return Config(**values.pop(''), **{name: sections[name](**fields) for name, fields in values.items()})

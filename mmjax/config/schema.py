@@ -36,8 +36,10 @@ BANK_DECAY = (lambda c: c.train.weight_decay > 0 and _unsaid('memory_bank', 'dec
 TRAIN_FILES = (lambda c: c.data.train_files, 'without data.train_files')
 NO_VALID_FILES = (lambda c: not c.data.valid_files, 'when data.valid_files is set')
 PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
-MUON = (lambda c: OPTIMIZERS[c.train.optimizer].rate_of_matrices == 'muon_lr_multiplier',
-  "without train.optimizer='muon'")
+MUON_RATE = 'muon_lr_multiplier'
+WITH_MUON_RATE = [name for name, optimizer in OPTIMIZERS.items() if optimizer.rate_of_matrices == MUON_RATE]
+MUON = (lambda c: OPTIMIZERS[c.train.optimizer].rate_of_matrices == MUON_RATE,
+  f"without train.optimizer={' or '.join(map(repr, WITH_MUON_RATE))}")
 ADAM = (lambda c: OPTIMIZERS[c.train.optimizer].is_adam, "with a train.optimizer that is not Adam's")
 WARMDOWN = (lambda c: c.train.schedule == 'warmdown', "without train.schedule='warmdown'")
 NO_STEPS = (lambda c: not c.train.max_steps, 'when train.max_steps is set; max_steps=0 lets epochs end the run')

@@ -4,6 +4,7 @@ What decides its content, and so which one it is, is in mmjax.data.plan; its lay
 """
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -194,10 +195,11 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
       f'data.valid_fraction={fraction} needs at least two documents to hold one out, and there is only one; '
       'give data.valid_files'
     )
-  enough = f'{min(0.5, 5 / documents):.1g}'  # with that share, none of many documents is held out once in 150 times
+  enough = math.ceil(500 / documents) / 100  # with that share, none is held out at most once in 150 times
+  more = f'a larger one, such as --config.data.valid_fraction={enough}, or ' if fraction < enough <= 0.5 else ''
   raise UserError(
-    f'data.valid_fraction={fraction} holds out none of the {documents} documents; give more, such as '
-    f'--config.data.valid_fraction={enough}, or data.valid_files; mmjax.tools.prepare and mmjax.tools.bank take 0, too'
+    f'data.valid_fraction={fraction} holds out none of the {documents} documents; give {more}data.valid_files; '
+    'mmjax.tools.prepare and mmjax.tools.bank take 0, too'
   )
 
 

@@ -27,7 +27,7 @@ def uniform(key: Array, shape: tuple[int, ...], *, fan_in: int) -> Array:
 def at_least_float32(x: Array) -> Array:
   """Returns an array of floats as JAX's, narrower ones in float32."""
   x = jnp.asarray(x)
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return x.astype(jnp.float32) if x.dtype.itemsize < 4 else x
 
 
 def matmul(x: Array, kernel: Array) -> Array:

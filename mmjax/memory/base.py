@@ -66,7 +66,8 @@ class Memory(ABC):
     """Reads the bank.
 
     Args:
-      params: as `init` makes them; narrower floats count as the float32 that they stand for, and NumPy's are taken too.
+      params: as `init` makes them, or NumPy arrays. Narrower floats count as the float32 that they stand for; a scan
+        over layers keeps those float32 for its backward pass, unless `jax.checkpoint` is around `apply`.
       x_BTD: float, the residual stream; it is normed here.
       bank_MP: float32; as `mmjax.kernels.bank` describes, it may be sharded by rows, a part, tapped, or packed.
       row_BThr: int32, the rows that n-grams address, for a memory that reads those; see `NgramBag.rows`.

@@ -79,7 +79,7 @@ def check_inputs(
     _check_floats(f'the parameter {"/".join(path)}', given[path])
   for path in given:
     if path not in param_shapes(memory):
-      raise ValueError(f'the parameter {"/".join(path)} is none of this memory, which would leave it out')
+      raise ValueError(f'the parameter {"/".join(map(str, path))} is none of this memory, which would leave it out')
   heads = *x_BTD.shape[:2], memory.n_heads
   sign_shape = heads if memory.signs else None
   if (found := shape_of(sign_BTh)) != sign_shape:

@@ -6,6 +6,7 @@ import numbers
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -78,5 +79,5 @@ class MemoryLayer(ParamTree):
 
 def params_of(module: nnx.Module, memory: Memory) -> Params:
   """Returns the parameters of a memory, a nested dict of arrays, of a module that may have others, too."""
-  names = {path[0] for path in param_shapes(memory)}
-  return {name: value for name, value in nnx.to_pure_dict(nnx.state(module, nnx.Param)).items() if name in names}
+  found = flatten_dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+  return unflatten_dict({path: value for path, value in found.items() if path in param_shapes(memory)})

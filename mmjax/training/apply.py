@@ -22,8 +22,8 @@ def make_apply(config: Config, optimizer: optax.GradientTransformation, total_st
   """Returns apply(state, grads, sums, norm, usage_LM, applied) -> (state, metrics).
 
   The new state has no counters. Where `applied` is False, it is the old one. The metric is row_update_ratio, of models
-  with a memory. `sums` are those of a bank that is updated lazily, of which `grads` has the norm; `norm` is that of all
-  gradients.
+  with a memory. `norm` is that of all gradients. Of a bank that is updated lazily, `sums` are the gradients and `grads`
+  has their norm.
   """
   lazy, rate = is_lazy(config), bank_rate(config, total_steps)
 

@@ -19,8 +19,7 @@ from mmjax.console import Progress
 from mmjax.data.loader import train_batches
 from mmjax.environment import own_jax_settings
 from mmjax.errors import StoppedError
-from mmjax.model.params import BANK
-from mmjax.run.checkpoint import START_STEP, Checkpoints
+from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
 from mmjax.run.log import MetricsLog
 from mmjax.run.nvidia import describe_devices
@@ -37,6 +36,7 @@ from mmjax.training.profile import StepProfiler
 from mmjax.training.recorder import Recorder
 from mmjax.training.setup import open_inputs, read_start, settle_config, with_background
 from mmjax.training.state import TrainState
+from mmjax.training.teach import rows_taught
 from mmjax.training.window import Window
 
 
@@ -123,6 +123,5 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
         raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')
   say(f'Done: {total} steps, {recorder.tokens:,} tokens, {recorder.seconds / 60:.1f} minutes of training')
   if config.memory.teach_rows:
-    before, *_ = recorder.checkpoints.restore_params(learner.shapes['params'], START_STEP)
-    taught = int(jax.numpy.any(state['params'][BANK] != before[BANK], axis=1).sum())
-    say(f'Rows taught: {taught}' if taught else 'No row was taught: the bank is what it was')
+    params, state = state['params'], None  # what it held is needed no more, and its memory is
+    say(rows_taught(recorder.checkpoints, learner.shapes['params'], params))

@@ -19,7 +19,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from mmjax.config import Config
+from mmjax.errors import StorageError
 from mmjax.model.params import BANK, Params
+from mmjax.run.checkpoint import START_STEP, Checkpoints
 
 RowCounts = dict[str, Array]
 
@@ -55,3 +57,13 @@ def gradient_of_rows(grads: Params, taught_M: Array) -> Params:
   """Returns gradients, float32 as before, that are 0 but for the rows of the bank where bool `taught_M` is true."""
   zeros = jax.tree.map(jnp.zeros_like, grads)
   return zeros | {BANK: jnp.where(taught_M[:, None], grads[BANK], 0)}
+
+
+def rows_taught(checkpoints: Checkpoints, shapes: Params, params: Params) -> str:
+  """Says how many rows of the bank are not what they were before the run."""
+  try:
+    before, *_ = checkpoints.restore_params(shapes, START_STEP)
+  except StorageError as error:
+    return f'How many rows were taught is not known: {error}'
+  taught = int(jnp.any(params[BANK] != before[BANK], axis=1).sum())
+  return f'Rows taught: {taught}' if taught else 'No row was taught: the bank is what it was'
