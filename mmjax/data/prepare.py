@@ -195,8 +195,8 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
       f'data.valid_fraction={fraction} needs at least two documents to hold one out, and there is only one; '
       'give data.valid_files'
     )
-  enough = math.ceil(500 / documents) / 100  # with that share, none is held out at most once in 150 times
-  more = f'a larger one, such as --config.data.valid_fraction={enough}, or ' if fraction < enough <= 0.5 else ''
+  enough = min(0.5, math.ceil(500 / documents) / 100)  # of ten or more, none is then held out once in 150 times or less
+  more = f'a larger one, such as --config.data.valid_fraction={enough}, or ' if fraction < enough else ''
   raise UserError(
     f'data.valid_fraction={fraction} holds out none of the {documents} documents; give {more}data.valid_files; '
     'mmjax.tools.prepare and mmjax.tools.bank take 0, too'

@@ -15,7 +15,7 @@ from mmjax.training.optimizer import bank_rate
 from mmjax.training.row_gradients import RowSums, is_lazy
 from mmjax.training.state import TrainState
 
-Apply = Callable[..., tuple[TrainState, dict[str, Array]]]
+Apply = Callable[[TrainState, Params, RowSums | None, Array, Array | None, Array], tuple[TrainState, dict[str, Array]]]
 
 
 def make_apply(config: Config, optimizer: optax.GradientTransformation, total_steps: int) -> Apply:
