@@ -1,6 +1,8 @@
 """Weight conversion: exact both ways, every tensor accounted for."""
 
 import dataclasses
+import functools
+import io
 import json
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from mmjax.config import Config, load_config  # noqa: E402
 from mmjax.errors import UserError, run_command  # noqa: E402
 from mmjax.interop import names  # noqa: E402
 from mmjax.interop.convert import export_run, import_run  # noqa: E402
-from mmjax.interop.files import read_metadata, read_tensors, write_tensors  # noqa: E402
+from mmjax.interop.files import FORMATS, Format, read_metadata, read_tensors, write_tensors  # noqa: E402
 from mmjax.model.params import abstract_params  # noqa: E402
 from mmjax.run.checkpoint import Checkpoints  # noqa: E402
 from mmjax.run.directory import RunDir  # noqa: E402
@@ -236,6 +238,31 @@ def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_confi
 
 
 @pytest.mark.thorough
+def _npz_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+  np.savez(file := io.BytesIO(), **tensors, **{f'about:{key}': text for key, text in metadata.items()})
+  return file.getvalue()
+
+
+def _read_npz(path: Path, *, about: bool) -> dict[str, np.ndarray]:
+  with np.load(path) as file:
+    return {name.removeprefix('about:'): file[name] for name in file if name.startswith('about:') == about}
+
+
+def test_new_format_of_weights_is_one_row(tmp_path, monkeypatch):
+  def metadata(path: Path) -> dict[str, str]:
+    return {key: str(text) for key, text in _read_npz(path, about=True).items()}
+
+  monkeypatch.setitem(FORMATS, '.npz', Format(functools.partial(_read_npz, about=False), _npz_bytes, metadata))
+  config = load_config('configs/ngram_rows.py', flags_for('configs/ngram_rows.py', SMALL))
+  before = run_of(config, tmp_path / 'run')
+  export_run(tmp_path / 'run', tmp_path / 'model.npz', 'best', None)
+  assert (tmp_path / 'model.npz.sha256').exists()
+  import_run(tmp_path / 'model.npz', tmp_path / 'back', BASE_CONFIG, [], None, None)
+  after = arrays_of(tmp_path / 'back', 0)
+  assert before.keys() == after.keys() and all(before[key].tobytes() == after[key].tobytes() for key in before)
+  assert RunDir(tmp_path / 'back').read_config().memory == config.memory
+
+
 def test_header_binds_what_it_says_and_no_more(tmp_path):
   run_of(tiny_config(**MIXED), tmp_path / 'run')
   file = tmp_path / 'model.safetensors'

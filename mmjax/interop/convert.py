@@ -28,7 +28,7 @@ from mmjax.config import (
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
 from mmjax.errors import UserError
 from mmjax.files import removed_unless_whole, sha256_of
-from mmjax.interop.files import TORCH_SUFFIXES, check_suffix, read_metadata, read_tensors, write_tensors
+from mmjax.interop.files import format_of, read_metadata, read_tensors, write_tensors
 from mmjax.interop.names import (
   TIED,
   canonical,
@@ -132,12 +132,12 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
     UserError: if there is no such run, a .pth is asked for and the PyTorch code has no such model, a value is too large
       for `dtype`, or `target` is there already.
   """
-  check_suffix(target)
+  tells_settings = format_of(target).read_metadata is not None
   run = RunDir(workdir)
   config = run.read_config()
   refuse_compressed(run, 'exported')
   foreign = not_in_pytorch(config)
-  if foreign and target.suffix.lower() in TORCH_SUFFIXES:
+  if foreign and not tells_settings:
     raise UserError(f'the PyTorch code has no {foreign} and could not read {str(target)!r}; use .safetensors')
   tensors, step = read_weights(run, config, which, dtype)
   if not foreign:
@@ -150,10 +150,10 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   print(f'{target}: {len(tensors)} tensors of {dtype or "float32"} from step {step} of {workdir}; sha256 {digest}')
   if foreign:
     print(f"Written under mmjax's names, because the PyTorch code has no {foreign}")
-  if target.suffix.lower() in TORCH_SUFFIXES:
-    print(f'The tensors do not say: {untold_settings(config)}')
-  else:
+  if tells_settings:
     print(f'The header holds all settings of the model and {DTYPE}, so import needs no --config')
+  else:
+    print(f'The tensors do not say: {untold_settings(config)}')
 
 
 def _model_settings(config: Config) -> dict[str, dict[str, Any]]:

@@ -4,9 +4,10 @@ A file may come from anywhere: nothing in it is executed, and only plain floatin
 a safetensors file is checked by its library.
 """
 
+import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,15 +22,7 @@ from mmjax.files import check_sha256, sha256_path, storage_errors, write_file
 from mmjax.interop.names import is_buffer
 from mmjax.interop.torch_files import DTYPES, read_torch, torch_bytes
 
-TORCH_SUFFIXES = ('.pth', '.pt')
-SUFFIXES = ('.safetensors', *TORCH_SUFFIXES)
 _SAFETENSORS_DTYPES = ('F32', 'F16', 'BF16', 'F64')
-
-
-def check_suffix(path: Path) -> None:
-  """Raises UserError if the name does not say which format the file has."""
-  if path.suffix.lower() not in SUFFIXES:
-    raise UserError(f'{str(path)!r} must end in one of {", ".join(SUFFIXES)}')
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -44,26 +37,24 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
   Raises:
     UserError: if the file is missing, damaged, altered, or holds anything but floating tensors.
   """
-  check_suffix(path)
+  file_format = format_of(path)
   if not path.is_file():
     raise UserError(f'no file {str(path)!r}{nearest_file(path)}')
   check_sha256(path)
-  tensors = read_torch(path) if path.suffix.lower() in TORCH_SUFFIXES else _read_safetensors(path)
+  tensors = file_format.read(path)
   if not tensors:
     raise UserError(f'{path}: no tensors in this file; it must hold those of a model')
   return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-  """Returns the texts that the header of a safetensors file holds beside the tensors; {} for other files.
+  """Returns the texts that a file holds beside its tensors; {} for a format that has no place for them.
 
   Raises:
     UserError: if the file is damaged.
   """
-  if path.suffix.lower() in TORCH_SUFFIXES:
-    return {}
-  with _open_safetensors(path) as file:
-    return file.metadata() or {}
+  read = format_of(path).read_metadata
+  return read(path) if read else {}
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> str:
@@ -72,7 +63,7 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
   Args:
     path: ends in .safetensors, .pth or .pt.
     tensors: name -> array of float32, float16, bfloat16 or float64, of any shape.
-    metadata: texts for the header of a .safetensors.
+    metadata: texts to keep beside them, where the format has a place for them.
 
   Returns:
     The sha256, as hexadecimal digits.
@@ -80,14 +71,10 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
   Raises:
     UserError: if there is such a file already, or torch is needed and missing. StorageError: if it cannot be written.
   """
-  check_suffix(path)
+  file_format = format_of(path)
   if path.exists():
     raise UserError(f'{str(path)!r} already exists; remove it or choose another name')
-  if path.suffix.lower() in TORCH_SUFFIXES:
-    data = torch_bytes(tensors)
-  else:  # save writes the memory of an array whatever its strides are
-    plain = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
-    data = _in_order(save(plain, metadata and dict(metadata)))
+  data = file_format.to_bytes(tensors, dict(metadata or {}))
   digest = hashlib.sha256(data).hexdigest()
   with storage_errors(path):
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -99,6 +86,11 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
       sha256_path(path).unlink(missing_ok=True)
     raise
   return digest
+
+
+def _safetensors_bytes(tensors: Mapping[str, np.ndarray], metadata: dict[str, str]) -> bytes:
+  plain = {name: np.ascontiguousarray(value) for name, value in tensors.items()}  # save ignores strides
+  return _in_order(save(plain, metadata or None))
 
 
 def _in_order(data: bytes) -> bytes:
@@ -122,6 +114,11 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
   return tensors
 
 
+def _read_safetensors_metadata(path: Path) -> dict[str, str]:
+  with _open_safetensors(path) as file:
+    return file.metadata() or {}
+
+
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
   try:
@@ -131,3 +128,33 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
     raise
   except (SafetensorError, OSError, ValueError) as error:
     raise UserError(f'{path}: not a whole safetensors file: {error}') from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+  """How one format of files is read and written; a row of FORMATS.
+
+  Attributes:
+    read: path -> name -> array of one of DTYPES, without known buffers; raises UserError for anything else.
+    to_bytes: (tensors, metadata) -> what a file of them holds.
+    read_metadata: path -> the texts beside the tensors; None if the format has no place for them.
+  """
+
+  read: Callable[[Path], dict[str, np.ndarray]]
+  to_bytes: Callable[[Mapping[str, np.ndarray], dict[str, str]], bytes]
+  read_metadata: Callable[[Path], dict[str, str]] | None = None
+
+
+_TORCH = Format(read_torch, lambda tensors, metadata: torch_bytes(tensors))
+FORMATS = {  # how a file's name ends -> format
+  '.safetensors': Format(_read_safetensors, _safetensors_bytes, _read_safetensors_metadata),
+  '.pth': _TORCH,
+  '.pt': _TORCH,
+}
+
+
+def format_of(path: Path) -> Format:
+  """Returns the format that a file's name names; raises UserError if it names none."""
+  if path.suffix.lower() not in FORMATS:
+    raise UserError(f'{str(path)!r} must end in one of {", ".join(FORMATS)}')
+  return FORMATS[path.suffix.lower()]
