@@ -29,6 +29,13 @@ def test_kernels_are_those_started_and_as_often_as_their_loop_turns(kernels):
   assert kernels['cast'].loops == ('jit(step)/while',)
 
 
+@pytest.mark.parametrize(('scope', 'runs'), [('step', 1), ('step/seldom', 0), ('seldom_or_not', 1)])
+def test_of_a_loop_of_unknown_length_one_turn_is_counted_or_none_where_it_is_seldom(scope, runs):
+  text = TEXT.replace('"jit(step)/while"}, backend_config={"known_trip_count":{"n":"10"}}', f'"jit(f)/{scope}/while"}}')
+  counted = {kernel.name: kernel.runs for kernel in kernels_of(Module(text))}
+  assert (counted['cast'], counted['out']) == (runs, 1)
+
+
 ROW = 64 * 32 * 4  # bytes of 64 x 32 float32
 
 

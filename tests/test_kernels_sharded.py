@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmjax.kernels.attention import causal_attention
-from mmjax.kernels.bank import Reads, add_reads, bank_bag, bank_lookup
+from mmjax.kernels.bank import BankShard, Reads, _exchange_fwd, add_reads, bank_bag, bank_lookup
 from mmjax.kernels.cross_entropy import cross_entropy_sums
 from mmjax.kernels.fusion import gated_mlp
 from mmjax.kernels.matmul import matmul
@@ -23,6 +23,14 @@ from tests.helpers import xla_flags
 REPOSITORY = Path(__file__).parent.parent
 RNG = np.random.default_rng(0)
 SIZES = {'dim': 6, 'n_rows': 16, 'row_dim': 4, 'n_heads': 2, 'rows_per_head': 2}
+READS = {  # (data, rows) of the mesh, what its devices read of 16 rows, rounds of each device
+  'any_rows': ((1, 4), RNG.integers(0, 16, (4, 24)), [1] * 4),
+  'one_row': ((1, 4), np.full((4, 24), 5), [1] * 4),  # which each asks for once
+  'one_part': ((1, 4), np.tile([4, 5, 6, 7], (4, 1)), [4] * 4),
+  'a_device_with_one_part': ((1, 4), np.array([[0, 4, 8, 12]] * 3 + [[15, 13, 12, 14]]), [4] * 4),
+  'fewer_reads_than_devices': ((1, 4), np.array([[3, 2], [15, 3], [0, 0], [7, 7]]), [2] * 4),
+  'two_groups': ((2, 2), np.array([[0, 1, 2, 3, 4], [8, 0, 9, 1, 9], [9, 9, 9, 9, 9], [15, 3, 3, 3, 3]]), [2, 2, 1, 1]),
+}
 
 
 @pytest.mark.thorough
@@ -35,12 +43,15 @@ def test_kernels_on_four_devices_equal_one_device():
   run = subprocess.run([sys.executable, __file__], env=os.environ | flags, capture_output=True, text=True, check=False)
   assert run.returncode == 0, run.stderr
   kernels = ['attention', 'product_key', 'bank', 'bag', 'gated_mlp', 'matmul', 'cross_entropy']
-  assert run.stdout.split() == [*kernels, 'MemoryBag', 'GatedFusion', 'NgramBag']
+  assert run.stdout.split() == [*kernels, *READS, 'MemoryBag', 'GatedFusion', 'NgramBag']
 
 
 def main():
   assert jax.device_count() == 4
   check_kernels(jax.make_mesh((2, 2), ('data', 'rows'), axis_types=(AxisType.Auto,) * 2))
+  for name, (devices, row_BX, n_rounds) in READS.items():
+    check_parts(devices, row_BX, n_rounds)
+    print(name)
   mesh = jax.make_mesh((2, 2), ('data', 'rows'))  # its axes are explicit
   check_memories(mesh)
   check_ngrams(mesh)
@@ -69,6 +80,29 @@ def check_kernels(mesh):
     [batch, whole, batch, batch],
     ('all-gather',),
   )
+
+
+def check_parts(devices, row_BX, n_rounds):
+  """Compares what devices read of the parts of a bank, and its gradient, with NumPy's."""
+  bank_MP, grad_BXP = RNG.standard_normal((16, 3)), RNG.standard_normal((*row_BX.shape, 3))
+  batch, rows = PartitionSpec(('data', 'rows')), PartitionSpec('rows')
+
+  def on_device(part_MP, row_BX, grad_BXP):
+    read = lambda part_MP: bank_lookup(BankShard(part_MP, 'rows'), row_BX, jnp.float32)  # noqa: E731
+    rows_BXP, grads = jax.vjp(read, part_MP)
+    rounds = _exchange_fwd(part_MP, row_BX.reshape(-1), 'rows', jnp.float32)[1][1][2]
+    return rows_BXP, jax.lax.psum(grads(grad_BXP)[0], 'data'), rounds[None]
+
+  mesh = jax.make_mesh(devices, ('data', 'rows'), axis_types=(AxisType.Auto,) * 2)
+  run = jax.shard_map(
+    on_device, mesh=mesh, in_specs=(rows, batch, batch), out_specs=(batch, rows, batch), check_vma=False
+  )
+  found_BXP, found_MP, rounds = jax.jit(run)(np.float32(bank_MP), np.int32(row_BX), np.float32(grad_BXP))
+  np.testing.assert_array_equal(found_BXP, np.float32(bank_MP)[row_BX])
+  sums_MP = np.zeros((16, 3))
+  np.add.at(sums_MP, row_BX, grad_BXP)
+  np.testing.assert_allclose(found_MP, sums_MP, rtol=1e-5, atol=1e-5)
+  assert rounds.tolist() == n_rounds
 
 
 def check_memories(mesh):

@@ -2,7 +2,8 @@
 
 What is counted, for each kernel that the scheduled module starts (a fusion, a library call, a copy):
 
-  runs      once for each trip of the loops around it; a conditional counts its costliest branch
+  runs      once for each trip of the loops around it. Of a loop whose trips the compiler does not know one is
+            counted, or none if it lies in the scope SELDOM. A conditional counts its costliest branch
   bytes     its operands and its results once each, as if nothing stayed in a cache between kernels. Of an operand that
             a kernel only slices or gathers from, what it takes, and never more than there is. Of a table that a scatter
             or an update of a slice changes in place, what is changed: read and written by a scatter, written by an
@@ -20,6 +21,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
+from mmjax.kernels import SELDOM
 from mmjax.run import nvidia
 from mmjax.run.hlo import Instruction, Module, Shape
 
@@ -61,9 +63,10 @@ def _walk(module: Module, computation: str, runs: int, loops: tuple[str, ...]) -
   for instruction in module.computations[computation].values():
     opcode = instruction.opcode
     if opcode == 'while':
-      trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
+      known = re.search(r'"known_trip_count":\{"n":"(\d+)"', instruction.rest)
+      trips = int(known[1]) if known else SELDOM not in instruction.op_name.split('/')
       around = (*loops, instruction.op_name or instruction.name)
-      yield from _walk(module, instruction.attribute('body'), runs * (int(trips[1]) if trips else 1), around)
+      yield from _walk(module, instruction.attribute('body'), runs * trips, around)
     elif opcode in ('call', 'async-start', 'conditional'):
       costs = [list(_walk(module, branch, runs, loops)) for branch in instruction.branches]
       yield from max(costs, key=lambda kernels: sum(kernel.bytes * kernel.runs for kernel in kernels))

@@ -13,5 +13,7 @@ Names, einsums and docstrings in all of mmjax use these letters, and each has on
   G  heads of queries for one of K  U  rows that an update reads     r  rows that a head reads
   H  width of an attention head     a  angles of a head = H / 2      R  rows that a token reads = h * r
   W  width of an encoder's vectors  A  micro-batches of an update    c  pairs that may be among the r best
-  X  other axes, taken together
+  X  other axes, taken together     d  devices that divide a bank    Y  rows that they exchange at once
 """
+
+SELDOM = 'seldom'  # the named scope of a loop that mostly makes no turn
