@@ -12,10 +12,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmjax.kernels.attention import causal_attention
-from mmjax.kernels.bank import BankShard, Reads, _exchange_fwd, add_reads, bank_bag, bank_lookup
+from mmjax.kernels.bank import BankShard, Reads, add_reads, bank_bag, bank_lookup
 from mmjax.kernels.cross_entropy import cross_entropy_sums
 from mmjax.kernels.fusion import gated_mlp
 from mmjax.kernels.matmul import matmul
+from mmjax.kernels.mesh import _exchange_fwd
 from mmjax.kernels.product_key import product_key_topk
 from mmjax.memory import GatedFusion, MemoryBag, NgramBag, cached_last_tokens, last_tokens
 from tests.helpers import xla_flags

@@ -11,7 +11,6 @@ Elsewhere: torch.nn.EmbeddingBag reads weighted sums without keeping their rows.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,8 +19,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.errors import refuse_wrong_jaxlib
-from mmjax.kernels import SELDOM
-from mmjax.kernels.mesh import on_any_mesh
+from mmjax.kernels.mesh import exchange_rows, on_any_mesh
 from mmjax.kernels.packed_bank import PackedBank
 
 
@@ -145,7 +143,7 @@ def bank_lookup(bank_MP: Bank, row_BTR: Array, dtype: DTypeLike) -> Array:
   """
   refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
-    rows_XP = _exchange(bank_MP.part_MP, row_BTR.reshape(-1), bank_MP.axis, jnp.dtype(dtype))
+    rows_XP = exchange_rows(bank_MP.part_MP, row_BTR.reshape(-1), bank_MP.axis, jnp.dtype(dtype))
     return rows_XP.reshape(*row_BTR.shape, -1)
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
@@ -238,79 +236,6 @@ def _bag_of_parts(bank: BankShard, row_BThr: Array, weight_BThr: Array) -> Array
   local_BThr = jnp.where(own_BThr, local_BThr, n_rows)  # past the end: scatters drop it
   sum_BThP = _bag(bank.part_MP, local_BThr, jnp.where(own_BThr, weight_BThr, 0), True)
   return jax.lax.psum_scatter(sum_BThP, bank.axis, tiled=True)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _exchange(part_MP: Array, row_X: Array, axis: str, dtype: jnp.dtype) -> Array:
-  """Gathers rows of a bank of which each device of the axis holds a part: (X, P) in `dtype`.
-
-  A device asks once for a row, however often it reads it, and gives back the sum of its gradients, in float32. Devices
-  exchange rows in rounds, in each of which one may ask another for `_room` rows. There is one round, unless a device
-  reads more rows of one part than an even share of its reads.
-  """
-  return _exchange_fwd(part_MP, row_X, axis, dtype)[0]
-
-
-def _exchange_fwd(part_MP, row_X, axis, dtype):
-  n_devices, n_rows, n_reads = jax.lax.axis_size(axis), len(part_MP), len(row_X)
-  first_M = jnp.full(n_devices * n_rows, n_reads, jnp.int32).at[row_X].min(jnp.arange(n_reads))
-  first_X = first_M[row_X]  # the read that asks for this row
-  asks_Xd = (first_X == jnp.arange(n_reads))[:, None] & (row_X[:, None] // n_rows == jnp.arange(n_devices))
-  turn_X = jnp.sum(jnp.where(asks_Xd, jnp.cumsum(asks_Xd, axis=0) - 1, 0), axis=1)  # 0, 1, ... at each device
-  n_rounds = jax.lax.pmax(jnp.max(turn_X) // _room(row_X, axis) + 1, axis)
-
-  def read(ask_Y: Array, place_X: Array, rows_XP: Array) -> Array:
-    answer_YP = _all_to_all(part_MP[ask_Y].astype(dtype), axis)
-    return rows_XP + answer_YP.at[place_X].get(mode='fill', fill_value=0)
-
-  plan = row_X, turn_X[first_X], n_rounds
-  return _rounds(read, jnp.zeros((n_reads, part_MP.shape[1]), dtype), plan, n_rows, axis), (part_MP, plan)
-
-
-def _exchange_bwd(axis, dtype, residuals, grad_XP):
-  part_MP, plan = residuals
-
-  def add(ask_Y: Array, place_X: Array, sums_MP: Array) -> Array:
-    sums_YP = _add_scatter(jnp.zeros((len(ask_Y), grad_XP.shape[1]), jnp.float32), place_X, grad_XP)
-    return _add_scatter(sums_MP, ask_Y, _all_to_all(sums_YP, axis))
-
-  sums_MP = _rounds(add, jnp.zeros(part_MP.shape, jnp.float32), plan, len(part_MP), axis)
-  return sums_MP.astype(part_MP.dtype), None
-
-
-_exchange.defvjp(_exchange_fwd, _exchange_bwd)
-
-
-def _rounds(one: Callable, found: Array, plan: tuple[Array, Array, Array], n_rows: int, axis: str) -> Array:
-  """Returns what rounds of one(ask_Y, place_X, found) make of `found`.
-
-  `ask_Y` are the rows that the devices ask this one for, numbered within its part; where nothing is asked for stands a
-  number past its end, which scatters drop. `place_X` is where the answer to a read of this device comes in, past the
-  end if not in this round.
-  """
-  row_X, turn_X, n_rounds = plan
-  room = _room(row_X, axis)
-  size = room * jax.lax.axis_size(axis)
-
-  def one_round(i: Array | int, found: Array) -> Array:
-    turn_now_X = turn_X - i * room
-    place_X = jnp.where((turn_now_X >= 0) & (turn_now_X < room), row_X // n_rows * room + turn_now_X, size)
-    ask_Y = jnp.full(size, n_rows, jnp.int32).at[place_X].set(row_X % n_rows, mode='drop')
-    return one(_all_to_all(ask_Y, axis), place_X, found)
-
-  found = one_round(0, found)
-  with jax.named_scope(SELDOM):
-    return jax.lax.fori_loop(1, n_rounds, one_round, found)
-
-
-def _room(row_X: Array, axis: str) -> int:
-  """Returns how many rows a device may ask another one for in a round: an even share of its reads."""
-  return -(-len(row_X) // jax.lax.axis_size(axis))
-
-
-def _all_to_all(x: Array, axis: str) -> Array:
-  """Sends each device of the axis its part of the first axis; returns what this one gets, in the order of devices."""
-  return jax.lax.all_to_all(x, axis, split_axis=0, concat_axis=0, tiled=True)
 
 
 def _add_scatter(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:
