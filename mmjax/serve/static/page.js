@@ -275,7 +275,7 @@ function closeRow() {
 function drawRow(run, found) {
   const { row, layer, effect } = found
   const scale = h('input', { type: 'number', min: -1000, max: 1000, step: 'any', value: 2, required: true, 'aria-label': 'factor' })
-  const other = h('input', { type: 'number', min: 0, max: state.runs[run].memory.rows - 1, required: true, 'aria-label': 'other row' })
+  const other = h('input.row-number', { type: 'number', min: 0, max: state.runs[run].memory.rows - 1, required: true, 'aria-label': 'other row' })
   if (found.nearest.length) other.value = found.nearest[0][0]
   const edits = h('div.row', null,
     h('button', { type: 'button', onclick: () => change(run, [{ row, scale: 0 }]) }, 'Switch off'),
@@ -444,7 +444,7 @@ async function drawMap() {
   canvas.addEventListener('click', event => openRow(run, rowAt(...cell(event)), ofLayer))
   paint(canvas, found.cells)
   markRows(canvas, run, layer, line, found.rows_per_cell)
-  const go = h('input', { type: 'number', min: 0, max: memory.rows - 1, required: true, 'aria-label': 'row to open', placeholder: 'row' })
+  const go = h('input.row-number', { type: 'number', min: 0, max: memory.rows - 1, required: true, 'aria-label': 'row to open', placeholder: 'row' })
   refill('bank', title,
     choices('layer', [[null, 'all layers'], ...memory.layers.map(number => [number, layerName(number)])], layer, value => { state.map.layer = value; drawMap() }),
     h('div.bank', null, h('div', null, h('p', null, canvas), under, h('p', null, caption)),
