@@ -17,6 +17,6 @@ What to type next (after  source .venv/bin/activate):
   pip install -e '.[serve]' && python -m mmjax.tools.serve --workdir $workdir   # the memory, on a page
   python train.py --config configs/quickstart.py --config.model.sublayer=dense --workdir out/quickstart_dense
   python -m mmjax.tools.compare $workdir out/quickstart_dense                   # with the feed-forward model
-  python train.py --config configs/quickstart.py --workdir out/quickstart_142   # 1.4.2, whose gate hardly learns
+  python train.py --config configs/quickstart.py --workdir out/quickstart_142   # 1.4.2, whose gate never learns
   python train.py --config configs/exp_1_4_2.py --config.data.train_files='my_text/*.jsonl'
 TXT

@@ -122,6 +122,11 @@ def test_import_without_a_tokenizer_takes_and_gives_token_ids(tmp_path):
   model.load_state_dict(state)
   np.testing.assert_allclose(lm.logits(tokens), torch_logits(model, tokens), atol=1e-4)
   assert [len(row) for row in lm.generate_tokens([[5, 6], [7]], max_new_tokens=20)] == [20, 20]
+  write_text(tmp_path)
+  data = {'data__train_files': tmp_path / 'text.jsonl', 'data__valid_fraction': 0.1, 'data__workers': 1,
+          'data__prepared_dir': tmp_path / 'prepared', 'train__max_steps': 1}  # fmt: skip
+  with pytest.raises(UserError, match='a new one would give their token ids other meanings; name .*tokenizer=FILE'):
+    fit(tiny_config(**data), tmp_path / 'run')
   for use in (lambda: lm.generate('text'), lambda: lm.stream('text'), lambda: lm.tokenizer,
               lambda: open_run(tmp_path / 'run')):  # fmt: skip
     with pytest.raises(UserError, match='imported without a tokenizer, so it reads and writes token ids'):

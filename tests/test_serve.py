@@ -2,8 +2,10 @@
 
 import http.client
 import json
+import os
 import re
 import socket
+import subprocess
 import sys
 import time
 
@@ -18,7 +20,7 @@ from mmjax.inference.api import LanguageModel
 from mmjax.inference.memory_reads import MemoryReader
 from mmjax.inference.settings import Sampling
 from mmjax.run.directory import open_run
-from mmjax.serve.saving import saved_page
+from mmjax.serve.saving import saved_page, static
 from mmjax.serve.view import Change, RunView
 from mmjax.tools import serve
 from tests.browser import CHROMIUM, Browser
@@ -136,6 +138,13 @@ def test_bank_that_is_switched_off_is_one_of_zeros(bag):
   assert bag.next(TEXT, [off])['nats'] == [token['nats'] for token in zeros.read(TEXT)['tokens']]
   with pytest.raises(UserError, match='row=None'):
     web._changes([{'row': None, 'other': 1}], 'changes')
+
+
+def test_page_is_read_as_utf_8_whatever_the_locale():
+  code = "from mmjax.serve.saving import static; print(ascii(static('page.js')))"
+  plain = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
+  read = subprocess.run([sys.executable, '-c', code], env=os.environ | plain, capture_output=True, check=True).stdout
+  assert read.decode().strip() == ascii(static('page.js')) and '\\u' in read.decode()
 
 
 def test_page_starts_from_the_defaults_of_sampling():

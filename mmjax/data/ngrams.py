@@ -23,8 +23,8 @@ def ngram_keys(split: TokenSplit, n: int, start: int, stop: int) -> np.ndarray:
   Raises:
     UserError: if n is not at least 1, or so large that the n-grams of this vocabulary are no int64.
   """
-  if n < 1 or split.vocab_size**n > MOST:
-    most = max(k for k in range(1, 64) if split.vocab_size**k <= MOST)
+  most = max(k for k in range(1, 64) if split.vocab_size**k <= MOST)
+  if not 1 <= n <= most:
     raise UserError(f'n-grams of n={n} tokens: n must be from 1 to {most} with a vocabulary of {split.vocab_size}')
   before = np.full(max(n - 1 - start, 0), split.eos_id)
   tokens = np.concatenate([before, split.stream(max(start - n + 1, 0), stop)]).astype(np.int64)

@@ -7,6 +7,7 @@ wrote tells all settings of its model; what a state dict of the PyTorch code can
 import contextlib
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -300,11 +301,15 @@ def _as_overrides(settings: Mapping[str, Any], section: str = '') -> list[str]:
 
 def _say_imported(config: Config, params: Params, out: Path, tokenizer: Tokenizer | None) -> None:
   total, without_bank = count_params(params)
+  place = shlex.quote(str(out))
   print(f'{out}: {total:,} parameters ({without_bank:,} without the bank), step 0, fresh optimizer')
   if tokenizer:
     if spare := config.model.vocab_size - tokenizer.vocab_size:
       print(f'The tokenizer has {tokenizer.vocab_size} pieces, so {spare} rows of the embedding are spare')
-    print(f'Evaluate: python eval.py --workdir {out}\nSample:   python -m mmjax.tools.sample --workdir {out}')
+    print(f'Evaluate: python eval.py --workdir {place} --valid_files TEXT')
+    print(f'Sample:   python -m mmjax.tools.sample --workdir {place}')
   else:
     print('No --tokenizer was given, so this run reads and writes token ids instead of text')
-  print(f"Train on: python train.py --config {out}/config.json --workdir {out} --config.data.train_files='TEXT'")
+  more = '' if tokenizer else ' --config.data.tokenizer=FILE'
+  train_on = f"--config {place}/config.json --workdir {place} --config.data.train_files='TEXT'{more}"
+  print(f'Train on: python train.py {train_on}')

@@ -10,7 +10,7 @@ from mmjax import __version__
 from mmjax.config import user_path
 from mmjax.console import Table, markdown, number, show
 from mmjax.errors import UserError
-from mmjax.files import utc_now, write_file, write_json
+from mmjax.files import storage_errors, utc_now, write_file, write_json
 from mmjax.report.compare_plots import row_styles, write_plots
 from mmjax.report.lead import find_lead
 from mmjax.report.lead_tables import draw_lead, lead_blocks
@@ -104,7 +104,8 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   found = [summary(rows[0], row) for row in rows]
   lead = find_lead([run for run in runs if not other_origin(runs[0], run)], models)
   folder = user_path(out)
-  folder.mkdir(parents=True, exist_ok=True)
+  with storage_errors(folder):
+    folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
   lasting = lead_blocks(lead) if lead else []
   if lead:

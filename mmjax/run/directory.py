@@ -89,7 +89,8 @@ class RunDir:
         os.stat(self.path)  # a name that is too long, a folder that may not be entered
       nearest = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if os.path.lexists(path))
       if not nearest.is_dir():
-        raise UserError(f'{self.path} cannot be a run directory: {nearest} is a file')
+        what = 'is a file' if nearest.exists() else 'is a link that leads nowhere'
+        raise UserError(f'{self.path} cannot be a run directory: {nearest} {what}')
       if not os.access(nearest, os.W_OK | os.X_OK):
         code = errno.EROFS if os.statvfs(nearest).f_flag & os.ST_RDONLY else errno.EACCES
         raise file_error(OSError(code, os.strerror(code)), f'{self.path} cannot be a run directory: {nearest}')

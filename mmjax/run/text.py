@@ -30,10 +30,16 @@ def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
     tokenizer: of the run whose weights it starts from, where its directory has none yet.
 
   Raises:
-    UserError: if the text is not what it must be, or not that of the run's earlier starts.
+    UserError: if the text is not what it must be, or not that of the run's earlier starts, or the run is an import
+      without a tokenizer and none is named.
   """
   own = config.data.tokenizer or (str(run.tokenizer_path) if run.tokenizer_path.exists() else tokenizer)
   if not run.run_path.exists():
+    if not own and run.steps() and not _is_given(config):
+      raise UserError(
+        'the weights were imported without a tokenizer, and a new one would give their token ids other meanings; name '
+        'the one that they were trained with: --config.data.tokenizer=FILE'
+      )
     return _prepare(config, own)
   if not (config.data.train_files or config.data.valid_files):
     if found := find_run_data(run, config):

@@ -62,4 +62,4 @@ def _key(question: str, fields: dict[str, Any]) -> str:
 
 def static(name: str) -> str:
   """Returns a file of the page."""
-  return resources.files('mmjax.serve').joinpath('static', name).read_text()
+  return resources.files('mmjax.serve').joinpath('static', name).read_text('utf-8')

@@ -15,6 +15,7 @@ import numpy as np
 
 from mmjax.choices import not_square
 from mmjax.config import Config, expand_home, load_config, own_config, user_path
+from mmjax.config.paths import check_output
 from mmjax.console import command_parser
 from mmjax.data.bank_file import STAGED_TEXTS, stages_path, texts_path
 from mmjax.errors import UserError, interrupt_ends_at_once, run_command
@@ -74,13 +75,15 @@ def build_bank(config: Config, out: Path, encoder: str, snippets_a_row: int = SN
 
 
 def check_flags(config: Config, out: Path, encoder: str, snippets_a_row: int) -> None:
-  """Raises UserError for a flag or a size that no bank can be built with."""
+  """Raises UserError or StorageError for a flag or a size that no bank can be built with."""
   if out.suffix.lower() != '.safetensors':
     raise UserError(f"--out '{out}' must end in .safetensors")
   if out.exists():
     raise UserError(f"--out '{out}' already exists; remove it or choose another name")
   if (texts := texts_path(out)).exists() and not texts_are_of_build(out):
     raise UserError(f"--out '{out}' would replace '{texts}' with its rows' texts; remove it or choose another name")
+  if out.parent.is_dir():
+    check_output('--out', str(out))
   if encoder != 'lsa' and not encoder.startswith(SENTENCE_TRANSFORMERS):
     raise UserError(f'--encoder {encoder!r} must be lsa or {SENTENCE_TRANSFORMERS}DIR')
   if snippets_a_row < 1:
