@@ -243,7 +243,7 @@ function layerReads(run, layer, reads) {
       ngram != null ? h('td', { colspan: 2 }, h('code', null, `“${visible(ngram)}”`))
         : [h('td.bar', null, bar(share(weight ?? score))), h('td.n', null, weight != null ? weight.toFixed(3) : score.toFixed(1))])
   })
-  const what = ngrams.length ? 'rows that its last tokens address' : weighs ? 'rows and their weights' : 'rows and their scores'
+  const what = ngrams.length ? 'rows addressed by the last tokens' : weighs ? 'rows and their weights' : 'rows and their scores'
   const all = state.runs[run].memory.reads
   return h('section', null, h('h3', null, `${layerName(layer)}: ${what}${reads.length < all ? `, the strongest ${reads.length} of ${all}` : ''}`), h('table', null, lines))
 }
@@ -430,10 +430,10 @@ async function drawMap() {
   if (found.error) return say(found.error.message, true)
   const ofLayer = layer ?? memory.layers[0], { side, line } = found
   const rowAt = (x, y) => Math.min(memory.rows - 1, (y * line + x) * found.rows_per_cell)
-  const canvas = h('canvas.map', { width: side, height: side, role: 'img', 'aria-label': 'map of the bank: each point is a row, the darker the more it is read' })
+  const canvas = h('canvas.map', { width: side, height: side, role: 'img', 'aria-label': 'map of the bank: each point is a row; the stronger its colour, the more it is read' })
   const cell = event => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight].map(part => Math.max(0, Math.min(side - 1, Math.floor(part * side))))
   const gate = memory.ngrams[ofLayer].length === 0
-  const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${found.done ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. `,
+  const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${found.done ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. The stronger a point's colour, the more it is read; rings mark the rows of the held token, or the open row. `,
     gate ? 'A line is the first sub-key of a row, a column its second.' : memory.own_ranges ? 'The ranges of the heads stand one behind the other.' : 'Rows stand in the order of their hash.')
   const under = h('p.pointed') // of one height, or the map would move away from the mouse
   canvas.addEventListener('mousemove', event => {
@@ -476,7 +476,7 @@ async function drawHealth() {
   const worth = evals.map((log, run) => ({ name: named(run, ''), points: log.filter(at => at.probes.loss_zeroed != null).map(at => [at.step, at.probes.loss_zeroed - at.probes.loss]) }))
   fill($('training'), h('h2', { id: 'training-title' }, 'Training'),
     h('div.charts', null, chart('Loss, nats a token', found.flatMap((log, run) => [{ name: named(run, 'training'), thin: true, points: log.train }, { name: named(run, 'validation'), dash: run, points: log.evals.map(at => [at.step, at.loss]) }])),
-    chart('Loss with all rows switched off, less the loss', worth),
+    chart('Rise of the loss with all rows off', worth),
     chart('Share of the rows that are read', layers('used_share')),
     chart('Same best row where the next token is the same', layers('row_agreement'))))
 }
@@ -521,7 +521,7 @@ async function start() {
   state.runs = saved ? saved.runs : await fetch('api/runs').then(response => response.json())
   state.changes = state.compared = state.runs.map(() => [])
   fill($('runs'), ...state.runs.map(run => h('span', null, h('b', null, run.name), ` ${run.sublayer}, update ${number(run.step)}, ${number(run.parameters / 1e6)} M parameters, `,
-    run.memory ? `${number(run.memory.rows)} rows of ${run.memory.width} in ${layersOf(run)}` : 'no memory')))
+    run.memory ? `${number(run.memory.rows)} rows of ${run.memory.width} for ${layersOf(run)}` : 'no memory')))
   for (const id of ['save', 'read', 'reads']) $(id).hidden = Boolean(saved)
   $('is-saved').hidden = !saved
   if (saved) {
