@@ -237,7 +237,6 @@ def test_every_kind_of_model_goes_out_and_comes_back_bit_for_bit_without_a_confi
       export_run(tmp_path / 'run', tmp_path / 'model.pth', 'best', None)
 
 
-@pytest.mark.thorough
 def _npz_bytes(tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> bytes:
   np.savez(file := io.BytesIO(), **tensors, **{f'about:{key}': text for key, text in metadata.items()})
   return file.getvalue()
@@ -263,6 +262,7 @@ def test_new_format_of_weights_is_one_row(tmp_path, monkeypatch):
   assert RunDir(tmp_path / 'back').read_config().memory == config.memory
 
 
+@pytest.mark.thorough
 def test_header_binds_what_it_says_and_no_more(tmp_path):
   run_of(tiny_config(**MIXED), tmp_path / 'run')
   file = tmp_path / 'model.safetensors'

@@ -85,6 +85,9 @@ def test_path_that_is_a_file_is_refused(tmp_path, name):
   for use in (RunDir(tmp_path / name).__enter__, RunDir(tmp_path / name).check_usable):
     with pytest.raises(UserError, match=f'cannot be a run directory: {tmp_path}/file is a file'):
       use()
+  (tmp_path / 'link').symlink_to(tmp_path / 'gone')
+  with pytest.raises(UserError, match='cannot be a run directory: .*/link is a link that leads nowhere'):
+    RunDir(tmp_path / 'link').check_usable()
 
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='needs /proc')
