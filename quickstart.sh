@@ -9,14 +9,15 @@ workdir=${1:-out/quickstart}
 python train.py --config configs/quickstart_ngram_rows.py --workdir "$workdir"
 python eval.py --workdir "$workdir"
 
+printf -v dir %q "$workdir"
 cat <<TXT
 
-Everything lies in $workdir: report.md with plots, eval.json, metrics.jsonl, checkpoints/.
+Everything lies in $dir: report.md with plots, eval.json, metrics.jsonl, checkpoints/.
 What to type next (after  source .venv/bin/activate):
-  python -m mmjax.tools.sample --workdir $workdir
-  pip install -e '.[serve]' && python -m mmjax.tools.serve --workdir $workdir   # the memory, on a page
+  python -m mmjax.tools.sample --workdir $dir
+  pip install -e '.[serve]' && python -m mmjax.tools.serve --workdir $dir   # the memory, on a page
   python train.py --config configs/quickstart.py --config.model.sublayer=dense --workdir out/quickstart_dense
-  python -m mmjax.tools.compare $workdir out/quickstart_dense                   # with the feed-forward model
+  python -m mmjax.tools.compare $dir out/quickstart_dense                   # with the feed-forward model
   python train.py --config configs/quickstart.py --workdir out/quickstart_142   # 1.4.2, whose gate never learns
   python train.py --config configs/exp_1_4_2.py --config.data.train_files='my_text/*.jsonl'
 TXT

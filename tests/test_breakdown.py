@@ -146,6 +146,19 @@ def test_step_that_a_later_run_lacks_is_refused_before_one_is_evaluated(tiny_run
   assert 'nats a token' not in capsys.readouterr().out
 
 
+def test_rows_that_a_later_run_did_not_teach_are_refused_before_one_is_evaluated(tiny_run, tmp_path, monkeypatch):
+  taught = shutil.copytree(tiny_run, tmp_path / 'taught')
+  settings = json.loads((taught / 'config.json').read_text())
+  del settings['sha256']
+  settings['memory']['teach_rows'] = 2
+  (taught / 'config.json').write_text(json.dumps(settings))
+  shutil.copytree(taught / 'checkpoints' / '3', taught / 'checkpoints' / '0')
+  monkeypatch.setattr('mmjax.inference.breakdown._losses', lambda *_: pytest.fail('evaluated'))
+  monkeypatch.setattr('sys.argv', ['breakdown', str(taught), str(tiny_run), '--without'])
+  with pytest.raises(UserError, match='taught no rows: its memory.teach_rows is 0, so there is none to leave out'):
+    command.main()
+
+
 def test_runs_of_a_folder_without_a_checkpoint_are_left_out(tiny_run, tmp_path, monkeypatch, capsys):
   shutil.copytree(tiny_run, tmp_path / 'runs' / 'a')
   (tmp_path / 'runs' / 'b').mkdir()

@@ -113,9 +113,13 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
   with pytest.raises(UserError, match='was started with other data than data.prepared_dir='):
     write_split(tmp_path / 'other', [[5] * 40] * 9)
     go_on(10, train_files='', prepared_dir=tmp_path / 'other')
-  go_on(10, train_files='', prepared_dir='nowhere')  # where it was at the last start
+  (tmp_path / 'here' / 'same.jsonl').rename(tmp_path / 'gone.jsonl')
+  with pytest.raises(UserError, match='other.jsonl'):
+    go_on(10, train_files='other.jsonl', prepared_dir='nowhere')
+  go_on(9, train_files='', prepared_dir='nowhere')  # where it was at the last start
+  go_on(10, train_files=RunDir(tmp_path / 'run').read_config().data.train_files, prepared_dir='nowhere')
   assert_same_run(undisturbed, tmp_path / 'run')
-  assert [path.name for path in (tmp_path / 'here').iterdir()] == ['same.jsonl']
+  assert not list((tmp_path / 'here').iterdir())
 
 
 @pytest.mark.thorough

@@ -430,7 +430,8 @@ def test_browser_opens_a_saved_page_without_a_server(browser, bag, dense, tmp_pa
   browser.open(page.as_uri())
   browser.wait(f'{TOKENS} > 3')
   hint = browser.js("document.getElementById('ask').innerText")
-  assert 'Saved page: it answers for the text that it was saved with. In the text, arrow keys' in ' '.join(hint.split())
+  said = 'it answers for the text that it was saved with. Rows in grey are not in it. In the text, arrow keys'
+  assert f'Saved page: {said}' in ' '.join(hint.split())
   assert 'Read' not in hint and 'Ctrl+Enter' not in hint
   cells = "[...document.querySelectorAll('#variants %s')]"
   widths = browser.js(f"{cells % '.fill'}.map(bar => +bar.style.getPropertyValue('--w'))")
@@ -441,6 +442,8 @@ def test_browser_opens_a_saved_page_without_a_server(browser, bag, dense, tmp_pa
   assert browser.js(ends % 2.5) == ['2.499', '2.501'] and browser.js(ends % 0) == ['-0.001', '0.001']
   browser.click('#inspector button.link:not(:disabled)')
   browser.wait("document.querySelector('#inspector h2')?.textContent.startsWith('Row ')")
+  reasons = browser.js("[...document.querySelectorAll('#inspector button:disabled')].map(button => button.title)")
+  assert reasons and set(reasons) == {'not in the saved page; the server shows every row'}
   assert browser.js("document.querySelector('[name=max_new_tokens]').value") == '60'
   browser.click('#go')
   browser.wait("document.getElementById('story-0-0').textContent.length > 9")

@@ -263,18 +263,27 @@ def load_run(
     placement: dtype and attention, as in `load`.
   """
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
-  if without_taught:
-    if checkpoint != CHECKPOINT:
-      raise UserError(
-        f'--without (without_taught) gives the model that the run started from, whatever checkpoint={checkpoint} says; '
-        'give one of them'
-      )
-    refuse_compressed(run, 'read without the rows that it taught')
-    if not config.memory.teach_rows:
-      raise UserError(f'{run.path} taught no rows: its memory.teach_rows is 0')
-    checkpoint = START_STEP
-  params, _, step = read_params(run, config, checkpoint)
+  params, _, step = read_params(run, config, checkpoint_to_read(run, config, checkpoint, without_taught))
   return LanguageModel(config, tokenizer, params, step=step, **placement)
+
+
+def checkpoint_to_read(run: RunDir, config: Config, checkpoint: str | int, without_taught: bool) -> str | int:
+  """Returns which checkpoint `load` reads by its arguments.
+
+  Raises:
+    UserError: if the run taught no rows that could be left out, or a checkpoint is chosen although they are to be.
+  """
+  if not without_taught:
+    return checkpoint
+  if checkpoint != CHECKPOINT:
+    raise UserError(
+      f'--without (without_taught) gives the model that the run started from, whatever checkpoint={checkpoint} says; '
+      'give one of them'
+    )
+  refuse_compressed(run, 'read without the rows that it taught')
+  if not config.memory.teach_rows:
+    raise UserError(f'{run.path} taught no rows: its memory.teach_rows is 0, so there is none to leave out or to list')
+  return START_STEP
 
 
 def _listed(prompts: Sequence, what: str) -> list:

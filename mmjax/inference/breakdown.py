@@ -21,7 +21,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import with_changed_bank
 from mmjax.evaluation.token_loss import make_token_loss
-from mmjax.inference.api import LanguageModel, load_run
+from mmjax.inference.api import LanguageModel, checkpoint_to_read, load_run
 from mmjax.inference.measure import WHERE, as_trained, open_text
 from mmjax.model.params import BANK, model_graph
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
@@ -78,7 +78,7 @@ def break_down(
     ngrams: sizes of the n-grams whose counts make groups.
     valid_files: paths or globs of other text, each a group of its own; by default the validation set of each run.
     overrides: '--config.section.field=value' flags that say where text is now.
-    placement: dtype and attention, as `load` takes them.
+    placement: dtype, attention and without_taught, as `load` takes them.
 
   Yields:
     For each run: run, checkpoint, tokens_read, against (the first run on the same text, or None) and groups: for each
@@ -90,9 +90,11 @@ def break_down(
     UserError: if a run has no checkpoint, or its training or held-out text cannot be found.
   """
   first, shared = {}, {}
-  if isinstance(step := checkpoint_name(checkpoint), int):
-    for path in runs:  # what one of them lacks is refused before another is evaluated
-      Checkpoints(open_run(path).path, read_only=True).choose(step)
+  for path in runs:  # what one of them lacks is refused before another is evaluated
+    run = open_run(path)
+    which = checkpoint_to_read(run, run.read_config(), checkpoint, placement.get('without_taught', False))
+    if isinstance(step := checkpoint_name(which), int):
+      Checkpoints(run.path, read_only=True).choose(step)
   for path in runs:
     losses = _losses(path, checkpoint, ngrams, valid_files, overrides, shared, placement)
     yield _summary(losses, first)

@@ -41,11 +41,13 @@ def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
         'the one that they were trained with: --config.data.tokenizer=FILE'
       )
     return _prepare(config, own)
-  if not (config.data.train_files or config.data.valid_files):
-    if found := find_run_data(run, config):
-      return found
+  files, earlier = ((data.train_files, data.valid_files) for data in (config.data, run.read_config().data))
+  is_needed = not any(files) or (files == earlier and _what_is_gone(config))
+  if is_needed and (found := find_run_data(run, config)):
+    return found
+  if not any(files):
     _check_other(run, config)
-    if named := run.read_config().data.train_files:
+    if named := earlier[0]:
       raise UserError(
         f'{run.path} was started on the text of data.train_files={named!r}; say where it is now with '
         '--config.data.train_files=..., or where its prepared directory is with --config.data.prepared_dir=DIR'
@@ -61,12 +63,7 @@ def evaluation_data(run: RunDir, config: Config) -> Path:
   """
   if found := find_run_data(run, config):
     return found
-  missing = ''
-  try:
-    for files in filter(None, (config.data.train_files, config.data.valid_files)):
-      find_files(files)
-  except UserError as error:
-    missing = f' ({error})'
+  missing = _what_is_gone(config)
   # data.tokenizer says where the run's tokenizer was when it was started. An import has no text that it learned.
   if not missing and (config.data.train_files or (_is_given(config) and not run.run_path.exists())):
     return _prepare_again(run, config, str(run.tokenizer_path))
@@ -91,6 +88,16 @@ def place_for_shards(run: RunDir, config: Config) -> str:
   """Returns the folder for shards of other text: beside those of the run, where these are and may be written."""
   folders = [place.parent for place in _recorded(run)]
   return next((str(folder) for folder in folders if os.access(folder, os.W_OK | os.X_OK)), config.data.prepared_dir)
+
+
+def _what_is_gone(config: Config) -> str:
+  """Returns in brackets why the text that the settings name cannot be read; '' if it can, or they name none."""
+  try:
+    for files in filter(None, (config.data.train_files, config.data.valid_files)):
+      find_files(files)
+  except UserError as error:
+    return f' ({error})'
+  return ''
 
 
 def _places(run: RunDir, config: Config) -> Iterator[Path]:

@@ -248,10 +248,14 @@ function layerReads(run, layer, reads) {
   return h('section', null, h('h3', null, `${layerName(layer)}: ${what}${reads.length < all ? `, the strongest ${reads.length} of ${all}` : ''}`), h('table', null, lines))
 }
 
+// A saved page holds some rows: those that were opened, or those that its text reads most.
+function unlessKept(fields) {
+  return saved && !(key('row', fields) in saved.answers) ? { disabled: true, title: 'not in the saved page; the server shows every row' } : {}
+}
+
 function rowButton(run, row, layer, text = `#${row}`) {
   const isOff = state.changes[run].some(change => (change.row ?? row) === row && change.scale === 0)
-  const known = !saved || key('row', { run, row, layer }) in saved.answers
-  return h('button.link' + (isOff ? '.off' : ''), { type: 'button', disabled: !known, 'aria-label': `open row ${row} of ${layerName(layer)}`, onclick: () => openRow(run, row, layer) }, text)
+  return h('button.link' + (isOff ? '.off' : ''), { type: 'button', ...unlessKept({ run, row, layer }), 'aria-label': `open row ${row} of ${layerName(layer)}`, onclick: () => openRow(run, row, layer) }, text)
 }
 
 async function openRow(run, row, layer) {
@@ -289,7 +293,7 @@ function drawRow(run, found) {
     h('div.head', null, h('h2', null, `Row ${row}${state.runs.length > 1 ? ` of ${state.runs[run].name}` : ''}`),
       h('button', { type: 'button', onclick: closeRow }, '← back to the token')),
     h('div.tabs', null, state.runs[run].memory.layers.map(number => h('button', { type: 'button', 'aria-pressed': `${number === layer}`,
-      disabled: saved && !(key('row', { run, row, layer: number }) in saved.answers), onclick: () => openRow(run, row, number) }, layerName(number)))),
+      ...unlessKept({ run, row, layer: number }), onclick: () => openRow(run, row, number) }, layerName(number)))),
     found.range ? h('p.note', null, `It lies in the range of head ${found.range.head}, which ${found.range.token == null ? 'finds it by a hash' : `reads it after “${visible(found.range.token)}” alone`}.`) : null,
     found.snippet ? h('p.note', null, 'It started from the text: ', h('i', null, found.snippet)) : null,
     found.taken == null ? h('p.note', null, state.runs[run].remarks.at(-1) ?? 'The validation text is still being read.')
