@@ -42,8 +42,8 @@ def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
       )
     return _prepare(config, own)
   files, earlier = ((data.train_files, data.valid_files) for data in (config.data, run.read_config().data))
-  is_needed = not any(files) or (files == earlier and _what_is_gone(config))
-  if is_needed and (found := find_run_data(run, config)):
+  needs_shards = not any(files) or (files == earlier and _what_is_gone(config))
+  if needs_shards and (found := find_run_data(run, config)):
     return found
   if not any(files):
     _check_other(run, config)
