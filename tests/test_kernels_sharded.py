@@ -1,5 +1,6 @@
 """The kernels on several devices, batch and bank sharded, give what they give on one."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -53,6 +54,7 @@ def main():
   for name, (devices, row_BX, n_rounds) in READS.items():
     check_parts(devices, row_BX, n_rounds)
     print(name)
+  check_shapes_of_parts()
   mesh = jax.make_mesh((2, 2), ('data', 'rows'))  # its axes are explicit
   check_memories(mesh)
   check_ngrams(mesh)
@@ -104,6 +106,26 @@ def check_parts(devices, row_BX, n_rounds):
   np.add.at(sums_MP, row_BX, grad_BXP)
   np.testing.assert_allclose(found_MP, sums_MP, rtol=1e-5, atol=1e-5)
   assert rounds.tolist() == n_rounds
+
+
+def check_shapes_of_parts():
+  """Compares reads of the parts of a bank by narrow numbers, token by token and of nothing, with NumPy's."""
+  bank_MP, spec = np.float32(RNG.standard_normal((256, 3))), PartitionSpec('rows')
+  row_Xr, weight_Xr = RNG.integers(0, 256, (1600, 5)), np.float32(RNG.standard_normal((1600, 5)))
+  mesh = jax.make_mesh((4,), ('rows',), axis_types=(AxisType.Auto,))
+  sum_XP = np.einsum('xrp,xr->xp', bank_MP[row_Xr], weight_Xr)
+  bag = lambda part, row, weight: bank_bag(BankShard(part, 'rows'), row, weight)  # noqa: E731
+  by_token = lambda part, row, weight: jax.vmap(functools.partial(bag, part))(row, weight)  # noqa: E731
+  rows = lambda part, row, weight: bank_lookup(BankShard(part, 'rows'), row, jnp.float32)  # noqa: E731
+  for read, dtype, n, want in [
+    (rows, np.uint8, 1600, bank_MP[row_Xr]),
+    (bag, np.uint8, 1600, sum_XP),
+    (by_token, np.int32, 16, sum_XP[:16]),
+    (rows, np.int32, 0, bank_MP[row_Xr[:0]]),
+    (bag, np.int32, 0, sum_XP[:0]),
+  ]:
+    run = jax.shard_map(read, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)
+    np.testing.assert_allclose(jax.jit(run)(bank_MP, row_Xr[:n].astype(dtype), weight_Xr[:n]), want, atol=1e-5)
 
 
 def check_memories(mesh):

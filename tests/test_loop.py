@@ -423,7 +423,11 @@ def test_run_that_moves_between_one_device_and_eight_keeps_its_losses(
     ({'train__batch_size': 20}, r'nearest: 16 and 24; or runtime.data_devices=5'),
     (
       {'train__batch_size': 8, 'runtime__row_devices': 8, 'model__knowledge_num': 100},
-      r'knowledge_num=100 must be divisible by the runtime.row_devices=8; nearest: 96 and 104',
+      r'knowledge_num=100 must be divisible by the runtime.row_devices=8; nearest: 64 and 144',  # squares, too
+    ),
+    (
+      {'train__batch_size': 8, 'runtime__row_devices': 8, 'model__knowledge_num': 100, 'model__sublayer': 'ngram_bag'},
+      r'nearest: 96 and 104',
     ),
     (
       {'train__batch_size': 8, 'runtime__row_devices': 3, 'model__knowledge_num': 81},

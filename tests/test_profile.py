@@ -16,9 +16,11 @@ from tests.helpers import make_step, random_batch, rarely, tiny_config
 
 
 @pytest.mark.thorough
-def test_profiled_run_writes_a_trace_and_says_where_the_time_goes(tiny_run, tmp_path, capsys):
+@pytest.mark.parametrize('steps', [2, 100])  # more end at the evaluation, which is no part of a step
+def test_profiled_run_writes_a_trace_and_says_where_the_time_goes(tiny_run, tmp_path, capsys, steps):
   config = RunDir(tiny_run).read_config()
-  fit(config.with_settings({'train.profile_steps': 2}), tmp_path)
+  assert config.train.eval_interval == 3
+  fit(config.with_settings({'train.profile_steps': steps}), tmp_path)
   out = capsys.readouterr().out
   assert 'Profile of 2 steps' in out
   shares = {
@@ -30,6 +32,13 @@ def test_profiled_run_writes_a_trace_and_says_where_the_time_goes(tiny_run, tmp_
   with gzip.open(trace) as file:  # Chrome's format, which Perfetto reads
     events = json.load(file)['traceEvents']
   assert any(event.get('args', {}).get('hlo_module') == 'jit_train_step' for event in events)
+
+
+@pytest.mark.thorough
+def test_start_of_one_step_says_that_it_profiles_nothing(tiny_run, tmp_path, capsys):
+  config = RunDir(tiny_run).read_config()
+  fit(config.with_settings({'train.profile_steps': 2, 'train.max_steps': 1, 'train.warmup_steps': 0}), tmp_path)
+  assert 'Nothing was profiled: the trace begins with the second step' in capsys.readouterr().out
 
 
 def test_run_without_profile_steps_writes_none(tiny_run):

@@ -143,7 +143,10 @@ def bank_lookup(bank_MP: Bank, row_BTR: Array, dtype: DTypeLike) -> Array:
   """
   refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
-    rows_XP = exchange_rows(bank_MP.part_MP, row_BTR.reshape(-1), bank_MP.axis, jnp.dtype(dtype))
+    row_X = jnp.asarray(row_BTR, jnp.int32).reshape(-1)
+    if not len(row_X):
+      return jnp.zeros((*row_BTR.shape, bank_MP.shape[1]), dtype)
+    rows_XP = exchange_rows(bank_MP.part_MP, row_X, bank_MP.axis, jnp.dtype(dtype))
     return rows_XP.reshape(*row_BTR.shape, -1)
   if isinstance(bank_MP, TappedBank):
     bank_MP, tap = bank_MP
@@ -196,7 +199,7 @@ def bank_bag(bank_MP: Bank, row_BThr: Array, weight_BThr: Array) -> Array:
   """
   refuse_wrong_jaxlib()
   if isinstance(bank_MP, BankShard):
-    if row_BThr.shape[-1] < jax.lax.axis_size(bank_MP.axis):
+    if row_BThr.shape[-1] < jax.lax.axis_size(bank_MP.axis) or not row_BThr.size:
       return jnp.sum(bank_lookup(bank_MP, row_BThr, jnp.float32) * weight_BThr[..., None], axis=-2)
     return _bag_of_parts(bank_MP, row_BThr, weight_BThr)
   if isinstance(bank_MP, TappedBank):
@@ -229,13 +232,15 @@ def _check_tap(tap: Reads, row_shape: tuple[int, ...], row_dim: int, *, bag: boo
 
 def _bag_of_parts(bank: BankShard, row_BThr: Array, weight_BThr: Array) -> Array:
   """Sums on each device the rows that it holds, for the bags of all devices, and adds up the answers to each bag."""
-  row_BThr, weight_BThr = (jax.lax.all_gather(x, bank.axis, tiled=True) for x in (row_BThr, weight_BThr))
+  shape = row_BThr.shape
+  row_Xr, weight_Xr = jnp.asarray(row_BThr, jnp.int32).reshape(-1, shape[-1]), weight_BThr.reshape(-1, shape[-1])
+  row_Xr, weight_Xr = (jax.lax.all_gather(x, bank.axis, tiled=True) for x in (row_Xr, weight_Xr))
   n_rows = len(bank.part_MP)
-  local_BThr = row_BThr - jax.lax.axis_index(bank.axis) * n_rows
-  own_BThr = (local_BThr >= 0) & (local_BThr < n_rows)
-  local_BThr = jnp.where(own_BThr, local_BThr, n_rows)  # past the end: scatters drop it
-  sum_BThP = _bag(bank.part_MP, local_BThr, jnp.where(own_BThr, weight_BThr, 0), True)
-  return jax.lax.psum_scatter(sum_BThP, bank.axis, tiled=True)
+  local_Xr = row_Xr - jax.lax.axis_index(bank.axis) * n_rows
+  own_Xr = (local_Xr >= 0) & (local_Xr < n_rows)
+  local_Xr = jnp.where(own_Xr, local_Xr, n_rows)  # past the end: scatters drop it
+  sum_XP = _bag(bank.part_MP, local_Xr, jnp.where(own_Xr, weight_Xr, 0), True)
+  return jax.lax.psum_scatter(sum_XP, bank.axis, tiled=True).reshape(*shape[:-1], -1)
 
 
 def _add_scatter(sums_MP: Array, row_X: Array, grad_XP: Array) -> Array:

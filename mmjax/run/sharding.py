@@ -5,6 +5,7 @@ a mesh of one. Training divides its own work (`spread`), so that devices meet on
 inserts the communication.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mmjax.config import Config
-from mmjax.config.sublayers import uses_bank
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
 from mmjax.errors import UserError
 from mmjax.files import path_name
 from mmjax.model.params import BANK
@@ -53,7 +54,9 @@ def make_mesh(config: Config, devices: Sequence[jax.Device] | None = None) -> Me
   if fewer := max((n for n in range(1, data) if batch % (n * rows) == 0 and not several), default=0):
     other = f'; or runtime.data_devices={fewer}'
   if uses_bank(config.model, config.memory):
-    _check_divides('model.knowledge_num', config.model.knowledge_num, rows, f'runtime.row_devices={rows}')
+    has_gate = any(SUBLAYERS[kind].has_gate for kind in layer_kinds(config.model, config.memory))
+    said = f'runtime.row_devices={rows}'
+    _check_divides('model.knowledge_num', config.model.knowledge_num, rows, said, is_square=has_gate)
   used = f'{data * rows} devices' + (f' ({data} x runtime.row_devices={rows})' if rows > 1 else '')
   _check_divides('train.batch_size', batch, data * rows, used, other)
   return _mesh(data, rows, devices)
@@ -142,8 +145,13 @@ def batch_shapes(mesh: Mesh, config: Config) -> dict[str, jax.ShapeDtypeStruct]:
   return dict.fromkeys(('input', 'target', 'segment'), array)
 
 
-def _check_divides(name: str, value: int, divisor: int, what: str, other: str = '') -> None:
+def _check_divides(name: str, value: int, divisor: int, what: str, other: str = '', *, is_square: bool = False) -> None:
   if value % divisor:
-    below, above = value // divisor * divisor, (value // divisor + 1) * divisor
+    if is_square:  # as what comes nearest must be, too: that of a multiple of `step`
+      step = next(n for n in range(1, divisor + 1) if n**2 % divisor == 0)
+      root = math.isqrt(value) // step * step
+      below, above = root**2, (root + step) ** 2
+    else:
+      below, above = value // divisor * divisor, (value // divisor + 1) * divisor
     nearest = f'{below} and {above}' if below else f'{above}'
     raise UserError(f'{name}={value} must be divisible by the {what}; nearest: {nearest}{other}')

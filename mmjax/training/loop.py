@@ -12,8 +12,6 @@ step number, so a resumed run goes on bit for bit (on a CPU).
 from contextlib import closing
 from pathlib import Path
 
-import jax
-
 from mmjax.config import Config
 from mmjax.console import Progress
 from mmjax.data.loader import train_batches
@@ -63,7 +61,7 @@ def fit(config: Config, workdir: Path, *, allow_config_change: bool = False, ini
     remark = check_parameters(config)
     placement = place(config)  # refuses what does not fit the devices, before anything is written
     if is_main():
-      print(*filter(None, (describe_devices(jax.devices()), remark)), sep='\n', flush=True)
+      print(*filter(None, (describe_devices(placement.mesh.devices.ravel()), remark)), sep='\n', flush=True)
     first = read_start(run, config, origin, placement.mesh)
     inputs = open_inputs(config, training_data(run, config, origin.tokenizer if first.read_from else ''))
     with (
@@ -116,6 +114,7 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
         recorder.report(step)
       if saves:
         recorder.check(*unchecked, state)
+        profile.stop()
         unchecked = None
         loss = recorder.evaluate(step, state, metrics).loss if evaluates else None
         recorder.save(step, state, loss, final=stopping or step == total)

@@ -19,14 +19,14 @@ UNKNOWN = 'not attributed'
 
 
 class StepProfiler:
-  """Traces a number of steps of a run, from its second on, and then says where their time went."""
+  """Traces steps of a run from its second on, at most to an evaluation or a save, and says where their time went."""
 
   def __init__(self, folder: Path, steps: int, compiled: Any, show: Callable[[str], None]):
     """Plans the trace.
 
     Args:
       folder: where the trace goes.
-      steps: to trace; 0: none.
+      steps: to trace, at most; 0: none.
       compiled: the train step, which knows what its operations belong to.
       show: takes the table.
     """
@@ -50,10 +50,16 @@ class StepProfiler:
       self._traced += 1
       if self._traced == self._steps:
         jax.block_until_ready(waits_for)
-        self.close()
+        self.stop()
 
   def close(self) -> None:
-    """Ends the trace, also one of fewer steps than planned, and shows the table."""
+    """Ends the trace, and says so if there is none."""
+    self.stop()
+    if self._steps and not self._traced:
+      self._show('Nothing was profiled: the trace begins with the second step that a start makes.')
+
+  def stop(self) -> None:
+    """Ends the trace, also one of fewer steps than planned, and shows the table; call when its last step is done."""
     if self._start is None:
       return
     seconds, self._start = time.perf_counter() - self._start, None

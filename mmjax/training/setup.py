@@ -35,6 +35,7 @@ from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models, settings_changed
 from mmjax.run.origin import Origin, check_origin, load_origin, parse_origin, refuse_starts, settle_origin, with_bank_of
 from mmjax.run.processes import is_main
+from mmjax.run.sharding import make_mesh
 from mmjax.run.text import evaluation_data
 from mmjax.training.learner import Learner
 from mmjax.training.teach import RowCounts, count_reads, first_reads
@@ -202,6 +203,7 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
   elif not run.ever_saved:
     identity |= bank_identity(config)
   facts = {'prepared_dir': str(inputs.train.directory.absolute()), 'remarks': inputs.remarks}
+  facts['device_count'] = make_mesh(config).size  # those that it uses
   if run.was_trained and run.config_path.exists():  # settings of the schedule, which a start may change
     facts['changed'] = settings_changed(run.read_config(), config)[1]
   run.record_start(identity, step, origin, **facts)  # first: it refuses other data, before anything is replaced
