@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Fresh machine -> environment, data, a trained model, an evaluation, samples and a report. Minutes on two CPU cores.
 set -euo pipefail
+workdir=${1:-out/quickstart}
+case ${1:-/} in /*) ;; *) workdir=$PWD/$1 ;; esac
 cd "$(dirname "$0")"
 . scripts/environment.sh
 set_up_environment gpu
-workdir=${1:-out/quickstart}
 
 python train.py --config configs/quickstart_ngram_rows.py --workdir "$workdir"
 python eval.py --workdir "$workdir"
@@ -13,7 +14,7 @@ printf -v dir %q "$workdir"
 cat <<TXT
 
 Everything lies in $dir: report.md with plots, eval.json, metrics.jsonl, checkpoints/.
-What to type next (after  source .venv/bin/activate):
+What to type next (after  source ${VENV:-.venv}/bin/activate):
   python -m mmjax.tools.sample --workdir $dir
   pip install -e '.[serve]' && python -m mmjax.tools.serve --workdir $dir   # the memory, on a page
   python train.py --config configs/quickstart.py --config.model.sublayer=dense --workdir out/quickstart_dense

@@ -63,7 +63,7 @@ def edited(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
     (edited('norm.weight', torch.ones(31)), r'norm.weight is \(31,\), must be \(32,\)'),
     (edited('layers.7.attention_norm.weight', torch.ones(32)), r'unexpected layers.7.attention_norm.weight'),
     (edited('memory_bank', None), r'missing memory_bank'),
-    (edited('memory_bank', torch.ones(63, 8)), 'knowledge_num=63 must be a square'),
+    (edited('memory_bank', torch.ones(63, 8)), 'rows of memory_bank=63 must be a square'),
     (edited('output.weight', torch.ones(300, 32)), 'tok_embeddings.weight and output.weight differ'),
     (edited('layers.0.attention.wk.weight', torch.ones(15, 32)), 'numbers of heads that fit'),
     (edited('norm.weight', torch.ones(32, dtype=torch.bfloat16)), 'holds tensors of bfloat16'),

@@ -54,7 +54,9 @@ def test_damaged_and_disguised_torch_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=message):
       read_tensors(path)
 
-  refused('cut', 'not a PyTorch zip file', lambda p: p.write_bytes(p.read_bytes()[:-200]))
+  refused('cut', 'damaged or cut short', lambda p: p.write_bytes(p.read_bytes()[:-200]))
+  refused('empty', 'empty', lambda p: p.write_bytes(b''))
+  refused('part-00001-of-00002', 'is one of 2 parts of a model; join them in one file', lambda p: None)
   refused('junk', 'not a PyTorch zip file', lambda p: p.write_bytes(b'junk'))
   refused('bomb', 'is compressed', lambda p: rewrite_zip(p, zipfile.ZIP_DEFLATED))
   refused('dots', 'names a file outside the archive', lambda p: rewrite_zip(p, extra='../outside'))

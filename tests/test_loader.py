@@ -168,7 +168,9 @@ def test_evaluation_goes_through_all_rows_in_order_and_fills_up_with_padding(dir
 
 def test_fewer_rows_than_a_batch_is_refused_with_both_numbers(directory):
   split = open_rows(directory, 16)
-  with pytest.raises(UserError, match=f'have {split.n_rows} rows of 16 tokens, fewer than one batch of 1000'):
+  with pytest.raises(
+    UserError, match=f'have {split.n_rows} rows of 16 tokens, fewer than one batch of 1000 .*batch_size=8 '
+  ):
     train_batches(split, global_batch_rows=1000, seed=0)
   take(train_batches(split, global_batch_rows=split.n_rows, seed=0), 2)
 

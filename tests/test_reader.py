@@ -28,7 +28,11 @@ BAD_LINES = {
   'not UTF-8': (b'{"text": "a\xffb"}', 'not UTF-8: invalid start byte 0xff', 11),
   'byte order mark': (b'\xef\xbb\xbf{"text": "a"}', 'a byte order mark that is not at the start of the file', 0),
   'nested deep': (b'{"text": ' + b'[' * 100_000 + b']' * 100_000 + b'}', 'nested too deep', 0),
-  'long number': (b'{"n": 1' + b'0' * 4300 + b', "text": "a"}', 'not usable JSON: Exceeds the limit (4300 digits)', 0),
+  'long number': (
+    b'{"n": 1' + b'0' * 4300 + b', "text": "a"}',
+    'not usable JSON: a number has more than 4,300 digits',
+    0,
+  ),
   'lone surrogate': (b'{"text": "a\\ud800b"}', 'a lone surrogate \\ud800', 0),
   'no key': (b'{"body": "a", "title": 3}', "no key 'text'; keys present: 'body', 'title'", 0),
   'no string': (b'{"text": ["a"]}', "the value of 'text' must be a string, not a list", 0),

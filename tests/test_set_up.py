@@ -1,6 +1,7 @@
 """scripts/environment.sh with stand-ins for interpreters, pip and nvidia-smi: Python, extras, and what it says."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -162,12 +163,25 @@ def test_quickstart_trains_and_evaluates_and_says_what_to_type_next(tmp_path):
   (tmp_path / 'scripts/environment.sh').write_text(
     'set_up_environment() { echo "set up $1"; }; python() { echo "$@"; }'
   )
-  done = subprocess.run(['bash', tmp_path / 'quickstart.sh', 'out/mine'], capture_output=True, text=True, check=True)
   config = 'configs/quickstart_ngram_rows.py'
-  first = ['set up gpu', f'train.py --config {config} --workdir out/mine', 'eval.py --workdir out/mine']
-  lines = done.stdout.splitlines()
-  assert lines[:3] == first and (REPOSITORY / config).is_file()
-  assert sum('out/mine' in line for line in lines[3:]) >= 3
+  assert (REPOSITORY / config).is_file()
+  (tmp_path / 'else').mkdir()
+  for given, workdir in (
+    ([], 'out/quickstart'),
+    (["out/it's mine"], f"{tmp_path}/else/out/it's mine"),
+    (['/tmp/mine'], '/tmp/mine'),
+  ):
+    command = ['bash', tmp_path / 'quickstart.sh', *given]
+    done = subprocess.run(command, cwd=tmp_path / 'else', capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[:3] == [
+      'set up gpu',
+      f'train.py --config {config} --workdir {workdir}',
+      f'eval.py --workdir {workdir}',
+    ]
+    sample = next(line for line in lines if 'tools.sample' in line)
+    assert shlex.split(sample)[-1] == workdir
+    assert sum(workdir.replace("'", r'\'').replace(' ', r'\ ') in line for line in lines[3:]) >= 3
 
 
 def test_scripts_are_bash_that_parses():

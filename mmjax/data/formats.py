@@ -11,6 +11,7 @@ import gzip
 import json
 import lzma
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO, NamedTuple
@@ -175,8 +176,9 @@ def json_text(raw: bytes, text_key: str) -> str:
     byte = len(line[: error.pos].encode())
     ends = '; lines must end in LF or CRLF, not in CR alone' if '\r' in line.strip() else ''
     raise NotText('not JSON', f'not JSON: {error.msg}, character {error.pos} of the line{ends}', byte) from None
-  except ValueError as error:  # of int, which takes 4,300 digits
-    raise NotText('number too long', f'not usable JSON: {error}') from None
+  except ValueError:  # of int, which takes so many
+    digits = sys.get_int_max_str_digits()
+    raise NotText('number too long', f'not usable JSON: a number has more than {digits:,} digits') from None
   except RecursionError:
     raise NotText('nested too deep', 'not usable JSON: nested too deep') from None
   if not isinstance(record, dict):

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from mmjax import __version__
+from mmjax.choices import not_square
 from mmjax.config import (
   Config,
   TrainConfig,
@@ -251,6 +252,8 @@ def _config_of_shapes(
     raise UserError(
       f'model.sublayer={kind!r} contradicts {source}, whose tensors say {sizes["sublayer"]!r}; leave it out'
     )
+  if said := not_square('rows of memory_bank', sizes.get('knowledge_num', 1)):
+    raise UserError(f'{source}: {said}')
   heads = overridden.get('model.n_heads')
   if heads is None:
     with contextlib.suppress(UserError):  # of a file that is no config without overrides

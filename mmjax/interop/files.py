@@ -7,6 +7,7 @@ a safetensors file is checked by its library.
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,6 +41,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
   file_format = format_of(path)
   if not path.is_file():
     raise UserError(f'no file {str(path)!r}{nearest_file(path)}')
+  if (part := re.search(r'-\d{5}-of-(\d{5})$', path.stem)) and int(part[1]) > 1:
+    raise UserError(f'{path} is one of {int(part[1])} parts of a model; join them in one file')
   check_sha256(path)
   tensors = file_format.read(path)
   if not tensors:

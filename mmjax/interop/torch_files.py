@@ -62,7 +62,11 @@ def _check_zip(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
       entries = archive.infolist()
   except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-    raise UserError(f'{path}: not a PyTorch zip file; re-save older ones with torch.save(state_dict, PATH)') from error
+    with path.open('rb') as file:
+      start = file.read(4)
+    what = 'not a PyTorch zip file; re-save older ones with torch.save(state_dict, PATH)'
+    what = 'empty' if not start else 'damaged or cut short' if start == b'PK\x03\x04' else what
+    raise UserError(f'{path}: {what}') from error
   for entry in entries:
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
       raise UserError(f'{path}: record {entry.filename[:80]!r} is compressed, which torch.save never does')

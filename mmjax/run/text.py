@@ -68,6 +68,11 @@ def evaluation_data(run: RunDir, config: Config) -> Path:
   if not missing and (config.data.train_files or (_is_given(config) and not run.run_path.exists())):
     return _prepare_again(run, config, str(run.tokenizer_path))
   _check_other(run, config)
+  if not run.run_path.exists():
+    raise UserError(
+      f'{run.path} holds imported weights and no text; give text (eval.py: --valid_files, inspect: --corpus), or '
+      '--config.data.prepared_dir=DIR, a prepared directory'
+    )
   raise UserError(
     f'the validation text of {run.path} cannot be found{missing}; give --config.data.prepared_dir=DIR, the '
     'directory that was prepared for it, or other text (eval.py: --valid_files, inspect: --corpus)'

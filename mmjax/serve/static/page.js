@@ -63,7 +63,7 @@ function key(question, fields) {
 async function ask(question, fields, signal) {
   if (saved) {
     const answer = saved.answers[key(question, fields)]
-    if (answer === undefined) throw Error('This is a saved page: it has the answers for its own text alone.')
+    if (answer === undefined) throw Error(question === 'stream' && fields.text === saved.text ? 'This page was saved without a continuation.' : 'This is a saved page: it has the answers for its own text alone.')
     return answer
   }
   const response = await fetch(`api/${question}`, {
