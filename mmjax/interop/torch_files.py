@@ -64,9 +64,9 @@ def _check_zip(path: Path) -> None:
   except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
     with path.open('rb') as file:
       start = file.read(4)
-    what = 'not a PyTorch zip file; re-save older ones with torch.save(state_dict, PATH)'
-    what = 'empty' if not start else 'damaged or cut short' if start == b'PK\x03\x04' else what
-    raise UserError(f'{path}: {what}') from error
+    other = 'not a PyTorch zip file; re-save older ones with torch.save(state_dict, PATH)'
+    what = {b'': 'empty', b'PK\x03\x04': 'damaged or cut short'}
+    raise UserError(f'{path}: {what.get(start, other)}') from error
   for entry in entries:
     if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
       raise UserError(f'{path}: record {entry.filename[:80]!r} is compressed, which torch.save never does')

@@ -177,7 +177,7 @@ class RunDir:
       identity: what the run is made of, for instance {'data_index_sha256': ..., 'tokenizer_sha256': ...}.
       step: the step that this start continues from.
       origin: where its weights come from, if this start read them from another run.
-      **facts: what else is to be known of this start, or is not as `describe_environment` says.
+      **facts: what else is to be known of this start.
 
     Raises:
       UserError: if run.json names another identity, with the differences, or is missing where a run has been.
@@ -190,7 +190,7 @@ class RunDir:
       raise UserError(f'{self.path} was started with other data: {"; ".join(differences)}; choose another --workdir')
     if origin and run['init_from']['params_sha256'] != origin['params_sha256']:  # a kill came before they were saved
       raise UserError(f'{origin["run"]} changed since {self.path} was started from it; choose another --workdir')
-    run['starts'].append({'step': step, **describe_environment(), **facts})
+    run['starts'].append({'step': step, **facts, **describe_environment()})
     write_json(self.run_path, run, sealed=True)
 
 
@@ -241,7 +241,6 @@ def describe_environment() -> dict[str, Any]:
     'pid': os.getpid(),
     'platform': device.platform,
     'device': device.device_kind,
-    'device_count': jax.device_count(),
     'versions': {'python': platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
   }
 

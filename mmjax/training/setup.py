@@ -202,8 +202,11 @@ def record_run(run: RunDir, config: Config, inputs: Inputs, step: int, origin: M
     identity |= origin['bank']
   elif not run.ever_saved:
     identity |= bank_identity(config)
-  facts = {'prepared_dir': str(inputs.train.directory.absolute()), 'remarks': inputs.remarks}
-  facts['device_count'] = make_mesh(config).size  # those that it uses
+  facts = {
+    'prepared_dir': str(inputs.train.directory.absolute()),
+    'remarks': inputs.remarks,
+    'device_count': make_mesh(config).size,  # those that it uses
+  }
   if run.was_trained and run.config_path.exists():  # settings of the schedule, which a start may change
     facts['changed'] = settings_changed(run.read_config(), config)[1]
   run.record_start(identity, step, origin, **facts)  # first: it refuses other data, before anything is replaced
