@@ -116,7 +116,10 @@ def test_home_is_where_what_is_written_goes(text, tmp_path, monkeypatch, capfd):
   prepare = ['--train_files', f'{text}/text.jsonl', '--out', '~/p', '--vocab_size', '300', '--workers', '1']
   monkeypatch.setattr(sys, 'argv', ['prepare', *prepare])
   importlib.import_module('mmjax.tools.prepare').main()
-  assert capfd.readouterr().out.startswith(f'{tmp_path}/p/text-')
+  out, err = capfd.readouterr()
+  assert out.startswith(f'{tmp_path}/p/text-')
+  train = f'python train.py --config configs/exp_1_4_2.py --config.data.prepared_dir={out.strip()}'
+  assert err.splitlines()[-1] == f'Train on it: {train} --config.model.vocab_size=300'
   assert RunDir('~/r').path == tmp_path / 'r'
   assert [path.name for path in tmp_path.iterdir()] == ['p']
 

@@ -60,6 +60,16 @@ def edited(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
   [
     (edited('layers.1.attention.wq.weight', None), r'missing layers.1.attention.wq.weight \(32, 32\)'),
     (edited('layers.1.feed_forward.bias', torch.ones(3)), r'unexpected layers.1.feed_forward.bias \(3,\)'),
+    (
+      edited('layers.0.attention.wk.weight', torch.ones(32, 16)),
+      r'\(1\):\n  layers.0.attention.wk.weight is \(32, 16\), must be \(16, 32\)',
+    ),
+    (edited('layers.0.attention.wk.weight', torch.ones(16)), r'wk.weight is \(16,\), must be \(16, 32\)'),
+    (
+      dict.fromkeys(('tok_embeddings.weight', names.TIED), torch.ones(32, 300))
+      | {name: value for name, value in make_state().items() if name not in ('tok_embeddings.weight', names.TIED)},
+      r'tok_embeddings.weight is \(32, 300\), must be \(300, 32\)',
+    ),
     (edited('norm.weight', torch.ones(31)), r'norm.weight is \(31,\), must be \(32,\)'),
     (edited('layers.7.attention_norm.weight', torch.ones(32)), r'unexpected layers.7.attention_norm.weight'),
     (edited('memory_bank', None), r'missing memory_bank'),

@@ -133,8 +133,10 @@ def _tokenizer(plan: Plan, data: DataConfig, progress: Progress) -> Tokenizer:
     return load_tokenizer(path)
   path = plan.directory / 'tokenizer.model'
   if not path.is_file():
-    progress.say(f'training a tokenizer of {plan.settings["vocab_size"]} pieces')
     sample = sample_text(_training_documents(plan, data.on_bad_line, progress), SAMPLE_BYTES)
+    if not sample:
+      raise UserError(_no_document_left(plan))
+    progress.say(f'training a tokenizer of {plan.settings["vocab_size"]} pieces')
     write_file(path, train_tokenizer(sample, plan.settings['vocab_size']))
   return load_tokenizer(path)
 
@@ -181,9 +183,7 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
     if file | identify(Path(file['path'])) != file:
       raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
   if 'train' not in index['splits']:
-    files = first_three([str(file) for file in plan.files['train']], 'files')
-    held_out = ', bad or held out' if plan.settings['valid_fraction'] else ' or bad'
-    raise UserError(f'no document is left of {files}: every line is empty{held_out}')
+    raise UserError(_no_document_left(plan))
   fraction, documents = plan.settings['valid_fraction'], index['splits']['train']['documents']
   if 'valid' in index['splits'] or not (plan.files['valid'] or fraction):
     return
@@ -201,6 +201,12 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
     f'data.valid_fraction={fraction} holds out none of the {documents} documents; give {more}data.valid_files; '
     'mmjax.tools.prepare and mmjax.tools.bank take 0, too'
   )
+
+
+def _no_document_left(plan: Plan) -> str:
+  files = first_three([str(file) for file in plan.files['train']], 'files')
+  held_out = ', bad or held out' if plan.settings['valid_fraction'] else ' or bad'
+  return f'no document is left of {files}: every line is empty{held_out}'
 
 
 def _remove_others(directory: Path, index: dict[str, Any] | None) -> None:

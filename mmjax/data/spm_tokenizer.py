@@ -138,7 +138,7 @@ def _why_no_vocabulary(error: str, vocab_size: int) -> str:
       + flags(least)
     )
   if '!sentences_.empty()' in error:
-    return 'no document is left: every line is empty, bad or held out (data.valid_fraction)'
+    return 'no tokenizer can be trained on this text: it has nothing but line ends'
   return f'no tokenizer of model.vocab_size={vocab_size} can be trained on this text: {error}'
 
 

@@ -22,7 +22,7 @@ TOLD = (  # field, the matrix that tells it, if it is there, and on which axis; 
   ('knowledge_num', 'memory_bank', 0),
   ('knowledge_dim', 'memory_bank', 1),
 )
-KEYS = re.compile(r'layers\.\d+\.attention\.wk\.weight')
+KEYS = re.compile(r'layers\.\d+\.attention\.w[kv]\.weight')  # of equal shapes
 UNTOLD = ('n_heads', 'max_seq_len', 'norm_eps', 'rope_theta')  # fields of ModelConfig that no shape depends on
 UNTOLD_BY = {'cross_attention': ('num_selected',), 'moe': ('experts_per_token',)}  # more of them, by sublayer
 
@@ -46,10 +46,13 @@ def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
     field -> value.
 
   Raises:
-    UserError: if the names are of no known sublayer, or of several.
+    UserError: if the names are of no known sublayer, or of several, or the embedding is turned.
   """
   sizes: dict[str, int | str] = {'sublayer': _sublayer(shapes, source)}
   sizes['n_layers'] = len(_ids(r'layers\.(\d+)\.', shapes))
+  embedding, width = shapes.get('tok_embeddings.weight', ()), shapes.get('norm.weight', ())
+  if embedding[:-1] == width and len(set(embedding)) == 2:
+    raise UserError(f'{source}: tok_embeddings.weight is {embedding}, must be {embedding[::-1]}')
   for field, name, axis in TOLD:
     if len(shapes.get(name, ())) == 2:
       sizes.setdefault(field, shapes[name][axis])
@@ -69,9 +72,9 @@ def read_kv_heads(shapes: Shapes, dim: int, n_heads: int, source: str) -> int:
   Raises:
     UserError: if the key projection is no whole number of such heads.
   """
-  shape = _keys_shape(shapes)
+  shape = _keys_shape(shapes, dim)
   if not shape:
-    return n_heads  # reported as missing later
+    return n_heads  # reported later, as missing or misshapen
   if n_heads not in (fitting := fitting_heads(shapes, dim)):
     raise UserError(
       f'model.n_heads={n_heads} does not fit {source}, where model.dim is {dim} and attention.wk.weight {shape}; '
@@ -82,14 +85,14 @@ def read_kv_heads(shapes: Shapes, dim: int, n_heads: int, source: str) -> int:
 
 def fitting_heads(shapes: Shapes, dim: int) -> list[int]:
   """Returns the numbers of query heads that the key projection allows, in a model that is `dim` wide."""
-  shape = _keys_shape(shapes)
+  shape = _keys_shape(shapes, dim)
   counts = [n for n in range(1, dim + 1) if dim % n == 0 and (dim // n) % 2 == 0]
   return [n for n in counts if shape and _kv_heads(shape, dim, n)]
 
 
-def _keys_shape(shapes: Shapes) -> tuple[int, ...]:
-  """Returns the shape of the key projection, of some layer that has one; () if none has."""
-  return next((shapes[name] for name in sorted(shapes) if KEYS.fullmatch(name)), ())
+def _keys_shape(shapes: Shapes, dim: int) -> tuple[int, ...]:
+  """Returns the shape of a projection to keys or values that reads a stream `dim` wide; () if there is none."""
+  return next((shapes[name] for name in sorted(shapes) if KEYS.fullmatch(name) and shapes[name][1:] == (dim,)), ())
 
 
 def _kv_heads(shape: tuple[int, ...], dim: int, n_heads: int) -> int:

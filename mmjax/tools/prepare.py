@@ -5,6 +5,7 @@ does it ahead. Without --train_files it prepares the text that Python itself car
 """
 
 import argparse
+import shlex
 import sys
 
 from mmjax.config import load_config, own_config
@@ -15,6 +16,8 @@ from mmjax.data.overlap import overlap_remark
 from mmjax.data.prepare import prepare
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import run_command
+
+FOR_EXAMPLE = 'configs/exp_1_4_2.py'  # of a config to train with
 
 
 def main() -> None:
@@ -27,17 +30,20 @@ def main() -> None:
     vocab_size = load_tokenizer(arguments.tokenizer).vocab_size
   if vocab_size is not None:
     overrides.append(f'--config.model.vocab_size={vocab_size}')
-  config = load_config(config_file, overrides)
+  config = load_config(config_file or str(own_config('base.py')), overrides)
   directory = prepare(config.data, config.model.vocab_size)
-  valid = read_index(directory)['splits'].get('valid', {})
-  if remark := overlap_remark(valid, valid.get('also_in_train'), config.data.layout):
-    print(remark, file=sys.stderr)
+  if valid := read_index(directory)['splits'].get('valid'):
+    if remark := overlap_remark(valid, valid.get('also_in_train'), config.data.layout):
+      print(remark, file=sys.stderr)
+    size = [flag for flag in overrides if flag.startswith('--config.model.vocab_size=')][-1:]
+    command = ['--config', config_file or FOR_EXAMPLE, f'--config.data.prepared_dir={directory}', *size]
+    print(f'Train on it: python train.py {shlex.join(command)}', file=sys.stderr)
   print(directory)
 
 
 def _parser() -> argparse.ArgumentParser:
   parser = command_parser('prepare', __doc__)
-  parser.add_argument('--config', default=str(own_config('base.py')), help='config file that the defaults come from')
+  parser.add_argument('--config', help='config file that the defaults come from (default: configs/base.py)')
   for field in ('train_files', 'valid_files', 'valid_fraction', 'tokenizer', 'text_key', 'on_bad_line', 'workers'):
     parser.add_argument(f'--{field}', help=SETTINGS[f'data.{field}'].meaning)
   parser.add_argument('--out', dest='prepared_dir', metavar='OUT', help='folder for prepared directories')
