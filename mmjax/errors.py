@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from importlib import metadata
 from typing import Any
 
-from mmjax.environment import ignore_jax_settings, missing_packages
+from mmjax.environment import ignore_jax_settings, keep_freed_memory, missing_packages
 
 # Of a disk that is full, broken or read-only: exit code 4. Any other OSError is the user's path: exit code 2.
 STORAGE_ERRNOS = (
@@ -101,6 +101,7 @@ def run_command(main: Callable[[], None]) -> None:
       print(ignored, file=sys.stderr)
     stop_without_packages()
     refuse_wrong_jaxlib()
+    keep_freed_memory()
     with _ignored_interrupt_ends_at_once():
       main()
   except CommandError as error:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import metadata
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from flax import nnx
 
 import mmjax
+from mmjax import environment
 from mmjax.config.sublayers import SUBLAYERS
 from mmjax.environment import IN_COMMANDS, JAX_SETTINGS, ignore_jax_settings, own_jax_settings
 from mmjax.errors import UserError, refuse_wrong_jaxlib
@@ -196,3 +198,47 @@ def test_modules_of_a_64_bit_program_have_the_same_parameters_and_answers(sublay
     wide = run()
   assert [x.dtype for x in plain] == [x.dtype for x in wide]
   assert all(np.array_equal(x, y) for x, y in zip(plain, wide, strict=True))
+
+
+USES_MEMORY_AGAIN = """
+import ctypes, resource, sys
+from mmjax.errors import run_command
+
+def main():
+  libc = ctypes.CDLL(None)
+  libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  for _ in range(8):
+    block = libc.malloc(64 << 20)
+    ctypes.memset(block, 1, 64 << 20)
+    libc.free(block)
+  print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+run_command(main) if sys.argv[1] == 'command' else main()
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='malloc of glibc')
+def test_a_command_uses_freed_memory_again_unless_the_environment_says_otherwise():
+  def faults(how: str, **environment: str) -> int:
+    environment = {name: value for name, value in os.environ.items() if 'MALLOC' not in name} | environment
+    command = [sys.executable, '-c', USES_MEMORY_AGAIN, how]
+    return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+  usual = faults('library')
+  assert faults('command') < 0.3 * usual  # 8 blocks, each of whose pages is cleared once or eight times
+  assert faults('command', MALLOC_MMAP_THRESHOLD_='1048576') > 0.9 * usual
+  assert faults('command', GLIBC_TUNABLES='glibc.malloc.perturb=0') > 0.9 * usual
+
+
+def test_an_old_glibc_that_refuses_the_threshold_takes_all_from_the_heap(monkeypatch):
+  calls = []
+  old = SimpleNamespace(mallopt=lambda parameter, value: calls.append((parameter, value)) or parameter != -3)
+  monkeypatch.setattr(environment.ctypes, 'CDLL', lambda name: old)
+  monkeypatch.setattr(sys, 'platform', 'linux')
+  for name in [name for name in os.environ if 'MALLOC' in name]:
+    monkeypatch.delenv(name)
+  environment.keep_freed_memory()
+  assert (-4, 0) in calls and {parameter for parameter, _ in calls} == {-8, -3, -1, -4}
+  monkeypatch.setattr(environment.ctypes, 'CDLL', lambda name: SimpleNamespace())  # another C library
+  environment.keep_freed_memory()
