@@ -42,13 +42,12 @@ TRAIN_PACKAGES = (
   'tensorboardX',
 )  # fmt: skip
 
-# mallopt's numbers of what to set, with the value and the variable by which a user can set it: GNU C library, malloc.h.
+# For mallopt of the GNU C library, malloc.h: what to set, and the value.
 MALLOC = (
-  (-8, 1, 'MALLOC_ARENA_MAX'),  # or each thread has a heap of its own, and no block of 64 MiB fits into it
-  (-3, 1 << 30, 'MALLOC_MMAP_THRESHOLD_'),  # smaller blocks come from the heap
-  (-1, (1 << 31) - 1, 'MALLOC_TRIM_THRESHOLD_'),  # bytes that the end of the heap may have free
+  (-8, 1),  # M_ARENA_MAX: or each thread has a heap of its own, and no block of 64 MiB fits into it
+  (-3, 512 << 20),  # M_MMAP_THRESHOLD: larger blocks alone are the kernel's; older versions take at most 32 MiB
+  (-1, 1 << 30),  # M_TRIM_THRESHOLD: what may be free at the end of the heap
 )
-ALL_FROM_THE_HEAP = (-4, 0)  # for older versions of glibc, which refuse a threshold above 32 MiB
 
 
 def count_cores() -> int:
@@ -82,15 +81,14 @@ def ignore_jax_settings() -> str | None:
 def keep_freed_memory() -> None:
   """Lets this process use memory again that it freed, where glibc would return it to the kernel; on Linux.
 
-  XLA frees what a program on a CPU needs at its end and takes it at the next start. Of blocks larger than 32 MiB the
-  kernel would then clear every page anew, which took up to a third of an update. Variables of malloc in the environment
-  are left to say what they say.
+  XLA frees what a program on a CPU needs at its end and takes it at the next start. Of blocks of 32 MiB or more the
+  kernel would then clear every page anew, which took up to a third of an update. Where the environment sets something
+  of malloc, that holds instead.
   """
   mallopt = sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'mallopt', None)
-  if mallopt and 'glibc.malloc' not in os.environ.get('GLIBC_TUNABLES', ''):
-    for parameter, value, variable in MALLOC:
-      if variable not in os.environ and not mallopt(parameter, value):
-        mallopt(*ALL_FROM_THE_HEAP)
+  told = any(name.startswith('MALLOC_') for name in os.environ) or 'malloc' in os.environ.get('GLIBC_TUNABLES', '')
+  for parameter, value in () if told or not mallopt else MALLOC:
+    mallopt(parameter, value)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import subprocess
 import sys
 from contextlib import ExitStack, contextmanager, nullcontext
 from importlib import metadata
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +13,6 @@ import pytest
 from flax import nnx
 
 import mmjax
-from mmjax import environment
 from mmjax.config.sublayers import SUBLAYERS
 from mmjax.environment import IN_COMMANDS, JAX_SETTINGS, ignore_jax_settings, own_jax_settings
 from mmjax.errors import UserError, refuse_wrong_jaxlib
@@ -229,16 +227,3 @@ def test_a_command_uses_freed_memory_again_unless_the_environment_says_otherwise
   assert faults('command') < 0.3 * usual  # 8 blocks, each of whose pages is cleared once or eight times
   assert faults('command', MALLOC_MMAP_THRESHOLD_='1048576') > 0.9 * usual
   assert faults('command', GLIBC_TUNABLES='glibc.malloc.perturb=0') > 0.9 * usual
-
-
-def test_an_old_glibc_that_refuses_the_threshold_takes_all_from_the_heap(monkeypatch):
-  calls = []
-  old = SimpleNamespace(mallopt=lambda parameter, value: calls.append((parameter, value)) or parameter != -3)
-  monkeypatch.setattr(environment.ctypes, 'CDLL', lambda name: old)
-  monkeypatch.setattr(sys, 'platform', 'linux')
-  for name in [name for name in os.environ if 'MALLOC' in name]:
-    monkeypatch.delenv(name)
-  environment.keep_freed_memory()
-  assert (-4, 0) in calls and {parameter for parameter, _ in calls} == {-8, -3, -1, -4}
-  monkeypatch.setattr(environment.ctypes, 'CDLL', lambda name: SimpleNamespace())  # another C library
-  environment.keep_freed_memory()
