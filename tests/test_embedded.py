@@ -43,6 +43,16 @@ def test_docstrings_are_taken_from_sources_by_module_without_copies(library):
   assert documents == sorted(set(documents)) == embedded_documents()
 
 
+def test_text_does_not_depend_on_hooks_that_the_process_has_set(library, monkeypatch):
+  for name in ('unraisablehook', 'excepthook', 'displayhook', 'breakpointhook'):
+    monkeypatch.setattr(sys, name, getattr(sys, f'__{name}__'))
+  usual = embedded_documents()
+  assert any('\n\nsys.unraisablehook\nHandle an unraisable exception.' in text for text in usual)
+  for name in ('unraisablehook', 'excepthook', 'displayhook', 'breakpointhook'):
+    monkeypatch.setattr(sys, name, lambda *_: None)
+  assert embedded_documents() == usual
+
+
 @pytest.mark.thorough
 def test_corpus_is_built_once_and_recorded(tmp_path, monkeypatch):
   said = []

@@ -115,6 +115,7 @@ def _builtin_modules() -> Iterator[list[tuple[str, str]]]:
     module = importlib.import_module(module_name)
     members = [(module_name, module)]
     for name, value in sorted(vars(module).items()):
+      value = vars(module).get(f'__{name}__', value)  # sys keeps the hooks there that this process may have replaced
       if inspect.isroutine(value) or inspect.isclass(value):
         members.append((f'{module_name}.{name}', value))
       if inspect.isclass(value):
