@@ -1,6 +1,6 @@
 """A million rows that the last one, two or three tokens address, and training as strong as was found for 1.4.0.
 
-G52 of docs/experiments.md at the record's size; configs/ngram_rows_4m.py is G57, the best there. They were measured at
+G52 of docs/experiments.md at the record's size; configs/ngram_rows_4m.py is G66, the best there. They were measured at
 small scale, and nobody has trained them at this one. What differs from configs/ngram_rows.py:
 
   ngrams         six heads: two read a row for the token, two a row for it and the one before, two for the last three

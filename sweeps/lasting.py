@@ -67,6 +67,8 @@ MODELS = {
   'g57': GROWING | BANK | {'model.knowledge_num': 4194304},
   'g58': GROWING | IN_VALUES | BANK | {'model.knowledge_num': 4194304},
   'g65': GROWING | BANK | {'model.knowledge_num': 16777216},
+  # A bank whose rate stays high.
+  'g66': GROWING | BANK | {'model.knowledge_num': 4194304, 'memory.bank_lr_final_multiplier': 64.0},
 }
 
 
