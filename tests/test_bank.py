@@ -123,6 +123,8 @@ def test_reads_of_a_tapped_bank_add_up_to_its_gradient(bag):
   np.testing.assert_allclose(got_weight, want_weight, rtol=1e-5, atol=1e-6)
   with pytest.raises(ValueError, match=r'rows of shape \(5, 2, 2, 4\) must have that of their reads, \(2, 5, 2, 4\)'):
     add_reads(jnp.zeros((9, 3)), row.swapaxes(0, 1), reads)
+  with pytest.raises(ValueError, match=r'sums of shape \(9, 6\) must have the width of the reads, 3'):
+    add_reads(jnp.zeros((9, 6)), row, reads)
 
 
 @pytest.mark.parametrize('bag', [False, True])

@@ -445,3 +445,19 @@ def test_bank_and_sizes_from_numpy_are_taken():
     return jnp.sin(memory.apply(params, x_BTD, bank_MP).delta_BTD).sum()
 
   np.testing.assert_array_equal(jax.grad(loss)(np.asarray(bank_MP)), jax.grad(loss)(bank_MP))
+
+
+def test_sizes_from_numpy_decide_neither_dtypes_nor_overflow():
+  narrow = NgramBag(dim=np.uint8(20), n_rows=np.uint8(64), row_dim=np.uint8(50), n_heads=np.uint8(6))
+  plain = NgramBag(dim=20, n_rows=64, row_dim=50, n_heads=6)
+  assert narrow == plain and narrow.init(jax.random.key(0))['down']['kernel'].shape == (300, 20)
+  sizes = {'dim': 8192, 'n_rows': 4096, 'row_dim': 1024, 'n_heads': 4, 'rows_per_head': 8}
+  as_numpy = GatedFusion(**{name: np.int32(size) for name, size in sizes.items()})
+  assert as_numpy.flops() == GatedFusion(**sizes).flops()
+  assert NgramBag(**SIZES, ngrams=(np.int64(2),)) == NgramBag(**SIZES, ngrams=(2,))
+  with jax.enable_x64(True):
+    for bank_MP in (
+      init_bank(jax.random.key(0), n_rows=4, row_dim=np.int64(8)),
+      init_bank(jax.random.key(0), n_rows=4, row_dim=8, std=1 / np.sqrt(8)),
+    ):
+      assert bank_MP.dtype == jnp.float32

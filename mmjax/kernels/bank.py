@@ -105,11 +105,13 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
     reads: of them.
 
   Raises:
-    ValueError: if rows and reads have not the same shape.
+    ValueError: if rows and reads have not the same shape, or the sums not the width of the reads.
   """
   read = reads.grad.shape[:-1] if reads.weight_BThr is None else reads.weight_BThr.shape
   if row_BThr.shape != read:
     raise ValueError(f'rows of shape {row_BThr.shape} must have that of their reads, {read}')
+  if sums_MP.shape[1:] != reads.grad.shape[-1:]:
+    raise ValueError(f'sums of shape {sums_MP.shape} must have the width of the reads, {reads.grad.shape[-1]}')
   return on_any_mesh(_add_reads, lambda spec: spec, sums_MP, row_BThr, reads)
 
 

@@ -106,10 +106,12 @@ class NgramBag(_Bag):
     """Raises ValueError if a size or `ngrams` breaks its rule, or the bank has too few rows for ranges of heads."""
     super().__post_init__()
     tokens = self.ngrams if isinstance(self.ngrams, tuple) else ()
-    if not tokens or not all(type(n) is int and n >= 1 for n in tokens) or len(tokens) > self.n_heads:
+    whole = all(isinstance(n, int | np.integer) and not isinstance(n, bool) and n >= 1 for n in tokens)
+    if not tokens or not whole or len(tokens) > self.n_heads:
       raise ValueError(
         f'ngrams={self.ngrams!r} must be a tuple of numbers of tokens, from 1, no more than n_heads={self.n_heads}'
       )
+    object.__setattr__(self, 'ngrams', tuple(map(int, tokens)))
     if self.vocab_size is None:
       return
     least = least_rows_of_ranges(self.ngram_of_heads(), self.rows_per_head, self.vocab_size)
@@ -133,7 +135,7 @@ class NgramBag(_Bag):
     """Does what `rows` does, from the last tokens at each position, int32: see `cached_last_tokens`.
 
     Raises:
-      ValueError: if there are too few of them, or an id is one that `rows` refuses.
+      ValueError: if there are too few of them, or a position's own id is one that `rows` refuses.
     """
     addresses, size = self.rows_per_head // self.bucket_size, self.bucket_size
     bucket = ngram_rows(last_BTn, self.ngram_of_heads(), addresses, self.n_rows // size, self.vocab_size)

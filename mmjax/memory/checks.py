@@ -28,10 +28,16 @@ MOST_ROWS = 2**31 - 1
 
 
 def check_sizes(memory: 'Memory') -> None:
-  """Raises ValueError if a field that mmjax's classes give a memory is no number of its kind above 0, or no bool."""
+  """Raises ValueError if a field that mmjax's classes give a memory is no number of its kind above 0, or no bool.
+
+  Numbers become Python's: those of NumPy would overflow, and decide dtypes.
+  """
   for field in dataclasses.fields(memory):
     if field.name in _own_fields(type(memory)):
-      check_size(field.name, getattr(memory, field.name), field.type)
+      value = getattr(memory, field.name)
+      check_size(field.name, value, field.type)
+      if isinstance(value, np.number):
+        object.__setattr__(memory, field.name, value.item())
   if memory.n_rows > MOST_ROWS:
     raise ValueError(f'n_rows={memory.n_rows} must be at most {MOST_ROWS}: rows have numbers of int32')
 
@@ -122,7 +128,7 @@ def _is_float(dtype: DTypeLike) -> bool:
 def _check_floats(name: str, value: Any) -> None:
   """Raises ValueError for what is no array of floats: JAX would compute with integers, and drop imaginary parts."""
   dtype = getattr(value, 'dtype', None)
-  if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+  if dtype is None or not _is_float(dtype):
     raise ValueError(f'{name} must be an array of floats, not {type(value).__name__ if dtype is None else dtype}')
 
 

@@ -20,7 +20,7 @@ from mmjax.kernels.product_key import balancing_slope, product_key_topk
 from mmjax.memory.base import Memory
 from mmjax.memory.checks import check_gate
 from mmjax.memory.params import init_kernels
-from mmjax.memory.types import Bank, Params, Selection
+from mmjax.memory.types import Bank, Params, Selection, shape_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,8 @@ class GatedMemory(Memory):
   def select(self, params: Params, x_BTD: Array, row_BThr: Array | None, dtype: DTypeLike) -> Selection:
     """Returns the rows that match best in float32 (docs/memory.md says why); raises ValueError if it is given rows."""
     if row_BThr is not None:
-      raise ValueError(f'row_BThr of shape {row_BThr.shape} must be None: a memory with a gate selects its rows itself')
+      found = shape_of(row_BThr)
+      raise ValueError(f'row_BThr of shape {found} must be None: a memory with a gate selects its rows itself')
     gate = params['gate']
     query = exact_normed_matmul(x_BTD, params['norm']['scale'], gate['query']['kernel'], self.norm_eps, dtype)
     query_BTkp, keys_kCp = query.reshape(*x_BTD.shape[:-1], len(gate['keys']), -1), gate['keys']

@@ -35,12 +35,13 @@ def init_bank(key: Array, *, n_rows: int, row_dim: int, std: float | None = None
   """
   check_size('n_rows', n_rows, int)
   check_size('row_dim', row_dim, int)
+  n_rows, row_dim = int(n_rows), int(row_dim)
   std = row_dim**-0.5 if std is None else std
   if n_rows > MOST_ROWS:
     raise ValueError(f'n_rows={n_rows} must be at most {MOST_ROWS}: rows have numbers of int32')
   if isinstance(std, bool) or not isinstance(std, numbers.Real) or not 0 <= std < math.inf:
     raise ValueError(f'std={std!r} must be a finite number, 0 or above')
-  return std * jax.random.normal(key, (n_rows, row_dim), jnp.float32)
+  return float(std) * jax.random.normal(key, (n_rows, row_dim), jnp.float32)
 
 
 class ParamTree(nnx.Module):

@@ -36,7 +36,7 @@ class SublayerOutput(NamedTuple):
   """What a memory, or another sublayer, adds to the residual stream and to the training loss, and what it read.
 
   Rows are int32, head by head and best first in each; their scores are float32, before any activation. Rows that
-  n-grams address are as they were given, in no order, and their scores are 0.
+  n-grams address are as they were given, in no order; their scores are 0 where the context does not weigh them.
   """
 
   delta_BTD: Array
