@@ -306,6 +306,21 @@ def test_too_many_skipped_updates_end_the_run_with_a_dump(text, tmp_path, monkey
     assert dump['gradient_norms']['layers/0/sublayer/gate/keys'] == 0 < dump['gradient_norms']['memory_bank']
 
 
+def test_a_kill_before_the_first_config_was_written_is_no_loss(text, tmp_path, monkeypatch):
+  class Killed(BaseException):
+    pass
+
+  def killed(*_):
+    raise Killed
+
+  with monkeypatch.context() as patch, pytest.raises(Killed):
+    patch.setattr(RunDir, 'write_config', killed)
+    fit(run_config(text, train__max_steps=2), tmp_path)
+  assert RunDir(tmp_path).was_trained and not RunDir(tmp_path).config_path.exists()
+  fit(run_config(text, train__max_steps=2), tmp_path)
+  assert list(RunDir(tmp_path).steps())[-1] == 2
+
+
 def test_sigterm_saves_and_exits_75_and_a_second_run_is_refused(text, tmp_path):
   endless = {'train__max_steps': 30_000, 'train__eval_interval': 30_000, 'train__checkpoint_interval': 30_000}
   start = command(text, tmp_path, **endless)

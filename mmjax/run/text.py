@@ -41,7 +41,7 @@ def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
         'the one that they were trained with: --config.data.tokenizer=FILE'
       )
     return _prepare(config, own)
-  files, earlier = ((data.train_files, data.valid_files) for data in (config.data, run.read_config().data))
+  files, earlier = ((data.train_files, data.valid_files) for data in (config.data, _earlier(run, config).data))
   needs_shards = not any(files) or (files == earlier and _what_is_gone(config))
   if needs_shards and (found := find_run_data(run, config)):
     return found
@@ -95,6 +95,11 @@ def place_for_shards(run: RunDir, config: Config) -> str:
   return next((str(folder) for folder in folders if os.access(folder, os.W_OK | os.X_OK)), config.data.prepared_dir)
 
 
+def _earlier(run: RunDir, config: Config) -> Config:
+  """Returns a run's settings at its last start, or `config` where a kill came before the first were written."""
+  return run.read_config() if run.config_path.exists() else config
+
+
 def _what_is_gone(config: Config) -> str:
   """Returns in brackets why the text that the settings name cannot be read; '' if it can, or they name none."""
   try:
@@ -140,7 +145,7 @@ def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:
   prepared = _prepare(config, tokenizer)
   recorded = run.read_record()['identity'].get('data_sha256')
   if recorded and data_sha256(read_index(prepared)) != recorded:
-    settings = differences(run.read_config(), config).items()
+    settings = differences(_earlier(run, config), config).items()
     different = '; '.join(f'{name} {old} -> {new}' for name, (old, new) in settings if name.startswith('data.'))
     raise UserError(
       f'{run.path} was started with other data: the text that the settings name makes other shards '
