@@ -8,8 +8,8 @@ small scale, and nobody has trained them at this one. What differs from configs/
   ngram_signs    n-grams that meet in a row read it with signs of their own, so that they disturb each other less
   knowledge_num  1,048,576 rows: more n-grams have one to themselves, and the lead shrinks less as training goes on
   optimizer      Muon moves the matrices of the layers; the embedding learns 16 times, the bank 64 times as fast as the
-                 other parameters of AdamW, from the first update to the last (there, G52 and G57 end at the common
-                 rate, which was worse); the rate is constant and falls over the second half
+                 other parameters of AdamW, from the first update to the last, which was better for G57 than to
+                 end at the common rate; the common rate is constant and falls over the second half
   value_embeddings  the values of every other layer get an embedding of the token, in the feed-forward model as well
 
 python -m mmjax.tools.fit --config configs/ngram_rows_1m.py --gpu rtx4090

@@ -82,7 +82,7 @@ def keep_freed_memory() -> None:
   """Lets this process use memory again that it freed, where glibc would return it to the kernel; on Linux.
 
   XLA frees what a program on a CPU needs at its end and takes it at the next start. Of blocks of 32 MiB or more the
-  kernel would then clear every page anew, which took up to a third of an update. Where the environment sets something
+  kernel would then clear every page anew, which took up to a quarter of an update. Where the environment sets something
   of malloc, that holds instead.
   """
   mallopt = sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'mallopt', None)
