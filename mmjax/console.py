@@ -12,7 +12,7 @@ import sys
 import time
 import unicodedata
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from rich import progress as rich_progress
@@ -131,6 +131,13 @@ def _rich_table(table: Table) -> RichTable:
   for row in table.rows:
     shown.add_row(*(cell if isinstance(cell, Text) else Text(printable(str(cell))) for cell in row))
   return shown
+
+
+@contextlib.contextmanager
+def share_shown(stage: str) -> Iterator[Callable[[float], None]]:
+  """Gives a function that shows on stderr which share, 0 to 1, of something is done."""
+  with contextlib.closing(Progress(sys.stderr)) as progress:
+    yield lambda share: progress.update(stage, share, 1)
 
 
 class Progress:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 from mmjax.environment import ignore_jax_settings, keep_freed_memory, missing_packages
 
@@ -22,6 +22,7 @@ STORAGE_ERRNOS = (
   errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO,
   errno.ETIMEDOUT,
 )  # fmt: skip
+SHOW_CURSOR = b'\x1b[?25h'
 
 
 class CommandError(Exception):
@@ -161,5 +162,13 @@ def interrupt_ends_at_once() -> Iterator[None]:
 
 
 def _end_interrupted(*_: object) -> None:
-  os.write(2, b'Interrupted.\n')
+  end_at_once('Interrupted.')
+
+
+def end_at_once(sentence: str) -> NoReturn:
+  """Ends the process here and now, with the exit code of Ctrl-C; shows the cursor, which a bar may have hidden."""
+  with suppress(OSError):  # the terminal may be gone
+    for descriptor in filter(os.isatty, (1, 2)):
+      os.write(descriptor, SHOW_CURSOR)
+    os.write(2, f'{sentence}\n'.encode())
   os._exit(130)

@@ -9,8 +9,8 @@ import pytest
 
 from mmjax import console
 from mmjax.config import load_config
-from mmjax.console import Progress, Table, format_seconds, markdown, number, show
-from mmjax.training.progress import MicroBatchWatch, describe_times, show_step
+from mmjax.console import Progress, Table, format_seconds, markdown, number, share_shown, show
+from mmjax.training.progress import MicroBatchWatch, describe_times, show_evaluation, show_step
 from mmjax.training.setup import warmup_remark
 
 
@@ -103,6 +103,27 @@ def test_advice_and_runs_that_never_leave_their_warm_up():
   assert advice in describe_times(train, 512, 10_000, 0.5 * train.batch_size)
   assert warmup_remark(train, 301) == ''
   assert warmup_remark(train, 300).endswith('train.warmup_steps=300 is not less than the 300 updates of the run')
+
+
+def test_evaluations_are_shown_within_the_time_of_the_training(clock):
+  stream = io.StringIO()
+  progress = Progress(stream)
+  show_step(progress, 100, metrics(10))
+  clock[0] += 20
+  show_step(progress, 100, metrics(20))
+  for share in (0.25, 0.5, 0.75):
+    clock[0] += 10
+    show_evaluation(progress, 20, 100, share)
+  *_, shown = stream.getvalue().splitlines()
+  assert len(stream.getvalue().splitlines()) == 3 and shown == 'step 20/100  evaluating: 50%  5 min 20 s left'
+
+
+def test_share_of_what_takes_long_is_shown_on_stderr(clock, capsys):
+  with share_shown('evaluating') as show:
+    show(0.25)
+    clock[0] += 20
+    show(0.5)
+  assert capsys.readouterr() == ('', 'evaluating: 50%  40 s left\n')
 
 
 def test_terminal_shows_a_bar_and_messages_as_they_are():

@@ -159,7 +159,10 @@ def test_each_epoch_has_every_row_once_in_another_order(directory):
 
 def test_evaluation_goes_through_all_rows_in_order_and_fills_up_with_padding(directory):
   split = open_rows(directory, 16, isolate=True)
-  batches = list(eval_batches(split, 9))
+  shown = []
+  batches = list(eval_batches(split, 9, shown.append))
+  assert len(batches) > 2 and shown == [n / len(batches) for n in range(1, len(batches) + 1)]
+  assert len(list(eval_batches(split, 9, most=2))) == 2
   row_ids = np.concatenate([batch['row_id'] for batch in batches])
   assert all(len(batch['row_id']) == 9 for batch in batches)
   assert row_ids[: split.n_rows].tolist() == list(range(split.n_rows)) and (row_ids[split.n_rows :] == -1).all()

@@ -118,7 +118,23 @@ def test_best_and_last_evaluation_are_told_apart(tmp_path):
   text = write_report(make_run(tmp_path / 'run', records)).read_text()
   assert '| on the validation set | best (update 2) | last (update 4) |' in text
   assert '| loss, nats a token | 3.5000 | 4.2500 |' in text
-  assert cells(text)['training loss, mean of the last 1 reports'] == '4.6000'
+  assert cells(text)['training loss, mean of 4 updates'] == '4.6000'
+
+
+def test_training_loss_weighs_every_update_alike(tmp_path):
+  records = [train_line(step, loss=loss) for step, loss in ((10, 9.0), (20, 3.0), (30, None), (31, 5.0))]
+  records += [train_line(31 + 2 * n, loss=2.0) for n in range(1, 9)]  # the first of the eleven with a loss is left out
+  found = cells(write_report(make_run(tmp_path / 'run', records)).read_text())
+  assert found['training loss, mean of 27 updates'] == f'{(10 * 3 + 5 + 16 * 2) / 27:.4f}'
+
+
+def test_commands_of_a_run_whose_schedule_was_changed_say_so(tmp_path):
+  start = {'time': '', 'step': 0, 'device_count': 1, 'device': 'cpu', 'host': '', 'platform': '', 'versions': {}}
+  run = make_run(tmp_path / 'run', [train_line(4)])
+  for changes, times in (([], 0), (['train.max_steps 5 -> 10'], 1)):
+    write_json(run / 'run.json', {'identity': {}, 'starts': [start, start | {'changed': changes}]})
+    commands = write_report(run).read_text().partition('## Commands to repeat it')[2]
+    assert commands.count('A later start of this run changed settings (train.max_steps 5 -> 10).') == times
 
 
 def test_stopped_run_without_checkpoint_says_what_is_missing(tmp_path):

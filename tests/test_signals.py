@@ -1,6 +1,7 @@
 """Signals: the first one is remembered, the second ends the process at once, and what was there before comes back."""
 
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -58,6 +59,31 @@ def test_second_signal_exits_at_once():
   _, err = child.communicate(timeout=10)
   assert child.returncode == 130
   assert 'Second signal' in err
+
+
+def test_second_signal_shows_the_cursor_that_a_bar_has_hidden():
+  code = """
+import time
+from mmjax.console import Progress
+from mmjax.run.signals import StopSignals
+with StopSignals():
+  progress = Progress()
+  progress.update('training', 1, 2)
+  time.sleep(60)
+"""
+  ours, terminal = pty.openpty()
+  env = os.environ | {'PYTHONPATH': str(Path(__file__).parents[1]), 'JAX_PLATFORMS': 'cpu', 'TERM': 'xterm'}
+  child = subprocess.Popen([sys.executable, '-c', code], env=env, stdin=terminal, stdout=terminal, stderr=terminal)
+  os.close(terminal)
+  shown = b''
+  for awaited in (b'\x1b[?25l', b'finishing this step'):
+    while awaited not in shown:
+      shown += os.read(ours, 4096)
+    child.send_signal(signal.SIGINT)
+  assert child.wait(timeout=10) == 130
+  shown += os.read(ours, 4096)
+  os.close(ours)
+  assert b'Second signal' in shown and shown.rindex(b'\x1b[?25h') > shown.rindex(b'\x1b[?25l')
 
 
 def test_signals_are_heard_within_a_long_update():

@@ -6,7 +6,8 @@ document d from BOS and what precedes them; the rest of a long document is not u
 """
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -221,12 +222,20 @@ def check_fills_batch(split: TokenSplit, global_batch_rows: int) -> None:
     )
 
 
-def eval_batches(split: TokenSplit, rows: int) -> Iterator[dict[str, np.ndarray]]:
-  """Yields all rows in order, `rows` at a time, as `TokenSplit.rows` does; rows of padding fill the last batch."""
+def eval_batches(
+  split: TokenSplit, rows: int, show: Callable[[float], None] = lambda share: None, most: int | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields all rows in order, `rows` at a time, as `TokenSplit.rows` does; rows of padding fill the last batch.
+
+  `show` is told the share of the batches that is done, after each; there are at most `most`, which None does not limit.
+  """
   row_ids = np.full(-(-split.n_rows // rows) * rows, -1)
   row_ids[: split.n_rows] = np.arange(split.n_rows)
-  dataset = grain.MapDataset.source(row_ids.reshape(-1, rows)).map(split.rows)
-  return _prefetched(dataset, 0)
+  dataset = grain.MapDataset.source(row_ids.reshape(-1, rows)[:most]).map(split.rows)
+  with closing(_prefetched(dataset, 0)) as batches:
+    for done, batch in enumerate(batches, 1):
+      yield batch
+      show(done / len(dataset))
 
 
 def _prefetched(dataset: grain.MapDataset, start_step: int) -> Iterator[dict[str, np.ndarray]]:

@@ -100,13 +100,19 @@ def make_eval_step(graphdef: nnx.GraphDef, config: Config, placement: Placement)
   return step
 
 
-def evaluate_split(config: Config, eval_step: EvalStep, params: Params, split: TokenSplit) -> EvalResult:
-  """Evaluates on all rows of a split.
+def evaluate_split(
+  config: Config,
+  eval_step: EvalStep,
+  params: Params,
+  split: TokenSplit,
+  show: Callable[[float], None] = lambda share: None,
+) -> EvalResult:
+  """Evaluates on all rows of a split; `show` is told the share of them that is done, after each batch.
 
   Raises:
     UserError: if there is no token to predict.
   """
-  batches = eval_batches(split, config.train.batch_size)
+  batches = eval_batches(split, config.train.batch_size, show)
   return evaluate(eval_step, params, batches, split.scored_bytes, plan_probe(config, split))
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from mmjax.choices import CHECKPOINT, NGRAMS
 from mmjax.config import Config, override_config
+from mmjax.console import share_shown
 from mmjax.data.index import split_sha256
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches, open_split, row_settings
 from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
@@ -204,10 +205,11 @@ def _loss_of_banks(lm: LanguageModel, config: Config, texts: Sequence[TokenSplit
     banks['loss_zeroed'] = with_changed_bank(lm.params, 'loss_zeroed')
   parts = {name: [] for name in banks}
   for text in texts:
-    for batch in eval_batches(text, config.train.batch_size):
-      rows = {name: batch[name] for name in ('input', 'target', 'segment')}
-      for name, params in banks.items():
-        parts[name].append((token_loss(params, rows), batch['target'] != PADDING))
+    with share_shown('evaluating') as show:
+      for batch in eval_batches(text, config.train.batch_size, show):
+        rows = {name: batch[name] for name in ('input', 'target', 'segment')}
+        for name, params in banks.items():
+          parts[name].append((token_loss(params, rows), batch['target'] != PADDING))
   return {
     name: np.concatenate([np.asarray(nll_BT, np.float64)[kept_BT] for nll_BT, kept_BT in part])
     for name, part in parts.items()

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config
-from mmjax.console import Progress
+from mmjax.console import Progress, share_shown
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, cut_remark, open_split, row_settings
 from mmjax.data.overlap import overlap_remark, shared_documents
@@ -93,7 +93,8 @@ def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalR
   config, placement = as_trained(lm, lm.config)
   split = open_text(config, run, valid_files)
   step = make_eval_step(model_graph(config), config, placement)
-  return evaluate_split(config, step, lm.params, split)
+  with share_shown('evaluating') as show:
+    return evaluate_split(config, step, lm.params, split, show)
 
 
 def open_text(config: Config, run: RunDir, files: str = '', progress: Progress | None = None) -> TokenSplit:

@@ -9,7 +9,7 @@ probability is the effect of this row's value over an average one, on every path
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from jax import Array
 from mmjax.choices import TOP
 from mmjax.config import Config
 from mmjax.config.sublayers import SUBLAYERS, VALUE_ROWS, bank_readers, layer_kinds
+from mmjax.console import share_shown
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.environment import own_jax_settings
@@ -189,7 +190,8 @@ class MemoryReader:
     """
     self.check_row(row)
     layers = self.chosen_layers(layer)
-    best, taken, read = self._best_contexts(row, split, layers, positions)
+    with share_shown('reading the corpus') as show:
+      best, taken, read = self._best_contexts(row, split, layers, positions, show)
     found = [self.describe_row(row, number, split, best[number], top) | {'taken': taken[number]} for number in layers]
     return {'row': row, 'range': self.range_of(row), 'positions': read, 'layers': found}
 
@@ -229,12 +231,12 @@ class MemoryReader:
     return np.asarray(row_LBTR), np.where(self._weighs_L111, np.abs(weight_LBTR), score_LBTR)
 
   def _best_contexts(
-    self, row: int, split: TokenSplit, layers: list[int | str], positions: int
+    self, row: int, split: TokenSplit, layers: list[int | str], positions: int, show: Callable[[float], None]
   ) -> tuple[dict[int | str, list[tuple[float, int, int]]], Counter, int]:
     """Returns for each layer (strength, corpus row, position), strongest first; how many there were; positions read."""
     best, taken, read = {layer: [] for layer in layers}, Counter(), 0
     most = -(-positions // (ROWS_AT_A_TIME * split.max_seq_len)) if positions else None
-    for batch in itertools.islice(eval_batches(split, ROWS_AT_A_TIME), most):
+    for batch in eval_batches(split, ROWS_AT_A_TIME, show, most):
       row_LBTR, strength_LBTR = self.read_batch(split, batch)
       strength_LBT = np.max(strength_LBTR, axis=-1, initial=-np.inf, where=row_LBTR == row)
       predicted_BT = batch['target'] != PADDING

@@ -13,7 +13,7 @@ from mmjax.data.loader import count_rows
 from mmjax.report.found import FoundRun, where
 from mmjax.report.numbers import HELD_OUT, QUALITY, cost_table, costs, memory_tables, names, written
 
-LAST_LINES = 10  # of the training log, over which the final training loss is averaged
+LAST_LINES = 10  # of the training log, over whose updates the final training loss is averaged
 MOST_EVALUATIONS = 20  # in the table of them
 Blocks = list[Table | str]
 
@@ -30,9 +30,9 @@ def result(run: FoundRun) -> Blocks:
     in_a_pass = count_rows(run.index['splits']['train'], run.config.model.max_seq_len, run.config.data.layout)
     passes = number(train[-1]['step'] * config.update_rows / in_a_pass, ',.2f')
     rows.append(('passes over the training rows', passes if planned else f'{passes} of {config.epochs}'))
-  losses = [r['loss'] for r in train[-LAST_LINES:] if r['loss'] is not None]
-  if losses:
-    rows.append((f'training loss, mean of the last {len(losses)} reports', number(statistics.fmean(losses))))
+  if last := updates_of(train)[-LAST_LINES:]:
+    loss = statistics.fmean(*zip(*last, strict=True))
+    rows.append((f'training loss, mean of {number(sum(updates for _, updates in last))} updates', number(loss)))
   if not run.finite_evals:
     return [facts(rows)]
   best, last = min(run.finite_evals, key=lambda r: r['loss']), run.finite_evals[-1]
@@ -40,6 +40,12 @@ def result(run: FoundRun) -> Blocks:
   header = ['on the validation set', *(f'{name} (update {r["step"]:,})' for name, r in shown.items())]
   columns = [names(QUALITY), *(written(r, QUALITY) for r in shown.values())]
   return [facts(rows), Table(header, list(zip(*columns, strict=True)))]
+
+
+def updates_of(train: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
+  """Returns the loss of each report that has one, and of how many updates it is the mean."""
+  before = [0, *(r['step'] for r in train)]
+  return [(r['loss'], r['step'] - b) for r, b in zip(train, before, strict=False) if r['loss'] is not None]
 
 
 def data(run: FoundRun) -> Blocks:
@@ -178,6 +184,13 @@ def environment(run: FoundRun) -> Blocks:
   last = starts[-1]
   rows = [('host', last['host']), ('platform', last['platform']), ('devices', where(last).rpartition(' (')[0])]
   return [facts([*rows, *last['versions'].items()])]
+
+
+def not_repeated(run: FoundRun) -> str:
+  """Says of a run whose settings a later start changed that one command does not make it again; '' of others."""
+  changed = '; '.join(run.changed)
+  said = 'The settings below are those of its last start, so from the first update on they make another run.'
+  return f'A later start of this run changed settings ({changed}). {said}' if changed else ''
 
 
 def commands(

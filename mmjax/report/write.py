@@ -71,7 +71,8 @@ def _sections(run: FoundRun, workdir: str | Path) -> dict[str, sections.Blocks]:
     'Speed and memory': sections.speed(run),
     'Machine and versions': sections.environment(run),
     'Commands to repeat it': [
-      sections.commands(config, workdir, run.history.get('init_from'), compressed_from(run.dir))
+      sections.not_repeated(run),
+      sections.commands(config, workdir, run.history.get('init_from'), compressed_from(run.dir)),
     ],
     'Notes of a person': _notes(run.path / 'notes.md'),
   }

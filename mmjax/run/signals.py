@@ -19,7 +19,8 @@ from typing import Self
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_AT_ONCE = 130
+from mmjax.errors import end_at_once
+
 URGENT = (signal.SIGINT, signal.SIGTERM)
 WARNINGS = (signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 
@@ -74,8 +75,7 @@ class StopSignals:
     if number == signal.SIGHUP:
       _leave_terminal()
     if number in URGENT and self._urged:
-      _say('Second signal: exiting at once, without saving.')
-      os._exit(EXIT_AT_ONCE)
+      end_at_once('\nSecond signal: exiting at once, without saving.')
     self._urged |= number in URGENT
     if not self._told:
       self._told = True

@@ -1,7 +1,6 @@
 """Who reads a row: the reads of the validation text, collected a batch at a time, so that one can ask meanwhile."""
 
 from collections import Counter
-from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,7 +40,7 @@ class CorpusReads:
     self.usage_LM = np.zeros((layers, config.model.knowledge_num), np.int64)
     self.positions, self.done = 0, False
     self._parts: list[Part] = []
-    self._batches = islice(eval_batches(split, ROWS_AT_A_TIME), -(-wanted // (ROWS_AT_A_TIME * split.max_seq_len)))
+    self._batches = eval_batches(split, ROWS_AT_A_TIME, most=-(-wanted // (ROWS_AT_A_TIME * split.max_seq_len)))
 
   def grow(self) -> None:
     """Reads one batch more."""

@@ -1,8 +1,7 @@
 """The training loop: step, report, evaluate, save, until done or stopped.
 
-On the way from the command to the gradient it stands between train.py, which calls `fit`, and learner.py, which
-compiles the update that `train` makes again and again. Settings and text come from setup.py, the first state from
-begin.py, and recorder.py writes what comes of a step.
+On the way to the gradient it stands between train.py, which calls `fit`, and learner.py, which compiles the update.
+Settings and text come from setup.py, the first state from begin.py, and recorder.py writes what comes of a step.
 
 The device is never waited for except where numbers are needed: whether an update was finite is looked at one step
 later, the rest at the intervals of the config. Everything that decides what is computed is in the state and the
@@ -117,6 +116,7 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
         profile.stop()
         unchecked = None
         loss = recorder.evaluate(step, state, metrics).loss if evaluates else None
+        stopping = stopping or (step < total and stop.requested(step))  # while it evaluated
         recorder.save(step, state, loss, final=stopping or step == total)
       if stopping:
         raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')

@@ -27,6 +27,11 @@ def show_step(progress: Progress, total: int, metrics: Mapping[str, Any]) -> Non
   progress.update(STAGE, step, total, note, shown=f'step {step}/{total}', every=0)
 
 
+def show_evaluation(progress: Progress, step: int, total: int, share: float) -> None:
+  """Shows the share of the validation set that is done, of an evaluation after a step of `total`."""
+  progress.update(STAGE, step, total, f'evaluating: {share:.0%}', shown=f'step {step}/{total}')
+
+
 class MicroBatchWatch:
   """Hears of every micro-batch of a run with slow updates; moves the display, and says once how long all will take."""
 

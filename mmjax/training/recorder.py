@@ -1,7 +1,7 @@
 """What a run leaves of itself while it trains: lines of metrics, evaluations, checkpoints, and why it broke off."""
 
 import dataclasses
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from mmjax.run.leaves import non_finite
 from mmjax.run.log import MetricsLog
 from mmjax.training.learner import Learner
 from mmjax.training.out_of_memory import explain_out_of_memory
-from mmjax.training.progress import show_step
+from mmjax.training.progress import show_evaluation, show_step
 from mmjax.training.setup import Inputs
 from mmjax.training.state import TrainState
 from mmjax.training.window import Window, describe_skipped, write_divergence
@@ -75,8 +75,9 @@ class Recorder:
   def evaluate(self, step: int, state: TrainState, metrics: dict[str, jax.Array]) -> EvalResult:
     """Evaluates on the whole validation set; `metrics` are those of the step before, with norms float32 (X,)."""
     config = self.learner.config
+    show = partial(show_evaluation, self.progress, step, self.inputs.total_steps)
     with self.window.pause(), explain_out_of_memory(config):
-      result = evaluate_split(config, self.eval_step, state['params'], self.inputs.valid)
+      result = evaluate_split(config, self.eval_step, state['params'], self.inputs.valid, show)
     self.log.write(add_norms({'kind': 'eval', 'step': step, **result.to_dict()}, [metrics]))
     self.progress.say(
       f'Step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, '
