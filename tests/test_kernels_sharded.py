@@ -57,6 +57,7 @@ def main():
   check_shapes_of_parts()
   mesh = jax.make_mesh((2, 2), ('data', 'rows'))  # its axes are explicit
   check_memories(mesh)
+  check_mapped(mesh)
   check_ngrams(mesh)
   check_added_reads(mesh)
 
@@ -143,6 +144,32 @@ def check_memories(mesh):
     placed = [inputs[0], jax.device_put(inputs[1], rows), *inputs[2:]]  # the bank alone lies on the mesh
     for got, want in zip(jax.jit(apply)(*placed), jax.jit(apply)(*inputs), strict=True):
       np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def check_mapped(mesh):
+  """A memory, and its gradient, within jax.shard_map over some axes of an explicit mesh."""
+  memory = MemoryBag(**SIZES)
+  params, x_BTD, bank_MP = memory.init(jax.random.key(0)), normal(4, 3, 6), normal(16, 4)
+
+  def apply(x_BTD, bank_MP):
+    return jnp.sum(jnp.sin(memory.apply(params, x_BTD, bank_MP).delta_BTD))
+
+  def on_device(*inputs):
+    loss, (grad_BTD, grad_MP) = jax.value_and_grad(apply, argnums=(0, 1))(*inputs)
+    return jax.lax.psum(loss, 'data'), (grad_BTD, jax.lax.psum(grad_MP, 'data'))
+
+  want = jax.value_and_grad(apply, argnums=(0, 1))(x_BTD, bank_MP)
+  batch, whole = PartitionSpec('data'), PartitionSpec()
+  for names in ({'data'}, {'data', 'rows'}):
+    specs = {'in_specs': (batch, whole), 'out_specs': (whole, (batch, whole)), 'axis_names': names}
+    with jax.set_mesh(mesh):
+      placed = jax.device_put(x_BTD, NamedSharding(mesh, batch))
+      got = jax.jit(jax.shard_map(on_device, mesh=mesh, **specs, check_vma=False))(placed, bank_MP)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, want)
+  other = jax.make_mesh((4,), ('other',))
+  placed = (jax.device_put(x, NamedSharding(m, whole)) for x, m in ((x_BTD, mesh), (bank_MP, other)))
+  with pytest.raises(ValueError, match='arrays lie on different meshes'):
+    apply(*placed)
 
 
 def check_ngrams(mesh):

@@ -177,9 +177,11 @@ def test_arrays_that_are_not_of_floats_are_refused(name):
   ):
     with pytest.raises(ValueError, match=said):
       memory.apply(*given, *ngrams)
-  for dtype in ('int32', 'bf16'):
-    with pytest.raises(ValueError, match=f"dtype='{dtype}' must be a floating-point dtype, such"):
+  for dtype in ('int32', 'bf16', None):
+    with pytest.raises(ValueError, match=f'dtype={dtype!r} must be a floating-point dtype, such'):
       memory.apply(params, x_BTD, bank_MP, *ngrams, dtype=dtype)
+  with pytest.raises(ValueError, match='row_BThr must be an array of whole numbers, not of type str; a dtype is given'):
+    memory.apply(params, x_BTD, bank_MP, 'bfloat16')
 
 
 def test_numbers_of_rows_and_signs_are_looked_at():
@@ -221,8 +223,8 @@ def test_tap_of_other_reads_is_refused(name):
     ({'n_rows': 0}, 'n_rows=0 must be a whole number of at least 1'),
     ({'row_dim': 2.5}, 'row_dim=2.5 must be a whole number of at least 1'),
     ({'n_rows': 2**31}, 'n_rows=2147483648 must be at most 2147483647'),
-    ({'std': math.nan}, 'std=nan must be a finite number, 0 or above'),
-    ({'std': '1'}, "std='1' must be a finite number, 0 or above"),
+    ({'std': math.nan}, 'std=nan must be a finite number of Python or NumPy, 0 or above'),
+    ({'std': '1'}, "std='1' must be a finite number of Python"),
   ],
 )
 def test_bank_of_no_size_is_refused(sizes, said):

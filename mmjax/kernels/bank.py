@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -105,8 +106,13 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
     reads: of them.
 
   Raises:
-    ValueError: if rows and reads have not the same shape, or the sums not the width of the reads.
+    ValueError: if rows and reads have not the same shape, the sums not the width of the reads, or a row that is not
+      traced is negative.
   """
+  if not isinstance(reads, Reads):
+    raise ValueError(f'reads must be the Reads of a tapped bank, not of type {type(reads).__name__}')
+  if not isinstance(row_BThr, jax.core.Tracer) and (least := np.asarray(row_BThr).min(initial=0)) < 0:
+    raise ValueError(f'row_BThr must hold no negative number, not {least}')
   read = reads.grad.shape[:-1] if reads.weight_BThr is None else reads.weight_BThr.shape
   if row_BThr.shape != read:
     raise ValueError(f'rows of shape {row_BThr.shape} must have that of their reads, {read}')

@@ -25,15 +25,20 @@ def on_any_mesh(run: Callable, specs: Callable[[PartitionSpec], Any], first: Arr
     specs: takes the PartitionSpec of `first`; returns those of the result, a tree.
     first: an array.
     others: trees of arrays, or None.
+
+  Raises:
+    ValueError: if they lie on several meshes.
   """
   shardings = [jax.typeof(leaf).sharding for leaf in jax.tree.leaves((first, others))]
   on_mesh = [sharding for sharding in shardings if sharding.mesh.explicit_axes]
+  if len({sharding.mesh for sharding in on_mesh}) > 1:
+    raise ValueError(f'arrays lie on different meshes: {on_mesh}')
   if on_mesh:
     spec = shardings[0].spec if shardings[0].mesh.explicit_axes else PartitionSpec()
     places = jax.tree.map(
       lambda spec: on_mesh[0].update(spec=spec), specs(spec), is_leaf=lambda x: isinstance(x, PartitionSpec)
     )
-    run = jax.sharding.auto_axes(run, out_sharding=places)
+    run = jax.sharding.auto_axes(run, axes=on_mesh[0].mesh.explicit_axes, out_sharding=places)
   return run(first, *others)
 
 

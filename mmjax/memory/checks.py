@@ -62,6 +62,7 @@ def check_inputs(
   params: Params,
   x_BTD: Array,
   bank_MP: Bank,
+  row_BThr: Array | None,
   sign_BTh: Array | None,
   kept_BTh: Array | None,
   dtype: DTypeLike,
@@ -86,6 +87,8 @@ def check_inputs(
   for path in given:
     if path not in param_shapes(memory):
       raise ValueError(f'the parameter {"/".join(map(str, path))} is none of this memory, which would leave it out')
+  if isinstance(found := shape_of(row_BThr), str):  # its shape is looked at where it is read
+    raise ValueError(f'row_BThr must be an array of whole numbers, not of type {found}; a dtype is given as dtype=')
   heads = *x_BTD.shape[:2], memory.n_heads
   sign_shape = heads if memory.signs else None
   if (found := shape_of(sign_BTh)) != sign_shape:
@@ -120,7 +123,7 @@ def check_numbers(name: str, number: Array, end: int) -> None:
 
 def _is_float(dtype: DTypeLike) -> bool:
   try:
-    return jnp.issubdtype(dtype, jnp.floating)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.floating)  # NumPy takes None as float64
   except TypeError:  # it is no dtype
     return False
 

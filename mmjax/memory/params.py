@@ -40,7 +40,7 @@ def init_bank(key: Array, *, n_rows: int, row_dim: int, std: float | None = None
   if n_rows > MOST_ROWS:
     raise ValueError(f'n_rows={n_rows} must be at most {MOST_ROWS}: rows have numbers of int32')
   if isinstance(std, bool) or not isinstance(std, numbers.Real) or not 0 <= std < math.inf:
-    raise ValueError(f'std={std!r} must be a finite number, 0 or above')
+    raise ValueError(f'std={std!r} must be a finite number of Python or NumPy, 0 or above')
   return float(std) * jax.random.normal(key, (n_rows, row_dim), jnp.float32)
 
 
