@@ -20,5 +20,5 @@ What to type next (after  source ${VENV:-.venv}/bin/activate):
   python train.py --config configs/quickstart.py --config.model.sublayer=dense --workdir out/quickstart_dense
   python -m mmjax.tools.compare $dir out/quickstart_dense                   # with the feed-forward model
   python train.py --config configs/quickstart.py --workdir out/quickstart_142   # 1.4.2, whose gate never learns
-  python train.py --config configs/exp_1_4_2.py --config.data.train_files='my_text/*.jsonl'
+  python train.py --config configs/quickstart_ngram_rows.py --config.data.train_files=my_text.txt --workdir out/mine
 TXT

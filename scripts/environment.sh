@@ -137,7 +137,7 @@ try_all() {
   local extras=$1 python
   shift
   for python in "$@"; do
-    [ "$python" = "$VENV/bin/python" ] || make_venv "$python"
+    [ "$python" = "$VENV/bin/python" ] || { echo "Making an environment in $VENV with $python ..." && make_venv "$python"; }
     install "$extras" && return
   done
   return 1

@@ -28,7 +28,7 @@ def run(block, names):
 def examples():
   """The examples of the README by what they are written for, and the names that the first of them defines."""
   blocks = python_blocks('README.md', '## A memory layer')
-  found = {kind: block for kind in GATE for text, block in blocks if f'n {kind}:' in text}
+  found = {kind: block for kind in GATE for text, block in blocks if f'n {kind}' in text}
   assert set(found) == set(GATE) and len(blocks) == len(GATE)
   names = {}
   run(found['plain JAX'], names)

@@ -82,7 +82,7 @@ def test_rows_that_share_a_sub_key_are_more_alike_than_others():
 
 
 def test_too_few_snippets_are_refused_with_both_numbers():
-  with pytest.raises(UserError, match='gives 5 snippets.*knowledge_num=9.*at most 4 rows'):
+  with pytest.raises(UserError, match='gives 5 snippets.*knowledge_num=9.*or --config.model.knowledge_num=4$'):
     choose_rows(np.zeros((5, 2), np.float32), 3, lambda done: None)
   with pytest.raises(UserError, match='gives 0 snippets.* a smaller memory.knowledge_length$'):
     choose_rows(np.zeros((0, 2), np.float32), 3, lambda done: None)

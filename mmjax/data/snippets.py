@@ -118,7 +118,7 @@ def choose_rows(vector_XP: np.ndarray, n_sub_keys: int, report: Callable[[int], 
   """
   n_rows = n_sub_keys**2
   if len(vector_XP) < n_rows:
-    fewer = f' or at most {math.isqrt(len(vector_XP)) ** 2} rows' if len(vector_XP) else ''
+    fewer = f', or --config.model.knowledge_num={math.isqrt(len(vector_XP)) ** 2}' if len(vector_XP) else ''
     raise UserError(
       f'the text gives {len(vector_XP)} snippets, the bank needs model.knowledge_num={n_rows}; use more text, a '
       f'smaller memory.knowledge_length{fewer}'

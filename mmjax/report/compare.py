@@ -51,15 +51,15 @@ Notes = dict[str, Callable[[Sequence[Summary]], bool]]
 EXPLANATIONS: Notes = {
   'Loss is that of the last evaluation of each run, the mean over runs that differ only in their seed. ± is one '
   'standard error of the difference: paired, over the differences of runs with the same seed, which saw the same '
-  'batches in the same order; or Welch, from the variances of both rows. One seed gives none.': bool,
+  'batches in the same order; or Welch, from the variances of both models. One seed gives none.': bool,
   "Rows used, effective rows (exp of the entropy of their use) and the hottest row's share of all reads: at the last "
   'evaluation, over the whole validation set, by layer. Bank zeroed, rows exchanged: how much that raises the loss, '
-  'nats a token, on the positions that are probed; "over" another row: how far it is then above that.': lambda found: (
-    any(s['bank'] for s in found)
+  'nats a token, on the positions that are probed; "over" another: how far it then is above it.': lambda found: any(
+    s['bank'] for s in found
   ),
 }
 LIMITS: Notes = {  # also on the terminal
-  'The rows saw different numbers of tokens, so their differences are not at equal tokens.': lambda found: (
+  'The models saw different numbers of tokens, so their differences are not at equal tokens.': lambda found: (
     len({s['tokens'] for s in found} - {None}) > 1
   ),
   'The runs were made on different machines or numbers of devices: tokens/s and memory do not compare.': lambda found: (
@@ -68,10 +68,10 @@ LIMITS: Notes = {  # also on the terminal
   'model.max_seq_len differs: a model that sees more text before a token can have a lower loss for that alone.': (
     lambda found: any('model.max_seq_len' in s['changed'] for s in found)
   ),
-  'Rows marked "other data" have no difference: their runs were trained or evaluated on other text, or on other tokens '
-  'of it.': lambda found: any('other data' in s['marks'] for s in found),
-  'A run that is not finished counts only in a row where none is; such a row has no difference.': lambda found: any(
-    set(s['marks']) - {'other data'} for s in found
+  'Models marked "other data" have no difference: their runs were trained or evaluated on other text, or on other '
+  'tokens of it.': lambda found: any('other data' in s['marks'] for s in found),
+  'A run that is not finished counts only for a model of which none is; such a model has no difference.': (
+    lambda found: any(set(s['marks']) - {'other data'} for s in found)
   ),
 }
 

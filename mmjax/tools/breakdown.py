@@ -22,9 +22,9 @@ from mmjax.inference.settings import add_model_flags, model_from_flags
 NOTE = (
   'A cell is the mean loss of a group of tokens, in nats. After it stands how much higher that is than the loss of the '
   'first run with the same tokens in the group, ± one standard error over held-out documents, which says nothing of '
-  'other seeds. Runs that read other rows, as another seed does, have other tokens in the groups of counts. An n-gram '
-  'is the token and those before it. Its count is exact, over the tokens that training had read by the checkpoint; a '
-  'run that started from another counts its own alone.'
+  'other seeds. Runs that read other text by then, as another seed does, have other tokens in the groups of counts. An '
+  'n-gram is the token and those before it. Its count is exact, over the tokens that training had read by the '
+  'checkpoint; a run that started from another counts its own alone.'
 )
 
 

@@ -3,10 +3,10 @@
 --text or --text_file: for each token and layer the rows that it took, with their scores, and their weights where scores
 weigh rows; or with the n-gram that addresses them, where there is no gate. Layers and rows are numbered from 0.
 --row N: the contexts of a corpus that take this row most, and the tokens that its value makes more and less likely. The
-latter is measured: the mean change of the log-probability of every next token, over these contexts, between the model
-as it is and the model with this row, in this layer alone, replaced by the mean of all rows. So it includes the fusion,
-all later layers and the head. The layer 'values' stands for all layers that read rows into the values of attention.
-Where the bank was built from text, the text that the row started from is shown.
+latter is measured: the log-probability of every next token in the model as it is, minus that in the model with this
+row, in this layer alone, replaced by the mean of all rows, and the mean of that over these contexts. So it includes the
+fusion, all later layers and the output layer. The layer 'values' stands for all layers that read rows into the values
+of attention. Where the bank was built from text, the text that the row started from is shown.
 --taught: the rows that the run taught to the model that it started from, and how often the new text and the usual text
 read them.
 All are written to --json FILE too, the text with all rows. --config.data.prepared_dir=DIR says where the run's own
@@ -35,9 +35,8 @@ if TYPE_CHECKING:
 
 POSITIONS = 262144  # of the corpus
 EFFECT = (
-  'mean change of the log-probability of the next token, nats, in contexts that take the row (most, where that '
-  'differs), between the model as it is and with this row, in this layer alone, replaced by the mean of all rows of '
-  'the bank'
+  'the log-probability of a next token with the row as it is, minus that with the mean of all rows of the bank in its '
+  'place in this layer, in nats: the mean over contexts that take the row (most, where that differs)'
 )
 
 
@@ -192,9 +191,10 @@ def print_found(found: dict[str, Any], top: int) -> None:
     name, share = layer_name(layer['layer']).capitalize(), layer['taken'] / row['positions']
     show(f'\n{name}: taken at {layer["taken"]:,} ({share:.3%})')
     if layer['effect'] is not None:
-      gain = f'The token that really follows: {layer["effect"]["next_token_gain"]:+.4f} nats.'
+      gain = f'Change for the token that really follows: {layer["effect"]["next_token_gain"]:+.4f} nats.'
       show(contexts_table(layer['contexts'], layer['strength_is']), effect_table(layer['effect']), gain)
-  show(f'\nChange: {row["effect_is"]}.')
+  if any(layer['effect'] is not None for layer in row['layers']):
+    show(f'\nChange: {row["effect_is"]}.')
 
 
 # What is shown of a read beside its row, where it has it.
@@ -270,7 +270,7 @@ def effect_table(effect: dict[str, Any]) -> Table:
     return [visible(token['token']), f'{token["log_change"]:+.4f}', change]
 
   rows = [cells(up) + cells(down) for up, down in zip(effect['up'], effect['down'], strict=True)]
-  header = ('up', 'nats', 'probability', 'down', 'nats', 'probability')
+  header = [name for direction in ('more', 'less') for name in (f'{direction} likely', 'change', 'without -> with it')]
   return Table(header, rows, f'Next tokens that its value changes most, mean over {effect["contexts"]} contexts')
 
 
