@@ -30,7 +30,7 @@ def main() -> None:
   sampling = sampling_from_flags(arguments)
 
   with interrupt_ends_at_once():
-    from mmjax.config import override_config
+    from mmjax.config import check_output, override_config
     from mmjax.console import Progress, prepare_terminal
     from mmjax.files import write_json
     from mmjax.inference.api import load_run
@@ -41,6 +41,7 @@ def main() -> None:
   prepare_terminal()
   prompts = read_prompts(arguments.prompts) if arguments.prompts else []
   run = open_run(arguments.workdir)
+  check_output('--workdir', str(run.path / 'eval.json'))
   config = override_config(run.read_config(), overrides, WHERE)
   lm = load_run(run, config, **model_from_flags(arguments))
   found = measure_run(lm, run, arguments.valid_files)

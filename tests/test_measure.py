@@ -118,6 +118,13 @@ def test_other_validation_text_than_in_training_is_refused(moved, monkeypatch, c
   assert not (moved / 'run' / 'eval.json').exists()
 
 
+def test_what_cannot_be_written_is_refused_before_the_work(run, monkeypatch, capfd):
+  (run / 'eval.json').mkdir()
+  monkeypatch.setattr('mmjax.inference.api.load_run', None)  # which nobody calls
+  code, _, err = run_eval(monkeypatch, capfd, '--workdir', str(run))
+  assert code == 2 and "eval.json' is a folder and must be a file" in err
+
+
 @pytest.mark.thorough
 def test_evaluation_makes_nothing_where_it_is_called(run, tiny_run, tmp_path, monkeypatch, capfd):
   stored = json.loads((run / 'config.json').read_text())
