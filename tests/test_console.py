@@ -11,7 +11,7 @@ from mmjax import console
 from mmjax.config import load_config
 from mmjax.console import Progress, Table, format_seconds, markdown, number, share_shown, show
 from mmjax.training.progress import MicroBatchWatch, describe_times, show_evaluation, show_step
-from mmjax.training.setup import warmup_remark
+from mmjax.training.setup import dropout_remark, warmup_remark
 
 
 def metrics(step: int) -> dict:
@@ -103,6 +103,23 @@ def test_advice_and_runs_that_never_leave_their_warm_up():
   assert advice in describe_times(train, 512, 10_000, 0.5 * train.batch_size)
   assert warmup_remark(train, 301) == ''
   assert warmup_remark(train, 300).endswith('train.warmup_steps=300 is not less than the 300 updates of the run')
+
+
+@pytest.mark.parametrize(
+  ('settings', 'passes', 'often'),
+  [
+    ({'ngrams': '1'}, 4.9, False),
+    ({'ngrams': '1'}, 6.6, True),
+    ({'ngrams': '1,2'}, 1.0, False),
+    ({'ngrams': '1,2'}, 2.7, True),
+    ({'ngrams': '1,2', 'row_dropout': 0.1}, 9.0, False),
+  ],
+)
+def test_rows_that_would_learn_a_text_by_heart_are_said(settings, passes, often):
+  flags = [f'--config.memory.{name}={value}' for name, value in settings.items()]
+  said = dropout_remark(load_config('configs/quickstart_ngram_rows.py', flags), passes)
+  assert ('memory.row_dropout=0.5' in said and f'{passes} times' in said) if often else said == ''
+  assert dropout_remark(load_config('configs/exp_1_4_2.py'), passes) == ''
 
 
 def test_evaluations_are_shown_within_the_time_of_the_training(clock):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from jax.sharding import Mesh
 
 from mmjax.config import Config, TrainConfig
-from mmjax.config.sublayers import uses_bank
+from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
 from mmjax.console import Progress
 from mmjax.data.bank_file import read_bank
 from mmjax.data.index import INDEX, data_sha256, read_index
@@ -39,6 +39,11 @@ from mmjax.run.sharding import make_mesh
 from mmjax.run.text import evaluation_data
 from mmjax.training.learner import Learner
 from mmjax.training.teach import RowCounts, count_reads, first_reads
+
+# Passes over the text from which on dropping rows helped, see docs/experiments.md: of n-grams of several tokens, and of
+# single tokens, with which it did harm at 3 passes.
+PASSES_OF_PAIRS = 2
+PASSES_OF_TOKENS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +128,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
     cut_remark({'training': train_split, 'validation': valid_split}),
     overlap_remark(valid, valid.get('also_in_train'), config.data.layout),
     warmup_remark(train, steps),
+    dropout_remark(config, steps * batch_rows / train_split.n_rows),
   ]
   return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
 
@@ -134,6 +140,19 @@ def warmup_remark(train: TrainConfig, steps: int) -> str:
   return (
     f'The learning rate stays below its peak: train.warmup_steps={train.warmup_steps} is not less than the {steps} '
     'updates of the run'
+  )
+
+
+def dropout_remark(config: Config, passes: float) -> str:
+  """Says of n-gram rows that drop nothing that they will learn by heart a text that is read so often; '' of others."""
+  model, memory = config.model, config.memory
+  if memory.row_dropout or not any(SUBLAYERS[kind].reads_ngrams for kind in layer_kinds(model, memory)):
+    return ''
+  if passes < (PASSES_OF_PAIRS if max(memory.ngram_of_heads()) > 1 else PASSES_OF_TOKENS):
+    return ''
+  return (
+    f'The run reads its text {passes:.1f} times, and rows that n-grams address learn such text by heart; '
+    'memory.row_dropout=0.5 helped in tests (docs/experiments.md)'
   )
 
 
