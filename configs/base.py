@@ -91,7 +91,7 @@ train.eval_interval = 500  # updates between evaluations on the whole validation
 train.checkpoint_interval = 500  # updates between checkpoints
 train.max_loss_factor = 0.0  # skips updates whose loss is above this many times its running average; 0: none
 train.max_skipped_updates = 10  # this many skipped updates in a row end the run
-train.profile_steps = 0  # updates to trace into <workdir>/profile, from the second one of a start; 0: none
+train.profile_steps = 0  # updates to trace into <workdir>/profile, from the second of a start to a save; 0: off
 
 runtime.data_devices = 0  # devices that divide the batch; 0: all that row_devices leaves
 runtime.row_devices = 1  # devices over which the rows of the bank are divided; they share the batch, too

@@ -64,10 +64,11 @@ def number(value: float | None, spec: str = '', error: float | None = None) -> s
 
 def rounded_tokens(tokens: float) -> str:
   """Writes 2,998,272 tokens as 3 M: two digits and a unit."""
-  if tokens < 1e3:
+  if tokens < 999.5:
     return f'{tokens:.0f}'
+  tokens = float(f'{tokens:.2g}')
   scale, unit = (1e9, 'G') if tokens >= 1e9 else (1e6, 'M') if tokens >= 1e6 else (1e3, 'k')
-  return f'{float(f"{tokens:.2g}") / scale:g} {unit}'
+  return f'{tokens / scale:g} {unit}'
 
 
 def format_seconds(seconds: float) -> str:

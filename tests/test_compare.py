@@ -99,6 +99,13 @@ def test_same_seed_with_other_batches_is_not_paired(tmp_path):
   assert rows_of(paths, tmp_path / 'out')['b']['difference']['kind'] == 'Welch'
 
 
+def test_finished_run_whose_last_loss_is_not_finite_has_none(tmp_path, capsys):
+  paths = [make_run(tmp_path / 'a-s0', (6, 5.5)), make_run(tmp_path / 'b-s0', (5.1, None), **DENSE)]
+  rows = rows_of(paths, tmp_path / 'out')
+  assert rows['b']['loss'] is rows['b']['difference'] is None and rows['b']['marks'] == ['seed 0 last loss not finite']
+  assert 'A run that is not finished' not in capsys.readouterr().out
+
+
 def test_what_limits_a_comparison_stands_on_the_terminal(tmp_path, capsys):
   paths = [make_run(tmp_path / 'a-s0', (6,), **DENSE), make_run(tmp_path / 'b-s0', (6, 5.4))]
   rows_of(paths, tmp_path / 'out')

@@ -95,6 +95,10 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.train.learning_rate=1' + '0' * 400, '0... (401 characters) must be a finite number'),
     ('--config.' + 'x' * 9000, 'xx... (9011 characters) is not understood'),
     ('--config.model.dim=1' + '0' * 400, 'dim=1' + '0' * 29 + '... (401 characters) must be at most 2147483647'),
+    (
+      '--config.seed=-1' + '0' * 400,
+      'seed=-1' + '0' * 28 + '... (402 characters) must be a finite number of at least 0',
+    ),
     ('--config.model.dim=2147483647', 'dim=2147483647 must be divisible by model.n_heads=32'),
     ('--config.model.n_layers=2000000000', 'n_layers=2000000000 must be at most 10000'),
     ('--config.memory.layers=' + '1' * 5000, "must be 'all', 'middle' or different layers"),
@@ -167,6 +171,29 @@ def test_decay_that_takes_more_than_there_is_is_refused(overrides, said):
     load_config('configs/base.py', [f'--config.{override}' for override in overrides])
 
 
+@pytest.mark.parametrize(
+  ('file', 'overrides', 'said', 'instead'),
+  [
+    (
+      'product_key_bag',
+      ['memory.selection_bias=True', 'train.optimizer=sgd'],
+      "memory.selection_bias=True needs a train.optimizer of Adam, not 'sgd'",
+      'train.optimizer=muon',
+    ),
+    (
+      'exp_moe',
+      ['model.experts_per_token=1', 'model.aux_loss_weight=0'],
+      'model.experts_per_token=1 must be at least 2 with model.aux_loss_weight=0',
+      'model.aux_loss_weight=0.1',
+    ),
+  ],
+)
+def test_what_would_never_learn_is_refused(file, overrides, said, instead):
+  with pytest.raises(UserError, match=re.escape(said)):
+    load_config(f'configs/{file}.py', [f'--config.{override}' for override in overrides])
+  load_config(f'configs/{file}.py', [f'--config.{override}' for override in (*overrides, instead)])
+
+
 def test_every_number_has_a_range_and_its_default_and_no_nan_is_in_it():
   numbers = {n: v for n, v in flatten(tiny_config().to_dict()).items() if type(v) in (int, float)}
   for name, value in numbers.items():
@@ -228,6 +255,11 @@ IDLE = [  # config, override, what is said
     'base',
     'train.beta2=0.9 --config.train.optimizer=sgd',
     "train.beta2=0.9 does nothing with a train.optimizer that is not Adam's",
+  ),
+  (
+    'quickstart',
+    'model.sublayer=ngram_bag --config.memory.bag_gate=False --config.memory.input=residual',
+    "memory.input='residual' does nothing where no memory reads its input",
   ),
   ('quickstart', 'train.epochs=1', 'train.epochs=1.0 does nothing when train.max_steps is set'),
   ('base', 'runtime.num_processes=2 --config.runtime.coordinator=auto', "nothing with runtime.coordinator='auto'"),

@@ -205,6 +205,7 @@ def test_text_that_is_cut_off_is_counted(tmp_path):
 def test_steps_of_epochs_counts_whole_batches_over_all_epochs(directory):
   split = open_rows(directory, 16, 'padded')  # 100 rows
   assert [steps_of_epochs(split.n_rows, 32, epochs) for epochs in (1, 3, 0.5, 0.01)] == [3, 9, 1, 1]
+  assert steps_of_epochs(150, 1, 1.14) == 171  # a little less in floats
 
 
 def test_closed_batches_leave_no_thread(directory):

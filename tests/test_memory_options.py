@@ -203,6 +203,7 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
     ({'memory__selection_bias': True}, False),
     pytest.param({'model__sublayer': 'cross_attention', 'memory__query_key_norm': 'l2'}, False, marks=THOROUGH),
     pytest.param(PLUS, True, marks=THOROUGH),
+    ({'model__sublayer': 'ngram_bag', 'memory__bag_gate': False, 'memory__ffn_dim': 16}, None),  # no gate, no input
   ],
 )
 @pytest.mark.thorough

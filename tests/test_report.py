@@ -126,6 +126,9 @@ def test_training_loss_weighs_every_update_alike(tmp_path):
   records += [train_line(31 + 2 * n, loss=2.0) for n in range(1, 9)]  # the first of the eleven with a loss is left out
   found = cells(write_report(make_run(tmp_path / 'run', records)).read_text())
   assert found['training loss, mean of 27 updates'] == f'{(10 * 3 + 5 + 16 * 2) / 27:.4f}'
+  skipped = [{'kind': 'skipped', 'step': step, 'row_ids': []} for step in (10, 11, 20, 40)]
+  found = cells(write_report(make_run(tmp_path / 'skipped', [*records, *skipped])).read_text())
+  assert found['training loss, mean of 24 updates'] == f'{(8 * 3 + 5 + 15 * 2) / 24:.4f}'
 
 
 def test_commands_of_a_run_whose_schedule_was_changed_say_so(tmp_path):

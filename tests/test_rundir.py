@@ -310,6 +310,11 @@ def test_free_settings_may_change_on_resume(free):
   compare_configs(tiny_config(**text), tiny_config(**(text | free)), allow_config_change=False)
 
 
+def test_length_of_snippets_may_change_on_resume():  # which only building a bank looks at
+  bank = {'memory__bank_init': 'file', 'memory__bank_file': 'bank.safetensors'}
+  compare_configs(tiny_config(**bank), tiny_config(**bank, memory__knowledge_length=99), allow_config_change=False)
+
+
 def test_schedule_may_change_only_on_request():
   old, new = tiny_config(), tiny_config(train__max_steps=20, train__learning_rate=0.5)
   with pytest.raises(UserError, match=r'learning_rate 0.01 -> 0.5.*--allow_config_change') as caught:

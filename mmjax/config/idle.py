@@ -21,6 +21,8 @@ def idle_settings(config: Config) -> dict[str, str]:
   }
   if not any(SUBLAYERS[kind].scores_weigh(config.memory) for kind in kinds):
     idle['memory.score_activation'] = "without memory.scores='scale'"
+  if not any(SUBLAYERS[kind].uses_bank and SUBLAYERS[kind].reads_input(config.memory) for kind in kinds):
+    idle['memory.input'] = 'where no memory reads its input: a bag of n-grams does with memory.bag_gate'
   for name in dict.fromkeys(name for sublayer in SUBLAYERS.values() for name in sublayer.settings):
     if name not in own:
       owners = ', '.join(repr(kind) for kind, sublayer in SUBLAYERS.items() if name in sublayer.settings)

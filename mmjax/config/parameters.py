@@ -107,8 +107,8 @@ def _read_rule(words: list[str]) -> Rule:
 
 def _read_number(word: str, text: str, most: float) -> float:
   try:
-    if 0 <= float(text) <= most:
+    if 0 <= float(text) <= most and (float(text) or not re.search('[1-9]', text.partition('e')[0])):
       return float(text)
   except ValueError:
     pass
-  raise UserError(f'train.parameters: {quote(word)} must be a number from 0 to {most:g}')
+  raise UserError(f'train.parameters: {quote(word)} must be a number from 0 to {most:g}, and not too close to 0')

@@ -45,7 +45,8 @@ def _check_range(said: str, value: float, least: float, most: float) -> None:
   # With these ranges, and what `_check_decay` says, an update of finite parameters by a finite gradient is finite in
   # float32, but for what `may_overflow` of mmjax.training.optimizer names.
   _refuse(isinstance(value, int) and value > most, f'{said} must be at most {most}')  # it may be too large for a float
-  _refuse(not (math.isfinite(value) and value >= least), f'{said} must be a finite number of at least {least}')
+  finite = isinstance(value, int) or math.isfinite(value)
+  _refuse(not (finite and value >= least), f'{said} must be a finite number of at least {least}')
   _refuse(value > most, f'{said} must be at most {most:g}')
 
 
@@ -68,6 +69,11 @@ def check_together(config: Config) -> None:
   _refuse(
     memory.bank_update == 'lazy' and not OPTIMIZERS[train.optimizer].is_adam,
     f"memory.bank_update='lazy' is Adam's rule; with train.optimizer={train.optimizer!r} it must be 'dense'",
+  )
+  _refuse(
+    memory.selection_bias and not OPTIMIZERS[train.optimizer].is_adam,
+    f'memory.selection_bias=True needs a train.optimizer of Adam, not {train.optimizer!r}: the gradient of the biases '
+    'is so small that no other moves them',
   )
   _check_processes(runtime.coordinator, runtime.num_processes, runtime.process_id)
 
@@ -103,6 +109,11 @@ def _check_model(model: ModelConfig) -> None:
   _refuse(model.head_dim % 2, f'{width} must be even: RoPE rotates pairs; nearest: model.dim={dim + heads}')
   chosen = f'model.experts_per_token={model.experts_per_token}'
   _refuse(model.experts_per_token > experts, f'{chosen} must be at most model.n_experts={experts}')
+  _refuse(
+    model.sublayer == 'moe' and model.experts_per_token == 1 < experts and not model.aux_loss_weight,
+    f'{chosen} must be at least 2 with model.aux_loss_weight=0: the weight of a single expert is always 1, so the '
+    'router would not learn',
+  )
 
 
 def _check_rows(config: Config) -> None:

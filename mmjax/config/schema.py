@@ -283,7 +283,7 @@ class TrainConfig:
     0.0, 'skips updates whose loss is above this many times its running average; 0: none', 0, 1e6, before=0.0)
   max_skipped_updates: int = field(10, 'this many skipped updates in a row end the run',
     1)
-  profile_steps: int = field(0, 'updates to trace into <workdir>/profile, from the second one of a start; 0: none',
+  profile_steps: int = field(0, 'updates to trace into <workdir>/profile, from the second of a start to a save; 0: off',
     before=0)
 
   @property

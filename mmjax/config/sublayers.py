@@ -39,6 +39,7 @@ class Sublayer:
     reads_ngrams: whether the last tokens do.
     sums_rows: whether it reads the bank with `bank_bag`, or with `bank_lookup`.
     scores_weigh: of the memory section, whether rows count by their scores.
+    reads_input: of the memory section, whether a memory looks at its input, and not at the last tokens alone.
     without_gradient: of the memory section, patterns of the parameters (paths below the sublayer) that no gradient
       reaches, so that weight decay leaves them alone.
   """
@@ -50,6 +51,7 @@ class Sublayer:
   reads_ngrams: bool = False
   sums_rows: bool = False
   scores_weigh: Callable[[MemoryConfig], bool] = lambda memory: False
+  reads_input: Callable[[MemoryConfig], bool] = lambda memory: True
   without_gradient: Callable[[MemoryConfig], tuple[str, ...]] = lambda memory: ()
 
   def build(self, model: ModelConfig, memory: MemoryConfig, *, rngs: Any) -> Any:
@@ -127,6 +129,8 @@ SUBLAYERS = {
     uses_bank=True,
     reads_ngrams=True,
     sums_rows=True,
+    reads_input=lambda memory: memory.bag_gate,
+    without_gradient=lambda memory: () if memory.bag_gate else (r'norm/scale$',),
   ),
   'ngram_bucket': Sublayer(
     'mmjax.model.sublayers.ngram:ngram_bucket',

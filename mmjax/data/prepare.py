@@ -54,6 +54,8 @@ def prepare(data: DataConfig, vocab_size: int, progress: Progress | None = None)
     if (Path(data.prepared_dir) / INDEX).is_file() and not (data.train_files or data.valid_files):
       directory, index = Path(data.prepared_dir), _check_brought(data, vocab_size)
       progress.say(f'using prepared data in {directory}: {_summary(index)}')
+      if data.valid_fraction != index['settings']['valid_fraction']:
+        progress.say(f'data.valid_fraction={data.valid_fraction:g} does nothing: that text is held out already')
     else:
       plan = make_plan(data, vocab_size, progress)
       directory = find_prepared(data.prepared_dir, plan.made) or plan.directory
@@ -205,7 +207,8 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
 
 def _no_document_left(plan: Plan) -> str:
   files = first_three([str(file) for file in plan.files['train']], 'files')
-  held_out = ', bad or held out' if plan.settings['valid_fraction'] else ' or bad'
+  fraction = plan.settings['valid_fraction']
+  held_out = f', bad or held out by data.valid_fraction={fraction}' if fraction else ' or bad'
   return f'no document is left of {files}: every line is empty{held_out}'
 
 

@@ -96,16 +96,15 @@ def make_read_probe(config: Config) -> Callable[[Output, Array], dict[str, Array
 
 
 def head_overlap(row_XThr: Array) -> Array:
-  """Returns the mean share of rows that two different heads have in common, float32, without the last two axes.
+  """Returns the mean share of a head's rows that another head took too, float32, without the last two axes.
 
   Args:
-    row_XThr: int32, at least two heads; a row twice within a head, as n-grams may hash, counts as in common.
+    row_XThr: int32, at least two heads; n-grams may hash to a row twice within a head, which counts as two rows.
   """
   *_, heads, r = row_XThr.shape
-  flat_XTR = row_XThr.reshape(*row_XThr.shape[:-2], heads * r)
-  same_XT = jnp.sum(flat_XTR[..., :, None] == flat_XTR[..., None, :], axis=(-2, -1), dtype=jnp.int32)
-  # Every row equals itself once; what is left are the ordered pairs of different heads.
-  return (same_XT - heads * r) / (heads * (heads - 1) * r)
+  taken_XThrh = jnp.any(row_XThr[..., None, None] == row_XThr[..., None, None, :, :], axis=-1)
+  # Every row is taken by its own head; what is left are the ordered pairs of different heads.
+  return (jnp.sum(taken_XThrh, axis=(-3, -2, -1), dtype=jnp.int32) - heads * r) / (heads * (heads - 1) * r)
 
 
 def row_agreement(best_LhX: np.ndarray, target_X: np.ndarray) -> list[dict[str, float | None]]:

@@ -15,7 +15,7 @@ from mmjax.report.compare_plots import row_styles, write_plots
 from mmjax.report.lead import find_lead
 from mmjax.report.lead_tables import draw_lead, lead_blocks
 from mmjax.report.numbers import READS, probe_difference
-from mmjax.report.rows import find_runs, make_rows, other_origin, summary
+from mmjax.report.rows import NO_LOSS, find_runs, make_rows, other_origin, summary
 from mmjax.run.compressed import refuse_compressed
 
 Summary = dict[str, Any]
@@ -71,7 +71,7 @@ LIMITS: Notes = {  # also on the terminal
   'Models marked "other data" have no difference: their runs were trained or evaluated on other text, or on other '
   'tokens of it.': lambda found: any('other data' in s['marks'] for s in found),
   'A run that is not finished counts only for a model of which none is; such a model has no difference.': (
-    lambda found: any(set(s['marks']) - {'other data'} for s in found)
+    lambda found: any(mark != 'other data' and NO_LOSS not in mark for s in found for mark in s['marks'])
   ),
 }
 

@@ -64,6 +64,12 @@ class FoundRun:
     """The evaluations with a finite loss."""
     return [record for record in self.of_kind('eval') if record['loss'] is not None]
 
+  @property
+  def last_eval(self) -> dict[str, Any] | None:
+    """The evaluation that counts: of a finished run the last, if its loss is finite; of others the last such one."""
+    found = self.of_kind('eval')[-1:] if self.finished else self.finite_evals[-1:]
+    return found[0] if found and found[0]['loss'] is not None else None
+
   @functools.cached_property
   def history(self) -> dict[str, Any]:
     """What run.json says: identity, starts and, where it is known, init_from."""

@@ -20,6 +20,7 @@ from mmjax.report.found import FoundRun
 FAR = (1e8, 1e9)  # tokens at which a fit says something
 SEED = re.compile(r'[-_.](s|seed)[-_.]?\d+$')
 TOKENS = re.compile(r'[-_](\d+(?:\.\d+)?(?:e\d+)?)([kMG]?)(?=[-_]|$)')  # the -12e6 of g42-muon-12e6
+ABOUT = 0.05  # how far the tokens of a run may be from those that its name says: updates are whole
 UNITS = {'': 1, 'k': 1e3, 'M': 1e6, 'G': 1e9}
 
 
@@ -106,7 +107,7 @@ def _models(runs: Sequence[FoundRun], patterns: str) -> dict[str, list[FoundRun]
       raise UserError(f'--models {patterns}: {name} is named twice; one pattern of a model may be such as g0-[0-9]*')
     found[name] = [run for run in runs if run.path.match(pattern or name)]
     if not equals or not found[name]:
-      raise UserError(f'--models {pair}: {"no run fits it" if equals else "must be NAME=PATTERN"}, such as g0=g0-*')
+      raise UserError(f'--models {pair}: {"no run fits it" if equals else "must be NAME=PATTERN, such as g0=g0-*"}')
   for run in () if patterns else runs:
     found.setdefault(_model_name(run), []).append(run)
   return found
@@ -114,10 +115,9 @@ def _models(runs: Sequence[FoundRun], patterns: str) -> dict[str, list[FoundRun]
 
 def _model_name(run: FoundRun) -> str:
   """Returns the name of a run without its seed and its tokens: of g52-4M-12e6-s0, which read 12 M, g52-4M."""
-  length = length_of(_tokens(run))
 
   def without(match: re.Match) -> str:
-    return '' if length_of(float(match[1]) * UNITS[match[2]]) == length else match[0]
+    return '' if math.isclose(float(match[1]) * UNITS[match[2]], _tokens(run), rel_tol=ABOUT) else match[0]
 
   return TOKENS.sub(without, SEED.sub('', run.path.resolve().name))
 
@@ -125,7 +125,7 @@ def _model_name(run: FoundRun) -> str:
 def _twins(runs: Sequence[FoundRun]) -> list[str]:
   """Returns two runs that differ neither in their tokens nor in their seed; [] if there are none."""
   seen: dict[tuple[float, int], FoundRun] = {}
-  for run in (run for run in runs if run.finished and run.finite_evals):
+  for run in (run for run in runs if run.finished and run.last_eval):
     if (twin := seen.setdefault((length_of(_tokens(run)), run.config.seed), run)) is not run:
       return [str(twin.path), str(run.path)]
   return []
@@ -134,13 +134,13 @@ def _twins(runs: Sequence[FoundRun]) -> list[str]:
 def _points(runs: Sequence[FoundRun]) -> Points:
   groups: dict[float, list[FoundRun]] = {}
   for run in runs:
-    if run.finished and run.finite_evals:
+    if run.finished and run.last_eval:
       groups.setdefault(length_of(_tokens(run)), []).append(run)
   found = {}
   for key, group in sorted(groups.items()):
     rates = [record['tokens_per_second'] for run in group for record in run.of_kind('train')]
     tokens = statistics.fmean(run.tokens or _tokens(run) for run in group)
-    losses = {run.config.seed: run.finite_evals[-1]['loss'] for run in group}
+    losses = {run.config.seed: run.last_eval['loss'] for run in group}
     found[key] = Point(tokens, losses, tokens / statistics.median(rates) if rates else None)
   return found
 

@@ -21,6 +21,8 @@ from mmjax.model.params import abstract_params
 from mmjax.report.found import FoundRun
 from mmjax.run.identity import CUT, FREE_SECTIONS, FREE_SETTINGS
 
+NO_LOSS = 'last loss not finite'
+
 
 class Row(NamedTuple):
   """Runs that differ only in their seed, and their name."""
@@ -35,8 +37,8 @@ class Row(NamedTuple):
 
   @property
   def evals(self) -> dict[int, dict[str, Any]]:
-    """The last evaluation of each run that counts, by seed."""
-    return {run.config.seed: run.finite_evals[-1] for run in self.counted if run.finite_evals}
+    """The evaluation that counts of each run that does, by seed."""
+    return {run.config.seed: run.last_eval for run in self.counted if run.last_eval}
 
   @property
   def losses(self) -> dict[int, float]:
@@ -220,11 +222,14 @@ def summary(first: Row, row: Row) -> dict[str, Any]:
     'difference': difference(first, row) if comparable else None,
     'zeroed_over_first': zeroed[0] - zeroed[1] if known else None,
     'changed': {n: x for n, x in settings.items() if x != _what_counts(first.runs[0])[n] and n not in idle},
-    'marks': marks + [_mark(run) for run in row.runs if not run.finished],
+    'marks': marks + list(filter(None, map(_mark, row.runs))),
   }
 
 
 def _mark(run: FoundRun) -> str:
+  """Says of a run that it is not finished, or lost its loss; '' of others."""
+  if run.finished:
+    return f'seed {run.config.seed} {NO_LOSS}' if run.of_kind('eval') and not run.last_eval else ''
   how_far = f'{run.step:,} of {run.total:,} updates' if run.total else 'not begun'
   return f'seed {run.config.seed} {"diverged" if (run.path / "diverged").is_dir() else "not finished"}, {how_far}'
 

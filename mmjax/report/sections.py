@@ -30,7 +30,7 @@ def result(run: FoundRun) -> Blocks:
     in_a_pass = count_rows(run.index['splits']['train'], run.config.model.max_seq_len, run.config.data.layout)
     passes = number(train[-1]['step'] * config.update_rows / in_a_pass, ',.2f')
     rows.append(('passes over the training rows', passes if planned else f'{passes} of {config.epochs}'))
-  if last := updates_of(train)[-LAST_LINES:]:
+  if last := updates_of(train, [r['step'] for r in run.of_kind('skipped')])[-LAST_LINES:]:
     loss = statistics.fmean(*zip(*last, strict=True))
     rows.append((f'training loss, mean of {number(sum(updates for _, updates in last))} updates', number(loss)))
   if not run.finite_evals:
@@ -42,10 +42,14 @@ def result(run: FoundRun) -> Blocks:
   return [facts(rows), Table(header, list(zip(*columns, strict=True)))]
 
 
-def updates_of(train: Sequence[Mapping[str, Any]]) -> list[tuple[float, int]]:
-  """Returns the loss of each report that has one, and of how many updates it is the mean."""
-  before = [0, *(r['step'] for r in train)]
-  return [(r['loss'], r['step'] - b) for r, b in zip(train, before, strict=False) if r['loss'] is not None]
+def updates_of(train: Sequence[Mapping[str, Any]], skipped: Sequence[int]) -> list[tuple[float, int]]:
+  """Returns the loss of each report that has one, and of how many updates it is the mean: without `skipped` ones."""
+  found, before = [], 0
+  for report in train:
+    updates = report['step'] - before - sum(before < step <= report['step'] for step in skipped)
+    found += [(report['loss'], updates)] if report['loss'] is not None else []
+    before = report['step']
+  return found
 
 
 def data(run: FoundRun) -> Blocks:

@@ -18,9 +18,9 @@ BANK_SHA256, TEXTS_SHA256 = 'bank_sha256', 'bank_texts_sha256'  # in run.json
 TEXT = ('data.train_files', 'data.valid_files', 'data.valid_fraction', 'data.text_key', 'data.tokenizer')
 # On resume: these may differ, all other settings of train need --allow_config_change, everything else must be equal.
 FREE_SETTINGS = (
-  *TEXT, 'memory.bank_file', 'experiment', 'data.workers', 'data.on_bad_line', 'data.prepared_dir',
-  'train.log_interval', 'train.eval_interval', 'train.checkpoint_interval', 'train.max_skipped_updates',
-  'train.profile_steps',
+  *TEXT, 'memory.bank_file', 'memory.knowledge_length', 'experiment', 'data.workers', 'data.on_bad_line',
+  'data.prepared_dir', 'train.log_interval', 'train.eval_interval', 'train.checkpoint_interval',
+  'train.max_skipped_updates', 'train.profile_steps',
 )  # fmt: skip
 FREE_SECTIONS = ('runtime.',)
 CUT = ('data.layout', 'data.isolate_documents')  # how text is cut into rows, and so how a model learns to read

@@ -126,9 +126,16 @@ def compiler_options(config: Config, platform: str) -> dict[str, bool | str]:
 
 
 def use_compilation_cache(config: Config) -> None:
-  """Keeps compiled programs in runtime.compilation_cache_dir; to be called before the first is compiled."""
-  if config.runtime.compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(Path(config.runtime.compilation_cache_dir).absolute()))
+  """Keeps compiled programs in runtime.compilation_cache_dir; to be called before the first is compiled.
+
+  Raises:
+    UserError: if it is a file.
+  """
+  if not (folder := config.runtime.compilation_cache_dir):
+    return
+  if Path(folder).exists() and not Path(folder).is_dir():
+    raise UserError(f'runtime.compilation_cache_dir={folder!r} is a file and must be a folder')
+  jax.config.update('jax_compilation_cache_dir', str(Path(folder).absolute()))
 
 
 def attention_backend(

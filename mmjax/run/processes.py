@@ -89,8 +89,9 @@ def _connect(config: Config) -> None:
       shutdown_timeout_seconds=END_SECONDS,
     )
   except (RuntimeError, ValueError) as error:
-    said = f'the processes of the run did not find each other (runtime.coordinator): {first_line(error)}'
-    raise UserError(said) from error
+    said = f'the processes of the run did not find each other by runtime.coordinator={runtime.coordinator!r}'
+    typed = '; give --config.runtime.coordinator=HOST:PORT, runtime.num_processes and runtime.process_id'
+    raise UserError(f'{said}: {first_line(error)}{typed if runtime.coordinator == "auto" else ""}') from error
 
 
 def _compare_settings(config: Config) -> None:

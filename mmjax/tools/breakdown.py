@@ -24,7 +24,7 @@ NOTE = (
   'first run with the same tokens in the group, ± one standard error over held-out documents, which says nothing of '
   'other seeds. Runs that read other text by then, as another seed does, have other tokens in the groups of counts. An '
   'n-gram is the token and those before it. Its count is exact, over the tokens that training had read by the '
-  'checkpoint; a run that started from another counts its own alone.'
+  'checkpoint, those before the beginning of a row among them; a run that started from another counts its own alone.'
 )
 
 

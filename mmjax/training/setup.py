@@ -134,12 +134,12 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
 
 
 def warmup_remark(train: TrainConfig, steps: int) -> str:
-  """Says of a run of so many updates that it never leaves its warm-up; '' of one that does."""
+  """Says of a run of so many updates that it ends in its warm-up; '' of others."""
   if train.warmup_steps < steps:
     return ''
   return (
-    f'The learning rate stays below its peak: train.warmup_steps={train.warmup_steps} is not less than the {steps} '
-    'updates of the run'
+    f'The learning rate only rises: train.warmup_steps={train.warmup_steps} is not less than the {steps} updates of '
+    'the run'
   )
 
 
