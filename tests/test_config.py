@@ -135,6 +135,7 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.model.norm_eps=0', 'norm_eps=0.0 must be a finite number of at least 1e-20'),
     ('--config.data.workers=100000', 'workers=100000 must be at most 4096'),
     ('--config.data.isolate_documents=maybe', 'must be True or False'),
+    ('--config.data.train_files=a\0b', r"data.train_files='a\x00b' must not hold the character NUL"),
     ('--config.experiment=../up', 'must be a plain folder name'),
     ('--config.experiment= ', 'must be a plain folder name'),
     ('--config.experiment=a\nb', 'must be a plain folder name'),

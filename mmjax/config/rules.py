@@ -25,6 +25,8 @@ def check_fields(config: Config) -> None:
     if name in CHOICES and value not in CHOICES[name]:
       remark = removed_remark(name, value) or nearest(value, CHOICES[name])
       raise UserError(f'{name}={quote(value)} must be one of {", ".join(CHOICES[name])}{remark}')
+    if isinstance(value, str):
+      _refuse('\0' in value, f'{name}={quote(value)} must not hold the character NUL, which ends a path')
     if type(value) in (int, float):
       _check_range(f'{name}={short(value)}', value, SETTINGS[name].least, SETTINGS[name].most)
   clip, spike = config.train.grad_clip, config.train.max_loss_factor
