@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmjax.config import CHOICES, Config, config_from_dict, flatten, load_config
+from mmjax.config import CHOICES, Config, check_learning, config_from_dict, flatten, load_config
 from mmjax.config.__main__ import list_settings, main
 from mmjax.config.schema import SETTINGS
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
@@ -191,8 +191,13 @@ def test_decay_that_takes_more_than_there_is_is_refused(overrides, said):
 )
 def test_what_would_never_learn_is_refused(file, overrides, said, instead):
   with pytest.raises(UserError, match=re.escape(said)):
-    load_config(f'configs/{file}.py', [f'--config.{override}' for override in overrides])
-  load_config(f'configs/{file}.py', [f'--config.{override}' for override in (*overrides, instead)])
+    check_learning(load_config(f'configs/{file}.py', [f'--config.{override}' for override in overrides]))
+  check_learning(load_config(f'configs/{file}.py', [f'--config.{override}' for override in (*overrides, instead)]))
+
+
+def test_rules_take_from_what_a_config_file_says():
+  config = load_config('configs/quickstart.py', ['--config.train.parameters=.* beta2=0.9; norm decay=0'])
+  assert config.train.parameters == '.* beta2=0.9; norm decay=0'
 
 
 def test_every_number_has_a_range_and_its_default_and_no_nan_is_in_it():
@@ -261,6 +266,19 @@ IDLE = [  # config, override, what is said
     'quickstart',
     'model.sublayer=ngram_bag --config.memory.bag_gate=False --config.memory.input=residual',
     "memory.input='residual' does nothing where no memory reads its input",
+  ),
+  *(
+    ('exp_1_4_2', f'train.{given} --config.train.parameters=.* {rule}', said)
+    for given, rule, said in (
+      ('beta1=0.5', 'beta1=0.7', 'or when train.parameters gives every beta1'),
+      ('beta2=0.5', 'beta2=0.7', 'or when train.parameters gives every beta2'),
+      (
+        'weight_decay=0.5',
+        'decay=0',
+        'weight_decay=0.5 does nothing when train.parameters sets every decay to 0',
+      ),
+      ('muon_lr_multiplier=2 --config.train.optimizer=muon', 'lr=0.7', 'or when train.parameters gives every rate'),
+    )
   ),
   ('quickstart', 'train.epochs=1', 'train.epochs=1.0 does nothing when train.max_steps is set'),
   ('base', 'runtime.num_processes=2 --config.runtime.coordinator=auto', "nothing with runtime.coordinator='auto'"),

@@ -113,6 +113,8 @@ def test_advice_and_runs_that_never_leave_their_warm_up():
     ({'ngrams': '1,2'}, 1.0, False),
     ({'ngrams': '1,2'}, 2.7, True),
     ({'ngrams': '1,2', 'row_dropout': 0.1}, 9.0, False),
+    ({'ngrams': '1,2', 'bank_lr_multiplier': 0, 'bank_lr_final_multiplier': 0}, 9.0, False),
+    ({'ngrams': '1,2', 'teach_rows': 9}, 9.0, False),
   ],
 )
 def test_rows_that_would_learn_a_text_by_heart_are_said(settings, passes, often):

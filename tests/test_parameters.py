@@ -143,7 +143,7 @@ def test_lazy_bank_follows_the_table():
     ('embedding lr=1 lr=2', "'embedding lr=1 lr=2' says lr twice"),
     ('embedding lr=4x', "'lr=4x' must be a number from 0 to 10000"),
     ('embedding lr=-1', "'lr=-1' must be a number from 0 to 10000"),
-    ('embedding lr=1e-400', "'lr=1e-400' must be a number from 0 to 10000, and not too close to 0"),
+    ('embedding lr=1e-400', "'lr=1e-400' is too close to 0 for a float"),
     ('embedding lr=nan', "'lr=nan' must be a number from 0 to 10000"),
     ('embedding decay=1..2', "'decay=1..2' must be a number from 0 to 10000"),
     ('embedding beta1=1', "'beta1=1' must be a number from 0 to 0.999999"),
@@ -203,23 +203,6 @@ def test_parameters_that_do_not_learn_are_named():
   assert re.match(r'(\d+) of \1 parameters .* more parameters', said)
   assert check_parameters(tiny_config(train__learning_rate=0.0)) == said
   assert not check_parameters(tiny_config(train__learning_rate=0.0, train__final_learning_rate=1e-3))
-
-
-@pytest.mark.parametrize(
-  ('name', 'value', 'rules', 'instead'),
-  [
-    ('muon_lr_multiplier', 2.0, 'layers/.*kernel lr=0.7', 'layers/0/.*kernel lr=0.7'),
-    ('beta1', 0.5, '.* beta1=0.7', 'embedding beta1=0.7'),
-    ('beta2', 0.5, 'norm beta2=0.7; .* beta2=0.8', 'norm beta2=0.7'),
-    ('weight_decay', 0.5, '.* decay=0', '.* decay=0.1'),
-  ],
-)
-def test_setting_that_rules_overrule_everywhere_is_refused(name, value, rules, instead):
-  own = {'train__optimizer': 'muon'} if name == 'muon_lr_multiplier' else {}
-  with pytest.raises(UserError, match=rf'train\.{name}={value} does nothing, because train.parameters gives'):
-    check_parameters(tiny_config(**own, **{f'train__{name}': value}, train__parameters=rules))
-  check_parameters(tiny_config(**own, **{f'train__{name}': value}, train__parameters=instead))
-  check_parameters(tiny_config(**own, train__parameters=rules))  # at its default
 
 
 def test_betas_of_what_muon_moves_are_refused_and_others_are_of_adam():

@@ -310,6 +310,14 @@ def test_free_settings_may_change_on_resume(free):
   compare_configs(tiny_config(**text), tiny_config(**(text | free)), allow_config_change=False)
 
 
+def test_settings_that_do_nothing_may_change_on_resume():
+  bag, gateless = {'model__sublayer': 'ngram_bag'}, {'model__sublayer': 'ngram_bag', 'memory__bag_gate': False}
+  old = tiny_config(**gateless).with_settings({'memory.input': 'residual'})  # once accepted
+  compare_configs(old, tiny_config(**gateless), allow_config_change=False)
+  with pytest.raises(UserError, match="memory.input 'residual' -> 'attention'"):
+    compare_configs(tiny_config(**bag, memory__input='residual'), tiny_config(**bag), allow_config_change=False)
+
+
 def test_length_of_snippets_may_change_on_resume():  # which only building a bank looks at
   bank = {'memory__bank_init': 'file', 'memory__bank_file': 'bank.safetensors'}
   compare_configs(tiny_config(**bank), tiny_config(**bank, memory__knowledge_length=99), allow_config_change=False)

@@ -15,6 +15,6 @@ from mmjax.config.reading import (
   override_config,
   overrides_of,
 )
-from mmjax.config.rules import CHOICES
+from mmjax.config.rules import CHOICES, check_learning
 from mmjax.config.schema import Config, DataConfig, MemoryConfig, ModelConfig, RuntimeConfig, TrainConfig
 from mmjax.config.setting import flatten

@@ -11,6 +11,7 @@ mmjax/run/sharding.py says in a list of the same form where parameters lie.
 """
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -107,8 +108,11 @@ def _read_rule(words: list[str]) -> Rule:
 
 def _read_number(word: str, text: str, most: float) -> float:
   try:
-    if 0 <= float(text) <= most and (float(text) or not re.search('[1-9]', text.partition('e')[0])):
-      return float(text)
+    number = float(text)
   except ValueError:
-    pass
-  raise UserError(f'train.parameters: {quote(word)} must be a number from 0 to {most:g}, and not too close to 0')
+    number = math.nan
+  if not number and re.search('[1-9]', text.lower().partition('e')[0]):
+    raise UserError(f'train.parameters: {quote(word)} is too close to 0 for a float')
+  if 0 <= number <= most:
+    return number
+  raise UserError(f'train.parameters: {quote(word)} must be a number from 0 to {most:g}')

@@ -72,12 +72,22 @@ def check_together(config: Config) -> None:
     memory.bank_update == 'lazy' and not OPTIMIZERS[train.optimizer].is_adam,
     f"memory.bank_update='lazy' is Adam's rule; with train.optimizer={train.optimizer!r} it must be 'dense'",
   )
-  _refuse(
-    memory.selection_bias and not OPTIMIZERS[train.optimizer].is_adam,
-    f'memory.selection_bias=True needs a train.optimizer of Adam, not {train.optimizer!r}: the gradient of the biases '
-    'is so small that no other moves them',
-  )
   _check_processes(runtime.coordinator, runtime.num_processes, runtime.process_id)
+
+
+def check_learning(config: Config) -> None:
+  """Raises UserError if something would not learn though it is there to; runs that were begun nevertheless go on."""
+  model, optimizer = config.model, config.train.optimizer
+  _refuse(
+    config.memory.selection_bias and not OPTIMIZERS[optimizer].is_adam,
+    f'memory.selection_bias=True needs a train.optimizer of Adam, not {optimizer!r}: the gradient of the biases is so '
+    'small that no other moves them',
+  )
+  _refuse(
+    model.sublayer == 'moe' and model.experts_per_token == 1 < model.n_experts and not model.aux_loss_weight,
+    'model.experts_per_token=1 must be at least 2 with model.aux_loss_weight=0: the weight of one expert is always 1, '
+    'so the router would not learn',
+  )
 
 
 def _check_decay(train: TrainConfig, table: tuple[Rule, ...]) -> None:
@@ -111,11 +121,6 @@ def _check_model(model: ModelConfig) -> None:
   _refuse(model.head_dim % 2, f'{width} must be even: RoPE rotates pairs; nearest: model.dim={dim + heads}')
   chosen = f'model.experts_per_token={model.experts_per_token}'
   _refuse(model.experts_per_token > experts, f'{chosen} must be at most model.n_experts={experts}')
-  _refuse(
-    model.sublayer == 'moe' and model.experts_per_token == 1 < experts and not model.aux_loss_weight,
-    f'{chosen} must be at least 2 with model.aux_loss_weight=0: the weight of a single expert is always 1, so the '
-    'router would not learn',
-  )
 
 
 def _check_rows(config: Config) -> None:

@@ -20,6 +20,9 @@ from mmjax.errors import UserError
 MULTIPLIER = {'least': 0, 'most': MOST}  # of a rate or a decay
 
 
+EVERY = ''  # stands for every parameter: what a pattern finds in it, it finds in any name
+
+
 def _unsaid(name: str, what: str) -> Callable[['Config'], bool]:
   """Tells whether train.parameters leaves the rate or the decay of a parameter to other settings."""
   return lambda config: first_rule(read_rules(config.train.parameters), name, what) is None
@@ -38,9 +41,17 @@ NO_VALID_FILES = (lambda c: not c.data.valid_files, 'when data.valid_files is se
 PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
 MUON_RATE = 'muon_lr_multiplier'
 WITH_MUON_RATE = [name for name, optimizer in OPTIMIZERS.items() if optimizer.rate_of_matrices == MUON_RATE]
-MUON = (lambda c: OPTIMIZERS[c.train.optimizer].rate_of_matrices == MUON_RATE,
-  f"without train.optimizer={' or '.join(map(repr, WITH_MUON_RATE))}")
-ADAM = (lambda c: OPTIMIZERS[c.train.optimizer].is_adam, "with a train.optimizer that is not Adam's")
+MUON = (lambda c: OPTIMIZERS[c.train.optimizer].rate_of_matrices == MUON_RATE and _unsaid(EVERY, 'lr')(c),
+  f"without train.optimizer={' or '.join(map(repr, WITH_MUON_RATE))}, or when train.parameters gives every rate")
+NO_ADAM = "with a train.optimizer that is not Adam's"
+ADAM = (lambda c: OPTIMIZERS[c.train.optimizer].is_adam, NO_ADAM)
+BETA1, BETA2 = (
+  (lambda c, what=what: ADAM[0](c) and _unsaid(EVERY, what)(c),
+    f'{NO_ADAM}, or when train.parameters gives every {what}')
+  for what in ('beta1', 'beta2')
+)
+DECAY = (lambda c: not (rule := first_rule(read_rules(c.train.parameters), EVERY, 'decay')) or rule.decay,
+  'when train.parameters sets every decay to 0')
 WARMDOWN = (lambda c: c.train.schedule == 'warmdown', "without train.schedule='warmdown'")
 NO_STEPS = (lambda c: not c.train.max_steps, 'when train.max_steps is set; max_steps=0 lets epochs end the run')
 ADDRESS = (lambda c: c.runtime.coordinator != 'auto', "with runtime.coordinator='auto'")
@@ -269,10 +280,10 @@ class TrainConfig:
     needs=WARMDOWN)
   final_learning_rate: float = field(0.0, 'at the end of the schedule', 0, 10)
   warmup_steps: int = field(0, 'linear, before the schedule')
-  beta1: float = field(0.9, '', 0, NEAREST_ONE, needs=ADAM)
-  beta2: float = field(0.999, '', 0, NEAREST_ONE, needs=ADAM)
+  beta1: float = field(0.9, '', 0, NEAREST_ONE, needs=BETA1)
+  beta2: float = field(0.999, '', 0, NEAREST_ONE, needs=BETA2)
   eps: float = field(1e-8, '', 1e-30, 1, needs=ADAM)
-  weight_decay: float = field(0.01, 'on every parameter that gets a gradient', 0, 100)
+  weight_decay: float = field(0.01, 'on every parameter that gets a gradient', 0, 100, needs=DECAY)
   grad_clip: float = field(1.0, 'largest global gradient norm; 0: no clipping', 0, 1e19)
   dtype: str = field('bfloat16', 'dtype of matrix products; parameters, optimizer and row selection stay float32',
     choices=('float32', 'bfloat16'))

@@ -54,8 +54,9 @@ def prepare(data: DataConfig, vocab_size: int, progress: Progress | None = None)
     if (Path(data.prepared_dir) / INDEX).is_file() and not (data.train_files or data.valid_files):
       directory, index = Path(data.prepared_dir), _check_brought(data, vocab_size)
       progress.say(f'using prepared data in {directory}: {_summary(index)}')
-      if data.valid_fraction != index['settings']['valid_fraction']:
-        progress.say(f'data.valid_fraction={data.valid_fraction:g} does nothing: that text is held out already')
+      if data.valid_fraction != (made_with := index['settings']['valid_fraction']):
+        how = f'data.valid_fraction={made_with:g}' if made_with else 'data.valid_files or nothing held out'
+        progress.say(f'data.valid_fraction={data.valid_fraction:g} is not used: this text was prepared with {how}')
     else:
       plan = make_plan(data, vocab_size, progress)
       directory = find_prepared(data.prepared_dir, plan.made) or plan.directory

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from mmjax.config import Config, flatten
+from mmjax.config import Config, flatten, idle_settings
 from mmjax.data.bank_file import read_texts, texts_path
 from mmjax.errors import UserError
 from mmjax.files import sha256_of
@@ -31,11 +31,14 @@ FIXED_OF_TRAIN = (*MICRO_BATCHES, 'train.dtype', 'train.optimizer', 'train.param
 
 
 def settings_changed(old: Config, new: Config) -> tuple[list[str], list[str]]:
-  """Lists as 'name old -> new' the differences that would make a run another run, and those of its schedule."""
-  fixed, schedule = [], []
+  """Lists as 'name old -> new' the differences that would make a run another run, and those of its schedule.
+
+  Settings that do nothing in either may differ: a command of an earlier version may have one that is refused today.
+  """
+  fixed, schedule, idle = [], [], idle_settings(old).keys() & idle_settings(new).keys()
   free = (*FREE_SETTINGS, *MICRO_BATCHES) if old.train.update_rows == new.train.update_rows else FREE_SETTINGS
   for name, (before, after) in differences(old, new).items():
-    if name not in free and not name.startswith(FREE_SECTIONS):
+    if name not in free and name not in idle and not name.startswith(FREE_SECTIONS):
       is_schedule = name.startswith('train.') and name not in FIXED_OF_TRAIN
       (schedule if is_schedule else fixed).append(f'{name} {before!r} -> {after!r}')
   return fixed, schedule

@@ -5,7 +5,7 @@ updated row by row is the work of mmjax/training/lazy_bank.py.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from mmjax.config import Config, TrainConfig, default_settings, flatten
+from mmjax.config import Config, TrainConfig
 from mmjax.config.optimizers import OPTIMIZERS
 from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, parameter_table, read_rules
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
@@ -67,8 +67,7 @@ def check_parameters(config: Config) -> str:
   """Returns what a user should know of the rates of parameters: which of them are 0; '' where none is.
 
   Raises:
-    UserError: if a rule of train.parameters sets nothing: no parameter fits and learns, or all are set above; or if it
-      leaves nothing to a setting that is not at its default.
+    UserError: if a rule of train.parameters sets nothing: no parameter fits and learns, or all are set above.
   """
   train, rules, table = config.train, read_rules(config.train.parameters), parameter_table(config)
   params = abstract_params(config)
@@ -92,32 +91,10 @@ def check_parameters(config: Config) -> str:
           f'train.parameters: the {what} of {rule.pattern!r} does nothing, because earlier rules give one to every '
           'parameter that it fits; put it before them or leave it out'
         )
-  _refuse_overruled(config, rules, names, by_adam, [name for name in names if is_matrix[name]])
   still = not max(train.learning_rate, train.final_learning_rate)
   frozen = [name for name in names if still or ((rule := first_rule(table, name, 'lr')) and not any(rule.rates))]
   said = f'{len(frozen)} of {len(names)} parameters have a learning rate of 0 and do not learn: '
   return said + first_three(frozen, 'parameters') if frozen else ''
-
-
-def _refuse_overruled(
-  config: Config, rules: tuple[Rule, ...], names: Iterable[str], by_adam: Iterable[str], matrices: Iterable[str]
-) -> None:
-  """Raises UserError for a setting that is not at its default and that rules take every parameter from."""
-  values, defaults = flatten(config.to_dict()), default_settings()
-  for what, setting, of in (
-    ('lr', 'train.muon_lr_multiplier', matrices),
-    ('beta1', 'train.beta1', by_adam),
-    ('beta2', 'train.beta2', by_adam),
-    ('decay', 'train.weight_decay', names),
-  ):
-    found = [first_rule(rules, name, what) for name in of]
-    # A decay is a factor of this one, so that only 0 leaves nothing to it.
-    overruled = all(rule and (what != 'decay' or not rule.decay) for rule in found)
-    if found and overruled and values[setting] != defaults[setting]:
-      raise UserError(
-        f'{setting}={values[setting]} does nothing, because train.parameters gives a {what} to every parameter that it '
-        'would hold for; leave one of them out'
-      )
 
 
 def rate_multiplier(rule: Rule, total_steps: int) -> optax.Schedule:

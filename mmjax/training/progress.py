@@ -29,7 +29,8 @@ def show_step(progress: Progress, total: int, metrics: Mapping[str, Any]) -> Non
 
 def show_evaluation(progress: Progress, step: int, total: int, share: float) -> None:
   """Shows the share of the validation set that is done, of an evaluation after a step of `total`."""
-  progress.update(STAGE, step, total, f'evaluating: {share:.0%}', shown=f'step {step}/{total}')
+  note = f'evaluating: {share:.0%}' if share < 1 else ''
+  progress.update(STAGE, step, total, note, shown=f'step {step}/{total}')
 
 
 class MicroBatchWatch:

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import Mesh
 
-from mmjax.config import Config, TrainConfig
+from mmjax.config import Config, TrainConfig, check_learning
+from mmjax.config.parameters import first_rule, parameter_table
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds, uses_bank
 from mmjax.console import Progress
 from mmjax.data.bank_file import read_bank
@@ -29,7 +30,7 @@ from mmjax.data.overlap import overlap_remark
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
 from mmjax.files import write_file
-from mmjax.model.params import Params
+from mmjax.model.params import BANK, Params
 from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, write_tokenizer
 from mmjax.run.identity import bank_identity, check_bank, compare_configs, compare_models, settings_changed
@@ -93,6 +94,7 @@ def settle_config(
   if recorded:
     origin = Origin(Path(recorded['run']), recorded['step'])
   if not (run.config_path.exists() or any(run.steps())):  # with steps it must be there: reading it says so
+    check_learning(config)
     if origin:
       return settle_origin(origin, config), origin
     if config.memory.bank_init == 'file' and uses_bank(config.model, config.memory):
@@ -146,6 +148,9 @@ def warmup_remark(train: TrainConfig, steps: int) -> str:
 def dropout_remark(config: Config, passes: float) -> str:
   """Says of n-gram rows that drop nothing that they will learn by heart a text that is read so often; '' of others."""
   model, memory = config.model, config.memory
+  table = parameter_table(config)
+  if memory.teach_rows or not all(any(first_rule(table, name, 'lr').rates) for name in (BANK, 'embedding')):
+    return ''  # the rows do not learn, or only they do, which is what they are taught for
   if memory.row_dropout or not any(SUBLAYERS[kind].reads_ngrams for kind in layer_kinds(model, memory)):
     return ''
   if passes < (PASSES_OF_PAIRS if max(memory.ngram_of_heads()) > 1 else PASSES_OF_TOKENS):
