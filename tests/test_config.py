@@ -195,6 +195,20 @@ def test_what_would_never_learn_is_refused(file, overrides, said, instead):
   check_learning(load_config(f'configs/{file}.py', [f'--config.{override}' for override in (*overrides, instead)]))
 
 
+@pytest.mark.parametrize(
+  'flags',
+  [
+    ['beta1=0.5', 'parameters=embedding beta1=0.7'],
+    ['beta2=0.5', 'parameters=^(?!embedding) beta2=0.7'],  # which leaves the embedding to it
+    ['weight_decay=0.5', 'parameters=.* decay=0.1'],
+    ['weight_decay=0.5', 'parameters=norm decay=0.1; .* decay=0'],
+    ['optimizer=muon', 'muon_lr_multiplier=2', 'parameters=layers/0 lr=0.7'],
+  ],
+)
+def test_setting_of_which_rules_leave_something_is_not_refused(flags):
+  load_config('configs/exp_1_4_2.py', [f'--config.train.{flag}' for flag in flags])
+
+
 def test_rules_take_from_what_a_config_file_says():
   config = load_config('configs/quickstart.py', ['--config.train.parameters=.* beta2=0.9; norm decay=0'])
   assert config.train.parameters == '.* beta2=0.9; norm decay=0'

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from mmjax import console
+from mmjax.config import DataConfig
 from mmjax.console import Progress
 from mmjax.data import prepare as prepare_module
 from mmjax.data.index import read_index
@@ -37,6 +38,15 @@ def test_every_document_is_in_the_shards_once_and_in_order(tmp_path, corpus, tex
   text_bytes = sum(split['text_bytes'] for split in entry['splits'].values())
   assert text_bytes == sum(len(text.encode()) for text in texts)
   assert entry['inputs']['train'][0]['lines'] == 400 and entry['settings']['text_key'] == 'text'
+
+
+def test_prepared_text_says_that_it_was_divided_by_another_share(tmp_path, corpus):
+  directory, _ = run(tmp_path, corpus)  # with 0.1
+  for share, times in ((0.1, 0), (0.5, 1)):
+    screen = io.StringIO()
+    prepare(DataConfig(prepared_dir=str(directory), valid_fraction=share), VOCAB, Progress(screen))
+    said = 'data.valid_fraction=0.5 is not used: this text was prepared with data.valid_fraction=0.1'
+    assert screen.getvalue().count(said) == times and 'using prepared data' in screen.getvalue()
 
 
 def test_copies_of_a_text_stay_on_one_side_of_the_split(tmp_path, texts):

@@ -20,12 +20,19 @@ from mmjax.errors import UserError
 MULTIPLIER = {'least': 0, 'most': MOST}  # of a rate or a decay
 
 
-EVERY = ''  # stands for every parameter: what a pattern finds in it, it finds in any name
+FIT_ALL = ('.*', '.+', '.')  # patterns of train.parameters that every name fits
 
 
 def _unsaid(name: str, what: str) -> Callable[['Config'], bool]:
   """Tells whether train.parameters leaves the rate or the decay of a parameter to other settings."""
   return lambda config: first_rule(read_rules(config.train.parameters), name, what) is None
+
+
+def _said_of_all(config: 'Config', what: str) -> bool:
+  """Tells whether train.parameters gives a rate, a decay or a beta to every parameter."""
+  return any(
+    rule.pattern in FIT_ALL and getattr(rule, what) is not None for rule in read_rules(config.train.parameters)
+  )
 
 
 # fmt: off
@@ -41,16 +48,16 @@ NO_VALID_FILES = (lambda c: not c.data.valid_files, 'when data.valid_files is se
 PACKED = (lambda c: c.data.layout == 'packed', "without data.layout='packed'")
 MUON_RATE = 'muon_lr_multiplier'
 WITH_MUON_RATE = [name for name, optimizer in OPTIMIZERS.items() if optimizer.rate_of_matrices == MUON_RATE]
-MUON = (lambda c: OPTIMIZERS[c.train.optimizer].rate_of_matrices == MUON_RATE and _unsaid(EVERY, 'lr')(c),
+MUON = (lambda c: OPTIMIZERS[c.train.optimizer].rate_of_matrices == MUON_RATE and not _said_of_all(c, 'lr'),
   f"without train.optimizer={' or '.join(map(repr, WITH_MUON_RATE))}, or when train.parameters gives every rate")
 NO_ADAM = "with a train.optimizer that is not Adam's"
 ADAM = (lambda c: OPTIMIZERS[c.train.optimizer].is_adam, NO_ADAM)
 BETA1, BETA2 = (
-  (lambda c, what=what: ADAM[0](c) and _unsaid(EVERY, what)(c),
+  (lambda c, what=what: ADAM[0](c) and not _said_of_all(c, what),
     f'{NO_ADAM}, or when train.parameters gives every {what}')
   for what in ('beta1', 'beta2')
 )
-DECAY = (lambda c: not (rule := first_rule(read_rules(c.train.parameters), EVERY, 'decay')) or rule.decay,
+DECAY = (lambda c: not _said_of_all(c, 'decay') or any(rule.decay for rule in read_rules(c.train.parameters)),
   'when train.parameters sets every decay to 0')
 WARMDOWN = (lambda c: c.train.schedule == 'warmdown', "without train.schedule='warmdown'")
 NO_STEPS = (lambda c: not c.train.max_steps, 'when train.max_steps is set; max_steps=0 lets epochs end the run')

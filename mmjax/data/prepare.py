@@ -55,7 +55,8 @@ def prepare(data: DataConfig, vocab_size: int, progress: Progress | None = None)
       directory, index = Path(data.prepared_dir), _check_brought(data, vocab_size)
       progress.say(f'using prepared data in {directory}: {_summary(index)}')
       if data.valid_fraction != (made_with := index['settings']['valid_fraction']):
-        how = f'data.valid_fraction={made_with:g}' if made_with else 'data.valid_files or nothing held out'
+        other = 'data.valid_files' if 'valid' in index['splits'] else 'nothing held out'
+        how = f'data.valid_fraction={made_with:g}' if made_with else other
         progress.say(f'data.valid_fraction={data.valid_fraction:g} is not used: this text was prepared with {how}')
     else:
       plan = make_plan(data, vocab_size, progress)
