@@ -18,8 +18,6 @@ from mmjax.config.wording import quote
 from mmjax.errors import UserError
 
 MULTIPLIER = {'least': 0, 'most': MOST}  # of a rate or a decay
-
-
 FIT_ALL = ('.*', '.+', '.')  # patterns of train.parameters that every name fits
 
 
