@@ -19,6 +19,7 @@ from flax import nnx
 from mmjax.environment import TRAIN_PACKAGES
 from mmjax.evaluation.probes import bank_health
 from mmjax.files import path_name
+from mmjax.kernels.forms import traced_for
 from mmjax.kernels.product_key import BALANCING_SLOPE
 from mmjax.memory import (
   CrossAttention,
@@ -84,6 +85,21 @@ def test_every_parameter_and_the_bank_learn(name):
     at_start = name == 'buckets' and 'query' in path_name(path)  # of keys that are 0
     assert np.any(slope) != at_start, path_name(path)
   assert np.any(jax.grad(lambda bank_MP: loss(memory.init(jax.random.key(0)), bank_MP)[0])(0 * bank_MP))  # from 0 too
+
+
+@pytest.mark.parametrize('form', ['cpu', 'gpu'])
+@pytest.mark.parametrize('name', [*MEMORIES, 'bias'])
+def test_program_that_promotes_nothing_implicitly_may_use_it(name, form):
+  memory = (MEMORIES | {'bias': MemoryBag(**SIZES, query_key_norm='l2', selection_bias=True)})[name]
+  with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'), traced_for(form):
+    x_BTD, bank_MP, *ngrams = inputs(memory)
+
+    def loss(params, bank_MP):
+      out = memory.apply(params, x_BTD.astype(jnp.bfloat16), bank_MP, *ngrams, dtype=jnp.bfloat16)
+      return jnp.sum(out.delta_BTD.astype(jnp.float32)) + out.aux_loss
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(memory.init(jax.random.key(0)), bank_MP)
+  assert jaxpr.out_avals[-1].shape == bank_MP.shape
 
 
 @pytest.mark.parametrize('name', MEMORIES)

@@ -32,7 +32,7 @@ def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32)
   if not on_cpu():
     x = _rounded(x, dtype)
   x = x.astype(jnp.float32)  # the mean of squares loses too much in bf16
-  return x * _inverse(x, eps) * scale
+  return x * _inverse(x, eps) * jnp.expand_dims(scale, range(x.ndim - 1))  # a program may refuse to promote ranks
 
 
 @jax.named_scope('norm')
@@ -94,13 +94,14 @@ def _divided_product_fwd(x, scale, kernel, eps, dtype, exact):
   if exact:
     out = _exact_product(narrow, scaled) * inverse
   else:
-    out = (dot(narrow, scaled.astype(dtype), x.ndim - 1, 0, dtype) * inverse).astype(dtype)
+    product = dot(narrow, scaled.astype(dtype), x.ndim - 1, 0, dtype)
+    out = (product.astype(jnp.float32) * inverse).astype(dtype)
   return out, (narrow, inverse, scale, kernel, jnp.zeros((), x.dtype))
 
 
 def _divided_product_bwd(eps, dtype, exact, residuals, grad):
   narrow, inverse, scale, kernel, like_x = residuals
-  grad = (grad * inverse).astype(dtype)
+  grad = (grad.astype(jnp.float32) * inverse).astype(dtype)
   grad_narrow = dot(grad, (scale[:, None] * kernel).astype(dtype), grad.ndim - 1, 1, dtype)
   grad_scaled = weight_gradient(narrow, grad)
   grad_narrow, grad_scaled = together(grad_narrow, grad_scaled)

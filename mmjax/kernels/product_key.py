@@ -133,19 +133,19 @@ def _best_by_rounds(score_kXC: Array, num_selected: int) -> tuple[Array, Array]:
   pairs = _pairs(r)
   sum_cX = jnp.stack([best_2rX[0, i] + best_2rX[1, j] for i, j in pairs])
   candidate_cX = jnp.stack([sub_key_2rX[0, i] * C + sub_key_2rX[1, j] for i, j in pairs])
-  row_rX = _best_candidates(jax.lax.stop_gradient(sum_cX), candidate_cX, r, C * C - 1)
+  row_r1X = _best_candidates(jax.lax.stop_gradient(sum_cX), candidate_cX, r, C * C - 1)
   # Row by row, because the gradient of one sum over (r, c, X) would be built at that size.
-  score_rX = jnp.stack([jnp.sum(jnp.where(candidate_cX == row_X, sum_cX, 0), axis=0) for row_X in row_rX])
-  return tuple(x.reshape(r, h, -1).transpose(2, 1, 0) for x in (row_rX, score_rX))
+  score_rX = jnp.stack([jnp.sum(jnp.where(candidate_cX == row_1X, sum_cX, 0), axis=0) for row_1X in row_r1X])
+  return tuple(x.reshape(r, h, -1).transpose(2, 1, 0) for x in (row_r1X, score_rX))
 
 
 def _best_candidates(sum_cX: Array, candidate_cX: Array, r: int, last_row: int) -> Array:
-  """Returns row_rX of the r greatest sums: r rounds of a maximum, then the lowest row that reaches it."""
+  """Returns row_r1X of the r greatest sums: r rounds of a maximum, then the lowest row that reaches it."""
 
   def take_best(left_cX, _):
-    reaches_cX = left_cX == jnp.max(left_cX, axis=0)
-    row_X = jnp.min(jnp.where(reaches_cX, candidate_cX, last_row), axis=0)
-    return jnp.where(candidate_cX == row_X, -jnp.inf, left_cX), row_X
+    reaches_cX = left_cX == jnp.max(left_cX, axis=0, keepdims=True)
+    row_1X = jnp.min(jnp.where(reaches_cX, candidate_cX, last_row), axis=0, keepdims=True)
+    return jnp.where(candidate_cX == row_1X, -jnp.inf, left_cX), row_1X
 
   return jax.lax.scan(take_best, sum_cX, length=r)[1]
 
@@ -179,7 +179,8 @@ def _best_by_merging_bwd(num_selected, residuals, grads):
   sub_key_kXr = jnp.stack(jnp.divmod(row_Xhr, C), axis=2).reshape(len(row_Xhr), -1, num_selected).swapaxes(0, 1)
   grad_kXr = jnp.repeat(grads[1].swapaxes(0, 1), 2, axis=0)
   # A comparison with every column instead of a scatter: it writes the gradient once, and reads nothing of its size.
-  hits = [jnp.where(sub_key_kXr[..., r, None] == jnp.arange(C), grad_kXr[..., r, None], 0) for r in range(num_selected)]
+  column_11C = jax.lax.broadcasted_iota(jnp.int32, (1, 1, C), 2)
+  hits = [jnp.where(sub_key_kXr[..., r, None] == column_11C, grad_kXr[..., r, None], 0) for r in range(num_selected)]
   return (sum(hits),)
 
 

@@ -139,7 +139,7 @@ class NgramBag(_Bag):
     """
     addresses, size = self.rows_per_head // self.bucket_size, self.bucket_size
     bucket = ngram_rows(last_BTn, self.ngram_of_heads(), addresses, self.n_rows // size, self.vocab_size)
-    return bucket * size + jnp.arange(size, dtype=jnp.int32)
+    return bucket * size + jax.lax.broadcasted_iota(jnp.int32, (1, 1, 1, size), 3)
 
   def signs_of(self, last_BTn: Array) -> Array | None:
     """Returns which signs the n-grams of `rows_of` have, int32 sign_BTh; None where they have none."""

@@ -129,4 +129,4 @@ def score_weights(score_BThr: Array, activation: str) -> Array:
 
 def _scaled_units(query_BTkp: Array, keys_kCp: Array, scale_k: Array) -> tuple[Array, Array]:
   """Returns queries of length `scale_k` and sub-keys of length 1."""
-  return unit(query_BTkp) * scale_k[:, None], unit(keys_kCp)
+  return unit(query_BTkp) * scale_k[None, None, :, None], unit(keys_kCp)

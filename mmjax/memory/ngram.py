@@ -130,10 +130,10 @@ def ngram_rows(
     for token in (last_BT.min(initial=0), last_BT.max(initial=0)):
       if not 0 <= token < vocab_size:
         raise ValueError(f'token id {token} must be from 0 to {vocab_size - 1}, below vocab_size')
-  first_hr, size_hr = (np.reshape(x, (-1, r)) for x in own_ranges(tuple(ngrams), r, n_rows, vocab_size))
-  alone_h1 = np.array(ngrams)[:, None] == 1
-  code_BThr = jnp.where(alone_h1, last_BTn[..., 0, None, None].astype(jnp.uint32), code_BThr)
-  return first_hr + (code_BThr % size_hr.astype(np.uint32)).astype(jnp.int32)
+  first_11hr, size_11hr = (np.reshape(x, (1, 1, -1, r)) for x in own_ranges(tuple(ngrams), r, n_rows, vocab_size))
+  alone_11h1 = np.array(ngrams)[None, None, :, None] == 1
+  code_BThr = jnp.where(alone_11h1, last_BTn[..., 0, None, None].astype(jnp.uint32), code_BThr)
+  return first_11hr + (code_BThr % size_11hr.astype(np.uint32)).astype(jnp.int32)
 
 
 @functools.cache
@@ -211,12 +211,12 @@ def _codes(last_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:
       f'last tokens of shape {last_BTn.shape} and dtype {last_BTn.dtype} must be whole numbers, at least '
       f'{max(ngrams)} at each position: see last_tokens'
     )
-  code = number_hr  # (h, r); from the first token on (B, T, h, r)
+  code_BThr = number_hr[None, None]
   for back in range(max(ngrams)):
-    mixed_BThr = _mix(code ^ _mix(last_BTn[..., back, None, None].astype(jnp.uint32)))
-    looks_at_h1 = jnp.array([back < n for n in ngrams])[:, None]
-    code = jnp.where(looks_at_h1, mixed_BThr, code)
-  return code
+    mixed_BThr = _mix(code_BThr ^ _mix(last_BTn[..., back, None, None].astype(jnp.uint32)))
+    looks_at_11h1 = jnp.array([back < n for n in ngrams])[None, None, :, None]
+    code_BThr = jnp.where(looks_at_11h1, mixed_BThr, code_BThr)
+  return code_BThr
 
 
 def _prime_up_to(most: int) -> int:
