@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.kernels.fusion import gated_mlp
+from mmjax.kernels.fusion import gated_mlp, normed_gated_mlp
 from mmjax.kernels.matmul import dot, matmul, weight_gradient
 from tests import references
 
@@ -62,6 +62,28 @@ def test_gated_mlp_and_gradients_match_float64(forms, shape, dtype, tolerance):
     assert [x.dtype for x in got[1:]] == [dtype] * count + [jnp.float32] * 3
     for a, e in zip(got, want, strict=True):
       np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=tolerance, atol=tolerance * max(np.abs(e).max(), 1))
+
+
+@pytest.mark.parametrize('others', [0, 1])
+@pytest.mark.parametrize('dtype, tolerance', [(jnp.float32, 1e-4), (jnp.bfloat16, 0.05)])
+def test_normed_gated_mlp_and_gradients_match_autodiff_in_float64(forms, dtype, tolerance, others):
+  m, rows, gate, up, _ = make_inputs(2, 5, 24, 16 * others, 8)
+  rng = np.random.default_rng(1)
+  scale, down, dout = rng.uniform(-1, 2, 24), rng.standard_normal((8, 24)), rng.standard_normal(m.shape)
+  scale[3] = 0
+  inputs = (3 * m, scale, (rows,) * others, gate, up, down)
+
+  def plain(x, scale, others, gate, up, down):
+    z = jnp.concatenate((x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5) * scale, *others), axis=-1)
+    return (jax.nn.silu(z @ gate) * (z @ up)) @ down
+
+  with jax.enable_x64(True):
+    want = jax.tree.map(np.asarray, out_and_gradients(plain, *inputs, dout))
+  given = [jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), each) for each in (*inputs, dout)]
+  got = out_and_gradients(lambda *x: normed_gated_mlp(*x, 1e-5, dtype), *given)
+  assert got[0].dtype == dtype and {x.dtype for x in jax.tree.leaves(got[1:])} == {jnp.dtype('float32')}
+  for a, e in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(np.asarray(a, np.float64), e, rtol=tolerance, atol=tolerance * np.abs(e).max())
 
 
 def test_gated_mlp_works_rematerialised_inside_a_scan():

@@ -3,6 +3,8 @@
 z @ W == m @ W[:D] + rows @ W[D:] for z = concat(m, rows). Source: Shazeer 2020, arXiv:2002.05202.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -10,6 +12,35 @@ from jax.typing import DTypeLike
 
 from mmjax.kernels.forms import on_cpu
 from mmjax.kernels.matmul import dot, matmul, together, weight_gradient
+from mmjax.kernels.norm import over_rms, rms_norm
+
+
+def normed_gated_mlp(
+  x: Array,
+  scale: Array,
+  others: tuple[Array, ...],
+  gate_kernel: Array,
+  up_kernel: Array,
+  down_kernel: Array,
+  eps: float,
+  dtype: DTypeLike,
+) -> Array:
+  """Returns `gated_mlp` of (rms_norm(x), *others); a GPU multiplies the kernels by the norm's scale, not x.
+
+  Args:
+    x: float (..., D).
+    scale: float32 (D,), of the norm.
+    others: nothing, or (rows_BTX,).
+    gate_kernel: as of `gated_mlp`, as are `up_kernel`, `down_kernel` and `dtype`.
+    eps: of the norm.
+  """
+  if on_cpu():
+    return gated_mlp((rms_norm(x, scale, eps), *others), gate_kernel, up_kernel, down_kernel, dtype)
+  kernels, D = jnp.concatenate((gate_kernel, up_kernel), axis=1), len(scale)
+  kernels = jnp.concatenate((scale[:, None] * kernels[:D], kernels[D:]))
+  both = matmul(over_rms(x, others, eps, jnp.dtype(dtype)), kernels)
+  # Between kernels this wide, to compute it again takes a GPU longer than the memory of a narrow one is worth.
+  return _gate_and_project(both, down_kernel, bool(others))
 
 
 def gated_mlp(
@@ -26,7 +57,7 @@ def gated_mlp(
   """
   if not on_cpu():  # the concatenation, made while its parts are, and one product for gate and up, which is kept
     z = jnp.concatenate([x.astype(dtype) for x in inputs], axis=-1)
-    return _gate_and_project(matmul(z, jnp.concatenate((gate_kernel, up_kernel), axis=1)), down_kernel)
+    return _gate_and_project(matmul(z, jnp.concatenate((gate_kernel, up_kernel), axis=1)), down_kernel, False)
   if len(inputs) == 1:
     # Cast for each product alone, so that their gradients are added up in float32.
     gate_BTF, up_BTF = (matmul(inputs[0].astype(dtype), kernel) for kernel in (gate_kernel, up_kernel))
@@ -42,25 +73,32 @@ def gated_mlp(
   return matmul(_gate(gate_BTF, up_BTF), down_kernel)
 
 
-@jax.custom_vjp
-def _gate_and_project(both: Array, down_kernel: Array) -> Array:
-  """Returns (silu(gate) * up) @ down for both = concat(gate, up), which is all that it keeps."""
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gate_and_project(both: Array, down_kernel: Array, keep: bool) -> Array:
+  """Returns (silu(gate) * up) @ down for both = concat(gate, up), keeping the first product too or `both` alone."""
+  return _gate_and_project_fwd(both, down_kernel, keep)[0]
+
+
+def _gate_and_project_fwd(both, down_kernel, keep):
   gate, up = (x.astype(jnp.float32) for x in jnp.split(both, 2, axis=-1))
-  return matmul((jax.nn.silu(gate) * up).astype(both.dtype), down_kernel)
+  product = (jax.nn.silu(gate) * up).astype(both.dtype)
+  return matmul(product, down_kernel), (both, product if keep else None, down_kernel)
 
 
-def _gate_and_project_bwd(residuals, grad_out):
-  both, down_kernel = residuals
+def _gate_and_project_bwd(keep, residuals, grad_out):
+  both, product, down_kernel = residuals
   both = jax.lax.optimization_barrier(both)  # or XLA would keep what can be had again from it
   grad = dot(grad_out, down_kernel.astype(both.dtype), both.ndim - 1, 1, both.dtype).astype(jnp.float32)
   gate, up = (x.astype(jnp.float32) for x in jnp.split(both, 2, axis=-1))
   sigmoid = jax.nn.sigmoid(gate)
   grad_gate = grad * up * sigmoid * (1 + gate * (1 - sigmoid))
   grad_both = jnp.concatenate((grad_gate, grad * gate * sigmoid), axis=-1).astype(both.dtype)
-  return together(grad_both, weight_gradient((gate * sigmoid * up).astype(both.dtype), grad_out))
+  if not keep:
+    product = (gate * sigmoid * up).astype(both.dtype)
+  return together(grad_both, weight_gradient(product, grad_out))
 
 
-_gate_and_project.defvjp(lambda both, kernel: (_gate_and_project(both, kernel), (both, kernel)), _gate_and_project_bwd)
+_gate_and_project.defvjp(_gate_and_project_fwd, _gate_and_project_bwd)
 
 
 @jax.checkpoint  # keeps two arrays for the backward pass instead of four, and recomputes what costs nothing

@@ -5,6 +5,7 @@ mean square commutes with the product, so x, rounded to the compute dtype, is mu
 norm's scale, and the result is divided; x is also all that the backward pass keeps.
 """
 
+import itertools
 from functools import partial
 
 import jax
@@ -129,6 +130,41 @@ def _exact_product(x: Array, kernel: Array) -> Array:
     kernel -= part
   product = dot(x, jnp.concatenate(parts, axis=1), x.ndim - 1, 0, jnp.float32)
   return sum(reversed(jnp.split(product, 3, axis=-1)))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def over_rms(x: Array, others: tuple[Array, ...], eps: float, dtype: DTypeLike) -> Array:
+  """Returns concat(x / rms(x), *others) in `dtype`, for a GPU, whose backward pass reads no x but this.
+
+  Args:
+    x: float (..., D), rounded to `dtype` first.
+    others: float (..., any width), none or some.
+    eps: added to the mean of squares.
+    dtype: of the product that reads the result.
+  """
+  return _over_rms_fwd(x, others, eps, dtype)[0]
+
+
+def _over_rms_fwd(x, others, eps, dtype):
+  narrow = _rounded(x, dtype).astype(jnp.float32)
+  inverse = _inverse(narrow, eps)
+  z = jnp.concatenate([(narrow * inverse).astype(dtype), *(other.astype(dtype) for other in others)], axis=-1)
+  return z, (z, inverse, [jnp.zeros((0, each.shape[-1]), each.dtype) for each in (x, *others)])
+
+
+def _over_rms_bwd(eps, dtype, residuals, grad):
+  z, inverse, (like_x, *like_others) = residuals
+  D, ends = like_x.shape[1], list(itertools.accumulate(each.shape[1] for each in (like_x, *like_others)))
+  # A barrier, or XLA would keep x, too, and compute this again from it.
+  unit = jax.lax.optimization_barrier(z)[..., :D].astype(jnp.float32)
+  grad_x, *grad_others = jnp.split(grad, ends[:-1], axis=-1)
+  grad_x = grad_x.astype(jnp.float32)
+  grad_x = inverse * (grad_x - unit * jnp.mean(unit * grad_x, axis=-1, keepdims=True))
+  others = tuple(x.astype(like.dtype) for x, like in zip(grad_others, like_others, strict=True))
+  return grad_x.astype(dtype).astype(like_x.dtype), others
+
+
+over_rms.defvjp(_over_rms_fwd, _over_rms_bwd)
 
 
 def ratio_of_norms(square: Array, of_square: Array) -> Array:

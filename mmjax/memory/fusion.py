@@ -5,9 +5,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
-from mmjax.kernels.fusion import gated_mlp
+from mmjax.kernels.fusion import normed_gated_mlp
 from mmjax.kernels.matmul import TRAINED
-from mmjax.kernels.norm import rms_norm
 from mmjax.memory.gate import RowsMemory
 from mmjax.memory.params import init_kernels
 from mmjax.memory.types import Bank, Params, Selection
@@ -28,8 +27,7 @@ class GatedFusion(RowsMemory):
 
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns the fusion of the normed input and the rows, joined to X = R * P, delta_BTD in `dtype`."""
-    m_BTD = rms_norm(x_BTD, params['norm']['scale'], self.norm_eps, dtype)
-    rows_BTX = self.rows(selection, bank_MP, dtype).reshape(*m_BTD.shape[:-1], -1)
+    rows_BTX = self.rows(selection, bank_MP, dtype).reshape(*x_BTD.shape[:-1], -1)
     with jax.named_scope('fusion'):
       kernels = (params['fusion'][name]['kernel'] for name in ('gate', 'up', 'down'))
-      return gated_mlp((m_BTD, rows_BTX), *kernels, dtype)
+      return normed_gated_mlp(x_BTD, params['norm']['scale'], (rows_BTX,), *kernels, self.norm_eps, dtype)

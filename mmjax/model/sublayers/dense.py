@@ -6,7 +6,7 @@ from jax import Array
 from jax.typing import DTypeLike
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.kernels.fusion import gated_mlp
+from mmjax.kernels.fusion import gated_mlp, normed_gated_mlp
 from mmjax.model.layers import Linear, RMSNorm
 from mmjax.model.sublayers import SublayerInput, SublayerOutput
 
@@ -22,7 +22,11 @@ class SwiGLU(nnx.Module):
   @jax.named_scope('feed_forward')
   def transform(self, x_BTD: Array, dtype: DTypeLike) -> Array:
     """Maps (B, T, D) to (B, T, D) in `dtype`."""
-    return gated_mlp((x_BTD,), *(linear.kernel[...] for linear in (self.gate, self.up, self.down)), dtype)
+    return gated_mlp((x_BTD,), *self.kernels(), dtype)
+
+  def kernels(self) -> tuple[Array, Array, Array]:
+    """Returns those of gate, up and down, float32."""
+    return tuple(linear.kernel[...] for linear in (self.gate, self.up, self.down))
 
   def flops(self) -> dict[str, int]:
     """See mmjax.model.sublayers."""
@@ -38,7 +42,9 @@ class DenseFFN(SwiGLU):
 
   def __call__(self, inputs: SublayerInput, dtype: DTypeLike) -> SublayerOutput:
     """See mmjax.model.sublayers."""
-    return SublayerOutput(self.transform(self.norm(inputs.h_BTD, dtype), dtype))
+    with jax.named_scope('feed_forward'):
+      scale, eps = self.norm.scale[...], self.norm.eps
+      return SublayerOutput(normed_gated_mlp(inputs.h_BTD, scale, (), *self.kernels(), eps, dtype))
 
 
 def dense(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> DenseFFN:
