@@ -203,7 +203,10 @@ def check_sha256(path: Path) -> None:
     return
   stated, found = beside.read_bytes().split(maxsplit=1)[:1], sha256_of(path)
   if stated != [found.encode()]:
-    raise UserError(f"'{path}': its sha256 is {found}, but {beside.name} says {ascii((stated or [b''])[0][:64])[2:-1]}")
+    raise UserError(
+      f"'{path}': its sha256 is {found}, but {beside.name} says {ascii((stated or [b''])[0][:64])[2:-1]}; "
+      f'it is damaged, or you changed it: then remove {beside.name}'
+    )
 
 
 def lock(descriptor: int, waiting: Callable[[], None], shared: bool = False) -> None:

@@ -82,6 +82,10 @@ def edited(name: str, value: torch.Tensor | None) -> dict[str, torch.Tensor]:
     (edited('layers.0.feed_forward.w1.weight', torch.ones(4, 4)), 'exactly one sublayer'),
     (edited('../../norm', torch.ones(4)), r'unexpected ../../norm \(4,\)'),
     (edited('module.norm.weight', torch.ones(32)), 'two tensors are called'),
+    (
+      {'model.layers.0.self_attn.q_proj.weight': torch.ones(32, 32)},
+      r"those of transformers \('model.layers.0.self_attn.q_proj.weight'\), which mmjax writes .* and does not read",
+    ),
     ({'weight': torch.ones(3)}, "no tensor has a name that begins with 'layers.0.'; there are 'weight'"),
     (
       {f'model.{name}': value for name, value in make_state().items()},
@@ -134,6 +138,18 @@ def test_every_misfit_is_listed(tmp_path):
     take(save(state, tmp_path / 'model.safetensors'), tmp_path / 'run')
   lines = str(caught.value).splitlines()
   assert 'these tensors do not fit the model (3):' in lines[0] and len(lines) == 4
+
+
+def test_one_layer_of_another_width_is_named_alone(tmp_path):
+  torch.manual_seed(0)
+  sizes = dataclasses.replace(Sizes.of(tiny_config(model__sublayer='dense').model), n_layers=3)
+  state = dict(TorchLM(sizes).state_dict())
+  wrong = 'layers.0.feed_forward.w1.weight'
+  right = tuple(state[wrong].shape)
+  state[wrong] = state[wrong].T.contiguous()
+  with pytest.raises(UserError) as caught:
+    take(save(state, tmp_path / 'model.safetensors'), tmp_path / 'run')
+  assert str(caught.value).splitlines()[1:] == [f'  {wrong} is {right[::-1]}, must be {right}']
 
 
 def test_one_missing_key_projection_is_one_misfit(tmp_path):

@@ -14,7 +14,7 @@ from mmjax.config import config_from_dict  # noqa: E402
 from mmjax.data.loader import PADDING, open_split, train_batches  # noqa: E402
 from mmjax.data.spm_tokenizer import train_tokenizer  # noqa: E402
 from mmjax.errors import UserError  # noqa: E402
-from mmjax.interop.convert import export_run, import_run  # noqa: E402
+from mmjax.interop.convert import export_run, import_run, read_header  # noqa: E402
 from mmjax.interop.files import read_tensors  # noqa: E402
 from mmjax.model.params import abstract_params, model_graph  # noqa: E402
 from mmjax.run.checkpoint import Checkpoints  # noqa: E402
@@ -45,6 +45,24 @@ def test_imported_run_computes_what_torch_computes(tmp_path):
   tokens_BT = random_tokens(config, 2, 16)
   got_BTV, _ = jax_forward(model_graph(config), params, tokens_BT)
   np.testing.assert_allclose(got_BTV, torch_logits(model, tokens_BT), atol=1e-5)
+
+
+def test_weights_stay_with_the_tokenizer_that_their_file_names(tiny_run, tmp_path):
+  write_text(tmp_path)
+  file, again = tmp_path / 'model.safetensors', tmp_path / 'again.safetensors'
+  export_run(tiny_run, file, 'best', None)
+  take(file, tmp_path / 'without')
+  take(file, tmp_path / 'with', tokenizer=f'{tiny_run}/tokenizer.model')
+  export_run(tmp_path / 'without', again, 'best', None)
+  assert read_header(again)['tokenizer_sha256'] == read_header(file)['tokenizer_sha256']
+  config = open_run(tiny_run).read_config()
+  data = {'train_files': f'{tmp_path}/text.jsonl', 'valid_fraction': 0.1, 'prepared_dir': f'{tmp_path}/prepared'}
+  config = config.with_settings({f'data.{name}': value for name, value in data.items()} | {'train.max_steps': 1})
+  wrong = config.with_settings({'data.tokenizer': f'{tmp_path}/spm.model'})
+  for run, origin in (('without', None), ('with', None), ('new', f'{tmp_path}/without')):
+    with pytest.raises(UserError, match='belong to the tokenizer with the sha256 .*, and data.tokenizer has '):
+      fit(wrong, tmp_path / run, init_from=origin)
+  fit(config.with_settings({'data.tokenizer': f'{tiny_run}/tokenizer.model'}), tmp_path / 'without')
 
 
 @pytest.mark.thorough

@@ -119,16 +119,18 @@ def test_a_tokenizer_that_changes_text_is_refused(tmp_path):
 @pytest.mark.parametrize(
   ('name', 'value', 'reason'),
   [
-    ('sublayer', 'moe', 'neither a memory nor experts'),
-    ('sublayer', 'gated_fusion', 'neither a memory nor experts'),
-    ('qk_norm', True, 'does not norm queries and keys'),
-    ('value_embeddings', 'all', 'takes the values of attention from the stream alone'),
+    ('model.sublayer', 'moe', 'neither a memory nor experts'),
+    ('model.sublayer', 'gated_fusion', 'neither a memory nor experts'),
+    ('model.qk_norm', True, 'does not norm queries and keys'),
+    ('model.value_embeddings', 'all', 'takes the values of attention from the stream alone'),
+    ('memory.value_layers', 'all', 'takes the values of attention from the stream alone'),
   ],
 )
 def test_what_no_llama_can_be_is_refused_with_the_reason(name, value, reason, tmp_path):
   with RunDir(tmp_path) as run:
-    run.write_config(tiny_config(**{'model__sublayer': 'dense', f'model__{name}': value}))
-  with pytest.raises(UserError, match=f'model.{name}={value!r} cannot be written as a Llama, which .*{reason}'):
+    ngrams = {'memory__ngrams': '2'} if name == 'memory.value_layers' else {}
+    run.write_config(tiny_config(**{'model__sublayer': 'dense', name.replace('.', '__'): value} | ngrams))
+  with pytest.raises(UserError, match=f'{name}={value!r} cannot be written as a Llama, which .*{reason}'):
     export_llama(tmp_path, tmp_path / 'llama', 'best', None)
 
 

@@ -43,7 +43,7 @@ from mmjax.interop.names import (
 from mmjax.interop.sizes import fitting_heads, read_kv_heads, read_sizes, untold_settings
 from mmjax.model.cost import count_params
 from mmjax.model.params import Params
-from mmjax.run.checkpoint import NO_TRAINING, Checkpoints
+from mmjax.run.checkpoint import NO_TRAINING, TOKENIZER_SHA256, Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed
 from mmjax.run.directory import RunDir, refuse_used, write_tokenizer
 from mmjax.run.identity import CUT, compare_models
@@ -80,12 +80,14 @@ def import_run(
     raise UserError(f'memory.teach_rows={rows} must be 0 in an import: it is for train.py --init_from')
   check_accounted(shapes, tensor_shapes(config), str(source))
   vocabulary = None if tokenizer is None else load_tokenizer(tokenizer, most=config.model.vocab_size)
-  if vocabulary and header.get('tokenizer_sha256') not in (None, vocabulary.sha256):
+  stated = header.get(TOKENIZER_SHA256)
+  if vocabulary and stated not in (None, vocabulary.sha256):
     raise UserError(f'tokenizer {tokenizer!r} is not that of {source}, as the hash in its header shows; give that one')
 
   params = to_params(tensors, config)
   with RunDir(out) as run, removed_unless_whole(out, 'config.json'):
-    counters = NO_TRAINING | ({'step_before': header['step']} if header.get('step') else {})
+    found = {'step_before': header.get('step'), TOKENIZER_SHA256: vocabulary.sha256 if vocabulary else stated}
+    counters = NO_TRAINING | {name: value for name, value in found.items() if value}
     Checkpoints(out).save(0, init_state(config, make_optimizer(config, 1), params), counters)
     if vocabulary:
       write_tokenizer(out / tokenizer_file_name(vocabulary.path), vocabulary)
@@ -111,6 +113,8 @@ def read_header(source: Path) -> dict[str, Any]:
     settings.get('memory', {}).pop('teach_rows', None)  # files of earlier versions hold it
     if type(header.get('step', 0)) is not int or header.get('step', 0) < 0:
       raise ValueError(f'step={header["step"]!r} must be a whole number')
+    if not isinstance(header.get(TOKENIZER_SHA256, ''), str):
+      raise ValueError(f'{TOKENIZER_SHA256}={header[TOKENIZER_SHA256]!r} must be text')
   except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
     raise UserError(f'{source}: its header {HEADER!r} is damaged: {error!r}') from None
   unknown = [name for name in flatten(settings) if not name.startswith(('model.', 'memory.')) and name not in CUT]
@@ -141,13 +145,15 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
   foreign = not_in_pytorch(config)
   if foreign and not tells_settings:
     raise UserError(f'the PyTorch code has no {foreign} and could not read {str(target)!r}; use .safetensors')
-  tensors, step = read_weights(run, config, which, dtype)
+  tensors, step, tokenizer_sha256 = read_weights(run, config, which, dtype)
   if not foreign:
     tensors[TIED] = tensors['tok_embeddings.weight']
   header = {'version': __version__, 'names': 'mmjax' if foreign else 'pytorch', 'step': step}
   header |= {'settings': _model_settings(config), DTYPE: config.train.dtype}
   if run.tokenizer_path.exists():
-    header['tokenizer_sha256'] = sha256_of(run.tokenizer_path)
+    tokenizer_sha256 = sha256_of(run.tokenizer_path)
+  if tokenizer_sha256:
+    header[TOKENIZER_SHA256] = tokenizer_sha256
   digest = write_tensors(target, tensors, {HEADER: json.dumps(header)} | ({} if foreign else {'format': 'pt'}))
   print(f'{target}: {len(tensors)} tensors of {dtype or "float32"} from step {step} of {workdir}; sha256 {digest}')
   if foreign:
@@ -169,10 +175,12 @@ def _model_settings(config: Config) -> dict[str, dict[str, Any]]:
   return settings
 
 
-def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> tuple[dict[str, np.ndarray], int]:
-  """Returns the tensors of a run's checkpoint as `to_tensors` names them, cast to `dtype`, and its step.
+def read_weights(
+  run: RunDir, config: Config, which: str, dtype: str | None
+) -> tuple[dict[str, np.ndarray], int, str | None]:
+  """Returns the tensors of a run's checkpoint as `to_tensors` names them, cast to `dtype`; its step; a hash or None.
 
-  That of an import is the step of the run that it was exported from.
+  The step of an import is that of the run that it was exported from; the hash is that of its tokenizer.
 
   Raises:
     UserError: if there is no such checkpoint, or a value is too large for `dtype`.
@@ -181,7 +189,7 @@ def read_weights(run: RunDir, config: Config, which: str, dtype: str | None) -> 
   tensors = to_tensors(params, config)
   if dtype:
     tensors = {name: _cast(name, value, np.dtype(dtype)) for name, value in tensors.items()}
-  return tensors, step or counters.get('step_before', 0)
+  return tensors, step or counters.get('step_before', 0), counters.get(TOKENIZER_SHA256)
 
 
 def _cast(name: str, value: np.ndarray, dtype: DTypeLike) -> np.ndarray:
@@ -235,7 +243,9 @@ def fitting_config(
   if told:
     return _config_of_header(told, source, config_file, overrides)
   if any('/' in name for name in shapes) and 'tok_embeddings.weight' not in shapes:
-    print(f'{source} has no settings in its header, so all come from the config')
+    print(
+      f'{source} has no settings in its header, so all come from the config; those of an exported run: RUN/config.json'
+    )
     return load_config(config_file, overrides)
   return _config_of_shapes(shapes, source, config_file, overrides)
 
@@ -274,7 +284,8 @@ def _config_of_shapes(
     given = getattr(config.model, name)
     if given != value and not (name == 'hidden_dim' and config.model.dense_hidden_dim == hidden_dim):
       raise UserError(f'model.{name}={given!r} contradicts {source}, whose tensors say {value!r}; leave it out')
-  print('Read from the tensors: ' + ', '.join(f'{name} {value}' for name, value in sizes.items()))
+  told = sizes | ({'hidden_dim': hidden_dim} if hidden_dim else {})
+  print('Read from the tensors: ' + ', '.join(f'{name} {value}' for name, value in told.items()))
   print(f'Taken from the config: {untold_settings(config)}')
   others = [n for n in fitting_heads(shapes, config.model.dim) if n != config.model.n_heads]
   if others and 'model.n_heads' not in overridden:
@@ -293,7 +304,7 @@ def _config_of_header(
     raise UserError(f'header of {source}: {error}') from None
   config = load_config(config_file, [*_as_overrides(overrides_of(own, config_file)), *overrides])
   compare_models(own, config, source)
-  trained_in = f', and {DTYPE} {own.train.dtype}' if 'train' in told else ''
+  trained_in = f', and {DTYPE} {own.train.dtype}' if 'train' in told and own.train.dtype == config.train.dtype else ''
   print(f'Read from the header: the settings of the model{trained_in}')
   return config
 

@@ -38,6 +38,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
   Raises:
     UserError: if the file is missing, damaged, altered, or holds anything but floating tensors.
   """
+  if path.name.endswith('.index.json'):
+    raise UserError(f'{path} lists the parts of a model; join these in one file, and name that')
   file_format = format_of(path)
   if not path.is_file():
     raise UserError(f'no file {str(path)!r}{nearest_file(path)}')

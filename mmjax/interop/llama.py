@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mmjax.config import ModelConfig
+from mmjax.config import Config, ModelConfig, flatten
 from mmjax.data.tokenizer import Tokenizer
 from mmjax.errors import UserError
 from mmjax.files import removed_unless_whole, storage_errors, write_file, write_json
@@ -34,10 +34,11 @@ BLOCK = {
   'feed_forward.w2': 'mlp.down_proj',
 }
 ROTATED = ('attention.wq', 'attention.wk')
-USUAL = {  # settings of model that a Llama has, and what it does
-  'sublayer': ('dense', 'has one SwiGLU layer after attention, and neither a memory nor experts'),
-  'qk_norm': (False, 'does not norm queries and keys'),
-  'value_embeddings': ('', 'takes the values of attention from the stream alone'),
+USUAL = {  # settings that a Llama has, and what it does
+  'model.sublayer': ('dense', 'has one SwiGLU layer after attention, and neither a memory nor experts'),
+  'model.qk_norm': (False, 'does not norm queries and keys'),
+  'model.value_embeddings': ('', 'takes the values of attention from the stream alone'),
+  'memory.value_layers': ('', 'takes the values of attention from the stream alone'),
 }
 
 
@@ -58,12 +59,12 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
     raise UserError(f'{str(target)!r} already exists; remove it or choose another name')
   run = RunDir(workdir)
   config = run.read_config()
-  _refuse_other_models(config.model)
+  _refuse_other_models(config)
   assert not not_in_pytorch(config), 'the names below are those of the PyTorch code'
   tokenizer = run.load_tokenizer(config.model.vocab_size) if run.tokenizer_path.exists() else None
   start_id = tokenizer.start_id(config.data.layout) if tokenizer else None
   backend = as_tokenizer_json(tokenizer, start_id) if tokenizer else None
-  tensors, step = read_weights(run, config, which, dtype)
+  tensors, step, _ = read_weights(run, config, which, dtype)
 
   with storage_errors(target):
     target.mkdir(parents=True)
@@ -120,7 +121,8 @@ def llama_config(model: ModelConfig, tokenizer: Tokenizer | None, start_id: int 
   }
 
 
-def _refuse_other_models(model: ModelConfig) -> None:
+def _refuse_other_models(config: Config) -> None:
+  settings = flatten(config.to_dict())
   for name, (usual, does) in USUAL.items():
-    if (value := getattr(model, name)) != usual:
-      raise UserError(f'model.{name}={value!r} cannot be written as a Llama, which {does}; leave --format llama out')
+    if (value := settings[name]) != usual:
+      raise UserError(f'{name}={value!r} cannot be written as a Llama, which {does}; leave --format llama out')

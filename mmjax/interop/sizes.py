@@ -4,6 +4,7 @@ Those, above all the number of heads, come from a config.
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 
 from mmjax.config import Config, flatten
@@ -54,8 +55,11 @@ def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
   if embedding[:-1] == width and len(set(embedding)) == 2:
     raise UserError(f'{source}: tok_embeddings.weight is {embedding}, must be {embedding[::-1]}')
   for field, name, axis in TOLD:
-    if len(shapes.get(name, ())) == 2:
-      sizes.setdefault(field, shapes[name][axis])
+    # Most layers decide, so that of one which is wrong that one is named.
+    alike = re.compile(re.escape(name).replace('layers\\.0', r'layers\.\d+'))
+    found = Counter(shape[axis] for other, shape in shapes.items() if alike.fullmatch(other) and len(shape) == 2)
+    if found:
+      sizes.setdefault(field, found.most_common(1)[0][0])
   if expert_ids := _ids(r'layers\.0\.feed_forward\.experts\.(\d+)\.', shapes):
     sizes['n_experts'] = len(expert_ids)
   fusion = shapes.get('layers.0.gated_memory_fusion.up_proj.weight', ())
@@ -111,6 +115,12 @@ def _sublayer(shapes: Shapes, source: str) -> str:
   inside, found = _ids(r'layers\.\d+\.(.+)', shapes), []
   if not inside:
     names = first_three([repr(name[:80]) for name in shapes], 'tensors')
+    if any('.self_attn.' in name for name in shapes):
+      raise UserError(
+        f'{source}: its names are those of transformers ({names}), which mmjax writes (convert export --format llama) '
+        'and does not read; rows of queries and keys are in another order there, so do not rename them alone: '
+        'export the run to a .safetensors without --format'
+      )
     raise UserError(f"{source}: no tensor has a name that begins with 'layers.0.'; there are {names}")
   for kind, table in SUBLAYER.items():
     shared = set().union(*(other for k, other in SUBLAYER.items() if k != kind))

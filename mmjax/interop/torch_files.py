@@ -18,7 +18,7 @@ from mmjax.errors import UserError, first_line
 from mmjax.interop.names import is_buffer
 
 DTYPES = ('float32', 'float16', 'bfloat16', 'float64')
-NESTED = ('model', 'state_dict')  # keys under which training scripts keep the state dict
+NESTED = ('model', 'state_dict', 'model_state_dict')  # keys under which training scripts keep the state dict
 
 
 def read_torch(path: Path) -> dict[str, np.ndarray]:

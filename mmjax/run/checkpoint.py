@@ -28,6 +28,7 @@ from mmjax.run.processes import barrier, in_any_process, is_main
 
 KEEP_LAST = 2
 START_STEP = 0  # the step that a run from another's weights saves before its first update
+TOKENIZER_SHA256 = 'tokenizer_sha256'  # in the metadata of an import, where its file said which its tokenizer was
 NO_TRAINING = {'tokens': 0, 'seconds': 0.0}  # the counters of the training loop, which it saves as a step's metadata
 APART = ('params', 'reads')  # entries of a state that are items of their own
 REMOVED_SUFFIX = '.orbax-checkpoint-tmp-removed'  # a step on its way out; matches TMP_PATTERN

@@ -20,7 +20,7 @@ from mmjax.config.wording import quote
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError
 from mmjax.model.params import Params, abstract_params
-from mmjax.run.checkpoint import Checkpoints, checkpoint_name
+from mmjax.run.checkpoint import TOKENIZER_SHA256, Checkpoints, checkpoint_name
 from mmjax.run.compressed import refuse_compressed
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.identity import BANK_SHA256, TEXTS_SHA256, bank_identity, compare_models
@@ -138,5 +138,5 @@ def load_origin(origin: Origin, config: Config, mesh: Mesh) -> tuple[Params, dic
     'params_sha256': leaves_sha256(params),
     'bank': {name: record['identity'][name] for name in (BANK_SHA256, TEXTS_SHA256) if name in record['identity']},
     'init_from': record.get('init_from'),
-  }
+  } | {name: counters[name] for name in (TOKENIZER_SHA256,) if name in counters}
   return params, reads, described

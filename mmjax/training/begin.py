@@ -1,6 +1,7 @@
 """What a start does before its first update: it comes to a state, records itself, and says what is to be known."""
 
-from mmjax.run.checkpoint import NO_TRAINING, START_STEP
+from mmjax.errors import UserError
+from mmjax.run.checkpoint import NO_TRAINING, START_STEP, TOKENIZER_SHA256
 from mmjax.training.first_state import new_state, restore_state
 from mmjax.training.out_of_memory import explain_out_of_memory
 from mmjax.training.progress import MicroBatchWatch, has_slow_updates
@@ -10,14 +11,24 @@ from mmjax.training.state import TrainState
 
 
 def begin(recorder: Recorder, first: Start) -> TrainState:
-  """Returns the state to go on from, the newest saved, that of `first`, or a new one; and records this start."""
+  """Returns the state to go on from, the newest saved, that of `first`, or a new one; and records this start.
+
+  Raises:
+    UserError: if the weights were imported with another tokenizer, or as `record_run` says.
+  """
   learner, run, inputs, checkpoints = recorder.learner, recorder.run, recorder.inputs, recorder.checkpoints
+  counters = first.read_from or {}
   with explain_out_of_memory(learner.config):
     if run.ever_saved:
       state, counters = restore_state(learner, checkpoints)
       recorder.tokens, recorder.seconds = counters['tokens'], counters['seconds']
     else:
       state = new_state(learner, first.params, first.reads)
+  if counters.get(TOKENIZER_SHA256, inputs.tokenizer.sha256) != inputs.tokenizer.sha256:
+    raise UserError(
+      f'the imported weights belong to the tokenizer with the sha256 {counters[TOKENIZER_SHA256][:12]}..., and '
+      f'data.tokenizer has {inputs.tokenizer.sha256[:12]}...; give theirs'
+    )
   start = int(state['step'])
   record_run(run, learner.config, inputs, start, first.read_from)
   if run.ever_saved:
