@@ -16,7 +16,7 @@ def serving(views):
   """Answers on a free port meanwhile."""
   with socket.create_server(('127.0.0.1', 0)) as listening:
     port = listening.getsockname()[1]
-    config = uvicorn.Config(web.make_app(views, [f'127.0.0.1:{port}']), log_level='error', **web.SERVER)
+    config = uvicorn.Config(web.make_app(views, [web.LOCAL]), log_level='error', **web.SERVER)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

@@ -153,8 +153,9 @@ def test_a_character_of_several_tokens_is_streamed_whole(lm):
 def test_a_long_prompt_is_cut_to_its_end_with_a_warning(lm):
   most = lm.config.model.max_seq_len
   words = ' '.join(f'word{i}' for i in range(100))
-  with pytest.warns(UserWarning, match=f'max_seq_len={most}'):
+  with pytest.warns(UserWarning, match=f'max_seq_len={most}') as warned:
     tokens = lm.encode_prompt(words)
+  assert warned[0].filename == __file__
   assert tokens == lm.tokenizer.encode(words)[-most:]
   with pytest.warns(UserWarning, match=f"the prompt that begins with '{'x' * 40}' is longer .* its end is used"):
     assert lm.encode_prompt('x' * 10_000_000 + words) == tokens
@@ -167,8 +168,9 @@ def test_positions_beyond_those_of_training_are_said(lm):
     lambda: lm.generate_tokens([row], max_new_tokens=2),
     lambda: list(lm.stream('word ' * 100, max_new_tokens=2)),
   ):
-    with pytest.warns(UserWarning, match=f'{len(row) + 1} tokens are more than model.max_seq_len={len(row)}'):
+    with pytest.warns(UserWarning, match=f'{len(row) + 1} tokens are more than model.max_seq_len={len(row)}') as warned:
       ask()
+    assert {warning.filename for warning in warned} == {__file__}
   with warnings.catch_warnings(action='error'):
     lm.logits([row])
     lm.generate_tokens([row], max_new_tokens=1)

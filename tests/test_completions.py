@@ -216,6 +216,7 @@ def test_job_that_is_left_is_written_no_further(view):
   ('fields', 'name', 'sentence'),
   [
     ({'best_of': 2}, 'best_of', 'is not supported'),
+    ({'best_of': 2, 'n': 3}, 'best_of', 'is not supported'),
     ({'logit_bias': {'5': 1}}, 'logit_bias', 'is not supported'),
     ({'suffix': 'x'}, 'suffix', 'is not supported'),
     ({'presence_penalty': 0.5}, 'presence_penalty', 'is not supported'),
@@ -237,6 +238,8 @@ def test_job_that_is_left_is_written_no_further(view):
     ({'stream': 1}, 'stream', 'stream=1 must be true or false'),
     ({'stream_options': {'include_usage': True}}, 'stream_options', 'with stream=true'),
     ({'stream_options': {'more': 1}, 'stream': True}, 'stream_options', 'include_usage'),
+    ({'stream_options': {'include_obfuscation': True}, 'stream': True}, 'stream_options', 'include_usage'),
+    ({'stream_options': ['include_usage'], 'stream': True}, 'stream_options', 'include_usage'),
     ({'temperature': -1}, 'temperature', 'temperature=-1'),
     ({'top_p': 'x'}, 'top_p', "top_p='x'"),
     ({'seed': -1}, 'seed', 'seed=-1'),

@@ -4,9 +4,11 @@ import http.client
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -210,12 +212,15 @@ def test_page_asks_nobody_else_and_its_questions_are_answered(bag, port):
 @pytest.mark.parametrize(
   ('path', 'body', 'headers', 'status', 'sentence'),
   [
-    ('/api/runs', None, {'Host': 'evil.example'}, 421, 'this server answers for'),
+    ('/api/runs', None, {'Host': 'evil.example'}, 421, 'this server answers for localhost, its addresses and its own'),
+    ('/api/runs', None, {'Host': '127.0.0.1.evil.example:80'}, 421, 'this server answers for'),
+    ('/api/runs', None, {'Host': '[::1'}, 421, 'this server answers for'),
+    ('/api/runs', None, {'Host': ''}, 421, 'this server answers for'),
     ('/api/runs', None, {'Origin': 'http://evil.example'}, 421, 'its own page only'),
     ('/api/read', '{}', {'Content-Type': 'text/plain'}, 415, 'text/plain must be application/json'),
     ('/api/read', '{"run": 0', {}, 400, 'no JSON: '),
     ('/api/read', '[' * 100000, {}, 400, 'no JSON: '),
-    ('/api/read', ' ' * 200000, {}, 413, 'larger than'),
+    ('/api/read', ' ' * 1100000, {}, 413, 'larger than'),
     ('/api/read', [], {}, 400, 'fields run, text'),
     ('/api/read', {'run': 0, 'text': TEXT, 'file': '/etc/passwd'}, {}, 400, 'fields run, text'),
     ('/api/read', {'run': 2, 'text': TEXT}, {}, 400, 'run=2 must be'),
@@ -245,6 +250,15 @@ def test_bad_request_is_refused_in_one_sentence(port, path, body, headers, statu
   assert found == status and sentence in error and '\n' not in error and 'Traceback' not in error
 
 
+@pytest.mark.parametrize(
+  'host', ['localhost', 'LOCALHOST:80', '127.0.0.1', '127.0.0.1:1', '192.0.2.2:8517', '[::1]:80']
+)
+def test_own_names_and_any_address_are_answered_whatever_the_port(port, host):
+  for headers in ({'Host': host}, {'Host': host, 'Origin': f'http://{host}'}):
+    assert request(port, '/api/runs', None, **headers)[0] == 200
+  assert request(port, '/api/runs', None, Host=host, Origin='http://localhost:9')[0] == 421
+
+
 def test_failure_inside_is_one_sentence_and_the_server_goes_on(port, bag, monkeypatch):
   monkeypatch.setattr(RunView, 'health', lambda self: 1 / 0)
   status, _, text = request(port, '/api/health', {'run': 0})
@@ -265,6 +279,26 @@ def test_client_that_leaves_frees_its_place(port):
     time.sleep(0.1)
   short = asked | {'sampling': {'max_new_tokens': 2}}
   assert '{"done": true}' in request(port, '/api/stream', short)[2]
+
+
+def test_server_that_is_stopped_while_it_writes_ends_in_a_word():
+  lines = (
+    'import asyncio',
+    'from mmjax.errors import run_command',
+    'from mmjax.serve import web',
+    'async def write(scope, receive, send):',
+    "  assert scope['type'] == 'http'",
+    '  await asyncio.sleep(60)',
+    'web.make_app = lambda views, hosts: web.Guard(write, hosts)',
+    "run_command(lambda: web.serve([], '127.0.0.1', 0))",
+  )
+  pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+  server = subprocess.Popen([sys.executable, '-c', '\n'.join(lines)], **pipes, start_new_session=True)
+  port = int(re.search(r':(\d+) ', server.stdout.readline())[1])
+  threading.Timer(0.5, server.send_signal, [signal.SIGINT]).start()
+  status, _, said = request(port, '/')
+  assert (status, json.loads(said)) == (503, {'error': 'the server was stopped'})
+  assert (server.communicate(timeout=60)[1], server.returncode) == ('Interrupted.\n', 130)
 
 
 def test_client_that_asks_nothing_is_dropped(port, monkeypatch):

@@ -3,6 +3,9 @@
 import codecs
 import contextlib
 import copy
+import os
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -30,6 +33,7 @@ from mmjax.run.directory import NO_TOKENIZER, RunDir, open_run
 from mmjax.run.placement import place_reader
 
 NAMED_CHARS = 40  # of a prompt, in a warning
+PACKAGE = f'{Path(__file__).parents[1]}{os.sep}'
 
 
 class LanguageModel:
@@ -188,15 +192,13 @@ class LanguageModel:
     tokens = [self.tokenizer.start_id(self.config.data.layout), *self.tokenizer.encode(end)]
     if len(end) < len(prompt) or len(tokens) > most:
       named = f'the prompt that begins with {prompt[:NAMED_CHARS]!r}'
-      warnings.warn(f'{named} is longer than model.max_seq_len={most} tokens; its end is used', stacklevel=3)
+      _warn(f'{named} is longer than model.max_seq_len={most} tokens; its end is used')
     return tokens[-most:]
 
   def _warn_beyond(self, length: int) -> None:
     """Warns where so many tokens are read, some of them at positions that the model was not trained on."""
     if length > (most := self.config.model.max_seq_len):
-      warnings.warn(
-        f'{length} tokens are more than model.max_seq_len={most}, up to which the model was trained', stacklevel=3
-      )
+      _warn(f'{length} tokens are more than model.max_seq_len={most}, up to which the model was trained')
 
   def _token_ids(self, values: ArrayLike) -> np.ndarray:
     """Returns token ids as an array of any shape.
@@ -292,6 +294,13 @@ def _listed(prompts: Sequence, what: str) -> list:
     with contextlib.suppress(TypeError):
       return list(prompts)
   raise UserError(f'prompts must be {what}, not {type(prompts).__name__}')
+
+
+def _warn(sentence: str) -> None:
+  """Warns at the line that called mmjax, past decorators and comprehensions within."""
+  files = [str(frame.f_code.co_filename) for frame, _ in traceback.walk_stack(sys._getframe())]
+  inside = [level for level, file in enumerate(files, 1) if file.startswith(PACKAGE)]
+  warnings.warn(sentence, stacklevel=max(inside) + 1)
 
 
 def _logits(graphdef: nnx.GraphDef, dtype: DTypeLike, attention: str, params: Params, tokens_BT: Array) -> Array:

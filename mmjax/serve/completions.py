@@ -40,6 +40,7 @@ UNSUPPORTED = {
   'best_of': (None, 1), 'frequency_penalty': (None, 0), 'presence_penalty': (None, 0), 'logit_bias': (None, {}),
   'suffix': (None, ''),
 }  # fmt: skip
+STREAM_OPTIONS = {'include_usage': (False, True), 'include_obfuscation': (False,)}
 Echo = list[tuple[int, float | None, list[tuple[int, float]]]]  # id, log-probability, likeliest tokens with theirs
 
 
@@ -226,6 +227,7 @@ class Completions:
       raise UserError(f'the request must be a JSON object with model and prompt, not {body!r:.80}')
     for name, value in body.items():
       known = value in UNSUPPORTED[name] if name in UNSUPPORTED else name in (*DEFAULTS, 'model', 'prompt')
+      known |= name == 'best_of' and value == body.get('n')  # all that are made are sent
       if not known:
         raise Refusal(f'{name:.80}={value!r:.40} is not supported; leave it out', field=name[:80])
     asked = DEFAULTS | {name: value for name, value in body.items() if value is not None}
@@ -248,13 +250,14 @@ class Completions:
     except UserError as error:  # 'temperature=-1 must be ...'
       raise Refusal(str(error), field=str(error).partition('=')[0]) from None
     stream, echo, options = asked['stream'], asked['echo'], asked['stream_options'] or {}
-    if options not in ({}, {'include_usage': True}, {'include_usage': False}) or (options and not stream):
+    known = isinstance(options, dict) and all(value in STREAM_OPTIONS.get(name, ()) for name, value in options.items())
+    if not known or (options and not stream):
       said = f"stream_options={options!r:.60} must be {{'include_usage': true or false}}, with stream=true only"
       raise Refusal(said, field='stream_options')
     return Asked(
       view=view, prompts=prompts, starts=starts, seeded=seeded, sampling=sampling, max_tokens=max_tokens, n=n,
       stream=stream, stops=_stops(asked['stop']), echo=echo, logprobs=logprobs,
-      tells_usage=options == {'include_usage': True},
+      tells_usage=bool(options.get('include_usage')),
     )  # fmt: skip
 
   def _view(self, name: Any) -> RunView:

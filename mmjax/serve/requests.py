@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from mmjax.errors import CommandError, UserError, first_line
 
-MOST_BODY_BYTES = 2**17
+MOST_BODY_BYTES = 2**20  # 64 prompts of 512 tokens, a text of which JSON may write as \uXXXX
 BODY_SECONDS = 10  # for a request to arrive
 
 

@@ -1,14 +1,17 @@
 """The page over HTTP: a few fixed files and questions in JSON. One thread computes, one question after the other.
 
 What the page may ask of a run is the table QUESTIONS; every field is checked before anything is computed, and an error
-is one sentence. Only hosts that the server was started for are answered, so that no other page that the browser has
-open can ask through it (DNS rebinding). Sizes, times and the number of those that wait are bounded. No name of a file
-is ever taken from a request.
+is one sentence. Only names that the server was started for are answered, and addresses, so that no other page that the
+browser has open can ask through it (DNS rebinding). Sizes, times and the number of those that wait are bounded. No name
+of a file is ever taken from a request.
 """
 
 import asyncio
 import contextlib
+import ipaddress
 import json
+import logging
+import re
 import socket
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -40,7 +43,7 @@ MOST_STREAMS = 8
 HEAD_SECONDS = 10  # for a client to say what it asks for
 SEND_SECONDS = 30  # for it to take the answer
 
-LOOPBACK = ('127.0.0.1', 'localhost', '[::1]')
+LOCAL = 'localhost'
 FILES = {
   '/': ('page.html', 'text/html'),
   '/page.css': ('page.css', 'text/css'),
@@ -81,7 +84,7 @@ def serve(views: Sequence[RunView], host: str, port: int) -> None:
 
   Args:
     views: the runs that are shown, one or two.
-    host: name or address to listen on; the page is then opened by it, by the machine's name or by one of LOOPBACK.
+    host: name or address to listen on; the page is then opened by it, by the machine's name or by any of its addresses.
     port: 0: any that is free.
 
   Raises:
@@ -94,10 +97,13 @@ def serve(views: Sequence[RunView], host: str, port: int) -> None:
     raise UserError(f'--host {host} --port {port}: {error.strerror}; --port 0 takes a free one') from None
   port = listening.getsockname()[1]
   shown = f'[{host}]' if ':' in host else host
-  app = make_app(views, [f'{name}:{port}' for name in (*LOOPBACK, shown, socket.gethostname())])
+  app = make_app(views, [LOCAL, host, socket.gethostname()])
   config = uvicorn.Config(app, log_level='warning', access_log=False, server_header=False, **SERVER)
   print(f'http://{shown}:{port}   (Ctrl-C ends it)', flush=True)
-  uvicorn.Server(config).run([listening])
+  server = uvicorn.Server(config)
+  # What still runs when it is stopped is ended, which uvicorn would report as the application's faults.
+  logging.getLogger('uvicorn.error').addFilter(lambda record: not server.should_exit)
+  server.run([listening])
 
 
 def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
@@ -105,7 +111,7 @@ def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
 
   Args:
     views: the runs that are shown, one or two.
-    hosts: 'name:port' that a request may be for.
+    hosts: names that a request may be for, beside addresses.
   """
   for number, view in enumerate(views):
     if any(view.name == other.name for other in views[:number]):
@@ -146,7 +152,11 @@ def make_app(views: Sequence[RunView], hosts: Sequence[str]) -> ASGIApp:
 
 
 class Guard:
-  """Answers no other host, no other page and no client that does not take its answer; adds HEADERS."""
+  """Answers no other host, no other page and no client that does not take its answer; adds HEADERS.
+
+  A page elsewhere reaches this server by a name that leads here, never by an address: any address may be asked for, and
+  any port, which a tunnel may change.
+  """
 
   def __init__(self, app: ASGIApp, hosts: Sequence[str]):
     self.app, self.hosts = app, {host.lower() for host in hosts}
@@ -156,7 +166,11 @@ class Guard:
     if scope['type'] != 'http':
       return await self.app(scope, receive, send)
 
+    started = False
+
     async def send_in_time(message: Message) -> None:
+      nonlocal started
+      started = True
       if message['type'] == 'http.response.start':
         message['headers'] = [*message['headers'], *((k.encode(), v.encode()) for k, v in HEADERS.items())]
       async with asyncio.timeout(SEND_SECONDS):
@@ -165,10 +179,22 @@ class Guard:
     headers = {name: value.decode('latin-1').lower() for name, value in scope['headers']}
     host, origin = headers.get(b'host', ''), headers.get(b'origin')
     with contextlib.suppress(TimeoutError, ClientDisconnect):
-      if host not in self.hosts or origin not in (None, f'http://{host}'):
-        sentence = f'this server answers for {", ".join(sorted(self.hosts))} and its own page only'
+      if not self._is_mine(host) or origin not in (None, f'http://{host}'):
+        sentence = f'this server answers for {", ".join(sorted(self.hosts))}, its addresses and its own page only'
         return await JSONResponse({'error': sentence}, 421)(scope, receive, send_in_time)
-      return await self.app(scope, receive, send_in_time)
+      try:
+        return await self.app(scope, receive, send_in_time)
+      except asyncio.CancelledError:  # the server was stopped
+        if not started:
+          await JSONResponse({'error': 'the server was stopped'}, 503)(scope, receive, send_in_time)
+
+  def _is_mine(self, host: str) -> bool:
+    name = re.sub(r':\d*$', '', host)
+    if name in self.hosts:
+      return True
+    with contextlib.suppress(ValueError):
+      return bool(ipaddress.ip_address(name[1:-1] if name.startswith('[') and name.endswith(']') else name))
+    return False
 
 
 def read_fields(body: Any, names: Sequence[str], views: Sequence[RunView]) -> tuple[RunView, dict[str, Any]]:
@@ -217,7 +243,7 @@ def _sampling(value: Any, name: str) -> Sampling:
   if not isinstance(value, dict):
     raise UserError(f'{name}={quote(value)} must be an object')
   sampling = Sampling.of(value)
-  whole_number(sampling.max_new_tokens, 'max_new_tokens', most=MOST_NEW_TOKENS)
+  whole_number(sampling.max_new_tokens, 'max_new_tokens', 1, MOST_NEW_TOKENS)
   return sampling
 
 

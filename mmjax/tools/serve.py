@@ -57,6 +57,8 @@ def check(arguments: argparse.Namespace) -> None:
     raise UserError(f'--workdir was given {len(arguments.workdir)} times; at most two runs stand side by side')
   if not 0 <= arguments.port < 2**16:
     raise UserError(f'--port {arguments.port} must be from 0 to {2**16 - 1}')
+  if not arguments.host:
+    raise UserError('--host is empty and must not be; perhaps it came from a variable that is not set')
   if bool(arguments.save) != (arguments.text is not None):
     given, missing = ('--save', '--text TEXT') if arguments.save else ('--text', '--save FILE')
     raise UserError(f'{given} needs {missing}: a saved page shows one text')

@@ -437,7 +437,7 @@ async function drawMap() {
   const canvas = h('canvas.map', { width: side, height: side, role: 'img', 'aria-label': 'map of the bank: each point is a row; the stronger its colour, the more it is read' })
   const cell = event => [event.offsetX / canvas.clientWidth, event.offsetY / canvas.clientHeight].map(part => Math.max(0, Math.min(side - 1, Math.floor(part * side))))
   const gate = memory.ngrams[ofLayer].length === 0
-  const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${found.done ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. The stronger a point's colour, the more it is read; rings mark the rows of the held token, or the open row. `,
+  const caption = h('small', null, `${number(found.used)} of ${number(memory.rows)} rows are read in ${number(found.positions)} tokens of the validation text${found.done ? '' : ' so far'}, ${number(Math.min(...found.cells))} to ${number(Math.max(...found.cells))} times each${found.rows_per_cell > 1 ? ' point' : ''}. The stronger a point's colour, the more it is read; blue points are the rows of the held token, or the open row. `,
     gate ? 'A line is the first sub-key of a row, a column its second.' : memory.own_ranges ? 'The ranges of the heads stand one behind the other.' : 'Rows stand in the order of their hash.')
   const under = h('p.pointed') // of one height, or the map would move away from the mouse
   canvas.addEventListener('mousemove', event => {
