@@ -3,6 +3,7 @@
 import codecs
 import contextlib
 import copy
+import itertools
 import os
 import sys
 import traceback
@@ -298,9 +299,10 @@ def _listed(prompts: Sequence, what: str) -> list:
 
 def _warn(sentence: str) -> None:
   """Warns at the line that called mmjax, past decorators and comprehensions within."""
-  files = [str(frame.f_code.co_filename) for frame, _ in traceback.walk_stack(sys._getframe())]
-  inside = [level for level, file in enumerate(files, 1) if file.startswith(PACKAGE)]
-  warnings.warn(sentence, stacklevel=max(inside) + 1)
+  files = [frame.f_code.co_filename for frame, _ in traceback.walk_stack(sys._getframe())]
+  first = max(level for level, file in enumerate(files) if file.startswith(PACKAGE)) + 1
+  decorators = itertools.takewhile(contextlib.__file__.__eq__, files[first:])
+  warnings.warn(sentence, stacklevel=first + len(list(decorators)) + 1)
 
 
 def _logits(graphdef: nnx.GraphDef, dtype: DTypeLike, attention: str, params: Params, tokens_BT: Array) -> Array:
