@@ -10,6 +10,7 @@ SCORE_ACTIVATION = ('softmax', 'relu')
 CHECKPOINT = 'best'  # of a run that is read, unless another is asked for: 'last', or the number of a step
 ONE_ROW = 'the softmax of one score is 1, so that the gate would not learn'
 NORM_EPS = 1e-5
+PAST_BEST = 0.01  # nats by which a last validation loss is above the best before it is said
 NGRAMS = (2, 3)  # by whose counts a loss is broken down
 TOP = 5  # rows, contexts and tokens to show of a memory
 EVERY_RUN = '*'  # of a sweep

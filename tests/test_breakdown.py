@@ -128,6 +128,13 @@ def test_runs_on_other_text_are_named():
   assert said.startswith('Evaluated on other tokens than a, or on rows of another length: b, c.')
 
 
+def test_text_that_the_run_was_trained_on_is_said(tiny_run, monkeypatch, capsys):
+  flags = ['--ngrams', 'none', '--valid_files', f'{tiny_run.parent}/text.jsonl']
+  monkeypatch.setattr('sys.argv', ['breakdown', str(tiny_run), *flags])
+  command.main()
+  assert ' '.join(capsys.readouterr().out.split()).count('are training documents too: the loss on them says what') == 1
+
+
 def test_error_of_clusters_is_that_of_the_mean_where_each_value_is_one():
   values = np.random.default_rng(0).normal(size=20)
   assert clustered_error(values, np.arange(20)) == pytest.approx(np.std(values, ddof=1) / 20**0.5)
@@ -187,7 +194,7 @@ def test_sizes_of_ngrams_are_checked(sizes):
 def test_runs_of_two_seeds_are_compared_in_groups_that_hold_the_same_tokens():
   def losses(run, loss_X, count_X):
     groupings = {'all': Grouping(('all',), np.zeros(4, int)), '2-gram read': Grouping(('never', 'more'), count_X)}
-    return Losses(run, 1, 9, ('text',), {'loss': loss_X}, groupings, np.array([0, 0, 1, 1]))
+    return Losses(run, 1, 9, ('text',), {'loss': loss_X}, groupings, np.array([0, 0, 1, 1]), [])
 
   first = losses('a', np.array([1.0, 2.0, 3.0, 4.0]), np.array([0, 0, 1, 1]))
   second = losses('b', np.array([1.0, 1.0, 2.0, 4.0]), np.array([0, 1, 1, 1]))

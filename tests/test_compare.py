@@ -114,6 +114,26 @@ def test_what_limits_a_comparison_stands_on_the_terminal(tmp_path, capsys):
   assert 'not finished' not in said
 
 
+def test_models_that_were_better_before_their_end_are_said(tmp_path, capsys):
+  paths = [make_run(tmp_path / 'a-s0', (6, 5.5), **DENSE), make_run(tmp_path / 'b-s0', (5.3, 5.6))]
+  rows = rows_of(paths, tmp_path / 'out')
+  assert (rows['a']['lowest_loss'], rows['b']['lowest_loss']) == (5.5, 5.3)
+  said, text = ' '.join(capsys.readouterr().out.split()), (tmp_path / 'out' / 'compare.md').read_text()
+  for each in (said, text):
+    assert 'lowest on the way' in each and 'some models were better before' in each
+  rows_of([make_run(tmp_path / 'c-s0', (5.595, 5.6))], tmp_path / 'other')
+  assert 'better before' not in capsys.readouterr().out
+
+
+def test_validation_text_that_is_training_text_is_said(tmp_path, capsys):
+  path = make_run(tmp_path / 'a-s0', (6, 5.5))
+  valid = {'documents': 10, 'tokens': 1000, 'also_in_train': {'documents': 9, 'tokens': 880}}
+  (path / 'data.json').write_text(json.dumps({'splits': {'valid': valid}}))
+  rows_of([path], tmp_path / 'out')
+  for said in (' '.join(capsys.readouterr().out.split()), (tmp_path / 'out' / 'compare.md').read_text()):
+    assert '9 of 10 validation documents (880 of 1,000 tokens, 88.0%) are training documents too' in said
+
+
 def test_longer_rows_are_said_to_lower_a_loss(tmp_path, capsys):
   paths = [make_run(tmp_path / 'a-s0', (6, 5.5)), make_run(tmp_path / 'b-s0', (6, 5.4), model__max_seq_len=32)]
   rows_of(paths, tmp_path / 'out')

@@ -3,12 +3,14 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -29,6 +31,7 @@ from mmjax.training.first_state import restore_state
 from mmjax.training.learner import Learner
 from mmjax.training.loop import fit
 from mmjax.training.out_of_memory import explain_out_of_memory
+from mmjax.training.recorder import Recorder
 from mmjax.training.setup import open_inputs
 from tests.helpers import (
   REPOSITORY,
@@ -152,6 +155,14 @@ def test_text_that_is_cut_or_in_both_splits_is_said_once_and_in_the_report(text,
     '30 of 31 validation documents',
   ):
     assert out.count(said) == 1 and write_report(tmp_path / 'run').read_text().count(said) == 1
+
+
+def test_run_that_was_better_before_its_end_says_so():
+  ends = SimpleNamespace(checkpoints=SimpleNamespace(best=(4.25, 10)), tokens=5000, seconds=90.0)
+  said = '5,000 tokens, 1.5 minutes of training'
+  assert Recorder.describe_end(ends, 4.255) == Recorder.describe_end(ends, math.nan) == said
+  more = 'The validation loss was 4.2500 at step 10 and is 4.5000 now: eval.py and mmjax.load take the checkpoint of '
+  assert Recorder.describe_end(ends, 4.5).startswith(f'{said}\n{more}')
 
 
 @pytest.mark.thorough

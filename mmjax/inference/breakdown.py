@@ -23,7 +23,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import with_changed_bank
 from mmjax.evaluation.token_loss import make_token_loss
 from mmjax.inference.api import LanguageModel, checkpoint_to_read, load_run
-from mmjax.inference.measure import WHERE, as_trained, open_text
+from mmjax.inference.measure import WHERE, as_trained, open_text, text_remarks
 from mmjax.model.params import BANK, model_graph
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
 from mmjax.run.directory import RunDir, open_run
@@ -51,6 +51,7 @@ class Losses(NamedTuple):
     loss_X: float64 in nats, by what was changed: 'loss' and, with a bank, 'loss_zeroed'.
     groupings: of the targets.
     document_X: int, the document of each.
+    remarks: on the text.
   """
 
   run: str
@@ -60,6 +61,7 @@ class Losses(NamedTuple):
   loss_X: dict[str, np.ndarray]
   groupings: dict[str, Grouping]
   document_X: np.ndarray
+  remarks: list[str]
 
 
 def break_down(
@@ -82,10 +84,10 @@ def break_down(
     placement: dtype, attention and without_taught, as `load` takes them.
 
   Yields:
-    For each run: run, checkpoint, tokens_read, against (the first run on the same text, or None) and groups: for each
-    grouping a list of groups with group, tokens, loss and, of a memory model, loss_zeroed, in nats a token, the bank
-    being zero; where an earlier run has the same groups also against (that run), difference, standard_error. The error
-    is that of a mean whose independent parts are the held-out documents.
+    For each run: run, checkpoint, tokens_read, against (the first run on the same text, or None), remarks (on the text)
+    and groups: for each grouping a list of groups with group, tokens, loss and, of a memory model, loss_zeroed, in nats
+    a token, the bank being zero; where an earlier run has the same groups also against (that run), difference,
+    standard_error. The error is that of a mean whose independent parts are the held-out documents.
 
   Raises:
     UserError: if a run has no checkpoint, or its training or held-out text cannot be found.
@@ -135,7 +137,8 @@ def _losses(
   loss_X = _loss_of_banks(lm, config, texts)
   document_X = once(('document',), lambda: _documents(texts))
   tokens = read_manifest(run.checkpoints_path / str(lm.step) / MANIFEST, lm.step)['metadata']['tokens']
-  return Losses(str(path), lm.step, tokens, held_out, loss_X, groupings, document_X)
+  remarks = [remark for files in valid_files or [''] for remark in text_remarks(config, run, files)]
+  return Losses(str(path), lm.step, tokens, held_out, loss_X, groupings, document_X, remarks)
 
 
 def _what_is_read(text: TokenSplit) -> tuple:
@@ -227,6 +230,7 @@ def _summary(losses: Losses, first: dict[tuple, Losses]) -> dict[str, Any]:
     'checkpoint': losses.step,
     'tokens_read': losses.tokens_read,
     'against': groups['all'][0].get('against'),
+    'remarks': losses.remarks,
     'groups': groups,
   }
 

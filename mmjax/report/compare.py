@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax import __version__
+from mmjax.choices import PAST_BEST
 from mmjax.config import user_path
 from mmjax.console import Table, markdown, number, show
 from mmjax.errors import UserError
@@ -15,7 +16,7 @@ from mmjax.report.compare_plots import row_styles, write_plots
 from mmjax.report.lead import find_lead
 from mmjax.report.lead_tables import draw_lead, lead_blocks
 from mmjax.report.numbers import READS, probe_difference
-from mmjax.report.rows import NO_LOSS, find_runs, make_rows, other_origin, summary
+from mmjax.report.rows import NO_LOSS, find_runs, make_rows, other_origin, overlap, summary
 from mmjax.run.compressed import refuse_compressed
 
 Summary = dict[str, Any]
@@ -30,6 +31,7 @@ RESULT: Columns = {
   'taken': lambda s: _taken(s['difference']),
   'bits per byte': lambda s: number(s['bits_per_byte']),
 }
+LOWEST: Columns = {'lowest on the way': lambda s: number(s['lowest_loss'])}
 COST: Columns = {
   'tokens seen': lambda s: number(s['tokens'] and round(s['tokens'])),
   'MFLOPs a token': lambda s: number(s['flops_per_token'] / 1e6, ',.2f'),
@@ -70,6 +72,10 @@ LIMITS: Notes = {  # also on the terminal
   ),
   'Models marked "other data" have no difference: their runs were trained or evaluated on other text, or on other '
   'tokens of it.': lambda found: any('other data' in s['marks'] for s in found),
+  'Losses are those of last evaluations, and some models were better before, as of a text that is read too often: see '
+  '"lowest on the way". Their best checkpoints, which eval.py, breakdown and mmjax.load take, compare otherwise.': (
+    lambda found: any(map(_is_past_best, found))
+  ),
   'A run that is not finished counts only for a model of which none is; such a model has no difference.': (
     lambda found: any(mark != 'other data' and NO_LOSS not in mark for s in found for mark in s['marks'])
   ),
@@ -108,16 +114,17 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
     folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
   lasting = lead_blocks(lead) if lead else []
+  remarks = [*filter(None, [overlap(runs[0])]), *_notes(LIMITS, found)]
   if lead:
     plots['lead.png'] = draw_lead(lead, folder / 'lead.png', row_styles(len(lead['models']) + 1)[1:])
   write_json(folder / 'compare.json', {'rows': found, 'lead': lead})
   flags = ['--out', str(out), *(['--allow_other_data'] if allow_other_data else [])]
   flags += ['--models', models] if models else []
   command = shlex.join(['python', '-m', 'mmjax.tools.compare', *map(str, paths), *flags])
-  write_file(folder / 'compare.md', _document(command, runs[0].origin, found, lasting, plots))
+  write_file(folder / 'compare.md', _document(command, runs[0].origin, found, lasting, remarks, plots))
   for columns in _columns(found):  # parts that fit a terminal
     show(_table({'model': lambda s: s['name']} | columns, found))
-  show(*lasting, *_notes(LIMITS, found))
+  show(*lasting, *remarks)
   return folder / 'compare.md'
 
 
@@ -125,8 +132,13 @@ def _notes(notes: Notes, found: Sequence[Summary]) -> list[str]:
   return [note for note, belongs in notes.items() if belongs(found)]
 
 
+def _is_past_best(s: Summary) -> bool:
+  return None not in (s['loss'], s['lowest_loss']) and s['loss'] - s['lowest_loss'] > PAST_BEST
+
+
 def _columns(found: Sequence[Summary]) -> list[Columns]:
-  return [RESULT, COST, BANK_COLUMNS] if any(s['bank'] for s in found) else [RESULT, COST]
+  result = RESULT | (LOWEST if any(map(_is_past_best, found)) else {})
+  return [result, COST, BANK_COLUMNS] if any(s['bank'] for s in found) else [result, COST]
 
 
 def _table(columns: Columns, found: Sequence[Summary]) -> Table:
@@ -135,10 +147,15 @@ def _table(columns: Columns, found: Sequence[Summary]) -> Table:
 
 
 def _document(
-  command: str, origin: dict[str, Any], found: list[Summary], lasting: Sequence[Table | str], plots: dict[str, str]
+  command: str,
+  origin: dict[str, Any],
+  found: list[Summary],
+  lasting: Sequence[Table | str],
+  remarks: Sequence[str],
+  plots: dict[str, str],
 ) -> str:
   time = utc_now()
-  notes = [*_notes(EXPLANATIONS, found), *_notes(LIMITS, found)]
+  notes = [*_notes(EXPLANATIONS, found), *remarks]
   if skipped := [f'{s["name"]}: {s["skipped_updates"]}' for s in found if s['skipped_updates']]:
     notes.append(f'Updates skipped, as not finite or as loss spikes: {", ".join(skipped)}.')
   different = [(s['name'], ', '.join(f'{name}={value!r}' for name, value in s['changed'].items())) for s in found[1:]]

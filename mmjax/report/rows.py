@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from mmjax.config import flatten, idle_settings, user_path
 from mmjax.data.loader import row_settings
+from mmjax.data.overlap import overlap_remark
 from mmjax.errors import UserError
 from mmjax.files import read_json
 from mmjax.model.cost import count_params, flops_per_token
@@ -39,6 +40,11 @@ class Row(NamedTuple):
   def evals(self) -> dict[int, dict[str, Any]]:
     """The evaluation that counts of each run that does, by seed."""
     return {run.config.seed: run.last_eval for run in self.counted if run.last_eval}
+
+  @property
+  def lowest(self) -> float | None:
+    """The lowest validation loss of each run that counts, mean over runs."""
+    return _mean([min((e['loss'] for e in run.finite_evals), default=None) for run in self.counted])
 
   @property
   def losses(self) -> dict[int, float]:
@@ -125,6 +131,12 @@ def _natural(name: str) -> list[tuple[int, str]]:
   return [(int(part), '') if part.isdecimal() else (-1, part) for part in re.split(r'(\d+)', name)]
 
 
+def overlap(run: FoundRun) -> str:
+  """Says how much of a run's validation text it was trained on; '' for none, and where its index does not tell."""
+  valid = (run.index or {'splits': {}})['splits'].get('valid', {})
+  return overlap_remark(valid, valid.get('also_in_train'), run.config.data.layout)
+
+
 def other_origin(first: FoundRun, run: FoundRun) -> str:
   """Says in what the text that a run learned from or was evaluated on differs from the first's; '' if in nothing.
 
@@ -207,6 +219,7 @@ def summary(first: Row, row: Row) -> dict[str, Any]:
     'runs': [str(run.path) for run in row.runs],
     'seeds': [run.config.seed for run in runs],
     'loss': _mean(losses),
+    'lowest_loss': row.lowest,
     'loss_deviation': statistics.stdev(losses) if len(losses) > 1 else None,
     **{name: _mean([e[name] for e in evals]) for name in ('bits_per_byte', 'accuracy')},
     **{name: _mean([record[name] for record in last]) for name in ('tokens', 'seconds')},

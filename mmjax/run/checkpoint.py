@@ -72,8 +72,13 @@ class Checkpoints:
   @property
   def best_step(self) -> int | None:
     """The step with the lowest metric, the earliest of equals; None where no step has a metric."""
+    return self.best[1] if self.best else None
+
+  @property
+  def best(self) -> tuple[float, int] | None:
+    """The lowest metric and its step, the earliest of equals; None where no step has a metric."""
     metrics, _ = self._read_metrics()
-    return min(metrics, key=lambda step: (metrics[step], step), default=None)
+    return min(((metric, step) for step, metric in metrics.items()), default=None)
 
   def save(self, step: int, state: Mapping[str, Any], metadata: Mapping[str, Any], metric: float | None = None) -> None:
     """Writes a step, then removes those that are neither the last two nor the best; a step that exists stays as it is.

@@ -120,7 +120,7 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
         recorder.save(step, state, loss, final=stopping or step == total)
       if stopping:
         raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')
-  say(f'Done: {total} steps, {recorder.tokens:,} tokens, {recorder.seconds / 60:.1f} minutes of training')
+  say(f'Done: {total} steps, {recorder.describe_end(loss)}')
   if config.memory.teach_rows:
     params, state = state['params'], None  # what it held is needed no more, and its memory is
     say(rows_taught(recorder.checkpoints, learner.shapes['params'], params))

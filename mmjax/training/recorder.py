@@ -6,6 +6,7 @@ from functools import cached_property, partial
 import jax
 import numpy as np
 
+from mmjax.choices import PAST_BEST
 from mmjax.console import Progress
 from mmjax.errors import DivergedError, StorageError
 from mmjax.evaluation.evaluate import EvalResult, EvalStep, evaluate_split
@@ -84,6 +85,16 @@ class Recorder:
       f'{result.bits_per_byte:.4f} bits per byte, accuracy {result.accuracy:.2%}'
     )
     return result
+
+  def describe_end(self, loss: float) -> str:
+    """Says what the run came to, and where its validation loss was clearly lower than the last one."""
+    said = f'{self.tokens:,} tokens, {self.seconds / 60:.1f} minutes of training'
+    if (best := self.checkpoints.best) and loss - best[0] > PAST_BEST:
+      said += (
+        f'\nThe validation loss was {best[0]:.4f} at step {best[1]} and is {loss:.4f} now: eval.py and mmjax.load take '
+        f'the checkpoint of step {best[1]}, unless they are told to take the last'
+      )
+    return said
 
   def save(self, step: int, state: TrainState, metric: float | None, final: bool) -> None:
     """Saves; a failure is survived until the third in a row, or the last save of the run.

@@ -42,7 +42,7 @@ from mmjax.training.learner import Learner
 from mmjax.training.teach import RowCounts, count_reads, first_reads
 
 # Passes over the text from which on dropping rows helped, see docs/experiments.md: of n-grams of several tokens, and of
-# single tokens, with which it did harm at 3 passes.
+# single tokens, with which it did harm at 3 passes. From the latter on any model may learn a text by heart.
 PASSES_OF_PAIRS = 2
 PASSES_OF_TOKENS = 5
 
@@ -130,7 +130,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
     cut_remark({'training': train_split, 'validation': valid_split}),
     overlap_remark(valid, valid.get('also_in_train'), config.data.layout),
     warmup_remark(train, steps),
-    dropout_remark(config, steps * batch_rows / train_split.n_rows),
+    passes_remark(config, steps * batch_rows / train_split.n_rows),
   ]
   return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
 
@@ -145,20 +145,20 @@ def warmup_remark(train: TrainConfig, steps: int) -> str:
   )
 
 
-def dropout_remark(config: Config, passes: float) -> str:
-  """Says of n-gram rows that drop nothing that they will learn by heart a text that is read so often; '' of others."""
+def passes_remark(config: Config, passes: float) -> str:
+  """Says of a text that it is read so often that it is learned by heart, by n-gram rows soonest; '' of others."""
   model, memory = config.model, config.memory
   table = parameter_table(config)
   if memory.teach_rows or not all(any(first_rule(table, name, 'lr').rates) for name in (BANK, 'embedding')):
     return ''  # the rows do not learn, or only they do, which is what they are taught for
-  if memory.row_dropout or not any(SUBLAYERS[kind].reads_ngrams for kind in layer_kinds(model, memory)):
-    return ''
-  if passes < (PASSES_OF_PAIRS if max(memory.ngram_of_heads()) > 1 else PASSES_OF_TOKENS):
-    return ''
-  return (
-    f'The run reads its text {passes:.1f} times, and rows that n-grams address learn such text by heart; '
-    'memory.row_dropout=0.5 helped in tests (docs/experiments.md)'
-  )
+  said = f'The run reads its text {passes:.1f} times'
+  drops = memory.row_dropout or not any(SUBLAYERS[kind].reads_ngrams for kind in layer_kinds(model, memory))
+  if not drops and passes >= (PASSES_OF_PAIRS if max(memory.ngram_of_heads()) > 1 else PASSES_OF_TOKENS):
+    learned = 'rows that n-grams address learn such text by heart; memory.row_dropout=0.5 helped in tests'
+    return f'{said}, and {learned} (docs/experiments.md)'
+  if passes >= PASSES_OF_TOKENS:
+    return f'{said}: its validation loss may rise before the end; the checkpoint with the lowest is kept'
+  return ''
 
 
 def read_start(run: RunDir, config: Config, origin: Origin | None, mesh: Mesh) -> Start:
