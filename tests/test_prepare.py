@@ -66,13 +66,30 @@ def test_no_validation_data_can_be_asked_for_but_does_not_just_happen(tmp_path, 
   few = write(tmp_path / 'few.jsonl', texts[:40])
   directory, _ = run(tmp_path, few, vocab_size=300, valid_fraction=0.0)
   assert list(read_index(directory)['splits']) == ['train']
-  with pytest.raises(UserError, match='=1e-06 holds out none of the 40 documents.*valid_fraction=0.13,'):
-    run(tmp_path, few, vocab_size=300, valid_fraction=1e-6)
-  for given in (str(directory / 'tokenizer.model'), ''):
-    with pytest.raises(UserError, match='no document is left of .*few.jsonl: .* empty, bad or held out'):
-      run(tmp_path, few, tokenizer=given, vocab_size=300, valid_fraction=1 - 1e-9)
-  with pytest.raises(UserError, match='data.valid_fraction=1e-06 needs at least two documents'):
-    run(tmp_path, write(tmp_path / 'one.jsonl', [' '.join(texts)]), vocab_size=300, valid_fraction=1e-6)
+  for copies in (1, 2):
+    same = write(tmp_path / 'one.jsonl', [' '.join(texts)] * copies)
+    with pytest.raises(UserError, match='data.valid_fraction=1e-06 needs at least two different documents'):
+      run(tmp_path, same, vocab_size=300, valid_fraction=1e-6)
+
+
+@pytest.mark.parametrize(('share', 'which'), [(1e-6, 0), (0.1, 1), (1 - 1e-9, 3)])
+@pytest.mark.parametrize('given', [True, False])
+def test_of_few_documents_the_one_of_that_size_is_held_out(tmp_path, texts, share, which, given):
+  """Of 20, 100, 300 and 580 letters, the first one twice: 2, 10, 29 and 57 % of the text, each of a byte."""
+  letters = ''.join(char for text in texts for char in text if char.isascii() and char.isalpha())
+  for start in range(100):  # until the hash takes none, or all
+    alone = [letters[start + a : start + b] for a, b in ((0, 20), (20, 120), (120, 420), (420, 1000))]
+    if len({is_held_out(text.encode(), share) for text in alone}) == 1:
+      break
+  few, first = [alone[0], *alone], alone[which]
+  path = write(tmp_path / 'few.jsonl', few)
+  tokenizer = str(run(tmp_path, path, vocab_size=300, valid_fraction=0.0)[0] / 'tokenizer.model') if given else ''
+  directory, said = run(tmp_path, path, tokenizer=tokenizer, vocab_size=300, valid_fraction=share)
+  assert documents(directory, 'valid') == [text for text in few if text == first]
+  assert documents(directory, 'train') == [text for text in few if text != first]
+  size = len(first) * few.count(first)
+  which = 'all' if share > 0.9 else 'none'
+  assert f'={share:g} would hold out {which} of 4 documents; the one with {size:,} of the 1,020 bytes is' in str(said)
 
 
 @pytest.mark.parametrize('kind', rarely(KINDS, 'no_bytes', 'prepended', 'sentencepiece_defaults'))

@@ -34,7 +34,7 @@ BAD_LINES = {
     0,
   ),
   'lone surrogate': (b'{"text": "a\\ud800b"}', 'a lone surrogate \\ud800', 0),
-  'no key': (b'{"body": "a", "title": 3}', "no key 'text'; keys present: 'body', 'title'", 0),
+  'no key': (b'{"body": "a", "title": 3}', "no key 'text'; keys present: 'body', 'title'; another may hold", 0),
   'no string': (b'{"text": ["a"]}', "the value of 'text' must be a string, not a list", 0),
   'null': (b'{"text": null}', "the value of 'text' must be a string, not null", 0),
   'no object': (b'["text"]', 'must be a JSON object', 0),
@@ -92,6 +92,19 @@ def test_bad_line_is_skipped_and_counted(tmp_path, name):
   path = write(tmp_path, GOOD * 1500 + BAD_LINES[name][0] + b'\n' + GOOD * 500)
   assert list(read_documents([path], 'text', tally)) == ['one'] * 2000
   assert sum(tally.skipped().values()) == 1 and f'{path}:1501: ' in tally.report()
+
+
+@pytest.mark.parametrize(
+  ('data', 'hint', 'skip'),
+  [
+    (b'{"content": "abc"}\n', "keys present: 'content'; another may hold the text: --config.data.text_key=NAME", False),
+    ('{"text": "caf\xe9"}\n'.encode('latin-1'), 'iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW (GB18030,', True),
+  ],
+)
+def test_what_helps_a_bad_first_line_is_said(tmp_path, data, hint, skip):
+  with pytest.raises(UserError) as caught:
+    read(write(tmp_path, data))
+  assert hint in str(caught.value) and ('on_bad_line=skip' in str(caught.value)) == skip
 
 
 def test_more_than_a_thousandth_of_bad_lines_fails_with_both_numbers(tmp_path):

@@ -26,6 +26,7 @@ WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that 
   codecs.BOM_UTF16_BE: 'UTF-16',
 }
 UNMARKED = ('UTF-16LE', 'UTF-16BE', 'UTF-32LE', 'UTF-32BE')  # what text that is not UTF-8 may be, without a mark
+NO_KEY, NO_UTF8 = 'no text key', 'not UTF-8'
 KINDS = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a boolean', int: 'a number', float: 'a number'}
 
 
@@ -130,7 +131,7 @@ def decode(data: bytes) -> str:
       return data.decode('utf-8')
     bad = NotText('NUL byte', 'a NUL byte: this is not a text file', data.index(b'\0'))
   except UnicodeDecodeError as error:
-    bad = NotText('not UTF-8', f'not UTF-8: {error.reason} 0x{data[error.start]:02x}', error.start)
+    bad = NotText(NO_UTF8, f'{NO_UTF8}: {error.reason} 0x{data[error.start]:02x}', error.start)
   if encoding := _wide_encoding(data):
     bad = NotText(encoding, f'the text is {encoding}; it must be UTF-8 (iconv -f {encoding} -t UTF-8 OLD > NEW)')
   raise bad from None
@@ -185,7 +186,8 @@ def json_text(raw: bytes, text_key: str) -> str:
     raise NotText('not an object', f'the line must be a JSON object with the key {text_key!r}, not {_kind(record)}')
   if text_key not in record:
     present = ', '.join([ascii(name[:40]) for name in list(record)[:10]] + ['...'] * (len(record) > 10))
-    raise NotText('no text key', f'no key {text_key!r}; keys present: {present or "none"}')
+    other = '; another may hold the text: --config.data.text_key=NAME (prepare: --text_key NAME)' if record else ''
+    raise NotText(NO_KEY, f'no key {text_key!r}; keys present: {present or "none"}{other}')
   text = record[text_key]
   if not isinstance(text, str):
     raise NotText('text is no string', f'the value of {text_key!r} must be a string, not {_kind(text)}')

@@ -4,8 +4,9 @@ What decides its content, and so which one it is, is in mmjax.data.plan; its lay
 """
 
 import contextlib
-import math
+import hashlib
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -107,8 +108,9 @@ def _build(plan: Plan, data: DataConfig, progress: Progress) -> dict[str, Any]:
   try:
     expected = (file.stat().st_size * PACKINGS[ending_of(file)[1]].token_bytes for file in sum(plan.files.values(), []))
     check_room(plan.directory, int(sum(expected)))
-    tokenizer = _tokenizer(plan, data, progress)
-    builder = ShardBuilder(plan, tokenizer)
+    held_out = _find_held_out(plan, data.on_bad_line, progress)
+    tokenizer = _tokenizer(plan, data, held_out, progress)
+    builder = ShardBuilder(plan, tokenizer, held_out)
     if builder.resumed:
       progress.say(f'going on after the last whole shard in {plan.directory}')
     builder.build(data.workers or min(count_cores(), MOST_WORKERS), progress)
@@ -129,7 +131,32 @@ def _build(plan: Plan, data: DataConfig, progress: Progress) -> dict[str, Any]:
   return index
 
 
-def _tokenizer(plan: Plan, data: DataConfig, progress: Progress) -> Tokenizer:
+def _find_held_out(plan: Plan, on_bad_line: str, progress: Progress) -> tuple[float, str]:
+  """Returns by what `is_held_out` tells documents apart: the share, or one of them where it takes none or all.
+
+  Of few documents it may. Then the one is held out whose size is nearest to that share of the text.
+  """
+  share, files = plan.settings['valid_fraction'], plan.files['train']
+  meter, sides, sizes = Meter('looking for held-out text', files, progress), set(), Counter()
+  for text in read_documents(files, plan.settings['text_key'], Tally(on_bad_line), meter) if share else ():
+    raw = text.encode()
+    meter.add(len(raw))
+    sides.add(is_held_out(raw, share))
+    sizes[hashlib.sha256(raw).hexdigest()] += len(raw)
+    if len(sides) == 2:
+      return share, ''
+  if len(sizes) < 2:
+    return share, ''
+  total = sizes.total()
+  one = min(sizes, key=lambda sha256: (abs(sizes[sha256] - share * total), sha256))
+  progress.say(
+    f'data.valid_fraction={share:g} would hold out {"all" if True in sides else "none"} of {len(sizes):,} documents; '
+    f'the one with {sizes[one]:,} of the {total:,} bytes is held out instead'
+  )
+  return 0.0, one
+
+
+def _tokenizer(plan: Plan, data: DataConfig, held_out: tuple[float, str], progress: Progress) -> Tokenizer:
   """Copies the given tokenizer into the directory, or trains one there, unless an earlier start did."""
   if data.tokenizer:
     path = plan.directory / tokenizer_file_name(data.tokenizer)
@@ -137,7 +164,7 @@ def _tokenizer(plan: Plan, data: DataConfig, progress: Progress) -> Tokenizer:
     return load_tokenizer(path)
   path = plan.directory / 'tokenizer.model'
   if not path.is_file():
-    sample = sample_text(_training_documents(plan, data.on_bad_line, progress), SAMPLE_BYTES)
+    sample = sample_text(_training_documents(plan, data.on_bad_line, held_out, progress), SAMPLE_BYTES)
     if not sample:
       raise UserError(_no_document_left(plan))
     progress.say(f'training a tokenizer of {plan.settings["vocab_size"]} pieces')
@@ -145,14 +172,14 @@ def _tokenizer(plan: Plan, data: DataConfig, progress: Progress) -> Tokenizer:
   return load_tokenizer(path)
 
 
-def _training_documents(plan: Plan, on_bad_line: str, progress: Progress) -> Iterator[str]:
+def _training_documents(plan: Plan, on_bad_line: str, held_out: tuple[float, str], progress: Progress) -> Iterator[str]:
   """Yields the training documents, without those that will be held out."""
   files, settings = plan.files['train'], plan.settings
   meter = Meter('sampling text', files, progress)
   for text in read_documents(files, settings['text_key'], Tally(on_bad_line), meter):
     raw = text.encode()
     meter.add(len(raw))
-    if not is_held_out(raw, settings['valid_fraction']):
+    if not is_held_out(raw, *held_out):
       yield text
 
 
@@ -188,22 +215,15 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
       raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
   if 'train' not in index['splits']:
     raise UserError(_no_document_left(plan))
-  fraction, documents = plan.settings['valid_fraction'], index['splits']['train']['documents']
+  fraction = plan.settings['valid_fraction']
   if 'valid' in index['splits'] or not (plan.files['valid'] or fraction):
     return
   if not fraction:
     files = first_three([str(file) for file in plan.files['valid']], 'files')
     raise UserError(f'data.valid_files ({files}) hold no document: every line is empty or bad')
-  if documents == 1:
-    raise UserError(
-      f'data.valid_fraction={fraction} needs at least two documents to hold one out, and there is only one; '
-      'give data.valid_files'
-    )
-  enough = min(0.5, math.ceil(500 / documents) / 100)  # of ten or more, none is then held out once in 150 times or less
-  more = f'a larger one, such as --config.data.valid_fraction={enough}, or ' if fraction < enough else ''
   raise UserError(
-    f'data.valid_fraction={fraction} holds out none of the {documents} documents; give {more}data.valid_files; '
-    'mmjax.tools.prepare and mmjax.tools.bank take 0, too'
+    f'data.valid_fraction={fraction} needs at least two different documents to hold one out, and there is only one; '
+    'give data.valid_files; mmjax.tools.prepare and mmjax.tools.bank take data.valid_fraction=0, too'
   )
 
 

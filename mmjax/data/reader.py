@@ -14,7 +14,18 @@ from mmjax.config import expand_home, user_path
 from mmjax.config.wording import nearest_file
 from mmjax.console import Progress
 from mmjax.data.blocks import Block
-from mmjax.data.formats import DAMAGED, FORMATS, PACKINGS, BadLine, NotText, decode, ending_of, parse_block
+from mmjax.data.formats import (
+  DAMAGED,
+  FORMATS,
+  NO_KEY,
+  NO_UTF8,
+  PACKINGS,
+  BadLine,
+  NotText,
+  decode,
+  ending_of,
+  parse_block,
+)
 from mmjax.errors import UserError, file_error
 
 BLANK_FILE = 'blank file'
@@ -22,6 +33,9 @@ MOST_SKIPPED = 0.001  # share of lines that on_bad_line='skip' may leave out; a 
 SKIP_HINT = (
   f'; to leave out such lines (in a .txt: documents), up to {MOST_SKIPPED:.1%} of all: '
   '--config.data.on_bad_line=skip (prepare: --on_bad_line skip)'
+)
+ENCODING_HINT = (
+  '; of text in another encoding: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW (GB18030, BIG5, SHIFT_JIS, ...)'
 )
 LONGEST_PATH = 4096  # characters; Linux knows no longer one
 
@@ -206,6 +220,13 @@ def _read_file(file: Path, line: int, byte: int) -> Iterator[tuple[Block, int]]:
     raise file_error(error, f"'{file}' cannot be read") from error
 
 
+def _what_helps(line: BadLine) -> str:
+  """Returns what to type after a bad line; '' where that stands in it, or all lines will be as bad."""
+  if line.kind.startswith((BLANK_FILE, 'UTF-')) or (line.kind == NO_KEY and line.line == 1):
+    return ''
+  return (ENCODING_HINT if line.kind == NO_UTF8 else '') + SKIP_HINT
+
+
 class Tally:
   """Counts lines by file; in 'fail' mode the first bad line ends the reading, in 'skip' mode too many bad lines do.
 
@@ -227,7 +248,7 @@ class Tally:
     counts['empty'] += empty
     for line in bad:
       if self.on_bad_line == 'fail':
-        raise UserError(f'{line}{"" if line.kind.startswith((BLANK_FILE, "UTF-")) else SKIP_HINT}')
+        raise UserError(f'{line}{_what_helps(line)}')
       counts['skipped'][line.kind] = counts['skipped'].get(line.kind, 0) + 1
       self.examples.setdefault(line.kind, str(line))
 

@@ -88,8 +88,9 @@ class ShardBuilder:
   After each round of whole shards, progress.json says what is done and where in the input it ended.
   """
 
-  def __init__(self, plan: Plan, tokenizer: Tokenizer):
+  def __init__(self, plan: Plan, tokenizer: Tokenizer, held_out: tuple[float, str]):
     self._directory, self._settings, self._tokenizer = plan.directory, plan.settings, tokenizer
+    self._held_out = held_out  # see is_held_out
     self._passes = [(split, files) for split, files in plan.files.items() if files]
     self._writers: dict[str, ShardWriter] = {}
     self.state = self._read_state() or {
@@ -141,7 +142,7 @@ class ShardBuilder:
     tally = Tally(settings['on_bad_line'], **self.state['tallies'][split])
     meter = Meter(f'tokenizing {split}', files, progress)
     blocks = read_files(files, Place(*self.state['place']), meter)
-    tokenized = tokenize_blocks(blocks, self._tokenizer, settings['text_key'], settings['valid_fraction'], workers)
+    tokenized = tokenize_blocks(blocks, self._tokenizer, settings['text_key'], self._held_out, workers)
     with contextlib.closing(tokenized):  # ends the processes at once, also when a line is bad
       for block, done in tokenized:
         tally.add(block.file, done.lines, done.empty, done.bad)

@@ -74,19 +74,20 @@ def token_dtype(vocab_size: int) -> np.dtype:
   return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
 
-def is_held_out(text_utf8: bytes, share: float) -> bool:
-  """Tells whether a document is held out, as about `share` of all are, in [0, 1).
+def is_held_out(text_utf8: bytes, share: float, one: str = '') -> bool:
+  """Tells whether a document is held out, as about `share` of all are, in [0, 1); or as the one with this sha256 is.
 
   Its text alone decides, so that copies of it fall on the same side.
   """
-  return share > 0 and int.from_bytes(hashlib.sha256(text_utf8).digest()[:8], 'big') < share * 2**64
+  digest = hashlib.sha256(text_utf8)
+  return digest.hexdigest() == one if one else int.from_bytes(digest.digest()[:8], 'big') < share * 2**64
 
 
-def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out_share: float) -> TokenBlock:
-  """Reads and tokenizes the documents of a block, and marks about `held_out_share` of them as held out."""
+def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out: tuple[float, str]) -> TokenBlock:
+  """Reads and tokenizes the documents of a block, and marks those that `is_held_out(text, *held_out)`."""
   parsed = parse_block(block, text_key)
   dtype = token_dtype(tokenizer.vocab_size)
-  parts, length, text_bytes, held_out, more_bytes = [np.empty(0, dtype)], [], [], [], [np.empty((2, 0), np.int64)]
+  parts, length, text_bytes, is_out, more_bytes = [np.empty(0, dtype)], [], [], [], [np.empty((2, 0), np.int64)]
   inexact = end = 0
   for text in parsed.documents:
     raw, start, exact = text.encode(), end, True
@@ -100,15 +101,15 @@ def tokenize_block(block: Block, tokenizer: Tokenizer, text_key: str, held_out_s
     end += 1
     length.append(end - start)
     text_bytes.append(len(raw))
-    held_out.append(is_held_out(raw, held_out_share))
+    is_out.append(is_held_out(raw, *held_out))
     inexact += not exact
-  sizes = np.array(length, np.int64), np.array(text_bytes, np.int64), np.array(held_out, bool)
+  sizes = np.array(length, np.int64), np.array(text_bytes, np.int64), np.array(is_out, bool)
   more_bytes_2X = np.concatenate(more_bytes, axis=1)
   return TokenBlock(np.concatenate(parts), *sizes, more_bytes_2X, parsed.lines, parsed.empty, inexact, parsed.bad)
 
 
 def tokenize_blocks(
-  blocks: Iterable[Block], tokenizer: Tokenizer, text_key: str, held_out_share: float, workers: int
+  blocks: Iterable[Block], tokenizer: Tokenizer, text_key: str, held_out: tuple[float, str], workers: int
 ) -> Iterator[tuple[Block, TokenBlock]]:
   """Tokenizes blocks in `workers` other processes and yields them in order, see `tokenize_block`.
 
@@ -118,7 +119,7 @@ def tokenize_blocks(
   Raises:
     UserError: if one of them died.
   """
-  settings = {'tokenizer': str(tokenizer.path), 'text_key': text_key, 'held_out_share': held_out_share}
+  settings = {'tokenizer': str(tokenizer.path), 'text_key': text_key, 'held_out': held_out}
   dtype = token_dtype(tokenizer.vocab_size)
   pending = collections.deque()
   idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
@@ -187,7 +188,7 @@ def main() -> None:
     while True:
       file, line, byte, too_long = json.loads(pipe.recv_bytes())
       block = Block(file, line, byte, pipe.recv_bytes(), too_long)
-      done = tokenize_block(block, tokenizer, settings['text_key'], settings['held_out_share'])
+      done = tokenize_block(block, tokenizer, settings['text_key'], settings['held_out'])
       pipe.send_bytes(json.dumps([done.lines, done.empty, done.inexact, done.bad]).encode())
       for array in done[:5]:
         pipe.send_bytes(array.tobytes())
