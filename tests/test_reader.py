@@ -385,6 +385,7 @@ def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
   [
     ('none.jsonl', "no file '.*none.jsonl'$"),
     ('pipes.jsonl', "no file '.*pipes.jsonl'; did you mean '.*/pipe.jsonl'"),
+    ('report.jsonlx', "no file '.*report.jsonlx'; did you mean '.*/report.jsonl'"),
     ('none/a.jsonl', "no file '.*none/a.jsonl'; there is no folder '.*none'$"),
     ('*.gz', r"no file matches the pattern '.*\*.gz'"),
     ('folder', "is a directory; name its files, for example '.*folder/\\*.jsonl'"),
@@ -395,7 +396,8 @@ def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
 )
 def test_find_files_explains_what_is_wrong(tmp_path, pattern, what):
   (tmp_path / 'folder').mkdir()
-  (tmp_path / 'a.csv').write_text('x')
+  for name in ('a.csv', 'report.jsonl', 'report.md', 'report.txt'):
+    (tmp_path / name).write_text('x')
   os.mkfifo(tmp_path / 'pipe.jsonl')
   with pytest.raises(UserError, match=what):
     find_files(str(tmp_path / pattern))

@@ -40,7 +40,9 @@ def nearest_file(path: Path) -> str:
   if not path.parent.is_dir():
     return f"; there is no folder '{path.parent}'"
   try:
-    known = {near.stem: near for near in sorted(path.parent.iterdir())}
+    # Of one stem the one whose whole name is most alike.
+    alike = sorted(path.parent.iterdir(), key=lambda near: difflib.SequenceMatcher(None, near.name, path.name).ratio())
+    known = {near.stem: near for near in alike}
   except OSError:  # a folder that may not be listed
     return ''
   found = difflib.get_close_matches(path.stem, known, n=1, cutoff=LIKE)
