@@ -102,9 +102,10 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   for run in runs:
     refuse_compressed(run.dir, 'compared')  # its log is of the bank before
     if (what := other_origin(runs[0], run)) and not allow_other_data:
+      unit = '; of two tokenizers only bits per byte compare' if 'tokenizer_sha256' in what else ''
       raise UserError(
         f'{runs[0].path} and {run.path} were trained or evaluated on text that differs: {what}; their losses cannot be '
-        'compared (--allow_other_data shows and marks such runs)'
+        f'compared (--allow_other_data shows and marks such runs{unit})'
       )
   rows = make_rows(runs)
   found = [summary(rows[0], row) for row in rows]
