@@ -165,7 +165,10 @@ def test_one_seed_has_no_standard_error_and_says_so(tmp_path, capsys):
   ('change', 'said'),
   [
     ({'identity': IDENTITY | {'data_sha256': 'e' * 64}}, 'data_sha256 dddddddddddd and eeeeeeeeeeee'),
-    ({'identity': IDENTITY | {'tokenizer_sha256': 'u' * 64}}, 'tokenizer_sha256 t+ and u+; .* such runs; of two tokenizers only bits per byte compare'),
+    (
+      {'identity': IDENTITY | {'tokenizer_sha256': 'u' * 64}},
+      'tokenizer_sha256 t+ and u+; .*; of two tokenizers only bits per byte compare',
+    ),
     ({'valid_tokens': 999}, 'validation_tokens 1,000 and 999'),
   ],
 )
