@@ -121,7 +121,8 @@ def test_models_that_were_better_before_their_end_are_said(tmp_path, capsys):
   said, text = ' '.join(capsys.readouterr().out.split()), (tmp_path / 'out' / 'compare.md').read_text()
   for each in (said, text):
     assert 'lowest on the way' in each and 'some models were better before' in each
-  rows_of([make_run(tmp_path / 'c-s0', (5.595, 5.6))], tmp_path / 'other')
+  paths = [make_run(tmp_path / 'c-s0', (5.595, 5.6)), make_run(tmp_path / 'c-s1', (3, None), seed=1)]
+  assert rows_of(paths, tmp_path / 'other')['c']['lowest_loss'] == 5.595
   assert 'better before' not in capsys.readouterr().out
 
 
@@ -167,7 +168,7 @@ def test_one_seed_has_no_standard_error_and_says_so(tmp_path, capsys):
     ({'identity': IDENTITY | {'data_sha256': 'e' * 64}}, 'data_sha256 dddddddddddd and eeeeeeeeeeee'),
     (
       {'identity': IDENTITY | {'tokenizer_sha256': 'u' * 64}},
-      'tokenizer_sha256 t+ and u+; .*; of two tokenizers only bits per byte compare',
+      'tokenizer_sha256 t+ and u+; .*; where only the tokenizer differs, bits per byte compare',
     ),
     ({'valid_tokens': 999}, 'validation_tokens 1,000 and 999'),
   ],

@@ -60,7 +60,7 @@ def test_weights_stay_with_the_tokenizer_that_their_file_names(tiny_run, tmp_pat
   config = config.with_settings({f'data.{name}': value for name, value in data.items()} | {'train.max_steps': 1})
   wrong = config.with_settings({'data.tokenizer': f'{tmp_path}/spm.model'})
   for run, origin in (('without', None), ('with', None), ('new', f'{tmp_path}/without')):
-    with pytest.raises(UserError, match='belong to the tokenizer with the sha256 .*, and data.tokenizer has '):
+    with pytest.raises(UserError, match='belong to the tokenizer with the sha256 .*, and the text was prepared with '):
       fit(wrong, tmp_path / run, init_from=origin)
   fit(config.with_settings({'data.tokenizer': f'{tiny_run}/tokenizer.model'}), tmp_path / 'without')
 

@@ -30,6 +30,7 @@ from mmjax.memory import (
   NgramBag,
   NgramBucket,
   TappedBank,
+  cached_last_tokens,
   init_bank,
   last_tokens,
   no_reads,
@@ -99,6 +100,7 @@ def test_program_that_promotes_nothing_implicitly_may_use_it(name, form):
       return jnp.sum(out.delta_BTD.astype(jnp.float32)) + out.aux_loss
 
     jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(memory.init(jax.random.key(0)), bank_MP)
+    assert cached_last_tokens(jnp.ones((2, 8), jnp.int32), jnp.zeros((2, 4), jnp.int32), 2).shape == (2, 4, 2)
   assert jaxpr.out_avals[-1].shape == bank_MP.shape
 
 

@@ -5,6 +5,7 @@ What decides its content, and so which one it is, is in mmjax.data.plan; its lay
 
 import contextlib
 import hashlib
+import math
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -134,7 +135,10 @@ def _build(plan: Plan, data: DataConfig, progress: Progress) -> dict[str, Any]:
 def _find_held_out(plan: Plan, on_bad_line: str, progress: Progress) -> tuple[float, str]:
   """Returns by what `is_held_out` tells documents apart: the share, or one of them where it takes none or all.
 
-  Of few documents it may. Then the one is held out whose size is nearest to that share of the text.
+  Of few documents it may. Then the one is held out whose size is nearest to that share of the text, as a ratio.
+
+  Raises:
+    UserError: if there is only one, or a line cannot be read.
   """
   share, files = plan.settings['valid_fraction'], plan.files['train']
   meter, sides, sizes = Meter('looking for held-out text', files, progress), set(), Counter()
@@ -145,10 +149,15 @@ def _find_held_out(plan: Plan, on_bad_line: str, progress: Progress) -> tuple[fl
     sizes[hashlib.sha256(raw).hexdigest()] += len(raw)
     if len(sides) == 2:
       return share, ''
-  if len(sizes) < 2:
+  if len(sizes) == 1:
+    raise UserError(
+      f'data.valid_fraction={share} needs at least two different documents to hold one out, and there is only one; '
+      'give data.valid_files; mmjax.tools.prepare and mmjax.tools.bank take data.valid_fraction=0, too'
+    )
+  if not sizes:
     return share, ''
   total = sizes.total()
-  one = min(sizes, key=lambda sha256: (abs(sizes[sha256] - share * total), sha256))
+  one = min(sizes, key=lambda sha256: (abs(math.log(sizes[sha256] / (share * total))), sha256))
   progress.say(
     f'data.valid_fraction={share:g} would hold out {"all" if True in sides else "none"} of {len(sizes):,} documents; '
     f'the one with {sizes[one]:,} of the {total:,} bytes is held out instead'
@@ -215,23 +224,14 @@ def _check_splits(plan: Plan, index: dict[str, Any]) -> None:
       raise UserError(f"'{file['path']}' was changed while it was read; prepare it again")
   if 'train' not in index['splits']:
     raise UserError(_no_document_left(plan))
-  fraction = plan.settings['valid_fraction']
-  if 'valid' in index['splits'] or not (plan.files['valid'] or fraction):
-    return
-  if not fraction:
+  if plan.files['valid'] and 'valid' not in index['splits']:
     files = first_three([str(file) for file in plan.files['valid']], 'files')
     raise UserError(f'data.valid_files ({files}) hold no document: every line is empty or bad')
-  raise UserError(
-    f'data.valid_fraction={fraction} needs at least two different documents to hold one out, and there is only one; '
-    'give data.valid_files; mmjax.tools.prepare and mmjax.tools.bank take data.valid_fraction=0, too'
-  )
 
 
 def _no_document_left(plan: Plan) -> str:
   files = first_three([str(file) for file in plan.files['train']], 'files')
-  fraction = plan.settings['valid_fraction']
-  held_out = f', bad or held out by data.valid_fraction={fraction}' if fraction else ' or bad'
-  return f'no document is left of {files}: every line is empty{held_out}'
+  return f'no document is left of {files}: every line is empty or bad'
 
 
 def _remove_others(directory: Path, index: dict[str, Any] | None) -> None:

@@ -137,7 +137,11 @@ def _losses(
   loss_X = _loss_of_banks(lm, config, texts)
   document_X = once(('document',), lambda: _documents(texts))
   tokens = read_manifest(run.checkpoints_path / str(lm.step) / MANIFEST, lm.step)['metadata']['tokens']
-  remarks = [remark for files in valid_files or [''] for remark in text_remarks(config, run, files)]
+  remarks = [
+    f'{path}{files and ", "}{files}: {remark}'
+    for files in valid_files or ['']
+    for remark in text_remarks(config, run, files)
+  ]
   return Losses(str(path), lm.step, tokens, held_out, loss_X, groupings, document_X, remarks)
 
 

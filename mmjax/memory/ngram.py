@@ -77,7 +77,7 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
     raise ValueError(f'positions must be whole numbers, not {position_BT.dtype}')
 
   def find(position_BT: Array, token_BS: Array) -> Array:
-    at_BTn = position_BT.astype(jnp.int32)[..., None] - jnp.arange(n)
+    at_BTn = position_BT.astype(jnp.int32)[..., None] - jax.lax.broadcasted_iota(jnp.int32, (1, 1, n), 2)
     row_B11 = jnp.arange(len(token_BS))[:, None, None]
     return jnp.where(at_BTn >= 0, jnp.asarray(_signed(token_BS))[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)
 

@@ -72,8 +72,8 @@ LIMITS: Notes = {  # also on the terminal
   ),
   'Models marked "other data" have no difference: their runs were trained or evaluated on other text, or on other '
   'tokens of it.': lambda found: any('other data' in s['marks'] for s in found),
-  'Losses are those of last evaluations, and some models were better before, as of a text that is read too often: see '
-  '"lowest on the way". Their best checkpoints, which eval.py, breakdown and mmjax.load take, compare otherwise.': (
+  'Losses are those of last evaluations, and some models were better before, which can happen when the text is read '
+  'too often: see "lowest on the way". eval.py, breakdown and mmjax.load take their best checkpoints.': (
     lambda found: any(map(_is_past_best, found))
   ),
   'A run that is not finished counts only for a model of which none is; such a model has no difference.': (
@@ -102,7 +102,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
   for run in runs:
     refuse_compressed(run.dir, 'compared')  # its log is of the bank before
     if (what := other_origin(runs[0], run)) and not allow_other_data:
-      unit = '; of two tokenizers only bits per byte compare' if 'tokenizer_sha256' in what else ''
+      unit = '; where only the tokenizer differs, bits per byte compare' if 'tokenizer_sha256' in what else ''
       raise UserError(
         f'{runs[0].path} and {run.path} were trained or evaluated on text that differs: {what}; their losses cannot be '
         f'compared (--allow_other_data shows and marks such runs{unit})'
@@ -115,7 +115,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
     folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
   lasting = lead_blocks(lead) if lead else []
-  remarks = [*filter(None, [overlap(runs[0])]), *_notes(LIMITS, found)]
+  remarks = [*dict.fromkeys(filter(None, map(overlap, runs))), *_notes(LIMITS, found)]
   if lead:
     plots['lead.png'] = draw_lead(lead, folder / 'lead.png', row_styles(len(lead['models']) + 1)[1:])
   write_json(folder / 'compare.json', {'rows': found, 'lead': lead})

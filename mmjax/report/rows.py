@@ -43,8 +43,8 @@ class Row(NamedTuple):
 
   @property
   def lowest(self) -> float | None:
-    """The lowest validation loss of each run that counts, mean over runs."""
-    return _mean([min((e['loss'] for e in run.finite_evals), default=None) for run in self.counted])
+    """The lowest validation loss of each run that `losses` has, mean over runs."""
+    return _mean([min(e['loss'] for e in run.finite_evals) for run in self.counted if run.last_eval])
 
   @property
   def losses(self) -> dict[int, float]:

@@ -66,7 +66,7 @@ def main() -> None:
     if arguments.json is not None:  # after each, so that what stops it takes no more than one
       write_json(user_path(arguments.json), {'runs': found})
   shown = tables(found)
-  remarks = dict.fromkeys(remark for run in found for remark in run['remarks'])
+  remarks = [remark for run in found for remark in run['remarks']]
   said = list(filter(None, (*remarks, other_text(found), NOTE)))
   show(*shown, *said)
   if arguments.markdown is not None:

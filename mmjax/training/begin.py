@@ -26,8 +26,8 @@ def begin(recorder: Recorder, first: Start) -> TrainState:
       state = new_state(learner, first.params, first.reads)
   if counters.get(TOKENIZER_SHA256, inputs.tokenizer.sha256) != inputs.tokenizer.sha256:
     raise UserError(
-      f'the imported weights belong to the tokenizer with the sha256 {counters[TOKENIZER_SHA256][:12]}..., and '
-      f'data.tokenizer has {inputs.tokenizer.sha256[:12]}...; give theirs'
+      f'the imported weights belong to the tokenizer with the sha256 {counters[TOKENIZER_SHA256][:12]}..., and the '
+      f'text was prepared with {inputs.tokenizer.sha256[:12]}...; give theirs: --config.data.tokenizer=FILE'
     )
   start = int(state['step'])
   record_run(run, learner.config, inputs, start, first.read_from)
