@@ -165,11 +165,28 @@ def test_bad_override_is_refused_by_name(override, said):
       ['memory.bank_lr_multiplier=1e3', 'memory.bank_decay_multiplier=1e3'],
       'memory.bank_lr_multiplier (0.2) times its weight decay (10)',
     ),
+    (
+      ['train.learning_rate=0.01', 'memory.bank_lr_multiplier=64', 'train.parameters=memory_bank decay=200'],
+      'memory.bank_lr_multiplier (0.64) times its weight decay (2)',
+    ),
   ],
 )
 def test_decay_that_takes_more_than_there_is_is_refused(overrides, said):
   with pytest.raises(UserError, match=re.escape(said)):
     load_config('configs/base.py', [f'--config.{override}' for override in overrides])
+
+
+@pytest.mark.parametrize(
+  'overrides',
+  [
+    ['train.learning_rate=0.02', 'memory.bank_lr_multiplier=500', 'train.weight_decay=0.1',
+     'train.parameters=memory_bank decay=0'],
+    ['train.learning_rate=0.02', 'train.weight_decay=0.1', 'train.parameters=memory_bank lr=500; memory_bank decay=0'],
+    ['train.optimizer=sgd', 'train.learning_rate=7', 'memory.teach_rows=256', 'train.embedding_lr_multiplier=16'],
+  ],
+)  # fmt: skip
+def test_decay_that_does_not_meet_a_rate_is_no_bound_of_it(overrides):
+  load_config('configs/base.py', [f'--config.{override}' for override in overrides])
 
 
 @pytest.mark.parametrize(

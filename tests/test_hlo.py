@@ -137,6 +137,22 @@ def test_file_that_describes_no_card_is_refused(tmp_path, text):
     find_card(str(file))
 
 
+@pytest.mark.parametrize(
+  ('change', 'said'),
+  [
+    (('core_count: ', 'core_count: x'), 'core_count: x.* must be a number above 0'),
+    (('clock_rate_ghz: ', 'clock_rate_ghz: 1.2.'), r'clock_rate_ghz: 1\.2\..* must be a number above 0'),
+    (('memory_bandwidth: ', 'memory_bandwidth: -'), 'memory_bandwidth: -.* must be a number above 0'),
+    (('major', 'é'), 'the file is not UTF-8 text'),
+  ],
+)
+def test_description_with_a_bad_number_is_refused_in_a_sentence(change, said, tmp_path):
+  file = tmp_path / 'card.txtpb'
+  file.write_text(CARDS['h100'].description().replace(*change, 1), encoding='latin-1')
+  with pytest.raises(UserError, match=said):
+    find_card(str(file))
+
+
 def test_card_is_found_however_its_name_is_spelt():
   assert find_card('RTX 4090') is CARDS['rtx4090'] and find_card('A100-80') is CARDS['a100_80']
 

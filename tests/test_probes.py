@@ -180,6 +180,16 @@ def test_norms_of_a_step_equal_numpy():
   assert float(ratio) == pytest.approx(update / before, rel=1e-6)
 
 
+def test_update_of_a_large_bank_is_measured_on_rows_at_equal_distances(monkeypatch):
+  monkeypatch.setattr('mmjax.evaluation.probes.RATIO_ROWS', 4)
+  rng = np.random.default_rng(0)
+  bank, update = (rng.standard_normal((10, 3)).astype(np.float32) for _ in range(2))
+  usage = np.zeros((2, 10), np.int32)
+  usage[0, [0, 1, 3]], usage[1, 9] = 1, 2  # of rows 0, 3, 6 and 9
+  added, before = (np.linalg.norm(x[[0, 3, 9]]) for x in (update, bank))
+  assert float(row_update_ratio(bank, update, usage)) == pytest.approx(added / before, rel=1e-6)
+
+
 def test_norms_of_applied_steps_are_averaged_into_a_record():
   def step(applied, x):
     gates = {1: {'gate_grad_norm': x, 'key_grad_norm': 0 * x}, 3: {'gate_grad_norm': 2 * x, 'key_grad_norm': x}}

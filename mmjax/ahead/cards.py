@@ -5,7 +5,9 @@ copies and products were reported to reach on one, 10 and 19 % below its datashe
 of the CUDA programming guide's table by compute capability. A description is facts in the form that XLA reads.
 """
 
+import contextlib
 import dataclasses
+import math
 import re
 
 from mmjax.config import user_path
@@ -130,18 +132,24 @@ def find_card(name: str) -> Card:
   path = user_path(name)
   if not path.is_file():
     raise UserError(f'--gpu={name} must be one of {", ".join(CARDS)}, or a file that describes a card')
-  text = path.read_text(encoding='utf-8')
+  try:
+    text = path.read_text(encoding='utf-8')
+  except ValueError:
+    raise UserError(f'--gpu={name}: the file is not UTF-8 text') from None
 
-  def field(pattern: str) -> str:
-    found = re.search(pattern, text)
+  def number(field: str) -> float:
+    found = re.search(rf'\b{field}: *([^\s}}]+)', text)
     if not found:
-      raise UserError(f'--gpu={name}: the file does not say {pattern.split(":")[0]}')
-    return found[1]
+      raise UserError(f'--gpu={name}: the file does not say {field}')
+    with contextlib.suppress(ValueError):
+      if 0 < (value := float(found[1])) < math.inf:
+        return value
+    raise UserError(f'--gpu={name}: {field}: {found[1][:40]} must be a number above 0')
 
-  major = field(r'major: *(\d+)')
+  major = int(number('major'))
   minor = re.search(r'cuda_compute_capability *\{[^}]*minor: *(\d+)', text)
-  capability, cores = f'{major}.{minor[1] if minor else 0}', int(field(r'core_count: *(\d+)'))
-  clock = float(field(r'clock_rate_ghz: *([\d.]+)'))
+  capability, cores = f'{major}.{minor[1] if minor else 0}', int(number('core_count'))
+  clock = number('clock_rate_ghz')
   like = next((card for card in CARDS.values() if card.capability == capability), None)
   if not like:
     raise UserError(f'--gpu={name}: compute capability {capability} is none of {", ".join(CORES)}')
@@ -150,10 +158,10 @@ def find_card(name: str) -> Card:
     capability,
     cores,
     clock,
-    int(field(r'device_memory_size: *(\d+)')),
-    float(field(r'memory_bandwidth: *(\d+)')),
+    int(number('device_memory_size')),
+    number('memory_bandwidth'),
     like.bf16_rate * cores * clock / like.cores / like.clock_ghz,
-    int(field(r'l2_cache_size: *(\d+)')),
+    int(number('l2_cache_size')),
     like.link,
     text,
   )

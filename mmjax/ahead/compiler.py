@@ -52,7 +52,8 @@ def compile_for(config: Config, card: Card, devices: int = 1) -> Any:
     devices: how many of them.
 
   Raises:
-    UserError: if the settings do not divide by the devices, attention does not run there, or only a GPU can compile it.
+    UserError: if the settings do not divide by the devices or leave some idle, attention does not run there, or only
+      a GPU can compile it.
   """
   if config.runtime.triton_gemm:
     raise UserError('runtime.triton_gemm=True cannot be compiled without a GPU: XLA would have to time products on it')
@@ -63,7 +64,13 @@ def compile_for(config: Config, card: Card, devices: int = 1) -> Any:
 
   topology = topologies.get_topology_desc(platform='cuda', target_config=card.description(), topology=f'1x1x{devices}')
   steps = config.train.max_steps or 1  # of a schedule: two lengths differ in a constant
-  learner = Learner(config, place(config, topology.devices), steps)
+  placement = place(config, topology.devices)
+  if (used := placement.mesh.size) != devices:
+    raise UserError(
+      f'--devices {devices} must be {used}, as many as runtime.data_devices and runtime.row_devices use: a run leaves '
+      'the others idle'
+    )
+  learner = Learner(config, placement, steps)
   return learner.compile(learner.shapes, options={'xla_gpu_autotune_level': 0})  # which would run kernels
 
 

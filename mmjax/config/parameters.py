@@ -22,6 +22,7 @@ from mmjax.errors import UserError
 MOST = 1e4  # of a multiplier
 NEAREST_ONE = 1 - 1e-6  # what is nearer to 1 may be 1 in float32
 SAYS = {'lr': MOST, 'decay': MOST, 'beta1': NEAREST_ONE, 'beta2': NEAREST_ONE}  # what a rule may say, at most how much
+OF_BANK, OF_EMBEDDING = '^memory_bank$', '^embedding$'  # to which settings give rates of their own
 MATRIX = r'^layers/.*kernel$'  # what Muon moves, where it has two axes
 FORM = 'a pattern and then lr=NUMBER, lr=FIRST..LAST, decay=NUMBER, beta1=NUMBER or beta2=NUMBER'
 
@@ -60,8 +61,8 @@ def parameter_table(config: Any) -> tuple[Rule, ...]:
   of_matrices = OPTIMIZERS[train.optimizer].rate_of_matrices
   return (
     *read_rules(train.parameters),
-    Rule('^memory_bank$', rates, memory.bank_decay_multiplier, 'memory.bank_lr_multiplier'),
-    Rule('^embedding$', train.embedding_lr_multiplier, None, 'train.embedding_lr_multiplier'),
+    Rule(OF_BANK, rates, memory.bank_decay_multiplier, 'memory.bank_lr_multiplier'),
+    Rule(OF_EMBEDDING, train.embedding_lr_multiplier, None, 'train.embedding_lr_multiplier'),
     *([Rule(MATRIX, getattr(train, of_matrices), None, f'train.{of_matrices}')] if of_matrices else []),
   )
 

@@ -7,8 +7,8 @@ from typing import Any
 from mmjax.choices import ONE_ROW, least_rows_of_ranges, not_even, not_square
 from mmjax.config.history import removed_remark
 from mmjax.config.optimizers import OPTIMIZERS
-from mmjax.config.parameters import Rule, parameter_table, read_rules
-from mmjax.config.schema import SETTINGS, Config, ModelConfig, TrainConfig
+from mmjax.config.parameters import OF_BANK, OF_EMBEDDING, Rule, first_rule, parameter_table, read_rules
+from mmjax.config.schema import SETTINGS, Config, ModelConfig
 from mmjax.config.setting import flatten
 from mmjax.config.sublayers import SUBLAYERS, bank_readers, layer_kinds
 from mmjax.config.wording import nearest, quote, short
@@ -57,7 +57,7 @@ def check_together(config: Config) -> None:
   memory, train, runtime = config.memory, config.train, config.runtime
   untrained = not train.epochs and not train.max_steps
   _refuse(untrained, 'train.epochs=0.0 and train.max_steps=0 would train nothing: one of them must be above 0')
-  _check_decay(train, parameter_table(config))
+  _check_decay(config)
   _refuse(
     memory.bank_init == 'file' and not memory.bank_file,
     "memory.bank_init='file' needs memory.bank_file; python -m mmjax.tools.bank build makes one",
@@ -90,16 +90,25 @@ def check_learning(config: Config) -> None:
   )
 
 
-def _check_decay(train: TrainConfig, table: tuple[Rule, ...]) -> None:
-  """Raises UserError if an update would take more from a parameter than there is: it would grow without end."""
+def _check_decay(config: Config) -> None:
+  """Raises UserError if an update would take more from a parameter than there is: it would grow without end.
+
+  Of the bank and the embedding one rule may say the rate and another the decay. Where rows are taught, only the bank
+  learns.
+  """
+  train, table, teaches = config.train, parameter_table(config), config.memory.teach_rows
+  named = [pattern.strip('^$') for pattern in (OF_BANK, OF_EMBEDDING)]
   _refuse(
     not train.weight_decay and any(rule.decay is not None for rule in read_rules(train.parameters)),
     f'train.parameters={quote(train.parameters)}: a decay does nothing when train.weight_decay is 0',
   )
-  peak = max(train.learning_rate, train.final_learning_rate)
-  for rule in (Rule('', stated_in=''), *table):
-    rate, decay = peak * max(rule.rates), train.weight_decay * (1 if rule.decay is None else rule.decay)
-    what = f'train.learning_rate x {rule.stated_in}'.removesuffix(' x ')
+  rules = [Rule('', stated_in=''), *(rule for rule in table if rule.pattern.strip('^$') not in named)]
+  pairs = [] if teaches else [(rule, rule) for rule in rules]
+  pairs += [(first_rule(table, name, 'lr'), first_rule(table, name, 'decay')) for name in named[: 1 if teaches else 2]]
+  for of_rate, of_decay in pairs:
+    rate = max(train.learning_rate, train.final_learning_rate) * max(of_rate.rates)
+    decay = train.weight_decay * (1 if of_decay is None or of_decay.decay is None else of_decay.decay)
+    what = f'train.learning_rate x {of_rate.stated_in}'.removesuffix(' x ')
     _refuse(
       rate * decay >= 1,
       f'{what} ({rate:g}) times its weight decay ({decay:g}) must be below 1, or an update would take more from a '
