@@ -58,7 +58,7 @@ memory.teach_rows = 0  # with --init_from: at most so many rows learn in an upda
 
 data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
 data.valid_files = ''  # the same, held out; '': a share of the training documents
-data.valid_fraction = 0.01  # that share, chosen by a hash of each text; 0 (prepare only): none
+data.valid_fraction = 0.01  # that share, by a hash of each text, or one of few; 0 (prepare only): none
 data.text_key = 'text'  # key of the text in a jsonl line
 data.on_bad_line = 'fail'  # 'fail' stops at the first bad line and names it; 'skip' counts and reports them
 data.tokenizer = ''  # a SentencePiece model or a tokenizer.json; '': train one on the training text

@@ -212,7 +212,7 @@ def test_page_asks_nobody_else_and_its_questions_are_answered(bag, port):
 @pytest.mark.parametrize(
   ('path', 'body', 'headers', 'status', 'sentence'),
   [
-    ('/api/runs', None, {'Host': 'evil.example'}, 421, 'this server answers for localhost, its addresses and its own'),
+    ('/api/runs', None, {'Host': 'evil.example'}, 421, 'this server answers for localhost, any address and its own'),
     ('/api/runs', None, {'Host': '127.0.0.1.evil.example:80'}, 421, 'this server answers for'),
     ('/api/runs', None, {'Host': '[::1'}, 421, 'this server answers for'),
     ('/api/runs', None, {'Host': ''}, 421, 'this server answers for'),

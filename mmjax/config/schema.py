@@ -245,7 +245,7 @@ class DataConfig:
 
   train_files: str = field('', "paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus")
   valid_files: str = field('', "the same, held out; '': a share of the training documents")
-  valid_fraction: float = field(0.01, "that share, chosen by a hash of each text; 0 (prepare only): none",
+  valid_fraction: float = field(0.01, "that share, by a hash of each text, or one of few; 0 (prepare only): none",
     0, NEAREST_ONE, needs=NO_VALID_FILES)
   text_key: str = field('text', 'key of the text in a jsonl line', needs=TRAIN_FILES)
   on_bad_line: str = field('fail', "'fail' stops at the first bad line and names it; 'skip' counts and reports them",

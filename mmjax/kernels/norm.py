@@ -2,7 +2,8 @@
 
 A norm moves memory and computes little. On a GPU the normed input of a product need not exist: dividing by the root
 mean square commutes with the product, so x, rounded to the compute dtype, is multiplied by a kernel that holds the
-norm's scale, and the result is divided; x is also all that the backward pass keeps.
+norm's scale, and the result is divided; x is also all that the backward pass keeps. Where other columns stand beside x,
+or several products read it, the normed x is made once, and kept instead of x.
 """
 
 import itertools

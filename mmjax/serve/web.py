@@ -180,7 +180,7 @@ class Guard:
     host, origin = headers.get(b'host', ''), headers.get(b'origin')
     with contextlib.suppress(TimeoutError, ClientDisconnect):
       if not self._is_mine(host) or origin not in (None, f'http://{host}'):
-        sentence = f'this server answers for {", ".join(sorted(self.hosts))}, its addresses and its own page only'
+        sentence = f'this server answers for {", ".join(sorted(self.hosts))}, any address and its own page only'
         return await JSONResponse({'error': sentence}, 421)(scope, receive, send_in_time)
       try:
         return await self.app(scope, receive, send_in_time)
