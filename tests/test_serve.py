@@ -283,7 +283,8 @@ def test_client_that_leaves_frees_its_place(port):
 
 def test_server_that_is_stopped_while_it_writes_ends_in_a_word():
   lines = (
-    'import asyncio',
+    'import asyncio, signal',
+    'signal.signal(signal.SIGINT, signal.default_int_handler)',  # jobs in the background begin without it
     'from mmjax.errors import run_command',
     'from mmjax.serve import web',
     'async def write(scope, receive, send):',
