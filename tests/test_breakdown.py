@@ -128,8 +128,9 @@ def test_runs_on_other_text_are_named():
   assert said.startswith('Evaluated on other tokens than a, or on rows of another length: b, c.')
 
 
-def test_text_that_the_run_was_trained_on_is_said(tiny_run, monkeypatch, capsys):
-  flags = ['--ngrams', 'none', '--valid_files', f'{tiny_run.parent}/text.jsonl']
+def test_text_that_the_run_was_trained_on_is_said(tiny_run, tmp_path, monkeypatch, capsys):
+  shutil.copy(tiny_run.parent / 'text.jsonl', tmp_path / 'known.jsonl')
+  flags = ['--ngrams', 'none', '--valid_files', f'{tmp_path}/known.jsonl']
   monkeypatch.setattr('sys.argv', ['breakdown', str(tiny_run), *flags])
   command.main()
   assert ' '.join(capsys.readouterr().out.split()).count('are training documents too: the loss on them says what') == 1

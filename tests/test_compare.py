@@ -133,6 +133,9 @@ def test_validation_text_that_is_training_text_is_said(tmp_path, capsys):
   rows_of([path], tmp_path / 'out')
   for said in (' '.join(capsys.readouterr().out.split()), (tmp_path / 'out' / 'compare.md').read_text()):
     assert '9 of 10 validation documents (880 of 1,000 tokens, 88.0%) are training documents too' in said
+  other = make_run(tmp_path / 'b-s0', (6, 5.5), identity=IDENTITY | {'data_sha256': 'e' * 64})
+  rows_of([other, path], tmp_path / 'both', allow_other_data=True)
+  assert 'a-s0: 9 of 10 validation documents' in ' '.join(capsys.readouterr().out.split())
 
 
 def test_longer_rows_are_said_to_lower_a_loss(tmp_path, capsys):

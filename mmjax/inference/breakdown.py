@@ -139,8 +139,8 @@ def _losses(
   tokens = read_manifest(run.checkpoints_path / str(lm.step) / MANIFEST, lm.step)['metadata']['tokens']
   remarks = [
     f'{path}{files and ", "}{files}: {remark}'
-    for files in valid_files or ['']
-    for remark in text_remarks(config, run, files)
+    for files, text in zip(valid_files or [''], texts, strict=True)
+    for remark in text_remarks(text, config, run, files)
   ]
   return Losses(str(path), lm.step, tokens, held_out, loss_X, groupings, document_X, remarks)
 

@@ -72,7 +72,7 @@ def measure_run(lm: LanguageModel, run: RunDir, valid_files: str = '') -> dict[s
     'attention': placement.attention,
     'dtype': placement.dtype.name,
     **_with_training_norms(measure_text(lm, run, valid_files).to_dict(), run, lm.step),
-    'remarks': text_remarks(lm.config, run, valid_files),
+    'remarks': text_remarks(open_text(lm.config, run, valid_files, Progress(quiet=True)), lm.config, run, valid_files),
   }
 
 
@@ -127,9 +127,8 @@ def as_trained(lm: LanguageModel, config: Config) -> tuple[Config, Placement]:
   return config.with_settings({'train.dtype': placement.dtype.name}), placement
 
 
-def text_remarks(config: Config, run: RunDir, files: str = '') -> list[str]:
-  """Says what of the text that `open_text` opens limits what a loss on it means: cut documents, training text."""
-  split = open_text(config, run, files, Progress(quiet=True))
+def text_remarks(split: TokenSplit, config: Config, run: RunDir, files: str = '') -> list[str]:
+  """Says what of a text that `open_text` opened limits what a loss on it means: cut documents, training text."""
   entry, training = split.index['splits'][split.split], find_run_data(run, config)
   shared = None
   if files and training:

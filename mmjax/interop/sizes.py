@@ -15,11 +15,11 @@ from mmjax.run.identity import CUT
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-TOLD = (  # field, the matrix that tells it, if it is there, and on which axis; the first is meant
+TOLD = (  # field, the matrices that tell it, if they are there, and on which axis; the first is meant
   ('vocab_size', 'tok_embeddings.weight', 0),
   ('dim', 'tok_embeddings.weight', 1),
-  ('hidden_dim', 'layers.0.feed_forward.w1.weight', 0),
-  ('hidden_dim', 'layers.0.feed_forward.shared_experts.w1.weight', 0),
+  ('hidden_dim', r'layers\.\d+\.feed_forward\.w1\.weight', 0),
+  ('hidden_dim', r'layers\.\d+\.feed_forward\.shared_experts\.w1\.weight', 0),
   ('knowledge_num', 'memory_bank', 0),
   ('knowledge_dim', 'memory_bank', 1),
 )
@@ -55,11 +55,9 @@ def read_sizes(shapes: Shapes, source: str) -> dict[str, int | str]:
   if embedding[:-1] == width and len(set(embedding)) == 2:
     raise UserError(f'{source}: tok_embeddings.weight is {embedding}, must be {embedding[::-1]}')
   for field, name, axis in TOLD:
-    # Most layers decide, so that of one which is wrong that one is named.
-    alike = re.compile(re.escape(name).replace('layers\\.0', r'layers\.\d+'))
-    found = Counter(shape[axis] for other, shape in shapes.items() if alike.fullmatch(other) and len(shape) == 2)
-    if found:
-      sizes.setdefault(field, found.most_common(1)[0][0])
+    found = Counter(shape[axis] for n, shape in shapes.items() if re.fullmatch(name, n) and len(shape) == 2)
+    for size, _ in found.most_common(1):  # most layers decide, so that one which is wrong is named alone
+      sizes.setdefault(field, size)
   if expert_ids := _ids(r'layers\.0\.feed_forward\.experts\.(\d+)\.', shapes):
     sizes['n_experts'] = len(expert_ids)
   fusion = shapes.get('layers.0.gated_memory_fusion.up_proj.weight', ())

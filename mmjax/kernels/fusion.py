@@ -39,7 +39,7 @@ def normed_gated_mlp(
   kernels, D = jnp.concatenate((gate_kernel, up_kernel), axis=1), len(scale)
   kernels = jnp.concatenate((scale[:, None] * kernels[:D], kernels[D:]))
   both = matmul(over_rms(x, others, eps, jnp.dtype(dtype)), kernels)
-  # Between kernels this wide, to compute it again takes a GPU longer than the memory of a narrow one is worth.
+  # Beside rows, what the second product reads is narrow: kept, it takes little memory and spares a pass over `both`.
   return _gate_and_project(both, down_kernel, bool(others))
 
 

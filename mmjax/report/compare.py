@@ -16,7 +16,7 @@ from mmjax.report.compare_plots import row_styles, write_plots
 from mmjax.report.lead import find_lead
 from mmjax.report.lead_tables import draw_lead, lead_blocks
 from mmjax.report.numbers import READS, probe_difference
-from mmjax.report.rows import NO_LOSS, find_runs, make_rows, other_origin, overlap, summary
+from mmjax.report.rows import NO_LOSS, find_runs, make_rows, other_origin, overlaps, summary
 from mmjax.run.compressed import refuse_compressed
 
 Summary = dict[str, Any]
@@ -115,7 +115,7 @@ def compare(paths: Sequence[str | Path], out: str | Path, allow_other_data: bool
     folder.mkdir(parents=True, exist_ok=True)
   plots = write_plots(rows, folder, ['other data' in s['marks'] for s in found])
   lasting = lead_blocks(lead) if lead else []
-  remarks = [*dict.fromkeys(filter(None, map(overlap, runs))), *_notes(LIMITS, found)]
+  remarks = [*overlaps(runs), *_notes(LIMITS, found)]
   if lead:
     plots['lead.png'] = draw_lead(lead, folder / 'lead.png', row_styles(len(lead['models']) + 1)[1:])
   write_json(folder / 'compare.json', {'rows': found, 'lead': lead})

@@ -16,7 +16,7 @@ from mmjax.config import flatten, idle_settings, user_path
 from mmjax.data.loader import row_settings
 from mmjax.data.overlap import overlap_remark
 from mmjax.errors import UserError
-from mmjax.files import read_json
+from mmjax.files import first_three, read_json
 from mmjax.model.cost import count_params, flops_per_token
 from mmjax.model.params import abstract_params
 from mmjax.report.found import FoundRun
@@ -131,10 +131,13 @@ def _natural(name: str) -> list[tuple[int, str]]:
   return [(int(part), '') if part.isdecimal() else (-1, part) for part in re.split(r'(\d+)', name)]
 
 
-def overlap(run: FoundRun) -> str:
-  """Says how much of a run's validation text it was trained on; '' for none, and where its index does not tell."""
-  valid = (run.index or {'splits': {}})['splits'].get('valid', {})
-  return overlap_remark(valid, valid.get('also_in_train'), run.config.data.layout)
+def overlaps(runs: Sequence[FoundRun]) -> list[str]:
+  """Says how much of their validation text runs were trained on, by name where that is not the same of all."""
+  found: dict[str, list[str]] = {}
+  for run, name in zip(runs, distinct_ends([run.path for run in runs]).values(), strict=True):
+    valid = (run.index or {'splits': {}})['splits'].get('valid', {})
+    found.setdefault(overlap_remark(valid, valid.get('also_in_train'), run.config.data.layout), []).append(name)
+  return [(f'{first_three(names, "runs")}: ' if len(found) > 1 else '') + said for said, names in found.items() if said]
 
 
 def other_origin(first: FoundRun, run: FoundRun) -> str:
