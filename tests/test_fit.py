@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mmjax.ahead import compiler, trial
-from mmjax.ahead.cards import CARDS
+from mmjax.ahead.cards import CARDS, find_card
 from mmjax.ahead.compiler import prepare_environment
 from mmjax.ahead.count import bound_seconds
 from mmjax.ahead.estimate import Estimate, check_card, memory_share
@@ -51,6 +51,19 @@ def test_json_holds_plain_numbers(found):
   assert content['kernels'] == 49 and content['triton'] == 1
   assert content['costliest'][0]['seconds'] == max(entry['seconds'] for entry in content['costliest'])
   assert sum(kind['seconds'] for kind in content['kinds']) == pytest.approx(content['bound']['seconds_an_update'])
+
+
+def test_short_times_keep_their_digits():
+  assert [fit.as_ms(seconds) for seconds in (3.9e-5, 0.00987, 0.0974, 1.25)] == ['0.039', '9.87', '97.4', '1250.0']
+
+
+def test_flags_that_exclude_each_other_are_told(monkeypatch, capsys):
+  monkeypatch.setattr(sys, 'argv', ['fit', '--config', TINY_CONFIG, '--gpu', 'l4', '--json', '--markdown'])
+  with pytest.raises(SystemExit):
+    fit.main()
+  assert '--markdown: not allowed with argument --json' in capsys.readouterr().err
+  with pytest.raises(UserError, match='several at once need --markdown'):
+    find_card('l4,h100')
 
 
 def test_share_of_memory_is_jax_s(monkeypatch, found):

@@ -7,6 +7,7 @@ import pytest
 
 import mmjax
 from mmjax.console import printable
+from mmjax.inference.api import LanguageModel
 from mmjax.tools import sample
 from tests.helpers import run_main
 
@@ -40,6 +41,12 @@ def test_a_prompt_needs_no_stdin(tiny_run, monkeypatch, capfd):
   monkeypatch.setattr(sys, 'stdin', None)
   sample.main()
   assert capfd.readouterr().out == 'a\n'
+
+
+def test_a_text_that_ends_at_once_is_told(tiny_run, monkeypatch, capfd):
+  monkeypatch.setattr(LanguageModel, '_pieces', lambda lm, tokens, sampling: iter(()))
+  code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), '--prompt', 'the memory')
+  assert (code, out) == (0, '\n') and 'wrote no text' in err
 
 
 @pytest.mark.thorough

@@ -131,7 +131,8 @@ def find_card(name: str) -> Card:
     return found
   path = user_path(name)
   if not path.is_file():
-    raise UserError(f'--gpu={name} must be one of {", ".join(CARDS)}, or a file that describes a card')
+    several = '; several at once need --markdown' if ',' in name else ''
+    raise UserError(f'--gpu={name} must be one of {", ".join(CARDS)}, or a file that describes a card{several}')
   try:
     text = path.read_text(encoding='utf-8')
   except ValueError:

@@ -34,8 +34,9 @@ def main() -> None:
   parser.add_argument('--devices', type=int, default=1, help='how many of them, in one machine')
   parser.add_argument('--top', type=int, default=10, help='how many operations to show')
   parser.add_argument('--no_search', action='store_true', help='do not look for the largest micro-batch')
-  parser.add_argument('--json', action='store_true', help='print everything as JSON')
-  parser.add_argument('--markdown', action='store_true', help='print a row of a table for each card')
+  form = parser.add_mutually_exclusive_group()
+  form.add_argument('--json', action='store_true', help='print everything as JSON')
+  form.add_argument('--markdown', action='store_true', help='print a row of a table for each card')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, overrides)
   names = arguments.gpu.split(',') if arguments.markdown else [arguments.gpu]
@@ -140,7 +141,7 @@ def print_report(found: Estimate, content: dict[str, Any]) -> None:
   if measured := content['measured']:
     seconds, peak = measured['seconds_an_update'], measured['peak_bytes']
     at_the_peak = f', {peak / GB:.2f} GB at the peak' if peak else ''
-    rate = f'{1e3 * seconds:.1f} ms an update, {found.config.update_positions / seconds:,.0f} tokens/s'
+    rate = f'{as_ms(seconds)} ms an update, {found.config.update_positions / seconds:,.0f} tokens/s'
     print(f'Measured here, on {measured["device"]}: {rate}{at_the_peak}')
   show(*kernel_tables(content))
 
@@ -162,10 +163,15 @@ def cost_sentences(found: Estimate, content: dict[str, Any]) -> str:
   return (
     f'\nAn update{" on each device" if several else ""}: {products} in products, {content["bytes"] / GB:.1f} GB{sent}, '
     f'{content["kernels"]:,} kernels; Triton or Pallas: {content["triton"]}\n'
-    f'Bound, not measured: at least {1e3 * found.seconds:.1f} ms an update, at most '
+    f'Bound, not measured: at least {as_ms(found.seconds)} ms an update, at most '
     f'{bound["tokens_per_second"]:,.0f} tokens/s, {found.share_of_peak:.0%} of {found.devices} x '
     f'{found.card.peak_rate / 1e12:.0f} TFLOP/s; {found.hours:.3g} h for {run} ({found.positions:,.0f})'
   )
+
+
+def as_ms(seconds: float) -> str:
+  """Writes a time in milliseconds, with a tenth of one, or three digits of what is shorter than 10 ms."""
+  return f'{1e3 * seconds:.1f}' if seconds >= 0.01 else f'{1e3 * seconds:.3g}'
 
 
 def kernel_tables(content: dict[str, Any]) -> list[Table]:
@@ -196,7 +202,7 @@ def markdown_row(found: Estimate, batches: dict[str, dict[str, Any]]) -> dict[st
     'config': found.config.experiment + (', remat' if content['remat'] == 'block' else ''),
     'card': f'{found.devices} x {found.card.name}' if found.devices > 1 else found.card.name,
     'peak, GB': f'{found.peak_bytes / GB:.2f}',
-    'bound, ms': f'{1e3 * found.seconds:.1f}',
+    'bound, ms': as_ms(found.seconds),
     'tokens/s': f'{content["bound"]["tokens_per_second"]:,.0f}',
     'of peak': f'{found.share_of_peak:.0%}',
     'hours': f'{found.hours:.2f}',

@@ -67,10 +67,14 @@ def main() -> None:
 
 def write_continuation(lm: 'LanguageModel', prompt: str, sampling: Sampling) -> None:
   """Writes the continuation of a prompt to stdout piece by piece, and a newline, before any warning of it."""
+  empty = True
   with warnings.catch_warnings(record=True) as said:
     for piece in lm.stream(prompt, **dataclasses.asdict(sampling)):
+      empty = False
       print(printable(piece), end='', flush=True)
   print()
+  if empty:
+    print('The model wrote no text here: it ended the document at once', file=sys.stderr)
   for warning in said:
     warnings.showwarning(warning.message, warning.category, warning.filename, warning.lineno)
 
