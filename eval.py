@@ -31,7 +31,7 @@ def main() -> None:
 
   with interrupt_ends_at_once():
     from mmjax.config import check_output, override_config
-    from mmjax.console import Progress, prepare_terminal
+    from mmjax.console import prepare_terminal
     from mmjax.files import write_json
     from mmjax.inference.api import load_run
     from mmjax.inference.measure import WHERE, beginnings, continue_prompts, measure_run, open_text, read_prompts
@@ -44,9 +44,9 @@ def main() -> None:
   check_output('--workdir', str(run.path / 'eval.json'))
   config = override_config(run.read_config(), overrides, WHERE)
   lm = load_run(run, config, **model_from_flags(arguments))
-  found = measure_run(lm, run, arguments.valid_files)
-  prompts = prompts or beginnings(open_text(lm.config, run, arguments.valid_files, Progress(quiet=True)))
-  found |= continue_prompts(lm, prompts, sampling)
+  split = open_text(lm.config, run, arguments.valid_files)
+  found = measure_run(lm, run, split, arguments.valid_files)
+  found |= continue_prompts(lm, prompts or beginnings(split), sampling)
   print_evaluation(found)
   write_json(run.path / 'eval.json', found)
   print(f'Written: {run.path / "eval.json"} and {write_report(run.path)}')

@@ -5,7 +5,6 @@ text, and greedy decoding, one prompt and 16 at a time, in turns. --keep: also t
 is kept, those that the training text reads most, and all others become 0 or their own mean.
 """
 
-import itertools
 import time
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from mmjax.choices import BANK_BITS
-from mmjax.data.loader import TokenSplit, eval_batches, open_split
+from mmjax.data.loader import TokenSplit, eval_batches, open_split, row_settings
 from mmjax.evaluation.evaluate import make_eval_step
 from mmjax.inference.api import LanguageModel, load
 from mmjax.inference.memory_reads import MemoryReader
@@ -44,7 +43,7 @@ def main() -> None:
   banks = {'float32': bank_MP} | {f'{bits} bits': pack_bank(bank_MP, bits) for bits in BANK_BITS}
   lms = {name: with_bank(lm, bank) for name, bank in banks.items()}
   prepared = evaluation_data(RunDir(arguments.workdir), lm.config)
-  losses = measure_losses(lm, banks, open_text(lm, prepared, 'valid'), arguments.positions)
+  losses = measure_losses(lm, banks, open_split(prepared, 'valid', **row_settings(lm.config)), arguments.positions)
   speeds = {rows: measure_decoding(lms, rows, arguments) for rows in (1, 16)}
   rows = [
     {
@@ -71,19 +70,13 @@ def with_bank(lm: LanguageModel, bank: Array | PackedBank) -> LanguageModel:
   return LanguageModel(lm.config, lm.tokenizer, lm.params | {BANK: bank}, step=lm.step)
 
 
-def open_text(lm: LanguageModel, prepared: Any, split: str) -> TokenSplit:
-  """Opens a split of the run's text as the run reads it."""
-  data, length = lm.config.data, lm.config.model.max_seq_len
-  return open_split(prepared, split, max_seq_len=length, layout=data.layout, isolate_documents=data.isolate_documents)
-
-
 def measure_losses(lm: LanguageModel, banks: dict[str, Any], split: TokenSplit, positions: int) -> dict[str, float]:
   """Returns the loss with each bank, in nats, as evaluations of the run compute it."""
   config = lm.config
   step = make_eval_step(model_graph(config), config, place_reader(config, dtype=config.train.dtype))
   most = -(-positions // (config.train.batch_size * config.model.max_seq_len)) if positions else None
   sums = {name: [] for name in banks}
-  for batch in itertools.islice(eval_batches(split, config.train.batch_size), most):
+  for batch in eval_batches(split, config.train.batch_size, most=most):
     for name, bank in banks.items():
       found = step(lm.params | {BANK: bank}, batch)
       sums[name].append((found['nll'], found['tokens']))
@@ -106,9 +99,9 @@ def measure_decoding(lms: dict[str, LanguageModel], rows: int, arguments: Any) -
 
 def measure_dropped(lm: LanguageModel, prepared: Any, loss: float, arguments: Any) -> list[dict[str, str]]:
   """Returns the lines of the second table."""
-  bank_MP, reader, split = lm.params[BANK], MemoryReader(lm), open_text(lm, prepared, 'train')
+  bank_MP, reader, split = lm.params[BANK], MemoryReader(lm), open_split(prepared, 'train', **row_settings(lm.config))
   reads_M = np.zeros(len(bank_MP), np.int64)
-  for batch in itertools.islice(eval_batches(split, ROWS), -(-arguments.counted // (ROWS * split.max_seq_len))):
+  for batch in eval_batches(split, ROWS, most=-(-arguments.counted // (ROWS * split.max_seq_len))):
     reads_M += np.bincount(reader.read_batch(split, batch)[0].ravel(), minlength=len(bank_MP))
   order_M = np.argsort(-reads_M, kind='stable')
   banks = {}
@@ -116,7 +109,7 @@ def measure_dropped(lm: LanguageModel, prepared: Any, loss: float, arguments: An
     dropped_X = order_M[int(share * len(order_M)) :]
     banks |= {(share, 'zero'): bank_MP.at[dropped_X].set(0)}
     banks |= {(share, 'mean'): bank_MP.at[dropped_X].set(jnp.mean(bank_MP[dropped_X], axis=0))}
-  losses = measure_losses(lm, banks, open_text(lm, prepared, 'valid'), arguments.positions)
+  losses = measure_losses(lm, banks, open_split(prepared, 'valid', **row_settings(lm.config)), arguments.positions)
   return [
     {
       'rows kept': f'{share:.0%}',

@@ -39,13 +39,11 @@ def main() -> None:
   splits = index['splits'].values()
   text_bytes, tokens = (sum(split[key] for split in splits) for key in ('text_bytes', 'tokens'))
   usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-  print('| date | text MB | seconds | MB/s | CPU seconds | tokens | bytes/token | peak MB | vocab |')
-  print('|---|---:|---:|---:|---:|---:|---:|---:|---:|')
-  print(
-    f'| {datetime.date.today()} | {text_bytes / 1e6:.1f} | {seconds:.1f} | {text_bytes / 1e6 / seconds:.1f} '
-    f'| {usage.ru_utime + usage.ru_stime:.1f} | {tokens:,} | {text_bytes / tokens:.2f} '
-    f'| {peak.stop() / 2**20:.0f} | {index["vocab_size"]} |'
-  )
+  header = ('date', 'text MB', 'seconds', 'MB/s', 'CPU seconds', 'tokens', 'bytes/token', 'peak MB', 'vocab')
+  sizes = f'{text_bytes / 1e6:.1f}', f'{seconds:.1f}', f'{text_bytes / 1e6 / seconds:.1f}'
+  cpu = f'{usage.ru_utime + usage.ru_stime:.1f}', f'{tokens:,}', f'{text_bytes / tokens:.2f}'
+  row = (datetime.date.today(), *sizes, *cpu, f'{peak.stop() / 2**20:.0f}', index['vocab_size'])
+  common.print_table([dict(zip(header, row, strict=True))])
 
 
 class _PeakMemory:

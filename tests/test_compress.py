@@ -127,7 +127,8 @@ def small(tiny_run, tmp_path_factory):
 def test_a_compressed_run_is_evaluated_sampled_and_looked_into(small, tiny_run):
   run, lm = open_run(small), mmjax.load(small)
   assert isinstance(lm.params[BANK], PackedBank)
-  found, expected = measure_run(lm, run), read_metrics(small / 'metrics.jsonl')[-1]
+  found = measure_run(lm, run, open_text(lm.config, run))
+  expected = read_metrics(small / 'metrics.jsonl')[-1]
   assert expected['step'] == found['checkpoint']
   assert found['loss'] == pytest.approx(expected['loss'], abs=1e-3) and found['loss'] != expected['loss']
   for name in ('loss', 'loss_zeroed', 'loss_shuffled'):

@@ -399,4 +399,4 @@ def test_commands_end_with_one_sentence_and_code_2(tmp_path, monkeypatch, capfd)
   missing = run('import', '--from', f'{tmp_path}/no.pth', '--out', f'{tmp_path}/run')
   assert missing.count('\n') == 1 and 'no file' in missing
   no_run = run('export', '--workdir', f'{tmp_path}/no', '--to', f'{tmp_path}/a.pth')
-  assert no_run.count('\n') == 1 and 'config.json' in no_run
+  assert no_run.count('\n') == 1 and 'no run directory' in no_run

@@ -156,21 +156,33 @@ def test_mistakes_in_the_settings_are_named(settings, said):
     read_sweep(GRID, settings)
 
 
-@pytest.fixture(scope='module')
-def archive(tmp_path_factory):
-  """A packed prepared directory of about half of some documents, and their number."""
-  folder = tmp_path_factory.mktemp('packed')
+def pack(folder: Path, share: float, **documents: int) -> Path:
+  """Packs a share of some documents, of each split so many, and returns the archive."""
   draw = random.Random(0)
   words = 'a grid of models reads what was packed elsewhere'.split()
-  for name, n in (('train', 400), ('valid', 20)):
+  for name, n in documents.items():
     texts = [json.dumps({'text': ' '.join(draw.choices(words, k=30)) + f' {i}'}) for i in range(n)]
     (folder / f'{name}.jsonl').write_text('\n'.join(texts))
-  files = [f'--{split}_files={folder}/{split}.jsonl' for split in ('train', 'valid')]
+  files = [f'--{split}_files={folder}/{split}.jsonl' for split in documents]
   out = folder / 'deeper' / 'data.tar.xz'
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sys, 'argv', ['grid_data', *files, '--share=0.5', '--vocab_size=300', f'--out={out}'])
+    patch.setattr(sys, 'argv', ['grid_data', *files, f'--share={share}', '--vocab_size=300', f'--out={out}'])
     runpy.run_path('benchmarks/grid_data.py', run_name='__main__')
   return out
+
+
+@pytest.fixture(scope='module')
+def archive(tmp_path_factory):
+  """A packed prepared directory of about half of some documents."""
+  return pack(tmp_path_factory.mktemp('packed'), 0.5, train=400, valid=20)
+
+
+@pytest.mark.thorough
+def test_of_what_is_kept_one_document_in_a_hundred_is_held_out(tmp_path):
+  with tarfile.open(pack(tmp_path, 0.2, train=5000)) as file:
+    index = json.load(file.extractfile('index.json'))
+  train, valid = (index['splits'][split]['documents'] for split in ('train', 'valid'))
+  assert 900 < train + valid < 1100 and 3 <= valid <= 20  # the same hash decides both; of all documents it were 50
 
 
 def test_packed_data_are_used_where_they_are_unpacked(archive, tmp_path):

@@ -188,7 +188,7 @@ def test_other_text_that_the_run_has_learned_is_said_with_numbers(moved, monkeyp
 def test_hostile_prompts_are_answered_and_printed_plainly(run, tmp_path, monkeypatch, capfd):
   lines = ['\x1b[2J\x07 the memory \u202e', 'the bank reads ' * 700_000, 'the row', '```\t# title']
   (tmp_path / 'prompts.txt').write_text('\n'.join(lines))
-  monkeypatch.setattr('mmjax.inference.measure.measure_text', lambda *_: EvalResult(1.0, 2.7, 1.5, 0.1, 9, 9, [], {}))
+  monkeypatch.setattr('mmjax.inference.measure.measure_split', lambda *_: EvalResult(1.0, 2.7, 1.5, 0.1, 9, 9, [], {}))
   code, out, err = run_eval(monkeypatch, capfd, '--workdir', str(run), '--prompts', f'{tmp_path}/prompts.txt')
   assert code == 0 and 'its end is used' in err
   found = json.loads((run / 'eval.json').read_text())

@@ -16,6 +16,9 @@ import pytest
 from mmjax.data.index import INDEX
 from mmjax.errors import StorageError, UserError
 from mmjax.files import read_json, write_file, write_json
+from mmjax.interop.convert import export_run
+from mmjax.interop.llama import export_llama
+from mmjax.report.write import write_report
 from mmjax.run.directory import RunDir, open_run
 from mmjax.run.identity import compare_configs
 from mmjax.training import setup
@@ -215,11 +218,20 @@ def link(path: Path, target: Path | str) -> Path:
 def test_link_out_of_the_directory_is_refused_by_name(tmp_path, name, target):
   (tmp_path / 'outside').mkdir()
   target = target.format(tmp_path)
-  path = link(tmp_path / 'a' / 'run' / name, target)
-  for use in (RunDir(tmp_path / 'a' / 'run').__enter__, lambda: open_run(tmp_path / 'a' / 'run')):
+  run = tmp_path / 'a' / 'run'
+  path = link(run / name, target)
+  write_json(run / 'config.json', tiny_config().to_dict())
+  file = tmp_path / 'weights.safetensors'
+  for use in (
+    RunDir(run).__enter__,
+    lambda: open_run(run),
+    lambda: write_report(run),
+    lambda: export_run(run, file, 'best', None),
+    lambda: export_llama(run, tmp_path / 'llama', 'best', None),
+  ):
     with pytest.raises(UserError, match=f'{path} is a link out of the run directory, to .*{target}; remove it'):
       use()
-  assert not list((tmp_path / 'outside').iterdir()) and not (tmp_path / 'a' / 'run' / 'lock').exists()
+  assert not list((tmp_path / 'outside').iterdir()) and not (run / 'lock').exists()
 
 
 def test_directory_that_is_a_link_and_links_within_it_are_used(tmp_path):

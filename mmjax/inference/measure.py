@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mmjax.config import Config
-from mmjax.console import Progress, share_shown
+from mmjax.console import share_shown
 from mmjax.data.index import read_index
 from mmjax.data.loader import TokenSplit, cut_remark, open_split, row_settings
 from mmjax.data.overlap import overlap_remark, shared_documents
@@ -54,10 +54,14 @@ def beginnings(split: TokenSplit, most: int = 3) -> list[str]:
   return [text.rstrip('\ufffd') for text in texts if text.strip('\ufffd \t\r\n')]  # it may end within a character
 
 
-def measure_run(lm: LanguageModel, run: RunDir, valid_files: str = '') -> dict[str, Any]:
+def measure_run(lm: LanguageModel, run: RunDir, split: TokenSplit, valid_files: str = '') -> dict[str, Any]:
   """Returns what eval.json says of a model, but for its continuations.
 
-  For the arguments and errors see `measure_text`.
+  Args:
+    lm: the model.
+    run: the directory that it comes from.
+    split: what `open_text` opened of `valid_files`.
+    valid_files: comma-separated paths or globs; '': the validation set of the run.
 
   Returns:
     checkpoint, without_taught (whether that is before a run that teaches rows taught any), valid_files, attention and
@@ -71,40 +75,35 @@ def measure_run(lm: LanguageModel, run: RunDir, valid_files: str = '') -> dict[s
     'valid_files': valid_files,
     'attention': placement.attention,
     'dtype': placement.dtype.name,
-    **_with_training_norms(measure_text(lm, run, valid_files).to_dict(), run, lm.step),
-    'remarks': text_remarks(open_text(lm.config, run, valid_files, Progress(quiet=True)), lm.config, run, valid_files),
+    **_with_training_norms(measure_split(lm, split).to_dict(), run, lm.step),
+    'remarks': text_remarks(split, lm.config, run, valid_files),
   }
 
 
-@own_jax_settings()
 def measure_text(lm: LanguageModel, run: RunDir, valid_files: str = '') -> EvalResult:
-  """Evaluates on the run's validation set, or on other files, as the training loop does but on one device.
+  """Evaluates on the run's validation set or on other files; for the arguments and errors see `open_text`."""
+  return measure_split(lm, open_text(lm.config, run, valid_files))
+
+
+@own_jax_settings()
+def measure_split(lm: LanguageModel, split: TokenSplit) -> EvalResult:
+  """Evaluates on a whole split, as the training loop does but on one device.
 
   The run's dtype and attention are used, unless the model was loaded with others.
-
-  Args:
-    lm: the model.
-    run: the directory that it comes from.
-    valid_files: comma-separated paths or globs; '': the validation set of the run.
-
-  Raises:
-    UserError: if the text cannot be read, or is not the text that the run was trained with.
   """
   config, placement = as_trained(lm, lm.config)
-  split = open_text(config, run, valid_files)
   step = make_eval_step(model_graph(config), config, placement)
   with share_shown('evaluating') as show:
     return evaluate_split(config, step, lm.params, split, show)
 
 
-def open_text(config: Config, run: RunDir, files: str = '', progress: Progress | None = None) -> TokenSplit:
+def open_text(config: Config, run: RunDir, files: str = '') -> TokenSplit:
   """Opens the run's validation set, or other files cut into rows with the run's tokenizer.
 
   Args:
     config: of the run.
     run: its directory.
     files: comma-separated paths or globs; '': the validation set of the run.
-    progress: where to report what is prepared for it; by default stderr.
 
   Raises:
     UserError: if the text cannot be read, or is not the text that the run was trained with.
@@ -113,7 +112,7 @@ def open_text(config: Config, run: RunDir, files: str = '', progress: Progress |
     return open_split(evaluation_data(run, config), 'valid', **row_settings(config))
   own = {'tokenizer': str(run.tokenizer_path), 'prepared_dir': place_for_shards(run, config)}
   other = dataclasses.replace(config.data, train_files=files, valid_files='', valid_fraction=0.0, **own)
-  prepared = prepare(other, config.model.vocab_size, progress)
+  prepared = prepare(other, config.model.vocab_size)
   return open_split(prepared, 'train', **row_settings(config))  # the name of the only split there is
 
 

@@ -45,7 +45,7 @@ from mmjax.model.cost import count_params
 from mmjax.model.params import Params
 from mmjax.run.checkpoint import NO_TRAINING, TOKENIZER_SHA256, Checkpoints
 from mmjax.run.compressed import read_params, refuse_compressed
-from mmjax.run.directory import RunDir, refuse_used, write_tokenizer
+from mmjax.run.directory import RunDir, open_run, refuse_used, write_tokenizer
 from mmjax.run.identity import CUT, compare_models
 from mmjax.run.leaves import refuse_non_finite
 from mmjax.training.optimizer import make_optimizer
@@ -139,7 +139,7 @@ def export_run(workdir: Path, target: Path, which: str, dtype: str | None) -> No
       for `dtype`, or `target` is there already.
   """
   tells_settings = format_of(target).read_metadata is not None
-  run = RunDir(workdir)
+  run = open_run(workdir, needs_tokenizer=False)
   config = run.read_config()
   refuse_compressed(run, 'exported')
   foreign = not_in_pytorch(config)

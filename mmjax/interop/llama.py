@@ -19,7 +19,7 @@ from mmjax.interop.convert import read_weights
 from mmjax.interop.files import write_tensors
 from mmjax.interop.llama_tokenizer import as_tokenizer_json, tokenizer_settings
 from mmjax.interop.names import not_in_pytorch
-from mmjax.run.directory import RunDir
+from mmjax.run.directory import open_run
 
 ROOT = {'tok_embeddings': 'embed_tokens', 'norm': 'norm'}
 BLOCK = {
@@ -57,7 +57,7 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
   """
   if target.exists():
     raise UserError(f'{str(target)!r} already exists; remove it or choose another name')
-  run = RunDir(workdir)
+  run = open_run(workdir, needs_tokenizer=False)
   config = run.read_config()
   _refuse_other_models(config)
   assert not not_in_pytorch(config), 'the names below are those of the PyTorch code'

@@ -12,7 +12,7 @@ from mmjax.config import Config, gone_settings
 from mmjax.data.loader import count_rows, steps_of_epochs
 from mmjax.errors import UserError
 from mmjax.files import read_json
-from mmjax.run.directory import RunDir
+from mmjax.run.directory import RunDir, refuse_links_of_run
 from mmjax.run.identity import BANK_SHA256
 from mmjax.run.log import read_metrics
 
@@ -28,9 +28,14 @@ class FoundRun:
   """
 
   def __init__(self, path: str | Path, config: Config | None = None):
-    """Names a directory, and the settings where they are known."""
+    """Names a directory, and the settings where they are known.
+
+    Raises:
+      UserError: if a link in a run's directory leads out of it.
+    """
     self.dir = RunDir(path)
     self.path = self.dir.path
+    refuse_links_of_run(self.dir)
     if config:
       self.config = config
 

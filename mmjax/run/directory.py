@@ -211,8 +211,8 @@ def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
       raise UserError(f'{path} is a file; a run is a directory, as train.py makes it')
     runs = [str(config.parent) for config in path.parent.glob('*/config.json')]
     raise UserError(f'no run directory {path}{nearest(str(path), runs)}')
-  refuse_links_out(path)
   run = RunDir(path)
+  refuse_links_of_run(run)
   tokenizer = [run.tokenizer_path] if needs_tokenizer else []
   missing = [p.name for p in (run.config_path, *tokenizer, run.checkpoints_path) if not p.exists()]
   if missing == [run.tokenizer_path.name] and not run.was_trained:
@@ -253,6 +253,12 @@ def refuse_used(out: Path) -> None:
   is_part = (out / 'checkpoints').is_dir() and not (out / 'config.json').exists()
   left = ', and what wrote it was stopped: remove it and repeat the command, or' if is_part else ';'
   raise UserError(f'{str(out)!r} already exists{left} choose another --out')
+
+
+def refuse_links_of_run(run: RunDir) -> None:
+  """Does what `refuse_links_out` does with a directory that holds a run; one that holds none may be large."""
+  if run.config_path.exists():
+    refuse_links_out(run.path)
 
 
 def refuse_links_out(directory: Path) -> None:
