@@ -69,6 +69,8 @@ MODELS = {
   'g65': GROWING | BANK | {'model.knowledge_num': 16777216},
   # A bank whose rate stays high.
   'g66': GROWING | BANK | {'model.knowledge_num': 4194304, 'memory.bank_lr_final_multiplier': 64.0},
+  # How much needs neither depth nor context? G52's rows once, after the first attention, through one matrix.
+  'g67': GROWING | BANK | {'memory.layers': '0', 'memory.bag_gate': False, 'memory.input': 'attention'},
 }
 
 
