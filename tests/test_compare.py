@@ -9,11 +9,12 @@ import pytest
 from scipy import stats
 
 from mmjax.errors import UserError
+from mmjax.files import read_json, write_json
 from mmjax.model.cost import flops_per_token
 from mmjax.report import compare as compare_module
 from mmjax.report.compare import compare
 from mmjax.report.compare_plots import curve, difference_lines, differences, write_plots
-from mmjax.report.found import FoundRun
+from mmjax.report.found import ENDED, FoundRun
 from mmjax.report.rows import find_runs, make_rows
 from mmjax.run.directory import RunDir
 from tests.helpers import tiny_config
@@ -30,7 +31,7 @@ def without_plots(monkeypatch):
 
 
 def make_run(path: Path, losses, *, seed=0, done=STEPS, identity=IDENTITY, valid_tokens=1000, rate=500.0, **changes):
-  """Writes a run directory that evaluated after 5 and 10 updates with the given losses."""
+  """Writes a run directory that evaluated half-way and at its end, of 10 updates, with the given losses."""
   config = tiny_config(**{'seed': seed, 'train__max_steps': STEPS, 'train__log_interval': 5} | changes)
   (path / 'checkpoints' / str(done)).mkdir(parents=True)
   RunDir(path).write_config(config)
@@ -41,7 +42,8 @@ def make_run(path: Path, losses, *, seed=0, done=STEPS, identity=IDENTITY, valid
     {'layer': i, 'used_share': 0.25 + seed / 10 + i / 4, 'effective_rows': 9.0, 'hottest_share': 0.5} for i in layers
   ]
   records = []
-  for step, loss in zip((5, 10), losses, strict=False):
+  last = config.train.max_steps
+  for step, loss in zip((last // 2, last), losses, strict=False):
     train = {'kind': 'train', 'step': step, 'tokens': 128 * step, 'seconds': step / 2.0, 'loss': loss and loss + 1}
     records.append(train | {'tokens_per_second': rate, 'peak_bytes': 10**9 * (seed + 1), 'bank': bank})
     found = {'loss': loss, 'bits_per_byte': loss and loss / 3, 'accuracy': 0.5, 'tokens': valid_tokens}
@@ -224,12 +226,66 @@ def test_numbers_that_were_not_finite_are_left_out(tmp_path):
 def test_unfinished_and_diverged_runs_are_marked_and_do_not_count(tmp_path):
   paths = [make_run(tmp_path / 'a-s0', (6, 5.5)), make_run(tmp_path / 'a-s1', (9,), seed=1, done=5)]
   paths.append(make_run(tmp_path / 'b-s0', (7, None), done=5, **DENSE))
-  (tmp_path / 'b-s0' / 'diverged').mkdir()
+  skipped = {'kind': 'skipped', 'step': 11, 'in_a_row': FoundRun(paths[-1]).config.train.max_skipped_updates}
+  with open(tmp_path / 'b-s0' / 'metrics.jsonl', 'a') as log:
+    log.write(json.dumps(skipped) + '\n')
   rows = rows_of(paths, tmp_path / 'out')
   assert (rows['a']['loss'], rows['a']['seeds']) == (5.5, [0])
   assert rows['a']['marks'] == ['seed 1 not finished, 5 of 10 updates']
   assert rows['b']['marks'] == ['seed 0 diverged, 5 of 10 updates']
   assert (rows['b']['loss'], rows['b']['difference']) == (7, None)
+
+
+def test_run_that_went_on_after_it_diverged_is_not_finished(tmp_path):
+  path = make_run(tmp_path / 'a', (7,), done=5)
+  (path / 'diverged').mkdir()  # what is kept of the steps that were made again
+  assert rows_of([path], tmp_path / 'out')['a']['marks'] == ['seed 0 not finished, 5 of 10 updates']
+
+
+def test_finished_run_whose_log_lacks_the_last_evaluation_has_no_loss(tmp_path):
+  paths = [make_run(tmp_path / 'a-s0', (6, 5.5)), make_run(tmp_path / 'a-s1', (9, 5.7), seed=1)]
+  log = tmp_path / 'a-s1' / 'metrics.jsonl'
+  log.write_text(log.read_text().rstrip('\n'))
+  assert rows_of(paths, tmp_path / 'out')['a']['loss'] == pytest.approx(5.6)  # an editor took the line's end alone
+  log.write_text(log.read_text().rpartition('\n')[0] + '\n')
+  row = rows_of(paths, tmp_path / 'out')['a']
+  assert (row['loss'], row['marks']) == (5.5, ['seed 1 last evaluation missing from its log'])
+
+
+@pytest.mark.parametrize('left', ['empty folder', 'nothing'])
+def test_run_without_its_checkpoints_counts_by_its_log(tmp_path, left):
+  paths = [make_run(tmp_path / 'a-s0', (6, 5.5)), make_run(tmp_path / 'b-s0', (6,), **DENSE)]
+  for path in paths:
+    (path / 'checkpoints' / str(STEPS)).rmdir()
+    if left == 'nothing':
+      (path / 'checkpoints').rmdir()
+    else:
+      (path / 'newest_checkpoint').write_text(f'{STEPS}')
+  rows = rows_of(paths, tmp_path / 'out')
+  assert (rows['a']['loss'], rows['a']['marks']) == (5.5, [])
+  assert rows['b']['marks'] == ['seed 0 not finished, 5 of 10 updates']
+  (paths[0] / 'newest_checkpoint').write_text('5')  # it was killed before the last save
+  assert rows_of(paths, tmp_path / 'out')['a']['marks'] == ['seed 0 not finished, 10 of 10 updates']
+
+
+@pytest.mark.parametrize('old_is_first', [True, False])
+def test_setting_that_mmjax_no_longer_has_is_among_the_differences(tmp_path, old_is_first):
+  old, new = make_run(tmp_path / 'old', (6, 5.5)), make_run(tmp_path / 'new', (6, 5.6))
+  settings = read_json(old / 'config.json')
+  settings['memory']['balance_loss_weight'] = 0.1
+  write_json(old / 'config.json', settings)
+  rows = rows_of([old, new] if old_is_first else [new, old], tmp_path / 'out')
+  assert rows['new' if old_is_first else 'old']['changed'] == {
+    'memory.balance_loss_weight': 0.0 if old_is_first else 0.1
+  }
+
+
+def test_damaged_record_of_a_sweep_is_refused_by_name(tmp_path):
+  make_run(tmp_path / 'a-s0', (6, 5.5))
+  for text in ('{}', '{"runs": ["a-s0"]}', '{"runs": {"a-s0": {}}}'):
+    (tmp_path / 'sweep.json').write_text(text)
+    with pytest.raises(UserError, match=r'sweep\.json is not what a sweep wrote'):
+      find_runs([tmp_path])
 
 
 def test_runs_are_rows_by_settings_and_not_by_where_they_wrote(tmp_path):
@@ -259,7 +315,7 @@ def test_folder_stands_for_its_runs_in_the_order_of_its_sweep(tmp_path):
   for name in ('g10-s0', 'g2-s0', 'g1-s0'):
     make_run(tmp_path / name, (6, 5.5))
   assert [run.path.name for run in find_runs([tmp_path])] == ['g1-s0', 'g2-s0', 'g10-s0']
-  (tmp_path / 'sweep.json').write_text(json.dumps({'runs': {'g10-s0': {}, 'g1-s0': {}}}))
+  (tmp_path / 'sweep.json').write_text(json.dumps({'runs': dict.fromkeys(('g10-s0', 'g1-s0'), dict.fromkeys(ENDED))}))
   assert [run.path.name for run in find_runs([tmp_path, tmp_path / 'g2-s0'])] == ['g10-s0', 'g1-s0', 'g2-s0']
   with pytest.raises(UserError, match='neither a run directory'):
     find_runs([tmp_path / 'g1-s0' / 'checkpoints'])

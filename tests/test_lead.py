@@ -142,12 +142,13 @@ def test_loss_at_equal_time_is_between_runs_in_the_order_of_their_times():
 def test_only_the_tokens_that_a_run_read_are_cut_from_its_name(tmp_path):
   names = {'g0-3e6': 3, 'g0-12e6': 12, 'g57-4M-3e6': 3, 'g57-4M-12000000-s0': 12, 'g52-1M-3M': 3, 'g52-1M-12M_s1': 12}
   names |= {'g60-2900k': 3, 'g60-12.3M': 12}  # as whole updates may come out
+  names |= {'g61-3e+06': 3, 'g61-1.2e+07-s0': 12}  # as Python's :g writes them
   paths = [
     make_run(tmp_path / name, (5.0, 4.0), done=steps, seed=int(name[-1] == '1'), train__max_steps=steps)
     for name, steps in ((name, 7812 * millions) for name, millions in names.items())
   ]
   found = find_lead([FoundRun(path) for path in paths])
-  assert found['baseline'] == 'g0' and sorted(found['models']) == ['g52-1M', 'g57-4M', 'g60']
+  assert found['baseline'] == 'g0' and sorted(found['models']) == ['g52-1M', 'g57-4M', 'g60', 'g61']
 
 
 def test_models_may_be_named_by_patterns(runs):

@@ -93,6 +93,17 @@ def test_log_is_cut_back_to_the_step_resumed_from(tmp_path, step, left):
   assert steps_in(tmp_path) == [*left, 50]
 
 
+def test_last_line_may_lack_its_end(tmp_path):
+  write_steps(MetricsLog(tmp_path), 1, 2)
+  path = tmp_path / 'metrics.jsonl'
+  path.write_bytes(path.read_bytes().rstrip(b'\n'))  # as some editors save it
+  assert steps_in(tmp_path) == [1, 2]
+  log = MetricsLog(tmp_path)
+  log.truncate_after(2)
+  write_steps(log, 3)
+  assert steps_in(tmp_path) == [1, 2, 3]
+
+
 def test_damaged_line_is_named_and_gone_after_resuming(tmp_path):
   write_steps(MetricsLog(tmp_path), 1)
   with open(tmp_path / 'metrics.jsonl', 'ab') as file:

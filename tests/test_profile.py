@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import time
 
 import jax
 import pytest
@@ -12,6 +13,7 @@ from mmjax.run.directory import RunDir
 from mmjax.run.scopes import SCOPES, innermost_scope, operation_scopes
 from mmjax.training.loop import fit
 from mmjax.training.profile import self_times
+from mmjax.training.recorder import Recorder
 from tests.helpers import make_step, random_batch, rarely, tiny_config
 
 
@@ -32,6 +34,16 @@ def test_profiled_run_writes_a_trace_and_says_where_the_time_goes(tiny_run, tmp_
   with gzip.open(trace) as file:  # Chrome's format, which Perfetto reads
     events = json.load(file)['traceEvents']
   assert any(event.get('args', {}).get('hlo_module') == 'jit_train_step' for event in events)
+
+
+@pytest.mark.thorough
+def test_what_is_reported_and_saved_after_the_last_step_is_no_part_of_it(tiny_run, tmp_path, capsys, monkeypatch):
+  report = Recorder.report
+  monkeypatch.setattr(Recorder, 'report', lambda *args: (time.sleep(2), report(*args)))
+  config = RunDir(tiny_run).read_config()  # evaluates after 3 updates, of which the first is not profiled
+  fit(config.with_settings({'train.profile_steps': 100, 'train.log_interval': 100, 'train.max_steps': 3}), tmp_path)
+  [milliseconds] = re.findall(r'Profile of 2 steps, ([\d.]+) ms each', capsys.readouterr().out)
+  assert float(milliseconds) < 1000
 
 
 @pytest.mark.thorough

@@ -283,3 +283,24 @@ def test_killed_sweep_leaves_a_saved_run_that_the_same_command_finishes(tmp_path
   assert 'Resuming' in log.read_text() and done.stdout.count('validation loss') >= 2
   other = FoundRun(tmp_path / 'out' / 'one-s1')
   assert other.finished and other.config.seed == 1
+
+
+@pytest.mark.parametrize(
+  ('run', 'said'),
+  [
+    ("Run('a', 'configs/base.py', {'seed': 1})", r"run 'a' has 'seed' in its overrides; give it as Run\(seed=...\)"),
+    (
+      "Run('a', 'configs/base.py', {'experiment': 'b'})",
+      r"'experiment' in its overrides; give it as Run\(name=...\)",
+    ),
+    ("Run('a', 'configs/base.py', {}, '0')", "seed='0' of run 'a' must be an int"),
+    ("Run('a', 'configs/base.py', None)", "overrides of run 'a' must be a dict, not None"),
+  ],
+)
+def test_run_of_a_sweep_file_that_says_something_else_than_it_seems_is_refused(tmp_path, run, said):
+  text = f'from mmjax.tools.sweep_file import Run\ndef get_runs(a=1):\n  return [{run}]\n'
+  (tmp_path / 'sweep.py').write_text(text)
+  with pytest.raises(UserError, match=said):
+    read_sweep(str(tmp_path / 'sweep.py'))
+  with pytest.raises(UserError, match='--set a=... is given twice'):
+    read_sweep(str(tmp_path / 'sweep.py'), ['a=1', 'a=2'])

@@ -16,6 +16,8 @@ from mmjax.run.directory import RunDir, refuse_links_of_run
 from mmjax.run.identity import BANK_SHA256
 from mmjax.run.log import read_metrics
 
+# What sweep.json says of a run: how it ended, after what, and in how many seconds of all its starts.
+ENDED = {'state', 'exit_code', 'step', 'tokens', 'train_loss', 'loss', 'bits_per_byte', 'seconds', 'said', 'time'}
 TAIL_BYTES = 1 << 17  # of metrics.jsonl: some lines, however many layers have a bank
 
 
@@ -71,9 +73,11 @@ class FoundRun:
 
   @property
   def last_eval(self) -> dict[str, Any] | None:
-    """The evaluation that counts: of a finished run the last, if its loss is finite; of others the last such one."""
-    found = self.of_kind('eval')[-1:] if self.finished else self.finite_evals[-1:]
-    return found[0] if found and found[0]['loss'] is not None else None
+    """The evaluation that counts, if there is one: of a finished run that of its last step, of others the last one.
+
+    Its loss is finite. A finished run has none if that is lost, or not finite.
+    """
+    return next((e for e in reversed(self.finite_evals) if not self.finished or e['step'] == self.total), None)
 
   @functools.cached_property
   def history(self) -> dict[str, Any]:
@@ -134,10 +138,11 @@ class FoundRun:
 
     Of a finished run the checkpoints may have been taken away, all of them: then its last evaluation counts.
     """
-    if self.dir.checkpoints_path.exists():
-      return max(self.dir.steps(), default=0)
-    evaluated = self.last_reports().get('eval', {'step': 0})['step']
-    return evaluated if evaluated == self.total else 0
+    if steps := self.dir.steps():
+      return max(steps)
+    evaluated, saved = self.last_reports().get('eval', {'step': 0})['step'], self.dir.newest_step
+    was_saved = saved == evaluated or (saved is None and not self.dir.checkpoints_path.exists())
+    return evaluated if evaluated == self.total and was_saved else 0
 
   @property
   def finished(self) -> bool:
@@ -160,6 +165,19 @@ class FoundRun:
       except (ValueError, KeyError, TypeError):  # cut at the front, or half-written at the end
         continue
     return found
+
+
+def read_ended(folder: Path) -> dict[str, dict[str, Any]]:
+  """Returns how the runs of a sweep ended, by name, as sweep.json in their folder says; {} where there is none.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  path = folder / 'sweep.json'
+  ended = read_json(path).get('runs') if path.is_file() else {}
+  if not isinstance(ended, dict) or not all(isinstance(e, dict) and e.keys() >= ENDED for e in ended.values()):
+    raise UserError(f'{path} is not what a sweep wrote; remove it: the sweep writes it anew')
+  return ended
 
 
 def where(start: dict[str, Any]) -> str:

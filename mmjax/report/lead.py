@@ -19,7 +19,7 @@ from mmjax.report.found import FoundRun
 
 FAR = (1e8, 1e9)  # tokens at which a fit says something
 SEED = re.compile(r'[-_.](s|seed)[-_.]?\d+$')
-TOKENS = re.compile(r'[-_](\d+(?:\.\d+)?(?:e\d+)?)([kMG]?)(?=[-_]|$)')  # the -12e6 of g42-muon-12e6
+TOKENS = re.compile(r'[-_](\d+(?:\.\d+)?(?:e\+?\d+)?)([kMG]?)(?=[-_]|$)')  # the -12e6 of g42-muon-12e6
 ABOUT = 0.05  # how far the tokens of a run may be from those that its name says: updates are whole
 UNITS = {'': 1, 'k': 1e3, 'M': 1e6, 'G': 1e9}
 

@@ -8,21 +8,22 @@ import math
 import os
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mmjax.config import flatten, idle_settings, user_path
+from mmjax.config.history import REMOVED
 from mmjax.data.loader import row_settings
 from mmjax.data.overlap import overlap_remark
 from mmjax.errors import UserError
-from mmjax.files import first_three, read_json
+from mmjax.files import first_three
 from mmjax.model.cost import count_params, flops_per_token
 from mmjax.model.params import abstract_params
-from mmjax.report.found import FoundRun
+from mmjax.report.found import FoundRun, read_ended
 from mmjax.run.identity import CUT, FREE_SECTIONS, FREE_SETTINGS
 
-NO_LOSS = 'last loss not finite'
+NO_LOSS = ('last loss not finite', 'last evaluation missing from its log')  # of finished runs
 
 
 class Row(NamedTuple):
@@ -68,7 +69,7 @@ def find_runs(paths: Sequence[str | Path]) -> list[FoundRun]:
     inside = [path]
     if not (path / 'config.json').is_file():
       inside = [config.parent for config in path.glob('*/config.json')]
-      order = list(read_json(path / 'sweep.json')['runs']) if (path / 'sweep.json').is_file() else []
+      order = list(read_ended(path))
       inside.sort(key=lambda p: (order.index(p.name) if p.name in order else len(order), _natural(p.name)))
     if not inside:
       raise UserError(f'{path} is neither a run directory, which holds config.json, nor a folder of them')
@@ -237,17 +238,32 @@ def summary(first: Row, row: Row) -> dict[str, Any]:
     'devices': sorted({run.devices for run in row.runs}),
     'difference': difference(first, row) if comparable else None,
     'zeroed_over_first': zeroed[0] - zeroed[1] if known else None,
-    'changed': {n: x for n, x in settings.items() if x != _what_counts(first.runs[0])[n] and n not in idle},
+    'changed': _changed(_what_counts(first.runs[0]), settings, idle),
     'marks': marks + list(filter(None, map(_mark, row.runs))),
   }
+
+
+def _changed(first: Mapping[str, Any], settings: Mapping[str, Any], idle: Collection[str]) -> dict[str, Any]:
+  """Returns what is other than in the first; one of both may have settings that mmjax no longer has."""
+  old, new = ({name: found.get(name, REMOVED.get(name)) for name in first | settings} for found in (first, settings))
+  return {name: new[name] for name in new if new[name] != old[name] and name not in idle}
 
 
 def _mark(run: FoundRun) -> str:
   """Says of a run that it is not finished, or lost its loss; '' of others."""
   if run.finished:
-    return f'seed {run.config.seed} {NO_LOSS}' if run.of_kind('eval') and not run.last_eval else ''
-  how_far = f'{run.step:,} of {run.total:,} updates' if run.total else 'not begun'
-  return f'seed {run.config.seed} {"diverged" if (run.path / "diverged").is_dir() else "not finished"}, {how_far}'
+    last = [e['step'] for e in run.of_kind('eval')][-1:]
+    return '' if run.last_eval or not last else f'seed {run.config.seed} {NO_LOSS[last != [run.total]]}'
+  logged = [record['step'] for record in run.of_kind('train')][-1:]
+  step = run.step or max(logged, default=0)  # its checkpoints may have been left behind
+  how_far = f'{step:,} of {run.total:,} updates' if run.total else 'not begun'
+  return f'seed {run.config.seed} {"diverged" if _has_diverged(run) else "not finished"}, {how_far}'
+
+
+def _has_diverged(run: FoundRun) -> bool:
+  """Whether a run ended as train.max_skipped_updates says, and did not go on."""
+  last = run.records[-1] if run.records else {}
+  return last.get('kind') == 'skipped' and last['in_a_row'] >= run.config.train.max_skipped_updates
 
 
 def _means(found: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

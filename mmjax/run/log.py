@@ -30,6 +30,8 @@ class MetricsLog:
     self._events: EventsWriter | None = None
     self._purge_step = 0
     self._failed: set[str] = set()
+    if not jax.process_index():  # at the first report it would count as time of a step that is profiled
+      import tensorboardX.event_file_writer  # noqa: F401
 
   def write(self, record: Mapping[str, Any]) -> None:
     """Appends one record, with NaN and infinities as null.
@@ -56,7 +58,8 @@ class MetricsLog:
     if jax.process_index() or not self.path.exists():
       return
     data = self.path.read_bytes()
-    kept = b''.join(line for line, record in _parse(data) if record is not None and record.get('step', -1) <= step)
+    lines = (line for line, record in _parse(data) if record is not None and record.get('step', -1) <= step)
+    kept = b''.join(line if line.endswith(b'\n') else line + b'\n' for line in lines)
     if data.startswith(kept):  # the usual case needs no space, so it works on a full disk
       os.truncate(self.path, len(kept))
     else:
@@ -134,7 +137,7 @@ def _parse(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
   """Yields every line with its record, None where it is not a whole line of one JSON object."""
   for line in data.splitlines(keepends=True):
     try:
-      record = json.loads(line) if line.endswith(b'\n') else None
+      record = json.loads(line)  # one that ends the data may lack its \n, as some editors leave it
     except (ValueError, RecursionError):
       record = None
     yield line, record if isinstance(record, dict) else None

@@ -28,6 +28,7 @@ def main() -> None:
   with interrupt_ends_at_once():  # only now: --help and bad flags need not wait for JAX, which the file may import
     runs = read_sweep(arguments.file, arguments.set, overrides, arguments.only)
     from mmjax.files import locked_directory
+    from mmjax.report.found import read_ended
     from mmjax.run.signals import StopSignals
     from mmjax.tools.sweep_runs import Sweep
 
@@ -37,7 +38,7 @@ def main() -> None:
     return
   deadline = time.monotonic() + 60 * arguments.max_minutes if arguments.max_minutes else float('inf')
   with locked_directory(sweep.folder, sweep.refuse), StopSignals() as stop:
-    sweep.ended = sweep.read_ended()  # again: another sweep may have worked until now
+    sweep.ended = read_ended(sweep.folder)  # again: another sweep may have worked until now
     stopped = sweep.make(stop, deadline, arguments.retry)
   sweep.print_summary()
   if stopped:

@@ -5,6 +5,7 @@ get_runs() may take arguments, all with defaults; on the command line they are -
 
 import dataclasses
 import fnmatch
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -61,14 +62,18 @@ def read_sweep(
     UserError: if the file, a setting or a name is not right, or no run is left.
   """
   split = [setting.partition('=') for setting in settings]
-  for name, equals, _ in split:
+  for i, (name, equals, _) in enumerate(split):
     if not equals:
       raise UserError(f'--set {name!r} is not understood; it looks like --set scale=gpu')
+    if name in [other for other, *_ in split[:i]]:
+      raise UserError(f'--set {name}=... is given twice')
   runs = call_python_file(path, 'sweep file', 'get_runs', {name: value for name, _, value in split})
   if not isinstance(runs, list | tuple) or not all(isinstance(run, Run) for run in runs):
     raise UserError(
       f'sweep file {path!r}: get_runs() must return a list of mmjax.tools.sweep_file.Run, not {runs!r:.80}'
     )
+  for run in runs:
+    _check_run(run, path)
   names = [f'{run.name}-s{run.seed}' for run in runs]
   twice = next((name for name in names if names.count(name) > 1), None)
   if twice:
@@ -82,6 +87,19 @@ def read_sweep(
     for name, run in zip(names, runs, strict=True)
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
   ]
+
+
+def _check_run(run: Run, path: str) -> None:
+  """Raises UserError for a run whose overrides or seed are not what `Run` says."""
+  if not isinstance(run.overrides, Mapping):
+    raise UserError(f'sweep file {path!r}: overrides of run {run.name!r} must be a dict, not {run.overrides!r:.80}')
+  if not isinstance(run.seed, numbers.Integral) or isinstance(run.seed, bool):
+    raise UserError(f'sweep file {path!r}: seed={run.seed!r} of run {run.name!r} must be an int')
+  for setting, argument in (('seed', 'seed'), ('experiment', 'name')):
+    if setting in run.overrides:
+      raise UserError(
+        f'sweep file {path!r}: run {run.name!r} has {setting!r} in its overrides; give it as Run({argument}=...)'
+      )
 
 
 def _plan(name: str, run: Run, overrides: Sequence[str], order: tuple[str, ...]) -> Planned:

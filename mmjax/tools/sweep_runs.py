@@ -12,8 +12,8 @@ from typing import Any
 from mmjax.config import overrides_of
 from mmjax.console import Progress, Table, format_seconds, number, show
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError
-from mmjax.files import read_json, utc_now, write_json
-from mmjax.report.found import FoundRun
+from mmjax.files import utc_now, write_json
+from mmjax.report.found import FoundRun, read_ended
 from mmjax.run.identity import names_other_text, settings_changed
 from mmjax.run.signals import StopSignals
 from mmjax.tools.sweep_file import Planned
@@ -29,12 +29,8 @@ class Sweep:
   def __init__(self, folder: Path, runs: Sequence[Planned]):
     self.folder, self.runs = folder, runs
     self.path = folder / 'sweep.json'
-    self.ended = self.read_ended()
+    self.ended = read_ended(folder)
     self.progress = Progress()
-
-  def read_ended(self) -> dict[str, dict[str, Any]]:
-    """Returns what sweep.json holds; {} where there is none."""
-    return read_json(self.path)['runs'] if self.path.exists() else {}
 
   def refuse(self) -> None:
     """Raises UserError; called where another process holds the folder."""
@@ -51,7 +47,9 @@ class Sweep:
       fixed, schedule = settings_changed(found.dir.read_config(), run.config)
       if fixed or schedule:
         different = '; '.join(fixed + schedule)
-        raise UserError(f'{found.path} was made with other settings: {different}; choose another --out')
+        raise UserError(
+          f'{found.path} was made with other settings: {different}; remove it to make it anew, or choose another --out'
+        )
     return found
 
   def make(self, stop: StopSignals, deadline: float, retry: bool) -> str:

@@ -109,11 +109,12 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
       stopping = step < total and stop.requested(step)
       evaluates = step == total or step % settings.eval_interval == 0  # also before a stop: it may be the best
       saves = evaluates or stopping or step % settings.checkpoint_interval == 0
+      if saves:
+        profile.stop(state)
       if saves or step % settings.log_interval == 0:
         recorder.report(step)
       if saves:
         recorder.check(*unchecked, state)
-        profile.stop()
         unchecked = None
         loss = recorder.evaluate(step, state, metrics).loss if evaluates else None
         stopping = stopping or (step < total and stop.requested(step))  # while it evaluated

@@ -49,8 +49,7 @@ class StepProfiler:
     if self._start is not None:
       self._traced += 1
       if self._traced == self._steps:
-        jax.block_until_ready(waits_for)
-        self.stop()
+        self.stop(waits_for)
 
   def close(self) -> None:
     """Ends the trace, and says so if there is none."""
@@ -58,10 +57,11 @@ class StepProfiler:
     if self._steps and not self._traced:
       self._show('Nothing was profiled: the trace begins with the second step that a start makes.')
 
-  def stop(self) -> None:
-    """Ends the trace, also one of fewer steps than planned, and shows the table; call when its last step is done."""
+  def stop(self, waits_for: Any = ()) -> None:
+    """Ends the trace, also one of fewer steps than planned, once `waits_for` is done, and shows the table."""
     if self._start is None:
       return
+    jax.block_until_ready(waits_for)
     seconds, self._start = time.perf_counter() - self._start, None
     jax.profiler.stop_trace()
     if self._traced:
