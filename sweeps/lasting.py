@@ -38,6 +38,7 @@ GROWING = GRID['NGRAMS'] | {
 }
 OF_A_SUBLAYER = ('memory.layers', 'memory.input', 'memory.ffn_dim')
 IN_VALUES = {'memory.value_layers': 'alternate'}
+NO_GATE = {'memory.bag_gate': False, 'memory.input': 'attention'}  # what its rows hold goes through one matrix
 G42 = GRID['MODELS']['g42']
 BUCKETS = GRID['MODELS']['g51'] | {'memory.ngram_ranges': 'own', 'model.knowledge_num': 1048576} | BANK
 MODELS = {
@@ -69,8 +70,11 @@ MODELS = {
   'g65': GROWING | BANK | {'model.knowledge_num': 16777216},
   # A bank whose rate stays high.
   'g66': GROWING | BANK | {'model.knowledge_num': 4194304, 'memory.bank_lr_final_multiplier': 64.0},
-  # How much needs neither depth nor context? G52's rows once, after the first attention, through one matrix.
-  'g67': GROWING | BANK | {'memory.layers': '0', 'memory.bag_gate': False, 'memory.input': 'attention'},
+  # How much needs neither depth nor context? G52's rows once, after the first attention, through one matrix; once, but
+  # with a gate; and where G52 reads them, without one.
+  'g67': GROWING | BANK | NO_GATE | {'memory.layers': '0'},
+  'g68': GROWING | BANK | {'memory.layers': '0'},
+  'g69': GROWING | BANK | NO_GATE,
 }
 
 
