@@ -47,9 +47,10 @@ def main() -> None:
   split = open_text(lm.config, run, arguments.valid_files)
   found = measure_run(lm, run, split, arguments.valid_files)
   found |= continue_prompts(lm, prompts or beginnings(split), sampling)
-  print_evaluation(found)
   write_json(run.path / 'eval.json', found)
-  print(f'Written: {run.path / "eval.json"} and {write_report(run.path)}')
+  report = write_report(run.path)  # before anything is printed, which nobody may want to read to its end
+  print_evaluation(found)
+  print(f'Written: {run.path / "eval.json"} and {report}')
 
 
 def print_evaluation(found: dict[str, Any]) -> None:

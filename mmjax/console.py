@@ -107,9 +107,16 @@ def _markdown(block: Table | str) -> str:
   return title + ''.join('| ' + ' | '.join(line) + ' |\n' for line in cells)
 
 
+class _Console(Console):
+  """Leaves a reader that goes away to `run_command`: rich would end the process as if it had failed."""
+
+  def on_broken_pipe(self) -> None:
+    raise BrokenPipeError
+
+
 def table_console() -> Console:
   """Returns a console for tables; where its output goes to a file or a pipe, one that is wide enough for them."""
-  return Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
+  return _Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else PIPE_WIDTH)
 
 
 def show(*blocks: Table | Text | str) -> None:
@@ -152,7 +159,7 @@ class Progress:
       quiet: never show anything.
     """
     self._stream, self._quiet = stream or sys.stdout, quiet
-    self._console = Console(file=self._stream, highlight=False, emoji=False, soft_wrap=True)
+    self._console = _Console(file=self._stream, highlight=False, emoji=False, soft_wrap=True)
     self.has_bar = self._stream.isatty() and not self._console.is_dumb_terminal
     self._bar: rich_progress.Progress | None = None
     self._stage, self._first = '', (0.0, 0.0)  # how much of the stage was done when it was first heard of, and when

@@ -214,8 +214,10 @@ def test_ctrl_c_within_a_callback_of_the_garbage_collector_is_heard():
   assert outcome(lines) == (130, '', 'Interrupted.\n')
 
 
-def test_output_that_nobody_reads_is_no_error():
-  code = 'from mmjax.errors import run_command; run_command(lambda: [print("x" * 1000) for _ in range(1000)])'
+@pytest.mark.parametrize('write', ['print', 'show'])
+def test_output_that_nobody_reads_is_no_error(write):
+  code = 'from mmjax.console import show\nfrom mmjax.errors import run_command\n'
+  code += f'run_command(lambda: [{write}("x" * 1000) for _ in range(1000)])'
   process = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
   process.stdout.read(10)
   process.stdout.close()

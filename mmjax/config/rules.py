@@ -160,10 +160,14 @@ def _check_rows(config: Config) -> None:
   if taught := memory.teach_rows:
     said = f'memory.teach_rows={taught}'
     _refuse(taught > bank, f'{said} must be at most model.knowledge_num={bank}, all rows of the bank')
-    _refuse(memory.bank_update != 'dense', f"{said} needs memory.bank_update='dense', not {quote(memory.bank_update)}")
     name = config.train.optimizer
     others = ' or '.join(repr(other) for other, optimizer in OPTIMIZERS.items() if not optimizer.matrices)
-    _refuse(OPTIMIZERS[name].matrices, f'{said} needs train.optimizer={others}, not {name!r}, which is for matrices')
+    wrong = []
+    if memory.bank_update != 'dense':
+      wrong.append(f"memory.bank_update='dense', not {quote(memory.bank_update)}")
+    if OPTIMIZERS[name].matrices:
+      wrong.append(f'train.optimizer={others}, not {name!r}, which is for matrices')
+    _refuse(bool(wrong), f'{said} needs {", and ".join(wrong)}')
 
 
 def _divisors(number: int) -> list[int]:

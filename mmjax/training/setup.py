@@ -39,7 +39,7 @@ from mmjax.run.processes import is_main
 from mmjax.run.sharding import make_mesh
 from mmjax.run.text import evaluation_data
 from mmjax.training.learner import Learner
-from mmjax.training.teach import RowCounts, count_reads, first_reads
+from mmjax.training.teach import RowCounts, count_reads, first_reads, rows_left
 
 # Passes over the text from which on dropping rows helped, see docs/experiments.md: of n-grams of several tokens, and of
 # single tokens, with which it did harm at 3 passes. From the latter on any model may learn a text by heart.
@@ -169,20 +169,40 @@ def read_start(run: RunDir, config: Config, origin: Origin | None, mesh: Mesh) -
 
 
 def with_background(start: Start, learner: Learner, origin: Origin | None, progress: Progress) -> Start:
-  """Returns a start with counts of the rows that are usual, if rows are to be taught and nobody has counted."""
-  if not (start.read_from and learner.config.memory.teach_rows) or start.reads.get('updates'):
+  """Returns a start with counts of the rows that are usual, if rows are to be taught.
+
+  They are those of the other run's training. If that has not counted, or if its updates read so much that fewer than
+  memory.teach_rows rows are left that not all of them read, its validation text is read in batches of the new run.
+
+  Raises:
+    UserError: if that text is needed and not to be found, or leaves no row that can be taught.
+  """
+  taught = learner.config.memory.teach_rows
+  if not (start.read_from and taught):
     return start
-  return start._replace(reads=count_background(learner, start.params, RunDir(origin.path), progress))
+  other, reads = RunDir(origin.path), start.reads
+  counted = bool(reads.get('updates'))
+  if not counted or rows_left(reads) < taught:
+    why = f'each of its updates read all but {rows_left(reads)} rows' if counted else 'its training has not counted'
+    reads = count_background(learner, start.params, other, progress, why)
+  if not (left := rows_left(reads)):
+    raise UserError(
+      f'memory.teach_rows={taught}: there is no row to teach, since every batch of the validation text of {other.path} '
+      'reads the whole bank; a smaller train.batch_size or a larger bank leaves some'
+    )
+  progress.say(f'Rows that can be taught: {left:,} of {len(reads["count_M"]):,}, which not all that was counted read')
+  return start._replace(reads=reads)
 
 
-def count_background(learner: Learner, params: Params, other: RunDir, progress: Progress) -> RowCounts:
-  """Counts which rows a run's own validation text reads, where its training has not counted.
+def count_background(learner: Learner, params: Params, other: RunDir, progress: Progress, why: str) -> RowCounts:
+  """Counts which rows a run's own validation text reads, in batches of the run that is to be taught.
 
   Args:
     learner: of the run that is to be taught.
     params: with which the text is read.
     other: the run that they come from.
     progress: where to say so.
+    why: what the counts of the other run's training lack.
 
   Raises:
     UserError: if the text is not to be found.
@@ -197,11 +217,11 @@ def count_background(learner: Learner, params: Params, other: RunDir, progress: 
     prepared = evaluation_data(other, old)
   except UserError as error:
     raise UserError(
-      f'memory.teach_rows needs to know which rows are usual, but {other.path} was trained without counting them, and '
-      f'its validation text is not found: put it back to {old.data.prepared_dir!r} ({error})'
+      f'memory.teach_rows needs to know which rows are usual in {other.path}, but {why}, and its validation text is '
+      f'not found: put it back to {old.data.prepared_dir!r} ({error})'
     ) from error
   split = open_split(prepared, 'valid', **row_settings(old) | {'max_seq_len': config.model.max_seq_len})
-  progress.say(f'Counting which rows the validation text of {other.path} reads: its training has not')
+  progress.say(f'Counting which rows the validation text of {other.path} reads: {why}')
   step, reads = learner.eval_step(), first_reads(old)
   for batch in eval_batches(split, config.train.batch_size):
     reads = count_reads(reads, step(params, batch)['usage_LM'])

@@ -45,6 +45,11 @@ def count_reads(reads: RowCounts, usage_LM: Array) -> RowCounts:
   return reads | {'count_M': reads['count_M'] + read_M, 'updates': reads['updates'] + 1}
 
 
+def rows_left(reads: RowCounts) -> int:
+  """Returns how many rows can be taught after such a background: those that not all of its updates read."""
+  return int(jnp.sum(reads['count_M'] < reads['updates']))
+
+
 def rows_to_teach(reads: RowCounts, usage_LM: Array, most: int) -> Array:
   """Returns bool (M,): the up to `most` rows with the largest score, see the top of this file; a score of 0 is none."""
   rarity_M = jnp.log((reads['background_updates'] + 1) / (reads['background_M'] + 1))
