@@ -17,8 +17,8 @@ Everything lies in $dir: report.md with plots, eval.json, metrics.jsonl, checkpo
 What to type next (after  source ${VENV:-.venv}/bin/activate):
   python -m mmjax.tools.sample --workdir $dir
   pip install -e '.[serve]' && python -m mmjax.tools.serve --workdir $dir   # the memory, on a page
-  python train.py --config configs/quickstart.py --config.model.sublayer=dense --workdir out/quickstart_dense
-  python -m mmjax.tools.compare $dir out/quickstart_dense                   # with the feed-forward model
+  python train.py --config configs/quickstart_dense.py --workdir out/quickstart_dense
+  python -m mmjax.tools.compare $dir out/quickstart_dense   # with the feed-forward model, at as many FLOPs a token
   python train.py --config configs/quickstart.py --workdir out/quickstart_142   # 1.4.2, whose gate never learns
   python train.py --config configs/quickstart_ngram_rows.py --config.data.train_files=my_text.txt --workdir out/mine
 TXT

@@ -13,6 +13,7 @@ def get_config() -> ConfigDict:
   config.experiment = 'quickstart'
   make_small(config)
   config.model.knowledge_num = 4096
+  config.model.knowledge_dim = 32
   return config
 
 
@@ -24,7 +25,6 @@ def make_small(config: ConfigDict) -> None:
   config.model.n_heads = 8
   config.model.n_kv_heads = 4
   config.model.max_seq_len = 128
-  config.model.knowledge_dim = 32
   config.data.valid_fraction = 0.05
   config.train.batch_size = 8
   config.train.accumulation_steps = 1

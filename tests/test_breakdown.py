@@ -181,7 +181,7 @@ def test_runs_of_a_folder_without_a_checkpoint_are_left_out(tiny_run, tmp_path, 
   with pytest.raises(UserError, match='later/a has no checkpoint, and others are compared with the first'):
     command.main()
   monkeypatch.setattr('sys.argv', ['breakdown', str(tmp_path / 'runs' / 'b'), '--ngrams', 'none'])
-  with pytest.raises(UserError, match='runs/b is not a run directory: .*checkpoints is missing'):
+  with pytest.raises(UserError, match='runs/b is not a run directory: it has .*no checkpoints'):
     command.main()
 
 

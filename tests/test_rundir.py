@@ -391,7 +391,7 @@ def test_what_is_no_run_is_refused_with_what_is_missing(tmp_path):
   with pytest.raises(UserError, match='is a file; a run is a directory'):
     open_run(tmp_path / 'exp_1_4_2' / 'config.json')
   (tmp_path / 'empty').mkdir()
-  with pytest.raises(UserError, match=r'not a run directory: config\.json, tokenizer\.model, checkpoints is missing'):
+  with pytest.raises(UserError, match=r'it has no config\.json and no tokenizer\.model and no checkpoints'):
     open_run(tmp_path / 'empty')
   checkpoints = tmp_path / 'exp_1_4_2' / 'checkpoints'
   (checkpoints / '10').rename(checkpoints / '10.corrupt')

@@ -81,7 +81,8 @@ class LanguageModel:
 
   @property
   def bank_MP(self) -> Array:
-    """The values of its bank, float32, unpacked if the run is compressed; a KeyError without one."""
+    """The values of its bank, float32, unpacked if the run is compressed; a UserError without one."""
+    self._refuse_without_bank()
     return unpack_bank(self.params[BANK])
 
   def with_bank(self, bank_MP: ArrayLike) -> 'LanguageModel':
@@ -92,14 +93,17 @@ class LanguageModel:
     Raises:
       UserError: if it has no bank, or one of another shape.
     """
-    if BANK not in self.params:
-      raise UserError(f'model.sublayer={self.config.model.sublayer!r} has no bank to replace')
+    self._refuse_without_bank()
     bank_MP, shape = jnp.asarray(bank_MP, jnp.float32), self.params[BANK].shape
     if bank_MP.shape != shape:
       raise UserError(f'a bank of shape {bank_MP.shape} does not fit: the model has one of {shape}')
     other = copy.copy(self)
     other.params, other._decoder = self.params | {BANK: bank_MP}, self._decoder.with_bank(bank_MP)
     return other
+
+  def _refuse_without_bank(self) -> None:
+    if BANK not in self.params:
+      raise UserError(f'a model with model.sublayer={self.config.model.sublayer!r} has no bank')
 
   @own_jax_settings()
   def logits(self, tokens_BT: ArrayLike) -> Array:

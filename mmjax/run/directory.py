@@ -218,7 +218,7 @@ def open_run(path: Path | str, *, needs_tokenizer: bool = True) -> RunDir:
   if missing == [run.tokenizer_path.name] and not run.was_trained:
     raise UserError(f'{path}: {NO_TOKENIZER}')
   if missing:
-    raise UserError(f'{path} is not a run directory: {", ".join(missing)} is missing')
+    raise UserError(f'{path} is not a run directory: it has no {" and no ".join(missing)}')
   if run.ever_saved and not run.steps():
     raise StorageError(f'run {path} has no whole checkpoint left; the names of damaged ones end in .corrupt')
   if not run.steps():

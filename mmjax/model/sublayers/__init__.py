@@ -5,6 +5,10 @@ A row of the table (mmjax/config/sublayers.py) names what makes a sublayer, a cl
 `sublayer(inputs, dtype) -> SublayerOutput`, with a `SublayerInput` and the dtype of the matrix products. It has a
 method `flops()`, which returns the FLOPs of a training step for a token by part (see mmjax.model.cost). What else the
 code must know of it stands in its row.
+
+It works position by position: what it adds at a position may depend on the inputs there alone. Decoding calls it with
+the new position and keeps nothing of the earlier ones, and no sublayer sees where a document ends. Text is carried on
+by attention and `last_BTn`. tests/test_generate.py compares decoding with whole texts for each row of the table.
 """
 
 from typing import NamedTuple
