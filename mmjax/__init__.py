@@ -1,12 +1,13 @@
 """Language models with an explicit memory, in JAX and Flax.
 
 import mmjax
-lm = mmjax.load('out/quickstart')
+run = mmjax.train('configs/quickstart_ngram_rows.py', 'out/mine', {'data.train_files': 'my_text.txt'})
+lm = mmjax.load(run)
 lm.generate('The list of', max_new_tokens=40, temperature=0.7)
 """
 
 __version__ = '0.1.0'
-__all__ = ['LanguageModel', 'load']
+__all__ = ['LanguageModel', 'load', 'train']
 
 
 def __getattr__(name: str):
@@ -21,6 +22,10 @@ def __getattr__(name: str):
 
     if sentence := missing_packages():
       raise UserError(sentence)
+    if name == 'train':
+      from mmjax.tools.api import train
+
+      return train
     from mmjax.inference import api
 
     return getattr(api, name)

@@ -15,11 +15,27 @@ from hypothesis import strategies as st
 import mmjax
 from mmjax.errors import UserError
 from mmjax.model.params import model_graph
+from mmjax.run.directory import RunDir
+from mmjax.training.loop import fit
 
 
 @pytest.fixture(scope='module')
 def lm(tiny_run):
   return mmjax.load(tiny_run)
+
+
+@pytest.mark.thorough
+def test_training_from_python_is_that_of_the_command(tiny_run, tmp_path):
+  changes = {'train.max_steps': 2, 'train.warmup_steps': 0, 'train.grad_clip': 0.5, 'data.isolate_documents': True}
+  path = mmjax.train(tiny_run / 'config.json', tmp_path / 'run', changes)
+  config = RunDir(tiny_run).read_config().with_settings(changes)
+  fit(config, tmp_path / 'other')
+  runs = [mmjax.load(tmp_path / name) for name in ('run', 'other')]
+  assert path == tmp_path / 'run' and [lm.step for lm in runs] == [2, 2]
+  jax.tree.map(np.testing.assert_array_equal, *(lm.params for lm in runs))
+  assert RunDir(path).read_config() == config and (path / 'report.md').exists()
+  with pytest.raises(UserError, match="no setting 'train.max_step'; did you mean 'train.max_steps'"):
+    mmjax.train(tiny_run / 'config.json', tmp_path / 'third', {'train.max_step': 2})
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (3, 40)])

@@ -1,0 +1,49 @@
+"""What `import mmjax` offers beside a trained model: training, as train.py does it from the command line."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmjax.config import load_config, user_path
+from mmjax.environment import keep_freed_memory
+from mmjax.errors import refuse_wrong_jaxlib
+from mmjax.report.write import write_report
+from mmjax.training.loop import fit
+
+
+def train(
+  config: str | Path,
+  workdir: str | Path,
+  settings: Mapping[str, Any] | None = None,
+  *,
+  allow_config_change: bool = False,
+  init_from: str | None = None,
+) -> Path:
+  """Trains a model in a directory, or goes on with the one that is there, and writes its report.
+
+  The same call goes on where it stopped. An interrupt stops it after it has saved. On Linux the process uses freed
+  memory again from then on (`mmjax.environment.keep_freed_memory`), as mmjax's commands do.
+
+  Args:
+    config: a config file, as train.py takes it: 'configs/quickstart_ngram_rows.py'.
+    workdir: run directory, created if it does not exist.
+    settings: by name, {'train.max_steps': 500}; they override those of the file.
+    allow_config_change: whether to go on although settings of the schedule differ.
+    init_from: RUN[@best|last|STEP], a run whose weights and tokenizer a new run starts from.
+
+  Returns:
+    The run directory, as `mmjax.load` takes it.
+
+  Raises:
+    UserError: if a setting, the text or the directory is not usable.
+    DivergedError: after train.max_skipped_updates skipped updates in a row.
+    StorageError: if it cannot save.
+    StoppedError: if a signal ended it; its state is saved.
+  """
+  refuse_wrong_jaxlib()
+  keep_freed_memory()
+  overrides = [f'--config.{name}={value}' for name, value in (settings or {}).items()]
+  path = user_path(workdir)
+  fit(load_config(str(config), overrides), path, allow_config_change=allow_config_change, init_from=init_from)
+  write_report(path)
+  return path
