@@ -26,6 +26,7 @@ STRONG = {
   'model.value_embeddings': 'alternate',
 }
 BANK = {'memory.bank_lr_multiplier': 64.0}
+HOT = BANK | {'memory.bank_lr_final_multiplier': 64.0}  # to the end
 # A range of rows for each of 6 heads, of which two read rows of the token alone, two of the last two, two of the last
 # three; signs for n-grams that meet in a row.
 GROWING = GRID['NGRAMS'] | {
@@ -69,12 +70,15 @@ MODELS = {
   'g58': GROWING | IN_VALUES | BANK | {'model.knowledge_num': 4194304},
   'g65': GROWING | BANK | {'model.knowledge_num': 16777216},
   # A bank whose rate stays high.
-  'g66': GROWING | BANK | {'model.knowledge_num': 4194304, 'memory.bank_lr_final_multiplier': 64.0},
+  'g66': GROWING | HOT | {'model.knowledge_num': 4194304},
   # How much needs neither depth nor context? G52's rows once, after the first attention, through one matrix; once, but
   # with a gate; and where G52 reads them, without one.
   'g67': GROWING | BANK | NO_GATE | {'memory.layers': '0'},
   'g68': GROWING | BANK | {'memory.layers': '0'},
   'g69': GROWING | BANK | NO_GATE,
+  # G66 read once so, and with twice the heads.
+  'g70': GROWING | HOT | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0'},
+  'g71': GROWING | HOT | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0', 'memory.n_heads': 12},
 }
 
 
