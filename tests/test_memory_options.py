@@ -264,7 +264,7 @@ def test_width_of_sub_keys_is_that_of_half_a_row_or_the_one_asked_for(key_dim, h
 @pytest.mark.parametrize(
   ('override', 'said'),
   [
-    ('memory.n_heads=9', 'memory.n_heads=9 must be at most 8'),
+    ('memory.n_heads=65', 'memory.n_heads=65 must be at most 64'),
     ('memory.n_heads=0', 'memory.n_heads=0 must be a finite number of at least 1'),
     ('memory.scores=bag', 'memory.scores=.bag. must be one of none, scale'),
     ('memory.key_dim=5', 'memory.key_dim=5 must be even: a query is two sub-keys; nearest: 6'),

@@ -148,20 +148,21 @@ def test_signs_are_those_of_another_hash_and_split_ngrams_that_share_a_row():
   assert abs(cosines.mean()) < 0.005 and abs(np.sqrt((cosines**2).mean()) - 24**-0.5) < 0.01
 
 
-def test_signs_are_in_the_sums_and_in_the_gradient_of_the_bank_by_either_route():
+@pytest.mark.parametrize('heads', [3, 12])
+def test_signs_are_in_the_sums_and_in_the_gradient_of_the_bank_by_either_route(heads):
   """Against loops over positions, heads and rows; the second route is that of lazy updates."""
   memory = NgramBag(
-    dim=6, n_rows=40, row_dim=5, n_heads=3, rows_per_head=2, ngrams=(1, 2), signs=True, output_gate=False
+    dim=6, n_rows=40, row_dim=5, n_heads=heads, rows_per_head=2, ngrams=(1, 2), signs=True, output_gate=False
   )
   rng = np.random.default_rng(0)
   x_BTD, slope = (jnp.asarray(rng.standard_normal((2, 4, 6)), jnp.float32) for _ in range(2))
   bank = rng.standard_normal((40, 5)).astype(np.float32)
   last = last_tokens(jnp.asarray(rng.integers(0, 3, (2, 4)), jnp.int32), 2)  # few tokens: rows are read often
   params, row, sign = memory.init(jax.random.key(0)), memory.rows_of(last), memory.signs_of(last)
-  down = np.asarray(params['down']['kernel']).reshape(3, 5, 6)
+  down = np.asarray(params['down']['kernel']).reshape(heads, 5, 6)
   delta, grad = np.zeros((2, 4, 6)), np.zeros((40, 5))
-  for b, t, head in np.ndindex(2, 4, 3):
-    signs = signs_by_hand(np.asarray(last[b, t, : (1, 2, 1)[head]]).tolist(), head, 5)
+  for b, t, head in np.ndindex(2, 4, heads):
+    signs = signs_by_hand(np.asarray(last[b, t, : 1 + head % 2]).tolist(), head, 5)
     delta[b, t] += signs * bank[np.asarray(row[b, t, head])].mean(0) @ down[head]
     for at in np.asarray(row[b, t, head]):
       grad[at] += signs * (down[head] @ np.asarray(slope[b, t])) / 2

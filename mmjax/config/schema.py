@@ -127,7 +127,7 @@ class MemoryConfig:
     before='')
   input: str = field('attention', "the memory reads what attention added; 'residual': it reads the residual stream",
     choices=('attention', 'residual'))
-  n_heads: int = field(1, '1 to 8; each has queries and sub-keys, or hashes, of its own; all read the one bank', 1, 8)
+  n_heads: int = field(1, '1 to 64; each has queries and sub-keys, or hashes, of its own; all read the one bank', 1, 64)
   ngrams: str = field('1', "how many of the last tokens address a row or bucket; '2,3': heads take turns",
     before='1')
   ngram_ranges: str = field(
