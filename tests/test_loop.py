@@ -95,15 +95,16 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   assert RunDir(tmp_path).read_config().train.max_steps == 10
 
 
-def test_stop_within_an_evaluation_makes_no_more_updates(text, tmp_path, monkeypatch):
-  class WithinEvaluation(StopAfter):
+@pytest.mark.parametrize('looks_before', [1, 2], ids=['evaluation', 'save'])
+def test_stop_within_an_evaluation_or_a_save_makes_no_more_updates(text, tmp_path, monkeypatch, looks_before):
+  class Within(StopAfter):
     asked = 0
 
     def requested(self, step: int) -> bool:
       self.asked += step >= self.step
-      return self.asked > 1
+      return self.asked > looks_before
 
-  monkeypatch.setattr(loop, 'StopSignals', lambda: WithinEvaluation(1))
+  monkeypatch.setattr(loop, 'StopSignals', lambda: Within(1))
   with pytest.raises(StoppedError, match='step 1 of 10'):
     fit(run_config(text, train__eval_interval=1), tmp_path)
   assert RunDir(tmp_path).steps() == [1]
