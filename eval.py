@@ -47,9 +47,11 @@ def main() -> None:
   split = open_text(lm.config, run, arguments.valid_files)
   found = measure_run(lm, run, split, arguments.valid_files)
   found |= continue_prompts(lm, prompts or beginnings(split), sampling)
-  write_json(run.path / 'eval.json', found)
-  report = write_report(run.path)  # before anything is printed, which nobody may want to read to its end
-  print_evaluation(found)
+  try:  # before anything is printed, which nobody may want to read to its end
+    write_json(run.path / 'eval.json', found)
+    report = write_report(run.path)
+  finally:
+    print_evaluation(found)
   print(f'Written: {run.path / "eval.json"} and {report}')
 
 

@@ -34,8 +34,16 @@ def test_training_from_python_is_that_of_the_command(tiny_run, tmp_path):
   assert path == tmp_path / 'run' and [lm.step for lm in runs] == [2, 2]
   jax.tree.map(np.testing.assert_array_equal, *(lm.params for lm in runs))
   assert RunDir(path).read_config() == config and (path / 'report.md').exists()
-  with pytest.raises(UserError, match="no setting 'train.max_step'; did you mean 'train.max_steps'"):
-    mmjax.train(tiny_run / 'config.json', tmp_path / 'third', {'train.max_step': 2})
+  mmjax.train(path / 'config.json', tmp_path / 'third', init_from=path)
+  assert json.loads((tmp_path / 'third' / 'run.json').read_text())['init_from']['run'] == str(path)
+  for wrong, said in (
+    ({'train.max_step': 2}, "no setting 'train.max_step'; did you mean 'train.max_steps'"),
+    ({'data.train_files': ['a', 'b']}, r"data.train_files=\['a', 'b'\] must be a number, a switch or text"),
+    ({'data.valid_files': None}, 'data.valid_files=None must be'),
+    (['--config.seed=1'], 'settings must be a dict'),
+  ):
+    with pytest.raises(UserError, match=said):
+      mmjax.train(tiny_run / 'config.json', tmp_path / 'fourth', wrong)
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (3, 40)])

@@ -239,6 +239,8 @@ def test_unfinished_and_diverged_runs_are_marked_and_do_not_count(tmp_path):
 def test_run_that_went_on_after_it_diverged_is_not_finished(tmp_path):
   path = make_run(tmp_path / 'a', (7,), done=5)
   (path / 'diverged').mkdir()  # what is kept of the steps that were made again
+  with open(path / 'metrics.jsonl', 'a') as log:
+    log.write(json.dumps({'kind': 'skipped', 'step': 6, 'in_a_row': 1}) + '\n')  # one alone is no divergence
   assert rows_of([path], tmp_path / 'out')['a']['marks'] == ['seed 0 not finished, 5 of 10 updates']
 
 
@@ -250,6 +252,13 @@ def test_finished_run_whose_log_lacks_the_last_evaluation_has_no_loss(tmp_path):
   log.write_text(log.read_text().rpartition('\n')[0] + '\n')
   row = rows_of(paths, tmp_path / 'out')['a']
   assert (row['loss'], row['marks']) == (5.5, ['seed 1 last evaluation missing from its log'])
+
+
+def test_run_that_ends_while_it_is_compared_counts_as_not_finished(tmp_path):
+  run = FoundRun(make_run(tmp_path / 'a', (6, 5.5), done=5))
+  assert run.records[-1]['step'] == STEPS
+  (tmp_path / 'a' / 'checkpoints' / str(STEPS)).mkdir()
+  assert not run.finished and run.last_eval['loss'] == 5.5
 
 
 @pytest.mark.parametrize('left', ['empty folder', 'nothing'])

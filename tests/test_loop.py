@@ -18,7 +18,7 @@ import pytest
 
 import mmjax
 from mmjax.data.loader import train_batches
-from mmjax.errors import DivergedError, StoppedError, UserError
+from mmjax.errors import DivergedError, StoppedError, StorageError, UserError
 from mmjax.report.write import write_report
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
@@ -108,6 +108,28 @@ def test_stop_within_an_evaluation_or_a_save_makes_no_more_updates(text, tmp_pat
   with pytest.raises(StoppedError, match='step 1 of 10'):
     fit(run_config(text, train__eval_interval=1), tmp_path)
   assert RunDir(tmp_path).steps() == [1]
+
+
+def test_stop_within_a_save_that_fails_makes_another_update_and_saves_that(text, tmp_path, monkeypatch):
+  class AfterTheSave(StopAfter):
+    asked = 0
+
+    def requested(self, step: int) -> bool:
+      self.asked += 1
+      return self.asked > 2
+
+  save, failures = Checkpoints.save, [StorageError('the disk is full')]
+
+  def failing(*arguments):
+    if failures:
+      raise failures.pop()
+    save(*arguments)
+
+  monkeypatch.setattr(loop, 'StopSignals', lambda: AfterTheSave(1))
+  monkeypatch.setattr(Checkpoints, 'save', failing)
+  with pytest.raises(StoppedError, match='step 2 of 10'):
+    fit(run_config(text, train__eval_interval=1), tmp_path)
+  assert RunDir(tmp_path).steps() == [2]
 
 
 @pytest.mark.thorough

@@ -174,7 +174,7 @@ def test_reads_of_the_old_text_are_counted_where_training_did_not(tiny_run, monk
 
 
 @pytest.mark.thorough
-def test_of_counts_that_tell_no_rows_apart_the_validation_text_is_read(tiny_run, capsys):
+def test_of_counts_that_tell_no_rows_apart_the_validation_text_is_read(tiny_run, capsys, monkeypatch):
   """An update of the old run may read the whole bank, where a batch of the new one does not."""
   config = tiny_config(**TEACH, train__batch_size=1)
   learner, lm, progress = Learner(config, place(config), STEPS), mmjax.load(tiny_run), Progress(quiet=False)
@@ -182,13 +182,20 @@ def test_of_counts_that_tell_no_rows_apart_the_validation_text_is_read(tiny_run,
   start = setup.Start(lm.params, all_read, {'run': str(tiny_run)})
   found = setup.with_background(start, learner, Origin(tiny_run, 'best'), progress).reads
   said = ''.join(capsys.readouterr())
-  assert 'each of its updates read all but 2 rows' in said
+  assert 'only 2 of its rows were not read by every update' in said
   usual = setup.count_background(learner, lm.params, open_run(tiny_run), Progress(quiet=True), '')
   np.testing.assert_array_equal(found['count_M'], usual['count_M'])
   left = int((np.asarray(usual['count_M']) < int(usual['updates'])).sum())
   assert f'Rows that can be taught: {left} of 64' in said and left > 5
   few_left = start._replace(reads=all_read | {'count_M': jnp.full(64, 9).at[:5].set(8)})  # enough for an update
   assert setup.with_background(few_left, learner, Origin(tiny_run, 'best'), progress).reads == few_left.reads
+
+  def gone(*_):
+    raise UserError('it is gone')
+
+  monkeypatch.setattr(setup, 'evaluation_data', gone)
+  assert setup.with_background(start, learner, Origin(tiny_run, 'best'), progress).reads == all_read
+  assert 'Rows that can be taught: 2 of 64' in ''.join(capsys.readouterr())
 
 
 def test_rows_that_are_all_usual_are_refused(tiny_run, monkeypatch):

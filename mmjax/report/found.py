@@ -60,6 +60,7 @@ class FoundRun:
   @functools.cached_property
   def records(self) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
+    self.step  # noqa: B018 - first: a run that ends meanwhile counts as one that has not
     return read_metrics(self.dir.metrics_path)
 
   def of_kind(self, kind: str) -> list[dict[str, Any]]:
@@ -132,7 +133,7 @@ class FoundRun:
     """How many tokens it learns to predict up to its last step, padding left out: as its last report says."""
     return sum(report['tokens'] / report['step'] * (self.total or 0) for report in self.of_kind('train')[-1:])
 
-  @property
+  @functools.cached_property
   def step(self) -> int:
     """The step that it would go on from.
 

@@ -267,7 +267,8 @@ def refuse_links_out(directory: Path) -> None:
   for folder, folders, files in os.walk(root):  # follows no links
     for path in (Path(folder, name) for name in (*folders, *files)):
       if path.is_symlink() and not path.resolve().is_relative_to(root):
-        raise UserError(f'{path} is a link out of the run directory, to {os.readlink(path)}; remove it')
+        said = f'{path} is a link out of the run directory, to {os.readlink(path)}'
+        raise UserError(f'{said}; remove it, or put what it leads to in its place')
 
 
 def _lock(path: Path, shared: bool = False) -> int:

@@ -1,13 +1,14 @@
 """What `import mmjax` offers beside a trained model: training, as train.py does it from the command line."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mmjax.config import load_config, user_path
 from mmjax.environment import keep_freed_memory
-from mmjax.errors import refuse_wrong_jaxlib
+from mmjax.errors import UserError, refuse_wrong_jaxlib
 from mmjax.report.write import write_report
+from mmjax.run.processes import is_main
 from mmjax.training.loop import fit
 
 
@@ -17,7 +18,7 @@ def train(
   settings: Mapping[str, Any] | None = None,
   *,
   allow_config_change: bool = False,
-  init_from: str | None = None,
+  init_from: str | Path | None = None,
 ) -> Path:
   """Trains a model in a directory, or goes on with the one that is there, and writes its report.
 
@@ -27,7 +28,7 @@ def train(
   Args:
     config: a config file, as train.py takes it: 'configs/quickstart_ngram_rows.py'.
     workdir: run directory, created if it does not exist.
-    settings: by name, {'train.max_steps': 500}; they override those of the file.
+    settings: by name, {'train.max_steps': 500}; they override those of the file. Numbers, switches and text.
     allow_config_change: whether to go on although settings of the schedule differ.
     init_from: RUN[@best|last|STEP], a run whose weights and tokenizer a new run starts from.
 
@@ -42,8 +43,14 @@ def train(
   """
   refuse_wrong_jaxlib()
   keep_freed_memory()
+  if not isinstance(settings or {}, Mapping):
+    raise UserError(f'settings must be a dict, not {settings!r:.80}')
+  for name, value in (settings or {}).items():
+    if value is None or isinstance(value, Collection) and not isinstance(value, str):
+      raise UserError(f'{name}={value!r:.80} must be a number, a switch or text, which has commas between several')
   overrides = [f'--config.{name}={value}' for name, value in (settings or {}).items()]
-  path = user_path(workdir)
-  fit(load_config(str(config), overrides), path, allow_config_change=allow_config_change, init_from=init_from)
-  write_report(path)
+  path, origin = user_path(workdir), None if init_from is None else str(init_from)
+  fit(load_config(str(config), overrides), path, allow_config_change=allow_config_change, init_from=origin)
+  if is_main():
+    write_report(path)
   return path

@@ -68,9 +68,11 @@ def main() -> None:
   shown = tables(found)
   remarks = [remark for run in found for remark in run['remarks']]
   said = list(filter(None, (*remarks, other_text(found), NOTE)))
-  if arguments.markdown is not None:
-    write_file(user_path(arguments.markdown), markdown(*shown, *said))
-  show(*shown, *said)
+  try:
+    if arguments.markdown is not None:
+      write_file(user_path(arguments.markdown), markdown(*shown, *said))
+  finally:
+    show(*shown, *said)
   if written := ' and '.join(filter(None, (arguments.json, arguments.markdown))):
     print(f'Written: {written}')
 

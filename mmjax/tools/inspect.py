@@ -74,9 +74,11 @@ def main() -> None:
   config = override_config(run.read_config(), overrides, (*WHERE, 'memory.bank_file'))
   lm = load_run(run, config, **model_from_flags(arguments))
   found = look(lm, run, text, arguments)
-  if arguments.json is not None:
-    write_json(user_path(arguments.json), found)
-  print_found(found, arguments.top)
+  try:
+    if arguments.json is not None:
+      write_json(user_path(arguments.json), found)
+  finally:
+    print_found(found, arguments.top)
   if arguments.json is not None:
     print(f'Written: {arguments.json}')
 

@@ -119,7 +119,7 @@ def train(recorder: Recorder, state: TrainState, stop: StopSignals) -> None:
         loss = recorder.evaluate(step, state, metrics).loss if evaluates else None
         stopping = stopping or (step < total and stop.requested(step))  # while it evaluated
         recorder.save(step, state, loss, final=stopping or step == total)
-        stopping = stopping or (step < total and stop.requested(step))  # while it saved
+        stopping = stopping or (step < total and stop.requested(step) and not recorder.failed_saves)  # while it saved
       if stopping:
         raise StoppedError(f'Stopped at step {step} of {total}; the same command goes on from there.')
   say(f'Done: {total} steps, {recorder.describe_end(loss)}')

@@ -171,26 +171,37 @@ def read_start(run: RunDir, config: Config, origin: Origin | None, mesh: Mesh) -
 def with_background(start: Start, learner: Learner, origin: Origin | None, progress: Progress) -> Start:
   """Returns a start with counts of the rows that are usual, if rows are to be taught.
 
-  They are those of the other run's training. If that has not counted, or if its updates read so much that fewer than
-  memory.teach_rows rows are left that not all of them read, its validation text is read in batches of the new run.
+  They are those of the other run's training. If that has not counted, or if every update of it read so many that fewer
+  than memory.teach_rows others are left, its validation text is read in batches of the new run, and the counts that
+  leave more rows hold.
 
   Raises:
-    UserError: if that text is needed and not to be found, or leaves no row that can be taught.
+    UserError: if no counts leave a row that can be taught.
   """
   taught = learner.config.memory.teach_rows
   if not (start.read_from and taught):
     return start
-  other, reads = RunDir(origin.path), start.reads
-  counted = bool(reads.get('updates'))
-  if not counted or rows_left(reads) < taught:
-    why = f'each of its updates read all but {rows_left(reads)} rows' if counted else 'its training has not counted'
-    reads = count_background(learner, start.params, other, progress, why)
-  if not (left := rows_left(reads)):
+  other, reads, left = RunDir(origin.path), start.reads, 0
+  if counted := bool(reads.get('updates')):
+    left = rows_left(reads)
+  if left < taught:
+    why = f'only {left} of its rows were not read by every update' if counted else 'its training has not counted'
+    try:
+      of_text = count_background(learner, start.params, other, progress, why)
+      reads = of_text if rows_left(of_text) > left else reads
+    except UserError as error:
+      if not left:
+        raise
+      progress.say(str(error))
+    left = rows_left(reads) if reads else 0
+  if not left:
     raise UserError(
       f'memory.teach_rows={taught}: there is no row to teach, since every batch of the validation text of {other.path} '
       'reads the whole bank; a smaller train.batch_size or a larger bank leaves some'
     )
-  progress.say(f'Rows that can be taught: {left:,} of {len(reads["count_M"]):,}, which not all that was counted read')
+  progress.say(
+    f'Rows that can be taught: {left:,} of {len(reads["count_M"]):,}; every batch that was counted read the others'
+  )
   return start._replace(reads=reads)
 
 
