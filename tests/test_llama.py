@@ -130,6 +130,7 @@ def test_what_no_llama_can_be_is_refused_with_the_reason(name, value, reason, tm
   with RunDir(tmp_path) as run:
     ngrams = {'memory__ngrams': '2'} if name == 'memory.value_layers' else {}
     run.write_config(tiny_config(**{'model__sublayer': 'dense', name.replace('.', '__'): value} | ngrams))
+    (run.checkpoints_path / '1').mkdir(parents=True)
   with pytest.raises(UserError, match=f'{name}={value!r} cannot be written as a Llama, which .*{reason}'):
     export_llama(tmp_path, tmp_path / 'llama', 'best', None)
 
