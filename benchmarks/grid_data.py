@@ -65,7 +65,7 @@ def prepare_share(folder: Path, arguments: argparse.Namespace) -> Path:
       for text in read_documents(find_files(arguments.train_files), base.text_key, Tally(base.on_bad_line)):
         if is_held_out(text.encode(), arguments.share):
           file.write(json.dumps({'text': text}, ensure_ascii=False) + '\n')
-  if not arguments.valid_files:  # the same hash holds out: as many of those that are kept, not of all
+  if not arguments.valid_files:  # the same hash chose what is kept, all of it from the low end
     base = dataclasses.replace(base, valid_fraction=base.valid_fraction * arguments.share)
   data = dataclasses.replace(
     base,

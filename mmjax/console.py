@@ -172,7 +172,7 @@ class Progress:
     with contextlib.suppress(OSError):  # the terminal or the reader of the pipe is gone, or the disk is full
       if self.has_bar:
         self._console.print(message, markup=False)
-      else:  # not through rich, which exits where the reader of a pipe is gone
+      else:
         print(message, file=self._stream, flush=True)
 
   def update(

@@ -43,12 +43,13 @@ def train(
   """
   refuse_wrong_jaxlib()
   keep_freed_memory()
-  if not isinstance(settings or {}, Mapping):
+  settings = {} if settings is None else settings
+  if not isinstance(settings, Mapping):
     raise UserError(f'settings must be a dict, not {settings!r:.80}')
-  for name, value in (settings or {}).items():
+  for name, value in settings.items():
     if value is None or isinstance(value, Collection) and not isinstance(value, str):
       raise UserError(f'{name}={value!r:.80} must be a number, a switch or text, which has commas between several')
-  overrides = [f'--config.{name}={value}' for name, value in (settings or {}).items()]
+  overrides = [f'--config.{name}={value}' for name, value in settings.items()]
   path, origin = user_path(workdir), None if init_from is None else str(init_from)
   fit(load_config(str(config), overrides), path, allow_config_change=allow_config_change, init_from=origin)
   if is_main():

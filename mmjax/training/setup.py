@@ -181,19 +181,20 @@ def with_background(start: Start, learner: Learner, origin: Origin | None, progr
   taught = learner.config.memory.teach_rows
   if not (start.read_from and taught):
     return start
-  other, reads, left = RunDir(origin.path), start.reads, 0
-  if counted := bool(reads.get('updates')):
-    left = rows_left(reads)
+  other, reads = RunDir(origin.path), start.reads
+  counted = bool(reads.get('updates'))
+  left = rows_left(reads) if counted else 0
   if left < taught:
     why = f'only {left} of its rows were not read by every update' if counted else 'its training has not counted'
     try:
       of_text = count_background(learner, start.params, other, progress, why)
-      reads = of_text if rows_left(of_text) > left else reads
     except UserError as error:
       if not left:
         raise
-      progress.say(str(error))
-    left = rows_left(reads) if reads else 0
+      progress.say(f'{error}; the counts of its training are used')
+    else:
+      if (left_by_text := rows_left(of_text)) > left:
+        reads, left = of_text, left_by_text
   if not left:
     raise UserError(
       f'memory.teach_rows={taught}: there is no row to teach, since every batch of the validation text of {other.path} '
