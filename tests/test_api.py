@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import mmjax
 from mmjax.errors import UserError
+from mmjax.inference.measure import measure_text
 from mmjax.model.params import model_graph
 from mmjax.run.directory import RunDir
 from mmjax.training.loop import fit
@@ -133,6 +134,23 @@ def test_what_is_no_run_and_no_dtype_is_refused_in_a_sentence(tiny_run):
     with pytest.raises(UserError, match="must be 'best', 'last' or the number of a step"):
       mmjax.load(tiny_run, checkpoint)
   assert mmjax.load(str(tiny_run).encode(), np.int64(mmjax.load(tiny_run).step)).step == mmjax.load(tiny_run).step
+
+
+@pytest.mark.parametrize('n_words', [3, 200])  # within a row, and of several
+def test_log_probs_sum_to_the_loss_of_an_evaluation(lm, tiny_run, tmp_path, n_words):
+  text = ' '.join(f'the {word} of' for word in range(n_words))
+  (tmp_path / 'text.jsonl').write_text(json.dumps({'text': text}))
+  result = measure_text(lm, RunDir(tiny_run), str(tmp_path / 'text.jsonl'))
+  ids = lm.tokenizer.encode(text)
+  short, [found], [none] = lm.log_probs(['a', text])[0], lm.log_probs(text), lm.log_probs('')
+  assert found.shape == (len(ids),) and found.dtype == np.float32 and none.shape == (0,)
+  after = lm.next_log_probs([lm.tokenizer.start_id(lm.config.data.layout), *ids])
+  assert result.tokens == len(ids) + 1
+  assert -(found.sum() + after[-1, lm.tokenizer.eos_id]) / result.tokens == pytest.approx(result.loss, rel=1e-5)
+  assert short == pytest.approx(lm.log_probs('a')[0])
+  for wrong, said in ((b'a', 'texts must be a str or a sequence of them, not bytes'), (['a', 5], 'not int')):
+    with pytest.raises(UserError, match=said):
+      lm.log_probs(wrong)
 
 
 @pytest.mark.thorough

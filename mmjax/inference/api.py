@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
+from scipy.special import log_softmax
 
 from mmjax.choices import CHECKPOINT
 from mmjax.config import Config
@@ -126,6 +127,46 @@ class LanguageModel:
     padding = padded_length(tokens.shape[1]) - tokens.shape[1]  # causal: what stands behind changes nothing
     return self._logits(self.params, np.pad(tokens.astype(np.int32), ((0, 0), (0, padding))))[:, : tokens.shape[1]]
 
+  def log_probs(self, texts: str | Sequence[str]) -> list[np.ndarray]:
+    """Tells how probable each token of one text or several is after those before it.
+
+    A text stands after the token that rows begin with, as in training, and the EOS behind it is not scored. How
+    probable an answer is after a prompt: the sum for prompt and answer together, less the sum for the prompt.
+
+    Args:
+      texts: of more than model.max_seq_len tokens, each row of so many is read alone, as packed documents are.
+
+    Returns:
+      For each text natural logarithms, float32 (T,), one for each of `tokenizer.encode(text)`.
+
+    Raises:
+      UserError: if a text is none, or the run has no tokenizer.
+    """
+    texts = [texts] if isinstance(texts, str) else _listed(texts, 'texts must be a str or a sequence of them')
+    start, length = self.tokenizer.start_id(self.config.data.layout), self.config.model.max_seq_len
+    found = []
+    for ids in ([start, *self.tokenizer.encode(text)] for text in texts):
+      rows = [np.zeros(0, np.float32)]
+      for at in range(0, len(ids) - 1, length):
+        targets = ids[at + 1 : at + 1 + length]
+        rows.append(self.next_log_probs(ids[at : at + len(targets)])[np.arange(len(targets)), targets])
+      found.append(np.concatenate(rows))
+    return found
+
+  def next_log_probs(self, ids: Sequence[int]) -> np.ndarray:
+    """Returns natural logarithms of the probabilities of what follows each token, float32 (T, V).
+
+    Args:
+      ids: beginning with `tokenizer.start_id(config.data.layout)`; T of them. Of more than model.max_seq_len, each row
+        of so many is read alone.
+
+    Returns:
+      V is `tokenizer.vocab_size`: ids that stand for no piece of text are not counted.
+    """
+    length, n_ids = self.config.model.max_seq_len, self.tokenizer.vocab_size
+    parts = [np.asarray(self.logits([ids[at : at + length]]))[0, :, :n_ids] for at in range(0, len(ids), length)]
+    return log_softmax(np.concatenate(parts), axis=-1)
+
   def generate(self, prompts: str | Sequence[str], **settings: float) -> list[str]:
     """Continues one prompt or several, together.
 
@@ -141,7 +182,7 @@ class LanguageModel:
     Raises:
       UserError: if a prompt is no text, a setting breaks its rule, or the run has no tokenizer.
     """
-    prompts = [prompts] if isinstance(prompts, str) else _listed(prompts, 'a str or a sequence of them')
+    prompts = [prompts] if isinstance(prompts, str) else _listed(prompts, 'prompts must be a str or a sequence of them')
     rows = self.generate_tokens([self.encode_prompt(prompt) for prompt in prompts], **settings)
     return [self.tokenizer.decode(row) for row in rows]
 
@@ -151,7 +192,7 @@ class LanguageModel:
     Raises:
       UserError: if a list is empty or holds what is not a token id, or a setting breaks its rule.
     """
-    rows = [self._token_ids(prompt) for prompt in _listed(prompts, 'a sequence of lists of token ids')]
+    rows = [self._token_ids(prompt) for prompt in _listed(prompts, 'prompts must be a sequence of lists of token ids')]
     for row in rows:
       if row.ndim != 1:
         raise UserError(f'a prompt of shape {row.shape} must be a list of token ids; prompts are [[5, 6, 7], ...]')
@@ -293,12 +334,12 @@ def checkpoint_to_read(run: RunDir, config: Config, checkpoint: str | int, witho
   return START_STEP
 
 
-def _listed(prompts: Sequence, what: str) -> list:
-  """Returns prompts as a list; bytes and what has no elements are none."""
-  if not isinstance(prompts, str | bytes | bytearray | Mapping):
+def _listed(values: Sequence, rule: str) -> list:
+  """Returns prompts or texts as a list; bytes and what has no elements break the rule."""
+  if not isinstance(values, str | bytes | bytearray | Mapping):
     with contextlib.suppress(TypeError):
-      return list(prompts)
-  raise UserError(f'prompts must be {what}, not {type(prompts).__name__}')
+      return list(values)
+  raise UserError(f'{rule}, not {type(values).__name__}')
 
 
 def _warn(sentence: str) -> None:

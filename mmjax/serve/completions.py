@@ -302,7 +302,7 @@ def _echo(asked: Asked, prompt: list[int]) -> Echo:
   """Returns a prompt as it is echoed; nothing is computed unless log-probabilities are wanted."""
   echo: Echo = [(token, None, []) for token in prompt]
   if asked.logprobs is not None and len(prompt) > 1:
-    log_TV = asked.view.log_probs(asked.view.lm, prompt)[:-1]
+    log_TV = asked.view.lm.next_log_probs(prompt)[:-1]
     best_TX = np.argsort(-log_TV, axis=-1, kind='stable')[:, : asked.logprobs]
     for t, (token, log_V, best_X) in enumerate(zip(prompt[1:], log_TV, best_TX, strict=True), 1):
       echo[t] = (token, float(log_V[token]), [(int(at), float(log_V[at])) for at in best_X])

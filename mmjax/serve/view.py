@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.special import log_softmax
 
 from mmjax.errors import UserError
 from mmjax.inference.api import LanguageModel
@@ -131,11 +130,11 @@ class RunView:
       token of the text but the first, when changed. Without changes both are None.
     """
     prompt = self.lm.encode_prompt(text)
-    log_V = self.log_probs(self.lm, prompt)[-1]
+    log_V = self.lm.next_log_probs(prompt)[-1]
     if not changes:
       return {'next': [[self._text(at), float(np.exp(log_V[at])), None] for at in _largest(log_V)], 'nats': None}
     changed = self.changed(changes)
-    changed_V = self.log_probs(changed, prompt)[-1]
+    changed_V = changed.next_log_probs(prompt)[-1]
     either = sorted({*_largest(log_V), *_largest(changed_V)}, key=lambda at: -max(log_V[at], changed_V[at]))
     found = [[self._text(at), float(np.exp(log_V[at])), float(np.exp(changed_V[at]))] for at in either[: LIKELY + 4]]
     return {'next': found, 'nats': self._surprise(changed, self._ids(text)[0])[0]}
@@ -243,17 +242,6 @@ class RunView:
       bank_MP[change.row] *= change.scale
     return self.lm.with_bank(bank_MP)
 
-  def log_probs(self, lm: LanguageModel, ids: Sequence[int]) -> np.ndarray:
-    """Returns log-probabilities of what follows each token, float32 (T, V), V being the tokenizer's.
-
-    Args:
-      lm: this model, or a changed one.
-      ids: of more than model.max_seq_len tokens each row of so many is read alone, as `read_text` does it.
-    """
-    length, n_ids = lm.config.model.max_seq_len, lm.tokenizer.vocab_size
-    parts = [np.asarray(lm.logits([ids[at : at + length]]))[0, :, :n_ids] for at in range(0, len(ids), length)]
-    return log_softmax(np.concatenate(parts), axis=-1)
-
   def _needed_reader(self) -> MemoryReader:
     if self.reader is None:
       raise UserError(f'{self.name}: {self.remarks[0]}')
@@ -273,7 +261,7 @@ class RunView:
 
   def _surprise(self, lm: LanguageModel, ids: Sequence[int]) -> tuple[list[float | None], list[list[list[Any]]]]:
     """Returns for each token -log of its probability, in nats, and what seemed most likely in its stead."""
-    log_TV = self.log_probs(lm, ids)[:-1]
+    log_TV = lm.next_log_probs(ids)[:-1]
     nats_T = -log_TV[np.arange(len(log_TV)), ids[1:]]
     best = [[[self._text(at), float(np.exp(log_V[at]))] for at in _largest(log_V, 5)] for log_V in log_TV]
     return [None, *nats_T.tolist()], [[], *best]
