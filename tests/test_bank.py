@@ -125,6 +125,8 @@ def test_reads_of_a_tapped_bank_add_up_to_its_gradient(bag):
     add_reads(jnp.zeros((9, 3)), row.swapaxes(0, 1), reads)
   with pytest.raises(ValueError, match=r'sums of shape \(9, 6\) must have the width of the reads, 3'):
     add_reads(jnp.zeros((9, 6)), row, reads)
+  with pytest.raises(ValueError, match='sums of bfloat16 must be float32'):
+    add_reads(jnp.zeros((9, 3), jnp.bfloat16), row, reads)
   with pytest.raises(ValueError, match='row_BThr must hold no negative number, not -1'):
     add_reads(jnp.zeros((9, 3)), np.where(row == row[0, 0, 0, 0], -1, row), reads)
   with pytest.raises(ValueError, match='reads must be the Reads of a tapped bank, not of type ndarray'):

@@ -48,6 +48,11 @@ def codes_of(bank: PackedBank, bits: int) -> np.ndarray:
   return np.array([[(int(code[i, j % half]) >> (4 * (j // half)) & 15) - 8 for j in range(P)] for i in range(M)])
 
 
+def test_other_numbers_of_bits_are_refused():
+  with pytest.raises(ValueError, match='bits=16 must be one of 8, 4'):
+    pack_bank(jnp.ones((4, 8)), 16)
+
+
 @pytest.mark.parametrize('bits', [8, 4])
 @pytest.mark.parametrize('P', [8, 48, 37])
 def test_values_are_rounded_to_the_nearest_code(P, bits):

@@ -186,6 +186,11 @@ def check_ngrams(mesh):
     assert last.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(*spec)), last.ndim)
     for one, want in zip(got, wants, strict=True):
       np.testing.assert_array_equal(one, want)
+    bank_MP = normal(16, 4)
+    for of_bank in ((), ('rows',), (None, 'rows')):
+      placed_MP = jax.device_put(bank_MP, NamedSharding(mesh, PartitionSpec(*of_bank)))
+      sums = jax.jit(memory.sums_of)(last, placed_MP)
+      jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), sums, memory.sums_of(whole, bank_MP))
 
 
 def check_added_reads(mesh):

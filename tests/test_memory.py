@@ -115,6 +115,37 @@ def test_module_of_nnx_equals_the_pure_functions(name):
     np.testing.assert_array_equal(got, want)
 
 
+def test_layer_finds_parameters_of_other_kinds_of_variables():
+  memory = MEMORIES['bag']
+  x_BTD, bank_MP, *_ = inputs(memory)
+  layer = MemoryLayer(memory, rngs=nnx.Rngs(0))
+  want = layer(x_BTD, bank_MP).delta_BTD
+  layer.down.kernel = nnx.Variable(layer.down.kernel[...])  # to keep it from an optimizer of nnx.Param
+  np.testing.assert_array_equal(layer(x_BTD, bank_MP).delta_BTD, want)
+
+
+@pytest.mark.parametrize('name', MEMORIES)
+def test_gradient_in_bf16_is_exported_for_any_batch_and_length(name):
+  memory = MEMORIES[name]
+  _, bank_MP, *_ = inputs(memory)
+  B, T = jax.export.symbolic_shape('B, T')
+
+  def loss(params, x_BTD, tokens_BS, position_BT):
+    ngrams = (None, None)
+    if isinstance(memory, NgramBag):
+      ngrams = memory.addresses(cached_last_tokens(tokens_BS, position_BT, max(memory.ngrams)))
+    return jnp.sum(memory.apply(params, x_BTD, bank_MP, *ngrams, dtype='bfloat16').delta_BTD.astype(jnp.float32))
+
+  params, number_BT = memory.init(jax.random.key(0)), jax.ShapeDtypeStruct((B, T), jnp.int32)
+  x_BTD = jax.ShapeDtypeStruct((B, T, memory.dim), jnp.float32)
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  exported = jax.export.export(jax.jit(jax.grad(loss)))(shapes, x_BTD, number_BT, number_BT)
+  x_BTD, number_BT = jnp.ones((3, 7, memory.dim)), jnp.tile(jnp.arange(7), (3, 1))
+  want = jax.jit(jax.grad(loss))(params, x_BTD, number_BT, number_BT)
+  got = exported.call(params, x_BTD, number_BT, number_BT)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0.02, atol=0.02 * np.abs(y).max()), got, want)
+
+
 def test_init_is_a_function_of_the_key_old_or_new():
   memory = MEMORIES['bag']
   made = [memory.init(key) for key in (jax.random.key(3), jax.random.PRNGKey(3))] + [

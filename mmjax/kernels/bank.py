@@ -106,8 +106,8 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
     reads: of them.
 
   Raises:
-    ValueError: if rows and reads have not the same shape, the sums not the width of the reads, or a row that is not
-      traced is negative.
+    ValueError: if rows and reads have not the same shape, the sums not the width of the reads or another dtype, in
+      which small gradients would be lost, or a row that is not traced is negative.
   """
   if not isinstance(reads, Reads):
     raise ValueError(f'reads must be the Reads of a tapped bank, not of type {type(reads).__name__}')
@@ -118,6 +118,8 @@ def add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
     raise ValueError(f'rows of shape {row_BThr.shape} must have that of their reads, {read}')
   if sums_MP.shape[1:] != reads.grad.shape[-1:]:
     raise ValueError(f'sums of shape {sums_MP.shape} must have the width of the reads, {reads.grad.shape[-1]}')
+  if sums_MP.dtype not in (jnp.float32, jnp.float64):
+    raise ValueError(f'sums of {sums_MP.dtype} must be float32: many small gradients are added up')
   return on_any_mesh(_add_reads, lambda spec: spec, sums_MP, row_BThr, reads)
 
 

@@ -103,7 +103,8 @@ def weight_gradient(x: Array, grad: Array) -> Array:
         return _keep_form(_contract_rows(x, grad))
       return _keep_form(_contract_rows(grad, x).T)
     # x is transposed in two steps: XLA would fold a single one into the product, and fall back to a slow form of it.
-    columns, step = x.shape[-1], math.gcd(x.shape[-2], 64)
+    columns, length = x.shape[-1], x.shape[-2]
+    step = math.gcd(length, 64) if isinstance(length, int) else 1  # symbolic, in a program that is exported
     x_columns = x.reshape(-1, step, columns).transpose(2, 0, 1).reshape(columns, -1)
     grad = grad.reshape(-1, grad.shape[-1])
     return _keep_form(jnp.matmul(x_columns, grad, preferred_element_type=jnp.float32))

@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mmjax.choices import BANK_BITS
+
 GROUP = 32  # values of a row that share a scale, in 4 bits
 
 
@@ -62,7 +64,12 @@ def pack_bank(bank_MP: Array, bits: int) -> PackedBank:
   Args:
     bank_MP: float32, finite.
     bits: one of BANK_BITS.
+
+  Raises:
+    ValueError: if it is another.
   """
+  if bits not in BANK_BITS:
+    raise ValueError(f'bits={bits!r} must be one of {", ".join(map(str, BANK_BITS))}')
   n_rows, row_dim = bank_MP.shape
   if bits == 8:
     scale_1P = jnp.max(jnp.abs(bank_MP), axis=0, keepdims=True) / 127

@@ -14,12 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from mmjax.choices import in_turns, least_rows_of_ranges
 from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED, matmul
+from mmjax.kernels.mesh import on_any_mesh
 from mmjax.kernels.norm import normed_matmul
 from mmjax.memory.base import Memory
 from mmjax.memory.checks import check_bank, check_numbers
@@ -163,9 +165,16 @@ class NgramBag(_Bag):
       ValueError: if the last tokens are what `rows_of` refuses, or the bank is what `apply` does.
     """
     check_bank(self, bank_MP)
+
+    def selected(row_BThr: Array, sign_BTh: Array | None) -> Selection:
+      return Selection(row_BThr, jnp.zeros(row_BThr.shape, jnp.float32), sign_BTh=sign_BTh)
+
+    def run(row_BThr: Array, sign_BTh: Array | None, bank_MP: Bank) -> Array:
+      return self.sums(selected(row_BThr, sign_BTh), bank_MP)
+
     row_BThr, sign_BTh = self.addresses(last_BTn)
-    selection = Selection(row_BThr, jnp.zeros(row_BThr.shape, jnp.float32), sign_BTh=sign_BTh)
-    return selection, self.sums(selection, bank_MP)
+    sum_BThP = on_any_mesh(run, lambda of_rows: PartitionSpec(*of_rows[:3]), row_BThr, sign_BTh, bank_MP)
+    return selected(row_BThr, sign_BTh), sum_BThP
 
   def range_of(self, row: int) -> tuple[int, int | None] | None:
     """Returns the head in whose range a row is, and the token that alone reads it, None where a hash finds it.

@@ -139,7 +139,7 @@ def _check_floats(name: str, value: Any) -> None:
 def _own_fields(cls: type) -> set[str]:
   """Returns the fields that mmjax's classes give a memory; those of others' subclasses may mean anything."""
   bases = (base for base in cls.__mro__ if base.__module__.startswith('mmjax.'))
-  return {name for base in bases for name in base.__dict__.get('__annotations__', {})}
+  return {field.name for base in bases if dataclasses.is_dataclass(base) for field in dataclasses.fields(base)}
 
 
 def check_size(name: str, value: Any, kind: Any) -> None:

@@ -70,15 +70,16 @@ def cached_last_tokens(token_BS: Array, position_BT: Array, n: int) -> Array:
   """
   _check_n(n)
   _check_axes('tokens', token_BS, 'B', 'S')
-  _check_axes('positions', position_BT, f'B={len(token_BS)}', 'T')
-  if len(position_BT) != len(token_BS):
-    raise ValueError(f'positions must have the shape (B={len(token_BS)}, T), not {position_BT.shape}')
+  B = token_BS.shape[0]  # which has no len() where it is symbolic
+  _check_axes('positions', position_BT, f'B={B}', 'T')
+  if position_BT.shape[0] != B:
+    raise ValueError(f'positions must have the shape (B={B}, T), not {position_BT.shape}')
   if not jnp.issubdtype(position_BT.dtype, jnp.integer):
     raise ValueError(f'positions must be whole numbers, not {position_BT.dtype}')
 
   def find(position_BT: Array, token_BS: Array) -> Array:
     at_BTn = position_BT.astype(jnp.int32)[..., None] - jax.lax.broadcasted_iota(jnp.int32, (1, 1, n), 2)
-    row_B11 = jnp.arange(len(token_BS))[:, None, None]
+    row_B11 = jnp.arange(B)[:, None, None]
     return jnp.where(at_BTn >= 0, jnp.asarray(_signed(token_BS))[row_B11, jnp.maximum(at_BTn, 0)], NO_TOKEN)
 
   return on_any_mesh(find, lambda spec: spec, position_BT, token_BS)

@@ -80,5 +80,5 @@ class MemoryLayer(ParamTree):
 
 def params_of(module: nnx.Module, memory: Memory) -> Params:
   """Returns the parameters of a memory, a nested dict of arrays, of a module that may have others, too."""
-  found = flatten_dict(nnx.to_pure_dict(nnx.state(module, nnx.Param)))
+  found = flatten_dict(nnx.to_pure_dict(nnx.state(module)))
   return unflatten_dict({path: value for path, value in found.items() if path in param_shapes(memory)})
