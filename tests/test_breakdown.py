@@ -27,7 +27,7 @@ def group_of(count: int) -> str:
 
 def test_losses_of_groups_are_those_of_plain_python(tiny_run, tmp_path, monkeypatch, capsys):
   files = f'{tmp_path}/breakdown.json', f'{tmp_path}/breakdown.md'
-  flags = ['--checkpoint', 'last', '--json', files[0], '--markdown', files[1], '--ngrams', '2']
+  flags = ['--checkpoint', 'last', '--json', files[0], '--markdown', files[1], '--ngrams', '2', '--with_counts', '2']
   tokens = read_manifest(tiny_run / 'checkpoints' / '6' / MANIFEST, 6)['metadata']['tokens']
   padded = {'metadata': {'tokens': tokens - 5}}  # as if five positions were no tokens
   monkeypatch.setattr('mmjax.inference.breakdown.read_manifest', lambda *_: padded)
@@ -69,6 +69,9 @@ def test_losses_of_groups_are_those_of_plain_python(tiny_run, tmp_path, monkeypa
   expected = -np.take_along_axis(log_softmax(zeroed, axis=-1)[kept], rows['target'][kept][:, None], -1).mean()
   assert found['groups']['all'][0]['loss_zeroed'] == pytest.approx(expected, rel=1e-5)
   assert f'| run, bank zeroed | 763, step 6 | {expected:.4f} |' in (tmp_path / 'breakdown.md').read_text()
+  mixed = found['groups']['all'][0]['loss_with_counts']  # of a model that has hardly learned
+  assert mixed < found['groups']['all'][0]['loss'] - 0.5
+  assert f'| run, with counts | 763, step 6 | {mixed:.4f} |' in (tmp_path / 'breakdown.md').read_text()
   assert 'Loss by 2-gram read' in capsys.readouterr().out
 
 
@@ -182,6 +185,24 @@ def test_runs_of_a_folder_without_a_checkpoint_are_left_out(tiny_run, tmp_path, 
     command.main()
   monkeypatch.setattr('sys.argv', ['breakdown', str(tmp_path / 'runs' / 'b'), '--ngrams', 'none'])
   with pytest.raises(UserError, match='runs/b is not a run directory: it has .*no checkpoints'):
+    command.main()
+
+
+def test_difference_is_also_that_of_losses_with_counts():
+  def losses(run, values):
+    loss_X = {'loss': np.array([3.0, 3.0, 3.0, 3.0]), 'loss_with_counts': np.array(values)}
+    return Losses(run, 2, 8, (), loss_X, {'all': Grouping(('all',), np.zeros(4, int))}, np.array([0, 0, 1, 1]), [])
+
+  first = {}
+  _summary(losses('a', [1.0, 1.0, 2.0, 2.0]), first)
+  [group] = _summary(losses('b', [0.5, 0.5, 1.0, 1.0]), first)['groups']['all']
+  assert group['difference'] == 0 and group['difference_with_counts'] == -0.75
+  assert group['standard_error_with_counts'] == pytest.approx(0.25)  # of the means -0.5 and -1 of two documents
+
+
+def test_less_than_no_counts_are_refused(monkeypatch):
+  monkeypatch.setattr('sys.argv', ['breakdown', 'anything', '--with_counts', '-1'])
+  with pytest.raises(UserError, match='--with_counts -1 must be a number of tokens'):
     command.main()
 
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.optimize
+from scipy.special import softmax
 
 from mmjax.data import ngrams
 from mmjax.data.loader import PADDING, TokenSplit, train_batches
 from mmjax.data.ngrams import count_ngrams, ngram_keys, times_read
 from mmjax.errors import UserError
+from mmjax.inference.count_mix import PRIOR, Shares, mixed_loss, read_shares
 
 EOS, V, T = 3, 7, 5
 
@@ -38,7 +41,7 @@ def test_counts_are_those_of_a_dictionary_over_the_batches_of_training(layout, n
   monkeypatch.setattr(ngrams, 'CHUNK', 16)  # of 93 tokens
   split, held_out = make_split([9, 4, 12, 7, 21, 3, 30, 7], layout), make_split([9, 11], layout, 1)
   rows, steps = 2, 3 if layout == 'padded' else 11  # some rows are not read, or some twice
-  start, expected, stream = split.spans()[0], Counter(), [EOS] * (n - 1) + stream_of(split)
+  start, expected, before, stream = split.spans()[0], Counter(), Counter(), [EOS] * (n - 1) + stream_of(split)
   batches = train_batches(split, global_batch_rows=rows, seed=5)
   for _ in range(steps):
     batch = next(batches)
@@ -47,6 +50,7 @@ def test_counts_are_those_of_a_dictionary_over_the_batches_of_training(layout, n
         end = start[row_id] + at + n
         assert stream[end - 1] == target_T[at]
         expected[tuple(stream[end - n : end])] += 1
+        before[tuple(stream[end - n : end - 1])] += 1
   batches.close()
   times = times_read(split, global_batch_rows=rows, seed=5, steps=steps)
   assert times.sum() == rows * steps and len(set(times.tolist())) > 1
@@ -55,6 +59,32 @@ def test_counts_are_those_of_a_dictionary_over_the_batches_of_training(layout, n
   found = count_ngrams(split, times, n, ngram_keys(held_out, n, 0, held_out.n_tokens))
   assert found.tolist() == [expected[gram] for gram in grams]
   assert n < 3 or 0 in found
+  shares, deepest = read_shares([held_out, held_out], [np.arange(held_out.n_tokens), np.array([4])], split, times, n)
+  assert shares[-1].tolist() == [expected[g] / max(before[g[:-1]], 1) for g in (*grams, grams[4])]
+  seen = [before[gram[:-1]] for gram in grams]
+  assert all(64 * n + int(np.log2(times)) == at for times, at in zip(seen, deepest, strict=False) if times)
+  assert all(at < 64 * n for times, at in zip(seen, deepest, strict=False) if not times)
+
+
+def test_model_is_mixed_with_counts_by_the_weights_that_fit_the_other_half_best():
+  rng = np.random.default_rng(0)
+  nll_X, share_KX, bin_X = rng.uniform(0.5, 3, 600), rng.uniform(0, 1, (2, 600)) ** 2, rng.integers(0, 2, 600) * 70
+  share_KX[:, rng.uniform(size=600) < 0.3] = 0  # never read
+  document_X = np.arange(600) // 60
+  found_X = mixed_loss(nll_X, Shares(share_KX, bin_X), document_X)
+  parts_KX = np.concatenate([np.exp(-nll_X)[None], share_KX])
+  for parity in (0, 1):
+    for number in (0, 70):
+      fitted, used = (((document_X % 2 == p) & (bin_X == number)) for p in (1 - parity, parity))
+
+      def cost(logits, part_KX=parts_KX[:, fitted]):
+        weights = softmax(logits)
+        return -np.log(weights @ part_KX).sum() - PRIOR * np.log(weights[0])
+
+      best = softmax(scipy.optimize.minimize(cost, np.zeros(3), tol=1e-10).x)
+      np.testing.assert_allclose(found_X[used], -np.log(best @ parts_KX[:, used]), rtol=2e-3)
+  alone_X = mixed_loss(nll_X, Shares(share_KX, bin_X), np.zeros(600, int))
+  np.testing.assert_allclose(alone_X, nll_X)  # nothing to fit on
 
 
 def test_ngrams_that_are_no_int64_are_refused():

@@ -36,12 +36,15 @@ def ngram_keys(split: TokenSplit, n: int, start: int, stop: int) -> np.ndarray:
 
 def times_read(split: TokenSplit, *, global_batch_rows: int, seed: int, steps: int) -> np.ndarray:
   """Returns how often each row was read after `steps` batches of `train_batches`, int64 (rows,)."""
-  order = row_order(split.n_rows, seed)
-  read = np.fromiter((order[i] for i in range(steps * global_batch_rows)), np.int64, steps * global_batch_rows)
-  return np.bincount(read, minlength=split.n_rows)
+  order, read = row_order(split.n_rows, seed), steps * global_batch_rows
+  passes = read // split.n_rows  # each has every row once
+  rest = np.fromiter((order[i] for i in range(passes * split.n_rows, read)), np.int64)
+  return passes + np.bincount(rest, minlength=split.n_rows)
 
 
-def count_ngrams(split: TokenSplit, row_times: np.ndarray, n: int, wanted_X: np.ndarray) -> np.ndarray:
+def count_ngrams(
+  split: TokenSplit, row_times: np.ndarray, n: int, wanted_X: np.ndarray, *, contexts: bool = False
+) -> np.ndarray:
   """Counts how often n-grams were read as the n - 1 tokens before a target and the target.
 
   Args:
@@ -49,6 +52,7 @@ def count_ngrams(split: TokenSplit, row_times: np.ndarray, n: int, wanted_X: np.
     row_times: int64 (rows,), how often it read each row, from `times_read`.
     n: tokens of an n-gram.
     wanted_X: int64 n-grams, as `ngram_keys` makes them with the same vocabulary.
+    contexts: count the n - 1 tokens before a target instead, whatever it is; wanted_X are such, keys // vocabulary.
 
   Returns:
     int64 (X,).
@@ -61,7 +65,7 @@ def count_ngrams(split: TokenSplit, row_times: np.ndarray, n: int, wanted_X: np.
     position_t = np.arange(start, stop)
     row_t = np.searchsorted(starts, position_t, 'right') - 1
     times_t = row_times[row_t] * (position_t < stops[row_t])  # not what padded rows cut off
-    key_t = ngram_keys(split, n, start, stop)
+    key_t = ngram_keys(split, n, start, stop) // (split.vocab_size if contexts else 1)
     for times in np.unique(times_t[times_t > 0]):
       sorted_t = np.sort(key_t[times_t == times])
       counts += times * (np.searchsorted(sorted_t, own_keys, 'right') - np.searchsorted(sorted_t, own_keys))

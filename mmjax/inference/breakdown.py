@@ -23,6 +23,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import with_changed_bank
 from mmjax.evaluation.token_loss import make_token_loss
 from mmjax.inference.api import LanguageModel, checkpoint_to_read, load_run
+from mmjax.inference.count_mix import mixed_loss, read_shares
 from mmjax.inference.measure import WHERE, as_trained, open_text, text_remarks
 from mmjax.model.params import BANK, model_graph
 from mmjax.run.checkpoint import Checkpoints, checkpoint_name
@@ -48,7 +49,8 @@ class Losses(NamedTuple):
   Attributes:
     run, step, tokens_read: its directory, its checkpoint, and the tokens that training had read by then.
     held_out: the text that is evaluated: models that have the same can be compared target by target.
-    loss_X: float64 in nats, by what was changed: 'loss' and, with a bank, 'loss_zeroed'.
+    loss_X: float64 in nats, by what was changed: 'loss'; with a bank, 'loss_zeroed'; mixed with counts,
+      'loss_with_counts'.
     groupings: of the targets.
     document_X: int, the document of each.
     remarks: on the text.
@@ -70,6 +72,7 @@ def break_down(
   ngrams: Sequence[int] = NGRAMS,
   valid_files: Sequence[str] = (),
   overrides: Sequence[str] = (),
+  counts: int = 0,
   **placement: Any,
 ) -> Iterator[dict[str, Any]]:
   """Breaks down the loss of runs, one after the other.
@@ -81,13 +84,15 @@ def break_down(
     ngrams: sizes of the n-grams whose counts make groups.
     valid_files: paths or globs of other text, each a group of its own; by default the validation set of each run.
     overrides: '--config.section.field=value' flags that say where text is now.
+    counts: tokens of the longest n-gram of those whose counts a model is mixed with (count_mix.py); 0: it is not.
     placement: dtype, attention and without_taught, as `load` takes them.
 
   Yields:
     For each run: run, checkpoint, tokens_read, against (the first run on the same text, or None), remarks (on the text)
     and groups: for each grouping a list of groups with group, tokens, loss and, of a memory model, loss_zeroed, in nats
-    a token, the bank being zero; where an earlier run has the same groups also against (that run), difference,
-    standard_error. The error is that of a mean whose independent parts are the held-out documents.
+    a token, the bank being zero, and loss_with_counts; where an earlier run has the same groups also against (that
+    run), difference, standard_error, and both of loss_with_counts. The error is that of a mean whose independent parts
+    are the held-out documents.
 
   Raises:
     UserError: if a run has no checkpoint, or its training or held-out text cannot be found.
@@ -99,7 +104,7 @@ def break_down(
     if isinstance(step := checkpoint_name(which), int):
       Checkpoints(run.path, read_only=True).choose(step)
   for path in runs:
-    losses = _losses(path, checkpoint, ngrams, valid_files, overrides, shared, placement)
+    losses = _losses(path, checkpoint, ngrams, valid_files, overrides, counts, shared, placement)
     yield _summary(losses, first)
 
 
@@ -110,6 +115,7 @@ def _losses(
   ngrams: Sequence[int],
   valid_files: Sequence[str],
   overrides: Sequence[str],
+  counts: int,
   shared: dict[tuple, Any],
   placement: dict[str, Any],
 ) -> Losses:
@@ -129,13 +135,18 @@ def _losses(
   if valid_files:
     sizes = [len(text_positions(text)) for text in texts]
     groupings['file'] = once(('file',), lambda: Grouping(tuple(valid_files), np.repeat(np.arange(len(texts)), sizes)))
-  train = _training_split(run, config) if ngrams else None
+  train = _training_split(run, config) if ngrams or counts else None
   rows = config.train.update_rows * lm.step
   read = (run.read_record()['identity'].get('data_sha256'), config.seed, rows, config.model.max_seq_len)
   for n in ngrams:
     groupings[f'{n}-gram read'] = once((n, *read), lambda n=n: _by_count(texts, train, config, lm.step, n))
+  if counts:
+    places = [text_positions(text) for text in texts]
+    shares = once(('counts', *read), lambda: read_shares(texts, places, train, _times(train, config, lm.step), counts))
   loss_X = _loss_of_banks(lm, config, texts)
   document_X = once(('document',), lambda: _documents(texts))
+  if counts:
+    loss_X['loss_with_counts'] = mixed_loss(loss_X['loss'], shares, document_X)
   tokens = read_manifest(run.checkpoints_path / str(lm.step) / MANIFEST, lm.step)['metadata']['tokens']
   remarks = [
     f'{path}{files and ", "}{files}: {remark}'
@@ -169,10 +180,14 @@ def text_positions(text: TokenSplit) -> np.ndarray:
 
 
 def _by_count(texts: Sequence[TokenSplit], train: TokenSplit, config: Config, steps: int, n: int) -> Grouping:
-  times = times_read(train, global_batch_rows=config.train.update_rows, seed=config.seed, steps=steps)
+  times = _times(train, config, steps)
   key_X = np.concatenate([ngram_keys(text, n, 0, text.n_tokens)[text_positions(text)] for text in texts])
   count_X = count_ngrams(train, times, n, key_X)
   return Grouping(tuple(COUNTS), np.digitize(count_X, list(COUNTS.values())) - 1)
+
+
+def _times(train: TokenSplit, config: Config, steps: int) -> np.ndarray:
+  return times_read(train, global_batch_rows=config.train.update_rows, seed=config.seed, steps=steps)
 
 
 def _all(texts: Sequence[TokenSplit]) -> Grouping:
@@ -247,12 +262,11 @@ def _groups(grouping: Grouping, losses: Losses, first: Losses) -> list[dict[str,
     entry = {'group': group, 'tokens': tokens}
     entry |= {key: float(x[inside_X].mean()) if tokens else None for key, x in losses.loss_X.items()}
     if first is not losses and tokens:
-      change_X = (losses.loss_X['loss'] - first.loss_X['loss'])[inside_X]
-      entry |= {
-        'against': first.run,
-        'difference': float(change_X.mean()),
-        'standard_error': clustered_error(change_X, losses.document_X[inside_X]),
-      }
+      entry['against'] = first.run
+      for ending in ('', '_with_counts') if 'loss_with_counts' in losses.loss_X else ('',):
+        change_X = (losses.loss_X[f'loss{ending}'] - first.loss_X[f'loss{ending}'])[inside_X]
+        entry[f'difference{ending}'] = float(change_X.mean())
+        entry[f'standard_error{ending}'] = clustered_error(change_X, losses.document_X[inside_X])
     found.append(entry)
   return found
 

@@ -2,11 +2,12 @@
 
 Groups the tokens of the validation set by how often training, up to the checkpoint, read the n-gram that ends in them
 (never, 1 to 10, 11 to 100, more), by the script of their document (mainly Chinese or other), and with --valid_files
-A,B by the file. A run with a memory is also evaluated with its bank zeroed. Each run is compared with the first in the
-list that was evaluated on the same text and, by n-gram, read the same in training. Also takes folders of runs, as
-mmjax.tools.sweep makes them. Prints the tables, and writes them to --markdown FILE and the numbers to --json
-FILE. --config.data.prepared_dir=DIR says where the text is now, if it was moved. Exit codes: 0 done, 2 user error, 4
-storage.
+A,B by the file. A run with a memory is also evaluated with its bank zeroed. --with_counts 4 also shows the loss of each
+model when its predictions are mixed with counts of the n-grams of up to 4 tokens that training read: does a memory know
+more than such a table? Each run is compared with the first in the list that was evaluated on the same text and, by
+n-gram, read the same in training. Also takes folders of runs, as mmjax.tools.sweep makes them. Prints the tables, and
+writes them to --markdown FILE and the numbers to --json FILE. --config.data.prepared_dir=DIR says where the text is
+now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
 from collections.abc import Sequence
@@ -35,12 +36,16 @@ def main() -> None:
   sizes = ','.join(map(str, NGRAMS))
   said = f"sizes of n-grams, comma-separated, or 'none' (default: {sizes})"
   parser.add_argument('--ngrams', default=sizes, help=said)
+  said = 'tokens of the longest n-grams whose counts are mixed with the model (default: 0, not mixed)'
+  parser.add_argument('--with_counts', metavar='N', type=int, default=0, help=said)
   parser.add_argument('--valid_files', default='', help='other text: comma-separated paths or globs, each a group')
   parser.add_argument('--json', help='file to write the numbers to')
   parser.add_argument('--markdown', help='file to write the tables to')
   add_model_flags(parser)
   arguments, overrides = parser.parse_known_args()
   sizes = ngram_sizes(arguments.ngrams)
+  if (counts := arguments.with_counts) < 0:
+    raise UserError(f'--with_counts {counts} must be a number of tokens, such as 4, or 0')
   check_output('--json', arguments.json)
   check_output('--markdown', arguments.markdown)
 
@@ -60,7 +65,8 @@ def main() -> None:
       print(f'{run.path} has no checkpoint and is left out')
   files = split_names(arguments.valid_files)
   found = []
-  for run in break_down(runs, ngrams=sizes, valid_files=files, overrides=overrides, **model_from_flags(arguments)):
+  chosen = {'ngrams': sizes, 'valid_files': files, 'overrides': overrides, 'counts': counts}
+  for run in break_down(runs, **chosen, **model_from_flags(arguments)):
     found.append(run)
     print(f'{run["run"]}: {number(run["groups"]["all"][0]["loss"])} nats a token', flush=True)
     if arguments.json is not None:  # after each, so that what stops it takes no more than one
@@ -123,11 +129,16 @@ def _table(grouping: str, header: list[str], found: Sequence[dict[str, Any]], na
     rows.append([name, read, *(number(group['loss']) + _difference(group) for group in groups)])
     if 'loss_zeroed' in groups[0]:
       rows.append([f'{name}, bank zeroed', read, *(number(group['loss_zeroed']) for group in groups)])
+    if 'loss_with_counts' in groups[0]:
+      mixed = [number(group['loss_with_counts']) + _difference(group, '_with_counts') for group in groups]
+      rows.append([f'{name}, with counts', read, *mixed])
   return Table(['run', 'read', *header], rows, f'Loss by {grouping}' if grouping != 'all' else 'Loss')
 
 
-def _difference(group: dict[str, Any]) -> str:
-  return f' {number(group["difference"], "+.4f", group["standard_error"])}' if 'difference' in group else ''
+def _difference(group: dict[str, Any], of: str = '') -> str:
+  if f'difference{of}' not in group:
+    return ''
+  return f' {number(group[f"difference{of}"], "+.4f", group[f"standard_error{of}"])}'
 
 
 if __name__ == '__main__':
