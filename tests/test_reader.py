@@ -159,7 +159,7 @@ def test_long_line_is_passed_over_in_bounded_memory(tmp_path):
       handle.write(b'x' * 10**6)
     handle.write(b'"}\n')
     handle.write(GOOD * 1000)
-  with pytest.raises(UserError, match=r'a.jsonl:2: a line of 50000013 bytes is longer than the limit of 8388608'):
+  with pytest.raises(UserError, match=r'a.jsonl:2: a line of 50000013 bytes is longer .*; cut the document into'):
     read(path)
   tracemalloc.start()
   tally = Tally('skip')

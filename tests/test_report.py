@@ -190,6 +190,14 @@ def test_skipped_updates_and_lost_numbers_are_shown(tmp_path):
   assert 'training loss' not in cells(text)
 
 
+def test_files_beyond_a_few_are_counted(tiny_run, monkeypatch):
+  run = FoundRun(tiny_run)
+  files = [{'path': f'{i}.jsonl', 'size': 5} for i in range(1023)]
+  monkeypatch.setattr(run, 'index', run.index | {'inputs': {'train': files, 'valid': []}})
+  text = markdown(*sections.data(run))
+  assert '19.jsonl' in text and '20.jsonl' not in text and '1,003 more files are listed in data.json.' in text
+
+
 def test_table_of_evaluations_has_the_last_and_none_twice(tmp_path):
   run = FoundRun(make_run(tmp_path / 'run', [eval_line(step, 3.0) for step in range(1, 22)]))
   table = sections.training(run)[2]

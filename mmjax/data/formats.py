@@ -26,7 +26,7 @@ WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that 
   codecs.BOM_UTF16_BE: 'UTF-16',
 }
 UNMARKED = ('UTF-16LE', 'UTF-16BE', 'UTF-32LE', 'UTF-32BE')  # what text that is not UTF-8 may be, without a mark
-NO_KEY, NO_UTF8 = 'no text key', 'not UTF-8'
+NO_KEY, NO_UTF8, TOO_LONG = 'no text key', 'not UTF-8', 'too long'
 KINDS = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a boolean', int: 'a number', float: 'a number'}
 
 
@@ -117,7 +117,7 @@ def parse_block(block: Block, text_key: str) -> Parsed:
 
 
 def _too_long(n_bytes: int) -> NotText:
-  return NotText('too long', f'a line of {n_bytes} bytes is longer than the limit of {LONGEST_LINE_BYTES}')
+  return NotText(TOO_LONG, f'a line of {n_bytes} bytes is longer than the limit of {LONGEST_LINE_BYTES}')
 
 
 def decode(data: bytes) -> str:

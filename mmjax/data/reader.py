@@ -20,6 +20,7 @@ from mmjax.data.formats import (
   NO_KEY,
   NO_UTF8,
   PACKINGS,
+  TOO_LONG,
   BadLine,
   NotText,
   decode,
@@ -224,6 +225,8 @@ def _what_helps(line: BadLine) -> str:
   """Returns what to type after a bad line; '' where that stands in it, or all lines will be as bad."""
   if line.kind.startswith((BLANK_FILE, 'UTF-')) or (line.kind == NO_KEY and line.line == 1):
     return ''
+  if line.kind == TOO_LONG:
+    return '; cut the document into several, or give it as a .txt, which is cut by itself'
   return (ENCODING_HINT if line.kind == NO_UTF8 else '') + SKIP_HINT
 
 
@@ -254,9 +257,9 @@ class Tally:
 
   def _end_file(self) -> None:
     """Counts the last file, if it has no line that is not blank, as one bad line."""
-    for file in list(self.files)[-1:]:
-      if not self.files[file]['lines']:
-        self.add(file, 1, 0, [BadLine(file, 1, 0, BLANK_FILE, 'the file is empty or blank')])
+    last = next(reversed(self.files), '')  # no list of them: there may be many files
+    if last and not self.files[last]['lines']:
+      self.add(last, 1, 0, [BadLine(last, 1, 0, BLANK_FILE, 'the file is empty or blank')])
 
   def end(self) -> None:
     """Ends the last file. Raises UserError if more than MOST_SKIPPED of all lines were skipped."""

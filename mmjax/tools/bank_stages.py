@@ -51,7 +51,7 @@ def make_bank(config: Config, out: Path, encoder: str, embed: Embed | None, snip
   if len(start_X) < model.knowledge_num:
     choose_rows(np.empty((len(start_X), 1)), model.n_sub_keys, lambda done: None)
   stages = Stages(out, [prepared.name, encoder, length, snippets_a_row, model.knowledge_num, model.knowledge_dim])
-  progress.say(f'{len(start_X):,} snippets of {length} tokens; encoding with {encoder}')
+  progress.say(f'{len(start_X):,} snippets of {length} tokens; encoding with {encoder}, which may take minutes')
   vector_XP = encode(stages, progress, split, start_X, config, embed)
   progress.say(f'choosing {model.knowledge_num:,} rows')
 

@@ -53,7 +53,9 @@ def main() -> None:
     '--top', type=int, default=TOP, help=f'rows of a token, contexts and tokens to show (default: {TOP})'
   )
   parser.add_argument(
-    '--corpus', default='', help="comma-separated files or globs (default: the run's validation text)"
+    '--corpus',
+    default='',
+    help="comma-separated files or globs, of which all is tokenized once (default: the run's validation text)",
   )
   parser.add_argument(
     '--positions', type=int, default=POSITIONS, help=f'of the corpus to read; 0: all (default: the first {POSITIONS:,})'

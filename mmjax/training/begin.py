@@ -49,4 +49,6 @@ def before_compiling(recorder: Recorder, step: int) -> MicroBatchWatch | None:
   config = learner.config
   if not has_slow_updates(config, learner.placement):
     return None
-  return MicroBatchWatch(config.train, config.model.max_seq_len, step, inputs.total_steps, progress)
+  return MicroBatchWatch(
+    config.train, config.model.max_seq_len, inputs.valid.n_rows, step, inputs.total_steps, progress
+  )

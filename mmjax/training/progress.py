@@ -11,6 +11,7 @@ from mmjax.run.placement import Placement
 
 STAGE = 'training'
 SLOW_UPDATE_FLOPS = 1e12  # 3 to 30 s on a CPU
+FORWARD_SHARE = 1 / 3  # of the time of a micro-batch
 SHORT_RUN_SECONDS = 300  # of the run that is proposed where a run takes long
 
 
@@ -36,17 +37,18 @@ def show_evaluation(progress: Progress, step: int, total: int, share: float) -> 
 class MicroBatchWatch:
   """Hears of every micro-batch of a run with slow updates; moves the display, and says once how long all will take."""
 
-  def __init__(self, train: TrainConfig, max_seq_len: int, start: int, total: int, progress: Progress):
+  def __init__(self, train: TrainConfig, max_seq_len: int, valid_rows: int, start: int, total: int, progress: Progress):
     """Begins before the first update of this start.
 
     Args:
       train: the settings of the run.
       max_seq_len: T, of a row.
+      valid_rows: that an evaluation reads.
       start: updates made before.
       total: the run's last.
       progress: where to show it.
     """
-    self._train, self._max_seq_len, self._progress = train, max_seq_len, progress
+    self._train, self._rows, self._progress = train, (max_seq_len, valid_rows), progress
     self._start, self._total = start, total
     self._seen, self._time = 0, 0.0
 
@@ -56,7 +58,7 @@ class MicroBatchWatch:
     done = self._start + self._seen / of
     self._seen += 1
     if self._seen == 2:
-      said = describe_times(self._train, self._max_seq_len, self._total - self._start, now - self._time)
+      said = describe_times(self._train, *self._rows, self._total - self._start, now - self._time)
       self._progress.say(said)
     note = f'micro-batch {int(index) + 1}/{of}  loss about {float(loss) * of:.3f}'
     at_once = 0 if self._seen == 1 else None
@@ -64,20 +66,23 @@ class MicroBatchWatch:
     self._time = now
 
 
-def describe_times(train: TrainConfig, max_seq_len: int, updates: int, seconds: float) -> str:
+def describe_times(train: TrainConfig, max_seq_len: int, valid_rows: int, updates: int, seconds: float) -> str:
   """Says how long an update and the rest of a run take, and how to make a run of minutes.
 
   Args:
     train: the settings of the run.
     max_seq_len: T, of a row.
+    valid_rows: that an evaluation reads.
     updates: that are to be made.
     seconds: measured, of one micro-batch.
   """
   update = seconds * train.accumulation_steps
+  evaluation = format_seconds(FORWARD_SHARE * seconds * valid_rows / train.batch_size)
   said = (
     f'Timed on this machine: a micro-batch of {train.batch_size} x {max_seq_len} tokens takes {seconds:.1f} s, so an '
     f'update of {train.accumulation_steps} takes {format_seconds(update)}, and the {updates:,} updates left take '
-    f'{format_seconds(updates * update)}, not counting evaluations.'
+    f'{format_seconds(updates * update)}. Each evaluation of {valid_rows * max_seq_len:,} tokens takes about '
+    f'{evaluation} more.'
   )
   rows = min(8, train.batch_size)
   fewer = int(SHORT_RUN_SECONDS * train.batch_size / (seconds * rows))
@@ -85,7 +90,7 @@ def describe_times(train: TrainConfig, max_seq_len: int, updates: int, seconds: 
     return said
   warmup = f' --config.train.warmup_steps={fewer // 10}' if train.warmup_steps > fewer // 2 else ''
   return (
-    f'{said}\nFor a run of {SHORT_RUN_SECONDS // 60} minutes here, press Ctrl-C twice and add to the command: '
-    f'--workdir out/short --config.train.batch_size={rows} --config.train.accumulation_steps=1 '
+    f'{said}\nFor a run of {SHORT_RUN_SECONDS // 60} minutes here, and its evaluation, press Ctrl-C twice and add to '
+    f'the command: --workdir out/short --config.train.batch_size={rows} --config.train.accumulation_steps=1 '
     f'--config.train.max_steps={fewer}{warmup}\nA small model learns more in that time: --config configs/quickstart.py'
   )
