@@ -10,8 +10,8 @@ and nothing else has a gradient. Only a row that every update of the background 
 the rows of the last updates on, until its mean of their gradients has faded; plain gradient descent does not.
 
 Source: Lin et al. 2025, "Continual Learning via Sparse Memory Finetuning", arXiv:2510.15103: TF-IDF, with batches as
-documents. There the rows move by plain gradient descent, which train.optimizer='sgd' does here; Adam learned as much
-or more for what was forgotten, at customary rates: docs/bank_experiments.md.
+documents. There the rows move by plain gradient descent, which train.optimizer='sgd' does here. With few rows an update
+Adam learned as much or more for what was forgotten: docs/bank_experiments.md.
 """
 
 import jax
