@@ -167,7 +167,7 @@ def _training_split(run: RunDir, config: Config) -> TokenSplit:
   if not place:
     raise UserError(
       f'the training text of {run.path} cannot be found, so nobody knows which n-grams it read; give '
-      '--config.data.prepared_dir=DIR, or --ngrams none'
+      '--config.data.prepared_dir=DIR, or --ngrams none and no --with_counts'
     )
   return open_split(place, 'train', **row_settings(config))
 

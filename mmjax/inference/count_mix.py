@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mmjax.console import share_shown
 from mmjax.data.loader import TokenSplit
 from mmjax.data.ngrams import count_ngrams, ngram_keys
 
@@ -46,11 +47,14 @@ def read_shares(
     most: K, tokens of the longest n-gram.
   """
   shares, bin_X = [], 0
-  for k in range(1, most + 1):
-    key_X = np.concatenate([ngram_keys(text, k, 0, text.n_tokens)[at] for text, at in zip(texts, places, strict=True)])
-    context_X = count_ngrams(train, times, k, key_X // train.vocab_size, contexts=True)
-    shares.append(count_ngrams(train, times, k, key_X) / np.maximum(context_X, 1))
-    bin_X = np.where(context_X, 64 * k + np.log2(np.maximum(context_X, 1)).astype(int), bin_X)
+  with share_shown('counting n-grams') as show:
+    for k in range(1, most + 1):
+      keys = [ngram_keys(text, k, 0, text.n_tokens)[at] for text, at in zip(texts, places, strict=True)]
+      key_X = np.concatenate(keys)
+      context_X = count_ngrams(train, times, k, key_X // train.vocab_size, contexts=True)
+      shares.append(count_ngrams(train, times, k, key_X) / np.maximum(context_X, 1))
+      bin_X = np.where(context_X, 64 * k + np.log2(np.maximum(context_X, 1)).astype(int), bin_X)
+      show(k / most)
   return Shares(np.stack(shares), bin_X)
 
 
