@@ -1,5 +1,6 @@
 """Evaluation: the sums over a whole split against float64 numpy, whatever the batches."""
 
+import dataclasses
 import math
 
 import jax
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from mmjax.data.loader import PADDING
+from mmjax.data.loader import PADDING, open_split, row_settings
+from mmjax.data.prepare import prepare
 from mmjax.errors import UserError
-from mmjax.evaluation.evaluate import evaluate, make_eval_step
+from mmjax.evaluation.evaluate import evaluate, evaluate_split, make_eval_step
 from mmjax.evaluation.loss import make_loss
-from mmjax.evaluation.probes import ProbePlan, bank_health
+from mmjax.evaluation.probes import ProbePlan, bank_health, plan_probe
 from mmjax.run.placement import place
 from tests.helpers import build_model, tiny_config
 
@@ -43,6 +45,21 @@ def setup(sublayer: str, batch_size: int = 4):
   graphdef, params = build_model(config)
   step = make_eval_step(graphdef, config, place(config))
   return config, nnx.merge(graphdef, params), params, step
+
+
+@pytest.mark.parametrize('sublayer', ['dense', 'gated_fusion'])
+def test_share_that_is_shown_counts_the_batches_that_are_probed_again(sublayer, tmp_path):
+  for name in ('train', 'valid'):
+    (tmp_path / f'{name}.txt').write_text(f'Zwei Zeilen ({name}), und noch mehr.\n' * 200)
+  config, _, params, step = setup(sublayer)
+  files = {f'{name}_files': f'{tmp_path}/{name}.txt' for name in ('train', 'valid')}
+  data = dataclasses.replace(config.data, **files, prepared_dir=str(tmp_path / 'prepared'))
+  prepared = prepare(data, config.model.vocab_size)
+  split, shares = open_split(prepared, 'valid', **row_settings(config)), []
+  evaluate_split(config, step, params, split, shares.append)
+  batches = -(-split.n_rows // config.train.batch_size)
+  again = 0 if sublayer == 'dense' else 2 * plan_probe(config, split).batches
+  assert shares == [n / (batches + again) for n in range(1, batches + again + 1)]
 
 
 def test_no_more_than_two_batches_are_under_way(monkeypatch):

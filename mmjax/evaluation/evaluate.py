@@ -6,6 +6,7 @@ tokens, so that every token weighs the same whatever row it is in; padding weigh
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -107,13 +108,21 @@ def evaluate_split(
   split: TokenSplit,
   show: Callable[[float], None] = lambda share: None,
 ) -> EvalResult:
-  """Evaluates on all rows of a split; `show` is told the share of them that is done, after each batch.
+  """Evaluates on all rows of a split; `show` is told the share of the work that is done, after each batch.
 
   Raises:
     UserError: if there is no token to predict.
   """
-  batches = eval_batches(split, config.train.batch_size, show)
-  return evaluate(eval_step, params, batches, split.scored_bytes, plan_probe(config, split))
+  plan, done = plan_probe(config, split), itertools.count(1)
+  again = len(INTERVENTIONS) * plan.batches if plan.layers else 0
+  total = -(-split.n_rows // config.train.batch_size) + again
+
+  def shown_step(params: Params, batch: Batch) -> dict[str, Array]:
+    found = eval_step(params, batch)
+    show(next(done) / total)
+    return found
+
+  return evaluate(shown_step, params, eval_batches(split, config.train.batch_size), split.scored_bytes, plan)
 
 
 def evaluate(
