@@ -11,7 +11,7 @@ from mmjax import console
 from mmjax.config import load_config
 from mmjax.console import Progress, Table, format_seconds, markdown, number, share_shown, show
 from mmjax.training.progress import MicroBatchWatch, describe_times, show_evaluation, show_step
-from mmjax.training.setup import passes_remark, warmup_remark
+from mmjax.training.setup import evaluation_remark, passes_remark, warmup_remark
 
 
 def metrics(step: int) -> dict:
@@ -104,6 +104,17 @@ def test_advice_and_runs_that_never_leave_their_warm_up():
   assert advice in describe_times(train, 512, 64, 10_000, 0.5 * train.batch_size)
   assert warmup_remark(train, 301) == ''
   assert warmup_remark(train, 300).endswith('train.warmup_steps=300 is not less than the 300 updates of the run')
+
+
+def test_long_evaluations_are_said():
+  train = load_config('configs/quickstart.py').train
+  rows = 500 * train.update_rows
+  assert train.eval_interval == 500 and evaluation_remark(train, 10_000, 2 * 250 * rows - 1, 250.0) == ''
+  assert evaluation_remark(train, 10_000, 2 * 250 * rows, 250.0).startswith(
+    f'Each evaluation reads {500 * rows:,} tokens, and training only {250 * rows:,} before it: hold out less text'
+  )
+  assert f'training only {3 * train.update_rows * 250:,} before' in evaluation_remark(train, 3, 100_000, 250.0)
+  assert evaluation_remark(train, 3, 99_999, 250.0) == ''
 
 
 @pytest.mark.parametrize(

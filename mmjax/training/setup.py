@@ -45,6 +45,8 @@ from mmjax.training.teach import RowCounts, count_reads, first_reads, rows_left
 # single tokens, with which it did harm at 3 passes. From the latter on any model may learn a text by heart.
 PASSES_OF_PAIRS = 2
 PASSES_OF_TOKENS = 5
+LONG_EVALUATION = 2  # times the tokens of the updates before it: then it takes two thirds of their time
+LEAST_LONG_TOKENS = 100_000  # less text never takes long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +132,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
     cut_remark({'training': train_split, 'validation': valid_split}),
     overlap_remark(valid, valid.get('also_in_train'), config.data.layout),
     warmup_remark(train, steps),
+    evaluation_remark(train, steps, valid['tokens'], index['splits']['train']['tokens'] / train_split.n_rows),
     passes_remark(config, steps * batch_rows / train_split.n_rows),
   ]
   return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
@@ -142,6 +145,17 @@ def warmup_remark(train: TrainConfig, steps: int) -> str:
   return (
     f'The learning rate only rises: train.warmup_steps={train.warmup_steps} is not less than the {steps} updates of '
     'the run'
+  )
+
+
+def evaluation_remark(train: TrainConfig, steps: int, valid_tokens: int, row_tokens: float) -> str:
+  """Says of held-out text that evaluations of it take much of the run, of so many updates; '' of less text."""
+  between = round(min(train.eval_interval, steps) * train.update_rows * row_tokens)
+  if valid_tokens < max(LONG_EVALUATION * between, LEAST_LONG_TOKENS):
+    return ''
+  return (
+    f'Each evaluation reads {valid_tokens:,} tokens, and training only {between:,} before it: hold out less text '
+    '(data.valid_fraction, or a smaller data.valid_files), or evaluate less often (train.eval_interval)'
   )
 
 
