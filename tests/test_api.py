@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import log_softmax
 
 import mmjax
 from mmjax.errors import UserError
@@ -148,6 +149,18 @@ def test_log_probs_sum_to_the_loss_of_an_evaluation(lm, tiny_run, tmp_path, n_wo
   assert result.tokens == len(ids) + 1
   assert -(found.sum() + after[-1, lm.tokenizer.eos_id]) / result.tokens == pytest.approx(result.loss, rel=1e-5)
   assert short == pytest.approx(lm.log_probs('a')[0])
+  begun, ended = text[:9], text[9:]
+  [after] = lm.log_probs(ended, after=begun)
+  prompt, ids = lm.encode_prompt(begun), lm.tokenizer.encode(ended)
+  row = [*prompt, *ids][: lm.config.model.max_seq_len]
+  logits = np.asarray(lm.logits([row])[0, :-1, : lm.tokenizer.vocab_size])
+  want = log_softmax(logits, axis=-1)[np.arange(len(row) - 1), row[1:]][len(prompt) - 1 :]
+  assert len(after) == len(ids)
+  np.testing.assert_allclose(after[: len(want)], want, atol=1e-5)
+  np.testing.assert_allclose(np.exp(lm.next_log_probs(prompt)).sum(axis=-1), 1, rtol=1e-5)  # over the tokenizer's
+  for none in ([], [[1]], [0.5], None):
+    with pytest.raises(UserError):
+      lm.next_log_probs(none)
   for wrong, said in ((b'a', 'texts must be a str or a sequence of them, not bytes'), (['a', 5], 'not int')):
     with pytest.raises(UserError, match=said):
       lm.log_probs(wrong)

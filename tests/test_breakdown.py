@@ -86,6 +86,8 @@ def test_runs_that_read_the_same_are_compared_and_share_the_counts(tiny_run, tmp
   texts = [f'{tmp_path}/other.txt', f'{tmp_path}/chinese.txt']
   first, second = break_down([tiny_run, tmp_path / 'twin'], 'last', [2], texts)
   (third,) = break_down([tiny_run], 'last', [], texts)
+  (alone,) = break_down([tiny_run], 'last', [], counts=2)
+  assert alone['groups']['all'][0]['loss_with_counts'] < alone['groups']['all'][0]['loss']
   assert counted == [2] and third['against'] is None
   assert first['against'] is None and second['against'] == str(tiny_run)
   by_file, by_script = second['groups']['file'], second['groups']['script']

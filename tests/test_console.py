@@ -70,7 +70,7 @@ def test_stages_are_told_now_and_then_and_each_has_its_own_time(clock):
 
 def test_slow_updates_are_timed_and_shown_within(clock):
   train, stream = load_config('configs/exp_1_4_2.py').train, io.StringIO()
-  watch = MicroBatchWatch(train, 512, 384, 0, 8, Progress(stream))
+  watch = MicroBatchWatch(train, 512, (196_000, 6), 0, 8, Progress(stream))
   for index in [*range(8), 0]:
     clock[0] += 32 if index else 20
     watch(np.int32(index), np.float32(8.8 / 8))
@@ -78,7 +78,7 @@ def test_slow_updates_are_timed_and_shown_within(clock):
   assert lines[0] == 'update 1/8  micro-batch 1/8  loss about 8.800'
   assert lines[1] == (
     'Timed on this machine: a micro-batch of 64 x 512 tokens takes 32.0 s, so an update of 8 takes 4 min 16 s, and the '
-    '8 updates left take 34 min 08 s. Each evaluation of 196,608 tokens takes about 1 min 04 s more.'
+    '8 updates left take 34 min 08 s. Each evaluation of 196,000 tokens takes about 1 min 04 s more.'
   )
   # 300 s at 0.5 s a row: 75 updates of 8 rows.
   assert lines[2].endswith(
@@ -92,8 +92,8 @@ def test_slow_updates_are_timed_and_shown_within(clock):
 
 def test_short_runs_are_timed_without_advice():
   train = load_config('configs/exp_1_4_2.py').train
-  assert describe_times(train, 512, 640, 8, 1.0).endswith(
-    'an update of 8 takes 8 s, and the 8 updates left take 1 min 04 s. Each evaluation of 327,680 tokens takes about '
+  assert describe_times(train, 512, (327_000, 10), 8, 1.0).endswith(
+    'an update of 8 takes 8 s, and the 8 updates left take 1 min 04 s. Each evaluation of 327,000 tokens takes about '
     '3 s more.'
   )
 
@@ -101,7 +101,7 @@ def test_short_runs_are_timed_without_advice():
 def test_advice_and_runs_that_never_leave_their_warm_up():
   train = load_config('configs/ngram_rows_1m.py').train
   advice = '--config.train.max_steps=75 --config.train.warmup_steps=7\n'
-  assert advice in describe_times(train, 512, 64, 10_000, 0.5 * train.batch_size)
+  assert advice in describe_times(train, 512, (64, 1), 10_000, 0.5 * train.batch_size)
   assert warmup_remark(train, 301) == ''
   assert warmup_remark(train, 300).endswith('train.warmup_steps=300 is not less than the 300 updates of the run')
 
@@ -115,6 +115,8 @@ def test_long_evaluations_are_said():
   )
   assert f'training only {3 * train.update_rows * 250:,} before' in evaluation_remark(train, 3, 100_000, 250.0)
   assert evaluation_remark(train, 3, 99_999, 250.0) == ''
+  assert 'train.eval_interval' not in evaluation_remark(train, 500, 10**9, 250.0)  # there is only the last one
+  assert 'train.eval_interval' in evaluation_remark(train, 501, 10**9, 250.0)
 
 
 @pytest.mark.parametrize(

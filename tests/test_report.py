@@ -193,9 +193,9 @@ def test_skipped_updates_and_lost_numbers_are_shown(tmp_path):
 def test_files_beyond_a_few_are_counted(tiny_run, monkeypatch):
   run = FoundRun(tiny_run)
   files = [{'path': f'{i}.jsonl', 'size': 5} for i in range(1023)]
-  monkeypatch.setattr(run, 'index', run.index | {'inputs': {'train': files, 'valid': []}})
+  monkeypatch.setattr(run, 'index', run.index | {'inputs': {'train': files, 'valid': [{'path': 'held', 'size': 1}]}})
   text = markdown(*sections.data(run))
-  assert '19.jsonl' in text and '20.jsonl' not in text and '1,003 more files are listed in data.json.' in text
+  assert '19.jsonl' in text and '20.jsonl' not in text and 'held' in text and 'data.json alone: 1,003.' in text
 
 
 def test_table_of_evaluations_has_the_last_and_none_twice(tmp_path):

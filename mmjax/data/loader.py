@@ -89,6 +89,11 @@ class TokenSplit:
     over = np.maximum(np.diff(self.document_start) - self.max_seq_len, 0) * (self.layout == 'padded')
     return int(np.count_nonzero(over)), int(over.sum())
 
+  @property
+  def read_tokens(self) -> int:
+    """How many tokens its rows hold."""
+    return self.n_tokens - self.cut_off()[1]
+
   def stream(self, start: int, stop: int) -> np.ndarray:
     """Returns int32 tokens start..stop of the split's stream, whatever shards they lie in."""
     first, last = np.searchsorted(self._shard_start, (start, stop - 1), 'right') - 1

@@ -226,7 +226,7 @@ def _what_helps(line: BadLine) -> str:
   if line.kind.startswith((BLANK_FILE, 'UTF-')) or (line.kind == NO_KEY and line.line == 1):
     return ''
   if line.kind == TOO_LONG:
-    return '; cut the document into several, or give it as a .txt, which is cut by itself'
+    return f'; cut the document into several, or give it as a .txt, which is cut by itself{SKIP_HINT}'
   return (ENCODING_HINT if line.kind == NO_UTF8 else '') + SKIP_HINT
 
 

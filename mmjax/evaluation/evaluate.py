@@ -113,16 +113,22 @@ def evaluate_split(
   Raises:
     UserError: if there is no token to predict.
   """
-  plan, done = plan_probe(config, split), itertools.count(1)
-  again = len(INTERVENTIONS) * plan.batches if plan.layers else 0
-  total = -(-split.n_rows // config.train.batch_size) + again
+  done, total = itertools.count(1), evaluation_batches(config, split)
 
   def shown_step(params: Params, batch: Batch) -> dict[str, Array]:
     found = eval_step(params, batch)
     show(next(done) / total)
     return found
 
-  return evaluate(shown_step, params, eval_batches(split, config.train.batch_size), split.scored_bytes, plan)
+  batches = eval_batches(split, config.train.batch_size)
+  return evaluate(shown_step, params, batches, split.scored_bytes, plan_probe(config, split))
+
+
+def evaluation_batches(config: Config, split: TokenSplit) -> int:
+  """Returns how many batches an evaluation computes: those of the split, and those that are probed again."""
+  plan = plan_probe(config, split)
+  again = len(INTERVENTIONS) * plan.batches if plan.layers else 0
+  return -(-split.n_rows // config.train.batch_size) + again
 
 
 def evaluate(

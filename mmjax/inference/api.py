@@ -127,30 +127,32 @@ class LanguageModel:
     padding = padded_length(tokens.shape[1]) - tokens.shape[1]  # causal: what stands behind changes nothing
     return self._logits(self.params, np.pad(tokens.astype(np.int32), ((0, 0), (0, padding))))[:, : tokens.shape[1]]
 
-  def log_probs(self, texts: str | Sequence[str]) -> list[np.ndarray]:
+  def log_probs(self, texts: str | Sequence[str], after: str = '') -> list[np.ndarray]:
     """Tells how probable each token of one text or several is after those before it.
 
-    A text stands after the token that rows begin with, as in training, and the EOS behind it is not scored. How
-    probable an answer is after a prompt: the sum for prompt and answer together, less the sum for the prompt.
+    A text stands after the token that rows begin with, as in training, and the EOS behind it is not scored. Each is
+    read alone.
 
     Args:
       texts: of more than model.max_seq_len tokens, each row of so many is read alone, as packed documents are.
+      after: a prompt that stands before each and is not scored. It is encoded by itself, as `generate` does it, so a
+        space between both belongs to the text: log_probs([' Paris', ' Rome'], after='The capital of France is').
 
     Returns:
       For each text natural logarithms, float32 (T,), one for each of `tokenizer.encode(text)`.
 
     Raises:
-      UserError: if a text is none, or the run has no tokenizer.
+      UserError: if a text or the prompt is none, or the run has no tokenizer.
     """
     texts = [texts] if isinstance(texts, str) else _listed(texts, 'texts must be a str or a sequence of them')
-    start, length = self.tokenizer.start_id(self.config.data.layout), self.config.model.max_seq_len
-    found = []
-    for ids in ([start, *self.tokenizer.encode(text)] for text in texts):
+    before = [self.tokenizer.start_id(self.config.data.layout), *self.tokenizer.encode(after)]
+    length, found = self.config.model.max_seq_len, []
+    for ids in (before + self.tokenizer.encode(text) for text in texts):
       rows = [np.zeros(0, np.float32)]
       for at in range(0, len(ids) - 1, length):
         targets = ids[at + 1 : at + 1 + length]
         rows.append(self.next_log_probs(ids[at : at + len(targets)])[np.arange(len(targets)), targets])
-      found.append(np.concatenate(rows))
+      found.append(np.concatenate(rows)[len(before) - 1 :])
     return found
 
   def next_log_probs(self, ids: Sequence[int]) -> np.ndarray:
@@ -162,7 +164,13 @@ class LanguageModel:
 
     Returns:
       V is `tokenizer.vocab_size`: ids that stand for no piece of text are not counted.
+
+    Raises:
+      UserError: if there is none, or one is no token id.
     """
+    ids = self._token_ids(ids)
+    if ids.ndim != 1 or not ids.size:
+      raise UserError(f'token ids of shape {ids.shape} must be a list of them, of at least one')
     length, n_ids = self.config.model.max_seq_len, self.tokenizer.vocab_size
     parts = [np.asarray(self.logits([ids[at : at + length]]))[0, :, :n_ids] for at in range(0, len(ids), length)]
     return log_softmax(np.concatenate(parts), axis=-1)

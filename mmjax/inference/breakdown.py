@@ -138,11 +138,13 @@ def _losses(
   train = _training_split(run, config) if ngrams or counts else None
   rows = config.train.update_rows * lm.step
   read = (run.read_record()['identity'].get('data_sha256'), config.seed, rows, config.model.max_seq_len)
-  for n in ngrams:
-    groupings[f'{n}-gram read'] = once((n, *read), lambda n=n: _by_count(texts, train, config, lm.step, n))
+  if train:
+    often = {'global_batch_rows': config.train.update_rows, 'seed': config.seed, 'steps': lm.step}
+    times = once(('times', *read), lambda: times_read(train, **often))
   if counts:
-    places = [text_positions(text) for text in texts]
-    shares = once(('counts', *read), lambda: read_shares(texts, places, train, _times(train, config, lm.step), counts))
+    shares = once(('counts', *read), lambda: read_shares(lambda k: _target_keys(texts, k), train, times, counts))
+  for n in ngrams:
+    groupings[f'{n}-gram read'] = once((n, *read), lambda n=n: _by_count(texts, train, times, n))
   loss_X = _loss_of_banks(lm, config, texts)
   document_X = once(('document',), lambda: _documents(texts))
   if counts:
@@ -167,7 +169,7 @@ def _training_split(run: RunDir, config: Config) -> TokenSplit:
   if not place:
     raise UserError(
       f'the training text of {run.path} cannot be found, so nobody knows which n-grams it read; give '
-      '--config.data.prepared_dir=DIR, or --ngrams none and no --with_counts'
+      '--config.data.prepared_dir=DIR, or --ngrams none without --with_counts'
     )
   return open_split(place, 'train', **row_settings(config))
 
@@ -179,15 +181,13 @@ def text_positions(text: TokenSplit) -> np.ndarray:
   return place_XT[place_XT < stops[:, None]]
 
 
-def _by_count(texts: Sequence[TokenSplit], train: TokenSplit, config: Config, steps: int, n: int) -> Grouping:
-  times = _times(train, config, steps)
-  key_X = np.concatenate([ngram_keys(text, n, 0, text.n_tokens)[text_positions(text)] for text in texts])
-  count_X = count_ngrams(train, times, n, key_X)
+def _by_count(texts: Sequence[TokenSplit], train: TokenSplit, times: np.ndarray, n: int) -> Grouping:
+  count_X = count_ngrams(train, times, n, _target_keys(texts, n))
   return Grouping(tuple(COUNTS), np.digitize(count_X, list(COUNTS.values())) - 1)
 
 
-def _times(train: TokenSplit, config: Config, steps: int) -> np.ndarray:
-  return times_read(train, global_batch_rows=config.train.update_rows, seed=config.seed, steps=steps)
+def _target_keys(texts: Sequence[TokenSplit], n: int) -> np.ndarray:
+  return np.concatenate([ngram_keys(text, n, 0, text.n_tokens)[text_positions(text)] for text in texts])
 
 
 def _all(texts: Sequence[TokenSplit]) -> Grouping:

@@ -7,14 +7,14 @@ depend on which of these contexts training read and how often, as in Jelinek and
 expectation maximization: on one half of the held-out documents for the other half.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
 from mmjax.console import share_shown
 from mmjax.data.loader import TokenSplit
-from mmjax.data.ngrams import count_ngrams, ngram_keys
+from mmjax.data.ngrams import count_ngrams
 
 ROUNDS = 50  # of expectation maximization
 PRIOR = 10.0  # targets as which the model alone counts in each bin
@@ -34,27 +34,27 @@ class Shares(NamedTuple):
   bin_X: np.ndarray
 
 
-def read_shares(
-  texts: Sequence[TokenSplit], places: Sequence[np.ndarray], train: TokenSplit, times: np.ndarray, most: int
-) -> Shares:
-  """Returns what counts say of the tokens at places of texts.
+def read_shares(keys_of: Callable[[int], np.ndarray], train: TokenSplit, times: np.ndarray, K: int) -> Shares:
+  """Returns what counts say of targets.
 
   Args:
-    texts: held-out.
-    places: of each text, int64, positions in its stream.
+    keys_of: takes k; returns the k-grams that end in the targets, from `ngram_keys`.
     train: what training read.
     times: int64 (rows,), how often it read each row.
-    most: K, tokens of the longest n-gram.
+    K: tokens of the longest n-gram.
+
+  Raises:
+    UserError: if n-grams of so many tokens are no int64; before anything is counted.
   """
+  keys_of(K)
   shares, bin_X = [], 0
   with share_shown('counting n-grams') as show:
-    for k in range(1, most + 1):
-      keys = [ngram_keys(text, k, 0, text.n_tokens)[at] for text, at in zip(texts, places, strict=True)]
-      key_X = np.concatenate(keys)
+    for k in range(1, K + 1):
+      key_X = keys_of(k)
       context_X = count_ngrams(train, times, k, key_X // train.vocab_size, contexts=True)
       shares.append(count_ngrams(train, times, k, key_X) / np.maximum(context_X, 1))
       bin_X = np.where(context_X, 64 * k + np.log2(np.maximum(context_X, 1)).astype(int), bin_X)
-      show(k / most)
+      show(k / K)
   return Shares(np.stack(shares), bin_X)
 
 
@@ -65,13 +65,15 @@ def mixed_loss(nll_X: np.ndarray, shares: Shares, document_X: np.ndarray) -> np.
     nll_X: float64, the model's, in nats.
     shares: of the counts.
     document_X: int, the document of each target. The weights for even ones are fitted on odd ones, and the other way
-      round; a text of one document keeps the model's loss.
+      round; those for one half of a single document on its other half.
   """
+  one = not np.any(document_X != document_X[0])
+  half_X = np.arange(len(nll_X)) * 2 // len(nll_X) if one else document_X % 2
   part_KX = np.concatenate([np.exp(-nll_X)[None], shares.share_KX])
   bins, bin_X = np.unique(shares.bin_X, return_inverse=True)
   mixed_X = np.empty_like(nll_X)
-  for parity in (0, 1):
-    fitted = document_X % 2 != parity
+  for half in (0, 1):
+    fitted = half_X != half
     weight_KB = _fit(part_KX[:, fitted], bin_X[fitted], len(bins))
     mixed_X[~fitted] = -np.log(np.sum(weight_KB[:, bin_X[~fitted]] * part_KX[:, ~fitted], axis=0))
   return mixed_X

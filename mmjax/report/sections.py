@@ -15,7 +15,7 @@ from mmjax.report.numbers import HELD_OUT, QUALITY, cost_table, costs, memory_ta
 
 LAST_LINES = 10  # of the training log, over whose updates the final training loss is averaged
 MOST_EVALUATIONS = 20  # in the table of them
-MOST_FILES = 20
+MOST_FILES = 20  # of a split
 Blocks = list[Table | str]
 
 
@@ -64,10 +64,10 @@ def data(run: FoundRun) -> Blocks:
     ]
     found.append(Table(('split', 'documents', 'tokens', 'UTF-8 bytes', 'bytes a token'), counted))
     inputs = run.index['inputs'].items()
-    files = [(file['path'], number(file['size']), split) for split, files in inputs for file in files]
-    found.append(Table(('file', 'bytes', 'read for'), files[:MOST_FILES]))
-    if left := files[MOST_FILES:]:
-      found.append(f'{len(left):,} more files are listed in data.json.')
+    files = [(file['path'], number(file['size']), split) for split, files in inputs for file in files[:MOST_FILES]]
+    found.append(Table(('file', 'bytes', 'read for'), files))
+    if left := sum(len(files[MOST_FILES:]) for _, files in inputs):
+      found.append(f'Files that are listed in data.json alone: {left:,}.')
     shards = [(s['file'], f'`{s["sha256"]}`') for e in splits.values() for s in e['shards']]
     found.append(Table(('token shard', 'sha256'), shards))
   hashes = [(name, f'`{value}`') for name, value in run.history['identity'].items()]

@@ -27,6 +27,11 @@ NOTE = (
   'n-gram is the token and those before it. Its count is exact, over the tokens that training had read by the '
   'checkpoint, those before the beginning of a row among them; a run that started from another counts its own alone.'
 )
+NOTE_ON_COUNTS = (
+  '"With counts": the model\'s probability of a token is mixed with how often training read the token behind those '
+  'before it. The weights depend on how often it read these, and are fitted on one half of the held-out documents for '
+  'the other half.'
+)
 
 
 def main() -> None:
@@ -73,7 +78,7 @@ def main() -> None:
       write_json(user_path(arguments.json), {'runs': found})
   shown = tables(found)
   remarks = [remark for run in found for remark in run['remarks']]
-  said = list(filter(None, (*remarks, other_text(found), NOTE)))
+  said = list(filter(None, (*remarks, other_text(found), NOTE, counts and NOTE_ON_COUNTS)))
   try:
     if arguments.markdown is not None:
       write_file(user_path(arguments.markdown), markdown(*shown, *said))

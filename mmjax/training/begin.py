@@ -1,6 +1,7 @@
 """What a start does before its first update: it comes to a state, records itself, and says what is to be known."""
 
 from mmjax.errors import UserError
+from mmjax.evaluation.evaluate import evaluation_batches
 from mmjax.run.checkpoint import NO_TRAINING, START_STEP, TOKENIZER_SHA256
 from mmjax.training.first_state import new_state, restore_state
 from mmjax.training.out_of_memory import explain_out_of_memory
@@ -49,6 +50,5 @@ def before_compiling(recorder: Recorder, step: int) -> MicroBatchWatch | None:
   config = learner.config
   if not has_slow_updates(config, learner.placement):
     return None
-  return MicroBatchWatch(
-    config.train, config.model.max_seq_len, inputs.valid.n_rows, step, inputs.total_steps, progress
-  )
+  evaluation = inputs.valid.read_tokens, evaluation_batches(config, inputs.valid)
+  return MicroBatchWatch(config.train, config.model.max_seq_len, evaluation, step, inputs.total_steps, progress)

@@ -37,18 +37,20 @@ def show_evaluation(progress: Progress, step: int, total: int, share: float) -> 
 class MicroBatchWatch:
   """Hears of every micro-batch of a run with slow updates; moves the display, and says once how long all will take."""
 
-  def __init__(self, train: TrainConfig, max_seq_len: int, valid_rows: int, start: int, total: int, progress: Progress):
+  def __init__(
+    self, train: TrainConfig, max_seq_len: int, evaluation: tuple[int, int], start: int, total: int, progress: Progress
+  ):
     """Begins before the first update of this start.
 
     Args:
       train: the settings of the run.
       max_seq_len: T, of a row.
-      valid_rows: that an evaluation reads.
+      evaluation: tokens that it reads, and batches that it computes.
       start: updates made before.
       total: the run's last.
       progress: where to show it.
     """
-    self._train, self._rows, self._progress = train, (max_seq_len, valid_rows), progress
+    self._train, self._sizes, self._progress = train, (max_seq_len, evaluation), progress
     self._start, self._total = start, total
     self._seen, self._time = 0, 0.0
 
@@ -58,7 +60,7 @@ class MicroBatchWatch:
     done = self._start + self._seen / of
     self._seen += 1
     if self._seen == 2:
-      said = describe_times(self._train, *self._rows, self._total - self._start, now - self._time)
+      said = describe_times(self._train, *self._sizes, self._total - self._start, now - self._time)
       self._progress.say(said)
     note = f'micro-batch {int(index) + 1}/{of}  loss about {float(loss) * of:.3f}'
     at_once = 0 if self._seen == 1 else None
@@ -66,23 +68,25 @@ class MicroBatchWatch:
     self._time = now
 
 
-def describe_times(train: TrainConfig, max_seq_len: int, valid_rows: int, updates: int, seconds: float) -> str:
+def describe_times(
+  train: TrainConfig, max_seq_len: int, evaluation: tuple[int, int], updates: int, seconds: float
+) -> str:
   """Says how long an update and the rest of a run take, and how to make a run of minutes.
 
   Args:
     train: the settings of the run.
     max_seq_len: T, of a row.
-    valid_rows: that an evaluation reads.
+    evaluation: tokens that it reads, and batches that it computes.
     updates: that are to be made.
     seconds: measured, of one micro-batch.
   """
   update = seconds * train.accumulation_steps
-  evaluation = format_seconds(FORWARD_SHARE * seconds * valid_rows / train.batch_size)
+  valid_tokens, batches = evaluation
   said = (
     f'Timed on this machine: a micro-batch of {train.batch_size} x {max_seq_len} tokens takes {seconds:.1f} s, so an '
     f'update of {train.accumulation_steps} takes {format_seconds(update)}, and the {updates:,} updates left take '
-    f'{format_seconds(updates * update)}. Each evaluation of {valid_rows * max_seq_len:,} tokens takes about '
-    f'{evaluation} more.'
+    f'{format_seconds(updates * update)}. Each evaluation of {valid_tokens:,} tokens takes about '
+    f'{format_seconds(FORWARD_SHARE * seconds * batches)} more.'
   )
   rows = min(8, train.batch_size)
   fewer = int(SHORT_RUN_SECONDS * train.batch_size / (seconds * rows))

@@ -132,7 +132,7 @@ def open_inputs(config: Config, prepared: Path) -> Inputs:
     cut_remark({'training': train_split, 'validation': valid_split}),
     overlap_remark(valid, valid.get('also_in_train'), config.data.layout),
     warmup_remark(train, steps),
-    evaluation_remark(train, steps, valid['tokens'], index['splits']['train']['tokens'] / train_split.n_rows),
+    evaluation_remark(train, steps, valid_split.read_tokens, train_split.read_tokens / train_split.n_rows),
     passes_remark(config, steps * batch_rows / train_split.n_rows),
   ]
   return Inputs(train_split.tokenizer, train_split, valid_split, data_sha256(index), steps, list(filter(None, remarks)))
@@ -153,9 +153,10 @@ def evaluation_remark(train: TrainConfig, steps: int, valid_tokens: int, row_tok
   between = round(min(train.eval_interval, steps) * train.update_rows * row_tokens)
   if valid_tokens < max(LONG_EVALUATION * between, LEAST_LONG_TOKENS):
     return ''
+  rarer = ', or evaluate less often (train.eval_interval)' if train.eval_interval < steps else ''
   return (
     f'Each evaluation reads {valid_tokens:,} tokens, and training only {between:,} before it: hold out less text '
-    '(data.valid_fraction, or a smaller data.valid_files), or evaluate less often (train.eval_interval)'
+    f'(data.valid_fraction, or a smaller data.valid_files){rarer}'
   )
 
 
