@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +139,7 @@ def test_what_is_no_run_and_no_dtype_is_refused_in_a_sentence(tiny_run):
 
 
 @pytest.mark.parametrize('n_words', [3, 200])  # within a row, and of several
-def test_log_probs_sum_to_the_loss_of_an_evaluation(lm, tiny_run, tmp_path, n_words):
+def test_log_probs_sum_to_the_loss_of_an_evaluation(lm, tiny_run, tmp_path, n_words, monkeypatch):
   text = ' '.join(f'the {word} of' for word in range(n_words))
   (tmp_path / 'text.jsonl').write_text(json.dumps({'text': text}))
   result = measure_text(lm, RunDir(tiny_run), str(tmp_path / 'text.jsonl'))
@@ -157,13 +158,16 @@ def test_log_probs_sum_to_the_loss_of_an_evaluation(lm, tiny_run, tmp_path, n_wo
   want = log_softmax(logits, axis=-1)[np.arange(len(row) - 1), row[1:]][len(prompt) - 1 :]
   assert len(after) == len(ids)
   np.testing.assert_allclose(after[: len(want)], want, atol=1e-5)
-  np.testing.assert_allclose(np.exp(lm.next_log_probs(prompt)).sum(axis=-1), 1, rtol=1e-5)  # over the tokenizer's
   for none in ([], [[1]], [0.5], None):
     with pytest.raises(UserError):
       lm.next_log_probs(none)
   for wrong, said in ((b'a', 'texts must be a str or a sequence of them, not bytes'), (['a', 5], 'not int')):
     with pytest.raises(UserError, match=said):
       lm.log_probs(wrong)
+  monkeypatch.setattr(lm, '_tokenizer', SimpleNamespace(vocab_size=100))  # whose other ids stand for no text
+  fewer = lm.next_log_probs(prompt)
+  assert fewer.shape == (len(prompt), 100)
+  np.testing.assert_allclose(np.exp(fewer).sum(axis=-1), 1, rtol=1e-5)
 
 
 @pytest.mark.thorough

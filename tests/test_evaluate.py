@@ -1,6 +1,7 @@
 """Evaluation: the sums over a whole split against float64 numpy, whatever the batches."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -16,6 +17,7 @@ from mmjax.evaluation.evaluate import evaluate, evaluate_split, make_eval_step
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import ProbePlan, bank_health, plan_probe
 from mmjax.run.placement import place
+from mmjax.training.setup import open_inputs
 from tests.helpers import build_model, tiny_config
 
 T = 12
@@ -60,6 +62,24 @@ def test_share_that_is_shown_counts_the_batches_that_are_probed_again(sublayer, 
   batches = -(-split.n_rows // config.train.batch_size)
   again = 0 if sublayer == 'dense' else 2 * plan_probe(config, split).batches
   assert shares == [n / (batches + again) for n in range(1, batches + again + 1)]
+
+
+def test_what_an_evaluation_reads_is_told_without_what_the_layout_cuts_off(tmp_path, monkeypatch):
+  monkeypatch.setattr('mmjax.training.setup.LEAST_LONG_TOKENS', 1)
+  for name, lines, words in (('train', 16, 9), ('valid', 40, 50)):
+    texts = (json.dumps({'text': f'{name} {i} {"mehr " * words}'}) for i in range(lines))
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(texts))
+  config = tiny_config(model__max_seq_len=T, train__batch_size=4, train__max_steps=2, data__layout='padded')
+  files = {f'{name}_files': f'{tmp_path}/{name}.jsonl' for name in ('train', 'valid')}
+  data = dataclasses.replace(config.data, **files, prepared_dir=str(tmp_path / 'prepared'))
+  inputs = open_inputs(config, prepare(data, config.model.vocab_size))
+  read = {
+    split: (split.rows(np.arange(split.n_rows))['target'] != PADDING).sum() for split in (inputs.train, inputs.valid)
+  }
+  rows = config.train.update_rows * 2
+  said = f'reads {read[inputs.valid]:,} tokens, and training only {rows * read[inputs.train] / 16:,.0f} before it'
+  assert any(said in remark for remark in inputs.remarks), inputs.remarks
+  assert read[inputs.valid] < inputs.valid.n_tokens / 2
 
 
 def test_no_more_than_two_batches_are_under_way(monkeypatch):
