@@ -146,10 +146,12 @@ def test_bad_line_leaves_nothing_behind(tmp_path, corpus, shared):
 def test_skipped_lines_are_counted_in_the_index(tmp_path, texts):
   path = write(tmp_path / 'train.jsonl', texts * 3)
   with path.open('a') as handle:
-    handle.write('{"text": 3}\n')
+    handle.write('{"text": 3}\n' + '{"text": ""}\n\n' * 2)
   directory, said = run(tmp_path, path, on_bad_line='skip')
-  assert read_index(directory)['inputs']['train'][0]['skipped'] == {'text is no string': 1}
+  [counts] = read_index(directory)['inputs']['train']
+  assert counts['skipped'] == {'text is no string': 1} and counts['lines'] == len(texts) * 3 + 3
   assert 'train: skipped lines: 1 x text is no string (first: ' in str(said)
+  assert 'train: 2 empty texts are no documents' in str(said)
 
 
 def test_input_that_changes_while_it_is_read_is_refused(tmp_path, corpus):

@@ -10,18 +10,22 @@ import subprocess
 import sys
 import threading
 import time
+import unicodedata
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 import mmjax
+from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.memory_reads import MemoryReader
 from mmjax.inference.settings import Sampling
 from mmjax.run.directory import open_run
+from mmjax.serve import view as serve_view
 from mmjax.serve.saving import saved_page, static
 from mmjax.serve.view import Change, RunView
 from mmjax.tools import serve
@@ -72,6 +76,20 @@ def test_characters_of_several_tokens_are_shown_whole_and_counted_in_bytes(bag):
   assert found['bytes'] == len(text.encode()) and start['shown'] == '<eos>'
   assert ''.join(token['shown'] for token in tokens).replace('·', '') == text
   assert '<0xE4>' in [token['token'] for token in tokens] and '\ufffd' not in json.dumps(found)
+
+
+def test_bytes_are_those_of_a_text_that_the_tokenizer_changes(dense, tmp_path, monkeypatch):
+  SentencePieceTrainer.train(
+    sentence_iterator=iter([TEXT] * 9), model_prefix=str(tmp_path / 'nfkc'), vocab_size=300, hard_vocab_limit=False,
+    model_type='bpe', byte_fallback=True, pad_id=3, minloglevel=2,
+  )  # fmt: skip
+  monkeypatch.setattr(dense.lm, '_tokenizer', load_tokenizer(tmp_path / 'nfkc.model'))
+  text = 'the river，公园。Ｆｕｌｌ'
+  assert dense.lm.tokenizer.decode(dense.lm.tokenizer.encode(text)).strip() == unicodedata.normalize('NFKC', text)
+  assert dense.read(text)['bytes'] == len(text.encode())
+  assert dense.read('the memory')['bytes'] == len('the memory') and dense.read('')['bytes'] == 0
+  monkeypatch.setattr(serve_view, 'MOST_TOKENS', 1 + len(dense.lm.tokenizer.encode(text)))
+  assert dense.read(text + text)['bytes'] == pytest.approx(len(text.encode()), abs=3) and dense.read(text + text)['cut']
 
 
 def test_rows_that_started_from_text_are_shown_with_it(bag, monkeypatch):

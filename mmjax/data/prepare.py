@@ -258,6 +258,8 @@ def _remarks(index: dict[str, Any], tallies: dict[str, Any], tokenizer: Tokenize
     report = Tally('skip', **tally).report()
     if report:
       yield f'{split}: skipped lines: {report}'
+    if empty := sum(counts['empty'] for counts in tally['files'].values()):
+      yield f'{split}: {empty:,} empty texts are no documents'
   if index['inexact_documents']:
     why = 'it changes text before it cuts it, for example by a space in front'
     if tokenizer.missing_bytes:

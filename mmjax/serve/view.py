@@ -104,10 +104,10 @@ class RunView:
       `tokens`: for each, the one that rows begin with included, `token`; `shown`, its part of the text, see `_shown`;
       `nats`, how surprising it was, None for the first; `likely`: the tokens that seemed most likely in its stead, with
       their probabilities; `layers`: for each that has a memory, reads as [row, head, score, weight, n-gram], strongest
-      first. `bytes`: of the text that they are. `cut`: whether the text was longer. `snippets`: of these rows, those
-      that started from text.
+      first. `bytes`: UTF-8, of the text that they stand for, though the tokenizer may have changed it. `cut`: whether
+      the text was longer. `snippets`: of these rows, those that started from text.
     """
-    ids, cut = self._ids(text)
+    ids, text_bytes, cut = self._ids(text)
     nats_T, likely = self._surprise(self.lm, ids)
     layers = [[]] * len(ids)
     if self.reader:
@@ -120,7 +120,7 @@ class RunView:
     ]
     shown = {row for reads in layers for layer in reads for row, *_ in layer}
     snippets = {row: self.snippets[row] for row in shown & self.snippets.keys()}
-    return {'tokens': tokens, 'bytes': sum(map(len, pieces)), 'cut': cut, 'snippets': snippets}
+    return {'tokens': tokens, 'bytes': text_bytes, 'cut': cut, 'snippets': snippets}
 
   def next(self, text: str, changes: Sequence[Change]) -> dict[str, Any]:
     """Returns what follows a text, by the model as it is and by the changed one.
@@ -247,9 +247,14 @@ class RunView:
       raise UserError(f'{self.name}: {self.remarks[0]}')
     return self.reader
 
-  def _ids(self, text: str) -> tuple[list[int], bool]:
-    ids = [self.lm.tokenizer.start_id(self.lm.config.data.layout), *self.lm.tokenizer.encode(text)]
-    return ids[:MOST_TOKENS], len(ids) > MOST_TOKENS
+  def _ids(self, text: str) -> tuple[list[int], int, bool]:
+    """Returns the first tokens, of how many bytes of the text they are, and whether there are more."""
+    tokenizer = self.lm.tokenizer
+    ids, bytes_T = [tokenizer.start_id(self.lm.config.data.layout)], [0]
+    for part in tokenizer.encode_slices(text):
+      ids += part.ids
+      bytes_T += (tokenizer.bytes_per_token()[part.ids] + part.more_bytes).tolist()
+    return ids[:MOST_TOKENS], sum(bytes_T[:MOST_TOKENS]), len(ids) > MOST_TOKENS
 
   def _strongest(self, rows: list[dict[str, Any]]) -> list[list[Any]]:
     kept, of_head = [], [0] * self.lm.config.memory.n_heads
