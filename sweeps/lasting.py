@@ -27,6 +27,13 @@ STRONG = {
 }
 BANK = {'memory.bank_lr_multiplier': 64.0}
 HOT = BANK | {'memory.bank_lr_final_multiplier': 64.0}  # to the end
+# One mean square for each row, over a thousand updates: rows that are read rarely take up to 32 times the steps.
+BY_ROW = {
+  'memory.bank_moments': 'row',
+  'train.parameters': 'memory_bank beta2=0.999',
+  'memory.bank_lr_multiplier': 32.0,
+  'memory.bank_lr_final_multiplier': 32.0,
+}
 # A range of rows for each of 6 heads, of which two read rows of the token alone, two of the last two, two of the last
 # three; signs for n-grams that meet in a row.
 GROWING = GRID['NGRAMS'] | {
@@ -79,6 +86,14 @@ MODELS = {
   # G66 read once so, and with twice the heads.
   'g70': GROWING | HOT | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0'},
   'g71': GROWING | HOT | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0', 'memory.n_heads': 12},
+  # G66 and G71 with fewer moments of the bank, and G71's rows in the values of attention, too.
+  'g72': GROWING | BY_ROW | {'model.knowledge_num': 4194304},
+  'g73': GROWING | BY_ROW | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0', 'memory.n_heads': 12},
+  'g74': GROWING
+  | HOT
+  | NO_GATE
+  | IN_VALUES
+  | {'model.knowledge_num': 4194304, 'memory.layers': '0', 'memory.n_heads': 12},
 }
 
 

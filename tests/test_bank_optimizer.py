@@ -19,6 +19,7 @@ OPTIONS = {
   'rising_rate': {'memory__bank_lr_multiplier': 0.0, 'memory__bank_lr_final_multiplier': 2.0},
   'no_decay': {'memory__bank_decay_multiplier': 0.0},
   'embedding': {'train__embedding_lr_multiplier': 4.0},
+  'row': {'memory__bank_moments': 'row', 'train__parameters': 'memory_bank beta2=0.9'},
   'all': {
     'train__embedding_lr_multiplier': 0.5,
     'memory__bank_lr_multiplier': 4.0,
@@ -45,9 +46,12 @@ def adamw_numpy(config, params, gradients):
       decay = train.weight_decay * (memory.bank_decay_multiplier if is_bank else 1)
       clipped = gradient[name] * min(1, train.grad_clip / norm)
       mean[name] = train.beta1 * mean[name] + (1 - train.beta1) * clipped
-      square[name] = train.beta2 * square[name] + (1 - train.beta2) * clipped**2
-      corrected = np.sqrt(square[name] / (1 - train.beta2 ** (t + 1))) + train.eps
-      step = mean[name] / (1 - train.beta1 ** (t + 1)) / corrected
+      by_row = is_bank and memory.bank_moments == 'row'
+      beta2 = 0.9 if by_row else train.beta2
+      squared = (clipped**2).mean(axis=1, keepdims=True) if by_row else clipped**2
+      square[name] = beta2 * square[name] + (1 - beta2) * squared
+      corrected = np.sqrt(square[name] / (1 - beta2 ** (t + 1))) + train.eps
+      step = (clipped if by_row else mean[name] / (1 - train.beta1 ** (t + 1))) / corrected
       params[name] = params[name] - own_rate * (step + decay * params[name])
   return params
 

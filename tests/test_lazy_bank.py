@@ -8,10 +8,11 @@ import numpy as np
 import optax
 import pytest
 
+from mmjax.files import named_leaves
 from mmjax.kernels.bank import Reads
 from mmjax.model.params import model_graph
-from mmjax.training import lazy_bank, row_gradients
-from mmjax.training.lazy_bank import init_moments, update_read_rows
+from mmjax.training import row_gradients
+from mmjax.training.lazy_bank import init_moments, of_rows, update_read_rows
 from mmjax.training.row_gradients import RowReads, RowSums, add_rows, no_rows
 from mmjax.training.state import init_state
 from mmjax.training.step import make_gradient
@@ -108,17 +109,18 @@ def test_row_that_is_read_at_even_intervals_is_where_dense_adam_has_it_when_it_i
     dense = dense - 0.1 * mean / np.sqrt(square)
 
 
-def test_rule_equals_float64_row_by_row(monkeypatch):
+@pytest.mark.parametrize('by_row', [False, True])
+def test_rule_equals_float64_row_by_row(by_row, monkeypatch):
   """The oracle keeps dense moments, and moves a row by their steps only where it was read."""
   monkeypatch.setattr(row_gradients, 'CHUNK_ROWS', 4)
   M, P, updates = 11, 3, 25
   decay = {'train__weight_decay': 0.3, 'memory__bank_decay_multiplier': 0.5}
-  betas = {'train__beta1': 0.5, 'train__parameters': 'memory_bank beta1=0.9 beta2=0.95'}
-  config = tiny_config(train__eps=1e-3, **betas, **decay)
+  betas = {'train__beta1': 0.5, 'train__parameters': f'memory_bank {"" if by_row else "beta1=0.9 "}beta2=0.95'}
+  config = tiny_config(train__eps=1e-3, memory__bank_moments='row' if by_row else 'full', **betas, **decay)
   rate = optax.linear_schedule(0.2, 0.01, updates)
   rng = np.random.default_rng(0)
   first = rng.standard_normal((M, P)).astype(np.float32)
-  bank, moments = first, jax.device_get(init_moments(jnp.asarray(first)))
+  bank, moments = first, jax.device_get(init_moments(jnp.asarray(first), by_row))
   step = jax.jit(functools.partial(update_read_rows, config, rate))
   want, mean, square, count = first.astype(np.float64), 0.0, 0.0, 0
   last_read, forecast, last_step = np.zeros(M, int), np.zeros(M, int), np.zeros((M, P))
@@ -140,22 +142,31 @@ def test_rule_equals_float64_row_by_row(monkeypatch):
     moved = np.linalg.norm(bank[rows] - before[rows]) / np.linalg.norm(before[rows])
     np.testing.assert_allclose(ratio, moved, rtol=1e-4)
     untouched = np.setdiff1d(np.arange(M), rows) if finite else np.arange(M)
-    for new, old in ((bank, before), *((moments[n], before_moments[n]) for n in lazy_bank.ROW_MOMENTS)):
+    for new, old in ((bank, before), *((moments[n], before_moments[n]) for n in of_rows(moments))):
       np.testing.assert_array_equal(new[untouched], old[untouched])
     if not finite:
       continue
     lr, count = float(rate(count)), count + 1
-    mean, square = 0.9 * mean + 0.1 * gradient, 0.95 * square + 0.05 * gradient.astype(np.float64) ** 2
-    adam = mean / (1 - 0.9**count) / (np.sqrt(square / (1 - 0.95**count)) + 1e-3)
+    squared = gradient.astype(np.float64) ** 2
+    squared = squared.mean(axis=1, keepdims=True) if by_row else squared
+    mean, square = 0.9 * mean + 0.1 * gradient, 0.95 * square + 0.05 * squared
+    corrected = gradient if by_row else mean / (1 - 0.9**count)
+    adam = corrected / (np.sqrt(square / (1 - 0.95**count)) + 1e-3)
     late, now = np.zeros((M, P)), np.zeros((M, P))
     for row in rows:
       missed = count - last_read[row] - 1
+      if by_row:
+        now[row] = adam[row]
+        continue
       late[row] = (drift(missed) - drift(forecast[row])) * last_step[row]
       now[row] = (1 + drift(missed)) * adam[row]
       forecast[row], last_step[row], last_read[row] = missed, adam[row], count
     want = want - lr * late
     want = want - lr * (now + 0.15 * want)
     np.testing.assert_allclose(bank[rows], want[rows], rtol=2e-5, atol=2e-5)
+    if by_row:
+      np.testing.assert_allclose(moments['square_M'][rows], square[rows, 0], rtol=2e-5, atol=1e-6)
+      continue
     np.testing.assert_allclose(moments['mean_MP'][rows], mean[rows], rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(moments['square_MP'][rows], square[rows], rtol=2e-5, atol=1e-6)
   np.testing.assert_array_equal(bank[M - 1], first[M - 1])
@@ -186,6 +197,26 @@ def test_where_every_row_is_read_it_equals_dense_adamw(rate):
   np.testing.assert_allclose(moments.mu['memory_bank'], lazy['bank_moments']['mean_MP'], rtol=1e-3, atol=1e-7)
   np.testing.assert_allclose(moments.nu['memory_bank'], lazy['bank_moments']['square_MP'], rtol=1e-3, atol=1e-9)
   assert 'memory_bank' not in str(jax.tree_util.tree_structure(lazy['opt_state']))
+
+
+def test_with_moments_of_rows_a_lazy_update_is_the_dense_one_though_most_rows_are_not_read():
+  states, updates = [], 4
+  for config in pairs(**BAG, memory__bank_moments='row', train__weight_decay=0.0, model__knowledge_num=1024):
+    step, state = compiled(config)
+    read = 0
+    for i in range(updates):
+      state, metrics = step(state, random_batch(config, seed=i))
+      read += np.any(jax.device_get(metrics['usage_LM']), axis=0).astype(int)
+    assert {0, 1, updates} <= set(read)
+    states.append(jax.device_get(state))
+  dense, lazy = states
+  for a, b in zip(jax.tree.leaves(dense['params']), jax.tree.leaves(lazy['params']), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5)
+  [of_bank] = [value for name, value in named_leaves(dense['opt_state']) if name.endswith('memory_bank')]
+  moments = lazy['bank_moments']
+  square = moments['square_M'] * 0.999 ** (updates - moments['count_M'])
+  np.testing.assert_allclose(of_bank, square[:, None], rtol=1e-3, atol=1e-12)
+  assert not moments.keys() & {'mean_MP', 'square_MP', 'missed_M'}
 
 
 @pytest.mark.thorough

@@ -73,10 +73,16 @@ def first_rule(table: tuple[Rule, ...], name: str, what: str) -> Rule | None:
 
 
 def betas_of(config: Any, name: str) -> tuple[float, float]:
-  """Returns Adam's beta1 and beta2 of a parameter."""
+  """Returns Adam's beta1 and beta2 of a parameter; one of which `keeps_rows` has no beta1: it is 0."""
   rules = read_rules(config.train.parameters)
   found = {what: first_rule(rules, name, what) for what in ('beta1', 'beta2')}
-  return tuple(getattr(rule or config.train, what) for what, rule in found.items())
+  beta1, beta2 = (getattr(rule or config.train, what) for what, rule in found.items())
+  return (0.0 if keeps_rows(config, name) else beta1), beta2
+
+
+def keeps_rows(config: Any, name: str) -> bool:
+  """Tells whether Adam keeps of a parameter one mean square a row, and no mean: of the bank, where it is to."""
+  return config.memory.bank_moments == 'row' and bool(re.search(OF_BANK, name))
 
 
 def read_rules(text: str) -> tuple[Rule, ...]:

@@ -68,10 +68,11 @@ def check_together(config: Config) -> None:
   memory.value_layer_numbers(config.model.n_layers)
   _check_model(config.model)
   _check_rows(config)
-  _refuse(
-    memory.bank_update == 'lazy' and not OPTIMIZERS[train.optimizer].is_adam,
-    f"memory.bank_update='lazy' is Adam's rule; with train.optimizer={train.optimizer!r} it must be 'dense'",
-  )
+  for name, default in (('bank_update', 'dense'), ('bank_moments', 'full')):
+    _refuse(
+      (value := getattr(memory, name)) != default and not OPTIMIZERS[train.optimizer].is_adam,
+      f"memory.{name}={value!r} is Adam's; with train.optimizer={train.optimizer!r} it must be {default!r}",
+    )
   _check_processes(runtime.coordinator, runtime.num_processes, runtime.process_id)
 
 

@@ -16,7 +16,7 @@ BANK_SETTINGS = (
   'model.knowledge_num', 'model.knowledge_dim', 'model.num_selected', 'memory.n_heads', 'memory.bank_init',
   'memory.bank_file', 'memory.knowledge_length', 'memory.bank_std', 'memory.bank_lr_multiplier',
   'memory.bank_lr_final_multiplier', 'memory.bank_decay_multiplier', 'memory.bank_update',
-  'memory.teach_rows',
+  'memory.bank_moments', 'memory.teach_rows',
 )  # fmt: skip
 NGRAM_SETTINGS = (*BANK_SETTINGS, 'memory.ngrams', 'memory.ngram_ranges', 'memory.ngram_signs')
 PLACE_SETTINGS = ('memory.layers', 'memory.input', 'memory.ffn_dim')

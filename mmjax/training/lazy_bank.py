@@ -16,6 +16,11 @@ sqrt(beta2); here that is at most LARGEST_FACTOR, and 0 if beta2 is 0. A row mov
 n is the wait that has just ended, at the first read all updates before. `missed` is the n of the last forecast. Updates
 are numbered from 1, skipped ones not counted. docs/memory.md, "Lazy updates of the bank", says what still differs.
 
+With memory.bank_moments='row' a row has one mean square and no mean, so without decay all is exactly the dense rule:
+  square <- beta2^(t-t') square + (1 - beta2) mean of g^2 over the row
+  row    <- row prod_{t'<j<t} (1 - rate_j decay)
+  row    <- row - rate_t (g / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
+
 Sources of the dense rule: Kingma and Ba 2015, arXiv:1412.6980; Loshchilov and Hutter 2019, arXiv:1711.05101.
 Elsewhere: torch.optim.SparseAdam and LazyAdam of TensorFlow Addons leave the moments of untouched rows as they are,
 where these decay, and have no weight decay.
@@ -27,7 +32,7 @@ import optax
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.config.parameters import betas_of, first_rule, parameter_table
+from mmjax.config.parameters import betas_of, first_rule, keeps_rows, parameter_table
 from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.params import BANK
 from mmjax.training.row_gradients import RowSums
@@ -35,20 +40,27 @@ from mmjax.training.row_gradients import RowSums
 LARGEST_FACTOR = 0.999  # of a drift: a row moves on by at most 999 of its last steps
 
 Moments = dict[str, Array]
-ROW_MOMENTS = ('mean_MP', 'square_MP', 'count_M', 'missed_M', 'log_decay_M')  # those that have a part for each row
 
 
-def init_moments(bank_MP: Array) -> Moments:
+def init_moments(bank_MP: Array, by_row: bool = False) -> Moments:
   """Returns the state before the first update.
 
   mean_MP and square_MP, float32, are Adam's. count_M, int32: the update that last touched a row; missed_M, int32:
   updates between the two that last did. log_decay, float32:
   sum of log(1 - rate_j decay) over all updates so far; log_decay_M: what it was when the row was last touched.
+  `by_row`: square_M, float32, instead of mean_MP, square_MP and missed_M.
   """
   M, zero = len(bank_MP), jnp.zeros(())
-  moments = {'mean_MP': jnp.zeros_like(bank_MP), 'square_MP': jnp.zeros_like(bank_MP)}
-  moments |= {'count_M': jnp.zeros(M, jnp.int32), 'missed_M': jnp.zeros(M, jnp.int32)}
-  return moments | {'log_decay_M': jnp.zeros(M), 'log_decay': zero}
+  moments = {'count_M': jnp.zeros(M, jnp.int32), 'log_decay_M': jnp.zeros(M), 'log_decay': zero}
+  if by_row:
+    return moments | {'square_M': jnp.zeros(M)}
+  full = {'mean_MP': jnp.zeros_like(bank_MP), 'square_MP': jnp.zeros_like(bank_MP)}
+  return moments | full | {'missed_M': jnp.zeros(M, jnp.int32)}
+
+
+def of_rows(moments: Moments) -> Moments:
+  """Returns those moments that have a part for each row."""
+  return {name: value for name, value in moments.items() if value.ndim}
 
 
 @jax.named_scope('optimizer')
@@ -89,28 +101,37 @@ def update_read_rows(
     factor = min(beta1 / beta2**0.5, LARGEST_FACTOR) if beta2 else 0.0
     return factor * (1 - factor**n) / (1 - factor)
 
+  def full_rule(g_UP: Array, passed_U1: Array, old: Moments) -> tuple[Array, Array, Moments]:
+    drift_U1 = drift(passed_U1 - 1)
+    late_UP = adam(old['mean_MP'], old['square_MP'], jnp.maximum(old['count_M'], 1)[:, None])
+    late_UP = (drift_U1 - drift(old['missed_M'][:, None])) * late_UP
+    mean_UP = (1 - beta1) * g_UP + beta1**passed_U1 * old['mean_MP']
+    square_UP = (1 - beta2) * g_UP**2 + beta2**passed_U1 * old['square_MP']
+    new = {'mean_MP': mean_UP, 'square_MP': square_UP, 'missed_M': t - old['count_M'] - 1}
+    return late_UP, (1 + drift_U1) * adam(mean_UP, square_UP, t), new
+
+  def row_rule(g_UP: Array, passed_U1: Array, old: Moments) -> tuple[float, Array, Moments]:
+    square_U = (1 - beta2) * jnp.mean(g_UP**2, axis=-1) + beta2 ** passed_U1[:, 0] * old['square_M']
+    return 0.0, g_UP / (jnp.sqrt(square_U / (1 - beta2**t)) + train.eps)[:, None], {'square_M': square_U}
+
   def update_chunk(row_U: Array, sum_UP: Array, carry: tuple) -> tuple:
     bank_MP, moments, added, before = carry
-    g_UP = clip * sum_UP
-    row_UP, *of_rows = (x.at[row_U].get(mode='clip') for x in (bank_MP, *(moments[name] for name in ROW_MOMENTS)))
-    mean_UP, square_UP, count_U, missed_U, log_decay_U = of_rows
+    row_UP, old = jax.tree.map(lambda x: x.at[row_U].get(mode='clip'), (bank_MP, of_rows(moments)))
     in_use_U1, old_UP = (row_U < len(bank_MP))[:, None], row_UP
-    passed_U1 = (t - count_U)[:, None].astype(jnp.float32)
-    drift_U1 = drift(passed_U1 - 1)
-    late_UP = (drift_U1 - drift(missed_U[:, None])) * adam(mean_UP, square_UP, jnp.maximum(count_U, 1)[:, None])
-    mean_UP = (1 - beta1) * g_UP + beta1**passed_U1 * mean_UP
-    square_UP = (1 - beta2) * g_UP**2 + beta2**passed_U1 * square_UP
-    row_UP = row_UP * jnp.exp(moments['log_decay'] - log_decay_U)[:, None] - step_rate * late_UP
-    row_UP -= step_rate * ((1 + drift_U1) * adam(mean_UP, square_UP, t) + decay * row_UP)
+    late_UP, step_UP, new = rule(clip * sum_UP, (t - old['count_M'])[:, None].astype(jnp.float32), old)
+    new |= {'count_M': t, 'log_decay_M': log_decay_after}
+    row_UP = row_UP * jnp.exp(moments['log_decay'] - old['log_decay_M'])[:, None] - step_rate * late_UP
+    row_UP -= step_rate * (step_UP + decay * row_UP)
 
     def put(x: Array, new: Array) -> Array:
       return x.at[row_U].set(new, mode='drop', unique_indices=True)
 
-    new = zip(ROW_MOMENTS, (mean_UP, square_UP, t, t - count_U - 1, log_decay_after), strict=True)
     added += jnp.sum(jnp.where(in_use_U1, jnp.square(row_UP - old_UP), 0))
     before += jnp.sum(jnp.where(in_use_U1, jnp.square(old_UP), 0))
-    return put(bank_MP, row_UP), moments | {name: put(moments[name], value) for name, value in new}, added, before
+    moments |= {name: put(moments[name], value) for name, value in new.items()}
+    return put(bank_MP, row_UP), moments, added, before
 
+  rule = row_rule if keeps_rows(config, BANK) else full_rule
   to_update = sums._replace(used=jnp.where(applied, sums.used, 0))
   carry = (bank_MP, moments, jnp.zeros(()), jnp.zeros(()))
   bank_MP, moments, added, before = to_update.over_chunks(update_chunk, carry)

@@ -6,7 +6,7 @@ updated row by row is the work of mmjax/training/lazy_bank.py.
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax.contrib
 
 from mmjax.config import Config, TrainConfig
 from mmjax.config.optimizers import OPTIMIZERS
-from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, parameter_table, read_rules
+from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, keeps_rows, parameter_table, read_rules
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
 from mmjax.errors import UserError
 from mmjax.files import first_three, named_leaves, path_name
@@ -81,10 +81,11 @@ def check_parameters(config: Config) -> str:
       known = dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names)
       raise UserError(f'train.parameters: {rule.pattern!r} fits no parameter that learns; those are {", ".join(known)}')
     for what in SAYS:
-      if what.startswith('beta') and getattr(rule, what) is not None and not by_adam.intersection(fitting):
+      averaged = {name for name in by_adam if what != 'beta1' or not keeps_rows(config, name)}
+      if what.startswith('beta') and getattr(rule, what) is not None and not averaged.intersection(fitting):
         raise UserError(
-          f'train.parameters: the {what} of {rule.pattern!r} does nothing, because Adam moves nothing that it fits; '
-          'leave it out'
+          f'train.parameters: the {what} of {rule.pattern!r} does nothing, because Adam keeps no such average of what '
+          'it fits; leave it out'
         )
       if getattr(rule, what) is not None and not any(first_rule(rules, name, what) is rule for name in fitting):
         raise UserError(
@@ -175,6 +176,32 @@ def adam_step(train: TrainConfig, beta1: float, beta2: float) -> optax.GradientT
   return optax.scale_by_adam(beta1, beta2, train.eps)
 
 
+class RowState(NamedTuple):
+  """Updates made, int32, and of each parameter (M, P) the mean square of its rows, float32 (M, 1)."""
+
+  count: jax.Array
+  square: Params
+
+
+def row_step(beta2: float, eps: float) -> optax.GradientTransformation:
+  """Returns Adam's step without a mean, and with one mean square for each row of (M, P): rows without gradient stay.
+
+  Source: the row-wise AdaGrad of Lerer et al. 2019, arXiv:1903.12287, with Adam's moving average instead of a sum.
+  """
+
+  def init(params: Params) -> RowState:
+    return RowState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 1)), params))
+
+  def update(grads: Params, state: RowState, params: Params | None = None) -> tuple[Params, RowState]:
+    count = optax.safe_increment(state.count)
+    new = jax.tree.map(lambda g: (1 - beta2) * jnp.mean(jnp.square(g), axis=-1, keepdims=True), grads)
+    square = jax.tree.map(lambda old, new: beta2 * old + new, state.square, new)
+    steps = jax.tree.map(lambda g, new: g / (jnp.sqrt(new / (1 - beta2**count)) + eps), grads, square)
+    return steps, RowState(count, square)
+
+  return optax.GradientTransformation(init, update)
+
+
 def muon_step(train: TrainConfig) -> optax.GradientTransformation:
   """Returns Muon for matrices (in, out): momentum, orthogonalised, times sqrt(max(1, out / in)).
 
@@ -200,6 +227,8 @@ def by_muon(config: Config, params: Params) -> Params:
 
 def _direction(config: Config, name: str) -> optax.GradientTransformation:
   """Returns the step before its rate of a parameter that Muon does not move."""
+  if keeps_rows(config, name):
+    return row_step(betas_of(config, name)[1], config.train.eps)
   return OPTIMIZERS[config.train.optimizer].make(config.train, betas_of(config, name))
 
 
@@ -216,13 +245,17 @@ def _steps(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
     )
 
   matrix = by_muon(config, params)
-  betas = {betas_of(config, name): name for name, moved in named_leaves(matrix) if not moved}
-  steps = [_direction(config, name) for name in betas.values()]
+
+  def kind(name: str) -> tuple:
+    return betas_of(config, name), keeps_rows(config, name)
+
+  kinds = {kind(name): name for name, moved in named_leaves(matrix) if not moved}
+  steps = [_direction(config, name) for name in kinds.values()]
   by_matrices = OPTIMIZERS[train.optimizer].matrices
-  if by_matrices or len(betas) > 1:
-    for i, own in enumerate(betas):
+  if by_matrices or len(kinds) > 1:
+    for i, own in enumerate(kinds):
       follows = jax.tree_util.tree_map_with_path(
-        lambda path, moved, own=own: not moved and betas_of(config, path_name(path)) == own, matrix
+        lambda path, moved, own=own: not moved and kind(path_name(path)) == own, matrix
       )
       steps[i] = optax.masked(steps[i], follows)
   if by_matrices:
