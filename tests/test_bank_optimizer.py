@@ -19,6 +19,7 @@ OPTIONS = {
   'rising_rate': {'memory__bank_lr_multiplier': 0.0, 'memory__bank_lr_final_multiplier': 2.0},
   'no_decay': {'memory__bank_decay_multiplier': 0.0},
   'embedding': {'train__embedding_lr_multiplier': 4.0},
+  'square': {'memory__bank_moments': 'square', 'train__parameters': 'memory_bank beta2=0.9'},
   'row': {'memory__bank_moments': 'row', 'train__parameters': 'memory_bank beta2=0.9'},
   'all': {
     'train__embedding_lr_multiplier': 0.5,
@@ -46,12 +47,12 @@ def adamw_numpy(config, params, gradients):
       decay = train.weight_decay * (memory.bank_decay_multiplier if is_bank else 1)
       clipped = gradient[name] * min(1, train.grad_clip / norm)
       mean[name] = train.beta1 * mean[name] + (1 - train.beta1) * clipped
-      by_row = is_bank and memory.bank_moments == 'row'
-      beta2 = 0.9 if by_row else train.beta2
-      squared = (clipped**2).mean(axis=1, keepdims=True) if by_row else clipped**2
+      kept = memory.bank_moments if is_bank else 'full'
+      beta2 = train.beta2 if kept == 'full' else 0.9
+      squared = (clipped**2).mean(axis=1, keepdims=True) if kept == 'row' else clipped**2
       square[name] = beta2 * square[name] + (1 - beta2) * squared
       corrected = np.sqrt(square[name] / (1 - beta2 ** (t + 1))) + train.eps
-      step = (clipped if by_row else mean[name] / (1 - train.beta1 ** (t + 1))) / corrected
+      step = (mean[name] / (1 - train.beta1 ** (t + 1)) if kept == 'full' else clipped) / corrected
       params[name] = params[name] - own_rate * (step + decay * params[name])
   return params
 

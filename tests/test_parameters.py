@@ -101,7 +101,11 @@ def test_new_optimizer_is_a_function_and_a_row(monkeypatch):
   rate = float(learning_rate_schedule(config.train, 5)(0))
   np.testing.assert_allclose(updates['embedding'], 4 * rate, rtol=1e-6)
   np.testing.assert_allclose(updates['memory_bank'], rate, rtol=1e-6)
-  for settings in ({'memory__bank_update': 'lazy'}, {'train__parameters': 'embedding beta1=0.5'}):
+  for settings in (
+    {'memory__bank_update': 'lazy'},
+    {'memory__bank_moments': 'row'},
+    {'train__parameters': 'embedding beta1=0.5'},
+  ):
     with pytest.raises(UserError, match="'sign'|Adam keeps no such average"):
       check_parameters(tiny_config(train__optimizer='sign', **settings))
 

@@ -73,16 +73,16 @@ def first_rule(table: tuple[Rule, ...], name: str, what: str) -> Rule | None:
 
 
 def betas_of(config: Any, name: str) -> tuple[float, float]:
-  """Returns Adam's beta1 and beta2 of a parameter; one of which `keeps_rows` has no beta1: it is 0."""
+  """Returns Adam's beta1 and beta2 of a parameter; beta1 is 0 where `moments_of` it hold no mean."""
   rules = read_rules(config.train.parameters)
   found = {what: first_rule(rules, name, what) for what in ('beta1', 'beta2')}
   beta1, beta2 = (getattr(rule or config.train, what) for what, rule in found.items())
-  return (0.0 if keeps_rows(config, name) else beta1), beta2
+  return (beta1 if moments_of(config, name) == 'full' else 0.0), beta2
 
 
-def keeps_rows(config: Any, name: str) -> bool:
-  """Tells whether Adam keeps of a parameter one mean square a row, and no mean: of the bank, where it is to."""
-  return config.memory.bank_moments == 'row' and bool(re.search(OF_BANK, name))
+def moments_of(config: Any, name: str) -> str:
+  """Returns what Adam keeps of a parameter: of the bank memory.bank_moments, of all others 'full'."""
+  return config.memory.bank_moments if re.search(OF_BANK, name) else 'full'
 
 
 def read_rules(text: str) -> tuple[Rule, ...]:

@@ -16,8 +16,9 @@ sqrt(beta2); here that is at most LARGEST_FACTOR, and 0 if beta2 is 0. A row mov
 n is the wait that has just ended, at the first read all updates before. `missed` is the n of the last forecast. Updates
 are numbered from 1, skipped ones not counted. docs/memory.md, "Lazy updates of the bank", says what still differs.
 
-With memory.bank_moments='row' a row has one mean square and no mean, so without decay all is exactly the dense rule:
-  square <- beta2^(t-t') square + (1 - beta2) mean of g^2 over the row
+With memory.bank_moments='square' or 'row' there is no mean, and with 'row' one mean square for the row, of the mean of
+g^2. Without decay all is exactly the dense rule then:
+  square <- beta2^(t-t') square + (1 - beta2) g^2
   row    <- row prod_{t'<j<t} (1 - rate_j decay)
   row    <- row - rate_t (g / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
 
@@ -32,7 +33,7 @@ import optax
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.config.parameters import betas_of, first_rule, keeps_rows, parameter_table
+from mmjax.config.parameters import betas_of, first_rule, moments_of, parameter_table
 from mmjax.kernels.norm import ratio_of_norms
 from mmjax.model.params import BANK
 from mmjax.training.row_gradients import RowSums
@@ -42,20 +43,20 @@ LARGEST_FACTOR = 0.999  # of a drift: a row moves on by at most 999 of its last 
 Moments = dict[str, Array]
 
 
-def init_moments(bank_MP: Array, by_row: bool = False) -> Moments:
+def init_moments(bank_MP: Array, kept: str = 'full') -> Moments:
   """Returns the state before the first update.
 
   mean_MP and square_MP, float32, are Adam's. count_M, int32: the update that last touched a row; missed_M, int32:
   updates between the two that last did. log_decay, float32:
   sum of log(1 - rate_j decay) over all updates so far; log_decay_M: what it was when the row was last touched.
-  `by_row`: square_M, float32, instead of mean_MP, square_MP and missed_M.
+  `kept`, memory.bank_moments, 'square': without mean_MP and missed_M; 'row': and with a square_MP of shape (M, 1).
   """
-  M, zero = len(bank_MP), jnp.zeros(())
+  (M, P), zero = bank_MP.shape, jnp.zeros(())
   moments = {'count_M': jnp.zeros(M, jnp.int32), 'log_decay_M': jnp.zeros(M), 'log_decay': zero}
-  if by_row:
-    return moments | {'square_M': jnp.zeros(M)}
-  full = {'mean_MP': jnp.zeros_like(bank_MP), 'square_MP': jnp.zeros_like(bank_MP)}
-  return moments | full | {'missed_M': jnp.zeros(M, jnp.int32)}
+  moments['square_MP'] = jnp.zeros((M, 1 if kept == 'row' else P))
+  if kept == 'full':
+    moments |= {'mean_MP': jnp.zeros_like(bank_MP), 'missed_M': jnp.zeros(M, jnp.int32)}
+  return moments
 
 
 def of_rows(moments: Moments) -> Moments:
@@ -101,18 +102,22 @@ def update_read_rows(
     factor = min(beta1 / beta2**0.5, LARGEST_FACTOR) if beta2 else 0.0
     return factor * (1 - factor**n) / (1 - factor)
 
+  def new_square(g_UP: Array, passed_U1: Array, old: Moments) -> Array:
+    squared_UP = jnp.mean(g_UP**2, axis=-1, keepdims=True) if kept == 'row' else g_UP**2
+    return (1 - beta2) * squared_UP + beta2**passed_U1 * old['square_MP']
+
   def full_rule(g_UP: Array, passed_U1: Array, old: Moments) -> tuple[Array, Array, Moments]:
     drift_U1 = drift(passed_U1 - 1)
     late_UP = adam(old['mean_MP'], old['square_MP'], jnp.maximum(old['count_M'], 1)[:, None])
     late_UP = (drift_U1 - drift(old['missed_M'][:, None])) * late_UP
     mean_UP = (1 - beta1) * g_UP + beta1**passed_U1 * old['mean_MP']
-    square_UP = (1 - beta2) * g_UP**2 + beta2**passed_U1 * old['square_MP']
+    square_UP = new_square(g_UP, passed_U1, old)
     new = {'mean_MP': mean_UP, 'square_MP': square_UP, 'missed_M': t - old['count_M'] - 1}
     return late_UP, (1 + drift_U1) * adam(mean_UP, square_UP, t), new
 
-  def row_rule(g_UP: Array, passed_U1: Array, old: Moments) -> tuple[float, Array, Moments]:
-    square_U = (1 - beta2) * jnp.mean(g_UP**2, axis=-1) + beta2 ** passed_U1[:, 0] * old['square_M']
-    return 0.0, g_UP / (jnp.sqrt(square_U / (1 - beta2**t)) + train.eps)[:, None], {'square_M': square_U}
+  def square_rule(g_UP: Array, passed_U1: Array, old: Moments) -> tuple[float, Array, Moments]:
+    square_UP = new_square(g_UP, passed_U1, old)
+    return 0.0, adam(g_UP, square_UP, t), {'square_MP': square_UP}
 
   def update_chunk(row_U: Array, sum_UP: Array, carry: tuple) -> tuple:
     bank_MP, moments, added, before = carry
@@ -131,7 +136,8 @@ def update_read_rows(
     moments |= {name: put(moments[name], value) for name, value in new.items()}
     return put(bank_MP, row_UP), moments, added, before
 
-  rule = row_rule if keeps_rows(config, BANK) else full_rule
+  kept = moments_of(config, BANK)
+  rule = full_rule if kept == 'full' else square_rule
   to_update = sums._replace(used=jnp.where(applied, sums.used, 0))
   carry = (bank_MP, moments, jnp.zeros(()), jnp.zeros(()))
   bank_MP, moments, added, before = to_update.over_chunks(update_chunk, carry)

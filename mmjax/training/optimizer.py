@@ -15,7 +15,7 @@ import optax.contrib
 
 from mmjax.config import Config, TrainConfig
 from mmjax.config.optimizers import OPTIMIZERS
-from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, keeps_rows, parameter_table, read_rules
+from mmjax.config.parameters import MATRIX, SAYS, Rule, betas_of, first_rule, moments_of, parameter_table, read_rules
 from mmjax.config.sublayers import SUBLAYERS, layer_kinds
 from mmjax.errors import UserError
 from mmjax.files import first_three, named_leaves, path_name
@@ -81,7 +81,7 @@ def check_parameters(config: Config) -> str:
       known = dict.fromkeys(re.sub(r'/\d+/', '/N/', name) for name in names)
       raise UserError(f'train.parameters: {rule.pattern!r} fits no parameter that learns; those are {", ".join(known)}')
     for what in SAYS:
-      averaged = {name for name in by_adam if what != 'beta1' or not keeps_rows(config, name)}
+      averaged = {name for name in by_adam if what != 'beta1' or moments_of(config, name) == 'full'}
       if what.startswith('beta') and getattr(rule, what) is not None and not averaged.intersection(fitting):
         raise UserError(
           f'train.parameters: the {what} of {rule.pattern!r} does nothing, because Adam keeps no such average of what '
@@ -176,28 +176,32 @@ def adam_step(train: TrainConfig, beta1: float, beta2: float) -> optax.GradientT
   return optax.scale_by_adam(beta1, beta2, train.eps)
 
 
-class RowState(NamedTuple):
-  """Updates made, int32, and of each parameter (M, P) the mean square of its rows, float32 (M, 1)."""
+class SquareState(NamedTuple):
+  """Updates made, int32, and mean squares, float32, like the parameters; by row (..., 1)."""
 
   count: jax.Array
   square: Params
 
 
-def row_step(beta2: float, eps: float) -> optax.GradientTransformation:
-  """Returns Adam's step without a mean, and with one mean square for each row of (M, P): rows without gradient stay.
+def square_step(train: TrainConfig, beta2: float, *, by_row: bool) -> optax.GradientTransformation:
+  """Returns Adam's step without a mean; `by_row`: with one mean square for each row, the last axis.
 
-  Source: the row-wise AdaGrad of Lerer et al. 2019, arXiv:1903.12287, with Adam's moving average instead of a sum.
+  What has no gradient stays where it is.
+
+  Source: by row it is the AdaGrad of Lerer et al. 2019, arXiv:1903.12287, with Adam's moving average instead of a sum.
   """
 
-  def init(params: Params) -> RowState:
-    return RowState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros((*x.shape[:-1], 1)), params))
+  def squared(x: jax.Array) -> jax.Array:
+    return jnp.mean(jnp.square(x), axis=-1, keepdims=True) if by_row else jnp.square(x)
 
-  def update(grads: Params, state: RowState, params: Params | None = None) -> tuple[Params, RowState]:
+  def init(params: Params) -> SquareState:
+    return SquareState(jnp.zeros((), jnp.int32), jax.tree.map(lambda x: jnp.zeros_like(squared(x)), params))
+
+  def update(grads: Params, state: SquareState, params: Params | None = None) -> tuple[Params, SquareState]:
     count = optax.safe_increment(state.count)
-    new = jax.tree.map(lambda g: (1 - beta2) * jnp.mean(jnp.square(g), axis=-1, keepdims=True), grads)
-    square = jax.tree.map(lambda old, new: beta2 * old + new, state.square, new)
-    steps = jax.tree.map(lambda g, new: g / (jnp.sqrt(new / (1 - beta2**count)) + eps), grads, square)
-    return steps, RowState(count, square)
+    square = jax.tree.map(lambda old, g: beta2 * old + (1 - beta2) * squared(g), state.square, grads)
+    steps = jax.tree.map(lambda g, new: g / (jnp.sqrt(new / (1 - beta2**count)) + train.eps), grads, square)
+    return steps, SquareState(count, square)
 
   return optax.GradientTransformation(init, update)
 
@@ -227,8 +231,8 @@ def by_muon(config: Config, params: Params) -> Params:
 
 def _direction(config: Config, name: str) -> optax.GradientTransformation:
   """Returns the step before its rate of a parameter that Muon does not move."""
-  if keeps_rows(config, name):
-    return row_step(betas_of(config, name)[1], config.train.eps)
+  if (moments := moments_of(config, name)) != 'full':
+    return square_step(config.train, betas_of(config, name)[1], by_row=moments == 'row')
   return OPTIMIZERS[config.train.optimizer].make(config.train, betas_of(config, name))
 
 
@@ -247,7 +251,7 @@ def _steps(config: Config, params: Params, total_steps: int) -> list[optax.Gradi
   matrix = by_muon(config, params)
 
   def kind(name: str) -> tuple:
-    return betas_of(config, name), keeps_rows(config, name)
+    return betas_of(config, name), moments_of(config, name)
 
   kinds = {kind(name): name for name, moved in named_leaves(matrix) if not moved}
   steps = [_direction(config, name) for name in kinds.values()]

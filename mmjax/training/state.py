@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 from mmjax.config import Config
-from mmjax.config.parameters import keeps_rows
+from mmjax.config.parameters import moments_of
 from mmjax.model.params import BANK, Params, init_params
 from mmjax.training.lazy_bank import init_moments
 from mmjax.training.row_gradients import is_lazy
@@ -32,4 +32,4 @@ def init_state(
   state = {'params': params, 'opt_state': optimizer.init(params), **counts, 'loss_average': jnp.float32(0)}
   if BANK in params:
     state['reads'] = first_reads(config, reads)
-  return state | ({'bank_moments': init_moments(params[BANK], keeps_rows(config, BANK))} if is_lazy(config) else {})
+  return state | ({'bank_moments': init_moments(params[BANK], moments_of(config, BANK))} if is_lazy(config) else {})
