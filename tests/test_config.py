@@ -183,6 +183,7 @@ def test_decay_that_takes_more_than_there_is_is_refused(overrides, said):
      'train.parameters=memory_bank decay=0'],
     ['train.learning_rate=0.02', 'train.weight_decay=0.1', 'train.parameters=memory_bank lr=500; memory_bank decay=0'],
     ['train.optimizer=sgd', 'train.learning_rate=7', 'memory.teach_rows=256', 'train.embedding_lr_multiplier=16'],
+    ['train.optimizer=sgd', 'train.learning_rate=5', 'memory.teach_rows=256', 'memory.bank_lr_multiplier=20'],
   ],
 )  # fmt: skip
 def test_decay_that_does_not_meet_a_rate_is_no_bound_of_it(overrides):
@@ -255,6 +256,7 @@ IDLE = [  # config, override, what is said
     'memory.bank_update=lazy',
     f"bank_update='lazy' does nothing in a model of dense layers: {NEEDS_MEMORY}",
   ),
+  ('exp_1_4_0', 'memory.bank_moments=row', NEEDS_MEMORY),
   ('exp_1_4_0', 'memory.bank_lr_multiplier=2', NEEDS_MEMORY),
   ('exp_1_4_0', 'memory.bank_lr_final_multiplier=2', NEEDS_MEMORY),
   ('exp_1_4_0', 'memory.bank_decay_multiplier=0', NEEDS_MEMORY),

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import math
 import os
 
 import numpy as np
@@ -51,6 +52,12 @@ def test_plain_lines_say_where_the_run_is_and_how_long_it_takes(clock):
   assert first == 'step 10/100  loss 2.5000  lr 2.00e-04  1,234 tokens/s'
   assert second.endswith('tokens/s  2 min 40 s left')
   assert message == '[bold]saved[/bold]'
+
+
+def test_a_window_without_an_applied_update_has_no_loss(clock):
+  stream = io.StringIO()
+  show_step(Progress(stream), 100, metrics(10) | {'loss': math.nan})
+  assert stream.getvalue().startswith('step 10/100  no update applied  lr 2.00e-04')
 
 
 def test_stages_are_told_now_and_then_and_each_has_its_own_time(clock):

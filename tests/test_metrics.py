@@ -52,6 +52,8 @@ def test_log_is_strict_json_and_holds_what_was_written(tmp_path):
   line = (tmp_path / 'metrics.jsonl').read_text()
   assert json.loads(line, parse_constant=pytest.fail) == record | {'loss': None, 'grad_norm': None}
   assert read_metrics(tmp_path / 'metrics.jsonl') == [json.loads(line)]
+  log.close()
+  assert not any(event.summary.value for event in read_events(tmp_path))  # where tensorboardX would warn of each
 
 
 def test_numbers_are_mirrored_to_tensorboard(tmp_path):

@@ -94,19 +94,18 @@ def check_learning(config: Config) -> None:
 def _check_decay(config: Config) -> None:
   """Raises UserError if an update would take more from a parameter than there is: it would grow without end.
 
-  Of the bank and the embedding one rule may say the rate and another the decay. Where rows are taught, only the bank
-  learns.
+  Of the bank and the embedding one rule may say the rate and another the decay. Where rows are taught, nothing decays.
   """
-  train, table, teaches = config.train, parameter_table(config), config.memory.teach_rows
+  train, table = config.train, parameter_table(config)
   named = [pattern.strip('^$') for pattern in (OF_BANK, OF_EMBEDDING)]
   _refuse(
     not train.weight_decay and any(rule.decay is not None for rule in read_rules(train.parameters)),
     f'train.parameters={quote(train.parameters)}: a decay does nothing when train.weight_decay is 0',
   )
   rules = [Rule('', stated_in=''), *(rule for rule in table if rule.pattern.strip('^$') not in named)]
-  pairs = [] if teaches else [(rule, rule) for rule in rules]
-  pairs += [(first_rule(table, name, 'lr'), first_rule(table, name, 'decay')) for name in named[: 1 if teaches else 2]]
-  for of_rate, of_decay in pairs:
+  pairs = [(rule, rule) for rule in rules]
+  pairs += [(first_rule(table, name, 'lr'), first_rule(table, name, 'decay')) for name in named]
+  for of_rate, of_decay in () if config.memory.teach_rows else pairs:
     rate = max(train.learning_rate, train.final_learning_rate) * max(of_rate.rates)
     decay = train.weight_decay * (1 if of_decay is None or of_decay.decay is None else of_decay.decay)
     what = f'train.learning_rate x {of_rate.stated_in}'.removesuffix(' x ')

@@ -5,6 +5,7 @@ A log that cannot be written (a full disk) is told once and never ends a run.
 
 import contextlib
 import json
+import math
 import os
 import resource
 import sys
@@ -144,11 +145,12 @@ def _parse(data: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
 
 
 def _scalars(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-  """Yields the numbers of a record under TensorBoard names: 'train/loss', 'train/layer_3/used_share'."""
+  """Yields the finite numbers of a record under TensorBoard names: 'train/loss', 'train/layer_3/used_share'."""
   kind = record['kind']
   groups = {kind: record, f'{kind}/probes': record.get('probes', {})}
   groups |= {f'{kind}/layer_{health["layer"]}': health for health in record.get('bank', ())}
   for group, values in groups.items():
     for name, value in values.items():
-      if isinstance(value, int | float) and not isinstance(value, bool) and name not in ('step', 'layer'):
+      is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+      if is_number and name not in ('step', 'layer'):  # tensorboardX warns of each that is not finite
         yield f'{group}/{name}', value

@@ -1,5 +1,6 @@
 """What training shows beside the messages of its loop: each step, and how long a run with slow updates takes."""
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,8 @@ def has_slow_updates(config: Config, placement: Placement) -> bool:
 def show_step(progress: Progress, total: int, metrics: Mapping[str, Any]) -> None:
   """Shows the metrics of a step of `total`: 'step', 'loss', 'learning_rate', 'tokens_per_second'."""
   step, rate = metrics['step'], metrics['tokens_per_second']
-  note = f'loss {metrics["loss"]:.4f}  lr {metrics["learning_rate"]:.2e}  {rate:,.0f} tokens/s'
+  loss = 'no update applied' if math.isnan(metrics['loss']) else f'loss {metrics["loss"]:.4f}'
+  note = f'{loss}  lr {metrics["learning_rate"]:.2e}  {rate:,.0f} tokens/s'
   progress.update(STAGE, step, total, note, shown=f'step {step}/{total}', every=0)
 
 
