@@ -1,10 +1,11 @@
 r"""Measures what a larger bank costs: python benchmarks/memory_scaling.py [--rows 65536,262144,1048576,4194304]
 
-For each size of the bank and each way to update it (--updates dense,lazy), then for each number of selected rows, one
-step of the config takes turns with the first: forward and backward pass alone ("gradient"), and the whole update, of
-which the optimizer's share is the rest, with one micro-batch of random tokens. "Rows read" counts different rows in the
-last update. Memory is the compiler's sum for the update, and on a GPU also the allocator's peak so far, with the base
-in it. On a CPU make the model smaller with `--config.model.dim=256` and the like. What lazy updates cost and gain:
+For each size of the bank and each way to update it (--updates dense,lazy,lazy/row), then for each number of selected
+rows, one step of the config takes turns with the first: forward and backward pass alone ("gradient"), and the whole
+update, of which the optimizer's share is the rest, with one micro-batch of random tokens. "Rows read" counts different
+rows in the last update. Memory is the compiler's sum for the update, and on a GPU also the allocator's peak so far,
+with the base in it. On a CPU make the model smaller with `--config.model.dim=256` and the like. What lazy updates cost
+and gain:
 
   python benchmarks/memory_scaling.py --config configs/product_key_bag.py --rows 65536,1048576 --updates dense,lazy \
     --selected '' --config.train.dtype=float32 --config.train.batch_size=4 --config.model.max_seq_len=256 \
@@ -32,7 +33,8 @@ def main() -> None:
   """Reads flags, measures, prints the table, writes the JSON file."""
   parser = common.parser(__doc__)
   parser.add_argument('--rows', default='65536,262144,1048576,4194304', help='sizes of the bank; the first is the base')
-  parser.add_argument('--updates', default='dense', help="of the bank: 'dense', 'lazy' or both; the first is the base")
+  help_of_updates = "of the bank: 'dense', 'lazy', 'dense/row', ...: and what Adam keeps of it; the first is the base"
+  parser.add_argument('--updates', default='dense', help=help_of_updates)
   parser.add_argument('--selected', default='1,16,32,64', help='rows a token, in addition to those of the config')
   arguments, overrides = parser.parse_known_args()
   config = load_config(arguments.config, [*overrides, ONE_MICRO_BATCH])
@@ -59,7 +61,8 @@ def with_model(config: Config, **fields: int) -> Config:
 
 def with_update(config: Config, update: str) -> Config:
   """Returns the config with another way to update the bank."""
-  return config.with_settings({'memory.bank_update': update})
+  update, _, moments = update.partition('/')
+  return config.with_settings({'memory.bank_update': update, 'memory.bank_moments': moments or 'full'})
 
 
 class Point:
@@ -93,6 +96,7 @@ def measure(base: Point, config: Config, repeats: int) -> dict[str, Any]:
     'knowledge_num': config.model.knowledge_num,
     'num_selected': config.model.num_selected,
     'bank_update': config.memory.bank_update,
+    'bank_moments': config.memory.bank_moments,
     'rows_read': int(jnp.sum(jnp.any(point.gradient()[0]['usage_LM'] > 0, axis=0))),
     'gradient_seconds': gradient,
     'update_seconds': update,
@@ -115,7 +119,7 @@ def row(entry: dict[str, Any]) -> dict[str, str]:
   return {
     'rows of the bank': f'{entry["knowledge_num"]:,}',
     'selected': str(entry['num_selected']),
-    'update of the bank': entry['bank_update'],
+    'update of the bank': f'{entry["bank_update"]}/{entry["bank_moments"]}',
     'rows read': f'{entry["rows_read"]:,}',
     'gradient, ms': milliseconds(gradient),
     'base gradient, ms': milliseconds(base['gradient']),
