@@ -86,10 +86,9 @@ MODELS = {
   # G66 read once so, and with twice the heads.
   'g70': GROWING | HOT | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0'},
   'g71': GROWING | HOT | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0', 'memory.n_heads': 12},
-  # G66 and G71 with fewer moments of the bank, and G71's rows in the values of attention, too.
+  # G66 with fewer moments of the bank; and G71's rows in the values of attention, too.
   'g72': GROWING | BY_ROW | {'model.knowledge_num': 4194304},
-  'g73': GROWING | BY_ROW | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0', 'memory.n_heads': 12},
-  'g74': GROWING
+  'g73': GROWING
   | HOT
   | NO_GATE
   | IN_VALUES

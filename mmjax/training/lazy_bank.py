@@ -16,8 +16,8 @@ sqrt(beta2); here that is at most LARGEST_FACTOR, and 0 if beta2 is 0. A row mov
 n is the wait that has just ended, at the first read all updates before. `missed` is the n of the last forecast. Updates
 are numbered from 1, skipped ones not counted. docs/memory.md, "Lazy updates of the bank", says what still differs.
 
-With memory.bank_moments='square' or 'row' there is no mean, and with 'row' one mean square for the row, of the mean of
-g^2. Without decay all is exactly the dense rule then:
+With memory.bank_moments='square' or 'row' there is no mean. With 'row' square is one number for the row, and g^2 in it
+is the mean over the row. Without decay all is then exactly the dense rule:
   square <- beta2^(t-t') square + (1 - beta2) g^2
   row    <- row prod_{t'<j<t} (1 - rate_j decay)
   row    <- row - rate_t (g / (sqrt(square / (1 - beta2^t)) + eps) + decay row)
