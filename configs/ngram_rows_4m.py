@@ -1,6 +1,6 @@
 """Four million rows that the last one, two or three tokens address: the memory whose lead lasts best.
 
-configs/ngram_rows_1m.py with four times the rows: G66 of docs/experiments.md at the record's size. It was measured at
+configs/ngram_rows_1m.py with four times the rows: G74 of docs/experiments.md at the record's size. It was measured at
 small scale, and nobody has trained it at this one. BENCHMARKS.md says what an update holds.
 
 python -m mmjax.tools.fit --config configs/ngram_rows_4m.py --gpu rtx4090

@@ -27,9 +27,9 @@ STRONG = {
 }
 BANK = {'memory.bank_lr_multiplier': 64.0}
 HOT = BANK | {'memory.bank_lr_final_multiplier': 64.0}  # to the end
-# One mean square for each row, over a thousand updates: rows that are read rarely take up to 32 times the steps.
-BY_ROW = {
-  'memory.bank_moments': 'row',
+# No mean, and mean squares over a thousand updates: rows that are read rarely take up to 32 times the steps of others.
+SQUARES = {
+  'memory.bank_moments': 'square',
   'train.parameters': 'memory_bank beta2=0.999',
   'memory.bank_lr_multiplier': 32.0,
   'memory.bank_lr_final_multiplier': 32.0,
@@ -86,8 +86,10 @@ MODELS = {
   # G66 read once so, and with twice the heads.
   'g70': GROWING | HOT | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0'},
   'g71': GROWING | HOT | NO_GATE | {'model.knowledge_num': 4194304, 'memory.layers': '0', 'memory.n_heads': 12},
-  # G66 with fewer moments of the bank; and G71's rows in the values of attention, too.
-  'g72': GROWING | BY_ROW | {'model.knowledge_num': 4194304},
+  # G66 with one mean square of each row of the bank, and of each value.
+  'g72': GROWING | SQUARES | {'model.knowledge_num': 4194304, 'memory.bank_moments': 'row'},
+  'g74': GROWING | SQUARES | {'model.knowledge_num': 4194304},
+  # G71's rows in the values of attention, too.
   'g73': GROWING
   | HOT
   | NO_GATE

@@ -118,11 +118,12 @@ def test_configs_are_the_best_of_the_grid_at_the_sizes_of_the_record(name, model
 @pytest.mark.thorough
 def test_the_best_of_the_longer_runs_is_a_config_at_the_sizes_of_the_record():
   runs = {run.name: run.config for run in read_sweep('sweeps/lasting.py', ['scale=gpu'])}
-  best = runs['g66-3M-s0']
+  best = runs['g74-3M-s0']
   config = load_config('configs/ngram_rows_4m.py')
   assert (config.model, config.memory) == (best.model, best.memory)
   assert load_config('configs/ngram_rows_1m.py').model == runs['g52-3M-s0'].model
-  names = 'optimizer', 'learning_rate', 'muon_lr_multiplier', 'embedding_lr_multiplier', 'schedule', 'warmdown_share'
+  names = ['optimizer', 'learning_rate', 'muon_lr_multiplier', 'embedding_lr_multiplier', 'schedule', 'warmdown_share']
+  names += ['beta1', 'beta2', 'parameters']
   assert [getattr(config.train, name) for name in names] == [getattr(best.train, name) for name in names]
 
 
