@@ -22,6 +22,8 @@ import jax.numpy as jnp
 
 from mmjax.ahead.trial import Trial
 from mmjax.config import Config, load_config
+from mmjax.config.rules import CHOICES
+from mmjax.errors import UserError
 from mmjax.model.params import model_graph
 from mmjax.training.step import make_gradient
 
@@ -60,9 +62,13 @@ def with_model(config: Config, **fields: int) -> Config:
 
 
 def with_update(config: Config, update: str) -> Config:
-  """Returns the config with another way to update the bank."""
+  """Returns the config with another way to update the bank, 'lazy', or 'lazy/row' with other moments of it."""
   update, _, moments = update.partition('/')
-  return config.with_settings({'memory.bank_update': update, 'memory.bank_moments': moments or 'full'})
+  settings = {'memory.bank_update': update, 'memory.bank_moments': moments or config.memory.bank_moments}
+  for name, value in settings.items():
+    if value not in CHOICES[name]:
+      raise UserError(f'--updates: {value!r} must be one of {", ".join(CHOICES[name])}')
+  return config.with_settings(settings)
 
 
 class Point:

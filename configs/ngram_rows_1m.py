@@ -1,7 +1,8 @@
 """A million rows that the last one, two or three tokens address, and training as strong as was found for 1.4.0.
 
-configs/ngram_rows_4m.py, which is G74 of docs/experiments.md at the record's size, with a quarter of its rows. It was
-measured at small scale, and nobody has trained it at this one. What differs from configs/ngram_rows.py:
+configs/ngram_rows_4m.py, which is G74 of docs/experiments.md at the record's size, with a quarter of its rows. G74 was
+measured at small scale; with a million rows its rule for the bank was not, and nobody has trained either at this size.
+What differs from configs/ngram_rows.py:
 
   ngrams         six heads: two read a row for the token, two a row for it and the one before, two for the last three
   ngram_ranges   each head has rows of its own; those for the token alone are exact, the others are found by a hash
@@ -9,8 +10,9 @@ measured at small scale, and nobody has trained it at this one. What differs fro
   knowledge_num  1,048,576 rows: more n-grams have one to themselves, and the lead shrinks less as training goes on
   optimizer      Muon moves the matrices of the layers; the embedding learns 16 times, the bank 32 times as fast as the
                  other parameters of AdamW; the common rate is constant and falls over the second half
-  bank_moments   the bank keeps no mean of its gradients, and averages their squares over about a thousand updates, so
-                 that rows that are read rarely take larger steps
+  bank_moments   Adam keeps no mean of the bank's gradients
+  parameters     and averages their squares over about a thousand updates, so that rows that are read rarely take larger
+                 steps
   value_embeddings  the values of every other layer get an embedding of the token, in the feed-forward model as well
 
 python -m mmjax.tools.fit --config configs/ngram_rows_1m.py --gpu rtx4090

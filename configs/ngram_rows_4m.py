@@ -1,4 +1,4 @@
-"""Four million rows that the last one, two or three tokens address: the memory whose lead lasts best.
+"""Four million rows that the last one, two or three tokens address: the best memory at small scale.
 
 configs/ngram_rows_1m.py with four times the rows: G74 of docs/experiments.md at the record's size. It was measured at
 small scale, and nobody has trained it at this one. BENCHMARKS.md says what an update holds.

@@ -21,6 +21,7 @@ OPTIONS = {
   'embedding': {'train__embedding_lr_multiplier': 4.0},
   'square': {'memory__bank_moments': 'square', 'train__parameters': 'memory_bank beta2=0.9'},
   'row': {'memory__bank_moments': 'row', 'train__parameters': 'memory_bank beta2=0.9'},
+  'row_beside_others_without_momentum': {'memory__bank_moments': 'row', 'train__beta1': 0.0, 'train__beta2': 0.9},
   'all': {
     'train__embedding_lr_multiplier': 0.5,
     'memory__bank_lr_multiplier': 4.0,

@@ -151,7 +151,7 @@ def test_skipped_lines_are_counted_in_the_index(tmp_path, texts):
   [counts] = read_index(directory)['inputs']['train']
   assert counts['skipped'] == {'text is no string': 1} and counts['lines'] == len(texts) * 3 + 3
   assert 'train: skipped lines: 1 x text is no string (first: ' in str(said)
-  assert 'train: 2 empty texts are no documents' in str(said)
+  assert 'train: empty texts left out: 2' in str(said)
 
 
 def test_input_that_changes_while_it_is_read_is_refused(tmp_path, corpus):

@@ -22,7 +22,7 @@ from mmjax.data.formats import PACKINGS, ending_of
 from mmjax.data.index import FORMAT, INDEX, VERIFIED, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
 from mmjax.data.plan import Plan, given_tokenizer, identify, make_plan
-from mmjax.data.reader import Meter, Tally, read_documents
+from mmjax.data.reader import BLANK_FILE, Meter, Tally, read_documents
 from mmjax.data.shards import ShardBuilder
 from mmjax.data.spm_tokenizer import sample_text, train_tokenizer
 from mmjax.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_file_name
@@ -258,8 +258,8 @@ def _remarks(index: dict[str, Any], tallies: dict[str, Any], tokenizer: Tokenize
     report = Tally('skip', **tally).report()
     if report:
       yield f'{split}: skipped lines: {report}'
-    if empty := sum(counts['empty'] for counts in tally['files'].values()):
-      yield f'{split}: {empty:,} empty texts are no documents'
+    if empty := sum(c['empty'] for c in tally['files'].values() if BLANK_FILE not in c['skipped']):
+      yield f'{split}: empty texts left out: {empty:,}'
   if index['inexact_documents']:
     why = 'it changes text before it cuts it, for example by a space in front'
     if tokenizer.missing_bytes:

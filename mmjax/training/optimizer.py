@@ -83,9 +83,9 @@ def check_parameters(config: Config) -> str:
     for what in SAYS:
       averaged = {name for name in by_adam if what != 'beta1' or moments_of(config, name) == 'full'}
       if what.startswith('beta') and getattr(rule, what) is not None and not averaged.intersection(fitting):
+        why = 'keeps no such average of what it fits' if by_adam.intersection(fitting) else 'moves nothing that it fits'
         raise UserError(
-          f'train.parameters: the {what} of {rule.pattern!r} does nothing, because Adam keeps no such average of what '
-          'it fits; leave it out'
+          f'train.parameters: the {what} of {rule.pattern!r} does nothing, because Adam {why}; leave it out'
         )
       if getattr(rule, what) is not None and not any(first_rule(rules, name, what) is rule for name in fitting):
         raise UserError(
