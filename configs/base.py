@@ -54,7 +54,7 @@ memory.bank_lr_multiplier = 1.0  # factor of the bank's learning rate at the fir
 memory.bank_lr_final_multiplier = 1.0  # that factor at the last update; linear in between
 memory.bank_decay_multiplier = 1.0  # factor of the bank's weight decay; 0: none
 memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those that an update read; pays if they are few
-memory.bank_moments = 'full'  # Adam's: 'full', mean and square of each value; 'square', no mean; 'row', a square a row
+memory.bank_moments = 'full'  # Adam's: 'full', mean and square of values; 'square', no mean; 'row', one square a row
 memory.teach_rows = 0  # with --init_from: at most so many rows learn in an update, much read now, little before; 0: all
 
 data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus

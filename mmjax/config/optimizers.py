@@ -16,7 +16,8 @@ class Optimizer:
   Attributes:
     path: what makes the step, 'package.module:name', called as `make(train, beta1, beta2)` with the train section of a
       config and the betas of a parameter; it returns an optax.GradientTransformation.
-    is_adam: whether that is Adam: betas mean something, and a bank may be updated lazily.
+    is_adam: whether that is Adam: betas mean something, and memory.bank_update and memory.bank_moments may give a
+      bank another form of it.
     matrices: what makes the step of matrices of layers instead, called as `make(train)`; '' where nothing does.
     rate_of_matrices: the setting of the train section that multiplies their learning rate; '' where none does.
   """

@@ -169,7 +169,7 @@ class MemoryConfig:
   bank_update: str = field('dense', "Adam on all rows; 'lazy': on those that an update read; pays if they are few",
     choices=('dense', 'lazy'), before='dense')
   bank_moments: str = field(
-    'full', "Adam's: 'full', mean and square of each value; 'square', no mean; 'row', a square a row",
+    'full', "Adam's: 'full', mean and square of values; 'square', no mean; 'row', one square a row",
     choices=('full', 'square', 'row'), before='full')
   teach_rows: int = field(
     0, 'with --init_from: at most so many rows learn in an update, much read now, little before; 0: all', before=0)
