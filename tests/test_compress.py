@@ -30,6 +30,7 @@ from tests.helpers import arrays_of, build_model, seldom, tiny_config
 from tests.serving import MODELS
 
 KINDS = MODELS | {'fusion': {}, 'buckets': {'model__sublayer': 'ngram_bucket', 'model__num_selected': 4}}
+KINDS |= {'engram': {'model__sublayer': 'engram_bag', 'memory__n_heads': 2}}
 del KINDS['dense']
 
 

@@ -245,10 +245,11 @@ def test_every_number_has_a_range_and_its_default_and_no_nan_is_in_it():
 
 
 NEEDS_MEMORY = (
-  "it belongs to model.sublayer 'cross_attention', 'gated_fusion', 'memory_bag', 'ngram_bag', 'ngram_bucket'"
+  "it belongs to model.sublayer 'cross_attention', 'gated_fusion', 'memory_bag', 'ngram_bag', 'ngram_bucket', "
+  "'engram_bag'"
 )
 NEEDS_GATE = "it belongs to model.sublayer 'cross_attention', 'gated_fusion', 'memory_bag'"
-KINDS = {'dense', 'cross_attention', 'gated_fusion', 'memory_bag', 'ngram_bag', 'ngram_bucket', 'moe'}
+KINDS = {'dense', 'cross_attention', 'gated_fusion', 'memory_bag', 'ngram_bag', 'ngram_bucket', 'engram_bag', 'moe'}
 IDLE = [  # config, override, what is said
   ('exp_1_4_0', 'memory.ffn_dim=64', f'memory.ffn_dim=64 does nothing in a model of dense layers: {NEEDS_MEMORY}'),
   (
@@ -405,7 +406,7 @@ def test_ngrams_in_every_layer_with_a_memory_stay_there(layers):
 
 def test_rules_of_a_gate_hold_for_models_that_have_one():
   odd = ['--config.model.knowledge_num=60', '--config.model.num_selected=9', '--config.model.knowledge_dim=33']
-  for sublayer in ('ngram_bag', 'ngram_bucket'):
+  for sublayer in ('ngram_bag', 'ngram_bucket', 'engram_bag'):
     more = [f'--config.model.sublayer={sublayer}', *(['--config.memory.key_dim=5'] if sublayer[6:] == 'bucket' else [])]
     assert load_config('configs/ngram_rows.py', [*odd, *more]).model.knowledge_num == 60
     with pytest.raises(UserError, match='num_selected=61 must be at most model.knowledge_num=60, all rows of the bank'):

@@ -23,6 +23,7 @@ from mmjax.kernels.forms import traced_for
 from mmjax.kernels.product_key import BALANCING_SLOPE
 from mmjax.memory import (
   CrossAttention,
+  EngramBag,
   GatedFusion,
   Memory,
   MemoryBag,
@@ -46,6 +47,7 @@ MEMORIES = {
   'ngrams': NgramBag(**SIZES, ngrams=(1, 2)),
   'buckets': NgramBucket(**SIZES, ngrams=(1, 2), key_dim=4),
   'signs': NgramBag(**SIZES, ngrams=(1, 2), vocab_size=9, signs=True),
+  'engram': EngramBag(**SIZES, ngrams=(1, 2), vocab_size=9, signs=True),
 }
 SENTENCE = "This needs grain, which is not installed: type  pip install -e '.[train]'  in the checkout of mmjax\n"
 
@@ -60,7 +62,7 @@ def inputs(memory):
   return x_BTD, init_bank(jax.random.key(1), **BANK), *ngrams
 
 
-@pytest.mark.parametrize('kind', [CrossAttention, GatedFusion, MemoryBag, NgramBag, NgramBucket])
+@pytest.mark.parametrize('kind', [CrossAttention, GatedFusion, MemoryBag, NgramBag, NgramBucket, EngramBag])
 def test_help_describes_every_size(kind):
   described = re.findall(r'^  (\w+): ', kind.__doc__, re.MULTILINE)
   assert sorted(described) == sorted(field.name for field in dataclasses.fields(kind))
@@ -429,7 +431,7 @@ import jax
 from mmjax.memory import *
 bank = init_bank(jax.random.key(0), n_rows=16, row_dim=4)
 x, tokens = jax.numpy.ones((1, 2, 8)), jax.numpy.ones((1, 2), int)
-for kind in (MemoryBag, GatedFusion, CrossAttention, NgramBag, NgramBucket):
+for kind in (MemoryBag, GatedFusion, CrossAttention, NgramBag, NgramBucket, EngramBag):
   memory = kind(dim=8, n_rows=16, row_dim=4, rows_per_head=2)
   rows = memory.rows(tokens) if issubclass(kind, NgramBag) else None
   print(kind.__name__, memory.apply(memory.init(jax.random.key(1)), x, bank, rows).delta_BTD.shape)
@@ -453,6 +455,7 @@ def test_base_install_is_enough():
     'CrossAttention',
     'NgramBag',
     'NgramBucket',
+    'EngramBag',
   ]
   assert packages == "['choices', 'environment', 'errors', 'kernels', 'memory']"
 

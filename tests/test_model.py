@@ -198,6 +198,7 @@ def test_segments_are_computed_as_if_alone(changes):
     pytest.param('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'}, marks=THOROUGH),
     pytest.param('ngram_bucket', HEADS_AND_FFN | {'memory__ngrams': '1,2', 'memory__key_dim': 4}, marks=THOROUGH),
     ('ngram_bucket', HEADS_AND_FFN | OWN | {'memory__key_dim': 4}),
+    pytest.param('engram_bag', HEADS_AND_FFN | OWN, marks=THOROUGH),
     pytest.param('dense', ATTENTION, marks=THOROUGH),
     ('dense', OWN | VALUE_ROWS),
     pytest.param('ngram_bucket', VALUE_ROWS, marks=THOROUGH),

@@ -21,6 +21,7 @@ KINDS = {
   },
   'ngram_bag': {'memory__n_heads': 2, 'memory__ngrams': '1,2', 'memory__ngram_signs': True},
   'ngram_bucket': {'memory__value_layers': 'all'},
+  'engram_bag': {'memory__n_heads': 2, 'memory__ngrams': '1,2'},
   'cross_attention': {},
   'moe': {},
   'dense': {},

@@ -142,7 +142,7 @@ def test_rows_of_values_are_shown_and_exchanged_for_values_alone(tiny_run):
       ['memory.value_layers=2', 'memory.layers=1'],
       "memory.layers='1' does nothing in a model of dense layers",
     ),
-    ('dense', ['memory.ngrams=2'], "'ngram_bag', 'ngram_bucket' and memory.value_layers$"),
+    ('dense', ['memory.ngrams=2'], "'ngram_bag', 'ngram_bucket', 'engram_bag' and memory.value_layers$"),
     ('dense', ['memory.value_layers=8'], "memory.value_layers='8' must be 'all', 'alternate' or different layers"),
     ('dense', ['memory.value_layers=1', 'memory.ngram_ranges=own', 'model.knowledge_num=9999'], 'at least 51200 with'),
     ('dense', ['memory.value_layers=1', 'model.knowledge_num=7'], 'model.num_selected=8 must be at most model.knowl'),

@@ -140,6 +140,13 @@ SUBLAYERS = {
     sums_rows=True,
     scores_weigh=lambda memory: True,
   ),
+  'engram_bag': Sublayer(
+    'mmjax.model.sublayers.ngram:engram_bag',
+    (*NGRAM_SETTINGS, *PLACE_SETTINGS, 'memory.row_dropout'),
+    uses_bank=True,
+    reads_ngrams=True,
+    sums_rows=True,
+  ),
   'moe': Sublayer(
     'mmjax.model.sublayers.moe:moe',
     ('model.hidden_dim', 'model.n_experts', 'model.experts_per_token', 'model.aux_loss_weight'),

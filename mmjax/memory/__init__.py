@@ -20,7 +20,7 @@ are a part of the legend in mmjax/kernels/__init__.py, and what stands after a c
 """
 
 from mmjax.kernels.bank import TappedBank, add_reads, no_reads
-from mmjax.memory.bag import MemoryBag, NgramBag, NgramBucket
+from mmjax.memory.bag import EngramBag, MemoryBag, NgramBag, NgramBucket
 from mmjax.memory.base import Memory
 from mmjax.memory.cross_attention import CrossAttention
 from mmjax.memory.docstrings import with_inherited_attributes
@@ -31,6 +31,7 @@ from mmjax.memory.types import SublayerOutput
 
 __all__ = [
   'CrossAttention',
+  'EngramBag',
   'GatedFusion',
   'Memory',
   'MemoryBag',
@@ -46,5 +47,5 @@ __all__ = [
   'no_reads',
 ]
 
-for _memory in (CrossAttention, GatedFusion, MemoryBag, NgramBag, NgramBucket):
+for _memory in (CrossAttention, GatedFusion, MemoryBag, NgramBag, NgramBucket, EngramBag):
   _memory.__doc__ = with_inherited_attributes(_memory)

@@ -1,9 +1,9 @@
 """Bags of rows: each head's weighted sum of its rows, gated by the token and projected.
 
 Sources: the output (y * silu(m Wu)) Wd follows Memory+ in Berges et al. 2024, arXiv:2412.09764; the weighted sum Lample
-et al. 2019, arXiv:1907.05242; rows that the last tokens address, Cheng et al. 2026, arXiv:2601.07372, and for rows of
-the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by context in a token's bucket, Tseng and De Sa
-2026, arXiv:2601.21461.
+et al. 2019, arXiv:1907.05242; rows that the last tokens address, Cheng et al. 2026, arXiv:2601.07372 (Engram), whose
+gate is that of EngramBag, and for rows of the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by
+context in a token's bucket, Tseng and De Sa 2026, arXiv:2601.21461.
 """
 
 import dataclasses
@@ -22,13 +22,15 @@ from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.mesh import on_any_mesh
-from mmjax.kernels.norm import normed_matmul
+from mmjax.kernels.norm import normed_matmul, rms_norm
 from mmjax.memory.base import Memory
 from mmjax.memory.checks import check_bank, check_numbers
 from mmjax.memory.gate import GatedMemory
 from mmjax.memory.ngram import last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
 from mmjax.memory.params import init_kernels
 from mmjax.memory.types import Bank, Params, Selection, shape_of
+
+LEAST_MATCH = 1e-6  # of which EngramBag takes the root: at 0 its slope would be infinite
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +60,11 @@ class _Bag(Memory):
   def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
     """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums joined to y, of X = h * P, in `dtype`."""
     y_BTX = self.sums(selection, bank_MP).reshape(*x_BTD.shape[:-1], -1).astype(dtype)
-    down = params['down']['kernel']
-    if not self.output_gate:
-      return matmul(y_BTX, down)
+    return self.gated(params, x_BTD, y_BTX) if self.output_gate else matmul(y_BTX, params['down']['kernel'])
+
+  def gated(self, params: Params, x_BTD: Array, y_BTX: Array) -> Array:
+    """Returns what becomes of the joined sums y where there is a gate of the output, in their dtype."""
+    down, dtype = params['down']['kernel'], y_BTX.dtype
 
     def project(y_BTX: Array, up_BTX: Array) -> Array:
       return matmul(y_BTX * jax.nn.silu(up_BTX), down)
@@ -270,3 +274,35 @@ class NgramBucket(NgramBag):
   def weights(self, selection: Selection) -> Array:
     """Returns the softmax over the rows of each bucket, float32 weight_BThr."""
     return jax.nn.softmax(selection.score_BThr, axis=-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngramBag(NgramBag):
+  """A bag of n-grams with the gate of Engram: one number from 0 to 1 for a token, by how well its rows match its input.
+
+  The rows make a key, and the normed input is the query. Here it stands after attention. Engram's short convolution,
+  its smaller vocabulary for addresses and its branches are left out.
+
+  Attributes:
+    output_gate: whether there is this gate; without it the bag is an `NgramBag` without one.
+  """
+
+  def init_read(self, rngs: nnx.Rngs) -> Params:
+    """Returns, float32, the kernels `key` and `down`, (h * P, D), and the `scale` of the key's norm, (D,)."""
+    if not self.output_gate:
+      return super().init_read(rngs)
+    kernel = self.n_heads * self.row_dim, self.dim
+    return init_kernels(rngs, key=kernel, down=kernel) | {'key_norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
+
+  def gated(self, params: Params, x_BTD: Array, y_BTX: Array) -> Array:
+    """Returns sigmoid(sign(s) sqrt(|s|)) * (y @ down) with s = m . norm(y @ key) / sqrt(D), in the dtype of y."""
+
+    def weigh(x_BTD: Array, key_BTD: Array, value_BTD: Array) -> Array:
+      query_BTD = rms_norm(x_BTD, params['norm']['scale'], self.norm_eps, y_BTX.dtype)
+      key_BTD = rms_norm(key_BTD, params['key_norm']['scale'], self.norm_eps)
+      match_BT1 = jnp.sum(query_BTD * key_BTD, axis=-1, keepdims=True) * self.dim**-0.5
+      root_BT1 = jnp.sign(match_BT1) * jnp.sqrt(jnp.maximum(jnp.abs(match_BT1), LEAST_MATCH))
+      return value_BTD * jax.nn.sigmoid(root_BT1).astype(value_BTD.dtype)
+
+    products = (matmul(y_BTX, params[name]['kernel']) for name in ('key', 'down'))
+    return recomputed_on_gpu(weigh)(x_BTD, *products)

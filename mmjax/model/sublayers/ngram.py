@@ -3,7 +3,7 @@
 from flax import nnx
 
 from mmjax.config import MemoryConfig, ModelConfig
-from mmjax.memory import NgramBag, NgramBucket
+from mmjax.memory import EngramBag, NgramBag, NgramBucket
 from mmjax.model.sublayers.memory import MemorySublayer, as_sublayer
 from mmjax.model.sublayers.sizes import ngram_sizes
 
@@ -11,6 +11,11 @@ from mmjax.model.sublayers.sizes import ngram_sizes
 def ngram_bag(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> MemorySublayer:
   """Means of rows that the last tokens address."""
   return as_sublayer(NgramBag(**ngram_sizes(model, memory)), memory, rngs)
+
+
+def engram_bag(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> MemorySublayer:
+  """Means of rows that the last tokens address, by how well they match the input."""
+  return as_sublayer(EngramBag(**ngram_sizes(model, memory)), memory, rngs)
 
 
 def ngram_bucket(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> MemorySublayer:
