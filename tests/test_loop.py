@@ -422,6 +422,7 @@ ONE_BATCH = {'train__batch_size': 8, 'train__accumulation_steps': 1, 'train__max
 ROW_BY_ROW = {
   'memory__bank_update': 'lazy', 'model__knowledge_num': 256, 'model__n_layers': 1,
 }  # fmt: skip
+FEW_MOMENTS = {'memory__bank_moments': 'row', 'train__optimizer': 'muon'}
 DEVICES = """
 import json, pathlib, sys
 from mmjax.errors import StoppedError
@@ -441,6 +442,7 @@ except StoppedError:
   ('row_devices', 'first', 'more'),
   [
     pytest.param(4, 2, ROW_BY_ROW, marks=pytest.mark.thorough),
+    pytest.param(4, 2, ROW_BY_ROW | FEW_MOMENTS, marks=pytest.mark.thorough),
     pytest.param(4, 0, {}, marks=pytest.mark.thorough),
     pytest.param(1, 2, {}, marks=pytest.mark.slow),
   ],
