@@ -91,6 +91,8 @@ MODELS = {
   'g74': GROWING | SQUARES | {'model.knowledge_num': 4194304},
   # G74 with the gate of Engram, one number a token.
   'g75': GROWING | SQUARES | {'model.knowledge_num': 4194304, 'model.sublayer': 'engram_bag'},
+  # G74 with its rows in the values of attention, too.
+  'g76': GROWING | SQUARES | IN_VALUES | {'model.knowledge_num': 4194304},
   # G71's rows in the values of attention, too.
   'g73': GROWING
   | HOT

@@ -139,6 +139,7 @@ def test_a_compressed_run_is_evaluated_sampled_and_looked_into(small, tiny_run):
   assert found['loss'] == pytest.approx(expected['loss'], abs=1e-3) and found['loss'] != expected['loss']
   for name in ('loss', 'loss_zeroed', 'loss_shuffled'):
     assert found['probes'][name] == pytest.approx(expected['probes'][name], abs=1e-3)
+  assert all(reader['loss_zeroed'] != found['probes']['loss'] for reader in found['bank'])
   assert len(lm.generate('the memory', max_new_tokens=5)) == 1
   row = MemoryReader(lm).read_row(3, open_text(lm.config, run))
   assert len(row['layers']) == 2

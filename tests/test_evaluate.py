@@ -16,6 +16,7 @@ from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import evaluate, evaluate_split, make_eval_step
 from mmjax.evaluation.loss import make_loss
 from mmjax.evaluation.probes import ProbePlan, bank_health, plan_probe
+from mmjax.evaluation.token_loss import losses_without_one_reader
 from mmjax.run.placement import place
 from mmjax.training.setup import open_inputs
 from tests.helpers import build_model, tiny_config
@@ -62,6 +63,33 @@ def test_share_that_is_shown_counts_the_batches_that_are_probed_again(sublayer, 
   batches = -(-split.n_rows // config.train.batch_size)
   again = 0 if sublayer == 'dense' else 2 * plan_probe(config, split).batches
   assert shares == [n / (batches + again) for n in range(1, batches + again + 1)]
+
+
+@pytest.mark.parametrize('value_layers', ['', 'all'])
+def test_loss_without_one_reader_is_that_of_a_model_in_which_it_reads_zeros(value_layers, tmp_path):
+  for name in ('train', 'valid'):
+    (tmp_path / f'{name}.txt').write_text(f'Zwei Zeilen ({name}), und noch mehr.\n' * 200)
+  more = {'model__sublayer': 'ngram_bag', 'memory__layers': '1', 'memory__bank_std': 3.0, 'model__max_seq_len': T}
+  config = tiny_config(**more, memory__value_layers=value_layers, runtime__attention='xla')
+  graphdef, params = build_model(config)
+  files = {f'{name}_files': f'{tmp_path}/{name}.txt' for name in ('train', 'valid')}
+  data = dataclasses.replace(config.data, **files, prepared_dir=str(tmp_path / 'prepared'))
+  split = open_split(prepare(data, config.model.vocab_size), 'valid', **row_settings(config))
+  shares = []
+  found = losses_without_one_reader(config, graphdef, place(config), params, split, shares.append)
+  probes = evaluate_split(config, make_eval_step(graphdef, config, place(config)), params, split).probes
+  rows = split.rows(np.arange(plan_probe(config, split).batches * config.train.batch_size))
+  kept, target = rows['target'] != PADDING, np.maximum(rows['target'], 0)
+  assert kept.sum() == probes['positions'] and shares[-1] == 1
+  for zeroed, loss in enumerate(found):
+    model = nnx.merge(graphdef, params)
+    out = model(rows['input'], bank_of_reader=lambda reader, bank: (reader != zeroed) * bank)  # noqa: B023
+    log_BTV = np.asarray(jax.nn.log_softmax(model.logits(out.hidden_BTD)))
+    assert loss == pytest.approx(-np.take_along_axis(log_BTV, target[..., None], 2)[kept].mean(), abs=1e-4)
+  if value_layers:
+    assert len(found) == 2 and abs(found[0] - found[1]) > 1e-3
+  else:
+    assert found == [pytest.approx(probes['loss_zeroed'], abs=1e-5)]
 
 
 def test_what_an_evaluation_reads_is_told_without_what_the_layout_cuts_off(tmp_path, monkeypatch):

@@ -96,13 +96,34 @@ def test_rows_that_ngrams_address_are_shown_with_these(tiny_run, capsys):
 @pytest.mark.parametrize(('sublayer', 'ngrams'), [('ngram_bag', '1,2'), ('ngram_bucket', '2,1')])
 def test_row_of_a_range_is_shown_with_its_head_and_token(tiny_run, sublayer, ngrams):
   own = {'model__num_selected': 2, 'memory__n_heads': 2, 'memory__ngrams': ngrams, 'memory__ngram_ranges': 'own'}
-  config = tiny_config(model__sublayer=sublayer, model__knowledge_num=1000, **own)
+  config = tiny_config(model__sublayer=sublayer, model__knowledge_num=2000, memory__value_layers='all', **own)
   reader = MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
   for token in reader.read_text(TEXT):
-    for read in token['layers'][0]['rows']:
-      alone = int(ngrams[2 * read['head']]) == 1
-      assert reader.range_of(read['row']) == {'head': read['head'], 'token': token['token'] if alone else None}
-  assert reader.range_of(999) is None  # left over
+    for entry in token['layers'][:2]:  # values, where each row has a range also if the sublayer reads whole buckets
+      for read in entry['rows']:
+        alone = int(ngrams[2 * read['head']]) == 1
+        found = reader.range_of(read['row'], entry['layer'])
+        assert found == {'head': read['head'], 'token': token['token'] if alone else None}
+  assert reader.range_of(1999, 0) is None  # left over
+
+
+def test_rows_that_a_gate_selects_are_in_no_range(tiny_run):
+  own = {'memory__ngram_ranges': 'own', 'memory__ngram_layers': '0', 'model__knowledge_num': 1024}
+  config = tiny_config(model__sublayer='memory_bag', **own)
+  reader = MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
+  assert reader.range_of(5, 0)['head'] == 0 and reader.range_of(5, 1) is None
+
+
+def test_gate_of_engram_is_the_weight_of_all_that_a_token_reads(tiny_run):
+  config = tiny_config(model__sublayer='engram_bag', memory__n_heads=2, model__num_selected=2)
+  reader = MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
+  found = [token['layers'][0]['rows'] for token in reader.read_text(TEXT)]
+  assert all(read['score'] is None and read['ngram'] for rows in found for read in rows)
+  weight_TR = np.array([[read['weight'] for read in rows] for rows in found])
+  # The value of the gate, over the 2 rows of a head.
+  assert weight_TR.min() > 0 and weight_TR.max() < 0.5 and np.ptp(weight_TR) > 0.05
+  np.testing.assert_array_equal(weight_TR, weight_TR[:, :1].repeat(4, axis=1))
+  assert inspect.tokens_tables(reader.read_text(TEXT), 5, 80)[0].title.endswith('row, weight, ngram')
 
 
 def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
@@ -138,12 +159,14 @@ def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
   assert effect['contexts'] == len(best)
   gain = np.mean([changes[b, t, rows['target'][b, t]] for _, b, t in best])
   assert effect['next_token_gain'] == pytest.approx(gain, abs=1e-5)
-  assert [token['log_change'] for token in effect['up']] == pytest.approx(np.sort(change_V)[::-1][:4], abs=1e-5)
-  assert [token['log_change'] for token in effect['down']] == pytest.approx(np.sort(change_V)[:4], abs=1e-5)
-  for token in effect['up']:
+  log_with, log_without = (np.array([x[b, t] for _, b, t in best], np.float64) for x in (log_BTV, log_BTV - changes))
+  rise_V = np.exp(log_with).mean(0) - np.exp(log_without).mean(0)
+  shown = {name: [t['probability'] - t['probability_without'] for t in effect[name]] for name in ('up', 'down')}
+  assert shown['up'] == pytest.approx(np.sort(rise_V)[::-1][:4], abs=1e-6)
+  assert shown['down'] == pytest.approx(np.sort(rise_V)[:4], abs=1e-6)
+  for token in effect['up'] + effect['down']:
     assert token['log_change'] == pytest.approx(change_V[token['id']], abs=1e-5)
-    want = np.mean([np.exp(log_BTV[b, t, token['id']]) for _, b, t in best])
-    assert token['probability'] == pytest.approx(want, rel=1e-4)
+    assert token['probability'] == pytest.approx(np.exp(log_with).mean(0)[token['id']], rel=1e-4)
   assert np.abs(change_V).max() > 1e-3
 
 

@@ -29,6 +29,7 @@ def test_evaluation_repeats_the_numbers_of_training(run, monkeypatch, capfd):
   assert found['checkpoint'] == logged['step']
   for name in ('loss', 'perplexity', 'bits_per_byte', 'accuracy', 'tokens', 'text_bytes'):
     assert found[name] == pytest.approx(logged[name], rel=1e-6)
+  assert all(health.pop('loss_zeroed') > 0 for health in found['bank'])
   assert found['bank'] == logged['bank']
   assert found['probes'] == pytest.approx(logged['probes'], rel=1e-6)
   assert f'{found["probes"]["loss_zeroed"]:.4f}' in out

@@ -72,12 +72,16 @@ def numpy_attention(config, params, m, rows):
   return np.einsum('btnr,btrnh->btnh', weight, value).reshape(m.shape) @ params['wo']['kernel']
 
 
+def numpy_engram_gate(params, m, y):
+  match = (m * rms(y @ params['key']['kernel'], params['key_norm'])).sum(-1, keepdims=True) / np.sqrt(m.shape[-1])
+  return 1 / (1 + np.exp(-np.sign(match) * np.sqrt(np.abs(match))))
+
+
 def numpy_bag(memory, params, m, sums):
   """The output of a bag from its heads' sums."""
   y = np.concatenate(sums, -1)
   if 'key' in params:
-    match = (m * rms(y @ params['key']['kernel'], params['key_norm'])).sum(-1, keepdims=True) / np.sqrt(m.shape[-1])
-    return y @ params['down']['kernel'] / (1 + np.exp(-np.sign(match) * np.sqrt(np.abs(match))))
+    return numpy_engram_gate(params, m, y) * (y @ params['down']['kernel'])
   return (y * (silu(m @ params['up']['kernel']) if memory.bag_gate else 1)) @ params['down']['kernel']
 
 
@@ -179,6 +183,10 @@ def test_sublayer_and_its_gradients_equal_a_float64_route(name):
   exact = (jax.tree.map(lambda x: np.asarray(x, np.float64), params), bank)
   delta, rows = numpy_sublayer(config, exact[0], h, h_attn, bank, ngrams, signs)
   np.testing.assert_array_equal(out.row_BTR, rows.reshape(2, 5, -1))
+  if config.model.sublayer == 'engram_bag':
+    y = (bank[ngrams].mean(-2) * (1 if signs is None else signs)).reshape(2, 5, -1)
+    m = rms(h if config.memory.input == 'residual' else h_attn, exact[0]['norm'])
+    np.testing.assert_allclose(out.score_BTR - numpy_engram_gate(exact[0], m, y), 0, atol=1e-5)
   np.testing.assert_allclose(out.delta_BTD, delta, atol=1e-4 * np.abs(delta).max())
   rng = np.random.default_rng(3)
   leaves, treedef = jax.tree.flatten(exact)

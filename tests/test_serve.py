@@ -19,6 +19,7 @@ import pytest
 from sentencepiece import SentencePieceTrainer
 
 import mmjax
+from mmjax.data.loader import PADDING
 from mmjax.data.tokenizer import load_tokenizer
 from mmjax.errors import UserError, run_command
 from mmjax.inference.api import LanguageModel
@@ -114,6 +115,21 @@ def test_who_reads_a_row_is_what_inspect_finds(tiny_run, name):
     assert sum(count for _, count in found['ngrams']) == found['taken']
     assert sum(count for _, count in view.corpus._ngrams([(0, 3, 2)] * 600)) == 600  # however many they are
     assert all(any(text.endswith(c['token']) for text, _ in found['ngrams']) for c in found['contexts'])
+
+
+def test_ngrams_of_a_row_and_contexts_end_where_a_document_begins(tiny_run):
+  view = make_view(tiny_run, 'ngrams', data__isolate_documents=True)
+  split, tokenizer = view.corpus.split, view.lm.tokenizer
+  rows = split.rows(np.arange(split.n_rows))
+  opens_BT = np.diff(rows['segment'], axis=1, prepend=-1) != 0  # at an EOS, before which the model sees nothing
+  b, t = np.argwhere(opens_BT & (np.arange(opens_BT.shape[1]) > 0))[0]
+  row = int(view.reader.read_batch(split, split.rows([b]))[0][0, 0, t, 1])  # of the second head, which reads pairs
+  said = dict(view.row(row, 0)['ngrams'])
+  alone_BT = opens_BT & (rows['input'] == tokenizer.eos_id) & (rows['target'] != PADDING)
+  assert said['<eos>'] == alone_BT.sum() > 1 and not any(text.endswith('<eos>') for text in said.keys() - {'<eos>'})
+  assert view.reader._context(split, 0.0, int(b), int(t))['before'] == ''
+  later = view.reader._context(split, 0.0, int(b), int(t) + 1)['before']
+  assert later == tokenizer.decode([tokenizer.eos_id])
 
 
 def test_map_holds_every_read_once(bag, monkeypatch):

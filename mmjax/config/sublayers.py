@@ -39,6 +39,7 @@ class Sublayer:
     reads_ngrams: whether the last tokens do.
     sums_rows: whether it reads the bank with `bank_bag`, or with `bank_lookup`.
     scores_weigh: of the memory section, whether rows count by their scores.
+    gates_tokens: whether the score of all rows of a token is the share, from 0 to 1, of their mean that is added.
     reads_input: of the memory section, whether a memory looks at its input, and not at the last tokens alone.
     without_gradient: of the memory section, patterns of the parameters (paths below the sublayer) that no gradient
       reaches, so that weight decay leaves them alone.
@@ -51,6 +52,7 @@ class Sublayer:
   reads_ngrams: bool = False
   sums_rows: bool = False
   scores_weigh: Callable[[MemoryConfig], bool] = lambda memory: False
+  gates_tokens: bool = False
   reads_input: Callable[[MemoryConfig], bool] = lambda memory: True
   without_gradient: Callable[[MemoryConfig], tuple[str, ...]] = lambda memory: ()
 
@@ -146,6 +148,7 @@ SUBLAYERS = {
     uses_bank=True,
     reads_ngrams=True,
     sums_rows=True,
+    gates_tokens=True,
   ),
   'moe': Sublayer(
     'mmjax.model.sublayers.moe:moe',

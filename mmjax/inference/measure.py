@@ -16,6 +16,7 @@ from mmjax.environment import own_jax_settings
 from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import EvalResult, evaluate_split, make_eval_step
 from mmjax.evaluation.probes import LAYER_NORMS
+from mmjax.evaluation.token_loss import losses_without_one_reader
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.settings import Sampling
 from mmjax.model.params import model_graph
@@ -65,17 +66,23 @@ def measure_run(lm: LanguageModel, run: RunDir, split: TokenSplit, valid_files: 
 
   Returns:
     checkpoint, without_taught (whether that is before a run that teaches rows taught any), valid_files, attention and
-    dtype; what EvalResult holds, with the norms that training logged at this step (None where it logged none); remarks:
-    what of the text is cut off, or was learned.
+    dtype; what EvalResult holds, with the norms that training logged at this step (None where it logged none) and, of
+    each reader of the bank, where there are several, `loss_zeroed`, that of the probed positions when it alone reads
+    zeros; remarks: what of the text is cut off, or was learned.
   """
-  _, placement = as_trained(lm, lm.config)
+  config, placement = as_trained(lm, lm.config)
+  found = _with_training_norms(measure_split(lm, split).to_dict(), run, lm.step)
+  if len(found['bank']) > 1:
+    with own_jax_settings(), share_shown('evaluating without one reader of the bank') as show:
+      nats = losses_without_one_reader(config, model_graph(config), placement, lm.params, split, show)
+    found['bank'] = [health | {'loss_zeroed': loss} for health, loss in zip(found['bank'], nats, strict=True)]
   return {
     'checkpoint': lm.step,
     'without_taught': lm.step == START_STEP and lm.config.memory.teach_rows > 0,
     'valid_files': valid_files,
     'attention': placement.attention,
     'dtype': placement.dtype.name,
-    **_with_training_norms(measure_split(lm, split).to_dict(), run, lm.step),
+    **found,
     'remarks': text_remarks(split, lm.config, run, valid_files),
   }
 

@@ -8,8 +8,9 @@ probability is the effect of this row's value over an average one, on every path
 
 import dataclasses
 import itertools
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from jax import Array
 
 from mmjax.choices import TOP
 from mmjax.config import Config
-from mmjax.config.sublayers import SUBLAYERS, VALUE_ROWS, bank_readers, layer_kinds
+from mmjax.config.sublayers import VALUE_ROWS, Sublayer, bank_readers
 from mmjax.console import share_shown
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
 from mmjax.data.tokenizer import Tokenizer
@@ -47,7 +48,8 @@ class MemoryReader:
 
   Attributes:
     layers: numbers of the layers that have a memory; 'values' first, if rows go into the values of attention.
-    weighs: by layer, whether rows count by their scores; weights are None where they do not.
+    scores: by layer, whether rows have scores that tell one from another.
+    weighs: by layer, whether rows count by their scores or a gate; weights are None where they do not.
     ngrams: by layer, how many of the last tokens address the rows of each head; () where a gate with scores picks them.
   """
 
@@ -65,8 +67,11 @@ class MemoryReader:
     self.ngrams = {
       layer: config.memory.ngram_of_heads() if reader.reads_ngrams else () for layer, reader in readers.items()
     }
-    self.weighs = {layer: reader.scores_weigh(config.memory) for layer, reader in readers.items()}
-    self._addressed = _addressed_memory(config)
+    self.scores = {layer: reader.has_gate or reader.scores_weigh(config.memory) for layer, reader in readers.items()}
+    self.weighs = {
+      layer: reader.scores_weigh(config.memory) or reader.gates_tokens for layer, reader in readers.items()
+    }
+    self._addressed = {layer: _addressed_memory(config, reader) for layer, reader in readers.items()}
     self._weighs_L111 = np.array(list(self.weighs.values()))[:, None, None, None]
     forward = _Forward(model_graph(config), lm.placement, config, lm.tokenizer.vocab_size)
     self._reads, self._log_probs = map(lm.placement.jit, (forward.reads, forward.log_probs))
@@ -89,12 +94,13 @@ class MemoryReader:
     if not 0 <= row <= last:
       raise UserError(f'row {row} is not in the bank, which has rows 0 to {last}')
 
-  def range_of(self, row: int) -> dict[str, Any] | None:
-    """Returns of whose range a row is: its `head`, and the `token` that alone reads it, None where a hash finds it.
+  def range_of(self, row: int, layer: int | str) -> dict[str, Any] | None:
+    """Returns in whose range of a layer a row is: its `head`, and the `token` that alone reads it, None with a hash.
 
-    None where heads share rows, and for a row that no head reads.
+    None where a gate selects rows or heads share them, and for a row that no head reads.
     """
-    found = None if self._addressed is None else self._addressed.range_of(row)
+    memory = self._addressed[layer]
+    found = None if memory is None else memory.range_of(row)
     if found is None:
       return None
     head, token = found
@@ -115,8 +121,9 @@ class MemoryReader:
 
     Returns:
       For each token, the first one included: `id`, `token` (its text), and `layers`, a list of `layer` and `rows`, each
-      a `row`, its `head`, its `score` (before any activation; None where n-grams address rows), its `weight` (None
-      where scores do not weigh rows), and `ngram`, the text of the tokens that address it (None with a gate).
+      a `row`, its `head`, its `score` (before any activation; None where n-grams address rows and nothing scores
+      them), its `weight` (None where neither scores nor a gate of the token weigh rows), and `ngram`, the text of the
+      tokens that address it (None where a gate selects rows).
 
     Raises:
       UserError: if the text is empty or the layer has no memory.
@@ -146,7 +153,7 @@ class MemoryReader:
       return {
         'row': int(row_LTR[at, t, slot]),
         'head': head,
-        'score': None if ngrams and not self.weighs[layer] else float(score_LTR[at, t, slot]),
+        'score': float(score_LTR[at, t, slot]) if self.scores[layer] else None,
         'weight': float(weight_LTR[at, t, slot]) if self.weighs[layer] else None,
         'ngram': ''.join(map(text, ids[max(0, t + 1 - ngrams[head]) : t + 1])) if ngrams else None,
       }
@@ -165,8 +172,8 @@ class MemoryReader:
   ) -> dict[str, Any]:
     """Finds the contexts of a corpus that take a row most, and what its value changes there.
 
-    A context takes the row the more, the larger its absolute weight is, or its score where scores do not weigh rows;
-    where n-grams address rows, contexts are taken as the corpus has them.
+    A context takes the row the more, the larger its absolute weight is, or its score where scores do not weigh rows.
+    Where n-grams address rows that nothing weighs, it is a sample, see `strongest`.
     The effect (see the top of this file) is the mean over the up to KEPT_CONTEXTS contexts that take it most.
 
     Args:
@@ -177,12 +184,12 @@ class MemoryReader:
       positions: read at most about so many positions of the corpus, its first; 0: all.
 
     Returns:
-      `row`; `range`, see `range_of`; `positions`, how many were read; and `layers`, for each its `layer`; `taken`, how
+      `row`; `positions`, how many were read; and `layers`, for each its `layer`; `range`, see `range_of`; `taken`, how
       many positions took the row; `strength_is`: 'weight', 'score', or '' where n-grams address rows; `contexts`:
       `before`, `token`, `after` (texts; the token after which the model read the row), `strength`, `corpus_row` and
       `position`; and `effect`, None where no position took it: `contexts` it is the mean over; `next_token_gain`, the
       change of the log-probability of the token that really follows, nats; `up` and `down`, tokens with the largest
-      rise and fall of their log-probability: `id`, `token`, `log_change` in nats, and their mean `probability` and
+      rise and fall of their mean probability: `id`, `token`, `log_change` in nats, `probability` and
       `probability_without`.
 
     Raises:
@@ -193,7 +200,7 @@ class MemoryReader:
     with share_shown('reading the corpus') as show:
       best, taken, read = self._best_contexts(row, split, layers, positions, show)
     found = [self.describe_row(row, number, split, best[number], top) | {'taken': taken[number]} for number in layers]
-    return {'row': row, 'range': self.range_of(row), 'positions': read, 'layers': found}
+    return {'row': row, 'positions': read, 'layers': found}
 
   @own_jax_settings()
   def describe_row(
@@ -211,6 +218,7 @@ class MemoryReader:
     """
     return {
       'layer': layer,
+      'range': self.range_of(row, layer),
       'strength_is': 'weight' if self.weighs[layer] else '' if self.ngrams[layer] else 'score',
       'contexts': [self._context(split, *context) for context in contexts[:top]],
       'effect': self._effect(row, layer, split, contexts, top) if contexts else None,
@@ -246,7 +254,7 @@ class MemoryReader:
         places = np.argwhere(strength_BT > -np.inf)
         taken[layer] += len(places)
         best[layer] += [(float(strength_BT[b, t]), int(batch['row_id'][b]), int(t)) for b, t in places]
-        best[layer] = sorted(best[layer], key=lambda c: -c[0])[:KEPT_CONTEXTS]
+        best[layer] = strongest(best[layer], KEPT_CONTEXTS)
     return best, taken, read
 
   def _context(self, split: TokenSplit, strength: float, corpus_row: int, position: int) -> dict[str, Any]:
@@ -254,7 +262,7 @@ class MemoryReader:
     inputs, targets = rows['input'][0], rows['target'][0]
     after = targets[position : position + AFTER]
     return {
-      'before': self.lm.tokenizer.decode(inputs[max(0, position - BEFORE) : position].tolist()),
+      'before': self.lm.tokenizer.decode(seen_tokens(rows, 0, max(0, position - BEFORE), position + 1)[:-1]),
       'token': token_text(self.lm.tokenizer, int(inputs[position])),
       'after': self.lm.tokenizer.decode(after[after != PADDING].tolist()),
       'strength': strength,
@@ -294,13 +302,24 @@ class MemoryReader:
         'probability_without': float(without_V[at]),
       }
 
-    order = np.argsort(-change_V, kind='stable')
+    order = np.argsort(without_V - with_V, kind='stable')
     return {
       'contexts': len(contexts),
       'next_token_gain': float(change_XV[np.arange(len(next_X)), next_X].mean()),
       'up': [token(at) for at in order[:top]],
       'down': [token(at) for at in order[::-1][:top]],
     }
+
+
+def strongest(contexts: Iterable[tuple[float, int, int]], most: int) -> list[tuple[float, int, int]]:
+  """Returns the contexts of the largest strength, at most `most`; among equals a sample, the same each time."""
+  return sorted(contexts, key=lambda c: (-c[0], zlib.crc32(f'{c[1]} {c[2]}'.encode())))[:most]
+
+
+def seen_tokens(rows: dict[str, np.ndarray], row: int, first: int, stop: int) -> list[int]:
+  """Returns those tokens of a row of `TokenSplit.rows`, from `first` to `stop`, that the model sees at the last one."""
+  token_X, segment_X = rows['input'][row, first:stop], rows['segment'][row, first:stop]
+  return token_X[segment_X == segment_X[-1]].tolist()
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -314,13 +333,13 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
   return text or names.get(token, f'<{token}>')
 
 
-def _addressed_memory(config: Config) -> NgramBag | None:
-  """Returns the sizes of the memory whose rows n-grams address, of a sublayer or else of values."""
-  model, memory = config.model, config.memory
-  rows = [SUBLAYERS[kind] for kind in layer_kinds(model, memory) if SUBLAYERS[kind].reads_ngrams]
-  if rows:
-    return nnx.eval_shape(lambda: rows[0].build(model, memory, rngs=nnx.Rngs(0))).memory
-  return VALUE_ROWS.build(model, memory, rngs=nnx.Rngs(0)) if memory.value_layers else None
+def _addressed_memory(config: Config, reader: Sublayer) -> NgramBag | None:
+  """Returns the sizes of the memory whose rows n-grams address in a layer; None where a gate selects them."""
+  if not reader.reads_ngrams:
+    return None
+  if reader is VALUE_ROWS:
+    return reader.build(config.model, config.memory, rngs=nnx.Rngs(0))
+  return nnx.eval_shape(lambda: reader.build(config.model, config.memory, rngs=nnx.Rngs(0))).memory
 
 
 def _inputs(split: TokenSplit, batch: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray | None]:

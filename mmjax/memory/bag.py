@@ -28,7 +28,7 @@ from mmjax.memory.checks import check_bank, check_numbers
 from mmjax.memory.gate import GatedMemory
 from mmjax.memory.ngram import last_tokens, ngram_rows, ngram_signs, own_ranges, with_signs
 from mmjax.memory.params import init_kernels
-from mmjax.memory.types import Bank, Params, Selection, shape_of
+from mmjax.memory.types import Bank, Params, Read, Selection, shape_of
 
 LEAST_MATCH = 1e-6  # of which EngramBag takes the root: at 0 its slope would be infinite
 
@@ -57,20 +57,22 @@ class _Bag(Memory):
     return super().flops() | own
 
   @jax.named_scope('bag')
-  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns (y * silu(m @ up)) @ down, or y @ down, with the heads' sums joined to y, of X = h * P, in `dtype`."""
+  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Read:
+    """Returns (y * silu(m @ up)) @ down, or y @ down, in `dtype`, and scores; y are the heads' sums, of X = h * P."""
     y_BTX = self.sums(selection, bank_MP).reshape(*x_BTD.shape[:-1], -1).astype(dtype)
-    return self.gated(params, x_BTD, y_BTX) if self.output_gate else matmul(y_BTX, params['down']['kernel'])
+    if not self.output_gate:
+      return matmul(y_BTX, params['down']['kernel']), selection.score_BThr
+    return self.gated(params, x_BTD, y_BTX, selection.score_BThr)
 
-  def gated(self, params: Params, x_BTD: Array, y_BTX: Array) -> Array:
-    """Returns what becomes of the joined sums y where there is a gate of the output, in their dtype."""
+  def gated(self, params: Params, x_BTD: Array, y_BTX: Array, score_BThr: Array) -> Read:
+    """Returns what `read` does where there is a gate of the output."""
     down, dtype = params['down']['kernel'], y_BTX.dtype
 
     def project(y_BTX: Array, up_BTX: Array) -> Array:
       return matmul(y_BTX * jax.nn.silu(up_BTX), down)
 
     up_BTX = normed_matmul(x_BTD, params['norm']['scale'], params['up']['kernel'], self.norm_eps, dtype)
-    return recomputed_on_gpu(project)(y_BTX, up_BTX)
+    return recomputed_on_gpu(project)(y_BTX, up_BTX), score_BThr
 
   def sums(self, selection: Selection, bank_MP: Bank) -> Array:
     """Returns the weighted sum of each head's rows, float32 sum_BThP."""
@@ -294,15 +296,17 @@ class EngramBag(NgramBag):
     kernel = self.n_heads * self.row_dim, self.dim
     return init_kernels(rngs, key=kernel, down=kernel) | {'key_norm': {'scale': jnp.ones(self.dim, jnp.float32)}}
 
-  def gated(self, params: Params, x_BTD: Array, y_BTX: Array) -> Array:
-    """Returns sigmoid(sign(s) sqrt(|s|)) * (y @ down) with s = m . norm(y @ key) / sqrt(D), in the dtype of y."""
+  def gated(self, params: Params, x_BTD: Array, y_BTX: Array, score_BThr: Array) -> Read:
+    """Returns g * (y @ down) and g, with g = sigmoid(sign(s) sqrt(|s|)) and s = m . norm(y @ key) / sqrt(D)."""
 
-    def weigh(x_BTD: Array, key_BTD: Array, value_BTD: Array) -> Array:
+    def weigh(x_BTD: Array, key_BTD: Array, value_BTD: Array) -> tuple[Array, Array]:
       query_BTD = rms_norm(x_BTD, params['norm']['scale'], self.norm_eps, y_BTX.dtype)
       key_BTD = rms_norm(key_BTD, params['key_norm']['scale'], self.norm_eps)
       match_BT1 = jnp.sum(query_BTD * key_BTD, axis=-1, keepdims=True) * self.dim**-0.5
       root_BT1 = jnp.sign(match_BT1) * jnp.sqrt(jnp.maximum(jnp.abs(match_BT1), LEAST_MATCH))
-      return value_BTD * jax.nn.sigmoid(root_BT1).astype(value_BTD.dtype)
+      gate_BT1 = jax.nn.sigmoid(root_BT1)
+      return value_BTD * gate_BT1.astype(value_BTD.dtype), gate_BT1
 
     products = (matmul(y_BTX, params[name]['kernel']) for name in ('key', 'down'))
-    return recomputed_on_gpu(weigh)(x_BTD, *products)
+    delta_BTD, gate_BT1 = recomputed_on_gpu(weigh)(x_BTD, *products)
+    return delta_BTD, jnp.broadcast_to(gate_BT1[..., None], score_BThr.shape)

@@ -14,7 +14,7 @@ from mmjax.choices import NORM_EPS
 from mmjax.kernels.matmul import at_least_float32
 from mmjax.kernels.mesh import on_any_mesh
 from mmjax.memory.checks import check_inputs, check_sizes
-from mmjax.memory.types import Bank, Params, Selection, SublayerOutput
+from mmjax.memory.types import Bank, Params, Read, Selection, SublayerOutput
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,8 @@ class Memory(ABC):
     def run(x_BTD: Array, params: Params, bank_MP: Bank, *of_ngrams: Array | None) -> tuple:
       row_BThr, sign_BTh, kept_BTh = of_ngrams
       selection = self.select(params, x_BTD, row_BThr, dtype)._replace(sign_BTh=sign_BTh, kept_BTh=kept_BTh)
-      delta_BTD = self.read(params, x_BTD, selection, bank_MP, dtype)
-      row_BTR, score_BTR = (x.reshape(*x_BTD.shape[:-1], -1) for x in selection[:2])
-      return delta_BTD, row_BTR, score_BTR, selection.aux_loss
+      delta_BTD, score_BThr = self.read(params, x_BTD, selection, bank_MP, dtype)
+      return delta_BTD, *(x.reshape(*x.shape[:2], -1) for x in (selection.row_BThr, score_BThr)), selection.aux_loss
 
     def specs(of_x: PartitionSpec) -> tuple:
       like_rows = PartitionSpec(*of_x[:2])
@@ -121,5 +120,5 @@ class Memory(ABC):
     """Returns what to read, of `row_BThr`, int32, where the last tokens address rows; `x_BTD` is still to be normed."""
 
   @abstractmethod
-  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns delta_BTD in `dtype`; `x_BTD` is still to be normed."""
+  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Read:
+    """Returns delta_BTD in `dtype`, and the scores of the rows; `x_BTD` is still to be normed."""

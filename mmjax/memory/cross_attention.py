@@ -16,7 +16,7 @@ from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.norm import rms_norm
 from mmjax.memory.gate import RowsMemory
 from mmjax.memory.params import init_kernels
-from mmjax.memory.types import Bank, Params, Selection
+from mmjax.memory.types import Bank, Params, Read, Selection
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,8 +46,8 @@ class CrossAttention(RowsMemory):
     reads = 2 * self.attention_heads * self.n_heads * self.rows_per_head * self.row_dim
     return super().flops() | {'cross_attention': TRAINED * 2 * (projections + reads)}
 
-  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns what the normed input reads from its rows, (B, T, D) in `dtype`.
+  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Read:
+    """Returns what the normed input reads from its rows, delta_BTD in `dtype`, and the scores of the gate.
 
     Each row would be projected for one token only. So the query is carried through the keys' projection instead,
     q . (row Wk) = (Wk q) . row, and the values' projection comes after the weighted sum of rows: the same numbers
@@ -65,4 +65,4 @@ class CrossAttention(RowsMemory):
       weight_BTNR = jax.nn.softmax(score_BTNR * q_BTNH.shape[-1] ** -0.5, axis=-1).astype(dtype)
       read_BTNP = jnp.einsum('BTNR,BTRP->BTNP', weight_BTNR, rows_BTRP)
       value_BTNH = jnp.einsum('BTNP,PNH->BTNH', read_BTNP, wv_PNH)
-      return matmul(value_BTNH.reshape(m_BTD.shape), wo)
+      return matmul(value_BTNH.reshape(m_BTD.shape), wo), selection.score_BThr

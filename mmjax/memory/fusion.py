@@ -9,7 +9,7 @@ from mmjax.kernels.fusion import normed_gated_mlp
 from mmjax.kernels.matmul import TRAINED
 from mmjax.memory.gate import RowsMemory
 from mmjax.memory.params import init_kernels
-from mmjax.memory.types import Bank, Params, Selection
+from mmjax.memory.types import Bank, Params, Read, Selection
 
 
 class GatedFusion(RowsMemory):
@@ -25,9 +25,10 @@ class GatedFusion(RowsMemory):
     width = self.dim + self.n_heads * self.rows_per_head * self.row_dim
     return super().flops() | {'fusion': TRAINED * 2 * (2 * width * self.dim + self.dim * self.dim)}
 
-  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Array:
-    """Returns the fusion of the normed input and the rows, joined to X = R * P, delta_BTD in `dtype`."""
+  def read(self, params: Params, x_BTD: Array, selection: Selection, bank_MP: Bank, dtype: DTypeLike) -> Read:
+    """Returns the fusion of the normed input and the rows, joined to X = R * P, delta_BTD in `dtype`, and scores."""
     rows_BTX = self.rows(selection, bank_MP, dtype).reshape(*x_BTD.shape[:-1], -1)
     with jax.named_scope('fusion'):
       kernels = (params['fusion'][name]['kernel'] for name in ('gate', 'up', 'down'))
-      return normed_gated_mlp(x_BTD, params['norm']['scale'], (rows_BTX,), *kernels, self.norm_eps, dtype)
+      delta_BTD = normed_gated_mlp(x_BTD, params['norm']['scale'], (rows_BTX,), *kernels, self.norm_eps, dtype)
+    return delta_BTD, selection.score_BThr

@@ -7,6 +7,7 @@ from jax import Array
 from mmjax.kernels.bank import Bank as Bank
 
 Params = dict[str, Any]
+Read = tuple[Array, Array]  # what becomes of the rows, delta_BTD, and their float32 scores, score_BThr
 
 
 def shape_of(value: Any) -> tuple[int, ...] | str | None:
@@ -36,7 +37,8 @@ class SublayerOutput(NamedTuple):
   """What a memory, or another sublayer, adds to the residual stream and to the training loss, and what it read.
 
   Rows are int32, head by head and best first in each; their scores are float32, before any activation. Rows that
-  n-grams address are as they were given, in no order; their scores are 0 where the context does not weigh them.
+  n-grams address are as they were given, in no order; their scores are 0 where the context does not weigh them, and the
+  value of the gate in an `EngramBag`.
   """
 
   delta_BTD: Array

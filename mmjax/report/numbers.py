@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from mmjax.config import Config
+from mmjax.config.sublayers import layer_name
 from mmjax.console import Table, number
 from mmjax.model.cost import bytes_per_token, count_params, flops_per_token
 from mmjax.model.params import abstract_params
@@ -67,6 +68,11 @@ def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) 
       [what, number(probes[name], '.4f'), '-' if name == 'loss' else probe_difference(probes, name)]
       for name, what in BANKS.items()
     ]
+    for reader in bank:
+      if 'loss_zeroed' in reader:  # only eval.py looks at readers one by one
+        one = probes | {'zeroed': reader['loss_zeroed']}
+        what = f'zero for {layer_name(reader["layer"])} alone'
+        rows.append([what, number(one['zeroed'], '.4f'), probe_difference(one, 'zeroed')])
     title = f'Loss on the first {probes["positions"]:,} positions with the bank changed'
     found.append(Table(['bank', 'nats a token', 'difference'], rows, title))
   return found

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from mmjax.data.loader import PADDING, TokenSplit, eval_batches
-from mmjax.inference.memory_reads import ROWS_AT_A_TIME, MemoryReader, token_text
+from mmjax.inference.memory_reads import ROWS_AT_A_TIME, MemoryReader, seen_tokens, strongest, token_text
 
 MOST_POSITIONS = 65536
 MOST_READS = 2**24  # kept, of all layers together: 8 bytes each
@@ -73,20 +73,18 @@ class CorpusReads:
         found.append((strength, int(part.corpus_row_X[x]), int(part.position_X[x]), before + int(x), n))
       before += len(part.position_X)
     strip = np.histogram([place for *_, place, _ in found], STRIP, (0, max(1, before)))[0].tolist()
-    best = sorted(found, key=lambda reader: -reader[0])[:most]
     return {
       'taken': len(found),
       'strip': strip,
-      'contexts': [reader[:3] for reader in best],
+      'contexts': strongest((reader[:3] for reader in found), most),
       'ngrams': self._ngrams([(corpus_row, position, n) for _, corpus_row, position, _, n in found if n]),
     }
 
   def _ngrams(self, places: list[tuple[int, int, int]]) -> list[tuple[str, int]]:
     corpus_rows, at_X = np.unique([corpus_row for corpus_row, *_ in places], return_inverse=True)
-    inputs = self.split.rows(corpus_rows)['input'].tolist() if places else []
-    ids = Counter()
+    rows, ids = self.split.rows(corpus_rows) if places else {}, Counter()
     for at, (_, position, n) in zip(at_X, places, strict=True):
-      ids[tuple(inputs[at][max(0, position + 1 - n) : position + 1])] += 1
+      ids[tuple(seen_tokens(rows, at, max(0, position + 1 - n), position + 1))] += 1
     counts = Counter()
     for tokens, count in ids.items():
       counts[''.join(token_text(self.reader.lm.tokenizer, token) for token in tokens)] += count

@@ -157,7 +157,7 @@ class RunView:
     if layer is None:
       raise UserError(f'layer=None must be a layer with a memory: {", ".join(map(str, reader.layers))}')
     reader.chosen_layers(layer)
-    found = {'row': row, 'layer': layer, 'range': reader.range_of(row), 'snippet': self.snippets.get(row)}
+    found = {'row': row, 'layer': layer, 'range': reader.range_of(row, layer), 'snippet': self.snippets.get(row)}
     found['nearest'] = self._nearest(row, layer)
     if self.corpus is None or not self.corpus.positions:
       return found

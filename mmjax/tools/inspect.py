@@ -188,13 +188,13 @@ def print_found(found: dict[str, Any], top: int) -> None:
   show(Text(f'Row {row["row"]} over {row["positions"]:,} positions of the corpus', 'bold'))
   if row['snippet'] is not None:
     show(Text('It started from the text: ') + Text(plain(row['snippet']), 'italic'))
-  if row['range'] is not None:
-    token = row['range']['token']
-    how = 'finds it by a hash of the last tokens' if token is None else f'reads it at the token «{plain(token)}»'
-    show(Text(f'It lies in the range of head {row["range"]["head"]}, which {how}.'))
   for layer in row['layers']:
     name, share = layer_name(layer['layer']).capitalize(), layer['taken'] / row['positions']
     show(f'\n{name}: taken at {layer["taken"]:,} ({share:.3%})')
+    if layer['range'] is not None:
+      token = layer['range']['token']
+      how = 'finds it by a hash of the last tokens' if token is None else f'reads it at the token «{plain(token)}»'
+      show(Text(f'It lies in the range of head {layer["range"]["head"]}, which {how}.'))
     if layer['effect'] is not None:
       gain = f'Change for the token that really follows: {layer["effect"]["next_token_gain"]:+.4f} nats.'
       show(contexts_table(layer['contexts'], layer['strength_is']), effect_table(layer['effect']), gain)
@@ -271,12 +271,12 @@ def effect_table(effect: dict[str, Any]) -> Table:
   """The tokens that gain and lose most, side by side."""
 
   def cells(token: dict[str, Any]) -> list[str]:
-    change = f'{token["probability_without"]:.2e} -> {token["probability"]:.2e}'
+    change = f'{token["probability_without"]:.2%} -> {token["probability"]:.2%}'
     return [visible(token['token']), f'{token["log_change"]:+.4f}', change]
 
   rows = [cells(up) + cells(down) for up, down in zip(effect['up'], effect['down'], strict=True)]
   header = [name for direction in ('more', 'less') for name in (f'{direction} likely', 'change', 'without -> with it')]
-  return Table(header, rows, f'Next tokens that its value changes most, mean over {effect["contexts"]} contexts')
+  return Table(header, rows, f'Next tokens whose probability it changes most, mean over {effect["contexts"]} contexts')
 
 
 def plain(text: str) -> str:

@@ -46,14 +46,14 @@ def row_weights(config: Config, score_LBTR: Array) -> Array:
   """Returns how much each row that a token read counts, float32 weight_LBTR, from `Output.score_LBTR`.
 
   Where scores weigh rows: `score_weights` within each head, so with 'softmax' the weights of a head sum to 1.
-  Where they do not: 1 / num_selected each.
+  Where they do not: 1 / num_selected each, times the value of the gate where the sublayer gates tokens.
   """
   memory, r = config.memory, config.model.num_selected
   score_LBThr = score_LBTR.reshape(*score_LBTR.shape[:-1], memory.n_heads, r)
   weight_LBThr = [
     score_weights(score_BThr, memory.score_activation)
     if reader.scores_weigh(memory)
-    else jnp.full_like(score_BThr, 1 / r)
+    else (score_BThr if reader.gates_tokens else jnp.ones_like(score_BThr)) / r
     for reader, score_BThr in zip(bank_readers(config).values(), score_LBThr, strict=True)
   ]
   return jnp.stack(weight_LBThr).reshape(score_LBTR.shape)

@@ -240,10 +240,10 @@ function layerReads(run, layer, reads) {
     return h('tr', { title: snippet ?? '' },
       h('td.n', null, first && state.runs[run].memory.heads > 1 ? `head ${of}` : ''),
       h('td', null, rowButton(run, row, layer), snippet ? h('small', null, ` ${snippet.slice(0, 40)}…`) : null),
-      ngram != null ? h('td', { colspan: 2 }, h('code', null, `“${visible(ngram)}”`))
+      ngram != null ? [h('td', { colspan: weight != null ? 1 : 2 }, h('code', null, `“${visible(ngram)}”`)), weight != null ? h('td.n', null, weight.toFixed(3)) : null]
         : [h('td.bar', null, bar(share(weight ?? score))), h('td.n', null, weight != null ? weight.toFixed(3) : score.toFixed(1))])
   })
-  const what = ngrams.length ? 'rows addressed by the last tokens' : weighs ? 'rows and their weights' : 'rows and their scores'
+  const what = ngrams.length ? `rows addressed by the last tokens${weighs ? ', and their weights' : ''}` : weighs ? 'rows and their weights' : 'rows and their scores'
   const all = state.runs[run].memory.reads
   return h('section', null, h('h3', null, `${layerName(layer)}: ${what}${reads.length < all ? `, the strongest ${reads.length} of ${all}` : ''}`), h('table', null, lines))
 }
@@ -285,9 +285,10 @@ function drawRow(run, found) {
     h('button', { type: 'button', onclick: () => change(run, [{ row, scale: 0 }]) }, 'Switch off'),
     h('form.row', { onsubmit: event => { event.preventDefault(); change(run, [{ row, scale: +scale.value }]) } }, h('button', null, 'Scale by'), scale),
     h('form.row', { onsubmit: event => { event.preventDefault(); change(run, [{ row, other: +other.value }]) } }, h('button', null, 'Exchange with'), other))
+  const gain = token => token.probability - token.probability_without
   const strongest = (tokens, kind) => h('div', null, h('h3', null, kind === '.up' ? 'made more likely' : 'made less likely'),
     h('table', null, tokens.slice(0, 8).map(token => h('tr', { title: `${percent(token.probability_without)} without, ${percent(token.probability)} with` },
-      h('td', null, h('code', null, visible(token.token))), h('td.bar', null, bar(Math.abs(token.log_change) / Math.abs(tokens[0].log_change || 1), kind)),
+      h('td', null, h('code', null, visible(token.token))), h('td.bar', null, bar(Math.abs(gain(token) / (gain(tokens[0]) || 1)), kind)),
       h('td.n', null, token.log_change.toFixed(3))))))
   refill('inspector', 
     h('div.head', null, h('h2', null, `Row ${row}${state.runs.length > 1 ? ` of ${state.runs[run].name}` : ''}`),
@@ -303,7 +304,7 @@ function drawRow(run, found) {
     saved ? null : edits,
     found.ngrams?.length ? [h('h3', null, 'n-grams that address it, by how often'), h('p', null, found.ngrams.map(([text, count]) => [h('code', null, `“${visible(text)}”`), h('small', null, ` ×${count}  `)]))] : null,
     effect ? [h('div.pair', null, strongest(effect.up, '.up'), strongest(effect.down, '.down')),
-      h('small', null, `Change of the next token's log-probability by this row's value, against an average row, over the ${effect.contexts} places that read it ${found.strength_is ? 'most' : 'first'}. The token that really follows: ${effect.next_token_gain > 0 ? '+' : ''}${effect.next_token_gain.toFixed(3)} nats.`)] : null,
+      h('small', null, `Change of the next token's log-probability by this row's value, against an average row, over ${effect.contexts} places that read it${found.strength_is ? ' most' : ''}; the tokens whose probability that changes most. The token that really follows: ${effect.next_token_gain > 0 ? '+' : ''}${effect.next_token_gain.toFixed(3)} nats.`)] : null,
     contextList(found),
     h('h3', null, 'Rows nearest to it, by the cosine of their values'),
     h('table', null, found.nearest.map(([at, cosine, reads]) => h('tr', null, h('td', null, rowButton(run, at, layer)), h('td.bar', null, bar(Math.max(0, cosine))),
@@ -314,7 +315,7 @@ function contextList({ contexts, strength_is }) {
   if (!contexts?.length) return null
   const lines = contexts.map(context => h('div.context', null, strength_is ? h('span', { title: strength_is }, number(context.strength, 2)) : null,
     context.before, h('mark', null, context.token), context.after))
-  return [h('h3', null, `Where it is read ${strength_is ? 'most' : 'first'}: after the marked token`), lines.slice(0, 6),
+  return [h('h3', null, `${strength_is ? 'Where it is read most' : 'Some places where it is read'}: after the marked token`), lines.slice(0, 6),
     lines.length > 6 ? h('details', null, h('summary.soft', null, `${lines.length - 6} more`), lines.slice(6)) : null]
 }
 
