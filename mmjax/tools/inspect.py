@@ -3,9 +3,9 @@
 --text or --text_file: for each token and layer the rows that it took, with their scores, and their weights where scores
 weigh rows; or with the n-gram that addresses them, where there is no gate. Layers and rows are numbered from 0.
 --row N: the contexts of a corpus that take this row most, and the tokens that its value makes more and less likely. The
-latter is measured: the log-probability of every next token in the model as it is, minus that in the model with this
-row, in this layer alone, replaced by the mean of all rows, and the mean of that over these contexts. So it includes the
-fusion, all later layers and the output layer. The layer 'values' stands for all layers that read rows into the values
+latter is measured: the probability of every next token in the model as it is, minus that in the model with this row, in
+this layer alone, replaced by the mean of all rows, and the mean of that over these contexts. So it includes the fusion,
+all later layers and the output layer. The layer 'values' stands for all layers that read rows into the values
 of attention. Where the bank was built from text, the text that the row started from is shown.
 --taught: the rows that the run taught to the model that it started from, and how often the new text and the usual text
 read them.
@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 
 POSITIONS = 262144  # of the corpus
 EFFECT = (
-  'the log-probability of a next token with the row as it is, minus that with the mean of all rows of the bank in its '
-  'place in this layer, in nats: the mean over contexts that take the row (most, where that differs)'
+  'the probability of a next token with the row as it is, and its change, in percentage points, from that with the '
+  'mean of all rows of the bank in its place in this layer: means over contexts that take the row (most, where that '
+  'differs)'
 )
 
 
@@ -196,10 +197,10 @@ def print_found(found: dict[str, Any], top: int) -> None:
       how = 'finds it by a hash of the last tokens' if token is None else f'reads it at the token «{plain(token)}»'
       show(Text(f'It lies in the range of head {layer["range"]["head"]}, which {how}.'))
     if layer['effect'] is not None:
-      gain = f'Change for the token that really follows: {layer["effect"]["next_token_gain"]:+.4f} nats.'
+      gain = f'Log-probability of the token that really follows: {layer["effect"]["next_token_gain"]:+.4f} nats.'
       show(contexts_table(layer['contexts'], layer['strength_is']), effect_table(layer['effect']), gain)
   if any(layer['effect'] is not None for layer in row['layers']):
-    show(f'\nChange: {row["effect_is"]}.')
+    show(f'\nThe tables show {row["effect_is"]}.')
 
 
 # What is shown of a read beside its row, where it has it.
@@ -271,11 +272,11 @@ def effect_table(effect: dict[str, Any]) -> Table:
   """The tokens that gain and lose most, side by side."""
 
   def cells(token: dict[str, Any]) -> list[str]:
-    change = f'{token["probability_without"]:.2%} -> {token["probability"]:.2%}'
-    return [visible(token['token']), f'{token["log_change"]:+.4f}', change]
+    change = token['probability'] - token['probability_without']
+    return [visible(token['token']), f'{token["probability"]:.2%}', f'{100 * change:+.2f}']
 
   rows = [cells(up) + cells(down) for up, down in zip(effect['up'], effect['down'], strict=True)]
-  header = [name for direction in ('more', 'less') for name in (f'{direction} likely', 'change', 'without -> with it')]
+  header = [name for direction in ('more', 'less') for name in (f'{direction} likely', 'probability', 'change')]
   return Table(header, rows, f'Next tokens whose probability it changes most, mean over {effect["contexts"]} contexts')
 
 
