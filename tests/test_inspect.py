@@ -15,7 +15,7 @@ from mmjax.errors import UserError
 from mmjax.inference import memory_reads
 from mmjax.inference.api import LanguageModel
 from mmjax.inference.measure import open_text
-from mmjax.inference.memory_reads import KEPT_CONTEXTS, MemoryReader, token_text
+from mmjax.inference.memory_reads import KEPT_CONTEXTS, MemoryReader, strongest, token_text
 from mmjax.model.layers import rope_angles
 from mmjax.run.directory import open_run
 from mmjax.tools import inspect
@@ -168,6 +168,15 @@ def test_contexts_and_effect_of_a_row_equal_plain_loops(reader, forward, split):
     assert token['log_change'] == pytest.approx(change_V[token['id']], abs=1e-5)
     assert token['probability'] == pytest.approx(np.exp(log_with).mean(0)[token['id']], rel=1e-4)
   assert np.abs(change_V).max() > 1e-3
+
+
+def test_strongest_contexts_come_first_and_equal_ones_from_all_of_the_text():
+  equal = [(0.0, row, at) for row in range(50) for at in range(20)]
+  found = strongest([(0.5, 7, 3), *equal, (0.9, 9, 9)], 102)
+  assert found[:2] == [(0.9, 9, 9), (0.5, 7, 3)] and len(found) == 102 and set(found[2:]) < set(equal)
+  assert 20 < np.mean([row for _, row, _ in found[2:]]) < 30 and 8 < np.mean([at for *_, at in found[2:]]) < 11
+  in_parts = strongest(strongest(equal[:300], 100) + equal[300:], 100)  # as a text is read
+  assert in_parts == strongest(reversed(equal), 100) == found[2:]
 
 
 @pytest.mark.thorough
