@@ -1,9 +1,10 @@
 """Evaluates a run:   python eval.py --workdir out/exp_1_4_2 [--checkpoint best] [--prompts FILE] [--valid_files GLOB]
 
 Measures loss, perplexity, bits per byte, token accuracy and what the memory does on the whole validation set (defined
-in mmjax/evaluation/probes.py), continues prompts, prints both, writes them into eval.json in the work directory and
-updates its report.md. --config.data.prepared_dir=DIR or --config.data.train_files=... say where the run's own text is
-now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
+in mmjax/evaluation/probes.py; of several layers with a memory also the loss with the bank zero for one of them alone,
+which takes a pass over at most 65,536 positions for each), continues prompts, prints both, writes them into eval.json
+in the work directory and updates its report.md. --config.data.prepared_dir=DIR or --config.data.train_files=... say
+where the run's own text is now, if it was moved. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
 import argparse

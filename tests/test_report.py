@@ -174,7 +174,7 @@ def test_probes_of_the_memory_are_shown(tmp_path):
   text = write_report(run).read_text().partition('## Bank health')[2].partition('## Evaluation')[0]
   assert '| 1 | 10.0% | 2.000 | 2.500 | 100 | 1.00% | 10.0% |' in text
   assert '| 1 | 37.50% | 6.25% | 5.00e-01 | 0.00e+00 |' in text
-  assert 'on the first 1,234 positions' in text and '| all values zero | 3.2500 | +0.2500 |' in text
+  assert 'on the first 1,234 positions' in text and '| all rows zero | 3.2500 | +0.2500 |' in text
   assert '| rows exchanged | - | - |' in text
   assert 'moved the rows that it read by 1.0e-02 of their norm: the median of 3 reports.' in text
   drawn = {'changed', 'row_agreement', 'kl_weighted', 'head_overlap', 'gate_grad_norm', 'key_grad_norm'}

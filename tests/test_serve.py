@@ -128,6 +128,7 @@ def test_ngrams_of_a_row_and_contexts_end_where_a_document_begins(tiny_run):
   alone_BT = opens_BT & (rows['input'] == tokenizer.eos_id) & (rows['target'] != PADDING)
   assert said['<eos>'] == alone_BT.sum() > 1 and not any(text.endswith('<eos>') for text in said.keys() - {'<eos>'})
   assert view.reader._context(split, 0.0, int(b), int(t))['before'] == ''
+  assert view.reader._context(split, 0.0, int(b), int(t) - 1)['after'] == ''  # the EOS opens the next document
   later = view.reader._context(split, 0.0, int(b), int(t) + 1)['before']
   assert later == tokenizer.decode([tokenizer.eos_id])
 

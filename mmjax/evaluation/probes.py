@@ -5,7 +5,7 @@ positions, which compares with that of others with their bank zeroed, and pay no
 
 Of every evaluation, over all positions that are not padding, for each reader of the bank:
   kl_weighted      KL(usage || uniform) in nats as `kl_to_uniform`, but a read counts with the absolute weight that its
-                   score gives the row (`row_weights`). Where scores do not weigh rows it equals kl_to_uniform.
+                   score or a gate gives the row (`row_weights`). Where nothing weighs rows it equals kl_to_uniform.
   head_overlap     of two heads of a token, the share of the r rows of one that the other took too; the mean over pairs
                    of different heads, then over positions. None with one head.
 
@@ -64,7 +64,7 @@ class ProbePlan:
 
 
 def plan_probe(config: Config, split: TokenSplit) -> ProbePlan:
-  """Probes up to PROBED_POSITIONS, in whole batches, but no more than half of them: each is evaluated twice again."""
+  """Probes up to PROBED_POSITIONS, in whole batches, but no more than half of them: each is evaluated twice or more."""
   rows = config.train.batch_size
   batches = -(-split.n_rows // rows)
   most = max(1, PROBED_POSITIONS // (rows * split.max_seq_len))

@@ -24,8 +24,8 @@ from mmjax.run.placement import Placement
 def make_token_loss(config: Config, graphdef: nnx.GraphDef, attention: str) -> Callable[..., Array]:
   """Returns f(params, rows, zeroed=None) -> float32 (B, T): the negative log-likelihood of each target, 0 at PADDING.
 
-  It is what `make_loss` sums, in nats, from float32 logits, a row of the batch at a time. To the reader of the number
-  `zeroed`, int32 and counted as in `memory_layers`, all values of the bank are 0.
+  It is what `make_loss` sums, in nats, from float32 logits, a row of the batch at a time. The reader number
+  `zeroed`, an int32 place in `memory_layers`, reads a bank of zeros.
   """
 
   def token_loss(params: Params, rows: dict[str, Array], zeroed: Array | None = None) -> Array:

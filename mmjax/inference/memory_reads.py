@@ -95,7 +95,7 @@ class MemoryReader:
       raise UserError(f'row {row} is not in the bank, which has rows 0 to {last}')
 
   def range_of(self, row: int, layer: int | str) -> dict[str, Any] | None:
-    """Returns in whose range of a layer a row is: its `head`, and the `token` that alone reads it, None with a hash.
+    """Returns in whose range of a layer a row is: its `head`, and the `token` that reads it, None if a hash finds it.
 
     None where a gate selects rows or heads share them, and for a row that no head reads.
     """
@@ -185,7 +185,7 @@ class MemoryReader:
 
     Returns:
       `row`; `positions`, how many were read; and `layers`, for each its `layer`; `range`, see `range_of`; `taken`, how
-      many positions took the row; `strength_is`: 'weight', 'score', or '' where n-grams address rows; `contexts`:
+      many positions took the row; `strength_is`: 'weight', 'score', or '' where nothing tells reads apart; `contexts`:
       `before`, `token`, `after` (texts; the token after which the model read the row), `strength`, `corpus_row` and
       `position`; and `effect`, None where no position took it: `contexts` it is the mean over; `next_token_gain`, the
       change of the log-probability of the token that really follows, nats; `up` and `down`, tokens with the largest
@@ -261,6 +261,8 @@ class MemoryReader:
     rows = split.rows(np.array([corpus_row]))
     inputs, targets = rows['input'][0], rows['target'][0]
     after = targets[position : position + AFTER]
+    if split.isolate_documents:
+      after = after[np.cumsum(after == self.lm.tokenizer.eos_id) == 0]  # what is of this document
     return {
       'before': self.lm.tokenizer.decode(seen_tokens(rows, 0, max(0, position - BEFORE), position + 1)[:-1]),
       'token': token_text(self.lm.tokenizer, int(inputs[position])),

@@ -1,9 +1,9 @@
 """Bags of rows: each head's weighted sum of its rows, gated by the token and projected.
 
 Sources: the output (y * silu(m Wu)) Wd follows Memory+ in Berges et al. 2024, arXiv:2412.09764; the weighted sum Lample
-et al. 2019, arXiv:1907.05242; rows that the last tokens address, Cheng et al. 2026, arXiv:2601.07372 (Engram), whose
-gate is that of EngramBag, and for rows of the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by
-context in a token's bucket, Tseng and De Sa 2026, arXiv:2601.21461.
+et al. 2019, arXiv:1907.05242; rows that the last tokens address, Cheng et al. 2026, arXiv:2601.07372, and for rows of
+the token alone, Sadhukhan et al. 2026, arXiv:2601.10639; a row picked by context in a token's bucket, Tseng and De Sa
+2026, arXiv:2601.21461. The gate of EngramBag is that of Cheng et al., with the root that their code takes.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from mmjax.config import Config
-from mmjax.config.sublayers import layer_name
+from mmjax.config.sublayers import VALUES, layer_name
 from mmjax.console import Table, number
 from mmjax.model.cost import bytes_per_token, count_params, flops_per_token
 from mmjax.model.params import abstract_params
@@ -26,7 +26,7 @@ HELD_OUT = {'tokens': ('tokens', ','), 'text_bytes': ('UTF-8 bytes', ',')} | QUA
 READS = {
   'used_share': ('share of rows read', '.1%'),
   'kl_to_uniform': ('KL to uniform, nats', '.3f'),
-  'kl_weighted': ('the same, weighted by scores', '.3f'),
+  'kl_weighted': ('the same, weighted', '.3f'),
   'effective_rows': ('effective rows', ',.0f'),
   'hottest_share': ('share of the hottest row', '.2%'),
   'head_overlap': ('rows that two heads share', '.1%'),
@@ -37,7 +37,7 @@ MEANING = {
   'gate_grad_norm': ('gradient norm of the gate', '.2e'),
   'key_grad_norm': ('gradient norm of the sub-keys', '.2e'),
 }
-BANKS = {'loss': 'as it is', 'loss_zeroed': 'all values zero', 'loss_shuffled': 'rows exchanged'}
+BANKS = {'loss': 'as it is', 'loss_zeroed': 'all rows zero', 'loss_shuffled': 'rows exchanged'}
 
 
 def written(found: Mapping[str, Any], fields: Mapping[str, tuple[str, str]]) -> list[str]:
@@ -71,7 +71,9 @@ def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) 
     for reader in bank:
       if 'loss_zeroed' in reader:  # only eval.py looks at readers one by one
         one = probes | {'zeroed': reader['loss_zeroed']}
-        what = f'zero for {layer_name(reader["layer"])} alone'
+        what = (
+          f'zero for {"attention in its values" if reader["layer"] == VALUES else layer_name(reader["layer"])} alone'
+        )
         rows.append([what, number(one['zeroed'], '.4f'), probe_difference(one, 'zeroed')])
     title = f'Loss on the first {probes["positions"]:,} positions with the bank changed'
     found.append(Table(['bank', 'nats a token', 'difference'], rows, title))

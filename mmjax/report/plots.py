@@ -23,7 +23,7 @@ BANK_PLOTS = {
 # The same at evaluations -> (title, unit on the axis, a number to compare it with, drawn dashed, and what that is).
 EVAL_PLOTS = {
   'kl_weighted': (
-    'Distance of row usage from uniform, weighted by scores', 'KL divergence, nats', 'kl_to_uniform', 'not weighted'
+    'Distance of row usage from uniform, weighted', 'KL divergence, nats', 'kl_to_uniform', 'not weighted'
   ),
   'head_overlap': ('Rows that two heads of a token have in common', 'share of their rows', '', ''),
   'row_agreement': (

@@ -1,7 +1,7 @@
 """Shows what a memory does:   python -m mmjax.tools.inspect --workdir RUN --text 'The capital of' [--row 1234]
 
---text or --text_file: for each token and layer the rows that it took, with their scores, and their weights where scores
-weigh rows; or with the n-gram that addresses them, where there is no gate. Layers and rows are numbered from 0.
+--text or --text_file: for each token and layer the rows that it took, with what there is of these: their scores, their
+weights where scores or a gate weigh them, the n-gram that addresses them. Layers and rows are numbered from 0.
 --row N: the contexts of a corpus that take this row most, and the tokens that its value makes more and less likely. The
 latter is measured: the probability of every next token in the model as it is, minus that in the model with this row, in
 this layer alone, replaced by the mean of all rows, and the mean of that over these contexts. So it includes the fusion,
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 POSITIONS = 262144  # of the corpus
 EFFECT = (
   'the probability of a next token with the row as it is, and its change, in percentage points, from that with the '
-  'mean of all rows of the bank in its place in this layer: means over contexts that take the row (most, where that '
-  'differs)'
+  'mean of all rows of the bank in its place in this layer: means over contexts that take the row'
 )
 
 
@@ -151,7 +150,7 @@ def most_taken(tokens: list[dict[str, Any]], top: int, snippets: dict[int, str])
   """Returns for each layer the rows that a text took most, by the sum of absolute weights or else by tokens.
 
   Returns:
-    `layer`, `row`, `tokens` that took it, `weight` (sum over them, None where scores do not weigh) and `snippet`.
+    `layer`, `row`, `tokens` that took it, `weight` (sum over them, None where nothing weighs rows) and `snippet`.
   """
   found = []
   for at, layer in enumerate([entry['layer'] for entry in tokens[0]['layers']]):
@@ -189,18 +188,27 @@ def print_found(found: dict[str, Any], top: int) -> None:
   show(Text(f'Row {row["row"]} over {row["positions"]:,} positions of the corpus', 'bold'))
   if row['snippet'] is not None:
     show(Text('It started from the text: ') + Text(plain(row['snippet']), 'italic'))
-  for layer in row['layers']:
+  ranges = [_range_said(layer['range']) for layer in row['layers']]
+  together = len(set(ranges)) == 1
+  show(ranges[0] if together else '')
+  for layer, said in zip(row['layers'], ranges, strict=True):
     name, share = layer_name(layer['layer']).capitalize(), layer['taken'] / row['positions']
     show(f'\n{name}: taken at {layer["taken"]:,} ({share:.3%})')
-    if layer['range'] is not None:
-      token = layer['range']['token']
-      how = 'finds it by a hash of the last tokens' if token is None else f'reads it at the token «{plain(token)}»'
-      show(Text(f'It lies in the range of head {layer["range"]["head"]}, which {how}.'))
+    show('' if together else said)
     if layer['effect'] is not None:
-      gain = f'Log-probability of the token that really follows: {layer["effect"]["next_token_gain"]:+.4f} nats.'
+      gain = layer['effect']['next_token_gain']
+      gain = f'The log-probability of the token that really follows changes by {gain:+.4f} nats.'
       show(contexts_table(layer['contexts'], layer['strength_is']), effect_table(layer['effect']), gain)
   if any(layer['effect'] is not None for layer in row['layers']):
     show(f'\nThe tables show {row["effect_is"]}.')
+
+
+def _range_said(of_row: dict[str, Any] | None) -> str:
+  if of_row is None:
+    return ''
+  token = of_row['token']
+  how = 'finds it by a hash of the last tokens' if token is None else f'reads it at the token «{plain(token)}»'
+  return f'It lies in the range of head {of_row["head"]}, which {how}.'
 
 
 # What is shown of a read beside its row, where it has it.
@@ -273,7 +281,7 @@ def effect_table(effect: dict[str, Any]) -> Table:
 
   def cells(token: dict[str, Any]) -> list[str]:
     change = token['probability'] - token['probability_without']
-    return [visible(token['token']), f'{token["probability"]:.2%}', f'{100 * change:+.2f}']
+    return [visible(token['token']), f'{token["probability"]:.2%}', f'{100 * change:+.2g}']
 
   rows = [cells(up) + cells(down) for up, down in zip(effect['up'], effect['down'], strict=True)]
   header = [name for direction in ('more', 'less') for name in (f'{direction} likely', 'probability', 'change')]

@@ -286,10 +286,11 @@ function drawRow(run, found) {
     h('form.row', { onsubmit: event => { event.preventDefault(); change(run, [{ row, scale: +scale.value }]) } }, h('button', null, 'Scale by'), scale),
     h('form.row', { onsubmit: event => { event.preventDefault(); change(run, [{ row, other: +other.value }]) } }, h('button', null, 'Exchange with'), other))
   const gain = token => token.probability - token.probability_without
+  const points = change => `${change > 0 ? '+' : ''}${Math.abs(change) < 10 ? change.toPrecision(2) : change.toFixed(0)}`
   const strongest = (tokens, kind) => h('div', null, h('h3', null, kind === '.up' ? 'made more likely' : 'made less likely'),
     h('table', null, tokens.slice(0, 8).map(token => h('tr', { title: `${percent(token.probability_without)} without, ${percent(token.probability)} with` },
       h('td', null, h('code', null, visible(token.token))), h('td.bar', null, bar(Math.abs(gain(token) / (gain(tokens[0]) || 1)), kind)),
-      h('td.n', null, (100 * gain(token)).toPrecision(2))))))
+      h('td.n', null, points(100 * gain(token)))))))
   refill('inspector', 
     h('div.head', null, h('h2', null, `Row ${row}${state.runs.length > 1 ? ` of ${state.runs[run].name}` : ''}`),
       h('button', { type: 'button', onclick: closeRow }, '← back to the token')),
@@ -304,7 +305,7 @@ function drawRow(run, found) {
     saved ? null : edits,
     found.ngrams?.length ? [h('h3', null, 'n-grams that address it, by how often'), h('p', null, found.ngrams.map(([text, count]) => [h('code', null, `“${visible(text)}”`), h('small', null, ` ×${count}  `)]))] : null,
     effect ? [h('div.pair', null, strongest(effect.up, '.up'), strongest(effect.down, '.down')),
-      h('small', null, `Change of the next token's probability, in percentage points, by this row's value against an average row, over ${effect.contexts} places that read it${found.strength_is ? ' most' : ''}. The log-probability of the token that really follows: ${effect.next_token_gain > 0 ? '+' : ''}${effect.next_token_gain.toFixed(3)} nats.`)] : null,
+      h('small', null, `Change of the next token's probability, in percentage points, by this row's value against an average row, over ${effect.contexts} places that read it${found.strength_is ? ' most' : ''}. The log-probability of the token that really follows changes by ${effect.next_token_gain > 0 ? '+' : ''}${effect.next_token_gain.toFixed(3)} nats.`)] : null,
     contextList(found),
     h('h3', null, 'Rows nearest to it, by the cosine of their values'),
     h('table', null, found.nearest.map(([at, cosine, reads]) => h('tr', null, h('td', null, rowButton(run, at, layer)), h('td.bar', null, bar(Math.max(0, cosine))),
