@@ -64,7 +64,7 @@ class ProbePlan:
 
 
 def plan_probe(config: Config, split: TokenSplit) -> ProbePlan:
-  """Probes up to PROBED_POSITIONS, in whole batches, but no more than half of them: each is evaluated twice or more."""
+  """Probes up to PROBED_POSITIONS, in whole batches, but no more than half of them: they are evaluated again."""
   rows = config.train.batch_size
   batches = -(-split.n_rows // rows)
   most = max(1, PROBED_POSITIONS // (rows * split.max_seq_len))

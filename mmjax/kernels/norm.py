@@ -34,7 +34,7 @@ def rms_norm(x: Array, scale: Array, eps: float, dtype: DTypeLike = jnp.float32)
   if not on_cpu():
     x = _rounded(x, dtype)
   x = x.astype(jnp.float32)  # the mean of squares loses too much in bf16
-  return x * _inverse(x, eps) * jnp.expand_dims(scale, range(x.ndim - 1))  # a program may refuse to promote ranks
+  return x * inverse_rms(x, eps) * jnp.expand_dims(scale, range(x.ndim - 1))  # a program may refuse to promote ranks
 
 
 @jax.named_scope('norm')
@@ -71,7 +71,8 @@ def unit(x: Array) -> Array:
   return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + UNIT_EPS)
 
 
-def _inverse(x: Array, eps: float) -> Array:
+def inverse_rms(x: Array, eps: float) -> Array:
+  """Returns 1 / rms(x) along the last axis, float32 (..., 1), of a float32 x; `eps` is added to the mean of squares."""
   return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
 
 
@@ -89,7 +90,7 @@ def _divided_product(x: Array, scale: Array, kernel: Array, eps: float, dtype: j
 
 
 def _divided_product_fwd(x, scale, kernel, eps, dtype, exact):
-  inverse, narrow = _inverse(x.astype(jnp.float32), eps), _rounded(x, dtype)
+  inverse, narrow = inverse_rms(x.astype(jnp.float32), eps), _rounded(x, dtype)
   if narrow is not x:
     inverse = kept(inverse)
   scaled = scale[:, None] * kernel
@@ -148,7 +149,7 @@ def over_rms(x: Array, others: tuple[Array, ...], eps: float, dtype: DTypeLike) 
 
 def _over_rms_fwd(x, others, eps, dtype):
   narrow = _rounded(x, dtype).astype(jnp.float32)
-  inverse = _inverse(narrow, eps)
+  inverse = inverse_rms(narrow, eps)
   z = jnp.concatenate([(narrow * inverse).astype(dtype), *(other.astype(dtype) for other in others)], axis=-1)
   return z, (z, inverse, [jnp.zeros((0, each.shape[-1]), each.dtype) for each in (x, *others)])
 

@@ -22,7 +22,7 @@ from mmjax.kernels.bank import bank_bag, bank_lookup
 from mmjax.kernels.forms import recomputed_on_gpu
 from mmjax.kernels.matmul import TRAINED, matmul
 from mmjax.kernels.mesh import on_any_mesh
-from mmjax.kernels.norm import normed_matmul
+from mmjax.kernels.norm import inverse_rms, normed_matmul
 from mmjax.memory.base import Memory
 from mmjax.memory.checks import check_bank, check_numbers
 from mmjax.memory.gate import GatedMemory
@@ -302,10 +302,9 @@ class EngramBag(NgramBag):
     def weigh(x_BTD: Array, key_BTD: Array, value_BTD: Array) -> tuple[Array, Array]:
       x_BTD, key_BTD = x_BTD.astype(jnp.float32), key_BTD.astype(jnp.float32)
       scale_11D = (params['norm']['scale'] * params['key_norm']['scale'])[None, None]
-      match_BT1 = self.dim**0.5 * _mean(x_BTD * scale_11D, key_BTD)  # norms need not be written down to be multiplied
-      match_BT1 *= jax.lax.rsqrt(_mean(x_BTD, x_BTD) + self.norm_eps) * jax.lax.rsqrt(
-        _mean(key_BTD, key_BTD) + self.norm_eps
-      )
+      # Divided after the product, so that neither norm need be written down.
+      match_BT1 = jnp.mean(x_BTD * scale_11D * key_BTD, axis=-1, keepdims=True) * self.dim**0.5
+      match_BT1 *= inverse_rms(x_BTD, self.norm_eps) * inverse_rms(key_BTD, self.norm_eps)
       root_BT1 = jnp.sign(match_BT1) * jnp.sqrt(jnp.maximum(jnp.abs(match_BT1), LEAST_MATCH))
       gate_BT1 = jax.nn.sigmoid(root_BT1)
       return value_BTD * gate_BT1.astype(value_BTD.dtype), gate_BT1
@@ -313,8 +312,3 @@ class EngramBag(NgramBag):
     products = (matmul(y_BTX, params[name]['kernel']) for name in ('key', 'down'))
     delta_BTD, gate_BT1 = recomputed_on_gpu(weigh)(x_BTD, *products)
     return delta_BTD, jnp.broadcast_to(gate_BT1[..., None], score_BThr.shape)
-
-
-def _mean(x_BTD: Array, y_BTD: Array) -> Array:
-  """Returns the mean of products over the last axis, BT1."""
-  return jnp.mean(x_BTD * y_BTD, axis=-1, keepdims=True)

@@ -71,10 +71,8 @@ def memory_tables(bank: Sequence[Mapping[str, Any]], probes: Mapping[str, Any]) 
     for reader in bank:
       if 'loss_zeroed' in reader:  # only eval.py looks at readers one by one
         one = probes | {'zeroed': reader['loss_zeroed']}
-        what = (
-          f'zero for {"attention in its values" if reader["layer"] == VALUES else layer_name(reader["layer"])} alone'
-        )
-        rows.append([what, number(one['zeroed'], '.4f'), probe_difference(one, 'zeroed')])
+        place = 'attention in its values' if reader['layer'] == VALUES else layer_name(reader['layer'])
+        rows.append([f'zero for {place} alone', number(one['zeroed'], '.4f'), probe_difference(one, 'zeroed')])
     title = f'Loss on the first {probes["positions"]:,} positions with the bank changed'
     found.append(Table(['bank', 'nats a token', 'difference'], rows, title))
   return found

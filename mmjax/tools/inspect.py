@@ -196,8 +196,8 @@ def print_found(found: dict[str, Any], top: int) -> None:
     show(f'\n{name}: taken at {layer["taken"]:,} ({share:.3%})')
     show('' if together else said)
     if layer['effect'] is not None:
-      gain = layer['effect']['next_token_gain']
-      gain = f'The log-probability of the token that really follows changes by {gain:+.4f} nats.'
+      change = f'{layer["effect"]["next_token_gain"]:+.4f} nats'
+      gain = f'The log-probability of the token that really follows changes by {change}.'
       show(contexts_table(layer['contexts'], layer['strength_is']), effect_table(layer['effect']), gain)
   if any(layer['effect'] is not None for layer in row['layers']):
     show(f'\nThe tables show {row["effect_is"]}.')
