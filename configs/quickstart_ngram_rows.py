@@ -4,7 +4,7 @@ python train.py --config configs/quickstart_ngram_rows.py   -> BENCHMARKS.md, "Q
 python train.py --config configs/quickstart_dense.py        # the same without a memory
 
 Rows for two tokens would learn this text by heart, because it is read three times. With memory.row_dropout=0.7 they do
-as well as these: docs/experiments.md, "Text that is read several times".
+as well as these: docs/lasting_experiments.md, "Text that is read several times".
 """
 
 from ml_collections import ConfigDict

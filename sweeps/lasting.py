@@ -3,9 +3,9 @@
 python -m mmjax.tools.sweep sweeps/lasting.py --set tokens=3e6,12e6,48e6 --config.data.train_files=... \\
   --config.data.valid_files=...
 
-All of them, and G0 before all, train as well as was found for G0: docs/experiments.md, "A baseline that one would
-train". --set scale=gpu takes the record's sizes, and --set seeds=0,1 more seeds. A run is called after its model and
-its millions of tokens, so that mmjax.tools.compare fits the lead against tokens.
+All of them, and G0 before all, train as well as was found for G0: docs/lasting_experiments.md, "A baseline that one
+would train". --set scale=gpu takes the record's sizes, and --set seeds=0,1 more seeds. A run is called after its model
+and its millions of tokens, so that mmjax.tools.compare fits the lead against tokens.
 """
 
 import runpy

@@ -41,8 +41,9 @@ from mmjax.run.text import evaluation_data
 from mmjax.training.learner import Learner
 from mmjax.training.teach import RowCounts, count_reads, first_reads, rows_left
 
-# Passes over the text from which on dropping rows helped, see docs/experiments.md: of n-grams of several tokens, and of
-# single tokens, with which it did harm at 3 passes. From the latter on any model may learn a text by heart.
+# Passes over the text from which on dropping rows helped, see docs/lasting_experiments.md: of n-grams of several
+# tokens, and of single tokens, with which it did harm at 3 passes. From the latter on any model may learn a text by
+# heart.
 PASSES_OF_PAIRS = 2
 PASSES_OF_TOKENS = 5
 LONG_EVALUATION = 2  # times the tokens of the updates before it: then it takes two thirds of their time
@@ -170,7 +171,7 @@ def passes_remark(config: Config, passes: float) -> str:
   drops = memory.row_dropout or not any(SUBLAYERS[kind].reads_ngrams for kind in layer_kinds(model, memory))
   if not drops and passes >= (PASSES_OF_PAIRS if max(memory.ngram_of_heads()) > 1 else PASSES_OF_TOKENS):
     learned = 'rows that n-grams address learn such text by heart; memory.row_dropout=0.5 helped in tests'
-    return f'{said}, and {learned} (docs/experiments.md)'
+    return f'{said}, and {learned} (docs/lasting_experiments.md)'
   if passes >= PASSES_OF_TOKENS:
     return f'{said}: its validation loss may rise before the end; the checkpoint with the lowest is kept'
   return ''
