@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 
+from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.report.compare import compare
 from mmjax.report.found import FoundRun
 from mmjax.report.lead import FORMS, Point, _equal_time, at, find_lead, fit, fit_line
 from mmjax.report.lead_tables import draw_lead, lead_blocks
+from mmjax.report.rows import make_rows, summary
 from tests.test_compare import DENSE, make_run
 
 LENGTHS = {'3e6': 3_000_064, '12e6': 12_000_000, '48e6': 48_000_000}  # the first not quite, as whole updates are
@@ -114,6 +116,23 @@ def test_leads_of_a_sweep_are_found_by_names(runs):
   ]  # fmt: skip
 
 
+def test_a_lead_is_the_difference_that_the_table_says(tmp_path):
+  losses = {'g0-s0': 4.0, 'g0-s1': 4.2, 'g42-s1': 3.9, 'g42-s2': 3.5}  # a single seed in common, of two each
+
+  def make(name: str, loss: float, steps: int, **more) -> str:
+    more |= {'seed': int(name[-1]), 'train__max_steps': steps} | (DENSE if name.startswith('g0') else {})
+    return make_run(tmp_path / f'{name[:-3]}-{steps * 128}-{name[-2:]}', (loss + 1, loss), done=steps, **more)
+
+  paths = [make(name, loss, steps) for steps in (1000, 4000) for name, loss in losses.items()]
+  for others in (paths, [path for path in paths if not str(path).endswith('s2')]):
+    runs = [FoundRun(path) for path in others]
+    rows = make_rows([run for run in runs if run.total == 1000])
+    told = summary(rows[0], rows[1])['difference']
+    lead = find_lead(runs)['models']['g42']['points'][0]
+    assert (lead['lead'], lead['standard_error']) == (pytest.approx(-told['mean']), told['standard_error'])
+    assert told['kind'] == ('Welch' if others is paths else 'paired')
+
+
 def test_fits_go_as_far_as_the_points_and_padding_is_no_token(tmp_path, monkeypatch):
   paths = []
   for steps in (7812, 78125 * 300):
@@ -134,8 +153,9 @@ def test_fits_go_as_far_as_the_points_and_padding_is_no_token(tmp_path, monkeypa
 
 
 def test_loss_at_equal_time_is_between_runs_in_the_order_of_their_times():
-  model = {1: Point(1e6, {0: 4.9}, 20.0), 2: Point(4e6, {0: 4.0}, 5.0)}  # the longer one ran on a faster machine
-  [found] = _equal_time({1: Point(1e6, {0: 5.0}, 10.0)}, model)
+  config, longer = Config(), Point(4e6, {0: 4.0}, Config(), 5.0)  # which ran on a faster machine
+  model = {1: Point(1e6, {0: 4.9}, config, 20.0), 2: longer}
+  [found] = _equal_time({1: Point(1e6, {0: 5.0}, config, 10.0)}, model)
   assert found['loss'] == pytest.approx(4.45)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mmjax.model.cost import flops_per_token
 from mmjax.report.draw import INK, Line, Panel, draw, smoothed
 from mmjax.report.found import FoundRun
-from mmjax.report.rows import Row, same_batches
+from mmjax.report.rows import Row, paired_seeds, same_batches
 
 AXES = {  # x of a curve -> (title, unit on the axis)
   'tokens': ('Loss against tokens', 'training tokens'),
@@ -112,7 +112,7 @@ def difference_lines(
   ]
   first, lines = by_seed[0], []
   for row, by, style, other in list(zip(rows, by_seed, styles, other_data, strict=True))[1:]:
-    common = [seed for seed in by if seed in first] if same_batches(rows[0], row) else []
+    common = paired_seeds(first, by, same=same_batches(rows[0].runs[0].config, row.runs[0].config))
     pairs = [(first[seed], by[seed]) for seed in common]
     if not common:  # any with any: their mean is the difference of the means
       pairs = [(a, b) for a in first.values() for b in by.values()]

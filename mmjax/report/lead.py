@@ -14,8 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.report.found import FoundRun
+from mmjax.report.rows import difference, paired_seeds, same_batches
 
 FAR = (1e8, 1e9)  # tokens at which a fit says something
 SEED = re.compile(r'[-_.](s|seed)[-_.]?\d+$')
@@ -40,10 +42,11 @@ FORMS = {
 
 
 class Point(NamedTuple):
-  """A model trained on a number of tokens: loss by seed, and how long the training took, None where no log says."""
+  """A model trained on a number of tokens: loss by seed, settings, and how long it took, None where no log says."""
 
   tokens: float
   losses: dict[int, float]
+  config: Config
   seconds: float | None
 
 
@@ -59,9 +62,10 @@ def find_lead(runs: Sequence[FoundRun], patterns: str = '') -> dict[str, Any] | 
 
   Returns:
     None where no model and the first have two lengths of training in common, or names do not tell models apart. Else
-    baseline, a name, and models: for each other its points (tokens, loss, lead, standard_error over seeds, seeds,
-    seconds), fits (by form: a, b, b_range, refits_without, residual in nats, at: tokens -> lead and its range), and
-    equal_time (the tokens and seconds of the baseline, its loss, and that of the model after as many seconds).
+    baseline, a name, and models: for each other its points (tokens, loss, lead and its standard_error by
+    `difference`, leads of the `paired_seeds`, seconds), fits (by form: a, b, b_range, refits_without, residual in nats,
+    at: tokens -> lead and its range), and equal_time (the tokens and seconds of the baseline, its loss, and that of the
+    model after as many seconds).
 
   Raises:
     UserError: if a pattern fits no run, two runs of a model have the same tokens and seed, or the models that patterns
@@ -141,7 +145,7 @@ def _points(runs: Sequence[FoundRun]) -> Points:
     rates = [record['tokens_per_second'] for run in group for record in run.of_kind('train')]
     tokens = statistics.fmean(run.tokens or _tokens(run) for run in group)
     losses = {run.config.seed: run.last_eval['loss'] for run in group}
-    found[key] = Point(tokens, losses, tokens / statistics.median(rates) if rates else None)
+    found[key] = Point(tokens, losses, group[0].config, tokens / statistics.median(rates) if rates else None)
   return found
 
 
@@ -159,16 +163,15 @@ def _lead_points(first: Points, model: Points) -> list[dict[str, Any]]:
   found = []
   for key in (key for key in model if key in first):
     a, b = first[key].losses, model[key].losses
-    leads = {seed: a[seed] - b[seed] for seed in b if seed in a}
-    means = statistics.fmean(a.values()), statistics.fmean(b.values())
-    many = len(leads) > 1
+    same = same_batches(first[key].config, model[key].config)
+    lead = difference(b, a, same=same)
     found.append(
       {
         'tokens': model[key].tokens,
-        'loss': means[1],
-        'lead': statistics.fmean(leads.values()) if leads else means[0] - means[1],
-        'standard_error': statistics.stdev(leads.values()) / math.sqrt(len(leads)) if many else None,
-        'seeds': leads,
+        'loss': statistics.fmean(b.values()),
+        'lead': lead.mean,
+        'standard_error': lead.standard_error,
+        'seeds': {seed: a[seed] - b[seed] for seed in paired_seeds(a, b, same=same)},
         'seconds': model[key].seconds,
       }
     )

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mmjax.config import flatten, idle_settings, user_path
+from mmjax.config import Config, flatten, idle_settings, user_path
 from mmjax.config.history import REMOVED
 from mmjax.data.loader import row_settings
 from mmjax.data.overlap import overlap_remark
@@ -168,36 +168,56 @@ def _what_counts(run: FoundRun) -> dict[str, Any]:
   )
 
 
-def same_batches(first: Row, row: Row) -> bool:
+def same_batches(first: Config, config: Config) -> bool:
   """Whether runs of one seed saw the same rows of text at each update."""
-  a, b = ((config.train.update_rows, row_settings(config)) for config in (first.runs[0].config, row.runs[0].config))
+  a, b = ((c.train.update_rows, row_settings(c)) for c in (first, config))
   return a == b
 
 
-def difference(first: Row, row: Row) -> dict[str, Any] | None:
-  """Returns how much higher a row's loss is than the first's; None where one of them has none.
+class Difference(NamedTuple):
+  """How much higher one model's loss is than another's.
 
-  Paired over common seeds, if these saw the same batches. A single common seed gives no standard error: where both rows
-  have several runs, Welch's is taken instead.
-
-  Returns:
-    mean, and its standard_error, None where there are too few seeds for one; kind, 'paired' (over the `n` seeds that
-    both have) or 'Welch' (over `n` and `n_first` runs).
+  Attributes:
+    mean: nats a token.
+    standard_error: None where there are too few seeds for one.
+    kind: 'paired' (over the `n` seeds that both have) or 'Welch' (over `n` and `n_first` runs).
+    n: runs of the one.
+    n_first: runs of the other.
   """
-  a, b = first.losses, row.losses
+
+  mean: float
+  standard_error: float | None
+  kind: str
+  n: int
+  n_first: int
+
+
+def paired_seeds(a: Mapping[int, Any], b: Mapping[int, Any], *, same: bool) -> list[int]:
+  """Returns the seeds that are compared one by one; [] where means over all runs are compared.
+
+  A single common seed gives no standard error: where both have several runs, their means are taken instead.
+
+  Args:
+    a: anything by seed.
+    b: of another model.
+    same: whether runs of one seed saw the `same_batches`.
+  """
+  common = [seed for seed in b if seed in a] if same else []
+  return common if len(common) > 1 or min(len(a), len(b)) == 1 else []
+
+
+def difference(a: Mapping[int, float], b: Mapping[int, float], *, same: bool) -> Difference | None:
+  """Returns how much higher the losses `b`, by seed, are than `a`, see `paired_seeds`; None where there are none."""
   if not a or not b:
     return None
-  common = [seed for seed in b if seed in a] if same_batches(first, row) else []
-  if len(common) > 1 or (common and min(len(a), len(b)) == 1):
+  if common := paired_seeds(a, b, same=same):
     differences = [b[seed] - a[seed] for seed in common]
     error = statistics.stdev(differences) / math.sqrt(len(common)) if len(common) > 1 else None
-    found = (statistics.fmean(differences), error, 'paired', len(common), len(common))
-  else:
-    error = None
-    if min(len(a), len(b)) > 1:
-      error = math.sqrt(sum(statistics.variance(x.values()) / len(x) for x in (a, b)))
-    found = (statistics.fmean(b.values()) - statistics.fmean(a.values()), error, 'Welch', len(b), len(a))
-  return dict(zip(('mean', 'standard_error', 'kind', 'n', 'n_first'), found, strict=True))
+    return Difference(statistics.fmean(differences), error, 'paired', len(common), len(common))
+  error = None
+  if min(len(a), len(b)) > 1:
+    error = math.sqrt(sum(statistics.variance(x.values()) / len(x) for x in (a, b)))
+  return Difference(statistics.fmean(b.values()) - statistics.fmean(a.values()), error, 'Welch', len(b), len(a))
 
 
 def summary(first: Row, row: Row) -> dict[str, Any]:
@@ -218,6 +238,9 @@ def summary(first: Row, row: Row) -> dict[str, Any]:
   zeroed = probes.get('loss_zeroed'), whole.get('loss')
   known = None not in zeroed and probes['positions'] == whole['positions']
   settings, idle = _what_counts(row.runs[0]), idle_settings(config)
+  over_first = None
+  if comparable:
+    over_first = difference(first.losses, row.losses, same=same_batches(first.runs[0].config, config))
   return {
     'name': row.name,
     'runs': [str(run.path) for run in row.runs],
@@ -236,7 +259,7 @@ def summary(first: Row, row: Row) -> dict[str, Any]:
     'probes': probes,
     'skipped_updates': sum(len(run.of_kind('skipped')) for run in row.runs),
     'devices': sorted({run.devices for run in row.runs}),
-    'difference': difference(first, row) if comparable else None,
+    'difference': over_first and over_first._asdict(),
     'zeroed_over_first': zeroed[0] - zeroed[1] if known else None,
     'changed': _changed(_what_counts(first.runs[0]), settings, idle),
     'marks': marks + list(filter(None, map(_mark, row.runs))),
