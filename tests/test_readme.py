@@ -1,6 +1,7 @@
 """The Python of README and guide that needs no trained run does what it says."""
 
 import importlib.util
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -91,3 +92,14 @@ def test_commits_that_documents_and_messages_name_are_in_the_history():
   for path in ('BENCHMARKS.md', *map(str, Path('docs').glob('*.md')), 'mmjax/config/history.py'):
     named = {word for word in re.findall(r'\b[0-9a-f]{7}\b', Path(path).read_text()) if re.search('[a-f]', word)}
     assert {word for word in named if re.search('[0-9]', word)} <= known, path
+
+
+def test_way_to_the_gradient_is_at_most_as_long_as_promised_and_each_file_names_the_next():
+  way = Path('README.md').read_text().partition('To follow the code')[2].partition('\n\n')[0]
+  files = re.findall(r'\]\((\S+\.py)\)', way)
+  promised = int(re.search(r'these ([\d,]+) lines', way)[1].replace(',', ''))
+  lines = {file: Path(file).read_text().splitlines() for file in files}
+  assert len(files) > 5 and sum(map(len, lines.values())) <= promised
+  for file, following in itertools.pairwise(files):
+    assert Path(following).name in '\n'.join(lines[file][:12]), file
+  assert any('value_and_grad' in line for line in lines['mmjax/training/step.py'])

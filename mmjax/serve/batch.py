@@ -111,8 +111,7 @@ class Batch:
     except BaseException as error:
       for job in (*self._written(), *self._waiting):
         job.written.put_nowait(error)
-      for group in self._groups:
-        group.__init__(len(group.jobs))
+      self._groups = [_Group(len(group.jobs)) for group in self._groups]
       self._waiting.clear()
       raise
 

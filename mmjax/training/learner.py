@@ -62,6 +62,7 @@ class Learner:
     with explain_out_of_memory(config):
       return self.placement.compile(step, state, batch_shapes(mesh, config), options=options, **places)
 
+  @cached_property
   def eval_step(self) -> EvalStep:
-    """Returns the evaluation of a batch, which is compiled at its first call."""
+    """The evaluation of a batch, which is compiled at its first call."""
     return make_eval_step(model_graph(self.config), self.config, self.placement)

@@ -1,7 +1,7 @@
 """What a run leaves of itself while it trains: lines of metrics, evaluations, checkpoints, and why it broke off."""
 
 import dataclasses
-from functools import cached_property, partial
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from mmjax.choices import PAST_BEST
 from mmjax.console import Progress
 from mmjax.errors import DivergedError, StorageError
-from mmjax.evaluation.evaluate import EvalResult, EvalStep, evaluate_split
+from mmjax.evaluation.evaluate import EvalResult, evaluate_split
 from mmjax.evaluation.probes import add_norms
 from mmjax.run.checkpoint import Checkpoints
 from mmjax.run.directory import RunDir
@@ -39,11 +39,6 @@ class Recorder:
   seconds: float = 0.0
   failed_saves: int = 0
   window: Window = dataclasses.field(init=False)  # of metrics; its clock runs from when it is made
-
-  @cached_property
-  def eval_step(self) -> EvalStep:
-    """The evaluation of a batch."""
-    return self.learner.eval_step()
 
   def check(self, step: int, batch: dict[str, np.ndarray], metrics: dict[str, jax.Array], state: TrainState) -> None:
     """Logs an update that was skipped; raises DivergedError after train.max_skipped_updates in a row."""
@@ -78,7 +73,7 @@ class Recorder:
     config = self.learner.config
     show = partial(show_evaluation, self.progress, step, self.inputs.total_steps)
     with self.window.pause(), explain_out_of_memory(config):
-      result = evaluate_split(config, self.eval_step, state['params'], self.inputs.valid, show)
+      result = evaluate_split(config, self.learner.eval_step, state['params'], self.inputs.valid, show)
     self.log.write(add_norms({'kind': 'eval', 'step': step, **result.to_dict()}, [metrics]))
     self.progress.say(
       f'Step {step}: validation loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, '

@@ -250,7 +250,7 @@ def count_background(learner: Learner, params: Params, other: RunDir, progress: 
     ) from error
   split = open_split(prepared, 'valid', **row_settings(old) | {'max_seq_len': config.model.max_seq_len})
   progress.say(f'Counting which rows the validation text of {other.path} reads: {why}')
-  step, reads = learner.eval_step(), first_reads(old)
+  step, reads = learner.eval_step, first_reads(old)
   for batch in eval_batches(split, config.train.batch_size):
     reads = count_reads(reads, step(params, batch)['usage_LM'])
   return reads

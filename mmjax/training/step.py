@@ -1,7 +1,8 @@
 """One optimizer update as a pure function: (state, batch) -> (state, metrics).
 
 Its gradient is that of mmjax/evaluation/loss.py, which is next on the way, summed over micro-batches by a scan inside
-the step. The state is described in state.py; apply.py applies the gradient, and skips.py says which are thrown away.
+the step. `accumulation` of row_gradients.py takes it, with `jax.value_and_grad`; apply.py applies it, and skips.py says
+which are thrown away. The state is described in state.py.
 """
 
 from collections.abc import Callable

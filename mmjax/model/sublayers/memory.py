@@ -70,9 +70,5 @@ def memory_bag(model: ModelConfig, memory: MemoryConfig, *, rngs: nnx.Rngs) -> M
 def as_sublayer(sized: Memory, memory: MemoryConfig, rngs: nnx.Rngs) -> MemorySublayer:
   """Returns a memory as the settings place it."""
   return MemorySublayer(
-    sized,
-    reads_residual=memory.input == 'residual',
-    ffn_dim=memory.ffn_dim,
-    row_dropout=memory.row_dropout,
-    rngs=rngs,
+    sized, reads_residual=memory.input == 'residual', ffn_dim=memory.ffn_dim, row_dropout=memory.row_dropout, rngs=rngs
   )
