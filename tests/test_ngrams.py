@@ -68,23 +68,23 @@ def test_counts_are_those_of_a_dictionary_over_the_batches_of_training(layout, n
 
 def test_model_is_mixed_with_counts_by_the_weights_that_fit_the_other_half_best():
   rng = np.random.default_rng(0)
-  nll_X, share_KX, bin_X = rng.uniform(0.5, 3, 600), rng.uniform(0, 1, (2, 600)) ** 2, rng.integers(0, 2, 600) * 70
-  share_KX[:, rng.uniform(size=600) < 0.3] = 0  # never read
+  nll_X, share_nX, bin_X = rng.uniform(0.5, 3, 600), rng.uniform(0, 1, (2, 600)) ** 2, rng.integers(0, 2, 600) * 70
+  share_nX[:, rng.uniform(size=600) < 0.3] = 0  # never read
   document_X = np.arange(600) // 60
-  found_X = mixed_loss(nll_X, Shares(share_KX, bin_X), document_X)
-  parts_KX = np.concatenate([np.exp(-nll_X)[None], share_KX])
+  found_X = mixed_loss(nll_X, Shares(share_nX, bin_X), document_X)
+  parts_nX = np.concatenate([np.exp(-nll_X)[None], share_nX])
   for parity in (0, 1):
     for number in (0, 70):
       fitted, used = (((document_X % 2 == p) & (bin_X == number)) for p in (1 - parity, parity))
 
-      def cost(logits, part_KX=parts_KX[:, fitted]):
+      def cost(logits, part_nX=parts_nX[:, fitted]):
         weights = softmax(logits)
-        return -np.log(weights @ part_KX).sum() - PRIOR * np.log(weights[0])
+        return -np.log(weights @ part_nX).sum() - PRIOR * np.log(weights[0])
 
       best = softmax(scipy.optimize.minimize(cost, np.zeros(3), tol=1e-10).x)
-      np.testing.assert_allclose(found_X[used], -np.log(best @ parts_KX[:, used]), rtol=2e-3)
-  alone_X = mixed_loss(nll_X, Shares(share_KX, bin_X), np.zeros(600, int))  # then its halves are those of two
-  np.testing.assert_array_equal(alone_X, mixed_loss(nll_X, Shares(share_KX, bin_X), np.arange(600) // 300))
+      np.testing.assert_allclose(found_X[used], -np.log(best @ parts_nX[:, used]), rtol=2e-3)
+  alone_X = mixed_loss(nll_X, Shares(share_nX, bin_X), np.zeros(600, int))  # then its halves are those of two
+  np.testing.assert_array_equal(alone_X, mixed_loss(nll_X, Shares(share_nX, bin_X), np.arange(600) // 300))
 
 
 def test_ngrams_that_are_no_int64_are_refused():

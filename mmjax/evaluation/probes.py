@@ -160,8 +160,8 @@ def row_update_ratio(bank_MP: Array, update_MP: Array, usage_LM: Array) -> Array
   """
   # Of more rows XLA would write down the whole update, and copy the whole bank.
   step = -(-len(bank_MP) // RATIO_ROWS)
-  touched_S1 = jnp.any(usage_LM[:, ::step] > 0, axis=0)[:, None]
-  added, before = (jnp.sum(jnp.where(touched_S1, jnp.square(x[::step]), 0.0)) for x in (update_MP, bank_MP))
+  touched_X1 = jnp.any(usage_LM[:, ::step] > 0, axis=0)[:, None]
+  added, before = (jnp.sum(jnp.where(touched_X1, jnp.square(x[::step]), 0.0)) for x in (update_MP, bank_MP))
   return ratio_of_norms(added, before)
 
 

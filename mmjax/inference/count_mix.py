@@ -24,37 +24,37 @@ class Shares(NamedTuple):
   """What counts say of each target X.
 
   Attributes:
-    share_KX: float64, for n-grams of 1 to K tokens, how often training read the target behind its context, over how
+    share_nX: float64, for n-grams of 1 token, of 2, ..., how often training read the target behind its context, over how
       often it read the context; 0 if never.
     bin_X: int, targets whose weights are the same: by the longest context that training read, and the logarithm of how
       often.
   """
 
-  share_KX: np.ndarray
+  share_nX: np.ndarray
   bin_X: np.ndarray
 
 
-def read_shares(keys_of: Callable[[int], np.ndarray], train: TokenSplit, times: np.ndarray, K: int) -> Shares:
+def read_shares(keys_of: Callable[[int], np.ndarray], train: TokenSplit, times: np.ndarray, longest: int) -> Shares:
   """Returns what counts say of targets.
 
   Args:
     keys_of: takes k; returns the k-grams that end in the targets, from `ngram_keys`.
     train: what training read.
     times: int64 (rows,), how often it read each row.
-    K: tokens of the longest n-gram.
+    longest: tokens of the longest n-gram.
 
   Raises:
     UserError: if n-grams of so many tokens are no int64; before anything is counted.
   """
-  keys_of(K)
+  keys_of(longest)
   shares, bin_X = [], 0
   with share_shown('counting n-grams') as show:
-    for k in range(1, K + 1):
+    for k in range(1, longest + 1):
       key_X = keys_of(k)
       context_X = count_ngrams(train, times, k, key_X // train.vocab_size, contexts=True)
       shares.append(count_ngrams(train, times, k, key_X) / np.maximum(context_X, 1))
       bin_X = np.where(context_X, 64 * k + np.log2(np.maximum(context_X, 1)).astype(int), bin_X)
-      show(k / K)
+      show(k / longest)
   return Shares(np.stack(shares), bin_X)
 
 
@@ -69,24 +69,24 @@ def mixed_loss(nll_X: np.ndarray, shares: Shares, document_X: np.ndarray) -> np.
   """
   one = not np.any(document_X != document_X[0])
   half_X = np.arange(len(nll_X)) * 2 // len(nll_X) if one else document_X % 2
-  part_KX = np.concatenate([np.exp(-nll_X)[None], shares.share_KX])
+  part_nX = np.concatenate([np.exp(-nll_X)[None], shares.share_nX])
   bins, bin_X = np.unique(shares.bin_X, return_inverse=True)
   mixed_X = np.empty_like(nll_X)
   for half in (0, 1):
     fitted = half_X != half
-    weight_KB = _fit(part_KX[:, fitted], bin_X[fitted], len(bins))
-    mixed_X[~fitted] = -np.log(np.sum(weight_KB[:, bin_X[~fitted]] * part_KX[:, ~fitted], axis=0))
+    weights = _fit(part_nX[:, fitted], bin_X[fitted], len(bins))
+    mixed_X[~fitted] = -np.log(np.sum(weights[:, bin_X[~fitted]] * part_nX[:, ~fitted], axis=0))
   return mixed_X
 
 
-def _fit(part_KX: np.ndarray, bin_X: np.ndarray, n_bins: int) -> np.ndarray:
-  """Returns the weights of the parts in each bin, (K, bins), under which the targets are most probable."""
-  prior_K1 = np.zeros((len(part_KX), 1))
-  prior_K1[0] = PRIOR
-  weight_KB = np.full((len(part_KX), n_bins), 1 / len(part_KX))
+def _fit(part_nX: np.ndarray, bin_X: np.ndarray, n_bins: int) -> np.ndarray:
+  """Returns the weights of the parts in each bin, float64 (n, bins), under which the targets are most probable."""
+  prior = np.zeros((len(part_nX), 1))
+  prior[0] = PRIOR
+  weights = np.full((len(part_nX), n_bins), 1 / len(part_nX))
   for _ in range(ROUNDS):
-    joint_KX = weight_KB[:, bin_X] * part_KX
-    sums = [np.bincount(bin_X, of_part_X, n_bins) for of_part_X in joint_KX / joint_KX.sum(axis=0)]
-    weight_KB = np.stack(sums) + prior_K1
-    weight_KB /= weight_KB.sum(axis=0)
-  return weight_KB
+    joint_nX = weights[:, bin_X] * part_nX
+    sums = [np.bincount(bin_X, of_part_X, n_bins) for of_part_X in joint_nX / joint_nX.sum(axis=0)]
+    weights = np.stack(sums) + prior
+    weights /= weights.sum(axis=0)
+  return weights
