@@ -24,8 +24,8 @@ class Shares(NamedTuple):
   """What counts say of each target X.
 
   Attributes:
-    share_nX: float64, for n-grams of 1 token, of 2, ..., how often training read the target behind its context, over how
-      often it read the context; 0 if never.
+    share_nX: float64, for n-grams of 1 token, of 2, ...: how often training read the target behind its context, over
+      how often it read the context; 0 if never.
     bin_X: int, targets whose weights are the same: by the longest context that training read, and the logarithm of how
       often.
   """
