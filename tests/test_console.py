@@ -12,7 +12,7 @@ from mmjax import console
 from mmjax.config import load_config
 from mmjax.console import Progress, Table, format_seconds, markdown, number, share_shown, show
 from mmjax.training.progress import MicroBatchWatch, describe_times, show_evaluation, show_step
-from mmjax.training.setup import evaluation_remark, passes_remark, warmup_remark
+from mmjax.training.remarks import evaluation_remark, passes_remark, warmup_remark
 
 
 def metrics(step: int) -> dict:

@@ -93,7 +93,7 @@ def test_loss_without_one_reader_is_that_of_a_model_in_which_it_reads_zeros(valu
 
 
 def test_what_an_evaluation_reads_is_told_without_what_the_layout_cuts_off(tmp_path, monkeypatch):
-  monkeypatch.setattr('mmjax.training.setup.LEAST_LONG_TOKENS', 1)
+  monkeypatch.setattr('mmjax.training.remarks.LEAST_LONG_TOKENS', 1)
   for name, lines, words in (('train', 16, 9), ('valid', 40, 50)):
     texts = (json.dumps({'text': f'{name} {i} {"mehr " * words}'}) for i in range(lines))
     (tmp_path / f'{name}.jsonl').write_text('\n'.join(texts))

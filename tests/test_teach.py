@@ -23,7 +23,7 @@ from mmjax.run.origin import Origin
 from mmjax.run.placement import place
 from mmjax.serve.view import RunView
 from mmjax.tools.inspect import taught_table
-from mmjax.training import loop, setup
+from mmjax.training import background, loop, setup
 from mmjax.training.learner import Learner
 from mmjax.training.loop import fit
 from mmjax.training.optimizer import make_optimizer
@@ -158,7 +158,7 @@ def test_evaluation_and_report_say_whether_the_taught_rows_are_in(text, tiny_run
 def test_reads_of_the_old_text_are_counted_where_training_did_not(tiny_run, monkeypatch):
   config = tiny_config(**TEACH, train__batch_size=3)
   learner, lm, quiet = Learner(config, place(config), STEPS), mmjax.load(tiny_run), Progress(quiet=True)
-  reads = setup.count_background(learner, lm.params, open_run(tiny_run), quiet, 'it has not counted')
+  reads = background.count_background(learner, lm.params, open_run(tiny_run), quiet, 'it has not counted')
   reader, split = MemoryReader(lm), open_text(lm.config, open_run(tiny_run))
   count_M = np.zeros(64, np.int64)
   for first in range(0, split.n_rows, 3):
@@ -171,9 +171,9 @@ def test_reads_of_the_old_text_are_counted_where_training_did_not(tiny_run, monk
   def gone(*_):
     raise UserError('it is gone')
 
-  monkeypatch.setattr(setup, 'evaluation_data', gone)
+  monkeypatch.setattr(background, 'evaluation_data', gone)
   with pytest.raises(UserError, match='but it has not counted, and its validation text is not found: put it back to'):
-    setup.count_background(learner, lm.params, open_run(tiny_run), quiet, 'it has not counted')
+    background.count_background(learner, lm.params, open_run(tiny_run), quiet, 'it has not counted')
 
 
 @pytest.mark.thorough
@@ -182,31 +182,31 @@ def test_of_counts_that_tell_no_rows_apart_the_validation_text_is_read(tiny_run,
   config = tiny_config(**TEACH, train__batch_size=1)
   learner, lm, progress = Learner(config, place(config), STEPS), mmjax.load(tiny_run), Progress(quiet=False)
   all_read = {'count_M': jnp.full(64, 9).at[:2].set(8), 'updates': jnp.array(9)}
-  start = setup.Start(lm.params, all_read, {'run': str(tiny_run)})
-  found = setup.with_background(start, learner, Origin(tiny_run, 'best'), progress).reads
+  start = background.Start(lm.params, all_read, {'run': str(tiny_run)})
+  found = background.with_background(start, learner, Origin(tiny_run, 'best'), progress).reads
   said = ''.join(capsys.readouterr())
   assert 'only 2 of its rows were not read by every update' in said
-  usual = setup.count_background(learner, lm.params, open_run(tiny_run), Progress(quiet=True), '')
+  usual = background.count_background(learner, lm.params, open_run(tiny_run), Progress(quiet=True), '')
   np.testing.assert_array_equal(found['count_M'], usual['count_M'])
   left = int((np.asarray(usual['count_M']) < int(usual['updates'])).sum())
   assert f'Rows that can be taught: {left} of 64' in said and left > 5
   few_left = start._replace(reads=all_read | {'count_M': jnp.full(64, 9).at[:5].set(8)})  # enough for an update
-  assert setup.with_background(few_left, learner, Origin(tiny_run, 'best'), progress).reads == few_left.reads
+  assert background.with_background(few_left, learner, Origin(tiny_run, 'best'), progress).reads == few_left.reads
 
   def gone(*_):
     raise UserError('it is gone')
 
-  monkeypatch.setattr(setup, 'evaluation_data', gone)
-  assert setup.with_background(start, learner, Origin(tiny_run, 'best'), progress).reads == all_read
+  monkeypatch.setattr(background, 'evaluation_data', gone)
+  assert background.with_background(start, learner, Origin(tiny_run, 'best'), progress).reads == all_read
   assert 'Rows that can be taught: 2 of 64' in ''.join(capsys.readouterr())
 
 
 def test_rows_that_are_all_usual_are_refused(tiny_run, monkeypatch):
   config = tiny_config(**TEACH)
-  monkeypatch.setattr(setup, 'count_background', lambda *_: {'count_M': jnp.full(64, 3), 'updates': jnp.array(3)})
-  start = setup.Start({}, {}, {'run': str(tiny_run)})
+  monkeypatch.setattr(background, 'count_background', lambda *_: {'count_M': jnp.full(64, 3), 'updates': jnp.array(3)})
+  start = background.Start({}, {}, {'run': str(tiny_run)})
   with pytest.raises(UserError, match=r'there is no row to teach, .* a smaller train.batch_size or a larger bank'):
-    setup.with_background(start, SimpleNamespace(config=config), Origin(tiny_run, 'best'), Progress(quiet=True))
+    background.with_background(start, SimpleNamespace(config=config), Origin(tiny_run, 'best'), Progress(quiet=True))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import evaluation_batches
 from mmjax.run.checkpoint import NO_TRAINING, START_STEP, TOKENIZER_SHA256
+from mmjax.training.background import Start
 from mmjax.training.first_state import new_state, restore_state
 from mmjax.training.out_of_memory import explain_out_of_memory
 from mmjax.training.progress import MicroBatchWatch, has_slow_updates
 from mmjax.training.recorder import Recorder
-from mmjax.training.setup import Start, record_run
+from mmjax.training.setup import record_run
 from mmjax.training.state import TrainState
 
 

@@ -25,13 +25,14 @@ from mmjax.run.processes import is_main, joined
 from mmjax.run.sharding import put_batch
 from mmjax.run.signals import StopSignals
 from mmjax.run.text import training_data
+from mmjax.training.background import read_start, with_background
 from mmjax.training.begin import before_compiling, begin
 from mmjax.training.learner import Learner
 from mmjax.training.optimizer import check_parameters
 from mmjax.training.out_of_memory import describe_memory, explain_out_of_memory
 from mmjax.training.profile import StepProfiler
 from mmjax.training.recorder import Recorder
-from mmjax.training.setup import open_inputs, read_start, settle_config, with_background
+from mmjax.training.setup import open_inputs, settle_config
 from mmjax.training.state import TrainState
 from mmjax.training.teach import rows_taught
 from mmjax.training.window import Window
