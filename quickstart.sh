@@ -3,6 +3,7 @@
 set -euo pipefail
 workdir=${1:-out/quickstart}
 case ${1:-/} in /*) ;; *) workdir=$PWD/$1 ;; esac
+called_from=$PWD
 cd "$(dirname "$0")"
 . scripts/environment.sh
 set_up_environment gpu
@@ -11,10 +12,12 @@ python train.py --config configs/quickstart_ngram_rows.py --workdir "$workdir"
 python eval.py --workdir "$workdir"
 
 printf -v dir %q "$workdir"
+printf -v there 'cd %q; ' "$PWD"
+[ "$called_from" = "$PWD" ] && there=
 cat <<TXT
 
 Everything lies in $dir: report.md with plots, eval.json, metrics.jsonl, checkpoints/.
-What to type next (after  source ${VENV:-.venv}/bin/activate):
+What to type next (after  ${there}source ${VENV:-.venv}/bin/activate):
   python -m mmjax.tools.sample --workdir $dir
   pip install -e '.[serve]' && python -m mmjax.tools.serve --workdir $dir   # the memory, on a page
   python train.py --config configs/quickstart_dense.py --workdir out/quickstart_dense

@@ -30,3 +30,8 @@ def __getattr__(name: str):
 
     return getattr(api, name)
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  """Names what `__getattr__` imports, too, so that a notebook offers it."""
+  return sorted({*globals(), *__all__})

@@ -298,3 +298,15 @@ def test_another_tokenizer_is_refused(tmp_path, tiny_run):
 def test_the_package_has_no_other_names():
   with pytest.raises(AttributeError, match='lode'):
     mmjax.lode  # noqa: B018
+
+
+def test_a_notebook_is_offered_what_is_imported_later(tiny_run):
+  assert {'load', 'train', 'LanguageModel'} <= set(dir(mmjax))
+  lm = mmjax.load(tiny_run)
+  assert repr(lm) == f'LanguageModel({lm.config.experiment}, {lm.config.model.sublayer}, step {lm.step:,})'
+
+
+@pytest.mark.parametrize('config', [{'train.max_steps': 1}, None, 7])
+def test_a_config_that_is_no_file_is_refused(tmp_path, config):
+  with pytest.raises(UserError, match='config must be a config file, such as the config.json'):
+    mmjax.train(config, tmp_path / 'run')

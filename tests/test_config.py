@@ -112,6 +112,7 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.model.knowledge_dim=127', 'knowledge_dim=127 must be even'),
     ('--config.model.knowlege_num=4', "no setting 'model.knowlege_num'; did you mean 'model.knowledge_num'?"),
     ('--config.knowledge_num=4', "did you mean 'model.knowledge_num'?"),
+    ('--config.train.steps=4', "did you mean 'train.max_steps'?"),
     ('--config.train.dtype=bf16', "must be one of float32, bfloat16; did you mean 'bfloat16'?"),
     ('--config.train.batch_size=0', 'batch_size=0 must be a finite number of at least 1'),
     ('--config.train.batch_size=2.5', "'2.5' must be a whole number"),

@@ -43,6 +43,8 @@ def test_configs_are_found_from_any_folder(tmp_path, monkeypatch, installed):
   assert load_config('configs/ngram_rows.py') == usual
   with pytest.raises(UserError, match=r"no config file 'configs/ngram_row.py'; did you mean 'configs/ngram_rows.py'"):
     load_config('configs/ngram_row.py')
+  with pytest.raises(UserError, match=r"no config file 'ngram_rows'; did you mean 'configs/ngram_rows.py'"):
+    load_config('ngram_rows')
 
 
 def test_installed_without_its_configs_says_so(tmp_path, monkeypatch):

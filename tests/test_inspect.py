@@ -70,6 +70,8 @@ def test_rows_of_a_text_are_those_that_the_model_read(reader, forward):
     assert [read['weight'] for read in layer['rows']] == pytest.approx(weight_R[order], rel=1e-4)
     assert [read['score'] for read in layer['rows']] == pytest.approx(score_R[order], abs=1e-4)
   assert [len(t['layers'][0]['rows']) for t in reader.read_text(TEXT, layer=1, top=2)] == [2] * len(ids)
+  with pytest.raises(UserError, match='top=-1 must be at least 1'):
+    reader.read_text(TEXT, top=-1)
 
 
 def test_rows_that_ngrams_address_are_shown_with_these(tiny_run, capsys):

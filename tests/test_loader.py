@@ -175,6 +175,11 @@ def test_fewer_rows_than_a_batch_is_refused_with_both_numbers(directory):
     UserError, match=f'have {split.n_rows} rows of 16 tokens, fewer than one batch of 1000 .*batch_size=8 '
   ):
     train_batches(split, global_batch_rows=1000, seed=0)
+  few = open_rows(directory, 1 << 20)
+  with pytest.raises(
+    UserError, match=r'fewer than one batch of 8 .*accumulation_steps=1$'
+  ):  # no larger config is meant
+    train_batches(few, global_batch_rows=8, seed=0)
   take(train_batches(split, global_batch_rows=split.n_rows, seed=0), 2)
 
 

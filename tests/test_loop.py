@@ -182,7 +182,7 @@ def test_text_that_is_cut_or_in_both_splits_is_said_once_and_in_the_report(text,
 
 def test_run_that_was_better_before_its_end_says_so():
   ends = SimpleNamespace(checkpoints=SimpleNamespace(best=(4.25, 10)), tokens=5000, seconds=90.0)
-  said = '5,000 tokens, 1.5 minutes of training'
+  said = '5,000 tokens, 1 min 30 s of training'
   assert Recorder.describe_end(ends, 4.255) == Recorder.describe_end(ends, math.nan) == said
   more = 'The validation loss was 4.2500 at step 10 and is 4.5000 now: eval.py and mmjax.load take the checkpoint of '
   assert Recorder.describe_end(ends, 4.5).startswith(f'{said}\n{more}')

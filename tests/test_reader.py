@@ -83,7 +83,7 @@ def test_bad_line_is_named_with_file_line_and_byte(tmp_path, name):
   message = str(caught.value)
   assert f'{path}:3: ' in message and what in message and f'(byte {2 * len(GOOD) + at})' in message
   assert '\n' not in message and len(message) < 400
-  assert ('up to 0.1% of all: --config.data.on_bad_line=skip' in message) == ('UTF-16' not in what)
+  assert ('at most one in 1,000: --config.data.on_bad_line=skip' in message) == ('UTF-16' not in what)
 
 
 @pytest.mark.parametrize('name', BAD_LINES)
@@ -389,6 +389,7 @@ def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
     ('none/a.jsonl', "no file '.*none/a.jsonl'; there is no folder '.*none'$"),
     ('*.gz', r"no file matches the pattern '.*\*.gz'"),
     ('folder', "is a directory; name its files, for example '.*folder/\\*.jsonl'"),
+    ('texts', "is a directory; name its files, for example '.*texts/\\*.txt.gz'"),
     ('a.csv', 'must end in .jsonl or .txt'),
     ('n' * 300 + '.jsonl', 'cannot be read: File name too long'),
     ('pipe.jsonl', 'must be a regular file'),
@@ -396,7 +397,8 @@ def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
 )
 def test_find_files_explains_what_is_wrong(tmp_path, pattern, what):
   (tmp_path / 'folder').mkdir()
-  for name in ('a.csv', 'report.jsonl', 'report.md', 'report.txt'):
+  (tmp_path / 'texts').mkdir()
+  for name in ('texts/a.txt.gz', 'texts/b.txt.gz', 'texts/c.jsonl', 'a.csv', 'report.jsonl', 'report.md', 'report.txt'):
     (tmp_path / name).write_text('x')
   os.mkfifo(tmp_path / 'pipe.jsonl')
   with pytest.raises(UserError, match=what):

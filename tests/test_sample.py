@@ -31,8 +31,10 @@ def test_prompts_are_continued_one_after_the_other(tiny_run, monkeypatch, capfd)
     monkeypatch, capfd, '--workdir', str(tiny_run), '--prompt', 'the memory', '--prompt', 'b', *FLAGS
   )
   lm = mmjax.load(tiny_run)
-  wants = [lm.generate(prompt, max_new_tokens=12, seed=seed)[0] for seed, prompt in ((4, 'the memory'), (5, 'b'))]
-  assert (code, out) == (0, ''.join(printable(want) + '\n' for want in wants))
+  wants = {
+    prompt: lm.generate(prompt, max_new_tokens=12, seed=seed)[0] for seed, prompt in ((4, 'the memory'), (5, 'b'))
+  }
+  assert (code, out) == (0, ''.join(f"'{prompt}':\n{printable(want)}\n" for prompt, want in wants.items()))
 
 
 def test_a_prompt_needs_no_stdin(tiny_run, monkeypatch, capfd):

@@ -56,7 +56,10 @@ def call_python_file(path: str, what: str, function: str, arguments: Mapping[str
   file = next((place for place in places if place.is_file()), None)
   if file is None:
     near = (near for place in places for near in place.parent.glob('*.py') if near.is_file())
-    known = sorted({str(Path(path).parent / file.name) for file in near})
+    known = {str(Path(path).parent / file.name) for file in near}
+    if what == 'config file':
+      known |= {f'{PACKAGE}/{file.name}' for folder in own_configs() for file in folder.glob('*.py')}
+    known = sorted(known)
     raise UserError(f'no {what} {path!r}{nearest_file(Path(path)) if Path(path).is_dir() else nearest(path, known)}')
   if file.suffix != '.py':
     raise UserError(f'{what} {path!r} must be a Python file (.py)')

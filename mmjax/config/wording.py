@@ -26,9 +26,12 @@ def _cut(text: str, length: int = 30) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
   """Returns '; did you mean X?' for the known name most like `name`, or nothing.
 
-  Last parts decide, of names with points and of paths: in a wrong section a right field is still meant.
+  Last parts decide, of names with points and of paths: in a wrong section a right field is still meant. Names that hold
+  the whole part, as max_steps holds steps, come first.
   """
-  close = [k for k in known if difflib.SequenceMatcher(None, _last(str(name)), _last(k)).ratio() >= LIKE]
+  given, known = _last(str(name)), list(known)
+  close = [k for k in known if len(given) > 3 and given in _last(k)]
+  close = close or [k for k in known if difflib.SequenceMatcher(None, given, _last(k)).ratio() >= LIKE]
   found = difflib.get_close_matches(str(name), close, n=1, cutoff=0)
   return f'; did you mean {found[0]!r}?' if found else ''
 

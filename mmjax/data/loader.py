@@ -220,11 +220,11 @@ def check_fills_batch(split: TokenSplit, global_batch_rows: int) -> None:
   """Raises UserError if the split has fewer rows than one batch."""
   if split.n_rows < global_batch_rows:
     fits = 1 << max(min(split.n_rows, 8).bit_length() - 1, 0)
+    small = ' (configs/quickstart_ngram_rows.py is for small texts)' if global_batch_rows > 8 else ''
     raise UserError(
       f'the {split.split} data have {split.n_rows} rows of {split.max_seq_len} tokens, fewer than one batch of '
       f'{global_batch_rows} (train.batch_size x train.accumulation_steps); use more text or a smaller batch, such as '
-      f'--config.train.batch_size={fits} --config.train.accumulation_steps=1 (configs/quickstart_ngram_rows.py is for '
-      'small texts)'
+      f'--config.train.batch_size={fits} --config.train.accumulation_steps=1{small}'
     )
 
 

@@ -152,7 +152,8 @@ def _find_held_out(plan: Plan, on_bad_line: str, progress: Progress) -> tuple[fl
   if len(sizes) == 1:
     raise UserError(
       f'data.valid_fraction={share} needs at least two different documents to hold one out, and there is only one; '
-      'give data.valid_files; mmjax.tools.prepare and mmjax.tools.bank take data.valid_fraction=0, too'
+      'give data.valid_files, or more documents; mmjax.tools.prepare and mmjax.tools.bank also take '
+      'data.valid_fraction=0, which holds nothing out'
     )
   if not sizes:
     return share, ''
@@ -247,7 +248,8 @@ def _summary(index: dict[str, Any]) -> str:
   splits = index['splits']
   return '; '.join(
     (f'{name}: ' if len(splits) > 1 else '')  # the only one may be for training or held out
-    + f'{split["tokens"]:,} tokens, {split["documents"]:,} documents, {split["text_bytes"] / 1e6:.1f} MB'
+    + f'{split["tokens"]:,} tokens, {split["documents"]:,} document{"s" * (split["documents"] != 1)}, '
+    + (f'{split["text_bytes"] / 1e6:,.1f} MB' if split['text_bytes'] >= 1e6 else f'{split["text_bytes"] / 1e3:.1f} kB')
     for name, split in splits.items()
   )
 

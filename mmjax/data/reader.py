@@ -32,7 +32,7 @@ from mmjax.errors import UserError, file_error
 BLANK_FILE = 'blank file'
 MOST_SKIPPED = 0.001  # share of lines that on_bad_line='skip' may leave out; a document of a .txt counts as a line
 SKIP_HINT = (
-  f'; to leave out such lines (in a .txt: documents), up to {MOST_SKIPPED:.1%} of all: '
+  f'; to leave out such lines (in a .txt: documents), at most one in {1 / MOST_SKIPPED:,.0f}: '
   '--config.data.on_bad_line=skip (prepare: --on_bad_line skip)'
 )
 ENCODING_HINT = (
@@ -138,12 +138,21 @@ def _check_file(path: Path) -> None:
   except OSError as error:  # a name that is too long, a folder that may not be entered, links in a circle
     raise file_error(error, f"'{path}' cannot be read") from None
   if stat.S_ISDIR(mode):
-    raise UserError(f"'{path}' is a directory; name its files, for example '{path}/*{next(iter(FORMATS))}'")
+    raise UserError(f"'{path}' is a directory; name its files, for example '{path}/*{_ending_in(path)}'")
   if not stat.S_ISREG(mode):
     raise UserError(f"'{path}' must be a regular file, not a pipe or a device; write its text to one")
   if not ending_of(path):
     packings = ' or '.join(filter(None, PACKINGS))
     raise UserError(f"'{path}' must end in {' or '.join(FORMATS)}, alone or followed by {packings}")
+
+
+def _ending_in(folder: Path) -> str:
+  """Returns the ending of most files of a folder that end as text does, '.jsonl.xz', or that of a format."""
+  try:
+    found = Counter(''.join(ending) for path in sorted(folder.iterdir()) if (ending := ending_of(path)))
+  except OSError:  # it may not be listed
+    found = Counter()
+  return found.most_common(1)[0][0] if found else next(iter(FORMATS))
 
 
 class Place(NamedTuple):
@@ -268,7 +277,7 @@ class Tally:
     if skipped > MOST_SKIPPED * lines:
       raise UserError(
         f'{skipped} of {lines} lines (in a .txt: documents) are bad ({skipped / lines:.2%}), more than the '
-        f'{MOST_SKIPPED:.1%} that on_bad_line=skip allows: {self.report()}'
+        f'{MOST_SKIPPED:.1%} that on_bad_line=skip allows; mend or remove them: {self.report()}'
       )
 
   def skipped(self) -> Counter[str]:

@@ -73,6 +73,10 @@ class LanguageModel:
     forward = partial(_logits, model_graph(config), self.placement.dtype, self.placement.attention)
     self._logits = self.placement.jit(forward)
 
+  def __repr__(self) -> str:
+    """Names the experiment, what follows attention, and the update."""
+    return f'LanguageModel({self.config.experiment}, {self.config.model.sublayer}, step {self.step:,})'
+
   @property
   def tokenizer(self) -> Tokenizer:
     """Text to token ids and back; raises UserError where the run has none."""

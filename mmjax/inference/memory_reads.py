@@ -126,9 +126,10 @@ class MemoryReader:
       tokens that address it (None where a gate selects rows).
 
     Raises:
-      UserError: if the text is empty or the layer has no memory.
+      UserError: if the text is empty, the layer has no memory, or `top` is less than 1.
     """
     layers, tokenizer = self.chosen_layers(layer), self.lm.tokenizer
+    _check_counts(1 if top is None else top)
     if not text:
       raise UserError('the text is empty and must hold a character at least: there is no token to look at')
     start = tokenizer.start_id(self.lm.config.data.layout)
@@ -193,9 +194,10 @@ class MemoryReader:
       `probability_without`.
 
     Raises:
-      UserError: if there is no such row, or the layer has no memory.
+      UserError: if there is no such row, the layer has no memory, `top` is less than 1, or `positions` less than 0.
     """
     self.check_row(row)
+    _check_counts(top, positions)
     layers = self.chosen_layers(layer)
     with share_shown('reading the corpus') as show:
       best, taken, read = self._best_contexts(row, split, layers, positions, show)
@@ -311,6 +313,12 @@ class MemoryReader:
       'up': [token(at) for at in order[:top]],
       'down': [token(at) for at in order[::-1][:top]],
     }
+
+
+def _check_counts(top: int, positions: int = 0) -> None:
+  for name, value, least in (('top', top, 1), ('positions', positions, 0)):
+    if value < least:
+      raise UserError(f'{name}={value} must be at least {least}')
 
 
 def strongest(contexts: Iterable[tuple[float, int, int]], most: int) -> list[tuple[float, int, int]]:

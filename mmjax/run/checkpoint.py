@@ -165,6 +165,7 @@ class Checkpoints:
     if which == 'best':  # a step whose metric cannot be read may be the best, which nobody can tell any more
       for step, problem in self._read_metrics()[1].items():
         self._set_aside(step, problem)
+    newest = self._run.newest_step  # before the steps: the run that trains here may save one meanwhile
     steps = self.steps()
     if isinstance(which, int):
       if which in steps:
@@ -178,12 +179,11 @@ class Checkpoints:
       raise StorageError(
         f'no whole checkpoint is left in {self.directory}; to begin again, choose another --workdir or remove this one'
       )
-    if which == 'best' and (best := self.best_step) is not None:
-      return best
-    newest = self._run.newest_step
+    best = self.best_step if which == 'best' else None
+    step = steps[-1] if best is None else best
     if newest is not None and newest > steps[-1] and not self._was_corrupt(newest):
-      _warn(f'checkpoint {newest} is gone from {self.directory}; using {steps[-1]}')
-    return steps[-1]
+      _warn(f'checkpoint {newest} is gone from {self.directory}; using {step}')
+    return step
 
   def _was_corrupt(self, step: int) -> bool:
     return step in self._rejected or any(self.directory.glob(f'{step}.corrupt*'))

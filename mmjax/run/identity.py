@@ -70,7 +70,8 @@ def compare_configs(old: Config, new: Config, allow_config_change: bool) -> None
     )
   if schedule and not allow_config_change:
     raise UserError(
-      f'the run was started with another schedule: {"; ".join(schedule)}; --allow_config_change accepts that'
+      f'the run was started with another schedule: {"; ".join(schedule)}; --allow_config_change accepts that '
+      '(in Python: allow_config_change=True)'
     )
 
 

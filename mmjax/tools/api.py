@@ -1,5 +1,6 @@
 """What `import mmjax` offers beside a trained model: training, as train.py does it from the command line."""
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ def train(
   refuse_wrong_jaxlib()
   keep_freed_memory()
   settings = {} if settings is None else settings
+  if not isinstance(config, str | os.PathLike):
+    raise UserError(f"config must be a config file, such as the config.json of a run's directory, not {config!r:.80}")
   if not isinstance(settings, Mapping):
     raise UserError(f'settings must be a dict, not {settings!r:.80}')
   for name, value in settings.items():

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from mmjax.choices import PAST_BEST
-from mmjax.console import Progress
+from mmjax.console import Progress, format_seconds
 from mmjax.errors import DivergedError, StorageError
 from mmjax.evaluation.evaluate import EvalResult, evaluate_split
 from mmjax.evaluation.probes import add_norms
@@ -83,7 +83,7 @@ class Recorder:
 
   def describe_end(self, loss: float) -> str:
     """Says what the run came to, and where its validation loss was clearly lower than the last one."""
-    said = f'{self.tokens:,} tokens, {self.seconds / 60:.1f} minutes of training'
+    said = f'{self.tokens:,} tokens, {format_seconds(self.seconds)} of training'
     if (best := self.checkpoints.best) and loss - best[0] > PAST_BEST:
       said += (
         f'\nThe validation loss was {best[0]:.4f} at step {best[1]} and is {loss:.4f} now: eval.py and mmjax.load take '
