@@ -53,7 +53,8 @@ Notes = dict[str, Callable[[Sequence[Summary]], bool]]
 EXPLANATIONS: Notes = {
   'Loss is that of the last evaluation of each run, the mean over runs that differ only in their seed. ± is one '
   'standard error of the difference: paired, over the differences of runs with the same seed, which saw the same '
-  'batches in the same order; or Welch, from the variances of both models. One seed gives none.': bool,
+  'batches in the same order; or Welch, from the variances of both models. One seed gives none; '
+  '`python -m mmjax.tools.breakdown` gives one over documents.': bool,
   "Rows used, effective rows (exp of the entropy of their use) and the hottest row's share of all reads: at the last "
   'evaluation, over the whole validation set, by layer. Bank zeroed, rows exchanged: how much that raises the loss, '
   'nats a token, on the positions that are probed; "over" another: how far it then is above it.': lambda found: any(

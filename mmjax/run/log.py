@@ -106,11 +106,15 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     UserError: if another line is damaged.
   """
   path = Path(path)
-  lines = list(_parse(path.read_bytes())) if path.exists() else []
-  for number, (line, record) in enumerate(lines[:-1], 1):
+  records, damaged = [], ''
+  for number, (line, record) in enumerate(_parse(path.read_bytes()) if path.exists() else (), 1):
+    if damaged:  # and not the last line
+      raise UserError(damaged)
     if record is None:
-      raise UserError(f'{path}:{number} must be a JSON object, not {line!r:.40}; resuming the run removes this line')
-  return [record for _, record in lines if record is not None]
+      damaged = f'{path}:{number} must be a JSON object, not {line!r:.40}; resuming the run removes this line'
+    else:
+      records.append(record)
+  return records
 
 
 def peak_memory() -> tuple[int, str]:
