@@ -12,11 +12,14 @@ python train.py --config configs/quickstart_ngram_rows.py --workdir "$workdir"
 python eval.py --workdir "$workdir"
 
 printf -v dir %q "$workdir"
-printf -v there 'cd %q; ' "$PWD"
-[ "$called_from" = "$PWD" ] && there=
+place=$dir there=
+if [ "$called_from" != "$PWD" ]; then
+  printf -v there 'cd %q; ' "$PWD"
+  case $dir in /*) ;; *) printf -v place %q "$PWD/$workdir" ;; esac
+fi
 cat <<TXT
 
-Everything lies in $dir: report.md with plots, eval.json, metrics.jsonl, checkpoints/.
+Everything lies in $place: report.md with plots, eval.json, metrics.jsonl, checkpoints/.
 What to type next (after  ${there}source ${VENV:-.venv}/bin/activate):
   python -m mmjax.tools.sample --workdir $dir
   pip install -e '.[serve]' && python -m mmjax.tools.serve --workdir $dir   # the memory, on a page

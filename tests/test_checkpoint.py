@@ -427,11 +427,11 @@ def test_state_moves_between_8_devices_and_1(tmp_path):
   assert_same(state, make_state(2))
 
 
-@pytest.mark.parametrize('which', ['best', 'last'])
-def test_a_newest_step_that_was_taken_away_is_told(tmp_path, capfd, which):
+@pytest.mark.parametrize(('which', 'said'), [('best', 'the best of those left is 2'), ('last', 'using 2')])
+def test_a_newest_step_that_was_taken_away_is_told(tmp_path, capfd, which, said):
   checkpoints = Checkpoints(tmp_path)
   for step, metric in ((1, 3.0), (2, 2.0), (3, 1.0)):
     checkpoints.save(step, make_state(step), {}, metric)
   shutil.rmtree(checkpoints.directory / '3')
   assert Checkpoints(tmp_path, read_only=True).restore_params(ABSTRACT['params'], which)[2] == 2
-  assert f'checkpoint 3 is gone from {checkpoints.directory}; using 2' in capfd.readouterr().err
+  assert f'checkpoint 3 is gone from {checkpoints.directory}; {said}\n' in capfd.readouterr().err

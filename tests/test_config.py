@@ -113,6 +113,8 @@ def test_config_survives_flags_and_json_or_is_refused_both_ways(changes):
     ('--config.model.knowlege_num=4', "no setting 'model.knowlege_num'; did you mean 'model.knowledge_num'?"),
     ('--config.knowledge_num=4', "did you mean 'model.knowledge_num'?"),
     ('--config.train.steps=4', "did you mean 'train.max_steps'?"),
+    ('--config.train.n_steps=4', "did you mean 'train.max_steps'?"),
+    ('--config.data.files=a', "did you mean 'data.train_files'?"),
     ('--config.train.dtype=bf16', "must be one of float32, bfloat16; did you mean 'bfloat16'?"),
     ('--config.train.batch_size=0', 'batch_size=0 must be a finite number of at least 1'),
     ('--config.train.batch_size=2.5', "'2.5' must be a whole number"),
@@ -375,6 +377,12 @@ def test_every_command_of_the_documents_is_accepted():
       load_config(file.replace('1_4_X', '1_4_2'), [flag for flag in flags if 'num_processes=2' not in flag])
       checked += 1
   assert checked > 12
+
+
+@pytest.mark.parametrize('name', ['memory.size', 'data.cache', 'model.length', 'train.zzz'])
+def test_a_name_that_is_like_no_setting_gets_no_advice(name):
+  with pytest.raises(UserError, match=f"no setting '{name}'$"):
+    load_config('configs/base.py', [f'--config.{name}=1'])
 
 
 def test_unknown_and_missing_fields_of_a_saved_config_are_refused():

@@ -10,6 +10,7 @@ import pytest
 from mmjax.config import Config
 from mmjax.errors import UserError
 from mmjax.report.compare import compare
+from mmjax.report.compare_plots import curve, difference_lines
 from mmjax.report.found import FoundRun
 from mmjax.report.lead import FORMS, Point, _equal_time, at, find_lead, fit, fit_line
 from mmjax.report.lead_tables import draw_lead, lead_blocks
@@ -131,6 +132,20 @@ def test_a_lead_is_the_difference_that_the_table_says(tmp_path):
     lead = find_lead(runs)['models']['g42']['points'][0]
     assert (lead['lead'], lead['standard_error']) == (pytest.approx(-told['mean']), told['standard_error'])
     assert told['kind'] == ('Welch' if others is paths else 'paired')
+
+
+def test_the_plot_shows_the_difference_that_the_table_says(tmp_path):
+  def make(name: str, loss: float, done: int = 1000, **more) -> str:
+    more |= {'seed': int(name[-1]), 'train__max_steps': 1000} | (DENSE if name.startswith('g0') else {})
+    return make_run(tmp_path / name, (loss + 1, loss), done=done, **more)
+
+  paths = [make('g0-s0', 4.0), make('g0-s1', 4.2), make('g42-s0', 3.9)]
+  paths.append(make('g42-s2', 3.0, done=500))  # still runs
+  rows = make_rows([FoundRun(path) for path in paths])
+  curves = [[curve(run, 'eval') for run in row.runs] for row in rows]
+  [line] = difference_lines(curves, rows, [{}, {}], {}, [False, False])
+  told = summary(*rows)['difference']
+  assert told['kind'] == 'paired' and line.y[-1] == pytest.approx(told['mean']) == pytest.approx(-0.1)
 
 
 def test_fits_go_as_far_as_the_points_and_padding_is_no_token(tmp_path, monkeypatch):

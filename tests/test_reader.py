@@ -389,7 +389,7 @@ def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
     ('none/a.jsonl', "no file '.*none/a.jsonl'; there is no folder '.*none'$"),
     ('*.gz', r"no file matches the pattern '.*\*.gz'"),
     ('folder', "is a directory; name its files, for example '.*folder/\\*.jsonl'"),
-    ('texts', "is a directory; name its files, for example '.*texts/\\*.txt.gz'"),
+    ('texts', "is a directory; name its files, for example '.*texts/\\*.TXT.gz'"),
     ('a.csv', 'must end in .jsonl or .txt'),
     ('n' * 300 + '.jsonl', 'cannot be read: File name too long'),
     ('pipe.jsonl', 'must be a regular file'),
@@ -398,7 +398,7 @@ def test_find_files_sorts_globs_and_keeps_the_given_order(tmp_path):
 def test_find_files_explains_what_is_wrong(tmp_path, pattern, what):
   (tmp_path / 'folder').mkdir()
   (tmp_path / 'texts').mkdir()
-  for name in ('texts/a.txt.gz', 'texts/b.txt.gz', 'texts/c.jsonl', 'a.csv', 'report.jsonl', 'report.md', 'report.txt'):
+  for name in ('texts/a.TXT.gz', 'texts/b.TXT.gz', 'texts/c.jsonl', 'a.csv', 'report.jsonl', 'report.md', 'report.txt'):
     (tmp_path / name).write_text('x')
   os.mkfifo(tmp_path / 'pipe.jsonl')
   with pytest.raises(UserError, match=what):

@@ -183,6 +183,8 @@ def test_quickstart_trains_and_evaluates_and_says_what_to_type_next(tmp_path):
     assert shlex.split(sample)[-1] == workdir
     assert sum(workdir.replace("'", r'\'').replace(' ', r'\ ') in line for line in lines[3:]) >= 3
     assert f'(after  cd {tmp_path}; source .venv/bin/activate)' in done.stdout
+    place = workdir if workdir.startswith('/') else f'{tmp_path}/{workdir}'
+    assert f'Everything lies in {place}:' in done.stdout.replace('\\', '')
   done = subprocess.run(['bash', 'quickstart.sh'], cwd=tmp_path, capture_output=True, text=True, check=True)
   assert '(after  source .venv/bin/activate)' in done.stdout
 

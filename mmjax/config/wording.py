@@ -26,14 +26,20 @@ def _cut(text: str, length: int = 30) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
   """Returns '; did you mean X?' for the known name most like `name`, or nothing.
 
-  Last parts decide, of names with points and of paths: in a wrong section a right field is still meant. Names that hold
-  the whole part, as max_steps holds steps, come first.
+  Last parts decide, of names with points and of paths: in a wrong section a right field is still meant. After that come
+  parts of the section with a word that begins so, as max_steps has one for steps, and then parts that are alike.
   """
-  given, known = _last(str(name)), list(known)
-  close = [k for k in known if len(given) > 3 and given in _last(k)]
-  close = close or [k for k in known if difflib.SequenceMatcher(None, given, _last(k)).ratio() >= LIKE]
-  found = difflib.get_close_matches(str(name), close, n=1, cutoff=0)
-  return f'; did you mean {found[0]!r}?' if found else ''
+  section, given = _split(str(name))
+  parts = {k: _split(k) for k in known}
+  word = re.compile(f'(^|_){re.escape(given)}')
+  close = (
+    [k for k, (_, part) in parts.items() if part == given]
+    or [k for k, (s, part) in parts.items() if len(given) > 3 and section in ('', s) and word.search(part)]
+    or [k for k, (_, part) in parts.items() if difflib.SequenceMatcher(None, given, part).ratio() >= LIKE]
+  )
+  if not close:
+    return ''
+  return f'; did you mean {max(close, key=lambda k: difflib.SequenceMatcher(None, k, str(name)).ratio())!r}?'
 
 
 def nearest_file(path: Path) -> str:
@@ -52,5 +58,7 @@ def nearest_file(path: Path) -> str:
   return f"; did you mean '{known[found[0]]}'?" if found else ''
 
 
-def _last(name: str) -> str:
-  return re.split('[./]', name.removesuffix('.py'))[-1]
+def _split(name: str) -> tuple[str, str]:
+  """Returns the section or folder of a name, and its last part."""
+  section, _, part = name.removesuffix('.py').replace('/', '.').rpartition('.')
+  return section, part

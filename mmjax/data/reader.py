@@ -149,7 +149,8 @@ def _check_file(path: Path) -> None:
 def _ending_in(folder: Path) -> str:
   """Returns the ending of most files of a folder that end as text does, '.jsonl.xz', or that of a format."""
   try:
-    found = Counter(''.join(ending) for path in sorted(folder.iterdir()) if (ending := ending_of(path)))
+    endings = ((path.name, ''.join(ending)) for path in sorted(folder.iterdir()) if (ending := ending_of(path)))
+    found = Counter(name[-len(ending) :] for name, ending in endings)  # as it is spelled
   except OSError:  # it may not be listed
     found = Counter()
   return found.most_common(1)[0][0] if found else next(iter(FORMATS))

@@ -67,8 +67,8 @@ def write_plots(rows: Sequence[Row], folder: Path, other_data: Sequence[bool]) -
       panels.append(Panel(f'{title}: {what}', unit, 'nats per token', lines, limits=limits, zero_line=True))
     draw(folder / 'difference.png', *panels, legend=legend)
     captions['difference.png'] = (
-      f'Loss minus that of {rows[0].name} at equal tokens, below 0 is better: the mean over common seeds '
-      '(else over all), with one standard error where several are common.'
+      f'Loss minus that of {rows[0].name} at equal tokens, below 0 is better: the mean over the seeds that are '
+      'paired, as in the table, with one standard error of several; else the difference of the means.'
     )
   return captions
 
@@ -107,7 +107,7 @@ def difference_lines(
 ) -> list[Line]:
   """Returns a line for each row but the first and those on other data, with its standard error where seeds pair up."""
   by_seed = [
-    {run.config.seed: c for run, c in zip(row.runs, cs, strict=True) if len(c.y)}
+    {run.config.seed: c for run, c in zip(row.runs, cs, strict=True) if len(c.y) and run in row.counted}
     for row, cs in zip(rows, curves, strict=True)
   ]
   first, lines = by_seed[0], []

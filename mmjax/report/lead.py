@@ -181,8 +181,9 @@ def _lead_points(first: Points, model: Points) -> list[dict[str, Any]]:
 def fit(form: Form, points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
   """Fits a form to the leads of at least two points; None where its line cannot hold one, as no log is below 0.
 
-  Ranges are those of the fits that leave out one point of three or more, and that take one seed at each point: of the
-  refits. They are None where the form cannot hold one of these; `refits_without` says how many of how many.
+  Ranges are those of the fits that leave out one point of three or more, and that take one of the `paired_seeds` at
+  each point, where it has any: of the refits. They are None where the form cannot hold one of these; `refits_without`
+  says how many of how many.
   """
   tokens, lead = (np.array([point[name] for point in points], float) for name in ('tokens', 'lead'))
   line = fit_line(form, tokens, lead)

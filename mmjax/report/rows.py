@@ -1,7 +1,7 @@
 """Runs put into rows that differ only in their seed, and what a row comes to.
 
-A row's loss is the mean over its finished runs. Its difference to the first row is taken seed by seed where both have
-runs with the same seeds, because these saw the same batches in the same order.
+A row's loss is the mean over its finished runs. Its difference to the first row is taken over the `paired_seeds`: runs
+of one seed saw the same batches in the same order.
 """
 
 import math

@@ -182,7 +182,8 @@ class Checkpoints:
     best = self.best_step if which == 'best' else None
     step = steps[-1] if best is None else best
     if newest is not None and newest > steps[-1] and not self._was_corrupt(newest):
-      _warn(f'checkpoint {newest} is gone from {self.directory}; using {step}')
+      using = f'using {step}' if best is None else f'the best of those left is {step}'
+      _warn(f'checkpoint {newest} is gone from {self.directory}; {using}')
     return step
 
   def _was_corrupt(self, step: int) -> bool:

@@ -2,9 +2,9 @@
 
 Shows the continuation while it is made; --prompt may be repeated. Without it, it asks for prompts, one a line, until
 end of input or Ctrl-C; Ctrl-C while text is made ends that text. Prompts get seeds of their own: the second --seed + 1,
-and so on. A line that is refused leaves an empty line in the output of a pipe, and the exit code is then 2. A
-continuation may have several lines; eval.py --prompts FILE writes many of them as JSON. Exit codes: 0 done, 2 user
-error, 4 storage.
+and so on; of several --prompt each is printed before its continuation. A line that is refused leaves an empty line in
+the output of a pipe, and the exit code is then 2. A continuation may have several lines; eval.py --prompts FILE writes
+many of them as JSON. Exit codes: 0 done, 2 user error, 4 storage.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ def main() -> None:
     # Another seed for each, or the same prompt would always get the same answer.
     settings = dataclasses.replace(sampling, seed=(sampling.seed + number) % 2**32)
     if len(arguments.prompt or ()) > 1:
-      print(f'{printable(prompt)!r}:')
+      print(f'{prompt!r}:')
     try:
       write_continuation(lm, prompt, settings)
     except UserError as error:
