@@ -157,7 +157,8 @@ def test_ci_runs_the_suite_on_two_pythons_and_ahead_where_it_can(machine, tmp_pa
   assert [line.strip() for line in done.stdout.splitlines()] == runs and done.returncode == 0, done
 
 
-def test_quickstart_trains_and_evaluates_and_says_what_to_type_next(tmp_path):
+def test_quickstart_trains_and_evaluates_and_says_what_to_type_next(tmp_path, monkeypatch):
+  monkeypatch.delenv('VENV', raising=False)  # of the tests themselves
   shutil.copy(REPOSITORY / 'quickstart.sh', tmp_path)
   (tmp_path / 'scripts').mkdir()
   (tmp_path / 'scripts/environment.sh').write_text(
