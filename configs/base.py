@@ -57,10 +57,10 @@ memory.bank_update = 'dense'  # Adam on all rows; 'lazy': on those that an updat
 memory.bank_moments = 'full'  # Adam's: 'full', mean and square of values; 'square', no mean; 'row', one square a row
 memory.teach_rows = 0  # with --init_from: at most so many rows learn in an update, much read now, little before; 0: all
 
-data.train_files = ''  # paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus
+data.train_files = ''  # comma-separated paths, globs: .jsonl .txt .md .py (.gz .xz .zst) .parquet; '': embedded corpus
 data.valid_files = ''  # the same, held out; '': a share of the training documents
 data.valid_fraction = 0.01  # that share, by a hash of each text, or one of few; 0 (prepare only): none
-data.text_key = 'text'  # key of the text in a jsonl line
+data.text_key = 'text'  # key of the text in a jsonl line, or its column in a parquet file
 data.on_bad_line = 'fail'  # 'fail' stops at the first bad line and names it; 'skip' counts and reports them
 data.tokenizer = ''  # a SentencePiece model or a tokenizer.json; '': train one on the training text
 data.layout = 'packed'  # 'packed': one stream cut into rows; 'padded': one document a row, as in the record

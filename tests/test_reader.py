@@ -1,6 +1,7 @@
-"""Reading .jsonl and .txt: what is kept, and the sentence for each way a file can be wrong."""
+"""Reading lines and plain text: what is kept, and the sentence for each way a file can be wrong."""
 
 import gzip
+import importlib
 import io
 import json
 import lzma
@@ -17,10 +18,11 @@ from mmjax.data import blocks
 from mmjax.data.blocks import LONGEST_LINE_BYTES, TEXT_DOCUMENT_BYTES, Block
 from mmjax.data.formats import parse_block
 from mmjax.data.reader import Place, Tally, find_files, read_documents, read_files, split_names
-from mmjax.data.xz import open_xz
+from mmjax.data.unpack import ZSTD, open_xz
 from mmjax.errors import UserError
 from tests.helpers import rarely
 
+zstd = importlib.import_module(ZSTD)
 GOOD = b'{"text": "one"}\n'
 BAD_LINES = {
   'cut line': (b'{"text": "tw', 'not JSON: Unterminated string', 9),
@@ -43,11 +45,16 @@ BAD_LINES = {
   'lone NUL bytes': (b'\0' * 50, 'a NUL byte', 0),
   'raw control character': (b'{"text": "a\x01b"}', 'not JSON: Invalid control character', 11),
 }
+PACK = {
+  '.gz': gzip.compress,
+  '.xz': lzma.compress,
+  '.zst': lambda data: zstd.compress(data, options={zstd.CompressionParameter.checksum_flag: 1}),  # as its command does
+}
 
 
 def write(tmp_path, data: bytes, name: str = 'a.jsonl'):
   path = tmp_path / name
-  path.write_bytes({'.gz': gzip.compress, '.xz': lzma.compress}.get(path.suffix, bytes)(data))
+  path.write_bytes(PACK.get(path.suffix, bytes)(data))
   return path
 
 
@@ -55,7 +62,7 @@ def read(*paths, on_bad_line: str = 'fail', text_key: str = 'text'):
   return list(read_documents(list(paths), text_key, Tally(on_bad_line)))
 
 
-@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.xz'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.xz', 'a.jsonl.zst'])
 def test_jsonl_documents_are_read_in_order(tmp_path, name):
   texts = ['one', 'zwei\nLinien', '三\u2028\x0b', 'NUL \0 inside', '\U0001f600', ' ']
   data = '\n'.join(json.dumps({'id': 1, 'text': text}, ensure_ascii=n % 2 == 0) for n, text in enumerate(texts))
@@ -110,7 +117,7 @@ def test_what_helps_a_bad_first_line_is_said(tmp_path, data, hint, skip):
 def test_more_than_a_thousandth_of_bad_lines_fails_with_both_numbers(tmp_path):
   path = write(tmp_path, GOOD * 997 + b'x\n' * 2)
   with pytest.raises(
-    UserError, match=r'2 of 999 lines \(in a .txt: documents\) are bad \(0.20%\), more than the 0.1%.*2 x not JSON'
+    UserError, match=r'2 of 999 lines \(of plain text: documents\) are bad \(0.20%\), more than the 0.1%.*2 x not JSON'
   ):
     read(path, on_bad_line='skip')
 
@@ -126,7 +133,7 @@ def test_tally_goes_on_from_its_saved_state():
 
 
 @pytest.mark.parametrize('data', [b'', b'\n \r\n\n', b'\xef\xbb\xbf'])
-@pytest.mark.parametrize('name', ['a.jsonl', 'a.txt', 'a.jsonl.xz', 'a.txt.gz'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.md', 'a.jsonl.xz', 'a.txt.gz', 'a.py.zst'])
 def test_blank_file_is_refused(tmp_path, data, name):
   good, blank = write(tmp_path, GOOD, 'good.jsonl'), write(tmp_path, data, name)
   with pytest.raises(UserError, match=f'{name}:1: the file is empty or blank .byte 0.$'):
@@ -140,7 +147,7 @@ def test_zero_byte_compressed_file_is_refused(tmp_path):
     read(path)
 
 
-@pytest.mark.parametrize('suffix', ['gz', 'xz'])
+@pytest.mark.parametrize('suffix', ['gz', 'xz', 'zst'])
 @pytest.mark.parametrize('on_bad_line', ['fail', 'skip'])
 def test_truncated_or_damaged_compressed_file_is_refused_whatever_the_mode(tmp_path, suffix, on_bad_line):
   path = write(tmp_path, os.urandom(5000).hex().join(['{"text": "', '"}\n']).encode() * 3, f'a.jsonl.{suffix}')
@@ -240,13 +247,12 @@ def test_file_name_that_is_no_text_is_refused_before_anything_is_read(tmp_path):
       find_files(pattern)
 
 
-@pytest.mark.parametrize('pack', rarely([gzip.compress, lzma.compress], lzma.compress))
-def test_file_that_unpacks_to_a_thousand_times_its_size_is_read_in_bounded_memory(tmp_path, pack):
-  path = tmp_path / f'bomb.jsonl.{"gz" if pack is gzip.compress else "xz"}'
-  path.write_bytes(pack(GOOD + b'[' * 64 * 2**20))
+@pytest.mark.parametrize('packing', rarely(list(PACK), '.xz'))
+def test_file_that_unpacks_to_a_thousand_times_its_size_is_read_in_bounded_memory(tmp_path, packing):
+  path = write(tmp_path, GOOD + b'[' * 64 * 2**20, f'bomb.jsonl{packing}')
   assert path.stat().st_size < 2**17
   tracemalloc.start()
-  with pytest.raises(UserError, match=r'jsonl.[gx]z:2: a line of 67108864 bytes is longer than the limit'):
+  with pytest.raises(UserError, match=r'jsonl.[gxzst]+:2: a line of 67108864 bytes is longer than the limit'):
     read(path)
   assert tracemalloc.get_traced_memory()[1] < 4 * LONGEST_LINE_BYTES
   tracemalloc.stop()
@@ -272,6 +278,19 @@ def test_every_stream_of_an_xz_file_is_read_or_refused(tmp_path):
       assert "a.jsonl.xz' is damaged or cut short: " in str(error)
 
 
+def test_every_frame_of_a_zst_file_is_read_or_refused(tmp_path):
+  one, two = (PACK['.zst'](data) for data in (GOOD, GOOD.replace(b'one', b'two') * 9))
+  skipped = bytes.fromhex('502a4d18 03000000') + b'abc'  # a frame of user data, RFC 8878, section 3.1.2
+  path = tmp_path / 'a.jsonl.zst'
+  for packed in (one + two, skipped + one + skipped + two + skipped, PACK['.zst'](b'') + one + two):
+    path.write_bytes(packed)
+    assert read(path) == ['one'] + 9 * ['two']
+  for packed in (one + GOOD, one + bytes(3), one + two[:-1], GOOD, one[1:]):
+    path.write_bytes(packed)
+    with pytest.raises(UserError, match="a.jsonl.zst' is damaged or cut short: "):
+      read(path)
+
+
 def test_xz_is_read_on_from_any_byte_as_whole_blocks(tmp_path):
   data, path = np.random.default_rng(0).bytes(2**18) * 3, tmp_path / 'a.xz'
   path.write_bytes(lzma.compress(data[: 2**19]) + lzma.compress(data[2**19 :]))
@@ -284,15 +303,18 @@ def test_xz_is_read_on_from_any_byte_as_whole_blocks(tmp_path):
         file.seek(0)
 
 
-@pytest.mark.parametrize('name', ['A.JSONL', 'a.Jsonl.Gz', 'a.jsonl.XZ', '.jsonl', 'a.txt.jsonl', 'x.gz.jsonl'])
+@pytest.mark.parametrize(
+  'name', ['A.JSONL', 'a.Jsonl.Gz', 'a.jsonl.XZ', 'a.JSONL.Zst', '.jsonl', 'a.txt.jsonl', 'x.gz.jsonl']
+)
 def test_ending_of_a_name_decides_in_any_case(tmp_path, name):
   path = tmp_path / name
-  packing = path.suffix.lower()
-  path.write_bytes({'.gz': gzip.compress, '.xz': lzma.compress}.get(packing, bytes)(GOOD * 2))
+  path.write_bytes(PACK.get(path.suffix.lower(), bytes)(GOOD * 2))
   assert read(*find_files(str(path))) == ['one', 'one']
 
 
-@pytest.mark.parametrize('name', ['A.TXT', 'how.jsonl.works.txt', 'a.jsonl.TXT', '.txt'])
+@pytest.mark.parametrize(
+  'name', ['A.TXT', 'how.jsonl.works.txt', 'a.jsonl.TXT', '.txt', 'README.md', 'setup.py', 'a.MD.zst']
+)
 def test_text_may_be_called_after_anything(tmp_path, name):
   path = write(tmp_path, GOOD * 2, name)
   assert read(*find_files(str(path))) == [(GOOD * 2).decode()]
@@ -407,7 +429,7 @@ def test_find_files_explains_what_is_wrong(tmp_path, pattern, what):
     find_files(' , ')
 
 
-@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.xz', 'a.txt', 'a.txt.xz'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.gz', 'a.jsonl.xz', 'a.jsonl.zst', 'a.txt', 'a.txt.xz'])
 def test_reading_can_go_on_where_any_block_ended(tmp_path, name, monkeypatch):
   monkeypatch.setattr(blocks, 'BLOCK_BYTES', 64)
   monkeypatch.setattr(blocks, 'TEXT_DOCUMENT_BYTES', 50)

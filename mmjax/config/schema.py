@@ -246,11 +246,12 @@ def _layer_numbers(field: str, text: str, n_layers: int, also: str = 'middle') -
 class DataConfig:
   """Where text comes from and how it becomes rows."""
 
-  train_files: str = field('', "paths or globs, comma-separated: .jsonl, .txt, also .gz, .xz; '': embedded corpus")
+  train_files: str = field(
+    '', "comma-separated paths, globs: .jsonl .txt .md .py (.gz .xz .zst) .parquet; '': embedded corpus")
   valid_files: str = field('', "the same, held out; '': a share of the training documents")
   valid_fraction: float = field(0.01, "that share, by a hash of each text, or one of few; 0 (prepare only): none",
     0, NEAREST_ONE, needs=NO_VALID_FILES)
-  text_key: str = field('text', 'key of the text in a jsonl line', needs=TRAIN_FILES)
+  text_key: str = field('text', 'key of the text in a jsonl line, or its column in a parquet file', needs=TRAIN_FILES)
   on_bad_line: str = field('fail', "'fail' stops at the first bad line and names it; 'skip' counts and reports them",
     choices=('fail', 'skip'), needs=TRAIN_FILES)
   tokenizer: str = field('', "a SentencePiece model or a tokenizer.json; '': train one on the training text",

@@ -3,7 +3,8 @@
 A new format is one row of FORMATS, a new packing one of PACKINGS; nothing else knows an ending. The name that was
 given decides, in any case of its letters, and never that of what a link leads to. .jsonl: one JSON object a line; the
 document is the string under the text key. Blank lines, CRLF and a UTF-8 byte order mark at the start of a file are
-accepted. .txt: see mmjax.data.blocks. What is wrong with a bad line is said with file, line, byte and reason.
+accepted. .parquet: the same of its rows. .txt, .md and .py: see mmjax.data.blocks. What is wrong with a bad line is
+said with file, line, byte and reason.
 """
 
 import codecs
@@ -14,10 +15,11 @@ import os
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mmjax.data.blocks import LONGEST_LINE_BYTES, Block, cut_lines, cut_text
-from mmjax.data.xz import open_xz
+from mmjax.data.unpack import ZSTD, Damaged, open_parquet, open_xz, open_zst
 
 WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that of UTF-16
   codecs.BOM_UTF32_LE: 'UTF-32',
@@ -75,16 +77,31 @@ class Format(NamedTuple):
 
 
 class Packing(NamedTuple):
-  """How a file is unpacked, and about how many bytes of token shards a byte of it makes: for the look at the room."""
+  """How a file is unpacked.
+
+  Attributes:
+    unpack: packed file -> what is in it, to be read forwards.
+    token_bytes: about how many bytes of token shards a byte of it makes: for the look at the room.
+    package: a module of the extra `formats` that this needs.
+    holds: a key of FORMATS, where that does not stand in the name.
+  """
 
   unpack: Callable[[BinaryIO], BinaryIO]
   token_bytes: float
+  package: str = ''
+  holds: str = ''
 
 
-def ending_of(file: str | os.PathLike) -> tuple[str, str] | None:
-  """Returns the keys of FORMATS and PACKINGS that together end a file's name; None where none do."""
+def ending_of(file: str | os.PathLike) -> str | None:
+  """Returns which of ENDINGS a file's name has, None where it has none."""
   name = os.path.basename(file).lower()
-  return next(((text, pack) for text in FORMATS for pack in PACKINGS if name.endswith(text + pack)), None)
+  return next((ending for ending in ENDINGS if name.endswith(ending)), None)
+
+
+def expected_token_bytes(file: Path) -> int:
+  """Returns about how many bytes of token shards a file makes."""
+  _, packing = ENDINGS[ending_of(file)]
+  return int(file.stat().st_size * PACKINGS[packing].token_bytes)
 
 
 def parse_block(block: Block, text_key: str) -> Parsed:
@@ -92,7 +109,7 @@ def parse_block(block: Block, text_key: str) -> Parsed:
   if block.too_long:
     bad = _too_long(block.too_long)
     return Parsed([], [BadLine(block.file, block.line, block.byte, bad.kind, bad.what)], 1, 0)
-  content, _ = ending_of(block.file)
+  content, _ = ENDINGS[ending_of(block.file)]
   _, text_of, one_a_line = FORMATS[content]
   marked = not block.byte and block.data.startswith(codecs.BOM_UTF8)
   data, byte = (block.data[3:], 3) if marked else (block.data, block.byte)
@@ -203,13 +220,21 @@ def _kind(value: object) -> str:
   return KINDS.get(type(value), 'null')
 
 
+PLAIN_TEXT = Format(cut_text, lambda data, text_key: decode(data), one_a_line=False)
 FORMATS = {
   '.jsonl': Format(cut_lines, json_text),
-  '.txt': Format(cut_text, lambda data, text_key: decode(data), one_a_line=False),
+  '.txt': PLAIN_TEXT,
+  '.md': PLAIN_TEXT,
+  '.py': PLAIN_TEXT,
 }
 PACKINGS = {
   '': Packing(lambda file: file, 1.0),
   '.gz': Packing(lambda file: gzip.GzipFile(fileobj=file), 3.0),
   '.xz': Packing(open_xz, 3.0),
+  '.zst': Packing(open_zst, 3.0, ZSTD),
+  '.parquet': Packing(open_parquet, 3.0, 'pyarrow', holds='.jsonl'),
 }
-DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)  # what unpacking raises
+# How a name may end -> keys of FORMATS and PACKINGS.
+ENDINGS = {content + end: (content, end) for content in FORMATS for end in PACKINGS if not PACKINGS[end].holds}
+ENDINGS |= {end: (packing.holds, end) for end, packing in PACKINGS.items() if packing.holds}
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, Damaged)  # what unpacking raises

@@ -15,7 +15,7 @@ from typing import Any
 from mmjax.config import DataConfig
 from mmjax.console import Progress
 from mmjax.data.embedded import build_embedded_corpus
-from mmjax.data.formats import ending_of
+from mmjax.data.formats import ENDINGS, ending_of
 from mmjax.data.index import FORMAT, VERIFIED, counts_bytes
 from mmjax.data.reader import find_files
 from mmjax.data.spm_tokenizer import LEAST_VOCABULARY
@@ -122,8 +122,8 @@ def identify(file: Path) -> dict[str, Any]:
 
 def _content(file: dict[str, Any]) -> str | None:
   """Returns what the name of an input says about how it is written; None of a link's target that an index may name."""
-  found = ending_of(file['path'])
-  return found and found[0]
+  ending = ending_of(file['path'])
+  return ending and ENDINGS[ending][0]
 
 
 def _same_input(old: dict[str, Any], new: dict[str, Any]) -> bool:

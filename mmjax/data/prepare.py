@@ -18,7 +18,7 @@ import sentencepiece
 import mmjax
 from mmjax.config import DataConfig
 from mmjax.console import Progress
-from mmjax.data.formats import PACKINGS, ending_of
+from mmjax.data.formats import expected_token_bytes
 from mmjax.data.index import FORMAT, INDEX, VERIFIED, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
 from mmjax.data.plan import Plan, given_tokenizer, identify, make_plan
@@ -107,8 +107,7 @@ def _build(plan: Plan, data: DataConfig, progress: Progress) -> dict[str, Any]:
   After a user's mistake it is removed again: the corrected input has another hash.
   """
   try:
-    expected = (file.stat().st_size * PACKINGS[ending_of(file)[1]].token_bytes for file in sum(plan.files.values(), []))
-    check_room(plan.directory, int(sum(expected)))
+    check_room(plan.directory, sum(map(expected_token_bytes, sum(plan.files.values(), []))))
     held_out = _find_held_out(plan, data.on_bad_line, progress)
     tokenizer = _tokenizer(plan, data, held_out, progress)
     builder = ShardBuilder(plan, tokenizer, held_out)

@@ -7,6 +7,7 @@ import stat
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from mmjax.console import Progress
 from mmjax.data.blocks import Block
 from mmjax.data.formats import (
   DAMAGED,
+  ENDINGS,
   FORMATS,
   NO_KEY,
   NO_UTF8,
@@ -30,9 +32,9 @@ from mmjax.data.formats import (
 from mmjax.errors import UserError, file_error
 
 BLANK_FILE = 'blank file'
-MOST_SKIPPED = 0.001  # share of lines that on_bad_line='skip' may leave out; a document of a .txt counts as a line
+MOST_SKIPPED = 0.001  # share of lines that on_bad_line='skip' may leave out; a document of plain text counts as a line
 SKIP_HINT = (
-  f'; to leave out such lines (in a .txt: documents), at most one in {1 / MOST_SKIPPED:,.0f}: '
+  f'; to leave out such lines (of plain text: documents), at most one in {1 / MOST_SKIPPED:,.0f}: '
   '--config.data.on_bad_line=skip (prepare: --on_bad_line skip)'
 )
 ENCODING_HINT = (
@@ -141,16 +143,30 @@ def _check_file(path: Path) -> None:
     raise UserError(f"'{path}' is a directory; name its files, for example '{path}/*{_ending_in(path)}'")
   if not stat.S_ISREG(mode):
     raise UserError(f"'{path}' must be a regular file, not a pipe or a device; write its text to one")
-  if not ending_of(path):
-    packings = ' or '.join(filter(None, PACKINGS))
-    raise UserError(f"'{path}' must end in {' or '.join(FORMATS)}, alone or followed by {packings}")
+  if not (ending := ending_of(path)):
+    before = ' or '.join(end for end, packing in PACKINGS.items() if end and not packing.holds)
+    alone = ' or '.join(end for end, packing in PACKINGS.items() if packing.holds)
+    raise UserError(
+      f"'{path}' must end in {' or '.join(FORMATS)}, alone or followed by {before}, or in {alone}; of plain text with "
+      'another name give a link that ends in .txt'
+    )
+  _, packing = ENDINGS[ending]
+  if (package := PACKINGS[packing].package) and not _is_installed(package):
+    raise UserError(f"'{path}' needs the package {package}: pip install 'mmjax[formats]'")
+
+
+def _is_installed(module: str) -> bool:
+  try:
+    return find_spec(module) is not None
+  except ModuleNotFoundError:  # what it would be a part of
+    return False
 
 
 def _ending_in(folder: Path) -> str:
   """Returns the ending of most files of a folder that end as text does, '.jsonl.xz', or that of a format."""
   try:
-    endings = ((path.name, ''.join(ending)) for path in sorted(folder.iterdir()) if (ending := ending_of(path)))
-    found = Counter(name[-len(ending) :] for name, ending in endings)  # as it is spelled
+    paths = sorted(folder.iterdir())
+    found = Counter(path.name[-len(ending) :] for path in paths if (ending := ending_of(path)))  # as it is spelled
   except OSError:  # it may not be listed
     found = Counter()
   return found.most_common(1)[0][0] if found else next(iter(FORMATS))
@@ -212,7 +228,7 @@ def read_files(files: Sequence[Path], start: Place = START, meter: Meter | None 
 
 
 def _read_file(file: Path, line: int, byte: int) -> Iterator[tuple[Block, int]]:
-  content, packing = ending_of(file)
+  content, packing = ENDINGS[ending_of(file)]
   try:
     with file.open('rb') as raw, PACKINGS[packing].unpack(raw) as handle:
       handle.seek(byte)
@@ -277,7 +293,7 @@ class Tally:
     lines, skipped = sum(counts['lines'] for counts in self.files.values()), sum(self.skipped().values())
     if skipped > MOST_SKIPPED * lines:
       raise UserError(
-        f'{skipped} of {lines} lines (in a .txt: documents) are bad ({skipped / lines:.2%}), more than the '
+        f'{skipped} of {lines} lines (of plain text: documents) are bad ({skipped / lines:.2%}), more than the '
         f'{MOST_SKIPPED:.1%} that on_bad_line=skip allows; mend or remove them: {self.report()}'
       )
 
