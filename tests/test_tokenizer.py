@@ -135,6 +135,17 @@ def test_training_is_deterministic_and_skips_no_long_or_strange_text():
   assert any('unbroken' in piece for piece in pieces) and any('sentinel' in piece for piece in pieces)
 
 
+def test_indentation_is_one_token(tmp_path):
+  code = ''.join(f'def f{n}(x):\n    if x:\n        return {n}\n\n' for n in range(200))
+  (tmp_path / 'tokenizer.model').write_bytes(train_tokenizer([code], 330))
+  tokenizer = load_tokenizer(tmp_path / 'tokenizer.model')
+  for depth in (4, 8):
+    text = f'\n{depth * " "}return'
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text and len(ids) <= 4
+  assert tokenizer.decode(tokenizer.encode(code)) == code
+
+
 def test_vocabulary_that_the_text_cannot_fill_names_the_largest():
   with pytest.raises(UserError, match=r'model.vocab_size=5000 is more pieces .*largest possible: (\d+)') as caught:
     train_tokenizer([ENGLISH], 5000)

@@ -112,6 +112,7 @@ def train_tokenizer(sample: Sequence[str], vocab_size: int) -> bytes:
       unk_id=3,
       normalization_rule_name='identity',
       remove_extra_whitespaces=False,
+      allow_whitespace_only_pieces=True,  # or indentation takes a token a space: a third of all in Python code
       add_dummy_prefix=False,
       character_coverage=CHARACTER_COVERAGE,
       max_sentence_length=4 * SAMPLE_CHARS + 1,  # bytes: no slice is left out
