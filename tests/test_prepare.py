@@ -68,7 +68,7 @@ def test_no_validation_data_can_be_asked_for_but_does_not_just_happen(tmp_path, 
   assert list(read_index(directory)['splits']) == ['train']
   for copies in (1, 2):
     same = write(tmp_path / 'one.jsonl', [' '.join(texts)] * copies)
-    with pytest.raises(UserError, match='data.valid_fraction=1e-06 needs at least two different documents'):
+    with pytest.raises(UserError, match='one document, of which data.valid_fraction=1e-06 can hold nothing out'):
       run(tmp_path, same, vocab_size=300, valid_fraction=1e-6)
 
 

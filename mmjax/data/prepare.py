@@ -18,6 +18,7 @@ import sentencepiece
 import mmjax
 from mmjax.config import DataConfig
 from mmjax.console import Progress
+from mmjax.data.blocks import TEXT_DOCUMENT_BYTES
 from mmjax.data.formats import expected_token_bytes
 from mmjax.data.index import FORMAT, INDEX, VERIFIED, described_files, find_prepared, verify, write_index
 from mmjax.data.overlap import shared_documents
@@ -150,9 +151,9 @@ def _find_held_out(plan: Plan, on_bad_line: str, progress: Progress) -> tuple[fl
       return share, ''
   if len(sizes) == 1:
     raise UserError(
-      f'data.valid_fraction={share} needs at least two different documents to hold one out, and there is only one; '
-      'give data.valid_files, or more documents; mmjax.tools.prepare and mmjax.tools.bank also take '
-      'data.valid_fraction=0, which holds nothing out'
+      f'the text is one document, of which data.valid_fraction={share:g} can hold nothing out; give data.valid_files, '
+      f'or more text: a plain one of more than {TEXT_DOCUMENT_BYTES >> 10} KiB is several documents (prepare and bank '
+      'also take data.valid_fraction=0)'
     )
   if not sizes:
     return share, ''
