@@ -133,11 +133,19 @@ def test_tally_goes_on_from_its_saved_state():
 
 
 @pytest.mark.parametrize('data', [b'', b'\n \r\n\n', b'\xef\xbb\xbf'])
-@pytest.mark.parametrize('name', ['a.jsonl', 'a.md', 'a.jsonl.xz', 'a.txt.gz', 'a.py.zst'])
+@pytest.mark.parametrize('name', ['a.jsonl', 'a.jsonl.xz', 'a.jsonl.zst'])
 def test_blank_file_is_refused(tmp_path, data, name):
   good, blank = write(tmp_path, GOOD, 'good.jsonl'), write(tmp_path, data, name)
   with pytest.raises(UserError, match=f'{name}:1: the file is empty or blank .byte 0.$'):
     read(good, blank, good)
+
+
+@pytest.mark.parametrize('data', [b'', b'\n \r\n\n', b'\xef\xbb\xbf'])
+def test_blank_plain_text_is_counted(tmp_path, data):
+  files = [write(tmp_path, data, name) for name in ('__init__.py', 'note.md', 'a.txt.gz')]
+  tally = Tally('fail')
+  assert list(read_documents([*files, write(tmp_path, b'text', 'b.txt')], 'text', tally)) == ['text']
+  assert [tally.files[str(file)]['empty'] for file in files] == [1, 1, 1]
 
 
 def test_zero_byte_compressed_file_is_refused(tmp_path):
@@ -154,7 +162,7 @@ def test_truncated_or_damaged_compressed_file_is_refused_whatever_the_mode(tmp_p
   whole = path.read_bytes()
   for data in (whole[:-7], whole[: len(whole) // 2], whole[:200] + b'XX' + whole[202:]):
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r'damaged or cut short.*after byte \d+'):
+    with pytest.raises(UserError, match=r'(damaged or cut short|cannot be unpacked).*after byte \d+'):
       read(path, on_bad_line=on_bad_line)
 
 
@@ -287,8 +295,15 @@ def test_every_frame_of_a_zst_file_is_read_or_refused(tmp_path):
     assert read(path) == ['one'] + 9 * ['two']
   for packed in (one + GOOD, one + bytes(3), one + two[:-1], GOOD, one[1:]):
     path.write_bytes(packed)
-    with pytest.raises(UserError, match="a.jsonl.zst' is damaged or cut short: "):
+    with pytest.raises(UserError, match="a.jsonl.zst' (is damaged or cut short|cannot be unpacked): "):
       read(path)
+
+
+def test_zst_of_a_long_window_is_read(tmp_path):
+  options = {zstd.CompressionParameter.window_log: 30, zstd.CompressionParameter.enable_long_distance_matching: 1}
+  with zstd.ZstdFile(tmp_path / 'a.jsonl.zst', 'w', options=options) as file:
+    file.write(GOOD)
+  assert read(tmp_path / 'a.jsonl.zst') == ['one']
 
 
 def test_xz_is_read_on_from_any_byte_as_whole_blocks(tmp_path):

@@ -3,7 +3,7 @@
 A block is about a megabyte of whole lines with their place in the file; mmjax.data.formats makes documents of it. The
 two steps are apart so that several processes can do the second.
 
-A .txt file is one document, kept byte for byte; one longer than `TEXT_DOCUMENT_BYTES` becomes several, cut at the last
+A plain text is one document, kept byte for byte; one longer than `TEXT_DOCUMENT_BYTES` becomes several, cut at the last
 paragraph end before that limit (else line end, else space, else character). One of these that is blank is left out.
 """
 
@@ -12,7 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 BLOCK_BYTES = 2**20  # read at once; a block of lines is about this long
 LONGEST_LINE_BYTES = 8 * 2**20  # a longer line is passed over without being held in memory
-TEXT_DOCUMENT_BYTES = 64 * 2**10  # a longer .txt file is cut into documents of at most this
+TEXT_DOCUMENT_BYTES = 64 * 2**10  # a longer plain text is cut into documents of at most this
 
 
 class Block(NamedTuple):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from mmjax.data.blocks import LONGEST_LINE_BYTES, Block, cut_lines, cut_text
-from mmjax.data.unpack import ZSTD, Damaged, open_parquet, open_xz, open_zst
+from mmjax.data.unpack import ZSTD, open_parquet, open_xz, open_zst
 
 WIDE_MARKS = {  # those of UTF-32 first: the little-endian one begins with that of UTF-16
   codecs.BOM_UTF32_LE: 'UTF-32',
@@ -96,6 +96,12 @@ def ending_of(file: str | os.PathLike) -> str | None:
   """Returns which of ENDINGS a file's name has, None where it has none."""
   name = os.path.basename(file).lower()
   return next((ending for ending in ENDINGS if name.endswith(ending)), None)
+
+
+def may_be_blank(file: str | os.PathLike) -> bool:
+  """Whether a file without any text is no mistake: an __init__.py, a note to be written, a part without rows."""
+  content, packing = ENDINGS[ending_of(file)]
+  return bool(PACKINGS[packing].holds) or not FORMATS[content].one_a_line
 
 
 def expected_token_bytes(file: Path) -> int:
@@ -237,4 +243,4 @@ PACKINGS = {
 # How a name may end -> keys of FORMATS and PACKINGS.
 ENDINGS = {content + end: (content, end) for content in FORMATS for end in PACKINGS if not PACKINGS[end].holds}
 ENDINGS |= {end: (packing.holds, end) for end, packing in PACKINGS.items() if packing.holds}
-DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, Damaged)  # what unpacking raises
+DAMAGED = (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile)  # what unpacking raises, beside NotUnpacked

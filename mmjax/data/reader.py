@@ -2,12 +2,12 @@
 
 import codecs
 import glob
+import importlib
 import os
 import stat
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,8 +27,10 @@ from mmjax.data.formats import (
   NotText,
   decode,
   ending_of,
+  may_be_blank,
   parse_block,
 )
+from mmjax.data.unpack import NotUnpacked
 from mmjax.errors import UserError, file_error
 
 BLANK_FILE = 'blank file'
@@ -151,15 +153,11 @@ def _check_file(path: Path) -> None:
       'another name give a link that ends in .txt'
     )
   _, packing = ENDINGS[ending]
-  if (package := PACKINGS[packing].package) and not _is_installed(package):
-    raise UserError(f"'{path}' needs the package {package}: pip install 'mmjax[formats]'")
-
-
-def _is_installed(module: str) -> bool:
   try:
-    return find_spec(module) is not None
-  except ModuleNotFoundError:  # what it would be a part of
-    return False
+    if package := PACKINGS[packing].package:
+      importlib.import_module(package)
+  except ImportError:
+    raise UserError(f"'{path}' needs the package {package}: pip install 'mmjax[formats]'") from None
 
 
 def _ending_in(folder: Path) -> str:
@@ -243,6 +241,8 @@ def _read_file(file: Path, line: int, byte: int) -> Iterator[tuple[Block, int]]:
     raise UserError(
       f"'{file}' is damaged or cut short: {error} (after byte {byte} of its uncompressed text)"
     ) from error
+  except NotUnpacked as error:
+    raise UserError(f"'{file}' cannot be unpacked: {error} (after byte {byte} of its uncompressed text)") from error
   except OSError as error:
     raise file_error(error, f"'{file}' cannot be read") from error
 
@@ -282,9 +282,9 @@ class Tally:
       self.examples.setdefault(line.kind, str(line))
 
   def _end_file(self) -> None:
-    """Counts the last file, if it has no line that is not blank, as one bad line."""
+    """Counts the last file, if it has no line that is not blank and needs one, as one bad line."""
     last = next(reversed(self.files), '')  # no list of them: there may be many files
-    if last and not self.files[last]['lines']:
+    if last and not self.files[last]['lines'] and not may_be_blank(last):
       self.add(last, 1, 0, [BadLine(last, 1, 0, BLANK_FILE, 'the file is empty or blank')])
 
   def end(self) -> None:

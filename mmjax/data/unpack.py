@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 
 READ_BYTES = 2**16  # packed, read at once
 UNPACKED_BYTES = 2**20  # made at once
-ROWS = 32  # of a .parquet, unpacked at once: some hold whole books
+MOST_ROWS = 256  # of a .parquet, unpacked at once; fewer where they are long
 ZSTD = 'compression.zstd' if sys.version_info >= (3, 14) else 'backports.zstd'  # the same code
 
 
-class Damaged(Exception):
-  """What is wrong with a file that does not unpack."""
+class NotUnpacked(Exception):
+  """Why a file does not unpack."""
 
 
 def open_xz(packed: BinaryIO) -> io.BufferedReader:
@@ -35,12 +35,12 @@ def open_xz(packed: BinaryIO) -> io.BufferedReader:
 
 
 def open_zst(packed: BinaryIO) -> io.BufferedReader:
-  """Does the same for a .zst of any number of frames; reading raises EOFError or Damaged. Needs the package ZSTD."""
+  """Does so for a .zst of any number of frames; reading raises EOFError or NotUnpacked. Needs the package ZSTD."""
   return io.BufferedReader(_Forwards(_unpack_zst(packed)))
 
 
 def open_parquet(packed: BinaryIO) -> io.BufferedReader:
-  """Returns the rows of a .parquet as lines of JSON, to be read forwards; reading raises Damaged. Needs pyarrow."""
+  """Returns the rows of a .parquet as lines of JSON, to be read forwards; reading raises NotUnpacked. Needs pyarrow."""
   return io.BufferedReader(_Forwards(_lines_of_parquet(packed)))
 
 
@@ -106,11 +106,12 @@ def _next_stream(packed: BinaryIO, part: bytes) -> bytes:
 def _unpack_zst(packed: BinaryIO) -> Iterator[bytes]:
   zstd = importlib.import_module(ZSTD)
   try:
-    with zstd.ZstdFile(packed) as file:
+    # As for zstd --long=31, which takes as much memory as the file says, up to 2 GiB; by default it is 128 MiB.
+    with zstd.ZstdFile(packed, options={zstd.DecompressionParameter.window_log_max: 31}) as file:
       while chunk := file.read1(UNPACKED_BYTES):
         yield chunk
   except zstd.ZstdError as error:
-    raise Damaged(str(error)) from error
+    raise NotUnpacked(str(error)) from error
 
 
 def _lines_of_parquet(packed: BinaryIO) -> Iterator[bytes]:
@@ -118,11 +119,11 @@ def _lines_of_parquet(packed: BinaryIO) -> Iterator[bytes]:
   from pyarrow import parquet
 
   try:
-    file = parquet.ParquetFile(packed, buffer_size=UNPACKED_BYTES)
+    file = parquet.ParquetFile(packed, buffer_size=UNPACKED_BYTES, pre_buffer=False)
     types = {field.name: field.type for field in file.schema_arrow}
     texts = [name for name, type_ in types.items() if _is_text(type_)]
-    others = {name: _of_its_kind(type_) for name, type_ in types.items() if name not in texts}
-    for batch in file.iter_batches(ROWS, columns=texts, use_threads=False):
+    others = {name: _stand_in(type_) for name, type_ in types.items() if name not in texts}
+    for batch in file.iter_batches(_rows_at_once(file.metadata), columns=texts, use_threads=False):
       columns = [_as_bytes(batch.column(name)) for name in texts]
       rows = zip(*columns, strict=True) if columns else [()] * batch.num_rows
       for row in rows:
@@ -130,7 +131,13 @@ def _lines_of_parquet(packed: BinaryIO) -> Iterator[bytes]:
   except (pyarrow.ArrowException, OSError, KeyError) as error:  # KeyError: two columns of one name
     if isinstance(error, OSError) and error.errno is not None:  # not of its content
       raise
-    raise Damaged(' '.join(str(error).split())) from error
+    raise NotUnpacked(' '.join(str(error).split())) from error
+
+
+def _rows_at_once(metadata: Any) -> int:
+  """Returns how many rows of a .parquet have about UNPACKED_BYTES."""
+  size = sum(metadata.row_group(number).total_byte_size for number in range(metadata.num_row_groups))
+  return max(1, min(MOST_ROWS, UNPACKED_BYTES * metadata.num_rows // max(size, 1)))
 
 
 def _is_text(type_: Any) -> bool:
@@ -141,10 +148,12 @@ def _is_text(type_: Any) -> bool:
   return types.is_string(type_) or types.is_large_string(type_) or types.is_string_view(type_)
 
 
-def _of_its_kind(type_: Any) -> Any:
-  """Returns a value for JSON that is a list, a boolean or a number if the type is; else an object."""
+def _stand_in(type_: Any) -> Any:
+  """Returns a value of JSON for one that is no text: null, a list, a boolean or a number as that is, else an object."""
   from pyarrow import types
 
+  if types.is_null(type_):
+    return None
   if types.is_list(type_) or types.is_large_list(type_) or types.is_fixed_size_list(type_):
     return []
   if types.is_boolean(type_):
