@@ -213,3 +213,10 @@ def test_command_refuses_bad_flags_in_one_sentence(flags, what, tmp_path, monkey
   err = capsys.readouterr().err
   assert stopped.value.code == 2 and what in err and err.count('\n') == 1
   assert not (tmp_path / 'out').exists()
+
+
+def test_nothing_but_blank_text_is_refused(tmp_path):
+  (tmp_path / '__init__.py').write_text('')
+  (tmp_path / 'note.md').write_text('\n \n')
+  with pytest.raises(UserError, match='no document is left of .*__init__.py, .*note.md: '):
+    run(tmp_path, f'{tmp_path}/__init__.py,{tmp_path}/note.md', vocab_size=300)

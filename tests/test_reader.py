@@ -158,11 +158,12 @@ def test_zero_byte_compressed_file_is_refused(tmp_path):
 @pytest.mark.parametrize('suffix', ['gz', 'xz', 'zst'])
 @pytest.mark.parametrize('on_bad_line', ['fail', 'skip'])
 def test_truncated_or_damaged_compressed_file_is_refused_whatever_the_mode(tmp_path, suffix, on_bad_line):
+  said = 'damaged or cut short|cannot be unpacked' if suffix == 'zst' else 'damaged or cut short'
   path = write(tmp_path, os.urandom(5000).hex().join(['{"text": "', '"}\n']).encode() * 3, f'a.jsonl.{suffix}')
   whole = path.read_bytes()
   for data in (whole[:-7], whole[: len(whole) // 2], whole[:200] + b'XX' + whole[202:]):
     path.write_bytes(data)
-    with pytest.raises(UserError, match=r'(damaged or cut short|cannot be unpacked).*after byte \d+'):
+    with pytest.raises(UserError, match=rf'({said}).*after byte \d+'):
       read(path, on_bad_line=on_bad_line)
 
 
@@ -260,7 +261,7 @@ def test_file_that_unpacks_to_a_thousand_times_its_size_is_read_in_bounded_memor
   path = write(tmp_path, GOOD + b'[' * 64 * 2**20, f'bomb.jsonl{packing}')
   assert path.stat().st_size < 2**17
   tracemalloc.start()
-  with pytest.raises(UserError, match=r'jsonl.[gxzst]+:2: a line of 67108864 bytes is longer than the limit'):
+  with pytest.raises(UserError, match=rf'bomb.jsonl{packing}:2: a line of 67108864 bytes is longer than the limit'):
     read(path)
   assert tracemalloc.get_traced_memory()[1] < 4 * LONGEST_LINE_BYTES
   tracemalloc.stop()

@@ -18,7 +18,9 @@ from mmjax.data.tokenizer import SPACE, Tokenizer
 from mmjax.errors import UserError
 
 # What a normalizer would change and a pre-tokenizer would cut: all of it must come out as in mmjax.
-PROBE = f" a  b\n\n c\t\rﬁ Ａ e\u0301 é 你好\u3000。 \U0001f600 {SPACE}x </s> <s> <0x41> 12 \x00 don't  \n        if  "
+PROBE = (
+  f" a  b\n\n c\t\rﬁ Ａ e\u0301 é 你好\u3000。 \U0001f600 {SPACE}x </s> <s> <0x41> 12345 \x00 don't  \n        if  "
+)
 
 
 def as_tokenizer_json(tokenizer: Tokenizer, start_id: int) -> Any:
