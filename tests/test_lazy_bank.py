@@ -1,6 +1,7 @@
 """The bank updated row by row: its gradient against the dense one, its rule against float64, whole updates."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -249,6 +250,16 @@ def test_step_makes_no_array_of_the_size_of_the_bank():
     bytes_of.append(memory.temp_size_in_bytes)
   bank_bytes = 2**16 * 32 * 4
   assert bytes_of[0] > bank_bytes > 2 * bytes_of[1]
+
+
+@pytest.mark.parametrize('kept', rarely(['full', 'square', 'row'], 'full'))
+def test_nothing_with_a_part_for_each_row_is_copied(kept):
+  """XLA copies an array, in every turn of a loop, that might be written before it is read."""
+  config = tiny_config(memory__bank_update='lazy', memory__bank_moments=kept, model__knowledge_num=101**2)
+  step, first = make_step(config)
+  lowered = jax.jit(step, donate_argnums=0).lower(jax.eval_shape(first), random_batch(config))
+  made = re.findall(r' = \w+\[10201\b[^ ]* ([a-z-]+)\(', lowered.compile().as_text())
+  assert 'parameter' in made and 'copy' not in made, made
 
 
 def test_nothing_passes_over_slots_that_are_free():

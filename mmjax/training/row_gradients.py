@@ -20,6 +20,7 @@ from mmjax.model.params import BANK, Params, without_bank
 
 CHUNK_ROWS = 4096  # slots that a loop over those in use takes at a time: 2 MB an array at P = 128, in a CPU's cache
 GPU_CHUNK_ROWS = 65536  # a GPU has many threads, and starts some kernels for each chunk
+NO_SLOT = -(2**31)  # of a row that nothing read
 
 
 class RowReads(NamedTuple):
@@ -35,7 +36,7 @@ class RowSums(NamedTuple):
   Attributes:
     sum_UP: float32; 0 in free slots.
     row_U: int32, the slot's row; in free slots a number that is no row's, each another.
-    slot_M: int32, the row's slot; -1 where it was not read.
+    slot_M: int32, the row's slot; below 0 where it was not read.
     used: int32, slots in use; they are the first.
   """
 
@@ -167,7 +168,7 @@ def no_rows(config: Config) -> RowSums:
   return RowSums(
     jnp.zeros((slots, model.knowledge_dim)),
     model.knowledge_num + jnp.arange(slots),
-    jnp.full(model.knowledge_num, -1),
+    jnp.full(model.knowledge_num, NO_SLOT),
     jnp.zeros((), jnp.int32),
   )
 
@@ -177,9 +178,9 @@ def add_rows(sums: RowSums, reads: RowReads) -> RowSums:
   """Adds the gradients of a micro-batch; rows that are new get the next free slots."""
   sum_UP, row_U, slot_M, used = sums
   slots, M, row_X = len(row_U), len(slot_M), reads.row_LBThr.reshape(-1)
-  read_X = jnp.arange(len(row_X))
-  last_read_M = jnp.full(M, -1).at[row_X].max(read_X)  # of the reads of one row, the last asks for the slot
-  asks_X = (last_read_M[row_X] == read_X) & (slot_M[row_X] < 0)
+  bid_X = jnp.arange(len(row_X)) - len(row_X)  # below any slot, above NO_SLOT: of a new row's reads the last one wins
+  slot_M = slot_M.at[row_X].max(bid_X)
+  asks_X = slot_M[row_X] == bid_X
   slot_X = used + jnp.cumsum(asks_X) - 1
   slot_M = slot_M.at[jnp.where(asks_X, row_X, M)].set(slot_X, mode='drop')
   row_U = row_U.at[jnp.where(asks_X, slot_X, slots)].set(row_X, mode='drop')

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -21,6 +22,7 @@ from mmjax.run.nvidia import device_peak_flops
 from mmjax.run.processes import is_main
 from mmjax.training.state import TrainState
 
+add_in_place = jax.jit(jnp.add, donate_argnums=0)  # a large bank has as many counts for each reader as rows
 MEANS = ('loss', 'aux_loss', 'accuracy', 'grad_norm')
 
 
@@ -34,10 +36,13 @@ class Window:
     self.start = time.perf_counter()
 
   def add(self, metrics: dict[str, jax.Array]) -> None:
-    """Takes the metrics of one step, see mmjax.training.step, without waiting for them; sums int32 `usage_LM`."""
+    """Takes the metrics of one step, see mmjax.training.step, without waiting for them; sums int32 `usage_LM`.
+
+    The sum takes the place of the first `usage_LM`, which is then gone.
+    """
     self.steps.append({name: value for name, value in metrics.items() if name not in ('usage_LM', 'grad_norm_X')})
     if 'usage_LM' in metrics:
-      self.usage_LM = metrics['usage_LM'] if self.usage_LM is None else self.usage_LM + metrics['usage_LM']
+      self.usage_LM = metrics['usage_LM'] if self.usage_LM is None else add_in_place(self.usage_LM, metrics['usage_LM'])
 
   @contextmanager
   def pause(self) -> Iterator[None]:
