@@ -68,9 +68,11 @@ def file_error(error: OSError, what: str, also: str = '') -> StorageError | User
 
 
 def first_line(error: BaseException) -> str:
-  """Returns type and first line of an error, cut to one readable line."""
+  """Returns an error's type and first line, cut short; of an error of TensorStore what the system said, if it did."""
   lines = str(error).strip().splitlines()
   line = lines[0].partition('See full TensorStore details')[0].strip() if lines else ''  # then a function of Orbax's
+  if number := re.search(r"\[os_error_code='(\d+)'\]", line):  # it stands behind long paths
+    return os.strerror(int(number[1]))
   return f'{type(error).__name__}: {line[:160] or "no message"}'
 
 

@@ -335,16 +335,19 @@ def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
   assert checkpoints.steps() == [1, 2]
 
 
-def test_failed_write_leaves_the_last_good_step(tmp_path):
+@pytest.mark.parametrize('limit', [300_000, 3_000], ids=['of_an_array', 'of_every_file'])
+def test_failed_write_leaves_the_last_good_step(limit, tmp_path, caplog):
   big = {'params': {'x': jax.random.normal(jax.random.key(0), (256, 1024))}, 'step': jnp.int32(3)}
   checkpoints = save_two(tmp_path)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   try:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, limits[1]))  # writes fail half-way, as on a full disk
-    with pytest.raises(StorageError, match='step 3 could not be saved'):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limits[1]))  # writes fail half-way, as on a full disk
+    with pytest.raises(StorageError, match=f'^step 3 could not be saved in {checkpoints.directory}: File too large$'):
       checkpoints.save(3, big, {})
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+  time.sleep(0.2)
+  assert not caplog.records  # of threads that outlived the save
   assert checkpoints.restore(ABSTRACT)[2] == 2
   checkpoints.save(3, big, {})
   assert sorted(path.name for path in checkpoints.directory.iterdir()) == ['1', '2', '3']
