@@ -338,6 +338,7 @@ def test_too_little_space_is_noticed_before_writing(tmp_path, monkeypatch):
 @pytest.mark.parametrize('limit', [300_000, 3_000], ids=['of_an_array', 'of_every_file'])
 def test_failed_write_leaves_the_last_good_step(limit, tmp_path, caplog):
   big = {'params': {'x': jax.random.normal(jax.random.key(0), (256, 1024))}, 'step': jnp.int32(3)}
+  big['reads'] = {str(i): jnp.arange(40_000) for i in range(20)}  # written by other threads, which fail later
   checkpoints = save_two(tmp_path)
   limits = resource.getrlimit(resource.RLIMIT_FSIZE)
   try:
