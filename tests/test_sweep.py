@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from mmjax import console
 from mmjax.console import Progress
 from mmjax.errors import CommandError, StoppedError, UserError
 from mmjax.report.found import FoundRun
+from mmjax.run.directory import RunDir
 from mmjax.tools import sweep as sweep_tool
 from mmjax.tools import sweep_runs
 from mmjax.tools.sweep_file import Planned, read_sweep
@@ -232,6 +234,17 @@ def test_second_sweep_in_a_folder_is_refused(sweep, tmp_path):
   with locked_directory(tmp_path / 'out', lambda: None):
     error = sweep()
   assert isinstance(error, UserError) and 'another sweep works in' in str(error)
+
+
+def test_run_that_a_process_still_has_is_waited_for(sweep, tmp_path, capsys):
+  """So it is where the sweep before was killed and its run is still saving."""
+  begun, run = time.monotonic(), RunDir(tmp_path / 'out' / 'a-s0')
+  run.__enter__()
+  threading.Timer(1.5, run.__exit__).start()
+  sweep('--only', 'a-s0')
+  assert time.monotonic() - begun > 1.5
+  assert recorded(tmp_path)['a-s0']['state'] == 'done'
+  assert re.search(r'\[1/1\] a-s0  waits: .*a-s0 is in use by process', capsys.readouterr().out)
 
 
 def test_steps_of_a_run_by_epochs_come_from_its_data(tiny_run):

@@ -39,6 +39,10 @@ NO_TOKENIZER = (
 )
 
 
+class InUseError(UserError):
+  """A running process has the run directory."""
+
+
 class RunDir:
   """Paths and files of one run. `with RunDir(path) as run:` creates the directory and locks it."""
 
@@ -294,4 +298,4 @@ def _refuse(directory: Path, fd: int) -> None:
     holder = f'process {owner["pid"]} on {owner["host"]} since {owner["start"]}'
   except (ValueError, TypeError, KeyError):  # it locked the file and has not written its name yet
     holder = 'another process that just started'
-  raise UserError(f'{directory} is in use by {holder}; wait for it or choose another --workdir')
+  raise InUseError(f'{directory} is in use by {holder}; wait for it or choose another --workdir')

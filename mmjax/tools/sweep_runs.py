@@ -14,6 +14,7 @@ from mmjax.console import Progress, Table, format_seconds, number, show
 from mmjax.errors import CommandError, DivergedError, StoppedError, UserError
 from mmjax.files import utc_now, write_json
 from mmjax.report.found import FoundRun, read_ended
+from mmjax.run.directory import InUseError
 from mmjax.run.identity import names_other_text, settings_changed
 from mmjax.run.signals import StopSignals
 from mmjax.tools.sweep_file import Planned
@@ -73,11 +74,27 @@ class Sweep:
       if outcome == 'diverged' and not retry:
         self.progress.say(f'{label}  diverged before; --retry starts it again')
         continue
+      self.wait_until_free(run, label, stop, deadline)
       if stop.requested(0) or time.monotonic() > deadline:
         return f'before {run.name}'
       if self.make_one(run, label, stop, deadline) == 'stopped':
         return f'in {run.name}, step {self.find(run).step:,}'
     return ''
+
+  def wait_until_free(self, run: Planned, label: str, stop: StopSignals, deadline: float) -> None:
+    """Waits while a process has the run's directory, as one that outlived its sweep has until it has saved."""
+    said = False
+    while not stop.requested(0) and time.monotonic() < deadline:
+      try:
+        self.find(run).dir.check_usable()
+        break
+      except InUseError as error:
+        if not said:
+          self.progress.say(f'{label}  waits: {error}')
+        said = True
+        time.sleep(LOOK_SECONDS)
+      except CommandError:
+        break  # the run itself will say it
 
   def make_one(self, run: Planned, label: str, stop: StopSignals, deadline: float) -> str:
     """Makes one run and prints its line; returns how it ended."""

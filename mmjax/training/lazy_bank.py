@@ -64,6 +64,14 @@ def of_rows(moments: Moments) -> Moments:
   return {name: value for name, value in moments.items() if value.ndim}
 
 
+def _after_reading(old_U: Array, new: Array) -> Array:
+  """Returns `new`, as nothing old is NaN or -1. But XLA does not know that, and so has to read before it writes.
+
+  Else it would copy the whole array in every turn of the loop, to be free to write first.
+  """
+  return jnp.where(jnp.isnan(old_U) if old_U.dtype == jnp.float32 else old_U == -1, old_U, new)
+
+
 @jax.named_scope('optimizer')
 def update_read_rows(
   config: Config,
@@ -119,18 +127,15 @@ def update_read_rows(
     square_UP = new_square(g_UP, passed_U1, old)
     return 0.0, adam(g_UP, square_UP, t), {'square_MP': square_UP}
 
-  def after_reading(old_U: Array, new: Array) -> Array:
-    # This is `new`, as nothing old is NaN or -1. But XLA does not know that, so that it reads before it writes. Else it
-    # would copy the whole array, to be free to write first.
-    return jnp.where(jnp.isnan(old_U) if old_U.dtype == jnp.float32 else old_U == -1, old_U, new)
-
   def update_chunk(row_U: Array, sum_UP: Array, carry: tuple) -> tuple:
     bank_MP, moments, added, before = carry
     row_UP, old = jax.tree.map(lambda x: x.at[row_U].get(mode='clip'), (bank_MP, of_rows(moments)))
     in_use_U1, old_UP = (row_U < len(bank_MP))[:, None], row_UP
     late_UP, step_UP, new = rule(clip * sum_UP, (t - old['count_M'])[:, None].astype(jnp.float32), old)
     new |= {'count_M': t, 'log_decay_M': log_decay_after}
-    new |= {name: after_reading(old[name], new[name]) for name in ('count_M', 'log_decay_M', 'missed_M') if name in new}
+    new |= {
+      name: _after_reading(old[name], new[name]) for name in ('count_M', 'log_decay_M', 'missed_M') if name in new
+    }
     row_UP = row_UP * jnp.exp(moments['log_decay'] - old['log_decay_M'])[:, None] - step_rate * late_UP
     row_UP -= step_rate * (step_UP + decay * row_UP)
 
