@@ -162,6 +162,25 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
   assert not list((tmp_path / 'here').iterdir())
 
 
+def test_text_that_grew_is_refused_and_the_shards_of_the_run_are_named(text, tmp_path, monkeypatch):
+  shutil.copy(text / 'text.jsonl', tmp_path / 'text.jsonl')
+  data = {'data__train_files': f'{tmp_path}/text.jsonl', 'data__prepared_dir': str(tmp_path / 'prepared')}
+  monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(1))
+  with pytest.raises(StoppedError):
+    fit(run_config(text, **data), tmp_path / 'run')
+  with (tmp_path / 'text.jsonl').open('a') as file:
+    file.write('\n{"text": "one more"}')
+  with pytest.raises(UserError, match='the text itself has changed.; its own are in (.*): give that as') as refused:
+    fit(run_config(text, **data), tmp_path / 'run')
+  own = str(refused.value).partition('its own are in ')[2].partition(':')[0]
+  with pytest.raises(UserError, match=r'started on the text of data.train_files=.*prepared_dir=DIR$'):
+    (tmp_path / 'text.jsonl').unlink()
+    (tmp_path / 'prepared').rename(tmp_path / 'moved')
+    fit(run_config(text, **data), tmp_path / 'run')
+  (tmp_path / 'moved').rename(tmp_path / 'prepared')
+  fit(run_config(text, data__train_files='', data__prepared_dir=own), tmp_path / 'run')
+
+
 @pytest.mark.thorough
 def test_text_that_is_cut_or_in_both_splits_is_said_once_and_in_the_report(text, tmp_path, capsys):
   lines = (text / 'text.jsonl').read_text().splitlines()

@@ -43,9 +43,9 @@ def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
     return _prepare(config, own)
   files, earlier = ((data.train_files, data.valid_files) for data in (config.data, _earlier(run, config).data))
   needs_shards = not any(files) or (files == earlier and _what_is_gone(config))
-  if needs_shards and (found := find_run_data(run, config)):
-    return found
-  if not any(files):
+  if needs_shards:
+    if found := find_run_data(run, config):
+      return found
     _check_other(run, config)
     if named := earlier[0]:
       raise UserError(
@@ -147,9 +147,15 @@ def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:
   if recorded and data_sha256(read_index(prepared)) != recorded:
     settings = differences(_earlier(run, config), config).items()
     different = '; '.join(f'{name} {old} -> {new}' for name, (old, new) in settings if name.startswith('data.'))
+    own = find_run_data(run, config)
     raise UserError(
       f'{run.path} was started with other data: the text that the settings name makes other shards '
-      f'({different or "the text itself has changed"}); name the text that it was started with, or choose other '
-      'text to evaluate on or another --workdir'
+      f'({different or "the text itself has changed"}); '
+      + (
+        f'its own are in {own}: give that as data.prepared_dir and leave data.train_files and data.valid_files empty'
+        if own
+        else 'name the text that it was started with'
+      )
+      + ', or choose other text to evaluate on or another --workdir'
     )
   return prepared
