@@ -162,7 +162,7 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
   assert not list((tmp_path / 'here').iterdir())
 
 
-def test_text_that_grew_is_refused_and_the_shards_of_the_run_are_named(text, tmp_path, monkeypatch):
+def test_text_that_grew_is_refused_and_the_shards_of_the_run_are_named(text, tmp_path, monkeypatch, capsys):
   shutil.copy(text / 'text.jsonl', tmp_path / 'text.jsonl')
   data = {'data__train_files': f'{tmp_path}/text.jsonl', 'data__prepared_dir': str(tmp_path / 'prepared')}
   monkeypatch.setattr(loop, 'StopSignals', lambda: StopAfter(1))
@@ -178,7 +178,9 @@ def test_text_that_grew_is_refused_and_the_shards_of_the_run_are_named(text, tmp
     (tmp_path / 'prepared').rename(tmp_path / 'moved')
     fit(run_config(text, **data), tmp_path / 'run')
   (tmp_path / 'moved').rename(tmp_path / 'prepared')
+  (tmp_path / 'run' / 'metrics.jsonl').unlink()
   fit(run_config(text, data__train_files='', data__prepared_dir=own), tmp_path / 'run')
+  assert 'at step 1 of 10 without what was measured until then: its metrics.jsonl is gone' in capsys.readouterr().out
 
 
 @pytest.mark.thorough

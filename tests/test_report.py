@@ -140,6 +140,15 @@ def test_commands_of_a_run_whose_schedule_was_changed_say_so(tmp_path):
     assert commands.count('A later start of this run changed settings (train.max_steps 5 -> 10).') == times
 
 
+def test_versions_of_earlier_starts_are_told(tmp_path):
+  place = {'time': '', 'step': 0, 'device_count': 1, 'device': 'cpu', 'host': 'here', 'platform': ''}
+  versions = ({'jax': '1'}, {'jax': '2', 'flax': '1'}, {'jax': '1'}, {'jax': '3', 'flax': '1'})
+  run = make_run(tmp_path / 'run', [train_line(4)])
+  write_json(run / 'run.json', {'identity': {}, 'starts': [place | {'versions': found} for found in versions]})
+  found = cells(write_report(run).read_text())
+  assert [found[name] for name in ('host', 'jax', 'flax')] == ['here', '3 (before: 1, 2)', '1']
+
+
 def test_stopped_run_without_checkpoint_says_what_is_missing(tmp_path):
   text = write_report(make_run(tmp_path / 'run', [train_line(1), train_line(2)])).read_text()
   assert 'None: ' in text.partition('## Samples')[2]

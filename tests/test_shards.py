@@ -1,5 +1,6 @@
 """Writing shards: the same whatever interrupts it, however many processes do it, and on a disk that fills up."""
 
+import multiprocessing
 import os
 import resource
 import signal
@@ -143,3 +144,13 @@ def test_worker_imports_no_jax():
   code = 'import sys, mmjax.data.worker, mmjax.tools.prepare; print("jax" in sys.modules)'
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, check=True)
   assert done.stdout == 'False\n'
+
+
+def test_tokenizer_process_whose_parent_dies_in_a_message_ends_quietly():
+  ours, other = multiprocessing.Pipe()
+  command = [sys.executable, '-m', 'mmjax.data.worker', str(other.fileno())]
+  child = subprocess.Popen(command, pass_fds=[other.fileno()], stderr=subprocess.PIPE, text=True)
+  other.close()
+  os.write(ours.fileno(), (1000).to_bytes(4, 'big') + b'{"tokenizer"')  # of 1000 bytes
+  ours.close()
+  assert child.communicate(timeout=60)[1] == '' and child.returncode == 0

@@ -182,12 +182,19 @@ def main() -> None:
   """Serves blocks from the pipe that the first argument names until it closes."""
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
   pipe = Connection(int(sys.argv[1]))
-  with contextlib.suppress(EOFError, ConnectionError):  # the parent is gone
-    settings = json.loads(pipe.recv_bytes())
-    tokenizer = load_tokenizer(settings['tokenizer'])
+
+  def receive() -> bytes:
+    try:
+      return pipe.recv_bytes()
+    except (EOFError, OSError):  # the parent is gone, perhaps in the middle of a message
+      sys.exit()
+
+  settings = json.loads(receive())
+  tokenizer = load_tokenizer(settings['tokenizer'])
+  with contextlib.suppress(ConnectionError):  # also gone
     while True:
-      file, line, byte, too_long = json.loads(pipe.recv_bytes())
-      block = Block(file, line, byte, pipe.recv_bytes(), too_long)
+      file, line, byte, too_long = json.loads(receive())
+      block = Block(file, line, byte, receive(), too_long)
       done = tokenize_block(block, tokenizer, settings['text_key'], settings['held_out'])
       pipe.send_bytes(json.dumps([done.lines, done.empty, done.inexact, done.bad]).encode())
       for array in done[:5]:

@@ -40,6 +40,8 @@ USUAL = {  # settings that a Llama has, and what it does
   'model.value_embeddings': ('', 'takes the values of attention from the stream alone'),
   'memory.value_layers': ('', 'takes the values of attention from the stream alone'),
 }
+# model.safetensors is written last.
+BEFORE_WEIGHTS = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'model.safetensors.sha256')
 
 
 def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> None:
@@ -56,7 +58,9 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
       is too large for `dtype`, or `target` is there already.
   """
   if target.exists():
-    raise UserError(f'{str(target)!r} already exists; remove it or choose another name')
+    is_part = target.is_dir() and all(path.name in BEFORE_WEIGHTS or path.suffix == '.tmp' for path in target.iterdir())
+    left = ', and what wrote it was stopped' if is_part else ''
+    raise UserError(f'{str(target)!r} already exists{left}; remove it or choose another name')
   run = open_run(workdir, needs_tokenizer=False)
   config = run.read_config()
   _refuse_other_models(config)

@@ -185,12 +185,20 @@ def speed(run: FoundRun) -> Blocks:
 
 
 def environment(run: FoundRun) -> Blocks:
-  """Devices and library versions of the last start."""
+  """Devices and library versions of the last start, and those of earlier ones where they were others."""
   if not (starts := run.history['starts']):
     return []
-  last = starts[-1]
-  rows = [('host', last['host']), ('platform', last['platform']), ('devices', where(last).rpartition(' (')[0])]
-  return [facts([*rows, *last['versions'].items()])]
+
+  def facts_of(start: dict[str, Any]) -> dict[str, str]:
+    place = {'host': start['host'], 'platform': start['platform'], 'devices': where(start).rpartition(' (')[0]}
+    return place | start['versions']
+
+  every = [facts_of(start) for start in starts]
+  rows = []
+  for name, value in every[-1].items():
+    others = dict.fromkeys(found[name] for found in every if found.get(name, value) != value)
+    rows.append((name, f'{value} (before: {", ".join(others)})' if others else value))
+  return [facts(rows)]
 
 
 def not_repeated(run: FoundRun) -> str:

@@ -3,6 +3,7 @@
 from mmjax.errors import UserError
 from mmjax.evaluation.evaluate import evaluation_batches
 from mmjax.run.checkpoint import NO_TRAINING, START_STEP, TOKENIZER_SHA256
+from mmjax.run.processes import is_main
 from mmjax.training.background import Start
 from mmjax.training.first_state import new_state, restore_state
 from mmjax.training.out_of_memory import explain_out_of_memory
@@ -34,7 +35,9 @@ def begin(recorder: Recorder, first: Start) -> TrainState:
   start = int(state['step'])
   record_run(run, learner.config, inputs, start, first.read_from)
   if run.ever_saved:
-    recorder.progress.say(f'Resuming {run.path} at step {start} of {inputs.total_steps}')
+    is_lost = start and is_main() and not run.metrics_path.exists()
+    lost = f' without what was measured until then: its {run.metrics_path.name} is gone' if is_lost else ''
+    recorder.progress.say(f'Resuming {run.path} at step {start} of {inputs.total_steps}{lost}')
   if read_from := first.read_from:  # saved at once, so that the other run is not read again
     checkpoints.save(START_STEP, state, NO_TRAINING)
     recorder.progress.say(f'Starting from {read_from["run"]}, step {read_from["step"]} ({read_from["checkpoint"]})')
