@@ -291,6 +291,9 @@ def _config_of_shapes(
   if others and 'model.n_heads' not in overridden:
     numbers = ', '.join(map(str, others))
     print(f'Numbers of heads that fit, too, and make another model: {numbers} (--config.model.n_heads)')
+  if kind == 'cross_attention' and 'model.num_selected' not in overridden:
+    rows = config.model.num_selected
+    print(f'Other numbers of rows a token than {rows} fit, too, and make another model (--config.model.num_selected)')
   return config
 
 

@@ -1,9 +1,9 @@
 """Says what a config costs:   python -m mmjax.tools.cost --config configs/ngram_rows.py [--match configs/exp_1_4_0.py]
 
-Prints exact FLOPs, parameters and bytes for each token. With --match it also prints the costs of a second config and
-the width of the feed-forward layers (memory.ffn_dim beside a memory, else model.hidden_dim) with which the first costs
-at most as many FLOPs a token. Overrides --config.section.field=value apply to the first. Exit codes: 0 done, 2 user
-error.
+Prints exact FLOPs, parameters and bytes for each token; of a mixture of experts, whose experts are all computed, the
+FLOPs of those that a token uses. With --match it also prints the costs of a second config and the width of the
+feed-forward layers (memory.ffn_dim beside a memory, else model.hidden_dim) with which the first costs at most as many
+FLOPs a token. Overrides --config.section.field=value apply to the first. Exit codes: 0 done, 2 user error.
 """
 
 from mmjax.config import load_config
