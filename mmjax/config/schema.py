@@ -329,7 +329,8 @@ class RuntimeConfig:
   num_processes: int = field(1, 'processes of the run, if runtime.coordinator is a host:port',
     1, before=1, needs=ADDRESS)
   process_id: int = field(0, 'number of this process, from 0', before=0, needs=ADDRESS)
-  compilation_cache_dir: str = field('', "keep compiled steps here, '': nowhere; XLA's lines about CPU features are harmless", is_path=True)
+  compilation_cache_dir: str = field(
+    '', "keep compiled steps here, '': nowhere; XLA's lines on CPU features are harmless", is_path=True)
 
 
 @dataclasses.dataclass(frozen=True)
