@@ -91,6 +91,13 @@ def keep_freed_memory() -> None:
     mallopt(parameter, value)
 
 
+def return_freed_memory() -> None:
+  """Returns to the kernel what this process freed and has not used again, as after a compiler; on Linux, with glibc."""
+  trim = sys.platform == 'linux' and getattr(ctypes.CDLL(None), 'malloc_trim', None)
+  if trim:
+    trim(0)
+
+
 @contextmanager
 def own_jax_settings() -> Iterator[None]:
   """Computes with JAX's default settings, in this thread, whatever the program around it has set; a decorator, too."""

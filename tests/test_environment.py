@@ -230,3 +230,36 @@ def test_a_command_uses_freed_memory_again_unless_the_environment_says_otherwise
   assert faults('command') < 0.3 * usual  # 8 blocks, each of whose pages is cleared once or eight times
   assert faults('command', MALLOC_MMAP_THRESHOLD_='1048576') > 0.9 * usual
   assert faults('command', GLIBC_TUNABLES='glibc.malloc.perturb=0') > 0.9 * usual
+
+
+RETURNS_MEMORY = """
+import ctypes
+from mmjax.environment import keep_freed_memory, return_freed_memory
+
+def resident():
+  return int(open('/proc/self/statm').read().split()[1])
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+keep_freed_memory()
+found = [resident()]
+blocks = [libc.malloc(1 << 20) for _ in range(64)]
+for block in blocks:
+  ctypes.memset(block, 1, 1 << 20)
+found.append(resident())
+for block in blocks:
+  libc.free(block)
+found.append(resident())
+return_freed_memory()
+print(*found, resident())
+"""
+
+
+def test_memory_that_a_compiler_freed_is_returned():
+  if not hasattr(ctypes.CDLL(None), 'malloc_trim') or sys.platform != 'linux':
+    pytest.skip('a C library without it')
+  environment = {name: value for name, value in os.environ.items() if 'MALLOC' not in name}
+  command = [sys.executable, '-c', RETURNS_MEMORY]
+  said = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+  before, used, freed, returned = map(int, said.split())  # pages
+  assert freed - before > 0.9 * (used - before) > 10_000 > 10 * (returned - before)

@@ -23,6 +23,7 @@ from jax.stages import Compiled
 from jax.typing import DTypeLike
 
 from mmjax.config import CHOICES, Config
+from mmjax.environment import return_freed_memory
 from mmjax.errors import UserError
 from mmjax.kernels.forms import traced_for
 from mmjax.run.sharding import make_mesh, one_device
@@ -55,10 +56,12 @@ class Placement:
   def compile(self, function: Callable, *inputs: Any, options: dict | None = None, **settings: Any) -> Compiled:
     """Compiles `jax.jit(function, **settings)` for such inputs and these devices, which need not be here.
 
-    `options` are XLA's, beside those of the placement.
+    `options` are XLA's, beside those of the placement. What the compiler needed is not kept.
     """
     with traced_for(self.platform):
-      return jax.jit(function, **settings).lower(*inputs).compile(self.options | (options or {}))
+      compiled = jax.jit(function, **settings).lower(*inputs).compile(self.options | (options or {}))
+    return_freed_memory()
+    return compiled
 
 
 def place(config: Config, devices: Sequence[jax.Device] | None = None) -> Placement:
