@@ -102,7 +102,7 @@ runtime.triton_gemm = False  # True lets XLA use its Triton kernels on NVIDIA; F
 runtime.coordinator = ''  # host:port of the first of several processes; 'auto': JAX detects it; '': one process
 runtime.num_processes = 1  # processes of the run, if runtime.coordinator is a host:port
 runtime.process_id = 0  # number of this process, from 0
-runtime.compilation_cache_dir = ''  # keep compiled steps here, '': nowhere; XLA's lines on CPU features are harmless
+runtime.compilation_cache_dir = ''  # keep compiled steps here, '': nowhere; XLA's warnings mean nothing on the same CPU
 """
 
 from ml_collections import ConfigDict

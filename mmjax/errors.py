@@ -68,7 +68,7 @@ def file_error(error: OSError, what: str, also: str = '') -> StorageError | User
 
 
 def first_line(error: BaseException) -> str:
-  """Returns an error's type and first line, cut short; of an error of TensorStore what the system said, if it did."""
+  """Returns an error's type and first line, cut short; where TensorStore quotes the system's reason, that alone."""
   lines = str(error).strip().splitlines()
   line = lines[0].partition('See full TensorStore details')[0].strip() if lines else ''  # then a function of Orbax's
   if number := re.search(r"\[os_error_code='(\d+)'\]", line):  # it stands behind long paths

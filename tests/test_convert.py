@@ -116,9 +116,9 @@ def test_what_shapes_do_not_tell_is_said(tmp_path, capsys):
   assert 'data.layout packed, data.isolate_documents False, train.dtype bfloat16' in said
   with pytest.raises(UserError, match='model.n_heads=32 does not fit .* model.dim is 32 .* that fit: 2, 4, 8, 16'):
     import_run(source, tmp_path / 'usual', 'configs/base.py', [], None, None)
-  assert 'Other numbers of rows' not in said
+  assert 'The tensors do not tell' not in said
   take(save(make_state('cross_attention'), tmp_path / 'attends.pth'), tmp_path / 'attends')
-  assert 'Other numbers of rows a token than 8 fit, too, and make another model' in capsys.readouterr().out
+  assert 'The tensors do not tell how many rows a token reads: 8 are assumed' in capsys.readouterr().out
   four = tmp_path / 'four.json'
   four.write_text(json.dumps(RunDir(tmp_path / 'run').read_config().to_dict()))
   import_run(source, tmp_path / 'other', str(four), [], None, None)

@@ -83,6 +83,7 @@ def llama_logits(folder: Path, tokens_T: np.ndarray) -> np.ndarray:
 
 def test_the_written_llama_computes_the_logits_of_the_run(tmp_path):
   run, folder = make_run(tmp_path / 'run'), tmp_path / 'llama'
+  folder.mkdir()  # an empty one will do
   export_llama(run, folder, 'best', None)
   tokens_T = np.random.default_rng(1).integers(0, 300, 16)
   ours = np.asarray(mmjax.load(run).logits(tokens_T[None]))[0]

@@ -180,7 +180,7 @@ def test_text_that_grew_is_refused_and_the_shards_of_the_run_are_named(text, tmp
   (tmp_path / 'moved').rename(tmp_path / 'prepared')
   (tmp_path / 'run' / 'metrics.jsonl').unlink()
   fit(run_config(text, data__train_files='', data__prepared_dir=own), tmp_path / 'run')
-  assert 'at step 1 of 10 without what was measured until then: its metrics.jsonl is gone' in capsys.readouterr().out
+  assert 'at step 1 of 10. metrics.jsonl is gone, and with it what was measured until then' in capsys.readouterr().out
 
 
 @pytest.mark.thorough

@@ -330,7 +330,7 @@ class RuntimeConfig:
     1, before=1, needs=ADDRESS)
   process_id: int = field(0, 'number of this process, from 0', before=0, needs=ADDRESS)
   compilation_cache_dir: str = field(
-    '', "keep compiled steps here, '': nowhere; XLA's lines on CPU features are harmless", is_path=True)
+    '', "keep compiled steps here, '': nowhere; XLA's warnings mean nothing on the same CPU", is_path=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -293,7 +293,7 @@ def _config_of_shapes(
     print(f'Numbers of heads that fit, too, and make another model: {numbers} (--config.model.n_heads)')
   if kind == 'cross_attention' and 'model.num_selected' not in overridden:
     rows = config.model.num_selected
-    print(f'Other numbers of rows a token than {rows} fit, too, and make another model (--config.model.num_selected)')
+    print(f'The tensors do not tell how many rows a token reads: {rows} are assumed (--config.model.num_selected)')
   return config
 
 

@@ -49,7 +49,7 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
 
   Args:
     workdir: run directory.
-    target: new directory.
+    target: new directory, or an empty one.
     which: 'best', 'last' or the number of a step.
     dtype: of the weights, one of EXPORT_DTYPES; None keeps float32.
 
@@ -57,8 +57,9 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
     UserError: if there is no such run, its model is no Llama, no tokenizer.json cuts as its tokenizer does, a value
       is too large for `dtype`, or `target` is there already.
   """
-  if target.exists():
-    is_part = target.is_dir() and all(path.name in BEFORE_WEIGHTS or path.suffix == '.tmp' for path in target.iterdir())
+  files = list(target.iterdir()) if target.is_dir() else []
+  if files or (target.exists() and not target.is_dir()):
+    is_part = files and all(path.name in BEFORE_WEIGHTS or path.suffix == '.tmp' for path in files)
     left = ', and what wrote it was stopped' if is_part else ''
     raise UserError(f'{str(target)!r} already exists{left}; remove it or choose another name')
   run = open_run(workdir, needs_tokenizer=False)
@@ -71,7 +72,7 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
   tensors, step, _ = read_weights(run, config, which, dtype)
 
   with storage_errors(target):
-    target.mkdir(parents=True)
+    target.mkdir(parents=True, exist_ok=True)
   with removed_unless_whole(target, 'model.safetensors'):
     write_json(target / 'config.json', llama_config(config.model, tokenizer, start_id, dtype or 'float32'))
     if backend:

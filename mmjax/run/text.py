@@ -42,14 +42,14 @@ def training_data(run: RunDir, config: Config, tokenizer: str = '') -> Path:
       )
     return _prepare(config, own)
   files, earlier = ((data.train_files, data.valid_files) for data in (config.data, _earlier(run, config).data))
-  needs_shards = not any(files) or (files == earlier and _what_is_gone(config))
-  if needs_shards:
+  gone = _what_is_gone(config) if files == earlier else ''
+  if gone or not any(files):
     if found := find_run_data(run, config):
       return found
     _check_other(run, config)
     if named := earlier[0]:
       raise UserError(
-        f'{run.path} was started on the text of data.train_files={named!r}; say where it is now with '
+        f'{run.path} was started on the text of data.train_files={named!r}{gone}; say where it is now with '
         '--config.data.train_files=..., or where its prepared directory is with --config.data.prepared_dir=DIR'
       )
   return _prepare_again(run, config, own)

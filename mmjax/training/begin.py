@@ -36,7 +36,7 @@ def begin(recorder: Recorder, first: Start) -> TrainState:
   record_run(run, learner.config, inputs, start, first.read_from)
   if run.ever_saved:
     is_lost = start and is_main() and not run.metrics_path.exists()
-    lost = f' without what was measured until then: its {run.metrics_path.name} is gone' if is_lost else ''
+    lost = f'. {run.metrics_path.name} is gone, and with it what was measured until then' if is_lost else ''
     recorder.progress.say(f'Resuming {run.path} at step {start} of {inputs.total_steps}{lost}')
   if read_from := first.read_from:  # saved at once, so that the other run is not read again
     checkpoints.save(START_STEP, state, NO_TRAINING)

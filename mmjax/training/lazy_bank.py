@@ -65,9 +65,9 @@ def of_rows(moments: Moments) -> Moments:
 
 
 def _after_reading(old_U: Array, new: Array) -> Array:
-  """Returns `new`, as nothing old is NaN or -1. But XLA does not know that, and so has to read before it writes.
+  """Returns `new`, because no old value is NaN or -1. XLA does not know that, and so has to read before it writes.
 
-  Else it would copy the whole array in every turn of the loop, to be free to write first.
+  Otherwise it would copy the whole array in every turn of the loop, to be free to write first.
   """
   return jnp.where(jnp.isnan(old_U) if old_U.dtype == jnp.float32 else old_U == -1, old_U, new)
 
