@@ -88,10 +88,10 @@ def test_the_written_llama_computes_the_logits_of_the_run(tmp_path):
   tokens_T = np.random.default_rng(1).integers(0, 300, 16)
   ours = np.asarray(mmjax.load(run).logits(tokens_T[None]))[0]
   np.testing.assert_allclose(llama_logits(folder, tokens_T), ours, rtol=0, atol=1e-4)
-  with pytest.raises(UserError, match='already exists; remove it'):
+  with pytest.raises(UserError, match='already exists; choose another --to'):
     export_llama(run, folder, 'best', None)
   (folder / 'model.safetensors').rename(folder / '.model.safetensors.7.tmp')  # as a kill leaves it
-  with pytest.raises(UserError, match='already exists, and what wrote it was stopped; remove it'):
+  with pytest.raises(UserError, match='already exists, and what wrote it was stopped: remove it'):
     export_llama(run, folder, 'best', None)
 
 

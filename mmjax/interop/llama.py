@@ -19,7 +19,7 @@ from mmjax.interop.convert import read_weights
 from mmjax.interop.files import write_tensors
 from mmjax.interop.llama_tokenizer import as_tokenizer_json, tokenizer_settings
 from mmjax.interop.names import not_in_pytorch
-from mmjax.run.directory import open_run
+from mmjax.run.directory import open_run, refuse_used
 
 ROOT = {'tok_embeddings': 'embed_tokens', 'norm': 'norm'}
 BLOCK = {
@@ -40,8 +40,7 @@ USUAL = {  # settings that a Llama has, and what it does
   'model.value_embeddings': ('', 'takes the values of attention from the stream alone'),
   'memory.value_layers': ('', 'takes the values of attention from the stream alone'),
 }
-# model.safetensors is written last.
-BEFORE_WEIGHTS = ('config.json', 'tokenizer.json', 'tokenizer_config.json', 'model.safetensors.sha256')
+WEIGHTS = 'model.safetensors'  # written last
 
 
 def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> None:
@@ -57,11 +56,7 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
     UserError: if there is no such run, its model is no Llama, no tokenizer.json cuts as its tokenizer does, a value
       is too large for `dtype`, or `target` is there already.
   """
-  files = list(target.iterdir()) if target.is_dir() else []
-  if files or (target.exists() and not target.is_dir()):
-    is_part = files and all(path.name in BEFORE_WEIGHTS or path.suffix == '.tmp' for path in files)
-    left = ', and what wrote it was stopped' if is_part else ''
-    raise UserError(f'{str(target)!r} already exists{left}; remove it or choose another name')
+  refuse_used(target, '--to', 'config.json', WEIGHTS)
   run = open_run(workdir, needs_tokenizer=False)
   config = run.read_config()
   _refuse_other_models(config)
@@ -73,13 +68,13 @@ def export_llama(workdir: Path, target: Path, which: str, dtype: str | None) -> 
 
   with storage_errors(target):
     target.mkdir(parents=True, exist_ok=True)
-  with removed_unless_whole(target, 'model.safetensors'):
+  with removed_unless_whole(target, WEIGHTS):
     write_json(target / 'config.json', llama_config(config.model, tokenizer, start_id, dtype or 'float32'))
     if backend:
       write_file(target / 'tokenizer.json', backend.to_str(pretty=True))
       settings = tokenizer_settings(tokenizer, backend, start_id, config.model.max_seq_len)
       write_json(target / 'tokenizer_config.json', settings)
-    write_tensors(target / 'model.safetensors', llama_tensors(tensors, config.model), {'format': 'pt'})
+    write_tensors(target / WEIGHTS, llama_tensors(tensors, config.model), {'format': 'pt'})
   print(f'{target}: a Llama of {dtype or "float32"} from step {step} of {workdir}')
   print(f"Load: transformers.AutoModelForCausalLM.from_pretrained('{target}')")
   if not tokenizer:

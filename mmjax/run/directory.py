@@ -249,14 +249,16 @@ def describe_environment() -> dict[str, Any]:
   }
 
 
-def refuse_used(out: Path) -> None:
-  """Raises UserError if a new run directory cannot be made at a path, because something is there."""
+def refuse_used(out: Path, flag: str = '--out', first: str = 'checkpoints', last: str = 'config.json') -> None:
+  """Raises UserError if a new directory cannot be made at the path that a flag gives, because something is there.
+
+  `first` and `last` are what is written there first and last: what has the one alone was not finished.
+  """
   if not out.exists() or (out.is_dir() and not any(out.iterdir())):
     return
-  # The config is written last, so what has none was not finished.
-  is_part = (out / 'checkpoints').is_dir() and not (out / 'config.json').exists()
+  is_part = (out / first).exists() and not (out / last).exists()
   left = ', and what wrote it was stopped: remove it and repeat the command, or' if is_part else ';'
-  raise UserError(f'{str(out)!r} already exists{left} choose another --out')
+  raise UserError(f'{str(out)!r} already exists{left} choose another {flag}')
 
 
 def refuse_links_of_run(run: RunDir) -> None:

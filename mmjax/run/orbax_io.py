@@ -63,7 +63,7 @@ def write_step(directory: Path, step: int, items: Mapping[str, Any], **facts: An
     except Exception:  # a save that failed in one item still writes the others in the background
       deadline = time.monotonic() + WAIT_SECONDS
       for thread in set(threading.enumerate()) - threads:
-        threading.Thread.join(thread, max(0, deadline - time.monotonic()))  # Orbax's own raises what the thread did
+        threading.Thread.join(thread, max(0, deadline - time.monotonic()))  # Orbax's own raises what the thread raised
       raise
 
 

@@ -147,15 +147,11 @@ def _prepare_again(run: RunDir, config: Config, tokenizer: str) -> Path:
   if recorded and data_sha256(read_index(prepared)) != recorded:
     settings = differences(_earlier(run, config), config).items()
     different = '; '.join(f'{name} {old} -> {new}' for name, (old, new) in settings if name.startswith('data.'))
-    own = find_run_data(run, config)
+    way = 'name the text that it was started with'
+    if own := find_run_data(run, config):
+      way = f'its own are in {own}: give that as data.prepared_dir, and leave data.train_files and valid_files empty'
     raise UserError(
       f'{run.path} was started with other data: the text that the settings name makes other shards '
-      f'({different or "the text itself has changed"}); '
-      + (
-        f'its own are in {own}: give that as data.prepared_dir and leave data.train_files and data.valid_files empty'
-        if own
-        else 'name the text that it was started with'
-      )
-      + ', or choose other text to evaluate on or another --workdir'
+      f'({different or "the text itself has changed"}); {way}, or choose other text to evaluate on or another --workdir'
     )
   return prepared

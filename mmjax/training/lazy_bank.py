@@ -64,12 +64,13 @@ def of_rows(moments: Moments) -> Moments:
   return {name: value for name, value in moments.items() if value.ndim}
 
 
-def _after_reading(old_U: Array, new: Array) -> Array:
-  """Returns `new`, because no old value is NaN or -1. XLA does not know that, and so has to read before it writes.
+def _after_reading(old: Array, new: Array) -> Array:
+  """Returns `new`: where a number is NaN the new one is, too, and no whole number is -1.
 
-  Otherwise it would copy the whole array in every turn of the loop, to be free to write first.
+  XLA does not know that, and so has to read before it writes. Otherwise it would copy the whole array in every turn of
+  the loop, to be free to write first.
   """
-  return jnp.where(jnp.isnan(old_U) if old_U.dtype == jnp.float32 else old_U == -1, old_U, new)
+  return jnp.where(jnp.isnan(old) if old.dtype == jnp.float32 else old == -1, old, new)
 
 
 @jax.named_scope('optimizer')
@@ -133,9 +134,6 @@ def update_read_rows(
     in_use_U1, old_UP = (row_U < len(bank_MP))[:, None], row_UP
     late_UP, step_UP, new = rule(clip * sum_UP, (t - old['count_M'])[:, None].astype(jnp.float32), old)
     new |= {'count_M': t, 'log_decay_M': log_decay_after}
-    new |= {
-      name: _after_reading(old[name], new[name]) for name in ('count_M', 'log_decay_M', 'missed_M') if name in new
-    }
     row_UP = row_UP * jnp.exp(moments['log_decay'] - old['log_decay_M'])[:, None] - step_rate * late_UP
     row_UP -= step_rate * (step_UP + decay * row_UP)
 
@@ -144,7 +142,7 @@ def update_read_rows(
 
     added += jnp.sum(jnp.where(in_use_U1, jnp.square(row_UP - old_UP), 0))
     before += jnp.sum(jnp.where(in_use_U1, jnp.square(old_UP), 0))
-    moments |= {name: put(moments[name], value) for name, value in new.items()}
+    moments |= {name: put(moments[name], _after_reading(old[name], value)) for name, value in new.items()}
     return put(bank_MP, row_UP), moments, added, before
 
   kept = moments_of(config, BANK)
