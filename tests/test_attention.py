@@ -12,6 +12,7 @@ from mmjax.kernels import attention
 from mmjax.kernels.attention import cached_attention, causal_attention
 from mmjax.run.placement import attention_backend
 from tests import references
+from tests.helpers import rarely
 
 BACKENDS = ('xla', 'xla_blocked')
 SHAPES = [  # B, T, N, K, H
@@ -66,7 +67,7 @@ def assert_all_close(actual, expected, **tolerance):
     np.testing.assert_allclose(np.asarray(a, np.float64), np.asarray(e, np.float64), **tolerance)
 
 
-@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('shape', rarely(SHAPES, *SHAPES[2:4]))
 @pytest.mark.parametrize('backend, with_segments', [('xla', True), ('xla_blocked', False), ('xla_blocked', True)])
 def test_values_and_gradients_match_float64(backend, shape, with_segments):
   q, k, v, dout = make_inputs(*shape)

@@ -25,6 +25,7 @@ def group_of(count: int) -> str:
   return 'never' if not count else '1 to 10' if count <= 10 else '11 to 100' if count <= 100 else 'more than 100'
 
 
+@pytest.mark.thorough
 def test_losses_of_groups_are_those_of_plain_python(tiny_run, tmp_path, monkeypatch, capsys):
   files = f'{tmp_path}/breakdown.json', f'{tmp_path}/breakdown.md'
   flags = ['--checkpoint', 'last', '--json', files[0], '--markdown', files[1], '--ngrams', '2', '--with_counts', '2']
@@ -96,6 +97,7 @@ def test_runs_that_read_the_same_are_compared_and_share_the_counts(tiny_run, tmp
   assert [group['difference'] for group in by_file] == [0, 0]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('held_out', ['the same', 'other'])
 def test_held_out_text_is_known_by_its_tokens_wherever_they_lie(tiny_run, tmp_path, monkeypatch, held_out):
   lines = (tiny_run.parent / 'text.jsonl').read_text().splitlines()
@@ -172,6 +174,7 @@ def test_rows_that_a_later_run_did_not_teach_are_refused_before_one_is_evaluated
     command.main()
 
 
+@pytest.mark.thorough
 def test_runs_of_a_folder_without_a_checkpoint_are_left_out(tiny_run, tmp_path, monkeypatch, capsys):
   shutil.copytree(tiny_run, tmp_path / 'runs' / 'a')
   (tmp_path / 'runs' / 'b').mkdir()

@@ -14,7 +14,7 @@ import train
 from mmjax.config import load_config
 from mmjax.errors import StorageError, UserError, run_command
 from mmjax.run.directory import RunDir
-from tests.helpers import TINY, run_main
+from tests.helpers import TINY, rarely, run_main
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -290,7 +290,7 @@ LOADING = {  # commands as they are typed; what they name need not be there, for
 }
 
 
-@pytest.mark.parametrize('command', LOADING)
+@pytest.mark.parametrize('command', rarely(LOADING, 'train'))
 def test_ctrl_c_while_a_command_loads_jax_is_one_word(command, tmp_path):
   """The jax that it finds here is an import that is interrupted, and swallows that."""
   (tmp_path / 'jax').mkdir()

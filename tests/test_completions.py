@@ -46,6 +46,7 @@ def texts(answer):
   return [choice['text'] for choice in answer['choices']]
 
 
+@pytest.mark.thorough
 def test_models_are_the_runs(port):
   listed = json.loads(request(port, '/v1/models')[2])
   assert [model['id'] for model in listed['data']] == ['run']
@@ -66,6 +67,7 @@ def test_completion_is_what_generate_writes(port, view, how):
   assert answer['usage']['completion_tokens'] <= 20 and answer['choices'][0]['finish_reason'] in ('stop', 'length')
 
 
+@pytest.mark.thorough
 def test_log_probabilities_with_echo_are_those_of_the_logits(port, view):
   answer = complete(port, echo=True, logprobs=2, max_tokens=6, temperature=0)
   [choice] = answer['choices']

@@ -59,6 +59,7 @@ def test_best_memories_cost_what_the_feed_forward_baseline_costs(name, baseline)
   assert 0.99 * budget < flops_per_token(config)['total'] <= budget
 
 
+@pytest.mark.thorough
 def test_bytes_are_those_of_rows_and_weights():
   config = load_config('configs/exp_1_4_2.py')
   assert bytes_per_token(config) == {

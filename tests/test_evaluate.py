@@ -50,6 +50,7 @@ def setup(sublayer: str, batch_size: int = 4):
   return config, nnx.merge(graphdef, params), params, step
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('sublayer', ['dense', 'gated_fusion'])
 def test_share_that_is_shown_counts_the_batches_that_are_probed_again(sublayer, tmp_path):
   for name in ('train', 'valid'):
@@ -65,6 +66,7 @@ def test_share_that_is_shown_counts_the_batches_that_are_probed_again(sublayer, 
   assert shares == [n / (batches + again) for n in range(1, batches + again + 1)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('value_layers', ['', 'all'])
 def test_loss_without_one_reader_is_that_of_a_model_in_which_it_reads_zeros(value_layers, tmp_path):
   for name in ('train', 'valid'):

@@ -44,6 +44,7 @@ def test_no_model_costs_more_than_the_baseline(models):
       assert cost > 0.98 * budget and matching_width(config, budget) == config.memory.ffn_dim, name
 
 
+@pytest.mark.thorough
 def test_models_differ_as_the_experiment_says(models):
   settings = {name: flatten(config.to_dict()) for name, config in models.items()}
 

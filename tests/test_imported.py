@@ -47,6 +47,7 @@ def test_imported_run_computes_what_torch_computes(tmp_path):
   np.testing.assert_allclose(got_BTV, torch_logits(model, tokens_BT), atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_weights_stay_with_the_tokenizer_that_their_file_names(tiny_run, tmp_path):
   write_text(tmp_path)
   file, again = tmp_path / 'model.safetensors', tmp_path / 'again.safetensors'

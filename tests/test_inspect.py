@@ -74,6 +74,7 @@ def test_rows_of_a_text_are_those_that_the_model_read(reader, forward):
     reader.read_text(TEXT, top=-1)
 
 
+@pytest.mark.thorough
 def test_rows_that_ngrams_address_are_shown_with_these(tiny_run, capsys):
   config = tiny_config(model__sublayer='ngram_bag', model__num_selected=1, memory__n_heads=2, memory__ngrams='1,2')
   reader = MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
@@ -109,6 +110,7 @@ def test_row_of_a_range_is_shown_with_its_head_and_token(tiny_run, sublayer, ngr
   assert reader.range_of(1999, 0) is None  # left over
 
 
+@pytest.mark.thorough
 def test_rows_that_a_gate_selects_are_in_no_range(tiny_run):
   own = {'memory__ngram_ranges': 'own', 'memory__ngram_layers': '0', 'model__knowledge_num': 1024}
   config = tiny_config(model__sublayer='memory_bag', **own)
@@ -116,6 +118,7 @@ def test_rows_that_a_gate_selects_are_in_no_range(tiny_run):
   assert reader.range_of(5, 0)['head'] == 0 and reader.range_of(5, 1) is None
 
 
+@pytest.mark.thorough
 def test_gate_of_engram_is_the_weight_of_all_that_a_token_reads(tiny_run):
   config = tiny_config(model__sublayer='engram_bag', memory__n_heads=2, model__num_selected=2)
   reader = MemoryReader(LanguageModel(config, mmjax.load(tiny_run).tokenizer, build_model(config)[1]))
@@ -246,6 +249,7 @@ def test_command_prints_tables_and_writes_json(run, tiny_run, tmp_path, monkeypa
     assert line['tokens'] == len(took) and line['weight'] is None and line['snippet'] == f'snippet\x1b {line["row"]}'
 
 
+@pytest.mark.thorough
 def test_text_that_is_cut_is_said(tiny_run, monkeypatch, capfd):
   monkeypatch.setattr(memory_reads, 'MOST_TOKENS', 4)
   for text, cut in (('the memory reads a row of its bank', True), ('t', False)):

@@ -198,7 +198,8 @@ def test_where_every_row_is_read_it_equals_dense_adamw(rate):
   assert 'memory_bank' not in str(jax.tree_util.tree_structure(lazy['opt_state']))
 
 
-@pytest.mark.parametrize('kept', rarely(['square', 'row'], 'row'))
+@pytest.mark.thorough
+@pytest.mark.parametrize('kept', ['square', 'row'])
 def test_without_a_mean_a_lazy_update_is_the_dense_one_though_most_rows_are_not_read(kept):
   states, updates = [], 4
   for config in pairs(**BAG, memory__bank_moments=kept, train__weight_decay=0.0, model__knowledge_num=1024):
@@ -262,6 +263,7 @@ def test_nothing_with_a_part_for_each_row_is_copied(kept):
   assert 'parameter' in made and 'copy' not in made, made
 
 
+@pytest.mark.thorough
 def test_nothing_passes_over_slots_that_are_free():
   """They are filled with zeros; after that only loops over those in use read them."""
   config = tiny_config(memory__bank_update='lazy', model__knowledge_num=10**6)

@@ -95,6 +95,7 @@ def test_stopped_and_resumed_run_ends_bit_for_bit_the_same(text, undisturbed, tm
   assert RunDir(tmp_path).read_config().train.max_steps == 10
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('looks_before', [1, 2], ids=['evaluation', 'save'])
 def test_stop_within_an_evaluation_or_a_save_makes_no_more_updates(text, tmp_path, monkeypatch, looks_before):
   class Within(StopAfter):
@@ -110,6 +111,7 @@ def test_stop_within_an_evaluation_or_a_save_makes_no_more_updates(text, tmp_pat
   assert RunDir(tmp_path).steps() == [1]
 
 
+@pytest.mark.thorough
 def test_stop_within_a_save_that_fails_makes_another_update_and_saves_that(text, tmp_path, monkeypatch):
   class AfterTheSave(StopAfter):
     asked = 0
@@ -162,6 +164,7 @@ def test_run_goes_on_wherever_its_text_is(text, undisturbed, tmp_path, monkeypat
   assert not list((tmp_path / 'here').iterdir())
 
 
+@pytest.mark.thorough
 def test_text_that_grew_is_refused_and_the_shards_of_the_run_are_named(text, tmp_path, monkeypatch, capsys):
   shutil.copy(text / 'text.jsonl', tmp_path / 'text.jsonl')
   data = {'data__train_files': f'{tmp_path}/text.jsonl', 'data__prepared_dir': str(tmp_path / 'prepared')}
@@ -293,6 +296,7 @@ def broken_step(real, bad_steps, factor=np.nan):
   return make
 
 
+@pytest.mark.thorough
 def test_non_finite_update_is_skipped_logged_and_survived(text, tmp_path, monkeypatch):
   from mmjax.training import learner
 
@@ -375,6 +379,7 @@ def test_too_many_skipped_updates_end_the_run_with_a_dump(text, tmp_path, monkey
     assert dump['gradient_norms']['layers/0/sublayer/gate/keys'] == 0 < dump['gradient_norms']['memory_bank']
 
 
+@pytest.mark.thorough
 def test_a_kill_before_the_first_config_was_written_is_no_loss(text, tmp_path, monkeypatch):
   class Killed(BaseException):
     pass

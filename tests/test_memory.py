@@ -37,6 +37,7 @@ from mmjax.memory import (
   no_reads,
 )
 from mmjax.memory.gate import RowsMemory
+from tests.helpers import rarely
 
 BANK = {'n_rows': 64, 'row_dim': 8}
 SIZES = BANK | {'dim': 32, 'n_heads': 2, 'rows_per_head': 3}
@@ -73,7 +74,7 @@ def test_base_class_is_no_memory_itself():
     Memory(dim=32, **BANK)
 
 
-@pytest.mark.parametrize('name', MEMORIES)
+@pytest.mark.parametrize('name', rarely(MEMORIES, 'bag', 'buckets'))
 def test_every_parameter_and_the_bank_learn(name):
   memory = MEMORIES[name]
   x_BTD, bank_MP, *ngrams = inputs(memory)
@@ -91,7 +92,7 @@ def test_every_parameter_and_the_bank_learn(name):
 
 
 @pytest.mark.parametrize('form', ['cpu', 'gpu'])
-@pytest.mark.parametrize('name', [*MEMORIES, 'bias'])
+@pytest.mark.parametrize('name', rarely([*MEMORIES, 'bias'], 'bag'))
 def test_program_that_promotes_nothing_implicitly_may_use_it(name, form):
   memory = (MEMORIES | {'bias': MemoryBag(**SIZES, query_key_norm='l2', selection_bias=True)})[name]
   with jax.numpy_rank_promotion('raise'), jax.numpy_dtype_promotion('strict'), traced_for(form):
@@ -126,7 +127,7 @@ def test_layer_finds_parameters_of_other_kinds_of_variables():
   np.testing.assert_array_equal(layer(x_BTD, bank_MP).delta_BTD, want)
 
 
-@pytest.mark.parametrize('name', MEMORIES)
+@pytest.mark.parametrize('name', rarely(MEMORIES, 'fusion'))
 def test_gradient_in_bf16_is_exported_for_any_batch_and_length(name):
   memory = MEMORIES[name]
   _, bank_MP, *_ = inputs(memory)
@@ -300,7 +301,7 @@ def test_gradients_of_a_float64_bank_are_those_of_float32():
 
 
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
-@pytest.mark.parametrize('name', MEMORIES)
+@pytest.mark.parametrize('name', rarely(MEMORIES, 'bag'))
 def test_narrow_parameters_count_as_the_float32_that_they_stand_for(name, dtype):
   memory = MEMORIES[name]
   x_BTD, bank_MP, *ngrams = inputs(memory)
@@ -490,6 +491,7 @@ def test_load_without_the_extra_says_what_to_type():
   assert done.returncode == 1 and done.stderr.splitlines()[-1] == f'mmjax.errors.UserError: {SENTENCE.strip()}'
 
 
+@pytest.mark.thorough
 def test_bank_and_sizes_from_numpy_are_taken():
   memory = MemoryBag(dim=np.int64(16), n_rows=64, row_dim=8, n_heads=2, rows_per_head=np.int32(4))
   params, x_BTD = memory.init(jax.random.key(0)), jax.random.normal(jax.random.key(1), (2, 3, 16))

@@ -68,6 +68,7 @@ def test_initial_values_follow_torch_defaults():
   assert not np.array_equal(layer['attention']['wq']['kernel'], params['layers'][1]['attention']['wq']['kernel'])
 
 
+@pytest.mark.thorough
 def test_bank_std_scales_the_bank():
   (_, small), (_, normal) = build_model(tiny_config(memory__bank_std=0.1)), build_model(tiny_config())
   np.testing.assert_allclose(small['memory_bank'], 0.1 * normal['memory_bank'], rtol=1e-6)
@@ -197,7 +198,7 @@ def test_segments_are_computed_as_if_alone(changes):
     ('memory_bag', NORMED),
     pytest.param('ngram_bag', HEADS_AND_FFN | {'memory__ngrams': '2,3'}, marks=THOROUGH),
     pytest.param('ngram_bucket', HEADS_AND_FFN | {'memory__ngrams': '1,2', 'memory__key_dim': 4}, marks=THOROUGH),
-    ('ngram_bucket', HEADS_AND_FFN | OWN | {'memory__key_dim': 4}),
+    pytest.param('ngram_bucket', HEADS_AND_FFN | OWN | {'memory__key_dim': 4}, marks=THOROUGH),
     pytest.param('engram_bag', HEADS_AND_FFN | OWN, marks=THOROUGH),
     pytest.param('dense', ATTENTION, marks=THOROUGH),
     ('dense', OWN | VALUE_ROWS),
@@ -300,6 +301,7 @@ def test_dropout_zeroes_its_share_and_keeps_the_mean():
   assert dropout(x, 0.25, None) is x
 
 
+@pytest.mark.thorough
 def test_init_is_a_function_of_the_seed():
   config = tiny_config()
   (_, first), (_, again) = build_model(config), build_model(config)

@@ -23,7 +23,7 @@ from mmjax.memory.ngram import (
   sign_vectors,
 )
 from mmjax.model.sublayers import SublayerInput, row_weights
-from tests.helpers import build_model, random_batch, tiny_config
+from tests.helpers import build_model, random_batch, rarely, tiny_config
 
 NGRAM = {'model__sublayer': 'ngram_bag', 'model__num_selected': 2, 'memory__n_heads': 3, 'memory__ngrams': '2,3'}
 
@@ -148,6 +148,7 @@ def test_signs_are_those_of_another_hash_and_split_ngrams_that_share_a_row():
   assert abs(cosines.mean()) < 0.005 and abs(np.sqrt((cosines**2).mean()) - 24**-0.5) < 0.01
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('heads', [3, 12])
 def test_signs_are_in_the_sums_and_in_the_gradient_of_the_bank_by_either_route(heads):
   """Against loops over positions, heads and rows; the second route is that of lazy updates."""
@@ -225,7 +226,7 @@ def test_rows_are_dropped_by_the_key_alone_in_each_layer_for_itself(monkeypatch)
   assert np.allclose(np.unique(kept), [0, 1 / 0.75]) and abs(kept.mean() - 1) < 0.15
 
 
-@pytest.mark.parametrize('rows', [1, 2], ids=['bag', 'buckets'])
+@pytest.mark.parametrize('rows', rarely([1, 2], 2))
 def test_model_with_ranges_and_signs_keeps_documents_apart(rows):
   own = NGRAM | {'memory__ngrams': '1,2,3', 'memory__ngram_ranges': 'own', 'memory__ngram_signs': True}
   more = {} if rows == 1 else {'model__sublayer': 'ngram_bucket', 'model__num_selected': rows, 'memory__key_dim': 4}

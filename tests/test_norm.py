@@ -42,6 +42,7 @@ def test_product_and_gradients_match_float64(forms, function, dtype, tolerance):
     np.testing.assert_allclose(np.asarray(ours, np.float64), exact, rtol=tolerance, atol=tolerance * size)
 
 
+@pytest.mark.thorough
 def test_exact_product_of_bfloat16_values_is_as_good_as_float32(gpu_forms):
   x, scale, kernel, _ = make_inputs((2, 64, 256), 16)
   x = jnp.asarray(x, BF16)

@@ -91,6 +91,7 @@ def step_of_a_sign(train, beta1, beta2):
   return optax.scale_by_sign()
 
 
+@pytest.mark.thorough
 def test_new_optimizer_is_a_function_and_a_row(monkeypatch):
   monkeypatch.setitem(OPTIMIZERS, 'sign', Optimizer(f'{__name__}:step_of_a_sign'))
   monkeypatch.setitem(CHOICES, 'train.optimizer', tuple(OPTIMIZERS))  # as where the row stands in the file
@@ -209,6 +210,7 @@ def test_parameters_that_do_not_learn_are_named():
   assert not check_parameters(tiny_config(train__learning_rate=0.0, train__final_learning_rate=1e-3))
 
 
+@pytest.mark.thorough
 def test_betas_of_what_muon_moves_are_refused_and_others_are_of_adam():
   matrices = r'layers/.*kernel beta1=0.5'
   with pytest.raises(

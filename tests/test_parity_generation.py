@@ -90,7 +90,7 @@ def choices_after_ties(
 
 
 @pytest.mark.parametrize(
-  'case', rarely([('gated_fusion', 1.0), *((name, 1.2) for name in SUBLAYERS)], ('gated_fusion', 1.2), ('dense', 1.2))
+  'case', rarely([('gated_fusion', 1.0), *((name, 1.2) for name in SUBLAYERS)], ('gated_fusion', 1.2))
 )
 def test_greedy_continuations_equal_torch(case):
   sublayer, penalty = case

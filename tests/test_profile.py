@@ -101,7 +101,7 @@ def test_time_of_an_operation_leaves_out_what_ran_within_it():
   assert times == {'loop': 60, 'inner': 35, 'leaf': 5, 'next': 7}
 
 
-@pytest.mark.parametrize('kind', rarely(SUBLAYERS, 'memory_bag', 'moe'))
+@pytest.mark.parametrize('kind', rarely(SUBLAYERS, 'memory_bag'))
 def test_heavy_operations_of_every_sublayer_belong_to_a_scope(kind):
   config = tiny_config(model__n_layers=1, model__sublayer=kind, train__accumulation_steps=1)
   step, first = make_step(config)

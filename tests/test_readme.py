@@ -36,6 +36,7 @@ def examples():
   return found, names
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize('kind', GATE)
 def test_gate_of_the_example_learns(examples, kind, capsys, tmp_path, monkeypatch):
   if kind == 'Equinox' and importlib.util.find_spec('equinox') is None:

@@ -121,6 +121,7 @@ def test_best_and_last_evaluation_are_told_apart(tmp_path):
   assert cells(text)['training loss, mean of 4 updates'] == '4.6000'
 
 
+@pytest.mark.thorough
 def test_training_loss_weighs_every_update_alike(tmp_path):
   records = [train_line(step, loss=loss) for step, loss in ((10, 9.0), (20, 3.0), (30, None), (31, 5.0))]
   records += [train_line(31 + 2 * n, loss=2.0) for n in range(1, 9)]  # the first of the eleven with a loss is left out
@@ -131,6 +132,7 @@ def test_training_loss_weighs_every_update_alike(tmp_path):
   assert found['training loss, mean of 24 updates'] == f'{(8 * 3 + 5 + 15 * 2) / 24:.4f}'
 
 
+@pytest.mark.thorough
 def test_commands_of_a_run_whose_schedule_was_changed_say_so(tmp_path):
   start = {'time': '', 'step': 0, 'device_count': 1, 'device': 'cpu', 'host': '', 'platform': '', 'versions': {}}
   run = make_run(tmp_path / 'run', [train_line(4)])
@@ -140,6 +142,7 @@ def test_commands_of_a_run_whose_schedule_was_changed_say_so(tmp_path):
     assert commands.count('A later start of this run changed settings (train.max_steps 5 -> 10).') == times
 
 
+@pytest.mark.thorough
 def test_versions_of_earlier_starts_are_told(tmp_path):
   place = {'time': '', 'step': 0, 'device_count': 1, 'device': 'cpu', 'host': 'here', 'platform': ''}
   versions = ({'jax': '1'}, {'jax': '2', 'flax': '1'}, {'jax': '1'}, {'jax': '3', 'flax': '1'})
@@ -149,6 +152,7 @@ def test_versions_of_earlier_starts_are_told(tmp_path):
   assert [found[name] for name in ('host', 'jax', 'flax')] == ['here', '3 (before: 1, 2)', '1']
 
 
+@pytest.mark.thorough
 def test_stopped_run_without_checkpoint_says_what_is_missing(tmp_path):
   text = write_report(make_run(tmp_path / 'run', [train_line(1), train_line(2)])).read_text()
   assert 'None: ' in text.partition('## Samples')[2]
@@ -161,6 +165,7 @@ def test_run_that_reported_nothing_has_a_report(tmp_path):
   assert not (tmp_path / 'run' / 'plots').exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(('layout', 'passes'), [('packed', '3.20'), ('padded', '1.60')])
 def test_passes_are_over_rows_of_which_padding_is_a_part(tmp_path, layout, passes):
   run = make_run(tmp_path / 'run', [train_line(4)], data__layout=layout)  # 4 updates of 2 x 4 rows of 16 tokens
@@ -191,6 +196,7 @@ def test_probes_of_the_memory_are_shown(tmp_path):
     assert f'](plots/bank_{name}.png)' in text
 
 
+@pytest.mark.thorough
 def test_skipped_updates_and_lost_numbers_are_shown(tmp_path):
   skipped = {'kind': 'skipped', 'step': 3, 'row_ids': [1]}
   records = [train_line(2, loss=None, grad_norm=None), train_line(4, loss=None, grad_norm=None), skipped]
@@ -213,11 +219,13 @@ def test_table_of_evaluations_has_the_last_and_none_twice(tmp_path):
   assert [row[0] for row in table.rows] == [str(step) for step in range(1, 22, 2)]
 
 
+@pytest.mark.thorough
 def test_title_names_the_directory_where_it_is_not_that_of_the_experiment(tmp_path):
   for name, title in (('second try', '# one: second try\n'), ('one', '# one\n')):
     assert write_report(make_run(tmp_path / name, [], experiment='one')).read_text().startswith(title)
 
 
+@pytest.mark.thorough
 def test_notes_of_a_person_are_never_overwritten(tmp_path):
   run = make_run(tmp_path / 'run', [train_line(1)])
   assert '- Hypothesis:' in write_report(run).read_text()

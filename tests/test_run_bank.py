@@ -135,6 +135,7 @@ def test_run_of_an_earlier_version_says_that_it_has_no_record(case, monkeypatch,
   assert 'bank_sha256' not in read_json(run / 'run.json')['identity']
 
 
+@pytest.mark.thorough
 def test_comparison_tells_runs_from_other_banks_apart_and_takes_runs_without_one(case):
   run, bank, _ = case
   other, old = run.with_name('other'), run.with_name('old')

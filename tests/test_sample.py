@@ -26,6 +26,7 @@ def test_a_prompt_is_continued_as_the_api_does(tiny_run, monkeypatch, capfd):
   assert out == printable(want) + '\n'
 
 
+@pytest.mark.thorough
 def test_prompts_are_continued_one_after_the_other(tiny_run, monkeypatch, capfd):
   code, out, _ = run_sample(
     monkeypatch, capfd, '--workdir', str(tiny_run), '--prompt', 'the memory', '--prompt', 'b', *FLAGS
@@ -74,6 +75,7 @@ def test_only_the_end_of_a_line_ends_a_prompt(tiny_run, monkeypatch, capfd):
   assert prompts == ['a\u2028b\x85c\x0cd\re\x1cf', 'second']
 
 
+@pytest.mark.thorough
 def test_ten_megabytes_are_answered(tiny_run, monkeypatch, capfd):
   stdin = b'the memory reads ' * 600_000 + b'\n'
   code, out, err = run_sample(monkeypatch, capfd, '--workdir', str(tiny_run), *FLAGS, stdin=stdin)

@@ -117,6 +117,7 @@ def test_who_reads_a_row_is_what_inspect_finds(tiny_run, name):
     assert all(any(text.endswith(c['token']) for text, _ in found['ngrams']) for c in found['contexts'])
 
 
+@pytest.mark.thorough
 def test_ngrams_of_a_row_and_contexts_end_where_a_document_begins(tiny_run):
   view = make_view(tiny_run, 'ngrams', data__isolate_documents=True)
   split, tokenizer = view.corpus.split, view.lm.tokenizer
@@ -177,6 +178,7 @@ def test_bank_that_is_switched_off_is_one_of_zeros(bag):
     web._changes([{'row': None, 'other': 1}], 'changes')
 
 
+@pytest.mark.thorough
 def test_page_is_read_as_utf_8_whatever_the_locale():
   code = "from mmjax.serve.saving import static; print(ascii(static('page.js')))"
   plain = {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
@@ -316,6 +318,7 @@ def test_client_that_leaves_frees_its_place(port):
   assert '{"done": true}' in request(port, '/api/stream', short)[2]
 
 
+@pytest.mark.thorough
 def test_server_that_is_stopped_while_it_writes_ends_in_a_word():
   lines = (
     'import asyncio, signal',

@@ -66,6 +66,7 @@ def test_killed_at_any_time_it_goes_on_and_ends_with_the_same_files(tmp_path, co
   assert contents(directory) == contents(undisturbed)
 
 
+@pytest.mark.thorough
 def test_interrupted_shards_that_were_damaged_are_made_again(tmp_path, corpus, monkeypatch):
   small_shards(monkeypatch)
   whole, _ = run(tmp_path, corpus, prepared_dir=str(tmp_path / 'whole'))
@@ -91,6 +92,7 @@ def stop_after(rounds):
   return finish_shards
 
 
+@pytest.mark.thorough
 def test_write_that_fails_ends_with_exit_code_4_and_can_go_on(tmp_path, corpus):
 
   def limit():

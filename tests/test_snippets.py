@@ -167,6 +167,7 @@ def test_room_is_needed_for_the_snippets_that_there_are(built, tmp_path):
   assert read_bank(tmp_path / 'bank.safetensors', (64, 8)).std() == pytest.approx(0.25, rel=1e-4)
 
 
+@pytest.mark.thorough
 def test_run_starts_from_the_file(built, tmp_path):
   from mmjax.run.placement import place
   from mmjax.training.first_state import new_state

@@ -211,6 +211,7 @@ def test_mistakes_are_refused_before_anything_starts(sweep, tmp_path, flags, sai
   assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.thorough
 def test_overrides_concern_the_runs_that_are_kept():
   zeros = ['--config.memory.bank_std=0']
   with pytest.raises(UserError, match="run 'g0-3M': .*memory.bank_std=0.0 does nothing"):

@@ -116,6 +116,7 @@ def test_clock_that_jumps_changes_no_result(tiny_run, tmp_path, monkeypatch):
   jax.tree.map(np.testing.assert_array_equal, mmjax.load(tmp_path).params, mmjax.load(tiny_run).params)
 
 
+@pytest.mark.thorough
 def test_directory_that_may_not_be_written_is_refused_before_data_are_prepared(tiny_run, tmp_path, monkeypatch):
   monkeypatch.setattr(os, 'access', lambda path, mode: False)  # root may write anywhere, so it is made up
   monkeypatch.setattr('mmjax.run.text.prepare', None)
