@@ -89,8 +89,9 @@ MODELS = {
   # G66 with one mean square of each row of the bank, and of each value.
   'g72': GROWING | SQUARES | {'model.knowledge_num': 4194304, 'memory.bank_moments': 'row'},
   'g74': GROWING | SQUARES | {'model.knowledge_num': 4194304},
-  # G74 with still more rows.
+  # G74 with still more rows, and with a quarter of its rows.
   'g77': GROWING | SQUARES | {'model.knowledge_num': 16777216},
+  'g78': GROWING | SQUARES,
   # G74 with the gate of Engram, one number a token.
   'g75': GROWING | SQUARES | {'model.knowledge_num': 4194304, 'model.sublayer': 'engram_bag'},
   # G74 with its rows in the values of attention, too.
