@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -93,7 +94,8 @@ def test_validation_text_is_known_by_its_hash_wherever_it_is(moved, tiny_run, tm
   assert code == 2 and "no file '/nowhere/text.jsonl'" in err and 'give --config.data.prepared_dir=DIR' in err
   records = [json.loads(line) for line in (tiny_run / 'metrics.jsonl').read_text().splitlines()]
   logged = [record for record in records if record['kind'] == 'eval'][-1]
-  [finished] = (moved / 'prepared').glob('text-*')
+  record = json.loads((tiny_run / 'run.json').read_text())
+  finished = moved / 'prepared' / Path(record['starts'][-1]['prepared_dir']).name  # others' text lies beside it
   (moved / 'elsewhere').mkdir()
   monkeypatch.chdir(moved / 'elsewhere')
   finished.rename(moved / 'shards')
