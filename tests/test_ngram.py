@@ -226,7 +226,7 @@ def test_rows_are_dropped_by_the_key_alone_in_each_layer_for_itself(monkeypatch)
   assert np.allclose(np.unique(kept), [0, 1 / 0.75]) and abs(kept.mean() - 1) < 0.15
 
 
-@pytest.mark.parametrize('rows', rarely([1, 2], 2))
+@pytest.mark.parametrize('rows', rarely([1, 2], 2), ids=['bag', 'buckets'])
 def test_model_with_ranges_and_signs_keeps_documents_apart(rows):
   own = NGRAM | {'memory__ngrams': '1,2,3', 'memory__ngram_ranges': 'own', 'memory__ngram_signs': True}
   more = {} if rows == 1 else {'model__sublayer': 'ngram_bucket', 'model__num_selected': rows, 'memory__key_dim': 4}
