@@ -101,6 +101,16 @@ def test_bucket_is_neighbouring_rows_at_a_hash_and_of_one_row_the_same():
   np.testing.assert_array_equal(one, ngram_rows(jnp.asarray(token), (2, 1), 1, 1026))
 
 
+@pytest.mark.parametrize(('token', 'dtype'), [(2**32 + 5, np.int64), (2**32 - 1, np.uint32), (-(2**32) + 5, np.int64)])
+@pytest.mark.parametrize('vocab_size', [None, 10])
+def test_token_that_is_no_int32_is_not_taken_for_another(token, dtype, vocab_size):
+  memory = NgramBag(dim=8, n_rows=64, row_dim=4, ngrams=(1, 2), n_heads=2, vocab_size=vocab_size)
+  tokens = np.full((1, 3), token, dtype)
+  for find in (memory.rows, lambda tokens: ngram_rows(tokens[..., None], (1,), 1, 64, vocab_size)):
+    with pytest.raises(ValueError, match=f'token id {token} must fit int32'):
+      find(tokens)
+
+
 @pytest.mark.parametrize('token', [-1, 10])
 def test_token_that_is_not_in_the_vocabulary_reads_no_row_of_another(token):
   memory = NgramBag(dim=8, n_rows=64, row_dim=4, ngrams=(1, 2), n_heads=2, vocab_size=10)

@@ -130,12 +130,12 @@ class NgramBag(_Bag):
     """Returns the rows that the last tokens address at each position, int32 row_BThr.
 
     Args:
-      tokens_BT: int32, whole rows of a batch.
+      tokens_BT: integers of any dtype that fit int32, whole rows of a batch.
       segment_BT: int32; tokens of another segment do not count. None: each row is one segment.
 
     Raises:
-      ValueError: if a token id is not in [0, vocab_size), where that is given; within `jax.jit` nobody can look, and
-        such a token reads the row of another.
+      ValueError: if a token id does not fit int32, or is not in [0, vocab_size), where that is given; within `jax.jit`
+        nobody can look, and such a token reads the row of another.
     """
     return self.rows_of(last_tokens(tokens_BT, max(self.ngrams), segment_BT))
 

@@ -80,8 +80,8 @@ class Memory(ABC):
       selection bias its gradient evens out the use of the rows.
 
     Raises:
-      ValueError: if an array has not the shape that the sizes say or is not of floats, or rows or signs of n-grams are
-        missing, not read or out of range (within `jax.jit` nobody can look).
+      ValueError: if an array has not the shape that the sizes say or is not of floats, the input has no position, or
+        rows or signs of n-grams are missing, not read or out of range (within `jax.jit` nobody can look).
     """
     check_inputs(self, params, x_BTD, bank_MP, row_BThr, sign_BTh, kept_BTh, dtype)
     params = jax.tree.map(at_least_float32, params)  # in bf16 a gate would select other rows

@@ -32,12 +32,13 @@ def last_tokens(tokens_BT: Array, n: int, segment_BT: Array | None = None) -> Ar
   """Returns the n last tokens at each position, its own first: int32 (B, T, n), NO_TOKEN where there is none.
 
   Args:
-    tokens_BT: int32, whole rows.
+    tokens_BT: integers that fit int32, whole rows.
     n: how many, at least 1.
     segment_BT: int32; tokens of another segment do not count. None: each row is one segment.
 
   Raises:
-    ValueError: if tokens or segments have another shape, or n is no whole number of at least 1.
+    ValueError: if tokens or segments have another shape, n is no whole number of at least 1, or an id that is not
+      traced does not fit int32.
   """
   _check_n(n)
   _check_axes('tokens', tokens_BT, 'B', 'T')
@@ -98,8 +99,18 @@ def _check_axes(name: str, value: Array, *axes: str) -> None:
 
 
 def _signed(token: Array) -> Array:
-  """Returns token ids as int32, because NO_TOKEN is no uint16; what is no whole number is refused later."""
-  return token.astype(jnp.int32) if jnp.issubdtype(token.dtype, jnp.integer) else token
+  """Returns token ids as int32, because NO_TOKEN is no uint16; what is no whole number is refused later.
+
+  Raises:
+    ValueError: if one is no int32, and not traced: the cast would make another token of it.
+  """
+  if not jnp.issubdtype(token.dtype, jnp.integer):
+    return token
+  if not isinstance(token, jax.core.Tracer):
+    for value in (np.asarray(token).min(initial=0), np.asarray(token).max(initial=0)):
+      if not -(2**31) <= value < 2**31:
+        raise ValueError(f'token id {value} must fit int32')
+  return token.astype(jnp.int32)
 
 
 @jax.named_scope('ngram')
@@ -212,7 +223,7 @@ def _codes(last_BTn: Array, ngrams: Sequence[int], number_hr: Array) -> Array:
       f'last tokens of shape {last_BTn.shape} and dtype {last_BTn.dtype} must be whole numbers, at least '
       f'{max(ngrams)} at each position: see last_tokens'
     )
-  code_BThr = number_hr[None, None]
+  code_BThr, last_BTn = number_hr[None, None], _signed(last_BTn)
   for back in range(max(ngrams)):
     mixed_BThr = _mix(code_BThr ^ _mix(last_BTn[..., back, None, None].astype(jnp.uint32)))
     looks_at_11h1 = jnp.array([back < n for n in ngrams])[None, None, :, None]
