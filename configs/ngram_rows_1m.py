@@ -1,7 +1,7 @@
 """A million rows that the last one, two or three tokens address, and training as strong as was found for 1.4.0.
 
-configs/ngram_rows_4m.py, which is G74 of docs/experiments.md at the record's size, with a quarter of its rows. G74 was
-measured at small scale; with a million rows its rule for the bank was not, and nobody has trained either at this size.
+G78 of docs/experiments.md at the record's size: configs/ngram_rows_4m.py with a quarter of its rows. Both were measured
+at small scale; nobody has trained either at this size.
 What differs from configs/ngram_rows.py:
 
   ngrams         six heads: two read a row for the token, two a row for it and the one before, two for the last three
