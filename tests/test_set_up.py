@@ -153,8 +153,11 @@ def test_ci_runs_the_suite_on_two_pythons_and_ahead_where_it_can(machine, tmp_pa
   variables = {'PATH': str(tmp_path / 'bin'), 'HOME': str(tmp_path)}
   done = subprocess.run(['bash', '.ci/run'], cwd=tmp_path / 'checkout', env=variables, capture_output=True, text=True)
   other = tmp_path / 'bin' / {'old': 'python3.14', 'new': 'python3.11'}[first]
+  lines = [line.strip() for line in done.stdout.splitlines()]
+  thorough, files = lines.pop(2).partition(' tests/')[::2]
   runs = ['-m not slow and not gpu and not ahead', f'{other} .venv-other', '-m ahead']
-  assert [line.strip() for line in done.stdout.splitlines()] == runs and done.returncode == 0, done
+  assert (lines, thorough, done.returncode) == (runs, f'{other} .venv-other -m thorough', 0), done
+  assert all((REPOSITORY / 'tests' / file.removeprefix('tests/')).is_file() for file in files.split())
 
 
 def test_quickstart_trains_and_evaluates_and_says_what_to_type_next(tmp_path, monkeypatch):
