@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mmjax.kernels.bank import TappedBank, add_reads, bank_bag, bank_lookup, no_reads
 from tests import references
@@ -119,7 +120,8 @@ def test_reads_of_a_tapped_bank_add_up_to_its_gradient(bag):
   run = jax.jit(jax.value_and_grad(tapped_loss, argnums=(0, 1, 2)))
   tapped_value, (reads, none, got_weight) = run(tap, bank, weight)
   assert value == tapped_value and not np.any(none)
-  np.testing.assert_allclose(add_reads(np.zeros((9, 3), np.float32), row, reads), want, rtol=1e-5, atol=1e-6)
+  for zeros in (np.zeros((9, 3), np.float32), nnx.Param(jnp.zeros((9, 3)))):
+    np.testing.assert_allclose(add_reads(zeros, row, reads), want, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(got_weight, want_weight, rtol=1e-5, atol=1e-6)
   with pytest.raises(ValueError, match=r'rows of shape \(5, 2, 2, 4\) must have that of their reads, \(2, 5, 2, 4\)'):
     add_reads(jnp.zeros((9, 3)), row.swapaxes(0, 1), reads)

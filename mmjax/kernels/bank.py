@@ -133,7 +133,8 @@ def _add_reads(sums_MP: Array, row_BThr: Array, reads: Reads) -> Array:
     return _add_scatter(sums_MP, row.reshape(-1), grad_XP), None
 
   # One of the r rows at a time: all of their gradients would be r times the memory of the sums.
-  return jax.lax.scan(add, sums_MP, (jnp.moveaxis(row_BThr, -1, 0), jnp.moveaxis(reads.weight_BThr, -1, 0)))[0]
+  ith = jnp.moveaxis(row_BThr, -1, 0), jnp.moveaxis(reads.weight_BThr, -1, 0)
+  return jax.lax.scan(add, jnp.asarray(sums_MP), ith)[0]
 
 
 @jax.named_scope('lookup')

@@ -74,6 +74,7 @@ class Memory(ABC):
       sign_BTh: int32, the numbers of their signs, for a memory that has signs; see `NgramBag.signs_of`.
       kept_BTh: float32, factors of what the rows of each head of a bag say: 0 drops them. None: 1.
       dtype: of the matrix products. Rows are selected in float32 whatever it is, of an input that a GPU rounds to it.
+        Sums are of float32, so that 'float64' is no more exact than that.
 
     Returns:
       SublayerOutput. Add `delta_BTD`, in `dtype`, to the stream, and `aux_loss` to the loss: its value is 0, and with a

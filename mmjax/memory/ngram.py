@@ -34,7 +34,8 @@ def last_tokens(tokens_BT: Array, n: int, segment_BT: Array | None = None) -> Ar
   Args:
     tokens_BT: integers that fit int32, whole rows.
     n: how many, at least 1.
-    segment_BT: int32; tokens of another segment do not count. None: each row is one segment.
+    segment_BT: int32; tokens of another segment do not count. Each segment of a row has a number of its own: one that
+      comes again is the same segment. None: each row is one segment.
 
   Raises:
     ValueError: if tokens or segments have another shape, n is no whole number of at least 1, or an id that is not
