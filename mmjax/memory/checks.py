@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from mmjax.choices import ONE_ROW, QUERY_KEY_NORM, SCORE_ACTIVATION, SCORES, not_even, not_square
 from mmjax.kernels.packed_bank import PackedBank
 from mmjax.memory.ngram import SIGN_VECTORS
-from mmjax.memory.types import Bank, Params, shape_of
+from mmjax.memory.types import Bank, Params, outside, shape_of
 
 if TYPE_CHECKING:
   from mmjax.memory.base import Memory
@@ -115,10 +115,8 @@ def check_numbers(name: str, number: Array, end: int) -> None:
   """Raises ValueError unless they are whole and in [0, end); of traced ones nobody can look at the values."""
   if not jnp.issubdtype(number.dtype, jnp.integer):
     raise ValueError(f'{name} must hold whole numbers, not {number.dtype}')
-  if not isinstance(number, jax.core.Tracer):
-    for value in (np.asarray(number).min(initial=0), np.asarray(number).max(initial=0)):
-      if not 0 <= value < end:
-        raise ValueError(f'{name} must hold numbers from 0 to {end - 1}, not {value}')
+  if (wrong := outside(number, 0, end)) is not None:
+    raise ValueError(f'{name} must hold numbers from 0 to {end - 1}, not {wrong}')
 
 
 def _is_float(dtype: DTypeLike) -> bool:

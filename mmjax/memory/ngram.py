@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from mmjax.kernels.mesh import on_any_mesh
-from mmjax.memory.types import shape_of
+from mmjax.memory.types import outside, shape_of
 
 NO_TOKEN = -1  # before the first one
 SIGN_VECTORS = 256
@@ -107,10 +107,8 @@ def _signed(token: Array) -> Array:
   """
   if not jnp.issubdtype(token.dtype, jnp.integer):
     return token
-  if not isinstance(token, jax.core.Tracer):
-    for value in (np.asarray(token).min(initial=0), np.asarray(token).max(initial=0)):
-      if not -(2**31) <= value < 2**31:
-        raise ValueError(f'token id {value} must fit int32')
+  if (wrong := outside(token, -(2**31), 2**31)) is not None:
+    raise ValueError(f'token id {wrong} must fit int32')
   return token.astype(jnp.int32)
 
 
@@ -138,11 +136,8 @@ def ngram_rows(
   code_BThr = _codes(last_BTn, ngrams, jnp.arange(len(ngrams) * r, dtype=jnp.uint32).reshape(-1, r))
   if vocab_size is None:
     return (code_BThr % jnp.uint32(n_rows)).astype(jnp.int32)
-  if not isinstance(last_BTn, jax.core.Tracer):
-    last_BT = np.asarray(last_BTn)[..., 0]  # in NumPy, because within a trace JAX would put this into it
-    for token in (last_BT.min(initial=0), last_BT.max(initial=0)):
-      if not 0 <= token < vocab_size:
-        raise ValueError(f'token id {token} must be from 0 to {vocab_size - 1}, below vocab_size')
+  if (wrong := outside(last_BTn, 0, vocab_size, np.s_[..., 0])) is not None:
+    raise ValueError(f'token id {wrong} must be from 0 to {vocab_size - 1}, below vocab_size')
   first_11hr, size_11hr = (np.reshape(x, (1, 1, -1, r)) for x in own_ranges(tuple(ngrams), r, n_rows, vocab_size))
   alone_11h1 = np.array(ngrams)[None, None, :, None] == 1
   code_BThr = jnp.where(alone_11h1, last_BTn[..., 0, None, None].astype(jnp.uint32), code_BThr)

@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import numpy as np
 from jax import Array
 
 from mmjax.kernels.bank import Bank as Bank
@@ -13,6 +15,21 @@ Read = tuple[Array, Array]  # what becomes of the rows, delta_BTD, and their flo
 def shape_of(value: Any) -> tuple[int, ...] | str | None:
   """Returns the shape of an array; of anything else but None its type, for a message."""
   return value if value is None else getattr(value, 'shape', type(value).__name__)
+
+
+def outside(number: Array, first: int, end: int, at: Any = ...) -> int | None:
+  """Returns one of number[at] that is not in [first, end), which holds 0; None if all are, or nobody can look: traced.
+
+  Args:
+    number: whole numbers of any dtype and shape.
+    first: of the range.
+    end: of the range.
+    at: an index.
+  """
+  if isinstance(number, jax.core.Tracer):
+    return None
+  known = np.asarray(number)[at]  # in NumPy, because within a trace JAX would put this into it
+  return next((int(x) for x in (known.min(initial=0), known.max(initial=0)) if not first <= x < end), None)
 
 
 class Selection(NamedTuple):
